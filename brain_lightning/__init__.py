@@ -1,0 +1,29 @@
+"""SpeechBrain ``Brain`` recipes on PyTorch Lightning's ``Trainer``."""
+
+from .brain import Brain
+from .callback import BrainCallback
+from .epochs import EpochCounter, EpochCounterWithStopper
+from .errors import BrainTypeError, NonFiniteLossError, RunOptionError, UnsupportedError
+from .module import lightning_module_class, to_lightning
+from .optimizers import OptimizerGroup
+from .run_options import RunOptions, parse_arguments
+from .samplers import ReproducibleRandomSampler
+from .stage import Stage
+
+__all__ = [
+    "Brain",
+    "BrainCallback",
+    "BrainTypeError",
+    "EpochCounter",
+    "EpochCounterWithStopper",
+    "NonFiniteLossError",
+    "OptimizerGroup",
+    "ReproducibleRandomSampler",
+    "RunOptionError",
+    "RunOptions",
+    "Stage",
+    "UnsupportedError",
+    "lightning_module_class",
+    "parse_arguments",
+    "to_lightning",
+]

@@ -1,0 +1,206 @@
+"""The only file that touches private parts of Lightning's loops.
+
+Each function says which private part it needs and why nothing public serves;
+``tests/test_loops.py`` fails where a release of Lightning moves one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.trainer.states import TrainerFn
+
+from .epochs import Epochs
+from .stage import Stage
+from .stages import Stages
+
+
+class _BrainFitLoop(_FitLoop):
+    """A fit loop that asks the epoch counter last.
+
+    Drawing an epoch moves an ``EpochCounter``, so it may only happen once every
+    callback has had its say about stopping. That is after ``on_train_epoch_end``
+    and before ``on_train_epoch_start``, where Lightning has no hook.
+    """
+
+    brain_epochs: Epochs
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is over, for Lightning or for the epoch counter."""
+        return super().done or not self.brain_epochs.more()
+
+
+class _StageSource(_DataLoaderSource):
+    """A source of loaders that puts each under the control of its stage."""
+
+    def __init__(self, source: _DataLoaderSource, stages: Stages, stage: Stage) -> None:
+        super().__init__(source.instance, source.name)
+        self.source = source
+        self._stages = stages
+        self._stage = stage
+
+    def dataloader(self) -> Any:
+        """The loader or loaders, wrapped."""
+        loaders = super().dataloader()
+        if isinstance(loaders, Sequence):
+            return [self._stages.wrap(loader, self._stage) for loader in loaders]
+        return self._stages.wrap(loaders, self._stage)
+
+
+def attach(trainer: Trainer, stages: Stages) -> None:
+    """Lets the stages of a Brain rule the Trainer's loops.
+
+    A user hands loaders to the Trainer, which keeps them in a private source.
+
+    Args:
+        trainer: The Trainer in its ``setup``.
+        stages: The stages of the run.
+    """
+    if trainer.state.fn is TrainerFn.FITTING:
+        trainer.fit_loop.__class__ = _BrainFitLoop
+        trainer.fit_loop.brain_epochs = stages.epochs  # type: ignore[attr-defined]
+    for loop, stage in _loops_with_stages(trainer):
+        loop._data_source = _StageSource(loop._data_source, stages, stage)
+
+
+def detach(trainer: Trainer) -> None:
+    """Gives the Trainer its own loops back; nothing happens where they are its own.
+
+    Args:
+        trainer: The Trainer at the end of a run.
+    """
+    trainer.fit_loop.__class__ = _FitLoop
+    vars(trainer.fit_loop).pop("brain_epochs", None)
+    for loop, _ in _loops_with_stages(trainer):
+        if isinstance(loop._data_source, _StageSource):
+            loop._data_source = loop._data_source.source
+            # The loop would keep, and reuse, the loaders of a run that is over.
+            loop._combined_loader = None
+
+
+def _loops_with_stages(trainer: Trainer) -> list[tuple[Any, Stage]]:
+    return [
+        (trainer.fit_loop, Stage.TRAIN),
+        (trainer.fit_loop.epoch_loop.val_loop, Stage.VALID),
+        (trainer.validate_loop, Stage.VALID),
+        (trainer.test_loop, Stage.TEST),
+    ]
+
+
+def _is_unlimited(limit: float) -> bool:
+    return isinstance(limit, float) and limit == 1.0
+
+
+def start_train_epoch(trainer: Trainer, length: int | None) -> None:
+    """Makes an epoch end by exhaustion; a length is only for those who display it.
+
+    Lightning reads the length of the training set once, and validates where the
+    count of batches divides by it: with a length that changes, an epoch is cut
+    short or its validation left out.
+
+    Args:
+        trainer: The Trainer in ``on_train_epoch_start``.
+        length: Batches in the epoch, where that is known.
+    """
+    if _is_unlimited(trainer.limit_train_batches):
+        trainer.fit_loop.max_batches = float("inf") if length is None else max(1, length)
+    if _is_unlimited(trainer.val_check_interval):  # type: ignore[arg-type]
+        trainer.val_check_batch = float("inf")
+
+
+def start_validation(trainer: Trainer) -> None:
+    """Makes a validation end by exhaustion, unless a limit was asked for.
+
+    Args:
+        trainer: The Trainer at the start of a validation.
+    """
+    loop = trainer._evaluation_loop if trainer.evaluating else trainer.fit_loop.epoch_loop.val_loop
+    limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+    if _is_unlimited(limit):
+        combined, fetcher = loop._combined_loader, loop._data_fetcher
+        assert combined is not None and fetcher is not None
+        loop._max_batches = [float("inf")] * len(combined.flattened)
+        combined.limits = loop._max_batches
+        combined._iterator.limits = loop._max_batches  # type: ignore[union-attr]
+        fetcher.length, fetcher.done = None, False
+
+
+def is_cut_short(trainer: Trainer) -> bool:
+    """Whether the Trainer ends the training epoch after this batch.
+
+    Args:
+        trainer: The Trainer in ``on_train_batch_end``.
+
+    Returns:
+        True where ``limit_train_batches`` is reached or a callback stops the run.
+    """
+    loop = trainer.fit_loop
+    limit_reached = loop.epoch_loop.batch_progress.current.ready >= loop.max_batches
+    if limit_reached and not _is_unlimited(trainer.limit_train_batches):
+        return True
+    return bool(trainer.should_stop and loop._can_stop_early)
+
+
+def mark_last_batch(trainer: Trainer, last: bool) -> None:
+    """Tells Lightning whether the batch that was just fitted ends the epoch.
+
+    Args:
+        trainer: The Trainer in ``on_train_batch_end``.
+        last: Whether no batch follows.
+    """
+    loop = trainer.fit_loop
+    loop.epoch_loop.batch_progress.is_last_batch = last
+    if not last and loop.epoch_loop.batch_progress.current.ready >= loop.max_batches:
+        loop.max_batches = float("inf")
+    fetcher = loop._data_fetcher
+    assert fetcher is not None
+    fetcher.length, fetcher.done = None, last
+
+
+def discount_step(trainer: Trainer) -> None:
+    """Keeps ``trainer.global_step`` from counting a batch that made no update.
+
+    Lightning's automatic optimization counts each call of ``optimizer_step``.
+
+    Args:
+        trainer: The Trainer at the end of ``LightningModule.optimizer_step``.
+    """
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    for tracker in (progress.total, progress.current):
+        tracker.ready -= 1
+        tracker.completed -= 1
+
+
+def count_steps(trainer: Trainer, steps: int) -> None:
+    """Makes ``trainer.global_step`` count raw ``optimizer.step()`` calls.
+
+    Lightning's manual optimization counts the steps of its own wrappers only.
+
+    Args:
+        trainer: The Trainer in ``training_step`` of a manual module.
+        steps: Steps taken in this batch.
+    """
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    for tracker in (progress.total, progress.current):
+        tracker.ready += steps
+        tracker.completed += steps
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Validates after a training epoch in which there was no batch.
+
+    Lightning only validates after a batch (``_TrainingEpochLoop.on_advance_end``).
+
+    Args:
+        trainer: The Trainer in ``on_train_epoch_end``.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if loop._should_check_val_epoch():
+        trainer.validating = True
+        loop.val_loop.run()
+        trainer.training = True

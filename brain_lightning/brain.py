@@ -1,0 +1,409 @@
+"""The Brain: SpeechBrain's public surface, its loops run by Lightning's Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _speechbrain, data
+from . import trainer as trainers
+from .brain_state import BrainState
+from .errors import NonFiniteLossError
+from .module import to_lightning
+from .optimizers import split_vectors_from_weight_decay
+from .stage import Stage
+from .update import RawUpdate, fit_batch, optimizers_step
+
+logger = logging.getLogger(__name__)
+
+
+class Brain(BrainState):
+    """Fits and evaluates a set of modules: subclass it and say how, as in SpeechBrain.
+
+    Override ``compute_forward`` and ``compute_objectives``; where that is not
+    enough, any other hook. ``fit`` and ``evaluate`` run on a Lightning Trainer,
+    with SpeechBrain's numbers in SpeechBrain's order.
+
+    Args:
+        modules: The modules by name; moved to the device, trained and evaluated
+            together, and given to the optimizer.
+        opt_class: Makes the optimizer of a list of parameters.
+        hparams: Hyperparameters by name, available as ``self.hparams.name``.
+            Those named as a run option set it, and ``trainer`` (a dict) gives
+            arguments to the Trainer.
+        run_opts: Run options, from ``parse_arguments`` or a plain dict; they
+            outrank ``hparams``.
+        checkpointer: Recovers and saves what training needs to go on.
+
+    Raises:
+        BrainTypeError: An argument is of the wrong type.
+        RunOptionError: A run option is unknown or its value makes no sense.
+        UnsupportedError: A run option cannot be honoured.
+
+    Example:
+        >>> class SimpleBrain(Brain):
+        ...     def compute_forward(self, batch, stage):
+        ...         return self.modules.model(batch[0])
+        ...     def compute_objectives(self, predictions, batch, stage):
+        ...         return torch.nn.functional.l1_loss(predictions, batch[0])
+        >>> model = torch.nn.Linear(in_features=10, out_features=10)
+        >>> brain = SimpleBrain(
+        ...     {"model": model}, lambda x: torch.optim.SGD(x, 0.1), run_opts={"device": "cpu"}
+        ... )
+        >>> brain.fit(range(1), [torch.rand(10, 10)], progressbar=False)
+    """
+
+    # --------------------------------------------------------- what to compute
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Any:
+        """Computes predictions; must be overridden.
+
+        Args:
+            batch: What the loader gave.
+            stage: TRAIN, VALID or TEST.
+
+        Returns:
+            Whatever ``compute_objectives`` needs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define compute_forward")
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Tensor:
+        """Computes the loss; must be overridden.
+
+        Args:
+            predictions: What ``compute_forward`` returned.
+            batch: What the loader gave.
+            stage: TRAIN, VALID or TEST.
+
+        Returns:
+            A tensor with one number, to minimize.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define compute_objectives")
+
+    # ------------------------------------------------------------------- hooks
+
+    def on_fit_start(self) -> None:
+        """Begins ``fit``: makes the optimizers and loads the latest checkpoint."""
+        self.init_optimizers()
+        if self.checkpointer is not None:
+            self.checkpointer.recover_if_possible()
+
+    def on_stage_start(self, stage: Stage, epoch: Any = None) -> None:
+        """Called when a stage starts, before the modules change between train and eval.
+
+        Args:
+            stage: The stage.
+            epoch: Its epoch; None in TEST.
+        """
+
+    def on_stage_end(self, stage: Stage, stage_loss: float, epoch: Any = None) -> None:
+        """Called when a stage has ended: the place for statistics and checkpoints.
+
+        Args:
+            stage: The stage.
+            stage_loss: The average loss over its batches.
+            epoch: Its epoch; None in TEST.
+        """
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        """Called before the forward pass of a training batch, outside autocast.
+
+        Args:
+            batch: What the loader gave.
+            should_step: Whether an update will follow.
+        """
+
+    def on_fit_batch_end(
+        self, batch: Any, outputs: Any, loss: Tensor, should_step: bool
+    ) -> None:
+        """Called after the update.
+
+        Args:
+            batch: What the loader gave.
+            outputs: What ``compute_forward`` returned.
+            loss: What ``compute_objectives`` returned.
+            should_step: Whether there was an update; False where one was due
+                but skipped, for its only loss was not finite.
+        """
+
+    def on_evaluate_start(
+        self, max_key: str | None = None, min_key: str | None = None
+    ) -> None:
+        """Begins ``evaluate``: loads the best checkpoint.
+
+        Args:
+            max_key: The metric of which more is better.
+            min_key: The metric of which less is better.
+        """
+        if self.checkpointer is not None:
+            self.checkpointer.recover_if_possible(max_key=max_key, min_key=min_key)
+
+    # -------------------------------------------------------------- one batch
+
+    def fit_batch(self, batch: Any) -> Any:
+        """Fits one batch. Override it for more than one update a batch.
+
+        Args:
+            batch: What the loader gave.
+
+        Returns:
+            The detached loss.
+        """
+        return fit_batch(self, batch, RawUpdate(self))
+
+    @torch.no_grad()
+    def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
+        """Evaluates one batch.
+
+        Args:
+            batch: What the loader gave.
+            stage: VALID or TEST.
+
+        Returns:
+            The detached loss.
+        """
+        with self.evaluation_ctx:
+            out = self.compute_forward(batch, stage=stage)
+            loss = self.compute_objectives(out, batch, stage=stage)
+        return loss.detach().cpu()
+
+    def check_loss_isfinite(self, loss: Tensor) -> None:
+        """Counts losses that are not finite.
+
+        Args:
+            loss: The scaled loss of a training batch.
+
+        Raises:
+            NonFiniteLossError: There were more than ``nonfinite_patience`` in
+                this epoch.
+        """
+        if torch.isfinite(loss):
+            return
+        self.nonfinite_count += 1
+        seen = (
+            f"Loss is {float(loss)} at step {self.step} "
+            f"({self.nonfinite_count} of {self.nonfinite_patience} forgiven in this epoch)"
+        )
+        if self.nonfinite_count > self.nonfinite_patience:
+            raise NonFiniteLossError(
+                f"Loss is {float(loss)} at step {self.step}: not finite, and the patience of "
+                f"{self.nonfinite_patience} is exhausted. To debug, wrap fit() with "
+                "torch.autograd.detect_anomaly(), or pass trainer={'detect_anomaly': True}"
+            )
+        logger.warning("%s. Its update is skipped.", seen)
+
+    def update_average(self, loss: Any, avg_loss: float) -> float:
+        """Updates the running average of the loss; a loss that is not finite is left out.
+
+        Args:
+            loss: The detached loss of the batch that ``step`` counts.
+            avg_loss: The average so far.
+
+        Returns:
+            The new average.
+        """
+        if torch.isfinite(loss):
+            avg_loss -= avg_loss / self.step
+            avg_loss += float(loss) / self.step
+        return avg_loss
+
+    # -------------------------------------------------------------- optimizers
+
+    def init_optimizers(self) -> None:
+        """Makes the optimizers. Override it for several, and fill ``optimizers_dict``."""
+        if self.opt_class is None:
+            self._say_that_nothing_is_optimized()
+            return
+        parameters: Any = self.modules.parameters()
+        if self.remove_vector_weight_decay:
+            parameters = split_vectors_from_weight_decay(self.modules)
+        self.optimizer = self.opt_class(parameters)
+        self.optimizers_dict = {"opt_class": self.optimizer}
+        if self.checkpointer is not None:
+            self.checkpointer.add_recoverable("optimizer", self.optimizer)
+
+    def _say_that_nothing_is_optimized(self) -> None:
+        trainable = any(p.requires_grad for p in self.modules.parameters())
+        logger.log(
+            logging.WARNING if trainable else logging.INFO,
+            "No `opt_class` was provided, skipping optimizer initialization%s.",
+            ": fit() will not change any parameter" if trainable else "",
+        )
+
+    def freeze_optimizers(self, optimizers: dict[str, Optimizer]) -> Mapping[str, Optimizer]:
+        """Chooses the optimizers that step. Override it to freeze some.
+
+        Args:
+            optimizers: All optimizers by name.
+
+        Returns:
+            Those that are active.
+        """
+        return optimizers
+
+    def optimizers_step(self) -> None:
+        """Clips, steps and zeroes; called once every ``grad_accumulation_factor`` batches."""
+        optimizers_step(self, RawUpdate(self).apply)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zeroes the gradients of the active optimizers.
+
+        Args:
+            set_to_none: Frees them instead.
+        """
+        if self.optimizers_dict is not None:
+            for opt in self.freeze_optimizers(self.optimizers_dict).values():
+                opt.zero_grad(set_to_none=set_to_none)
+        elif self.opt_class is not None:
+            self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def check_gradients(self) -> None:
+        """Drops each gradient that is not finite, and says whose it was."""
+        for name, parameter in self.modules.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                parameter.grad = None
+                logger.warning("Gradient of %s contains NaN or Inf: dropped.", name)
+
+    @contextmanager
+    def no_sync(self, use: bool = True) -> Iterator[None]:
+        """Keeps gradients local to this process while they accumulate.
+
+        Args:
+            use: False synchronizes as always.
+
+        Yields:
+            None
+        """
+        with ExitStack() as stack:
+            if use:
+                for module in self.modules.values():
+                    # DistributedDataParallel's own context, one for each entry.
+                    if hasattr(module, "no_sync"):
+                        stack.enter_context(module.no_sync())
+            yield
+
+    # ------------------------------------------------------------------- data
+
+    def make_dataloader(
+        self,
+        dataset: Any,
+        stage: Stage,
+        ckpt_prefix: str | None = "dataloader-",
+        **loader_kwargs: Any,
+    ) -> Any:
+        """Makes the loader that ``fit`` or ``evaluate`` needs for a dataset.
+
+        Args:
+            dataset: The dataset.
+            stage: The stage that iterates it; TRAIN shuffles reproducibly.
+            ckpt_prefix: With the stage's name the key under which the
+                checkpointer saves the position; None saves none.
+            **loader_kwargs: Arguments of ``DataLoader``.
+
+        Returns:
+            The loader.
+        """
+        if stage == Stage.TRAIN and loader_kwargs.pop("shuffle", False):
+            self.train_sampler = data.shuffling_sampler(dataset, loader_kwargs)
+            loader_kwargs["sampler"] = self.train_sampler
+        loader = data.make_dataloader(dataset, self.checkpointer, **loader_kwargs)
+        if (
+            self.checkpointer is not None
+            and ckpt_prefix is not None
+            and _speechbrain.is_saveable_loader(loader)
+        ):
+            self.checkpointer.add_recoverable(ckpt_prefix + stage.name, loader)
+        return loader
+
+    # -------------------------------------------------------- fit and evaluate
+
+    def fit(
+        self,
+        epoch_counter: Iterable[Any],
+        train_set: Any,
+        valid_set: Any = None,
+        progressbar: bool | None = None,
+        train_loader_kwargs: Mapping[str, Any] = {},  # noqa: B006  SpeechBrain's signature
+        valid_loader_kwargs: Mapping[str, Any] = {},  # noqa: B006
+        *,
+        trainer: Trainer | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Iterates epochs and datasets to improve the objective.
+
+        Args:
+            epoch_counter: Gives the number of each epoch.
+            train_set: A DataLoader, or a dataset to make one for.
+            valid_set: The same for validation; None validates nothing.
+            progressbar: Whether to show a bar; by default unless ``noprogressbar``.
+            train_loader_kwargs: Arguments of the training DataLoader.
+            valid_loader_kwargs: Arguments of the validation DataLoader.
+            trainer: A Trainer, or arguments for one; ``hparams["trainer"]`` and
+                ``--trainer.X=Y`` if not given.
+        """
+        if self.test_only:
+            logger.info("Test only mode, skipping training and validation stages.")
+            return
+        if not data.is_loader(train_set):
+            train_set = self.make_dataloader(
+                train_set, stage=Stage.TRAIN, **train_loader_kwargs
+            )
+        if valid_set is not None and not data.is_loader(valid_set):
+            valid_set = self.make_dataloader(
+                valid_set,
+                stage=Stage.VALID,
+                **{"ckpt_prefix": None, **valid_loader_kwargs},
+            )
+        module = to_lightning(
+            self, epoch_counter=epoch_counter, progressbar=self._shows_bar(progressbar)
+        )
+        trainers.fit(self._trainer(trainer), module, train_set, valid_set)
+
+    def evaluate(
+        self,
+        test_set: Any,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        progressbar: bool | None = None,
+        test_loader_kwargs: Mapping[str, Any] = {},  # noqa: B006  SpeechBrain's signature
+        *,
+        trainer: Trainer | Mapping[str, Any] | None = None,
+    ) -> float:
+        """Evaluates on a dataset, by default with the best checkpoint.
+
+        Args:
+            test_set: A DataLoader, or a dataset to make one for.
+            max_key: For ``on_evaluate_start``.
+            min_key: For ``on_evaluate_start``.
+            progressbar: Whether to show a bar; by default unless ``noprogressbar``.
+            test_loader_kwargs: Arguments of the DataLoader.
+            trainer: As for ``fit``.
+
+        Returns:
+            The average loss.
+        """
+        if not data.is_loader(test_set):
+            test_set = self.make_dataloader(
+                test_set, Stage.TEST, **{**test_loader_kwargs, "ckpt_prefix": None}
+            )
+        module = to_lightning(
+            self,
+            progressbar=self._shows_bar(progressbar),
+            max_key=max_key,
+            min_key=min_key,
+        )
+        return trainers.test(self._trainer(trainer), module, test_set)
+
+    def _shows_bar(self, progressbar: bool | None) -> bool:
+        return not self.noprogressbar if progressbar is None else progressbar
+
+    def _trainer(self, trainer: Trainer | Mapping[str, Any] | None) -> Trainer:
+        if trainer is None:
+            trainer = self.trainer_arguments
+        return trainers.make_trainer(trainer, self.device)

@@ -1,0 +1,195 @@
+"""What a Brain is made of before anything runs: options, modules, device and counters."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from os import PathLike
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from torch.nn import Module, ModuleDict
+from torch.optim import Optimizer
+
+from . import _speechbrain
+from .device import autocast, infer_device
+from .epochs import EpochCounter, EpochCounterWithStopper
+from .errors import BrainTypeError
+from .resolve import resolve_run_options
+from .run_options import RunOptions
+
+logger = logging.getLogger(__name__)
+
+
+class BrainState:
+    """The attributes of a Brain, and how they are saved.
+
+    Args:
+        modules: See ``Brain``.
+        opt_class: See ``Brain``.
+        hparams: See ``Brain``.
+        run_opts: See ``Brain``.
+        checkpointer: See ``Brain``.
+
+    Attributes:
+        modules: A ModuleDict on the device.
+        hparams: The hyperparameters, in dot notation.
+        device: The name of the device, ``cpu`` or ``cuda:0``.
+        optimizer: The optimizer of the default ``init_optimizers``.
+        optimizers_dict: The optimizers that step together, by name.
+        step: Batches so far in the stage that runs.
+        optimizer_step: Updates so far, over all epochs.
+        avg_train_loss: Running average of the training loss in this epoch.
+        nonfinite_count: Losses of this epoch that were not finite.
+        train_sampler: Its ``set_epoch`` is called before each epoch.
+        training_ctx: Autocast of the training precision.
+        evaluation_ctx: Autocast of the evaluation precision.
+        scaler: The gradient scaler, on for fp16.
+    """
+
+    # Run options become attributes; these are the ones that Brain's own code reads.
+    device: str
+    precision: str
+    eval_precision: str
+    debug: bool
+    debug_batches: int
+    debug_epochs: int
+    debug_persistently: bool
+    max_grad_norm: float
+    skip_nonfinite_grads: bool
+    nonfinite_patience: int
+    noprogressbar: bool
+    tqdm_barcolor: dict[str, str]
+    tqdm_colored_bar: bool
+    ckpt_interval_minutes: float
+    ckpt_interval_steps: int
+    grad_accumulation_factor: int
+    optimizer_step_limit: int | None
+    remove_vector_weight_decay: bool
+    test_only: bool
+
+    optimizer: Optimizer
+
+    def __init__(
+        self,
+        modules: Mapping[str, Module] | None = None,
+        opt_class: Any = None,
+        hparams: Mapping[str, Any] | None = None,
+        run_opts: RunOptions | Mapping[str, Any] | None = None,
+        checkpointer: Any = None,
+    ) -> None:
+        self.opt_class = opt_class
+        self.checkpointer = checkpointer
+        self.hparams = SimpleNamespace(**(hparams or {}))
+        options = resolve_run_options(run_opts, hparams or {})
+        self.trainer_arguments: Any = options.pop("trainer")
+        vars(self).update(options)
+
+        self.device = self.device or infer_device()
+        self.device_type = torch.device(self.device).type
+        if self.device_type == "cuda":
+            torch.cuda.set_device(torch.device(self.device).index or 0)
+        self.modules = _on_device(modules or {}, self.device)
+
+        self.training_ctx: AbstractContextManager[Any] = autocast(self.device, self.precision)
+        self.evaluation_ctx: AbstractContextManager[Any] = autocast(
+            self.device, self.eval_precision
+        )
+        self.scaler = torch.GradScaler(self.device, enabled=self.precision == "fp16")
+
+        self.optimizers_dict: dict[str, Optimizer] | None = None
+        self.train_sampler: Any = None
+        self.step = 0
+        self.optimizer_step = 0
+        self.avg_train_loss = 0.0
+        self.nonfinite_count = 0
+
+        if not self.tqdm_colored_bar:
+            self.tqdm_barcolor = dict.fromkeys(self.tqdm_barcolor, "")
+        self.print_trainable_parameters()
+        if checkpointer is not None:
+            self._join(checkpointer)
+
+    def print_trainable_parameters(self) -> None:
+        """Logs how many parameters there are, and how many of them can be trained."""
+        total = sum(p.numel() for p in self.modules.parameters())
+        trainable = sum(p.numel() for p in self.modules.parameters() if p.requires_grad)
+        if not total:
+            logger.warning("The model has no parameters!")
+        elif not trainable:
+            logger.warning("The model has no trainable parameters!")
+        logger.info(
+            "%s Model Statistics:\n"
+            "* Total Number of Trainable Parameters: %s\n"
+            "* Total Number of Parameters: %s\n"
+            "* Trainable Parameters represent %.4f%% of the total size.",
+            type(self).__name__,
+            f"{trainable:,}",
+            f"{total:,}",
+            100 * trainable / max(total, 1),
+        )
+
+    def _join(self, checkpointer: Any) -> None:
+        """Makes the Brain one of the things that the checkpointer recovers."""
+        if _speechbrain.is_checkpointer(checkpointer):
+            _speechbrain.register_checkpoint_hooks(
+                BrainState, EpochCounter, EpochCounterWithStopper
+            )
+        if self.debug and not self.debug_persistently:
+            _move_to_temporary_directory(checkpointer)
+        if self.scaler.is_enabled():
+            checkpointer.add_recoverable("scaler", self.scaler, optional_load=True)
+        checkpointer.add_recoverable("brain", self)
+
+    def _save(self, path: str | PathLike[str]) -> None:
+        state = {
+            "step": self.step,
+            "avg_train_loss": self.avg_train_loss,
+            "optimizer_step": self.optimizer_step,
+        }
+        Path(path).write_text(yaml.dump(state), encoding="utf-8")
+
+    def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
+        state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        self.step = state["step"]
+        self.avg_train_loss = state["avg_train_loss"]
+        # SpeechBrain before 1.0 saved no optimizer_step.
+        self.optimizer_step = state.get("optimizer_step", state["step"])
+
+
+def _on_device(modules: Mapping[str, Module], device: str) -> ModuleDict:
+    if not isinstance(modules, Mapping) or not all(
+        isinstance(m, Module) for m in modules.values()
+    ):
+        raise BrainTypeError(
+            "modules must be a dict of torch.nn.Module by name, "
+            f"got {_describe_modules(modules)}: Brain(modules={{'model': model}})"
+        )
+    on_device = ModuleDict(dict(modules)).to(device)
+    # A second time one by one: a module may override to() to move what is no parameter,
+    # as SpeechBrain's InputNormalization does.
+    for name in on_device:
+        on_device[name] = on_device[name].to(device)
+    return on_device
+
+
+def _describe_modules(modules: object) -> str:
+    if not isinstance(modules, Mapping):
+        return type(modules).__name__
+    return repr({name: type(module).__name__ for name, module in modules.items()})
+
+
+def _move_to_temporary_directory(checkpointer: Any) -> None:
+    """Debug mode must not write among the checkpoints of real runs."""
+    if not hasattr(checkpointer, "checkpoints_dir"):
+        return
+    directory = tempfile.TemporaryDirectory()
+    logger.info("Debug mode: checkpoints go to the temporary directory %s", directory.name)
+    checkpointer.checkpoints_dir = Path(directory.name)
+    # The directory lives as long as this object.
+    checkpointer.tempdir = directory

@@ -1,0 +1,69 @@
+"""DataLoaders as a Brain makes them: reproducible shuffling, padding, saveable positions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from . import _speechbrain
+from .errors import UnsupportedError
+from .samplers import DEFAULT_SEED, ReproducibleRandomSampler
+
+
+def is_loader(data: object) -> bool:
+    """Whether ``fit`` iterates ``data`` directly, rather than making a loader for it."""
+    return isinstance(data, DataLoader) or _speechbrain.is_looped_loader(data)
+
+
+def shuffling_sampler(dataset: Any, loader_kwargs: Mapping[str, Any]) -> Any:
+    """The sampler that ``shuffle=True`` stands for.
+
+    Its seed is ``$SB_GLOBAL_SEED`` where that is set
+    (``speechbrain.Brain._train_loader_specifics``).
+
+    Args:
+        dataset: The dataset to shuffle.
+        loader_kwargs: Arguments of the loader.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        ValueError: There is a sampler already.
+    """
+    if loader_kwargs.get("sampler") is not None:
+        raise ValueError("Cannot specify both shuffle=True and a sampler in loader_kwargs")
+    seed = int(os.environ.get("SB_GLOBAL_SEED", DEFAULT_SEED))
+    return ReproducibleRandomSampler(dataset, seed=seed)
+
+
+def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any) -> Any:
+    """Makes a loader, by SpeechBrain's own function where its objects are used.
+
+    Args:
+        dataset: A dataset; a SpeechBrain ``DynamicItemDataset`` is padded.
+        checkpointer: A SpeechBrain Checkpointer gets a loader that it can save.
+        **loader_kwargs: Arguments of ``DataLoader``, and SpeechBrain's
+            ``looped_nominal_epoch``.
+
+    Returns:
+        The loader.
+
+    Raises:
+        UnsupportedError: ``looped_nominal_epoch`` without SpeechBrain.
+    """
+    maker = _speechbrain.dataloader_maker(dataset, checkpointer)
+    if maker is not None:
+        return maker(dataset, **loader_kwargs)
+    if loader_kwargs.pop("looped_nominal_epoch", None) is not None:
+        raise UnsupportedError(
+            "looped_nominal_epoch makes SpeechBrain's LoopedLoader: build that loader "
+            "with speechbrain.dataio.dataloader.make_dataloader and give it to fit()"
+        )
+    if loader_kwargs.get("shuffle"):
+        loader_kwargs["sampler"] = shuffling_sampler(dataset, loader_kwargs)
+        del loader_kwargs["shuffle"]
+    return DataLoader(dataset, **loader_kwargs)

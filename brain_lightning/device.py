@@ -1,0 +1,57 @@
+"""Where a Brain lives: its device, and the precision it computes with there."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from .errors import RunOptionError
+from .run_options import PRECISIONS
+
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.float16, torch.bfloat16), strict=True))
+
+
+def infer_device() -> str:
+    """This rank's accelerator where there is one, else the CPU.
+
+    Returns:
+        Its name (``speechbrain.utils.distributed.infer_device``).
+    """
+    if not torch.accelerator.is_available():
+        return "cpu"
+    device = str(torch.accelerator.current_accelerator())
+    rank = os.environ.get("LOCAL_RANK")
+    return device if rank is None else f"{device}:{rank}"
+
+
+def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
+    """The context in which a Brain computes.
+
+    Args:
+        device: The Brain's device.
+        precision: fp32, fp16 or bf16.
+
+    Returns:
+        ``torch.autocast``; for fp32 a context without effect, so that a recipe's
+        own autocast around it stays in force.
+
+    Raises:
+        RunOptionError: ``precision`` is none of them, or fp16 on the CPU.
+    """
+    if precision not in DTYPES:
+        raise RunOptionError(
+            f"precision {precision!r} is not one of {', '.join(DTYPES)}: "
+            "use --precision=bf16 for mixed precision on any device"
+        )
+    device_type = torch.device(device).type
+    if precision == "fp16" and device_type == "cpu":
+        raise RunOptionError(
+            "precision 'fp16' is not supported on the CPU: use --precision=bf16 or "
+            "--eval_precision=bf16, or a GPU"
+        )
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device_type, DTYPES[precision])

@@ -1,0 +1,17 @@
+"""What a user can do wrong, each as a built-in error that recipes already catch."""
+
+
+class RunOptionError(ValueError):
+    """A run option has a value, or stands beside one, that makes no sense."""
+
+
+class UnsupportedError(ValueError):
+    """An option or a setting that cannot be honoured: refused in words, never ignored."""
+
+
+class BrainTypeError(TypeError):
+    """An argument of a Brain, or what one of its hooks returned, is of the wrong type."""
+
+
+class NonFiniteLossError(ValueError):
+    """The loss was not finite more often than ``nonfinite_patience`` allows."""

@@ -1,0 +1,71 @@
+"""The waist: what the Trainer's side uses of a Brain, and nothing more.
+
+Nothing above this line of the architecture needs our own ``Brain`` class, so
+a real ``speechbrain.Brain`` can go through the same engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import GradScaler, Tensor
+from torch.nn import ModuleDict
+from torch.optim import Optimizer
+
+
+class BrainProtocol(Protocol):
+    """Attributes and methods of ``speechbrain.core.Brain`` that a Trainer run relies on."""
+
+    modules: ModuleDict
+    opt_class: Any
+    checkpointer: Any
+    device: str
+    scaler: GradScaler
+    optimizers_dict: dict[str, Optimizer] | None
+    train_sampler: Any
+
+    debug: bool
+    debug_batches: int
+    debug_epochs: int
+    max_grad_norm: float
+    skip_nonfinite_grads: bool
+    grad_accumulation_factor: int
+    optimizer_step_limit: int | None
+    ckpt_interval_minutes: float
+    ckpt_interval_steps: int
+    tqdm_barcolor: dict[str, str]
+
+    step: int
+    optimizer_step: int
+    avg_train_loss: float
+    nonfinite_count: int
+
+    # Properties, so that an implementation may be a context manager of any kind.
+    @property
+    def training_ctx(self) -> AbstractContextManager[Any]: ...
+
+    def compute_forward(self, batch: Any, stage: Any) -> Any: ...
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any: ...
+    def on_fit_start(self) -> None: ...
+    def on_stage_start(self, stage: Any, epoch: Any = None) -> None: ...
+    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None: ...
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None: ...
+    def on_fit_batch_end(
+        self, batch: Any, outputs: Any, loss: Any, should_step: bool
+    ) -> None: ...
+    def on_evaluate_start(
+        self, max_key: str | None = None, min_key: str | None = None
+    ) -> None: ...
+    def fit_batch(self, batch: Any) -> Any: ...
+    def evaluate_batch(self, batch: Any, stage: Any) -> Any: ...
+    def optimizers_step(self) -> None: ...
+    def freeze_optimizers(
+        self, optimizers: dict[str, Optimizer]
+    ) -> Mapping[str, Optimizer]: ...
+    def zero_grad(self, set_to_none: bool = False) -> None: ...
+    def check_loss_isfinite(self, loss: Tensor) -> None: ...
+    def check_gradients(self) -> None: ...
+    def update_average(self, loss: Any, avg_loss: float) -> float: ...
+    def no_sync(self, use: bool = True) -> AbstractContextManager[None]: ...

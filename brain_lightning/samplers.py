@@ -1,0 +1,57 @@
+"""Samplers that give the same order again when asked for the same epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import RandomSampler
+
+# SpeechBrain's seed where $SB_GLOBAL_SEED is not set (Brain._train_loader_specifics).
+DEFAULT_SEED = 563375142
+
+
+class ReproducibleRandomSampler(RandomSampler):
+    """A ``RandomSampler`` whose order depends on its seed and the epoch alone.
+
+    Call ``set_epoch`` before every epoch, else each epoch has the same order
+    (``speechbrain.dataio.sampler.ReproducibleRandomSampler``).
+
+    Args:
+        data_source: The dataset to draw indices for.
+        seed: Added to the epoch to seed each pass.
+        epoch: The epoch to start at.
+        **kwargs: ``replacement`` and ``num_samples`` of ``RandomSampler``.
+
+    Raises:
+        ValueError: A ``generator`` was given; the sampler has its own.
+    """
+
+    def __init__(
+        self,
+        data_source: Sized,
+        seed: int = DEFAULT_SEED,
+        epoch: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if "generator" in kwargs:
+            raise ValueError(
+                "ReproducibleRandomSampler has a generator of its own: give seed= instead"
+            )
+        super().__init__(data_source, **kwargs)
+        self.seed = int(seed)
+        self.epoch = epoch
+        self.generator = torch.Generator()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch that the next pass is shuffled for.
+
+        Args:
+            epoch: The epoch's number.
+        """
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()

@@ -1,0 +1,80 @@
+"""A loader that Lightning may hold, measure and ``iter()`` without any effect on the data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+_NOTHING = object()
+
+
+class StageLoader:
+    """The batches of one stage, drawn at the very moment a Brain would draw them.
+
+    Lightning makes a training iterator before training starts, may make it
+    twice, prefetches where there is no length, and believes a length for as
+    long as it runs. Each would draw from the random number generator, start
+    workers or count batches at another time than SpeechBrain. So ``iter()``
+    has no effect here, and a pass begins with the first batch after ``start()``.
+
+    Args:
+        loader: What ``fit`` or ``evaluate`` was given.
+        batches: Turns ``loader`` into one pass over it.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], batches: Callable[[Iterable[Any]], Iterator[Any]]
+    ) -> None:
+        self.loader = loader
+        self._make_pass = batches
+        self._pass: Iterator[Any] = iter(())
+        self._ahead: Any = _NOTHING
+
+    def __len__(self) -> int:
+        """A guess that keeps Lightning from prefetching; exhaustion ends a pass.
+
+        Never 0, for Lightning leaves out a stage whose loader is empty, while
+        SpeechBrain runs its hooks.
+        """
+        length = self.known_length()
+        return sys.maxsize if length is None else max(1, length)
+
+    def known_length(self) -> int | None:
+        """The loader's own length, now, or None where it has none."""
+        try:
+            return len(self.loader)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError, AttributeError):
+            return None
+
+    def start(self) -> None:
+        """Begins a new pass; nothing is drawn yet."""
+        self.close()
+        self._pass = iter(self._make_pass(self.loader))
+
+    def close(self) -> None:
+        """Ends the pass, and with it the loader's iterator and workers."""
+        close = getattr(self._pass, "close", None)
+        self._pass = iter(())
+        self._ahead = _NOTHING
+        if close is not None:
+            close()
+
+    def advance(self) -> bool:
+        """Draws the next batch unless one is waiting.
+
+        Returns:
+            Whether there is one.
+        """
+        if self._ahead is _NOTHING:
+            self._ahead = next(self._pass, _NOTHING)
+        return self._ahead is not _NOTHING
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self.advance():
+            raise StopIteration
+        batch, self._ahead = self._ahead, _NOTHING
+        return batch

@@ -1,0 +1,182 @@
+"""From run options to a Trainer, and a run on it that behaves as a Brain's own loop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from .callback import BrainCallback
+from .errors import BrainTypeError
+from .module import BrainModule
+
+# What Lightning says about a Trainer that a user made is noise about one he did not.
+SILENT_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+EXPECTED_WARNINGS = (
+    # A Brain stays in eval mode after validation; its TRAIN stage begins with train().
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+    # --device=cpu on a machine with a GPU is a decision.
+    r"GPU available but not used",
+)
+
+
+def own_trainer_arguments(device: str) -> dict[str, Any]:
+    """Arguments of the Trainer that ``brain.fit`` makes for itself.
+
+    Nothing is written anywhere, and nothing but the Brain's own bar is shown.
+
+    Args:
+        device: The Brain's device.
+
+    Returns:
+        Keyword arguments of ``Trainer``.
+    """
+    where = torch.device(device)
+    return {
+        "accelerator": where.type,
+        "devices": 1 if where.index is None or where.type == "cpu" else [where.index],
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+    }
+
+
+def make_trainer(trainer: Trainer | Mapping[str, Any] | None, device: str) -> Trainer:
+    """The Trainer to run on.
+
+    Args:
+        trainer: A Trainer of the user's, or arguments for one.
+        device: The Brain's device.
+
+    Returns:
+        The user's Trainer as it is, or a new one.
+
+    Raises:
+        BrainTypeError: ``trainer`` is neither.
+    """
+    if isinstance(trainer, Trainer):
+        return trainer
+    if trainer is not None and not isinstance(trainer, Mapping):
+        raise BrainTypeError(
+            f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, "
+            f"got {trainer!r}"
+        )
+    arguments = own_trainer_arguments(device) | _as_given(trainer or {})
+    with _silence():
+        return Trainer(**arguments)
+
+
+def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's arguments; where a callback shows a bar, it is let."""
+    given = dict(trainer)
+    callbacks = given.get("callbacks") or []
+    for callback in [callbacks] if isinstance(callbacks, Callback) else callbacks:
+        if _is_progress_bar(callback):
+            given.setdefault("enable_progress_bar", True)
+        if _is_checkpoint(callback):
+            given.setdefault("enable_checkpointing", True)
+    return given
+
+
+def _is_progress_bar(callback: object) -> bool:
+    from lightning.pytorch.callbacks import ProgressBar
+
+    return isinstance(callback, ProgressBar)
+
+
+def _is_checkpoint(callback: object) -> bool:
+    from lightning.pytorch.callbacks import Checkpoint
+
+    return isinstance(callback, Checkpoint)
+
+
+def fit(trainer: Trainer, module: BrainModule, train_set: Any, valid_set: Any) -> None:
+    """``Trainer.fit`` that leaves the process as a Brain's loop would.
+
+    Args:
+        trainer: The Trainer.
+        module: The generated module.
+        train_set: The training loader.
+        valid_set: The validation loader, or None.
+    """
+    with _as_a_brain_would(trainer):
+        # An empty list, for Lightning warns where a module could validate and has no loader.
+        trainer.fit(module, train_set, [] if valid_set is None else valid_set)
+
+
+def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:
+    """``Trainer.test`` that leaves the process as a Brain's loop would.
+
+    Args:
+        trainer: The Trainer.
+        module: The generated module.
+        test_set: The test loader.
+
+    Returns:
+        The average loss.
+    """
+    with _as_a_brain_would(trainer):
+        trainer.test(module, test_set, verbose=False)
+    return module.stages.average
+
+
+@contextmanager
+def _as_a_brain_would(trainer: Trainer) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(_silence())
+        # Lightning enables gradients for good; a fit may run inside an evaluation.
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        stack.enter_context(_keyboard_interrupts(trainer))
+        yield
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in SILENT_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _keyboard_interrupts(trainer: Trainer) -> Iterator[None]:
+    """Lets Ctrl-C reach the caller; Lightning exits the process and stops listening to it."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
+    try:
+        yield
+    except SystemExit:
+        interrupt = _interrupt_of(trainer)
+        if interrupt is None:
+            raise
+        raise interrupt from None
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _interrupt_of(trainer: Trainer) -> KeyboardInterrupt | None:
+    # Trainer.callbacks is an attribute that Lightning's type hints do not show.
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c.interrupt for c in callbacks if isinstance(c, BrainCallback)), None)
