@@ -23,8 +23,12 @@ SILENT_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.ac
 EXPECTED_WARNINGS = (
     # A Brain stays in eval mode after validation; its TRAIN stage begins with train().
     r"Found \d+ module\(s\) in eval mode at the start of training",
+    # A Brain may do without a valid_set.
+    r"You defined a `validation_step` but have no `val_dataloader`",
     # --device=cpu on a machine with a GPU is a decision.
     r"GPU available but not used",
+    # Lightning 2.6 on torch 2.13, in its own CombinedLoader.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
 
@@ -113,8 +117,7 @@ def fit(trainer: Trainer, module: BrainModule, train_set: Any, valid_set: Any) -
         valid_set: The validation loader, or None.
     """
     with _as_a_brain_would(trainer):
-        # An empty list, for Lightning warns where a module could validate and has no loader.
-        trainer.fit(module, train_set, [] if valid_set is None else valid_set)
+        trainer.fit(module, train_set, valid_set)
 
 
 def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:

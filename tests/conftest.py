@@ -1,0 +1,96 @@
+"""Hygiene: every test starts from the same state and leaves the process as it found it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+
+def _hide_torchaudio_extensions() -> None:
+    """Lets SpeechBrain import torchaudio where torch is a CPU build.
+
+    PyPI's torchaudio ships extensions that are built for CUDA and cannot be loaded
+    then. Missing ones count as "not built", so a stub in their place is enough.
+    """
+    if torch.version.cuda is None:
+        stub = types.ModuleType("torchaudio._extension")
+        stub._IS_TORCHAUDIO_EXT_AVAILABLE = False  # type: ignore[attr-defined]
+        stub._IS_ALIGN_AVAILABLE = False  # type: ignore[attr-defined]
+        stub.fail_if_no_align = lambda function: function  # type: ignore[attr-defined]
+        sys.modules["torchaudio._extension"] = stub
+
+
+def _import_speechbrain() -> None:
+    """Imports it once, with its own warnings left out: they are not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import speechbrain
+        import speechbrain.core
+        import speechbrain.utils.checkpoints  # noqa: F401
+
+
+_hide_torchaudio_extensions()
+_import_speechbrain()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    seed_everything(1234)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def process_is_left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # A launcher's variables must not leak into a test, nor one test's into the next.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SB_GLOBAL_SEED"):
+        monkeypatch.delenv(name, raising=False)
+    environment = dict(os.environ)
+    folder = os.getcwd()
+    handler = signal.getsignal(signal.SIGINT)
+    threads = set(threading.enumerate())
+    yield
+    os.chdir(folder)
+    assert torch.is_grad_enabled(), "gradients were left disabled"
+    assert signal.getsignal(signal.SIGINT) is handler, "the handler of Ctrl-C was changed"
+    assert not torch.distributed.is_initialized(), "a process group was left behind"
+    left = [t for t in set(threading.enumerate()) - threads if not t.daemon]
+    assert not left, f"threads were left behind: {left}"
+    changed = {k for k, v in os.environ.items() if environment.get(k) != v}
+    # KMP_* are set by OpenMP, PYTEST_* by pytest.
+    changed = {k for k in changed if not k.startswith(("KMP_", "PYTEST_"))}
+    assert not changed, f"environment variables were changed: {changed}"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(
+    tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Nothing is written anywhere unless asked: a test that is not asked leaves no file."""
+    folder = os.path.join(tmp_path, "cwd")
+    os.mkdir(folder)
+    monkeypatch.chdir(folder)
+    yield
+    assert os.listdir(folder) == [], "files were written into the current folder"

@@ -1,0 +1,1 @@
+"""The same experiment on real SpeechBrain and on brain_lightning, compared bit for bit."""

@@ -1,0 +1,190 @@
+"""Two sides to run the same scenario on, and the record that each leaves behind."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import speechbrain
+import torch
+from speechbrain.utils.epoch_loop import EpochCounter as SpeechBrainEpochCounter
+from speechbrain.utils.epoch_loop import (
+    EpochCounterWithStopper as SpeechBrainEpochCounterWithStopper,
+)
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+import brain_lightning
+
+from ..conftest import seed_everything
+
+# Every hook of a Brain that its loops call. Not fit_batch and optimizers_step: a Trainer may do
+# the work of those where a recipe leaves them alone.
+HOOKS = (
+    "make_dataloader",
+    "on_fit_start",
+    "init_optimizers",
+    "on_stage_start",
+    "on_fit_batch_start",
+    "compute_forward",
+    "compute_objectives",
+    "check_loss_isfinite",
+    "freeze_optimizers",
+    "check_gradients",
+    "on_fit_batch_end",
+    "update_average",
+    "evaluate_batch",
+    "zero_grad",
+    "on_stage_end",
+    "on_evaluate_start",
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation of Brain."""
+
+    name: str
+    Brain: Any
+    Stage: Any
+    EpochCounter: Any
+    EpochCounterWithStopper: Any
+
+
+SPEECHBRAIN = Side(
+    "speechbrain",
+    speechbrain.Brain,
+    speechbrain.Stage,
+    SpeechBrainEpochCounter,
+    SpeechBrainEpochCounterWithStopper,
+)
+OURS = Side(
+    "brain_lightning",
+    brain_lightning.Brain,
+    brain_lightning.Stage,
+    brain_lightning.EpochCounter,
+    brain_lightning.EpochCounterWithStopper,
+)
+
+
+@dataclass
+class Record:
+    """What a scenario did: every event in order; all tensors at first and at each stage's end."""
+
+    events: list[tuple[Any, ...]] = field(default_factory=list)
+    stage_losses: list[tuple[str, Any, float]] = field(default_factory=list)
+    tensors: list[dict[str, Tensor]] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+
+    def event(self, brain: Any, name: str, *details: Any) -> None:
+        training = tuple(m.training for m in brain.modules.modules())
+        self.events.append(
+            (name, *details, torch.is_grad_enabled(), training, brain.step, rng_digest())
+        )
+
+
+def rng_digest() -> str:
+    state = torch.get_rng_state().numpy().tobytes()
+    state += repr((random.getstate(), np.random.get_state())).encode()
+    return hashlib.sha256(state).hexdigest()[:12]
+
+
+def attach(record: Record, brain: Any) -> None:
+    """Records the hooks of one instance; its class, and what it overrides, stay as they are."""
+    record.tensors.append(tensors_of(brain))
+    for name in HOOKS:
+        setattr(brain, name, _recorded(record, brain, name, getattr(brain, name)))
+
+
+def _recorded(record: Record, brain: Any, name: str, hook: Callable[..., Any]) -> Any:
+    @functools.wraps(hook)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        stage = [a.name for a in (*args, *kwargs.values()) if hasattr(a, "name")]
+        plain = [a for a in (*args, *kwargs.values()) if isinstance(a, (bool, int, float, str))]
+        record.event(brain, name, *stage, *plain)
+        if name == "on_stage_end":
+            record.stage_losses.append((args[0].name, *args[2:], args[1]))
+            record.tensors.append(tensors_of(brain))
+        return hook(*args, **kwargs)
+
+    return wrapper
+
+
+def tensors_of(brain: Any) -> dict[str, Tensor]:
+    """Copies of every weight, buffer, gradient and optimizer tensor."""
+    found = dict(brain.modules.state_dict())
+    found |= {
+        f"grad.{n}": p.grad for n, p in brain.modules.named_parameters() if p.grad is not None
+    }
+    for name, optimizer in vars(brain).items():
+        if isinstance(optimizer, Optimizer):
+            for index, state in optimizer.state_dict()["state"].items():
+                found |= {f"{name}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+class TracedLoader(DataLoader):
+    """A DataLoader that tells when it is iterated and when a batch is fetched."""
+
+    record: Record
+    brain: Any
+
+    def traced(self, record: Record, brain: Any) -> TracedLoader:
+        self.record, self.brain = record, brain
+        return self
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.record.event(self.brain, "iter")
+        iterator = super().__iter__()
+        while True:
+            self.record.event(self.brain, "fetch")
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            yield batch
+
+
+Scenario = Callable[[Side, Record], Any]
+
+
+def run(side: Side, scenario: Scenario) -> tuple[Record, Any]:
+    """Runs a scenario on one side, from the same seed."""
+    seed_everything(42)
+    record = Record()
+    with warnings.catch_warnings():
+        if side is SPEECHBRAIN:
+            warnings.simplefilter("ignore")
+        brain = scenario(side, record)
+    record.tensors.append(tensors_of(brain))
+    record.event(brain, "end")
+    return record, brain
+
+
+def assert_equal(ours: Record, theirs: Record) -> None:
+    """Bit for bit: events, losses, weights, gradients and optimizer states."""
+    for index, (mine, other) in enumerate(zip(ours.events, theirs.events, strict=False)):
+        before = "\n".join(map(str, ours.events[max(0, index - 3) : index]))
+        assert mine == other, f"event {index} differs, after\n{before}"
+    assert len(ours.events) == len(theirs.events)
+    assert ours.stage_losses == theirs.stage_losses
+    assert ours.results == theirs.results
+    assert len(ours.tensors) == len(theirs.tensors)
+    for stage, (mine, other) in enumerate(zip(ours.tensors, theirs.tensors, strict=True)):
+        assert mine.keys() == other.keys(), f"at stage end {stage}"
+        for name in mine:
+            assert torch.equal(mine[name], other[name]), f"{name} differs at stage end {stage}"
+
+
+def assert_moved(record: Record) -> None:
+    """Some weight is not what it was when the Brain was made."""
+    first, last = record.tensors[0], record.tensors[-1]
+    moved = [name for name, weight in first.items() if not torch.equal(weight, last[name])]
+    assert moved, "no weight moved"

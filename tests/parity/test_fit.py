@@ -1,0 +1,501 @@
+"""``fit`` and ``evaluate`` of both sides, from the same seed, compared bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from speechbrain.dataio.dataloader import LoopedLoader
+from torch import nn
+
+from .recipes import (
+    ChangingBatches,
+    Noisy,
+    Stream,
+    dataset,
+    loader,
+    make,
+    two_modules,
+)
+from .sides import OURS, SPEECHBRAIN, Record, Side, assert_equal, assert_moved, run
+
+SHUFFLED = {"batch_size": 4, "shuffle": True}
+
+
+def one_module(side: Side, record: Record) -> Any:
+    brain = make(side, record)
+    brain.fit(side.EpochCounter(3), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def two_modules_sgd(side: Side, record: Record) -> Any:
+    def sgd(parameters: Any) -> Any:
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+    brain = make(side, record, two_modules(), opt_class=sgd)
+    brain.fit(range(1, 4), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def dropout_shuffled(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(dropout=0.3))
+    brain.fit(
+        side.EpochCounter(3), dataset(), dataset(),
+        train_loader_kwargs=SHUFFLED, valid_loader_kwargs={"batch_size": 5},
+    )  # fmt: skip
+    return brain
+
+
+def shuffled_by_the_global_rng(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(dropout=0.3))
+    train = loader(record, brain, shuffle=True)
+    brain.fit(side.EpochCounter(3), train, loader(record, brain, shuffle=False))
+    return brain
+
+
+def augmented(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(dropout=0.3))
+    brain.fit(side.EpochCounter(3), loader(record, brain, Noisy()), loader(record, brain))
+    return brain
+
+
+def two_workers(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(dropout=0.3))
+    train = loader(record, brain, Noisy(), num_workers=2, shuffle=True)
+    brain.fit(side.EpochCounter(2), train, loader(record, brain, num_workers=2))
+    return brain
+
+
+def two_workers_made_by_the_brain(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(dropout=0.3))
+    kwargs = {**SHUFFLED, "num_workers": 2}
+    brain.fit(side.EpochCounter(2), Noisy(), train_loader_kwargs=kwargs)
+    return brain
+
+
+def stage_start_draws(side: Side, record: Record) -> Any:
+    def on_stage_start(self: Any, stage: Any, epoch: Any = None) -> None:
+        record.results.append(torch.rand(3).tolist())
+
+    brain = make(side, record, two_modules(dropout=0.3), on_stage_start=on_stage_start)
+    train = loader(record, brain, shuffle=True)
+    brain.fit(side.EpochCounter(3), train, loader(record, brain))
+    return brain
+
+
+def bf16(side: Side, record: Record) -> Any:
+    options = {"precision": "bf16", "eval_precision": "bf16"}
+
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Any:
+        record.results.append((torch.is_autocast_enabled("cpu"), stage.name))
+        return self.modules.head(self.modules.encoder(batch[0]))
+
+    brain = make(side, record, two_modules(), run_opts=options, compute_forward=compute_forward)
+    brain.fit(side.EpochCounter(2), loader(record, brain), loader(record, brain))
+    assert (True, "TRAIN") in record.results
+    return brain
+
+
+def bf16_training_only(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(), hparams={"precision": "bf16"})
+    brain.fit(side.EpochCounter(2), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def accumulation(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2), run_opts={"grad_accumulation_factor": 3})
+    train = loader(record, brain, batch_size=2, shuffle=True)
+    assert len(train) == 10
+    brain.fit(side.EpochCounter(3), train, loader(record, brain))
+    record.results.append(brain.optimizer_step)
+    return brain
+
+
+def _init_two(self: Any) -> None:
+    self.encoder_optimizer = torch.optim.Adam(self.modules.encoder.parameters(), 0.01)
+    self.head_optimizer = torch.optim.SGD(self.modules.head.parameters(), 0.1)
+    self.optimizers_dict = {"encoder": self.encoder_optimizer, "head": self.head_optimizer}
+
+
+def two_optimizers(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2), init_optimizers=_init_two)
+    brain.fit(side.EpochCounter(3), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def _freeze_alternating(self: Any, optimizers: Any) -> Any:
+    return {"head": optimizers["head"]} if self.step % 2 else optimizers
+
+
+def frozen_alternating(side: Side, record: Record) -> Any:
+    brain = make(
+        side, record, two_modules(0.2),
+        init_optimizers=_init_two, freeze_optimizers=_freeze_alternating,
+        run_opts={"max_grad_norm": 0.1},
+    )  # fmt: skip
+    brain.fit(side.EpochCounter(3), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def optimizer_without_dict(side: Side, record: Record) -> Any:
+    def init_optimizers(self: Any) -> None:
+        self.optimizer = self.opt_class(self.modules.parameters())
+
+    brain = make(side, record, init_optimizers=init_optimizers)
+    brain.fit(side.EpochCounter(2), loader(record, brain))
+    return brain
+
+
+def optimizer_replaced(side: Side, record: Record) -> Any:
+    def on_stage_start(self: Any, stage: Any, epoch: Any = None) -> None:
+        if stage.name == "TRAIN" and epoch == 2:
+            self.optimizer = torch.optim.SGD(self.modules.parameters(), lr=0.05)
+            self.optimizers_dict = {"sgd": self.optimizer}
+
+    brain = make(side, record, on_stage_start=on_stage_start)
+    brain.fit(side.EpochCounter(3), loader(record, brain))
+    return brain
+
+
+def learning_rate_annealed(side: Side, record: Record) -> Any:
+    def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        if stage.name == "VALID":
+            for group in self.optimizer.param_groups:
+                group["lr"] *= 0.5
+
+    def on_fit_batch_end(
+        self: Any, batch: Any, outputs: Any, loss: Any, should_step: bool
+    ) -> None:
+        self.optimizer.param_groups[0]["lr"] *= 0.99
+
+    brain = make(side, record, on_stage_end=on_stage_end, on_fit_batch_end=on_fit_batch_end)
+    brain.fit(side.EpochCounter(3), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def clipped(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts={"max_grad_norm": 0.01})
+    brain.fit(side.EpochCounter(2), loader(record, brain))
+    return brain
+
+
+def nonfinite_gradients_dropped(side: Side, record: Record) -> Any:
+    def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Any:
+        loss = nn.functional.cross_entropy(predictions, batch[1])
+        # A finite loss whose gradient is not: the derivative of sqrt at 0.
+        return loss + (0 * self.modules.encoder[0].weight[0, 0]).sqrt()
+
+    brain = make(
+        side, record, two_modules(),
+        run_opts={"skip_nonfinite_grads": True}, compute_objectives=compute_objectives,
+    )  # fmt: skip
+    brain.fit(side.EpochCounter(2), loader(record, brain))
+    return brain
+
+
+def no_vector_weight_decay(side: Side, record: Record) -> Any:
+    def adamw(parameters: Any) -> Any:
+        return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.5)
+
+    # SpeechBrain clips the first parameter group only: see the README's table.
+    options = {"remove_vector_weight_decay": True, "max_grad_norm": 1e9}
+    brain = make(side, record, two_modules(), opt_class=adamw, run_opts=options)
+    brain.fit(side.EpochCounter(2), loader(record, brain))
+    return brain
+
+
+def no_valid_set(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    brain.fit(side.EpochCounter(3), loader(record, brain))
+    return brain
+
+
+def evaluate_after_fit(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    brain.fit(side.EpochCounter(2), loader(record, brain), loader(record, brain))
+    record.results.append(brain.evaluate(loader(record, brain), min_key="loss"))
+    record.results.append(brain.evaluate(dataset(), test_loader_kwargs={"batch_size": 3}))
+    return brain
+
+
+def evaluate_between_epochs(side: Side, record: Record) -> Any:
+    def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        if stage.name == "VALID":
+            record.results.append(self.evaluate(loader(record, self)))
+
+    brain = make(side, record, two_modules(0.2), on_stage_end=on_stage_end)
+    brain.fit(side.EpochCounter(2), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def fit_twice(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    for epochs in (2, 1):
+        brain.fit(side.EpochCounter(epochs), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def finished_counter_again(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    counter = side.EpochCounter(2)
+    for _ in range(2):
+        brain.fit(counter, loader(record, brain), loader(record, brain))
+        record.results.append(counter.current)
+    return brain
+
+
+def counter_with_stopper(side: Side, record: Record) -> Any:
+    counter = side.EpochCounterWithStopper(10, 2, 1, "min")
+
+    def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        if stage.name == "VALID":
+            counter.update_metric([1.0, 0.5, 0.6, 0.7, 0.1][epoch - 1])
+
+    brain = make(side, record, on_stage_end=on_stage_end)
+    brain.fit(counter, loader(record, brain), loader(record, brain))
+    record.results.append((counter.current, counter.best_limit, counter.should_stop))
+    return brain
+
+
+def fit_inside_fit(side: Side, record: Record) -> Any:
+    def on_stage_start(self: Any, stage: Any, epoch: Any = None) -> None:
+        if stage.name == "TRAIN" and not self.inner:
+            self.inner = True
+            for _ in range(2):
+                inner = loader(record, self, batch_size=7, shuffle=True)
+                self.fit(range(10 * epoch, 10 * epoch + 1), inner, loader(record, self))
+            self.inner = False
+
+    brain = make(side, record, two_modules(0.2), on_stage_start=on_stage_start, inner=False)
+    train = loader(record, brain, shuffle=True)
+    brain.fit(side.EpochCounter(2), train, loader(record, brain))
+    return brain
+
+
+def counted_by_range(side: Side, record: Record) -> Any:
+    brain = make(side, record)
+    brain.fit(range(2), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def counted_by_a_generator(side: Side, record: Record) -> Any:
+    brain = make(side, record)
+
+    def epochs() -> Any:
+        for name in ("first", "second"):
+            record.event(brain, "epoch drawn")
+            yield name
+        record.event(brain, "no epoch left")
+
+    brain.fit(epochs(), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def no_epoch_at_all(side: Side, record: Record) -> Any:
+    brain = make(side, record)
+    brain.fit(range(0), loader(record, brain), loader(record, brain))
+    brain.fit(range(1), loader(record, brain))
+    return brain
+
+
+def stream_without_length(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    train, valid = loader(record, brain, Stream()), loader(record, brain, Stream(8))
+    brain.fit(side.EpochCounter(3), train, valid)
+    return brain
+
+
+def stream_given_as_dataset(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    kwargs = {"batch_size": 3}
+    brain.fit(
+        side.EpochCounter(2), Stream(), Stream(),
+        train_loader_kwargs=kwargs, valid_loader_kwargs=kwargs,
+    )  # fmt: skip
+    return brain
+
+
+def changing_length(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    train = loader(record, brain, batch_sampler=ChangingBatches(3, 6, 2, 0, 4))
+    valid = loader(record, brain, batch_sampler=ChangingBatches(2, 4, 1, 0, 3))
+    brain.fit(side.EpochCounter(5), train, valid)
+    return brain
+
+
+def wrong_length(side: Side, record: Record) -> Any:
+    class Lying(ChangingBatches):
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Any:
+            length = self.lengths[self.passes]
+            self.passes += 1
+            yield from ([i, i + 1] for i in range(length))
+
+    brain = make(side, record, two_modules(0.2))
+    train = loader(record, brain, batch_sampler=Lying(2, 5, 3))
+    valid = loader(record, brain, batch_sampler=Lying(1, 4, 3))
+    brain.fit(side.EpochCounter(3), train, valid)
+    return brain
+
+
+def empty_sets(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    train = loader(record, brain, batch_sampler=ChangingBatches(0, 3))
+    valid = loader(record, brain, batch_sampler=ChangingBatches(0, 0))
+    brain.fit(side.EpochCounter(2), train, valid)
+    record.results.append(brain.evaluate(loader(record, brain, batch_sampler=ChangingBatches(0))))
+    brain.fit(side.EpochCounter(2), loader(record, brain))
+    return brain
+
+
+def looped_loader(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2))
+    train = LoopedLoader(loader(record, brain, shuffle=True), epoch_length=3, batchsize_fn=len)
+    train.batchsize_fn = len
+    brain.fit(side.EpochCounter(3), train, loader(record, brain))
+    return brain
+
+
+def debug_mode(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2), run_opts={"debug": True})
+    train = loader(record, brain, shuffle=True)
+    brain.fit(side.EpochCounter(10), train, loader(record, brain))
+    record.results.append(brain.evaluate(loader(record, brain)))
+    return brain
+
+
+def debug_mode_in_numbers(side: Side, record: Record) -> Any:
+    options = {"debug": True, "debug_batches": 4, "debug_epochs": 1}
+    brain = make(side, record, two_modules(0.2), run_opts=options)
+    brain.fit(side.EpochCounter(10), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def update_limit(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2), run_opts={"optimizer_step_limit": 7})
+    train = loader(record, brain, shuffle=True)
+    brain.fit(side.EpochCounter(5), train, loader(record, brain))
+    # The limit is reached already: SpeechBrain still runs one epoch's hooks.
+    brain.fit(side.EpochCounter(5), train, loader(record, brain))
+    record.results.append(brain.optimizer_step)
+    return brain
+
+
+def only_tested(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts={"test_only": True})
+    brain.fit(side.EpochCounter(2), loader(record, brain))
+    record.results.append(brain.evaluate(loader(record, brain)))
+    brain.test_only = False
+    brain.fit(side.EpochCounter(2), loader(record, brain))
+    return brain
+
+
+def interrupted(side: Side, record: Record) -> Any:
+    def on_fit_batch_end(
+        self: Any, batch: Any, outputs: Any, loss: Any, should_step: bool
+    ) -> None:
+        if self.optimizer_step == 7 and not self.interrupted:
+            self.interrupted = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+    brain = make(side, record, two_modules(0.2), on_fit_batch_end=on_fit_batch_end, interrupted=False)
+    with pytest.raises(KeyboardInterrupt):
+        brain.fit(side.EpochCounter(5), loader(record, brain), loader(record, brain))
+    record.results.append((brain.step, brain.avg_train_loss, brain.optimizer_step))
+    # And on as after any other Ctrl-C.
+    brain.fit(side.EpochCounter(1), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def an_exception(side: Side, record: Record) -> Any:
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Any:
+        if self.optimizer_step == 6 and stage.name == "VALID":
+            raise RuntimeError("out of memory")
+        return self.modules.model(batch[0])
+
+    brain = make(side, record, compute_forward=compute_forward)
+    train, valid = loader(record, brain, num_workers=2), loader(record, brain)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        brain.fit(side.EpochCounter(5), loader(record, brain, batch_size=8), valid)
+    record.results.append((brain.step, brain.avg_train_loss))
+    brain.step = 0
+    brain.fit(side.EpochCounter(1), train)
+    return brain
+
+
+def with_a_bar(side: Side, record: Record) -> Any:
+    brain = make(side, record, two_modules(0.2), run_opts={"tqdm_colored_bar": True})
+    train = loader(record, brain, shuffle=True)
+    brain.fit(side.EpochCounter(2), train, loader(record, brain), progressbar=True)
+    return brain
+
+
+def fit_batch_overridden(side: Side, record: Record) -> Any:
+    def fit_batch(self: Any, batch: Any) -> Any:
+        loss = self.compute_objectives(
+            self.compute_forward(batch, side.Stage.TRAIN), batch, side.Stage.TRAIN
+        )
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer_step += 1
+        return loss.detach()
+
+    brain = make(side, record, two_modules(0.2), fit_batch=fit_batch)
+    brain.fit(side.EpochCounter(2), loader(record, brain, shuffle=True), loader(record, brain))
+    return brain
+
+
+def fit_batch_calls_super(side: Side, record: Record) -> Any:
+    def fit_batch(self: Any, batch: Any) -> Any:
+        record.event(self, "fit_batch")
+        return side.Brain.fit_batch(self, batch)
+
+    options = {"grad_accumulation_factor": 2}
+    brain = make(side, record, two_modules(0.2), fit_batch=fit_batch, run_opts=options)
+    brain.fit(side.EpochCounter(2), loader(record, brain, shuffle=True), loader(record, brain))
+    return brain
+
+
+def no_hparams(side: Side, record: Record) -> Any:
+    brain = make(side, record, hparams=None)
+    brain.fit(side.EpochCounter(1), loader(record, brain))
+    brain.fit(side.EpochCounter(1), loader(record, brain))
+    return brain
+
+
+SCENARIOS = [
+    one_module, two_modules_sgd, dropout_shuffled, shuffled_by_the_global_rng, augmented,
+    two_workers, two_workers_made_by_the_brain, stage_start_draws, bf16, bf16_training_only,
+    accumulation, two_optimizers, frozen_alternating, optimizer_without_dict,
+    optimizer_replaced, learning_rate_annealed, clipped, nonfinite_gradients_dropped,
+    no_vector_weight_decay, no_valid_set, evaluate_after_fit, evaluate_between_epochs,
+    fit_twice, finished_counter_again, counter_with_stopper, fit_inside_fit, counted_by_range,
+    counted_by_a_generator, no_epoch_at_all, stream_without_length, stream_given_as_dataset,
+    changing_length, wrong_length, empty_sets, looped_loader, debug_mode,
+    debug_mode_in_numbers, update_limit, only_tested, interrupted, an_exception, with_a_bar,
+    fit_batch_overridden, fit_batch_calls_super, no_hparams,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_same_bits_in_same_order(scenario: Any) -> None:
+    theirs, their_brain = run(SPEECHBRAIN, scenario)
+    ours, our_brain = run(OURS, scenario)
+    assert_equal(ours, theirs)
+    for counter in ("step", "optimizer_step", "avg_train_loss"):
+        assert getattr(our_brain, counter) == getattr(their_brain, counter)
+    assert_moved(ours)
+
+
+def test_every_pair_of_scenarios_is_a_different_run() -> None:
+    """A scenario that records nothing of its own would compare nothing."""
+    records = [run(OURS, scenario)[0].events for scenario in (one_module, no_valid_set, clipped)]
+    for one, other in itertools.combinations(records, 2):
+        assert one != other
