@@ -109,7 +109,7 @@ def start_train_epoch(trainer: Trainer, length: int | None) -> None:
     """
     if _is_unlimited(trainer.limit_train_batches):
         trainer.fit_loop.max_batches = float("inf") if length is None else max(1, length)
-    if _is_unlimited(trainer.val_check_interval):  # type: ignore[arg-type]
+    if _is_unlimited(trainer.val_check_interval):
         trainer.val_check_batch = float("inf")
 
 
@@ -119,11 +119,16 @@ def start_validation(trainer: Trainer) -> None:
     Args:
         trainer: The Trainer at the start of a validation.
     """
-    loop = trainer._evaluation_loop if trainer.evaluating else trainer.fit_loop.epoch_loop.val_loop
+    loop = (
+        trainer._evaluation_loop
+        if trainer.evaluating
+        else trainer.fit_loop.epoch_loop.val_loop
+    )
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
     if _is_unlimited(limit):
         combined, fetcher = loop._combined_loader, loop._data_fetcher
-        assert combined is not None and fetcher is not None
+        assert combined is not None
+        assert fetcher is not None
         loop._max_batches = [float("inf")] * len(combined.flattened)
         combined.limits = loop._max_batches
         combined._iterator.limits = loop._max_batches  # type: ignore[union-attr]

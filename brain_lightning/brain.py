@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import _speechbrain, data
@@ -187,17 +188,20 @@ class Brain(BrainState):
         if torch.isfinite(loss):
             return
         self.nonfinite_count += 1
-        seen = (
-            f"Loss is {float(loss)} at step {self.step} "
-            f"({self.nonfinite_count} of {self.nonfinite_patience} forgiven in this epoch)"
-        )
-        if self.nonfinite_count > self.nonfinite_patience:
+        found = f"Loss is {loss.item()} at step {self.step}"
+        patience = self.nonfinite_patience
+        if self.nonfinite_count > patience:
             raise NonFiniteLossError(
-                f"Loss is {float(loss)} at step {self.step}: not finite, and the patience of "
-                f"{self.nonfinite_patience} is exhausted. To debug, wrap fit() with "
-                "torch.autograd.detect_anomaly(), or pass trainer={'detect_anomaly': True}"
+                f"{found}: not finite, and the patience of {patience} is exhausted. To debug, "
+                "wrap fit() with torch.autograd.detect_anomaly(), or pass "
+                "trainer={'detect_anomaly': True}"
             )
-        logger.warning("%s. Its update is skipped.", seen)
+        logger.warning(
+            "%s: its update is skipped (%d of %d forgiven in this epoch).",
+            found,
+            self.nonfinite_count,
+            patience,
+        )
 
     def update_average(self, loss: Any, avg_loss: float) -> float:
         """Updates the running average of the loss; a loss that is not finite is left out.
@@ -284,8 +288,7 @@ class Brain(BrainState):
         with ExitStack() as stack:
             if use:
                 for module in self.modules.values():
-                    # DistributedDataParallel's own context, one for each entry.
-                    if hasattr(module, "no_sync"):
+                    if isinstance(module, DistributedDataParallel):
                         stack.enter_context(module.no_sync())
             yield
 
@@ -330,8 +333,8 @@ class Brain(BrainState):
         train_set: Any,
         valid_set: Any = None,
         progressbar: bool | None = None,
-        train_loader_kwargs: Mapping[str, Any] = {},  # noqa: B006  SpeechBrain's signature
-        valid_loader_kwargs: Mapping[str, Any] = {},  # noqa: B006
+        train_loader_kwargs: Mapping[str, Any] = {},
+        valid_loader_kwargs: Mapping[str, Any] = {},
         *,
         trainer: Trainer | Mapping[str, Any] | None = None,
     ) -> None:
@@ -371,7 +374,7 @@ class Brain(BrainState):
         max_key: str | None = None,
         min_key: str | None = None,
         progressbar: bool | None = None,
-        test_loader_kwargs: Mapping[str, Any] = {},  # noqa: B006  SpeechBrain's signature
+        test_loader_kwargs: Mapping[str, Any] = {},
         *,
         trainer: Trainer | Mapping[str, Any] | None = None,
     ) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -188,8 +190,7 @@ def _move_to_temporary_directory(checkpointer: Any) -> None:
     """Debug mode must not write among the checkpoints of real runs."""
     if not hasattr(checkpointer, "checkpoints_dir"):
         return
-    directory = tempfile.TemporaryDirectory()
-    logger.info("Debug mode: checkpoints go to the temporary directory %s", directory.name)
-    checkpointer.checkpoints_dir = Path(directory.name)
-    # The directory lives as long as this object.
-    checkpointer.tempdir = directory
+    directory = tempfile.mkdtemp(prefix="brain_lightning_debug_")
+    logger.info("Debug mode: checkpoints go to the temporary directory %s", directory)
+    checkpointer.checkpoints_dir = Path(directory)
+    weakref.finalize(checkpointer, shutil.rmtree, directory, ignore_errors=True)

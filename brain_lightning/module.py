@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class BrainModule(LightningModule):
         """Nothing: a Brain stays in eval mode after an evaluation."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: a Brain zeroes its gradients itself, and leaves those of frozen optimizers."""
+        """Nothing: a Brain zeroes its gradients itself, but not those of frozen optimizers."""
 
     def cpu(self) -> BrainModule:
         """Nothing: a Brain stays on its device after a run."""
@@ -164,7 +164,8 @@ class AutomaticModule(BrainModule):
     ) -> None:
         """``fit_batch`` of SpeechBrain, with Lightning doing the passes and the step."""
         brain, before = self.brain, self.brain.optimizer_step
-        assert isinstance(optimizer, LightningOptimizer) and optimizer_closure is not None
+        assert isinstance(optimizer, LightningOptimizer)
+        assert optimizer_closure is not None
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
         self.stages.fit(lambda batch: fit_batch(brain, batch, update), self._batch)
         self._batch = None
@@ -253,16 +254,14 @@ class ManualModule(BrainModule):
 def _counted_steps() -> Iterator[list[Optimizer]]:
     """Gathers the optimizers that step within, whoever owns them."""
     stepped: list[Optimizer] = []
-    handle = register_optimizer_step_post_hook(
-        lambda optimizer, args, kwargs: stepped.append(optimizer)
-    )
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.append(optimizer))
     try:
         yield stepped
     finally:
         handle.remove()
 
 
-@lru_cache(maxsize=None)
+@cache
 def lightning_module_class(brain_class: type) -> type[BrainModule]:
     """Generates the LightningModule class for a Brain class.
 

@@ -106,7 +106,7 @@ class OptimizerGroup(Optimizer):
         return all_optimizers(self._brain)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The members' parameter groups; changing one changes the member."""
         return [group for member in self.members.values() for group in member.param_groups]
 
@@ -114,7 +114,7 @@ class OptimizerGroup(Optimizer):
     def param_groups(self, value: list[dict[str, Any]]) -> None:
         """Ignores the empty list that ``Optimizer.__init__`` starts from."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps the active members.
 
         Args:

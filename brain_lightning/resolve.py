@@ -16,14 +16,10 @@ logger = logging.getLogger(__name__)
 UNSUPPORTED = {
     "data_parallel_backend": "use --trainer.devices=N",
     "jit": "leave it out, or pass a scripted module",
-    "jit_module_keys": "leave it out, or pass a scripted module",
     "compile": "leave it out, or pass torch.compile(module)",
-    "compile_module_keys": "leave it out, or pass torch.compile(module)",
     "profile_training": "use --trainer.profiler=pytorch",
-    "find_unused_parameters": "leave it out: it is for several processes",
 }
 DEPRECATED_PRECISIONS = {"auto_mix_prec": "fp16", "bfloat16_mix_prec": "bf16"}
-AT_LEAST_ONE = ("grad_accumulation_factor", "debug_batches")
 
 
 def resolve_run_options(
@@ -45,9 +41,10 @@ def resolve_run_options(
     if not isinstance(run_opts, RunOptions):
         run_opts = RunOptions.from_dictionary(run_opts or {})
     values = {
-        name: run_opts[name] if name in run_opts.overridden_args else hparams.get(name, default)
+        name: run_opts[name]
+        if name in run_opts.overridden_args
+        else hparams.get(name, default)
         for name, default in RunOptions().items()
-        if name in RunOptions.option_names()
     }
     _refuse_unsupported(values)
     _translate_deprecated(values)
@@ -73,17 +70,20 @@ def _translate_deprecated(values: dict[str, Any]) -> None:
             values["precision"] = precision
 
 
-def _check_values(values: Mapping[str, Any]) -> None:
+def _check_values(values: dict[str, Any]) -> None:
     for name in ("precision", "eval_precision"):
+        if values[name] is None:
+            values[name] = "fp32"
         if values[name] not in PRECISIONS:
             raise RunOptionError(
                 f"run option {name}={values[name]!r} is not one of {', '.join(PRECISIONS)}"
             )
-    for name in AT_LEAST_ONE:
-        if not isinstance(values[name], int) or values[name] < 1:
-            raise RunOptionError(
-                f"run option {name}={values[name]!r} must be a whole number of 1 or more"
-            )
+    factor = values["grad_accumulation_factor"]
+    if factor < 1 or factor != int(factor):
+        raise RunOptionError(
+            f"run option grad_accumulation_factor={factor!r} must be a whole number of 1 or "
+            "more: 1 updates after every batch"
+        )
 
 
 def _choose_interval(
@@ -123,7 +123,7 @@ def _trainer_arguments(run_opts: RunOptions, hparams: Mapping[str, Any]) -> Any:
         return {**from_hparams, **run_opts.trainer}
     if run_opts.trainer:
         raise BrainTypeError(
-            f"--trainer.{next(iter(run_opts.trainer))} cannot change hparams['trainer'], which "
-            f"is {from_hparams!r}: make it a dict of Trainer arguments"
+            f"--trainer.{next(iter(run_opts.trainer))} cannot change hparams['trainer'], "
+            f"which is {from_hparams!r}: make it a dict of Trainer arguments"
         )
     return from_hparams

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -61,9 +61,7 @@ class RunOptions(Mapping[str, Any]):
     device: str | None = option(
         None, "cpu, cuda, cuda:1… (default: this rank's GPU where there is one, else the CPU)"
     )
-    data_parallel_backend: bool = option(
-        False, "Not supported: use --trainer.devices=N.", on_command_line=True
-    )
+    data_parallel_backend: bool = option(False, "Not supported: use --trainer.devices=N.")
     data_parallel_count: int = option(-1, "Not supported.", on_command_line=False)
     distributed_backend: str = option("nccl", "nccl, gloo or mpi.")
     distributed_launch: bool = option(
@@ -122,7 +120,7 @@ class RunOptions(Mapping[str, Any]):
     profile_warmup: int = option(5, "Steps before the profile starts.")
     profile_steps: int = option(5, "Steps in the profile.")
     log_config: str | None = option(None, "A YAML file that configures logging.")
-    param_file: str = option("", "The HyperPyYAML file of the experiment.", on_command_line=False)
+    param_file: str = option("", "The HyperPyYAML file.", on_command_line=False)
     overridden_args: frozenset[str] = field(default=frozenset())
     trainer: dict[str, Any] = option(
         {}, "Arguments of Lightning's Trainer, --trainer.devices=2.", on_command_line=False
@@ -219,8 +217,6 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
 
 def _parser() -> ArgumentParser:
     # Options nobody gives stay out of the result: what is there was given.
-    from argparse import SUPPRESS
-
     parser = ArgumentParser(description="Run a SpeechBrain experiment", allow_abbrev=False)
     parser.add_argument("param_file", help="A hyperparameters file in HyperPyYAML.")
     types = get_type_hints(RunOptions)

@@ -131,7 +131,9 @@ class Stages:
     def end_epoch(self) -> None:
         """Decides, after validation, whether another epoch may follow."""
         brain = self.brain
-        if (brain.debug and self.epochs.current == brain.debug_epochs) or self._limit_reached():
+        if (
+            brain.debug and self.epochs.current == brain.debug_epochs
+        ) or self._limit_reached():
             self.epochs.stop()
 
     def _train_batches(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -144,7 +146,7 @@ class Stages:
                     logger.info("Train iteration limit exceeded")
                     return
                 yield batch
-                # Drawn by time, with the next batch: a refresh per step costs a third of a loop.
+                # Shown with the next batch: a refresh per step costs a third of a loop.
                 bar.set_postfix(train_loss=brain.avg_train_loss, refresh=False)
                 if brain.debug and brain.step == brain.debug_batches:
                     return

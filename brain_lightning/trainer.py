@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 
 from .callback import BrainCallback
 from .errors import BrainTypeError
 from .module import BrainModule
 
 # What Lightning says about a Trainer that a user made is noise about one he did not.
-SILENT_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+SILENT_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+)
 EXPECTED_WARNINGS = (
     # A Brain stays in eval mode after validation; its TRAIN stage begins with train().
     r"Found \d+ module\(s\) in eval mode at the start of training",
@@ -88,23 +91,11 @@ def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(trainer)
     callbacks = given.get("callbacks") or []
     for callback in [callbacks] if isinstance(callbacks, Callback) else callbacks:
-        if _is_progress_bar(callback):
+        if isinstance(callback, ProgressBar):
             given.setdefault("enable_progress_bar", True)
-        if _is_checkpoint(callback):
+        if isinstance(callback, Checkpoint):
             given.setdefault("enable_checkpointing", True)
     return given
-
-
-def _is_progress_bar(callback: object) -> bool:
-    from lightning.pytorch.callbacks import ProgressBar
-
-    return isinstance(callback, ProgressBar)
-
-
-def _is_checkpoint(callback: object) -> bool:
-    from lightning.pytorch.callbacks import Checkpoint
-
-    return isinstance(callback, Checkpoint)
 
 
 def fit(trainer: Trainer, module: BrainModule, train_set: Any, valid_set: Any) -> None:

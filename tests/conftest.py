@@ -63,10 +63,16 @@ def seed_everything(seed: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def process_is_left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # A launcher's variables must not leak into a test, nor one test's into the next.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SB_GLOBAL_SEED"):
-        monkeypatch.delenv(name, raising=False)
+def no_launcher_around() -> Iterator[None]:
+    """The variables of a launcher that runs the tests must not leak into them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SB_GLOBAL_SEED"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def process_is_left_as_found(no_launcher_around: None) -> Iterator[None]:
     environment = dict(os.environ)
     folder = os.getcwd()
     handler = signal.getsignal(signal.SIGINT)
@@ -86,7 +92,9 @@ def process_is_left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(
-    tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch
+    process_is_left_as_found: None,
+    tmp_path: os.PathLike[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[None]:
     """Nothing is written anywhere unless asked: a test that is not asked leaves no file."""
     folder = os.path.join(tmp_path, "cwd")

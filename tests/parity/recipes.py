@@ -79,8 +79,7 @@ def classifier(side: Side, **namespace: Any) -> Any:
             return x
 
         def compute_objectives(self, predictions: Tensor, batch: Any, stage: Any) -> Tensor:
-            loss = nn.functional.cross_entropy(predictions, batch[1])
-            return loss
+            return nn.functional.cross_entropy(predictions, batch[1])
 
     return type("Classifier", (Classifier,), namespace)
 
@@ -95,7 +94,9 @@ def one_module() -> dict[str, nn.Module]:
 
 def two_modules(dropout: float = 0.0) -> dict[str, nn.Module]:
     return {
-        "encoder": nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Dropout(dropout)),
+        "encoder": nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Dropout(dropout)
+        ),
         "head": nn.Linear(8, CLASSES),
     }
 

@@ -25,8 +25,8 @@ import brain_lightning
 
 from ..conftest import seed_everything
 
-# Every hook of a Brain that its loops call. Not fit_batch and optimizers_step: a Trainer may do
-# the work of those where a recipe leaves them alone.
+# Every hook of a Brain that its loops call. Not fit_batch and optimizers_step: a Trainer
+# may do the work of those where a recipe leaves them alone.
 HOOKS = (
     "make_dataloader",
     "on_fit_start",
@@ -76,7 +76,7 @@ OURS = Side(
 
 @dataclass
 class Record:
-    """What a scenario did: every event in order; all tensors at first and at each stage's end."""
+    """Every event in order, and all tensors at first and at each stage's end."""
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
     stage_losses: list[tuple[str, Any, float]] = field(default_factory=list)
@@ -97,7 +97,7 @@ def rng_digest() -> str:
 
 
 def attach(record: Record, brain: Any) -> None:
-    """Records the hooks of one instance; its class, and what it overrides, stay as they are."""
+    """Records the hooks of one instance; its class, and what that overrides, stay."""
     record.tensors.append(tensors_of(brain))
     for name in HOOKS:
         setattr(brain, name, _recorded(record, brain, name, getattr(brain, name)))
@@ -107,7 +107,9 @@ def _recorded(record: Record, brain: Any, name: str, hook: Callable[..., Any]) -
     @functools.wraps(hook)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         stage = [a.name for a in (*args, *kwargs.values()) if hasattr(a, "name")]
-        plain = [a for a in (*args, *kwargs.values()) if isinstance(a, (bool, int, float, str))]
+        plain = [
+            a for a in (*args, *kwargs.values()) if isinstance(a, (bool, int, float, str))
+        ]
         record.event(brain, name, *stage, *plain)
         if name == "on_stage_end":
             record.stage_losses.append((args[0].name, *args[2:], args[1]))

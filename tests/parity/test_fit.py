@@ -94,7 +94,9 @@ def bf16(side: Side, record: Record) -> Any:
         record.results.append((torch.is_autocast_enabled("cpu"), stage.name))
         return self.modules.head(self.modules.encoder(batch[0]))
 
-    brain = make(side, record, two_modules(), run_opts=options, compute_forward=compute_forward)
+    brain = make(
+        side, record, two_modules(), run_opts=options, compute_forward=compute_forward
+    )
     brain.fit(side.EpochCounter(2), loader(record, brain), loader(record, brain))
     assert (True, "TRAIN") in record.results
     return brain
@@ -349,7 +351,9 @@ def empty_sets(side: Side, record: Record) -> Any:
     train = loader(record, brain, batch_sampler=ChangingBatches(0, 3))
     valid = loader(record, brain, batch_sampler=ChangingBatches(0, 0))
     brain.fit(side.EpochCounter(2), train, valid)
-    record.results.append(brain.evaluate(loader(record, brain, batch_sampler=ChangingBatches(0))))
+    record.results.append(
+        brain.evaluate(loader(record, brain, batch_sampler=ChangingBatches(0)))
+    )
     brain.fit(side.EpochCounter(2), loader(record, brain))
     return brain
 
@@ -404,7 +408,9 @@ def interrupted(side: Side, record: Record) -> Any:
             self.interrupted = True
             os.kill(os.getpid(), signal.SIGINT)
 
-    brain = make(side, record, two_modules(0.2), on_fit_batch_end=on_fit_batch_end, interrupted=False)
+    brain = make(
+        side, record, two_modules(0.2), on_fit_batch_end=on_fit_batch_end, interrupted=False
+    )
     with pytest.raises(KeyboardInterrupt):
         brain.fit(side.EpochCounter(5), loader(record, brain), loader(record, brain))
     record.results.append((brain.step, brain.avg_train_loss, brain.optimizer_step))
@@ -496,6 +502,8 @@ def test_same_bits_in_same_order(scenario: Any) -> None:
 
 def test_every_pair_of_scenarios_is_a_different_run() -> None:
     """A scenario that records nothing of its own would compare nothing."""
-    records = [run(OURS, scenario)[0].events for scenario in (one_module, no_valid_set, clipped)]
+    records = [
+        run(OURS, scenario)[0].events for scenario in (one_module, no_valid_set, clipped)
+    ]
     for one, other in itertools.combinations(records, 2):
         assert one != other

@@ -1,0 +1,146 @@
+"""The public surface: SpeechBrain's signatures, our exports, the shape of the code."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import speechbrain
+from speechbrain.utils import epoch_loop
+from speechbrain.utils.run_opts import RunOptions as SpeechBrainRunOptions
+
+import brain_lightning
+from brain_lightning import Brain, RunOptions
+
+PACKAGE = Path(brain_lightning.__file__).parent
+# SpeechBrain 1.1.2 has 0, SpeechBrain 1.0 had 15: see the field.
+OTHER_DEFAULTS = {"ckpt_interval_minutes": 15, "overridden_args": frozenset()}
+
+# A file imports only files of lower rank.
+RANKS = [
+    {"stage", "errors", "protocol", "_speechbrain"},
+    {"run_options", "epochs", "samplers", "stage_loader"},
+    {"optimizers", "progress", "interval"},
+    {"data", "device", "resolve", "update", "brain_state", "stages"},
+    {"_loops"},
+    {"callback"},
+    {"module"},
+    {"trainer"},
+    {"brain"},
+    {"__init__"},
+]  # fmt: skip
+
+
+def public_methods(cls: type) -> list[str]:
+    return [n for n, m in inspect.getmembers(cls, callable) if not n.startswith("_")]
+
+
+def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+    signature = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in signature]
+
+
+@pytest.mark.parametrize("name", ["__init__", *public_methods(speechbrain.Brain)])
+def test_every_method_has_speechbrains_signature(name: str) -> None:
+    theirs = parameters(getattr(speechbrain.Brain, name))
+    ours = parameters(getattr(Brain, name))
+    extra = [(name, default) for name, kind, default in ours[len(theirs) :]]
+    assert ours[: len(theirs)] == theirs
+    assert extra == ([("trainer", None)] if name in ("fit", "evaluate") else [])
+
+
+@pytest.mark.parametrize("name", ["EpochCounter", "EpochCounterWithStopper"])
+def test_counters_have_speechbrains_signatures(name: str) -> None:
+    theirs, ours = getattr(epoch_loop, name), getattr(brain_lightning, name)
+    for method in ["__init__", *public_methods(theirs)]:
+        assert parameters(getattr(ours, method)) == parameters(getattr(theirs, method))
+
+
+def test_every_run_option_of_speechbrain_is_there_with_its_default() -> None:
+    expected = {**SpeechBrainRunOptions().as_dict(), **OTHER_DEFAULTS}
+    assert dict(RunOptions()) == expected
+
+
+def test_every_run_option_is_an_attribute() -> None:
+    brain = Brain(run_opts={"device": "cpu"})
+    for name in SpeechBrainRunOptions().as_dict().keys() - {"param_file", "overridden_args"}:
+        assert hasattr(brain, name), name
+
+
+def test_attributes_of_a_speechbrain_brain_are_there() -> None:
+    theirs = speechbrain.Brain(run_opts={"device": "cpu"}, hparams={})
+    ours = Brain(run_opts={"device": "cpu"}, hparams={})
+    # What runs as raw loops there is the Trainer's here.
+    instead = {"profiler", "raw_modules"}
+    assert vars(theirs).keys() - vars(ours).keys() <= instead
+
+
+def test_exports_are_sorted_complete_and_there() -> None:
+    assert brain_lightning.__all__ == sorted(brain_lightning.__all__)
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imported = {a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert imported == set(brain_lightning.__all__)
+    kinds = {type(node) for node in tree.body}
+    assert kinds == {ast.Expr, ast.ImportFrom, ast.Assign}
+
+
+def rank(module: str) -> int:
+    return next(i for i, modules in enumerate(RANKS) if module in modules)
+
+
+def siblings_imported(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {a.name for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_a_file_imports_only_files_below_it(path: Path) -> None:
+    # Within a rank the order of the imports decides; a circle would not import at all.
+    for imported in siblings_imported(path):
+        assert rank(imported) <= rank(path.stem), f"{path.stem} imports {imported}"
+        if rank(imported) == rank(path.stem):
+            assert path.stem not in siblings_imported(PACKAGE / f"{imported}.py")
+
+
+def bodies(path: Path) -> list[tuple[str, int]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            has_docstring = ast.get_docstring(node) is not None
+            body = node.body[1:] if has_docstring else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            found.append((f"{path.name}:{node.name}", lines))
+    return found
+
+
+def test_functions_and_files_are_small() -> None:
+    files = sorted(PACKAGE.glob("*.py"))
+    assert all(len(path.read_text().splitlines()) < 450 for path in files)
+    sizes = [size for path in files for size in bodies(path)]
+    assert statistics.median(lines for _, lines in sizes) <= 7
+    assert max(lines for _, lines in sizes) <= 60, max(sizes, key=lambda s: s[1])
+
+
+def test_only_one_file_touches_private_parts_of_lightnings_loops() -> None:
+    for path in PACKAGE.glob("*.py"):
+        if path.name != "_loops.py":
+            text = path.read_text()
+            assert "lightning.pytorch.loops" not in text
+            assert ".fit_loop" not in text
+            assert "._data_source" not in text
+
+
+def test_speechbrain_is_never_imported() -> None:
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(a.name.startswith("speechbrain") for a in node.names), path
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("speechbrain"), path
