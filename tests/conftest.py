@@ -39,6 +39,8 @@ def _import_speechbrain() -> None:
         import speechbrain.utils.checkpoints  # noqa: F401
 
 
+# The tensors are tiny, and other processes share the machine.
+torch.set_num_threads(1)
 _hide_torchaudio_extensions()
 _import_speechbrain()
 
