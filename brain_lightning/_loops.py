@@ -6,13 +6,17 @@ Each function says which private part it needs and why nothing public serves;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.connectors.data_connector import (
+    _DataLoaderSource,
+    _resolve_overfit_batches,
+)
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 
 from .epochs import Epochs
 from .stage import Stage
@@ -36,26 +40,60 @@ class _BrainFitLoop(_FitLoop):
 
 
 class _StageSource(_DataLoaderSource):
-    """A source of loaders that puts each under the control of its stage."""
+    """A source of loaders that puts each under the control of its stage.
 
-    def __init__(self, source: _DataLoaderSource, stages: Stages, stage: Stage) -> None:
+    A user hands loaders to the Trainer, which keeps them in a private source.
+    """
+
+    def __init__(
+        self, source: _DataLoaderSource, trainer: Trainer, stages: Stages, stage: Stage
+    ) -> None:
         super().__init__(source.instance, source.name)
         self.source = source
+        self._trainer = trainer
         self._stages = stages
         self._stage = stage
 
     def dataloader(self) -> Any:
-        """The loader or loaders, wrapped."""
+        """The loaders, wrapped: one for training, a list for evaluation."""
+        combined = self._combined()
+        if self._stage is not Stage.TRAIN and combined._mode == "sequential":
+            return self._stages.wrap(combined.flattened, self._stage)
+        one = combined.iterables is combined.flattened[0]
+        loader = combined.flattened[0] if one else _CombinedBatches(combined)
+        return self._stages.wrap([loader], self._stage)[0]
+
+    def _combined(self) -> CombinedLoader:
         loaders = super().dataloader()
-        if isinstance(loaders, Sequence):
-            return [self._stages.wrap(loader, self._stage) for loader in loaders]
-        return self._stages.wrap(loaders, self._stage)
+        if not isinstance(loaders, CombinedLoader):
+            training = self._stage is Stage.TRAIN
+            loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
+        # An attribute that Lightning's type hints do not show.
+        if self._trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            # Lightning looks for shuffling samplers, which it would not find in ours.
+            training = self._stage is Stage.TRAIN
+            running = RunningStage.TRAINING if training else RunningStage.VALIDATING
+            _resolve_overfit_batches(loaders, running)
+        return loaders
+
+
+class _CombinedBatches:
+    """The batches of several loaders together, without Lightning's indices."""
+
+    def __init__(self, combined: CombinedLoader) -> None:
+        self._combined = combined
+
+    def __len__(self) -> int:
+        lengths = [len(loader) for loader in self._combined.flattened]
+        return min(lengths) if self._combined._mode == "min_size" else max(lengths)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, _, _ in iter(self._combined):
+            yield batch
 
 
 def attach(trainer: Trainer, stages: Stages) -> None:
     """Lets the stages of a Brain rule the Trainer's loops.
-
-    A user hands loaders to the Trainer, which keeps them in a private source.
 
     Args:
         trainer: The Trainer in its ``setup``.
@@ -65,7 +103,7 @@ def attach(trainer: Trainer, stages: Stages) -> None:
         trainer.fit_loop.__class__ = _BrainFitLoop
         trainer.fit_loop.brain_epochs = stages.epochs  # type: ignore[attr-defined]
     for loop, stage in _loops_with_stages(trainer):
-        loop._data_source = _StageSource(loop._data_source, stages, stage)
+        loop._data_source = _StageSource(loop._data_source, trainer, stages, stage)
 
 
 def detach(trainer: Trainer) -> None:
@@ -142,11 +180,14 @@ def is_cut_short(trainer: Trainer) -> bool:
         trainer: The Trainer in ``on_train_batch_end``.
 
     Returns:
-        True where ``limit_train_batches`` is reached or a callback stops the run.
+        True where ``limit_train_batches`` or ``max_steps`` is reached, or a callback
+        stops the run.
     """
     loop = trainer.fit_loop
     limit_reached = loop.epoch_loop.batch_progress.current.ready >= loop.max_batches
     if limit_reached and not _is_unlimited(trainer.limit_train_batches):
+        return True
+    if 0 <= trainer.max_steps <= trainer.global_step:
         return True
     return bool(trainer.should_stop and loop._can_stop_early)
 

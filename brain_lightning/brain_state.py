@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from . import _speechbrain
 from .device import autocast, infer_device
 from .epochs import EpochCounter, EpochCounterWithStopper
 from .errors import BrainTypeError
-from .resolve import resolve_run_options
+from .resolve import given_options, resolve_run_options
 from .run_options import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -76,6 +75,10 @@ class BrainState:
     test_only: bool
 
     optimizer: Optimizer
+    # How max_grad_norm clips, and whether the batch in hand ends an accumulation window
+    # early: a Trainer may say so for the time of a run.
+    gradient_clip_algorithm = "norm"
+    ends_window = False
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class BrainState:
         options = resolve_run_options(run_opts, hparams or {})
         self.trainer_arguments: Any = options.pop("trainer")
         vars(self).update(options)
+        self.given_options = given_options(options, run_opts, hparams or {})
 
         self.device = self.device or infer_device()
         self.device_type = torch.device(self.device).type
@@ -98,10 +102,8 @@ class BrainState:
             torch.cuda.set_device(torch.device(self.device).index or 0)
         self.modules = _on_device(modules or {}, self.device)
 
-        self.training_ctx: AbstractContextManager[Any] = autocast(self.device, self.precision)
-        self.evaluation_ctx: AbstractContextManager[Any] = autocast(
-            self.device, self.eval_precision
-        )
+        self.training_ctx: Any = autocast(self.device, self.precision)
+        self.evaluation_ctx: Any = autocast(self.device, self.eval_precision)
         self.scaler = torch.GradScaler(self.device, enabled=self.precision == "fp16")
 
         self.optimizers_dict: dict[str, Optimizer] | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from . import _loops
+from .agreement import accumulate, agree
+from .borrowed import Borrowed
 from .stages import Stages
 
 
@@ -17,27 +18,37 @@ class BrainCallback(Callback):
 
     Args:
         stages: The stages of this run.
+        trainer: The Trainer that is going to run them.
+
+    Raises:
+        RunOptionError: Trainer and Brain were told different things.
     """
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: Stages, trainer: Trainer) -> None:
         self.stages = stages
         self.interrupt: KeyboardInterrupt | None = None
-        self._sanity_steps: int | None = None
+        self._for_the_run = Borrowed()
+        self._for_the_epoch = Borrowed()
+        # Lightning checks its arguments before any hook of a callback.
+        self._for_the_check = Borrowed()
+        agree(trainer, stages.brain, self._for_the_run)
+        self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the loops, before any loader is looked at."""
-        if trainer.num_sanity_val_steps:
-            # Recipes read in VALID what their on_stage_start set.
-            rank_zero_info("A Brain validates in its own order: no sanity check.")
-            self._sanity_steps = trainer.num_sanity_val_steps  # type: ignore[assignment]
-            trainer.num_sanity_val_steps = 0
+        self._for_the_check.put_back()
         self.stages.progressbar &= trainer.is_global_zero
         self.stages.progressbar &= trainer.progress_bar_callback is None
+        self.stages.metrics.watch(self.stages.brain, self._for_the_run)
         _loops.attach(trainer, self.stages)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""
-        _loops.start_train_epoch(trainer, self.stages.train_loader.known_length())
+        length = self.stages.train_loader.known_length()
+        _loops.start_train_epoch(trainer, length)
+        self.stages.steps_on_last_batch = accumulate(
+            trainer, self.stages.brain, self._for_the_epoch, length
+        )
         self.stages.start_train()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,6 +65,7 @@ class BrainCallback(Callback):
             self.stages.end_train()
             _loops.run_validation(trainer)
         self.stages.end_epoch()
+        self._for_the_epoch.put_back()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -70,6 +82,5 @@ class BrainCallback(Callback):
     def _put_back(self, trainer: Trainer) -> None:
         self.stages.close()
         _loops.detach(trainer)
-        if self._sanity_steps is not None:
-            trainer.num_sanity_val_steps = self._sanity_steps
-            self._sanity_steps = None
+        for borrowed in (self._for_the_epoch, self._for_the_check, self._for_the_run):
+            borrowed.put_back()

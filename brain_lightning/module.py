@@ -68,7 +68,7 @@ class BrainModule(LightningModule):
             hparams = getattr(self.brain, "hparams", None)
             counter = getattr(hparams, "epoch_counter", None) or itertools.count(1)
         self.stages = Stages(self.brain, Epochs(counter), **self._run_options)
-        return [BrainCallback(self.stages)]
+        return [BrainCallback(self.stages, self.trainer)]
 
     def setup(self, stage: str) -> None:
         """Refuses what would go wrong silently."""
@@ -101,25 +101,48 @@ class BrainModule(LightningModule):
         """Begins the VALID stage: the hook first, then ``eval()``."""
         self.stages.start_valid()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``evaluate_batch`` at Stage.VALID."""
         return self.stages.evaluate(batch, Stage.VALID)
 
     def on_validation_epoch_end(self) -> None:
         """Ends the VALID stage, before callbacks look at what it changed."""
         self.stages.end_valid()
+        self._log_metrics()
 
     def on_test_model_eval(self) -> None:
         """Begins the TEST stage."""
         self.stages.start_test()
 
-    def test_step(self, batch: Any, batch_idx: int) -> Any:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``evaluate_batch`` at Stage.TEST."""
         return self.stages.evaluate(batch, Stage.TEST)
 
     def on_test_epoch_end(self) -> None:
         """Ends the TEST stage."""
         self.stages.end_test()
+        self._log_metrics()
+
+    def on_train_epoch_end(self) -> None:
+        """Hands over what no validation has, before callbacks that monitor look."""
+        self._log_metrics()
+
+    def _log_metrics(self) -> None:
+        metrics = self.stages.metrics.take()
+        if not self.trainer.barebones:
+            self.log_dict(metrics, batch_size=1)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """``compute_forward`` at Stage.TEST, in evaluation precision."""
+        with self.brain.evaluation_ctx:
+            return self.brain.compute_forward(batch, stage=Stage.TEST)
+
+    def on_predict_model_eval(self) -> None:
+        """Puts the modules in eval mode, as every evaluation of a Brain."""
+        self.brain.modules.eval()
+
+    def _believes_last(self, batch_idx: int) -> bool:
+        return batch_idx + 1 >= self.trainer.num_training_batches
 
     def on_validation_model_train(self) -> None:
         """Nothing: a Brain stays in eval mode until its next TRAIN stage."""
@@ -167,7 +190,11 @@ class AutomaticModule(BrainModule):
         assert isinstance(optimizer, LightningOptimizer)
         assert optimizer_closure is not None
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
-        self.stages.fit(lambda batch: fit_batch(brain, batch, update), self._batch)
+        self.stages.fit(
+            lambda batch: fit_batch(brain, batch, update),
+            self._batch,
+            last=self._believes_last(batch_idx),
+        )
         self._batch = None
         if brain.optimizer_step == before:
             _loops.discount_step(self.trainer)
@@ -246,7 +273,8 @@ class ManualModule(BrainModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
         with _counted_steps() as steps:
-            self.stages.fit(self.brain.fit_batch, batch)
+            last = self._believes_last(batch_idx)
+            self.stages.fit(self.brain.fit_batch, batch, last)
         _loops.count_steps(self.trainer, len(steps))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from .protocol import BrainProtocol
+
+CLIP_ALGORITHMS: dict[str, Callable[[list[Parameter], float], Any]] = {
+    "norm": torch.nn.utils.clip_grad_norm_,
+    "value": torch.nn.utils.clip_grad_value_,
+}
 
 
 def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
@@ -49,8 +55,10 @@ def parameters_of(optimizer: Optimizer) -> list[Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def clip_gradients(optimizers: Iterable[Optimizer], max_norm: float) -> None:
-    """Clips the gradient norm of each optimizer on its own.
+def clip_gradients(
+    optimizers: Iterable[Optimizer], max_norm: float, algorithm: str = "norm"
+) -> None:
+    """Clips the gradients of each optimizer on its own.
 
     One norm over everything could overflow (``speechbrain.Brain.optimizers_step``).
     SpeechBrain clips the first parameter group only and climbs the gradient
@@ -59,11 +67,14 @@ def clip_gradients(optimizers: Iterable[Optimizer], max_norm: float) -> None:
     Args:
         optimizers: The optimizers about to step.
         max_norm: The largest norm to allow.
+        algorithm: ``"value"`` limits each number instead, as
+            ``Trainer(gradient_clip_algorithm="value")``.
     """
     if max_norm <= 0:
         return
+    clip = CLIP_ALGORITHMS[algorithm]
     for optimizer in optimizers:
-        torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
+        clip(parameters_of(optimizer), max_norm)
 
 
 def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:
@@ -86,9 +97,10 @@ def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:
 class OptimizerGroup(Optimizer):
     """A Brain's optimizers as the one optimizer of Lightning's automatic optimization.
 
-    Owns nothing: ``param_groups`` are the members' own groups, members are
-    looked up at each use, and ``step`` steps those named in ``active``, through
-    the Brain's scaler. So a recipe goes on using its own torch optimizers.
+    Owns nothing: ``param_groups`` are views of the members' own groups, named
+    after the member for a LearningRateMonitor; members are looked up at each
+    use, and ``step`` steps those in ``active``, through the Brain's scaler. So a
+    recipe goes on using its own torch optimizers.
 
     Args:
         brain: The Brain whose optimizers these are.
@@ -106,12 +118,16 @@ class OptimizerGroup(Optimizer):
         return all_optimizers(self._brain)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[MutableMapping[str, Any]]:  # type: ignore[override]
         """The members' parameter groups; changing one changes the member."""
-        return [group for member in self.members.values() for group in member.param_groups]
+        return [
+            ChainMap(group, {"name": name if not index else f"{name}/{index}"})
+            for name, member in self.members.items()
+            for index, group in enumerate(member.param_groups)
+        ]
 
     @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
+    def param_groups(self, value: list[MutableMapping[str, Any]]) -> None:
         """Ignores the empty list that ``Optimizer.__init__`` starts from."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -29,7 +29,10 @@ class BrainProtocol(Protocol):
     debug: bool
     debug_batches: int
     debug_epochs: int
+    precision: str
+    eval_precision: str
     max_grad_norm: float
+    gradient_clip_algorithm: str
     skip_nonfinite_grads: bool
     grad_accumulation_factor: int
     optimizer_step_limit: int | None
@@ -41,10 +44,9 @@ class BrainProtocol(Protocol):
     optimizer_step: int
     avg_train_loss: float
     nonfinite_count: int
-
-    # Properties, so that an implementation may be a context manager of any kind.
-    @property
-    def training_ctx(self) -> AbstractContextManager[Any]: ...
+    ends_window: bool
+    training_ctx: Any
+    evaluation_ctx: Any
 
     def compute_forward(self, batch: Any, stage: Any) -> Any: ...
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any: ...

@@ -55,6 +55,35 @@ def resolve_run_options(
     return values
 
 
+def given_options(
+    values: Mapping[str, Any],
+    run_opts: RunOptions | Mapping[str, Any] | None,
+    hparams: Mapping[str, Any],
+) -> frozenset[str]:
+    """The options whose value somebody chose.
+
+    Args:
+        values: The value of each option.
+        run_opts: What it was resolved from.
+        hparams: A value there counts where it is not the default, for
+            ``hparams.update(run_opts)`` brings every default along.
+
+    Returns:
+        Their names.
+    """
+    opts = (
+        run_opts
+        if isinstance(run_opts, RunOptions)
+        else RunOptions.from_dictionary(run_opts or {})
+    )
+    defaults = RunOptions()
+    chosen = {
+        n for n in RunOptions.option_names() if n in hparams and values[n] != defaults[n]
+    }
+    deprecated = {"precision"} if any(values[n] for n in DEPRECATED_PRECISIONS) else set()
+    return opts.overridden_args | chosen | deprecated
+
+
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     for name, remedy in UNSUPPORTED.items():
         if values[name]:

@@ -8,7 +8,7 @@ and ``module.py``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from .epochs import Epochs
 from .interval import IntervalCheckpoints
+from .metrics import Metrics
 from .progress import progress_bar
 from .protocol import BrainProtocol
 from .stage import Stage
@@ -35,8 +36,11 @@ class Stages:
         min_key: For ``on_evaluate_start``.
 
     Attributes:
+        stage: The stage that runs or ran last.
         average: The average loss of the evaluation stage that runs or ran last.
         in_training: Whether a TRAIN stage has started and not ended.
+        steps_on_last_batch: Whether an incomplete accumulation window makes an update.
+        metrics: The numbers found in the stages.
     """
 
     def __init__(
@@ -51,30 +55,37 @@ class Stages:
         self.brain = brain
         self.epochs = epochs
         self.progressbar = progressbar
+        self.stage = Stage.TRAIN
+        self.metrics = Metrics(lambda: self.stage)
         self.average = 0.0
         self.in_training = False
+        self.steps_on_last_batch = False
+        self._train_step = 0
         self._keys = {"max_key": max_key, "min_key": min_key}
         self._loaders: dict[Stage, list[StageLoader]] = {stage: [] for stage in Stage}
         # Lightning disables gradients before it says that a stage starts.
         self._grad_enabled = torch.is_grad_enabled()
 
-    def wrap(self, loader: Iterable[Any], stage: Stage) -> StageLoader:
-        """Puts a stage's loader under the control of the stage.
+    def wrap(self, loaders: Sequence[Iterable[Any]], stage: Stage) -> list[StageLoader]:
+        """Puts a stage's loaders under the control of the stage.
 
         Args:
-            loader: What the Trainer was given for the stage.
+            loaders: What the Trainer was given for the stage.
             stage: The stage.
 
         Returns:
             What the Trainer is to iterate.
         """
-        batches = (
-            self._train_batches
-            if stage is Stage.TRAIN
-            else partial(self._evaluation_batches, stage=stage)
-        )
-        wrapped = StageLoader(loader, batches)
-        self._loaders[stage].append(wrapped)
+        if stage is Stage.TRAIN:
+            wrapped = [StageLoader(loader, self._train_batches) for loader in loaders]
+        else:
+            wrapped = [
+                StageLoader(
+                    loader, partial(self._evaluation_batches, stage=stage, position=position)
+                )
+                for position, loader in enumerate(loaders)
+            ]
+        self._loaders[stage] = wrapped
         return wrapped
 
     @property
@@ -94,6 +105,7 @@ class Stages:
         """Begins the TRAIN stage of the next epoch."""
         brain, epoch = self.brain, self.epochs.start()
         self.in_training = True
+        self.stage = Stage.TRAIN
         brain.on_stage_start(Stage.TRAIN, epoch)
         brain.modules.train()
         brain.zero_grad()
@@ -102,18 +114,20 @@ class Stages:
             brain.train_sampler.set_epoch(epoch)
         self._start_loaders(Stage.TRAIN)
 
-    def fit(self, fit_batch: Callable[[Any], Any], batch: Any) -> Any:
+    def fit(self, fit_batch: Callable[[Any], Any], batch: Any, last: bool) -> Any:
         """Counts a training batch, fits it and averages its loss.
 
         Args:
             fit_batch: Does the work.
             batch: What the loader gave.
+            last: Whether the Trainer believes it to be the last of the epoch.
 
         Returns:
             The detached loss.
         """
         brain = self.brain
         brain.step += 1
+        brain.ends_window = last and self.steps_on_last_batch
         loss = fit_batch(batch)
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
         return loss
@@ -124,6 +138,7 @@ class Stages:
         self.train_loader.close()
         brain.zero_grad(set_to_none=True)
         brain.on_stage_end(Stage.TRAIN, brain.avg_train_loss, self.epochs.current)
+        self.metrics.add(Stage.TRAIN, {"loss": brain.avg_train_loss})
         brain.avg_train_loss = 0.0
         brain.step = 0
         self.in_training = False
@@ -159,24 +174,31 @@ class Stages:
     # --------------------------------------------------------- VALID and TEST
 
     def start_valid(self) -> None:
-        """Begins the VALID stage."""
-        self._start_evaluation(Stage.VALID, self.epochs.current)
+        """Begins the VALID stage, of the first loader where there are several."""
+        if self.in_training:
+            # A Trainer may validate in the middle of an epoch: VALID counts from 0.
+            self._train_step, self.brain.step = self.brain.step, 0
+        self._start_loaders(Stage.VALID)
+        self._start_evaluation(Stage.VALID)
 
     def end_valid(self) -> None:
-        """Ends the VALID stage."""
-        self.brain.step = 0
-        self.brain.on_stage_end(Stage.VALID, self.average, self.epochs.current)
+        """Ends the VALID stage, of the last loader where there are several."""
+        self._end_evaluation(Stage.VALID)
+        if self.in_training:
+            self.stage = Stage.TRAIN
+            self.brain.step = self._train_step
+            self.brain.modules.train()
 
     def start_test(self) -> None:
         """Begins an evaluation: the best checkpoint, then the TEST stage."""
         with torch.set_grad_enabled(self._grad_enabled):
             self.brain.on_evaluate_start(**self._keys)
-        self._start_evaluation(Stage.TEST, None)
+        self._start_loaders(Stage.TEST)
+        self._start_evaluation(Stage.TEST)
 
     def end_test(self) -> None:
         """Ends the TEST stage."""
-        self.brain.on_stage_end(Stage.TEST, self.average, None)
-        self.brain.step = 0
+        self._end_evaluation(Stage.TEST)
 
     def evaluate(self, batch: Any, stage: Stage) -> Any:
         """Counts a batch, evaluates it and averages its loss.
@@ -194,15 +216,36 @@ class Stages:
         self.average = brain.update_average(loss, self.average)
         return loss
 
-    def _start_evaluation(self, stage: Stage, epoch: Any) -> None:
+    def _start_evaluation(self, stage: Stage) -> None:
+        self.stage = stage
         with torch.set_grad_enabled(self._grad_enabled):
-            self.brain.on_stage_start(stage, epoch)
+            self.brain.on_stage_start(stage, self._epoch_of(stage))
         self.brain.modules.eval()
         self.average = 0.0
-        self._start_loaders(stage)
 
-    def _evaluation_batches(self, loader: Iterable[Any], stage: Stage) -> Iterator[Any]:
-        """``for batch in valid_set`` of ``_fit_valid`` and ``evaluate``."""
+    def _end_evaluation(self, stage: Stage) -> None:
+        brain = self.brain
+        # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
+        if stage is Stage.VALID:
+            brain.step = 0
+        brain.on_stage_end(stage, self.average, self._epoch_of(stage))
+        brain.step = 0
+        self.metrics.add(stage, {"loss": self.average})
+
+    def _epoch_of(self, stage: Stage) -> Any:
+        return None if stage is Stage.TEST else self.epochs.current
+
+    def _evaluation_batches(
+        self, loader: Iterable[Any], stage: Stage, position: int
+    ) -> Iterator[Any]:
+        """``for batch in valid_set`` of ``_fit_valid`` and ``evaluate``.
+
+        Each loader is a stage of its own; Lightning has no hook between two, but
+        asks the second for its first batch when it is done with the first.
+        """
+        if position:
+            self._end_evaluation(stage)
+            self._start_evaluation(stage)
         brain = self.brain
         with progress_bar(brain, loader, stage, self.progressbar) as bar:
             for batch in bar:

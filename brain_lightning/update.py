@@ -93,7 +93,7 @@ def fit_batch(brain: BrainProtocol, batch: Any, update: Update) -> Tensor:
     Returns:
         The detached loss, on the CPU.
     """
-    should_step = brain.step % brain.grad_accumulation_factor == 0
+    should_step = brain.step % brain.grad_accumulation_factor == 0 or brain.ends_window
     brain.on_fit_batch_start(batch, should_step)
     with brain.no_sync(not should_step):
         result = update.compute_gradients(batch)
@@ -133,7 +133,7 @@ def prepare_gradients(brain: BrainProtocol, optimizers: Mapping[str, Optimizer])
         brain: Its ``max_grad_norm`` and ``skip_nonfinite_grads`` say how.
         optimizers: The optimizers about to step.
     """
-    clip_gradients(optimizers.values(), brain.max_grad_norm)
+    clip_gradients(optimizers.values(), brain.max_grad_norm, brain.gradient_clip_algorithm)
     # A GradScaler that is on skips the whole step instead.
     if brain.skip_nonfinite_grads and not brain.scaler.is_enabled():
         brain.check_gradients()

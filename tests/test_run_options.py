@@ -111,17 +111,17 @@ def test_an_unknown_option_is_named_with_a_guess() -> None:
 @pytest.mark.parametrize(
     ("error", "words", "options"),
     [
-        (RunOptionError, "precision='fp8' is not one of fp32, fp16, bf16", {"precision": "fp8"}),
-        (RunOptionError, "fp16.*not supported on the CPU.*bf16", {"precision": "fp16"}),
-        (RunOptionError, "fp16.*not supported on the CPU", {"eval_precision": "fp16"}),
-        (RunOptionError, "fp16.*not supported on the CPU", {"auto_mix_prec": True}),
-        (RunOptionError, "1 or more", {"grad_accumulation_factor": 0}),
-        (RunOptionError, "exclude each other",
+        (RunOptionError, r"'fp8' is not one of fp32, fp16, bf16", {"precision": "fp8"}),
+        (RunOptionError, r"fp16.*not supported on the CPU.*bf16", {"precision": "fp16"}),
+        (RunOptionError, r"fp16.*not supported on the CPU", {"eval_precision": "fp16"}),
+        (RunOptionError, r"fp16.*not supported on the CPU", {"auto_mix_prec": True}),
+        (RunOptionError, r"1 or more", {"grad_accumulation_factor": 0}),
+        (RunOptionError, r"exclude each other",
          {"ckpt_interval_minutes": 15, "ckpt_interval_steps": 5}),
-        (UnsupportedError, "--trainer.devices=N", {"data_parallel_backend": True}),
+        (UnsupportedError, r"--trainer\.devices=N", {"data_parallel_backend": True}),
         (UnsupportedError, r"torch\.compile\(module\)", {"compile": True}),
-        (UnsupportedError, "scripted module", {"jit": True}),
-        (UnsupportedError, "--trainer.profiler", {"profile_training": True}),
+        (UnsupportedError, r"scripted module", {"jit": True}),
+        (UnsupportedError, r"--trainer\.profiler", {"profile_training": True}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(

@@ -23,11 +23,11 @@ OTHER_DEFAULTS = {"ckpt_interval_minutes": 15, "overridden_args": frozenset()}
 
 # A file imports only files of lower rank.
 RANKS = [
-    {"stage", "errors", "protocol", "_speechbrain"},
+    {"stage", "errors", "protocol", "borrowed", "_speechbrain"},
     {"run_options", "epochs", "samplers", "stage_loader"},
     {"optimizers", "progress", "interval"},
-    {"data", "device", "resolve", "update", "brain_state", "stages"},
-    {"_loops"},
+    {"data", "device", "resolve", "update", "brain_state", "metrics", "stages"},
+    {"_loops", "agreement"},
     {"callback"},
     {"module"},
     {"trainer"},

@@ -1,0 +1,135 @@
+"""Trainer arguments meet run options: an explicit value beats a default.
+
+Two explicit values that differ are an error that names both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import rank_zero_info
+
+from .borrowed import Borrowed
+from .device import autocast
+from .errors import RunOptionError
+from .protocol import BrainProtocol
+
+# Lightning's names of mixed precision, in SpeechBrain's words.
+MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
+
+
+def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    """Translates what the Trainer was told into the Brain's own options, for one run.
+
+    Args:
+        trainer: The Trainer, before it checks its configuration.
+        brain: The Brain that is going to run.
+        borrowed: Takes note of what is changed.
+
+    Raises:
+        RunOptionError: Trainer and Brain were told different things.
+    """
+    _agree_on_clipping(trainer, brain, borrowed)
+    _agree_on_precision(trainer, brain, borrowed)
+    if trainer.accumulate_grad_batches != 1:
+        _check_accumulation(brain, trainer.accumulate_grad_batches)
+    if trainer.num_sanity_val_steps:
+        # Recipes read in VALID what their on_stage_start set.
+        rank_zero_info("A Brain validates in its own order: no sanity check.")
+        borrowed.set(trainer, "num_sanity_val_steps", 0)
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
+        borrowed.set(loop, "inference_mode", False)
+
+
+def accumulate(
+    trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed, length: int | None
+) -> bool:
+    """Lets the Brain accumulate gradients as the Trainer was told, for one epoch.
+
+    The Trainer is left to ask for an update after each batch, and the Brain decides.
+
+    Args:
+        trainer: The Trainer at the start of a TRAIN stage, when a
+            GradientAccumulationScheduler has had its say.
+        brain: The Brain.
+        borrowed: Takes note of what is changed.
+        length: Batches in the epoch, or None where that is not known.
+
+    Returns:
+        Whether an incomplete window at the end makes an update: Lightning's rule
+        where the Trainer was told to accumulate, else it is dropped.
+
+    Raises:
+        RunOptionError: The Brain was told another number, or the end of the epoch
+            cannot be known in advance.
+    """
+    batches = trainer.accumulate_grad_batches
+    if batches == 1:
+        return False
+    _check_accumulation(brain, batches)
+    if length is None:
+        raise RunOptionError(
+            f"Trainer(accumulate_grad_batches={batches}) updates on the last batch, which is "
+            "not known for a set without a length: use the run option "
+            f"grad_accumulation_factor={batches}, which drops an incomplete window"
+        )
+    borrowed.set(brain, "grad_accumulation_factor", batches)
+    borrowed.set(trainer, "accumulate_grad_batches", 1)
+    return True
+
+
+def _check_accumulation(brain: BrainProtocol, batches: int) -> None:
+    said = f"accumulate_grad_batches={batches}"
+    _refuse_conflict(brain, "grad_accumulation_factor", batches, said)
+
+
+def _agree_on_clipping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    value = trainer.gradient_clip_val
+    if value is None:
+        return
+    _refuse_conflict(brain, "max_grad_norm", float(value), f"gradient_clip_val={value}")
+    borrowed.set(brain, "max_grad_norm", float(value))
+    borrowed.set(brain, "gradient_clip_algorithm", trainer.gradient_clip_algorithm or "norm")
+    # Lightning refuses to clip for a module that steps by itself.
+    borrowed.set(trainer, "gradient_clip_val", None)
+
+
+def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    """Mixed precision is the Brain's: its fit_batch may use its scaler and contexts itself."""
+    plugin = trainer.precision_plugin
+    if type(plugin) is not MixedPrecision:
+        return
+    precision, said = MIXED_PRECISIONS[plugin.precision], f"precision={plugin.precision!r}"
+    evaluation = brain.eval_precision if is_given(brain, "eval_precision") else precision
+    _refuse_conflict(brain, "precision", precision, said)
+    borrowed.set(brain, "precision", precision)
+    borrowed.set(brain, "eval_precision", evaluation)
+    borrowed.set(brain, "training_ctx", autocast(brain.device, precision))
+    borrowed.set(brain, "evaluation_ctx", autocast(brain.device, evaluation))
+    borrowed.set(brain, "scaler", _scaler(plugin, brain))
+    borrowed.set(trainer.strategy, "precision_plugin", Precision())
+
+
+def _scaler(plugin: MixedPrecision, brain: BrainProtocol) -> torch.GradScaler:
+    scaler = plugin.scaler
+    if isinstance(scaler, torch.GradScaler):
+        return scaler
+    return torch.GradScaler(brain.device, enabled=plugin.precision == "16-mixed")
+
+
+def is_given(brain: BrainProtocol, option: str) -> bool:
+    """Whether somebody chose the value of a run option, rather than left it at its default."""
+    return option in getattr(brain, "given_options", ())
+
+
+def _refuse_conflict(brain: BrainProtocol, option: str, value: Any, said: str) -> None:
+    chosen = getattr(brain, option)
+    if is_given(brain, option) and chosen != value:
+        raise RunOptionError(
+            f"run option {option}={chosen!r} and Trainer({said}) contradict each other: "
+            "leave one of them out"
+        )
