@@ -167,9 +167,10 @@ def start_validation(trainer: Trainer) -> None:
         combined, fetcher = loop._combined_loader, loop._data_fetcher
         assert combined is not None
         assert fetcher is not None
-        loop._max_batches = [float("inf")] * len(combined.flattened)
-        combined.limits = loop._max_batches
-        combined._iterator.limits = loop._max_batches  # type: ignore[union-attr]
+        # The lengths now, for progress bars; as limits they would be believed.
+        lengths = [loader.known_length() for loader in combined.flattened]
+        loop._max_batches = [float("inf") if n is None else max(1, n) for n in lengths]
+        combined._iterator.limits = None  # type: ignore[union-attr]
         fetcher.length, fetcher.done = None, False
 
 

@@ -8,15 +8,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from .borrowed import Borrowed
 from .device import autocast
-from .errors import RunOptionError
+from .errors import RunOptionError, UnsupportedError
 from .protocol import BrainProtocol
 
+# Callbacks of Lightning that cannot do their work with a Brain, and why.
+REFUSED_CALLBACKS: dict[type[Callback], str] = {
+    LearningRateFinder: "it sets an attribute that no recipe reads, after a trial run that "
+    "would move the epoch counter; try learning rates with overrides, --lr=0.01",
+    BatchSizeFinder: "its trial runs would move the epoch counter and the checkpointer; "
+    "give batch_size in train_loader_kwargs",
+}
 # Lightning's names of mixed precision, in SpeechBrain's words.
 MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
@@ -31,7 +46,9 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
 
     Raises:
         RunOptionError: Trainer and Brain were told different things.
+        UnsupportedError: A callback cannot do its work with a Brain.
     """
+    _refuse_callbacks(trainer, brain)
     _agree_on_clipping(trainer, brain, borrowed)
     _agree_on_precision(trainer, brain, borrowed)
     if trainer.accumulate_grad_batches != 1:
@@ -43,6 +60,55 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
     for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
         borrowed.set(loop, "inference_mode", False)
+
+
+def _refuse_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        for cls, reason in REFUSED_CALLBACKS.items():
+            if isinstance(callback, cls):
+                raise UnsupportedError(f"{cls.__name__} does not work with a Brain: {reason}")
+        if isinstance(callback, StochasticWeightAveraging):
+            _check_weight_averaging(trainer, brain)
+
+
+def _check_weight_averaging(trainer: Trainer, brain: BrainProtocol) -> None:
+    if trainer.max_epochs in (None, -1):
+        raise UnsupportedError(
+            "StochasticWeightAveraging averages up to the last epoch, which an epoch counter "
+            "does not tell: give Trainer(max_epochs=N), the number of epochs that will be run"
+        )
+    if any(isinstance(m, _BatchNorm) for m in brain.modules.modules()):
+        raise UnsupportedError(
+            "StochasticWeightAveraging adds an epoch for BatchNorm, which an epoch counter "
+            "does not have: use WeightAveraging(use_buffers=True) or EMAWeightAveraging"
+        )
+
+
+def check_backbone(trainer: Trainer, brain: BrainProtocol, optimizer: Optimizer) -> None:
+    """Refuses to unfreeze a backbone that the optimizer has already.
+
+    BackboneFinetuning would skip its parameters with a warning, and then set the
+    learning rate of the last group, which is another one.
+
+    Args:
+        trainer: The Trainer.
+        brain: The Brain after ``init_optimizers``.
+        optimizer: Its optimizers.
+
+    Raises:
+        UnsupportedError: The backbone is in the optimizer.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
+        return
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    backbone = brain.modules["backbone"].parameters() if "backbone" in brain.modules else ()
+    if any(id(p) in optimized for p in backbone):
+        raise UnsupportedError(
+            "BackboneFinetuning gives the optimizer the backbone's parameters itself, once it "
+            "unfreezes them: override init_optimizers and leave them out"
+        )
 
 
 def accumulate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.nn import ModuleDict
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _loops
+from .agreement import check_backbone
 from .callback import BrainCallback
 from .epochs import Epochs
 from .errors import UnsupportedError
@@ -55,6 +58,7 @@ class BrainModule(LightningModule):
         self.brain_modules = brain.modules
         self.stages = Stages(brain, Epochs(()))
         self._epoch_counter = epoch_counter
+        self._explicit_weights: dict[str, Tensor] | None = None
         self._run_options: dict[str, Any] = {
             "progressbar": progressbar,
             "max_key": max_key,
@@ -69,6 +73,22 @@ class BrainModule(LightningModule):
             counter = getattr(hparams, "epoch_counter", None) or itertools.count(1)
         self.stages = Stages(self.brain, Epochs(counter), **self._run_options)
         return [BrainCallback(self.stages, self.trainer)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
+        """Copies the weights, for callbacks that average them, and shares everything else."""
+        brain = copy.copy(self.brain)
+        brain.modules = copy.deepcopy(self.brain.modules, memo)
+        return type(self)(brain, epoch_counter=self._epoch_counter, **self._run_options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds an entry of the Brain's modules: BackboneFinetuning wants ``backbone``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self._modules.get("brain_modules")
+            if isinstance(modules, ModuleDict) and name in modules:
+                return modules[name]
+            raise
 
     def setup(self, stage: str) -> None:
         """Refuses what would go wrong silently."""
@@ -85,13 +105,27 @@ class BrainModule(LightningModule):
         process group is up.
         """
         self.brain.on_fit_start()
-        return OptimizerGroup(self.brain)
+        group = OptimizerGroup(self.brain)
+        check_backbone(self.trainer, self.brain, group)
+        return group
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the weights of an explicit ``ckpt_path``: they win over the best ones."""
+        if self._trainer is not None and self._trainer.training:
+            raise UnsupportedError(
+                "fit(ckpt_path=...) cannot resume a Brain yet: the epoch counter and the "
+                "position in the data are not in a Lightning checkpoint. Give the Brain a "
+                "checkpointer, or take the weights alone with "
+                "load_from_checkpoint(path, brain=brain)"
+            )
+        self._explicit_weights = checkpoint["state_dict"]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Draws the next batch, as late as SpeechBrain does; without one TRAIN ends.
 
         The last hook of a batch: every callback has seen it before.
         """
+        self._log_running_loss(batch_idx)
         last = _loops.is_cut_short(self.trainer) or not self.stages.train_loader.advance()
         _loops.mark_last_batch(self.trainer, last)
         if last:
@@ -111,7 +145,11 @@ class BrainModule(LightningModule):
         self._log_metrics()
 
     def on_test_model_eval(self) -> None:
-        """Begins the TEST stage."""
+        """Begins an evaluation: the best or an explicit checkpoint, then the TEST stage."""
+        self.stages.recover_best()
+        if self._explicit_weights is not None:
+            self.load_state_dict(self._explicit_weights)
+            self._explicit_weights = None
         self.stages.start_test()
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
@@ -126,6 +164,15 @@ class BrainModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Hands over what no validation has, before callbacks that monitor look."""
         self._log_metrics()
+
+    def _log_running_loss(self, batch_idx: int) -> None:
+        # Not self.log, which costs more than the whole loop where it runs at every step.
+        trainer = self.trainer
+        # An attribute that Lightning's type hints do not show.
+        if trainer.loggers and not (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                running = {"train_loss_step": self.brain.avg_train_loss}
+                logger.log_metrics(running, trainer.global_step)
 
     def _log_metrics(self) -> None:
         metrics = self.stages.metrics.take()
@@ -270,12 +317,14 @@ class ManualModule(BrainModule):
         super().__init__(brain, **kwargs)
         self.automatic_optimization = False
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
         with _counted_steps() as steps:
             last = self._believes_last(batch_idx)
-            self.stages.fit(self.brain.fit_batch, batch, last)
+            loss = self.stages.fit(self.brain.fit_batch, batch, last)
         _loops.count_steps(self.trainer, len(steps))
+        # A recipe may return anything; callbacks understand a tensor.
+        return loss if isinstance(loss, Tensor) else None
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class OptimizerGroup(Optimizer):
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
         self.active: Mapping[str, Optimizer] = {}
-        # torch insists on a parameter group; the setter below lets it go again.
+        # torch insists on a parameter group; an empty one is let go again below.
         super().__init__([{"params": []}], {})
 
     @property
@@ -118,7 +118,7 @@ class OptimizerGroup(Optimizer):
         return all_optimizers(self._brain)
 
     @property
-    def param_groups(self) -> list[MutableMapping[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[Any]:
         """The members' parameter groups; changing one changes the member."""
         return [
             ChainMap(group, {"name": name if not index else f"{name}/{index}"})
@@ -127,8 +127,17 @@ class OptimizerGroup(Optimizer):
         ]
 
     @param_groups.setter
-    def param_groups(self, value: list[MutableMapping[str, Any]]) -> None:
+    def param_groups(self, value: list[Any]) -> None:
         """Ignores the empty list that ``Optimizer.__init__`` starts from."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Gives the last member another group, as BackboneFinetuning asks for.
+
+        Args:
+            param_group: Parameters, and options of that member.
+        """
+        if param_group["params"]:
+            list(self.members.values())[-1].add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps the active members.

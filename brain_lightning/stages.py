@@ -189,10 +189,13 @@ class Stages:
             self.brain.step = self._train_step
             self.brain.modules.train()
 
-    def start_test(self) -> None:
-        """Begins an evaluation: the best checkpoint, then the TEST stage."""
+    def recover_best(self) -> None:
+        """Begins an evaluation."""
         with torch.set_grad_enabled(self._grad_enabled):
             self.brain.on_evaluate_start(**self._keys)
+
+    def start_test(self) -> None:
+        """Begins the TEST stage, of the first loader where there are several."""
         self._start_loaders(Stage.TEST)
         self._start_evaluation(Stage.TEST)
 
