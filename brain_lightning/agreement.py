@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -68,20 +68,29 @@ def _refuse_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
         for cls, reason in REFUSED_CALLBACKS.items():
             if isinstance(callback, cls):
                 raise UnsupportedError(f"{cls.__name__} does not work with a Brain: {reason}")
-        if isinstance(callback, StochasticWeightAveraging):
-            _check_weight_averaging(trainer, brain)
+        if isinstance(callback, StochasticWeightAveraging) and any(
+            isinstance(module, _BatchNorm) for module in brain.modules.modules()
+        ):
+            raise UnsupportedError(
+                "StochasticWeightAveraging adds an epoch for BatchNorm, which an epoch "
+                "counter does not have: use WeightAveraging(use_buffers=True) or "
+                "EMAWeightAveraging"
+            )
 
 
-def _check_weight_averaging(trainer: Trainer, brain: BrainProtocol) -> None:
-    if trainer.max_epochs in (None, -1):
-        raise UnsupportedError(
-            "StochasticWeightAveraging averages up to the last epoch, which an epoch counter "
-            "does not tell: give Trainer(max_epochs=N), the number of epochs that will be run"
-        )
-    if any(isinstance(m, _BatchNorm) for m in brain.modules.modules()):
-        raise UnsupportedError(
-            "StochasticWeightAveraging adds an epoch for BatchNorm, which an epoch counter "
-            "does not have: use WeightAveraging(use_buffers=True) or EMAWeightAveraging"
+def check_averaging(trainer: Trainer) -> None:
+    """Says so where an average of weights was made for nothing.
+
+    Args:
+        trainer: The Trainer at the end of a training.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = any(isinstance(c, StochasticWeightAveraging) for c in callbacks)
+    if averaging and trainer.current_epoch < (trainer.max_epochs or 0):
+        rank_zero_warn(
+            f"StochasticWeightAveraging waited for epoch {trainer.max_epochs}, but the run "
+            f"ended after {trainer.current_epoch}: the weights are those of the last update. "
+            "Give Trainer(max_epochs=-1), and the average is taken whenever the run ends"
         )
 
 

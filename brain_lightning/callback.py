@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from . import _loops
-from .agreement import accumulate, agree
+from .agreement import accumulate, agree, check_averaging
 from .borrowed import Borrowed
 from .stages import Stages
 
@@ -66,6 +66,10 @@ class BrainCallback(Callback):
             _loops.run_validation(trainer)
         self.stages.end_epoch()
         self._for_the_epoch.put_back()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what a callback could not bring to its end."""
+        check_averaging(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -150,7 +150,8 @@ class Epochs:
                 f"epoch_counter must be iterable, got {epoch_counter!r}: use "
                 "EpochCounter(limit=10) or range(1, 11) for ten epochs"
             )
-        self.current: Any = None
+        # A counter that was moved before, or recovered, says where it is.
+        self.current: Any = getattr(epoch_counter, "current", None) or None
         self._counter = epoch_counter
         self._iterator: Iterator[Any] | None = None
         self._drawn = False

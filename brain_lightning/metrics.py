@@ -60,6 +60,18 @@ class Metrics:
         """
         self._found[stage] |= _numbers_in(numbers)
 
+    def tell_apart(self, stage: Stage, position: int) -> None:
+        """Numbers what a stage found, where several loaders each are a stage.
+
+        Args:
+            stage: The stage that has ended.
+            position: Of its loader among the others, from 0: ``valid_loss_0``.
+        """
+        prefix = stage.name.lower()
+        found = self._found[stage]
+        self._plain |= {f"{prefix}_{name}_{position}": v for name, v in found.items()}
+        found.clear()
+
     def take(self) -> dict[str, float]:
         """What was found since the last call.
 

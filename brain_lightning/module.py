@@ -359,8 +359,22 @@ def lightning_module_class(brain_class: type) -> type[BrainModule]:
     return type(
         f"{brain_class.__name__}Module",
         (base,),
-        {"__module__": brain_class.__module__, "__doc__": f"{base.__doc__}"},
+        {
+            "__module__": brain_class.__module__,
+            "__doc__": base.__doc__,
+            "__init__": _constructor(base, brain_class),
+        },
     )
+
+
+def _constructor(base: type[BrainModule], brain_class: type) -> Callable[..., None]:
+    """The constructor of ``base``, with the type that LightningCLI is to build a Brain of."""
+
+    def __init__(self: BrainModule, brain: Any, **kwargs: Any) -> None:  # noqa: N807
+        base.__init__(self, brain, **kwargs)
+
+    __init__.__annotations__["brain"] = brain_class
+    return __init__
 
 
 def _steps_itself(brain_class: type) -> bool:

@@ -61,6 +61,7 @@ class Stages:
         self.in_training = False
         self.steps_on_last_batch = False
         self._train_step = 0
+        self._position = 0
         self._keys = {"max_key": max_key, "min_key": min_key}
         self._loaders: dict[Stage, list[StageLoader]] = {stage: [] for stage in Stage}
         # Lightning disables gradients before it says that a stage starts.
@@ -234,6 +235,8 @@ class Stages:
         brain.on_stage_end(stage, self.average, self._epoch_of(stage))
         brain.step = 0
         self.metrics.add(stage, {"loss": self.average})
+        if len(self._loaders[stage]) > 1:
+            self.metrics.tell_apart(stage, self._position)
 
     def _epoch_of(self, stage: Stage) -> Any:
         return None if stage is Stage.TEST else self.epochs.current
@@ -248,6 +251,7 @@ class Stages:
         """
         if position:
             self._end_evaluation(stage)
+            self._position = position
             self._start_evaluation(stage)
         brain = self.brain
         with progress_bar(brain, loader, stage, self.progressbar) as bar:
@@ -257,5 +261,6 @@ class Stages:
                     return
 
     def _start_loaders(self, stage: Stage) -> None:
+        self._position = 0
         for loader in self._loaders[stage]:
             loader.start()

@@ -35,7 +35,7 @@ class Regression(Brain):
         self.events = [*getattr(self, "events", []), ("start", stage.name, epoch)]
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
-        self.events.append(("end", stage.name, epoch))
+        self.events = [*getattr(self, "events", []), ("end", stage.name, epoch)]
 
 
 def sgd(parameters: Any) -> torch.optim.SGD:

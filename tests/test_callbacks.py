@@ -400,10 +400,24 @@ def test_a_recipes_own_annealing_survives(callback: Callable[[], Any]) -> None:
     assert brain.rates == [0.1] * 5 + [0.05] * 5 + [0.1 / 3] * 5
 
 
-def test_averaging_without_a_known_end_is_refused() -> None:
+def test_averaging_ends_with_the_epoch_counter() -> None:
+    class PerEpoch(Regression):
+        def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
+            self.epochs = [*getattr(self, "epochs", []), weights(self)]
+
+    brain = make(PerEpoch)
+    averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2)
+    brain.fit(range(3), loader(), trainer={"callbacks": [averaging]})
+    averaged = [torch.stack(ws).mean(dim=0) for ws in zip(*brain.epochs[1:], strict=True)]
+    for weight, expected in zip(weights(brain), averaged, strict=True):
+        assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_an_average_that_was_not_taken_is_told() -> None:
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=1)
-    with pytest.raises(UnsupportedError, match=r"give Trainer\(max_epochs=N\)"):
-        make().fit(range(3), loader(), trainer={"callbacks": [averaging]})
+    brain = make(hparams={"epoch_counter": range(2)})
+    with pytest.warns(UserWarning, match=r"waited for epoch 5, but the run ended after 2"):
+        fit(brain, averaging, max_epochs=5)
 
 
 def test_averaging_with_batch_norm_is_refused() -> None:
