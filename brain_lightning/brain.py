@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from . import _speechbrain, data
 from . import trainer as trainers
 from .brain_state import BrainState
+from .compile import compile_modules
 from .errors import NonFiniteLossError
 from .module import to_lightning
 from .optimizers import split_vectors_from_weight_decay
@@ -73,7 +74,7 @@ class Brain(BrainState):
         Returns:
             Whatever ``compute_objectives`` needs.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define compute_forward")
+        raise NotImplementedError
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Tensor:
         """Computes the loss; must be overridden.
@@ -86,12 +87,13 @@ class Brain(BrainState):
         Returns:
             A tensor with one number, to minimize.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define compute_objectives")
+        raise NotImplementedError
 
     # ------------------------------------------------------------------- hooks
 
     def on_fit_start(self) -> None:
-        """Begins ``fit``: makes the optimizers and loads the latest checkpoint."""
+        """Begins ``fit``: compiles, makes the optimizers, loads the latest checkpoint."""
+        compile_modules(self)
         self.init_optimizers()
         if self.checkpointer is not None:
             self.checkpointer.recover_if_possible()

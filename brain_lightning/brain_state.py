@@ -72,6 +72,13 @@ class BrainState:
     grad_accumulation_factor: int
     optimizer_step_limit: int | None
     remove_vector_weight_decay: bool
+    compile: bool
+    compile_module_keys: list[str] | None
+    compile_mode: str
+    compile_using_fullgraph: bool
+    compile_using_dynamic_shape_tracing: bool
+    jit: bool
+    jit_module_keys: list[str] | None
     test_only: bool
 
     optimizer: Optimizer

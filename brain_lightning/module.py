@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import Optimizer
@@ -20,8 +21,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import _loops
 from .agreement import check_backbone
 from .callback import BrainCallback
+from .compile import without_compiled_prefix
 from .epochs import Epochs
-from .errors import UnsupportedError
+from .errors import BrainTypeError, UnsupportedError
 from .optimizers import OptimizerGroup
 from .protocol import BrainProtocol
 from .stage import Stage
@@ -30,6 +32,8 @@ from .update import TrainingLoss, fit_batch, optimizers_step, prepare_gradients,
 
 # A subclass that overrides one of these does its own stepping.
 MANUAL_HOOKS = ("fit_batch", "optimizers_step")
+# What fit_batch calls, and has no default.
+REQUIRED_HOOKS = ("compute_forward", "compute_objectives")
 
 
 class BrainModule(LightningModule):
@@ -67,6 +71,8 @@ class BrainModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Begins a run: new stages over the same Brain, and the callback that runs them."""
+        if self.trainer.state.fn is TrainerFn.FITTING:
+            _refuse_unfinished(self.brain)
         counter = self._epoch_counter
         if counter is None:
             hparams = getattr(self.brain, "hparams", None)
@@ -108,6 +114,19 @@ class BrainModule(LightningModule):
         group = OptimizerGroup(self.brain)
         check_backbone(self.trainer, self.brain, group)
         return group
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights by the names that they have where nothing is compiled."""
+        state = super().state_dict(*args, **kwargs)
+        return {without_compiled_prefix(name): value for name, value in state.items()}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Takes what ``state_dict`` gave, whether or not the modules are compiled by now."""
+        names = {without_compiled_prefix(name): name for name in super().state_dict()}
+        renamed = {names.get(name, name): value for name, value in state_dict.items()}
+        return super().load_state_dict(renamed, strict, assign)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the weights of an explicit ``ckpt_path``: they win over the best ones."""
@@ -378,12 +397,22 @@ def _constructor(base: type[BrainModule], brain_class: type) -> Callable[..., No
 
 
 def _steps_itself(brain_class: type) -> bool:
+    return any(_overrides(brain_class, hook) for hook in MANUAL_HOOKS)
+
+
+def _overrides(brain_class: type, hook: str) -> bool:
     # The class that first defines a hook is Brain itself, ours or SpeechBrain's.
-    for hook in MANUAL_HOOKS:
-        defining = [cls for cls in brain_class.__mro__ if hook in vars(cls)]
-        if len(defining) > 1:
-            return True
-    return False
+    return sum(hook in vars(cls) for cls in brain_class.__mro__) > 1
+
+
+def _refuse_unfinished(brain: BrainProtocol) -> None:
+    """A missing hook is told before the first batch is loaded."""
+    brain_class = type(brain)
+    for hook in () if _overrides(brain_class, "fit_batch") else REQUIRED_HOOKS:
+        if not _overrides(brain_class, hook) and hook not in vars(brain):
+            raise BrainTypeError(
+                f"{brain_class.__name__} must define {hook}, or override fit_batch"
+            )
 
 
 def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:

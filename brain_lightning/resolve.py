@@ -15,8 +15,6 @@ logger = logging.getLogger(__name__)
 # Options that are not built yet, and what to do instead.
 UNSUPPORTED = {
     "data_parallel_backend": "use --trainer.devices=N",
-    "jit": "leave it out, or pass a scripted module",
-    "compile": "leave it out, or pass torch.compile(module)",
     "profile_training": "use --trainer.profiler=pytorch",
 }
 DEPRECATED_PRECISIONS = {"auto_mix_prec": "fp16", "bfloat16_mix_prec": "bf16"}

@@ -87,8 +87,9 @@ def process_is_left_as_found(no_launcher_around: None) -> Iterator[None]:
     left = [t for t in set(threading.enumerate()) - threads if not t.daemon]
     assert not left, f"threads were left behind: {left}"
     changed = {k for k, v in os.environ.items() if environment.get(k) != v}
-    # KMP_* are set by OpenMP, PYTEST_* by pytest.
-    changed = {k for k in changed if not k.startswith(("KMP_", "PYTEST_"))}
+    # They are set by OpenMP, pytest and torch.compile.
+    own = ("KMP_", "PYTEST_", "_TORCHINDUCTOR_")
+    changed = {k for k in changed if not k.startswith(own)}
     assert not changed, f"environment variables were changed: {changed}"
 
 

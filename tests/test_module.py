@@ -263,8 +263,14 @@ def test_hooks_that_must_be_overridden_say_so() -> None:
     class Empty(Brain):
         pass
 
-    with pytest.raises(NotImplementedError, match="Empty must define compute_forward"):
-        make(Empty).fit(range(1), loader())
+    class Half(Brain):
+        compute_forward = Regression.compute_forward
+
+    for brain_class, hook in [(Empty, "compute_forward"), (Half, "compute_objectives")]:
+        brain = make(brain_class)
+        with pytest.raises(BrainTypeError, match=f"{brain_class.__name__} must define {hook}"):
+            brain.fit(range(1), loader())
+        assert brain.step == 0
 
 
 def test_a_brain_without_optimizer_says_that_nothing_changes(caplog: Any) -> None:

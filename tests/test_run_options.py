@@ -119,8 +119,6 @@ def test_an_unknown_option_is_named_with_a_guess() -> None:
         (RunOptionError, r"exclude each other",
          {"ckpt_interval_minutes": 15, "ckpt_interval_steps": 5}),
         (UnsupportedError, r"--trainer\.devices=N", {"data_parallel_backend": True}),
-        (UnsupportedError, r"torch\.compile\(module\)", {"compile": True}),
-        (UnsupportedError, r"scripted module", {"jit": True}),
         (UnsupportedError, r"--trainer\.profiler", {"profile_training": True}),
     ],
 )  # fmt: skip

@@ -26,7 +26,7 @@ RANKS = [
     {"stage", "errors", "protocol", "borrowed", "_speechbrain"},
     {"run_options", "epochs", "samplers", "stage_loader"},
     {"optimizers", "progress", "interval"},
-    {"data", "device", "resolve", "update", "brain_state", "metrics", "stages"},
+    {"data", "device", "resolve", "update", "brain_state", "compile", "metrics", "stages"},
     {"_loops", "agreement"},
     {"callback"},
     {"module"},
