@@ -1,0 +1,62 @@
+"""A picture of how the training went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+TRAIN, VALID, TEST = "#4477aa", "#ee6677", "#228833"
+
+
+class Epoch(NamedTuple):
+    """What is known at the end of an epoch."""
+
+    number: int
+    learning_rate: float
+    train_loss: float
+    valid_loss: float
+    error_rate: float
+
+
+def draw_curves(
+    history: Sequence[Epoch], test_loss: float, test_error_rate: float, path: str | Path
+) -> None:
+    """Draws the losses beside the error rates.
+
+    Args:
+        history: All epochs.
+        test_loss: The loss on the test lines.
+        test_error_rate: The digit error rate on the test lines.
+        path: Where to write the PNG; its folder is made.
+    """
+    # A Figure by itself draws with Agg: no display is needed and no state is left in pyplot.
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    numbers = [epoch.number for epoch in history]
+    left.plot(numbers, [e.train_loss for e in history], "o-", color=TRAIN, label="train")
+    left.plot(numbers, [e.valid_loss for e in history], "o-", color=VALID, label="valid")
+    left.axhline(test_loss, ls="--", color=TEST, label=f"test, at the end: {test_loss:.3f}")
+    _finish(left, "CTC loss per digit", "loss")
+    percents = [100 * epoch.error_rate for epoch in history]
+    percent = 100 * test_error_rate
+    right.plot(numbers, percents, "o-", color=VALID, label="valid")
+    right.axhline(percent, ls="--", color=TEST, label=f"test, at the end: {percent:.2f}%")
+    _finish(right, "Digit error rate", "error rate", unit="%")
+    figure.suptitle("Lines of handwritten digits, read column by column")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _finish(axes: Axes, title: str, quantity: str, unit: str = "") -> None:
+    axes.set(title=title, xlabel="epoch", ylabel=quantity, yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
