@@ -4,7 +4,7 @@ from .brain import Brain
 from .callback import BrainCallback
 from .epochs import EpochCounter, EpochCounterWithStopper
 from .errors import BrainTypeError, NonFiniteLossError, RunOptionError, UnsupportedError
-from .module import lightning_module_class, to_lightning
+from .generate import lightning_module_class, to_lightning
 from .optimizers import OptimizerGroup
 from .run_options import RunOptions, parse_arguments
 from .samplers import ReproducibleRandomSampler

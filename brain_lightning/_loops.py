@@ -19,7 +19,9 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 
 from .epochs import Epochs
+from .errors import RunOptionError
 from .stage import Stage
+from .stage_loader import StageLoader
 from .stages import Stages
 
 
@@ -58,18 +60,25 @@ class _StageSource(_DataLoaderSource):
         """The loaders, wrapped: one for training, a list for evaluation."""
         combined = self._combined()
         if self._stage is not Stage.TRAIN and combined._mode == "sequential":
-            return self._stages.wrap(combined.flattened, self._stage)
+            return self._wrap(combined.flattened)
         one = combined.iterables is combined.flattened[0]
         loader = combined.flattened[0] if one else _CombinedBatches(combined)
-        return self._stages.wrap([loader], self._stage)[0]
+        return self._wrap([loader])[0]
+
+    def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
+        wrapped = self._stages.wrap(loaders, self._stage)
+        if any(loader.known_length() is None for loader in wrapped):
+            _refuse_fractions(self._trainer, self._stage)
+        return wrapped
 
     def _combined(self) -> CombinedLoader:
         loaders = super().dataloader()
         if not isinstance(loaders, CombinedLoader):
             training = self._stage is Stage.TRAIN
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
+        fitting = self._trainer.state.fn is TrainerFn.FITTING
         # An attribute that Lightning's type hints do not show.
-        if self._trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        if fitting and self._trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning looks for shuffling samplers, which it would not find in ours.
             training = self._stage is Stage.TRAIN
             running = RunningStage.TRAINING if training else RunningStage.VALIDATING
@@ -92,6 +101,29 @@ class _CombinedBatches:
             yield batch
 
 
+# Arguments that mean a part of a set where they are a fraction.
+FRACTIONS = {
+    Stage.TRAIN: ("limit_train_batches", "val_check_interval"),
+    Stage.VALID: ("limit_val_batches",),
+    Stage.TEST: ("limit_test_batches",),
+}
+
+
+def _refuse_fractions(trainer: Trainer, stage: Stage) -> None:
+    for name in FRACTIONS[stage]:
+        value = getattr(trainer, name, None)
+        if isinstance(value, float) and value not in (0.0, 1.0):
+            raise RunOptionError(
+                f"Trainer({name}={value}) is a fraction of a {stage.name} set without a "
+                "length: give a whole number of batches"
+            )
+
+
+def evaluation_loops(trainer: Trainer) -> list[Any]:
+    """The loops of ``validate``, ``test`` and ``predict``."""
+    return [trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
+
+
 def attach(trainer: Trainer, stages: Stages) -> None:
     """Lets the stages of a Brain rule the Trainer's loops.
 
@@ -100,20 +132,23 @@ def attach(trainer: Trainer, stages: Stages) -> None:
         stages: The stages of the run.
     """
     if trainer.state.fn is TrainerFn.FITTING:
-        trainer.fit_loop.__class__ = _BrainFitLoop
-        trainer.fit_loop.brain_epochs = stages.epochs  # type: ignore[attr-defined]
+        fit_loop: Any = trainer.fit_loop
+        fit_loop.__class__ = _BrainFitLoop
+        fit_loop.brain_epochs = stages.epochs
     for loop, stage in _loops_with_stages(trainer):
         loop._data_source = _StageSource(loop._data_source, trainer, stages, stage)
 
 
 def detach(trainer: Trainer) -> None:
-    """Gives the Trainer its own loops back; nothing happens where they are its own.
+    """Gives the Trainer its own loops back.
 
     Args:
         trainer: The Trainer at the end of a run.
     """
-    trainer.fit_loop.__class__ = _FitLoop
-    vars(trainer.fit_loop).pop("brain_epochs", None)
+    fit_loop: Any = trainer.fit_loop
+    if hasattr(fit_loop, "brain_epochs"):
+        fit_loop.__class__ = _FitLoop
+        del fit_loop.brain_epochs
     for loop, _ in _loops_with_stages(trainer):
         if isinstance(loop._data_source, _StageSource):
             loop._data_source = loop._data_source.source
@@ -130,8 +165,17 @@ def _loops_with_stages(trainer: Trainer) -> list[tuple[Any, Stage]]:
     ]
 
 
-def _is_unlimited(limit: float) -> bool:
-    return isinstance(limit, float) and limit == 1.0
+def _limit(limit: float, length: int | None) -> float:
+    """How many batches a ``limit_..._batches`` of the Trainer allows."""
+    if isinstance(limit, int):
+        return limit
+    # A fraction of an unknown length was refused before.
+    return float("inf") if limit == 1.0 or length is None else int(limit * length)
+
+
+def _estimate(limit: float, length: int | None) -> float:
+    """For progress bars, and for who asks whether a batch is the last."""
+    return min(_limit(limit, length), float("inf") if length is None else max(1, length))
 
 
 def start_train_epoch(trainer: Trainer, length: int | None) -> None:
@@ -145,9 +189,10 @@ def start_train_epoch(trainer: Trainer, length: int | None) -> None:
         trainer: The Trainer in ``on_train_epoch_start``.
         length: Batches in the epoch, where that is known.
     """
-    if _is_unlimited(trainer.limit_train_batches):
-        trainer.fit_loop.max_batches = float("inf") if length is None else max(1, length)
-    if _is_unlimited(trainer.val_check_interval):
+    trainer.fit_loop.max_batches = _estimate(trainer.limit_train_batches, length)
+    # Not there where the interval is a time.
+    interval = getattr(trainer, "val_check_interval", None)
+    if isinstance(interval, float) and interval == 1.0:
         trainer.val_check_batch = float("inf")
 
 
@@ -157,36 +202,32 @@ def start_validation(trainer: Trainer) -> None:
     Args:
         trainer: The Trainer at the start of a validation.
     """
-    loop = (
-        trainer._evaluation_loop
-        if trainer.evaluating
-        else trainer.fit_loop.epoch_loop.val_loop
-    )
+    loop = trainer._evaluation_loop
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
-    if _is_unlimited(limit):
-        combined, fetcher = loop._combined_loader, loop._data_fetcher
-        assert combined is not None
-        assert fetcher is not None
-        # The lengths now, for progress bars; as limits they would be believed.
-        lengths = [loader.known_length() for loader in combined.flattened]
-        loop._max_batches = [float("inf") if n is None else max(1, n) for n in lengths]
-        combined._iterator.limits = None  # type: ignore[union-attr]
-        fetcher.length, fetcher.done = None, False
+    combined, fetcher = loop._combined_loader, loop._data_fetcher
+    assert combined is not None
+    assert fetcher is not None
+    lengths = [loader.known_length() for loader in combined.flattened]
+    loop._max_batches = [_estimate(limit, length) for length in lengths]
+    limits = [_limit(limit, length) for length in lengths]
+    combined._iterator.limits = limits  # type: ignore[union-attr]
+    fetcher.length, fetcher.done = None, False
 
 
-def is_cut_short(trainer: Trainer) -> bool:
+def is_cut_short(trainer: Trainer, length: int | None) -> bool:
     """Whether the Trainer ends the training epoch after this batch.
 
     Args:
         trainer: The Trainer in ``on_train_batch_end``.
+        length: Batches in the epoch, where that is known.
 
     Returns:
         True where ``limit_train_batches`` or ``max_steps`` is reached, or a callback
         stops the run.
     """
     loop = trainer.fit_loop
-    limit_reached = loop.epoch_loop.batch_progress.current.ready >= loop.max_batches
-    if limit_reached and not _is_unlimited(trainer.limit_train_batches):
+    batches = loop.epoch_loop.batch_progress.current.ready
+    if batches >= _limit(trainer.limit_train_batches, length):
         return True
     if 0 <= trainer.max_steps <= trainer.global_step:
         return True

@@ -20,8 +20,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from ._loops import evaluation_loops
 from .borrowed import Borrowed
-from .device import autocast
+from .device import autocast, device_type
 from .errors import RunOptionError, UnsupportedError
 from .protocol import BrainProtocol
 
@@ -33,6 +34,7 @@ REFUSED_CALLBACKS: dict[type[Callback], str] = {
     "give batch_size in train_loader_kwargs",
 }
 # Lightning's names of mixed precision, in SpeechBrain's words.
+DEFAULT_PRECISION = "32-true"
 MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
 
@@ -49,15 +51,16 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
         UnsupportedError: A callback cannot do its work with a Brain.
     """
     _refuse_callbacks(trainer, brain)
+    _agree_on_device(trainer, brain)
     _agree_on_clipping(trainer, brain, borrowed)
     _agree_on_precision(trainer, brain, borrowed)
     if trainer.accumulate_grad_batches != 1:
         _check_accumulation(brain, trainer.accumulate_grad_batches)
-    if trainer.num_sanity_val_steps:
+    if trainer.num_sanity_val_steps and trainer.training:
         # Recipes read in VALID what their on_stage_start set.
         rank_zero_info("A Brain validates in its own order: no sanity check.")
         borrowed.set(trainer, "num_sanity_val_steps", 0)
-    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+    for loop in evaluation_loops(trainer):
         # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
         borrowed.set(loop, "inference_mode", False)
 
@@ -162,13 +165,26 @@ def _check_accumulation(brain: BrainProtocol, batches: int) -> None:
     _refuse_conflict(brain, "grad_accumulation_factor", batches, said)
 
 
+def _agree_on_device(trainer: Trainer, brain: BrainProtocol) -> None:
+    """The Brain follows the Trainer, and stays where that takes it, as its modules do."""
+    root = trainer.strategy.root_device
+    if device_type(brain.device) == root.type:
+        return
+    _refuse_conflict(brain, "device", str(root), f"accelerator={root.type!r}")
+    brain.device, brain.device_type = str(root), root.type
+    brain.training_ctx = autocast(brain.device, brain.precision)
+    brain.evaluation_ctx = autocast(brain.device, brain.eval_precision)
+    brain.scaler = torch.GradScaler(root.type, enabled=brain.precision == "fp16")
+
+
 def _agree_on_clipping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
-    value = trainer.gradient_clip_val
+    value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if algorithm is not None:
+        borrowed.set(brain, "gradient_clip_algorithm", algorithm)
     if value is None:
         return
     _refuse_conflict(brain, "max_grad_norm", float(value), f"gradient_clip_val={value}")
     borrowed.set(brain, "max_grad_norm", float(value))
-    borrowed.set(brain, "gradient_clip_algorithm", trainer.gradient_clip_algorithm or "norm")
     # Lightning refuses to clip for a module that steps by itself.
     borrowed.set(trainer, "gradient_clip_val", None)
 
@@ -177,6 +193,8 @@ def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrow
     """Mixed precision is the Brain's: its fit_batch may use its scaler and contexts itself."""
     plugin = trainer.precision_plugin
     if type(plugin) is not MixedPrecision:
+        if plugin.precision != DEFAULT_PRECISION and brain.precision != "fp32":
+            _refuse_conflict(brain, "precision", None, f"precision={plugin.precision!r}")
         return
     precision, said = MIXED_PRECISIONS[plugin.precision], f"precision={plugin.precision!r}"
     evaluation = brain.eval_precision if is_given(brain, "eval_precision") else precision

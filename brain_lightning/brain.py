@@ -17,8 +17,8 @@ from . import _speechbrain, data
 from . import trainer as trainers
 from .brain_state import BrainState
 from .compile import compile_modules
-from .errors import NonFiniteLossError
-from .module import to_lightning
+from .errors import BrainTypeError, NonFiniteLossError
+from .generate import to_lightning
 from .optimizers import split_vectors_from_weight_decay
 from .stage import Stage
 from .update import RawUpdate, fit_batch, optimizers_step
@@ -349,8 +349,8 @@ class Brain(BrainState):
             progressbar: Whether to show a bar; by default unless ``noprogressbar``.
             train_loader_kwargs: Arguments of the training DataLoader.
             valid_loader_kwargs: Arguments of the validation DataLoader.
-            trainer: A Trainer, or arguments for one; ``hparams["trainer"]`` and
-                ``--trainer.X=Y`` if not given.
+            trainer: A Trainer, or arguments for one; ``hparams["trainer"]`` if not
+                given. ``--trainer.X=Y`` of the command line outranks both.
         """
         if self.test_only:
             logger.info("Test only mode, skipping training and validation stages.")
@@ -408,7 +408,14 @@ class Brain(BrainState):
     def _shows_bar(self, progressbar: bool | None) -> bool:
         return not self.noprogressbar if progressbar is None else progressbar
 
-    def _trainer(self, trainer: Trainer | Mapping[str, Any] | None) -> Trainer:
-        if trainer is None:
-            trainer = self.trainer_arguments
-        return trainers.make_trainer(trainer, self.device)
+    def _trainer(self, trainer: Trainer | Mapping[str, Any] | None) -> Any:
+        """The command line outranks the call, which takes the place of hparams."""
+        given = self.trainer_arguments if trainer is None else trainer
+        if not self.trainer_overrides:
+            return given
+        if not isinstance(given, Mapping):
+            name = next(iter(self.trainer_overrides))
+            raise BrainTypeError(
+                f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
+            )
+        return {**given, **self.trainer_overrides}

@@ -18,10 +18,10 @@ from torch.nn import Module, ModuleDict
 from torch.optim import Optimizer
 
 from . import _speechbrain
-from .device import autocast, infer_device
+from .device import autocast, device_type, infer_device
 from .epochs import EpochCounter, EpochCounterWithStopper
 from .errors import BrainTypeError
-from .resolve import given_options, resolve_run_options
+from .resolve import resolve_run_options
 from .run_options import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -98,13 +98,15 @@ class BrainState:
         self.opt_class = opt_class
         self.checkpointer = checkpointer
         self.hparams = SimpleNamespace(**(hparams or {}))
-        options = resolve_run_options(run_opts, hparams or {})
-        self.trainer_arguments: Any = options.pop("trainer")
-        vars(self).update(options)
-        self.given_options = given_options(options, run_opts, hparams or {})
+        if not isinstance(run_opts, RunOptions):
+            run_opts = RunOptions.from_dictionary(run_opts or {})
+        values, self.given_options = resolve_run_options(run_opts, hparams or {})
+        vars(self).update(values)
+        self.trainer_arguments: Any = (hparams or {}).get("trainer") or {}
+        self.trainer_overrides = run_opts.trainer
 
         self.device = self.device or infer_device()
-        self.device_type = torch.device(self.device).type
+        self.device_type = device_type(self.device)
         if self.device_type == "cuda":
             torch.cuda.set_device(torch.device(self.device).index or 0)
         self.modules = _on_device(modules or {}, self.device)

@@ -26,12 +26,15 @@ class BrainCallback(Callback):
 
     def __init__(self, stages: Stages, trainer: Trainer) -> None:
         self.stages = stages
-        self.interrupt: KeyboardInterrupt | None = None
         self._for_the_run = Borrowed()
         self._for_the_epoch = Borrowed()
         # Lightning checks its arguments before any hook of a callback.
         self._for_the_check = Borrowed()
-        agree(trainer, stages.brain, self._for_the_run)
+        try:
+            agree(trainer, stages.brain, self._for_the_run)
+        except BaseException:
+            self._for_the_run.put_back()
+            raise
         self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -40,6 +43,7 @@ class BrainCallback(Callback):
         self.stages.progressbar &= trainer.is_global_zero
         self.stages.progressbar &= trainer.progress_bar_callback is None
         self.stages.metrics.watch(self.stages.brain, self._for_the_run)
+        self.stages.metrics.validated = trainer.enable_validation
         _loops.attach(trainer, self.stages)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,7 +80,7 @@ class BrainCallback(Callback):
     ) -> None:
         """Remembers a Ctrl-C, which Lightning turns into SystemExit, and tidies up."""
         if isinstance(exception, KeyboardInterrupt):
-            self.interrupt = exception
+            self.stages.interrupt = exception
         self._put_back(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -88,3 +92,6 @@ class BrainCallback(Callback):
         _loops.detach(trainer)
         for borrowed in (self._for_the_epoch, self._for_the_check, self._for_the_run):
             borrowed.put_back()
+        # The next module of this Trainer may be no Brain's.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [c for c in callbacks if c is not self]  # type: ignore[attr-defined]

@@ -27,6 +27,26 @@ def infer_device() -> str:
     return device if rank is None else f"{device}:{rank}"
 
 
+def device_type(device: str) -> str:
+    """The kind of a device.
+
+    Args:
+        device: Its name.
+
+    Returns:
+        ``cpu``, ``cuda``…
+
+    Raises:
+        RunOptionError: There is no such device.
+    """
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise RunOptionError(
+            f"device {device!r} is not one of cpu, cuda, cuda:0, cuda:1, mps…: {error}"
+        ) from error
+
+
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
     """The context in which a Brain computes.
 
@@ -46,12 +66,12 @@ def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
             f"precision {precision!r} is not one of {', '.join(DTYPES)}: "
             "use --precision=bf16 for mixed precision on any device"
         )
-    device_type = torch.device(device).type
-    if precision == "fp16" and device_type == "cpu":
+    where = device_type(device)
+    if precision == "fp16" and where == "cpu":
         raise RunOptionError(
             "precision 'fp16' is not supported on the CPU: use --precision=bf16 or "
             "--eval_precision=bf16, or a GPU"
         )
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device_type, DTYPES[precision])
+    return torch.autocast(where, DTYPES[precision])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -18,6 +19,8 @@ STAGES_OF_STATS = {
     "valid_stats": Stage.VALID,
     "test_stats": Stage.TEST,
 }
+# Lightning names files and axes by these, and counts them itself.
+LIGHTNINGS_OWN = {"epoch", "step"}
 
 
 class Metrics:
@@ -29,12 +32,18 @@ class Metrics:
 
     Args:
         stage: Gives the stage that is running, for a checkpoint does not say.
+
+    Attributes:
+        validated: Whether the run has a VALID stage.
     """
 
     def __init__(self, stage: Callable[[], Stage]) -> None:
+        self.validated = False
         self._stage = stage
         self._found: dict[Stage, dict[str, float]] = {each: {} for each in Stage}
         self._plain: dict[str, float] = {}
+        # Names that are VALID's from its first report on.
+        self._valids: set[str] = set()
 
     def watch(self, brain: BrainProtocol, borrowed: Borrowed) -> None:
         """Listens to what the recipe reports, until everything borrowed is put back.
@@ -51,12 +60,13 @@ class Metrics:
                 hook = self._hearing_meta(getattr(brain.checkpointer, name))
                 borrowed.shadow(brain.checkpointer, name, hook)
 
-    def add(self, stage: Stage, numbers: Mapping[str, Any]) -> None:
+    def add(self, stage: Stage, numbers: Any) -> None:
         """Takes what is a number.
 
         Args:
             stage: The stage they speak of.
-            numbers: Values by name; those that are no number are left out.
+            numbers: Values by name; those that are no number are left out, and so
+                is anything but a mapping, for a recipe may report what it likes.
         """
         self._found[stage] |= _numbers_in(numbers)
 
@@ -78,32 +88,31 @@ class Metrics:
         Returns:
             Numbers by name, with and without their stage.
         """
-        taken = dict(self._plain)
-        # VALID comes last, for its names win.
-        for stage in (Stage.TRAIN, Stage.TEST, Stage.VALID):
-            found = self._found[stage]
-            taken |= found
+        self._valids |= self._found[Stage.VALID].keys() | (
+            {"loss"} if self.validated else set()
+        )
+        taken = {n: v for n, v in self._plain.items() if n not in LIGHTNINGS_OWN}
+        for stage, found in self._found.items():
             taken |= {f"{stage.name.lower()}_{name}": value for name, value in found.items()}
+            mine = found.keys() - LIGHTNINGS_OWN
+            mine -= set() if stage is Stage.VALID else self._valids
+            taken |= {name: found[name] for name in mine}
             found.clear()
         self._plain.clear()
         return taken
 
     def _hearing_stats(self, train_logger: Any) -> Callable[..., Any]:
         log_stats = train_logger.log_stats
+        signature = inspect.signature(log_stats)
 
-        def heard(
-            stats_meta: Any,
-            train_stats: Any = None,
-            valid_stats: Any = None,
-            test_stats: Any = None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            stats = (train_stats, valid_stats, test_stats)
-            self._plain |= _numbers_in(stats_meta)
-            for stage, numbers in zip(STAGES_OF_STATS.values(), stats, strict=True):
-                self.add(stage, numbers or {})
-            return log_stats(stats_meta, *stats, *args, **kwargs)
+        def heard(*args: Any, **kwargs: Any) -> Any:
+            # Its result, and its errors, are the recipe's own.
+            result = log_stats(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            self._plain |= _numbers_in(given.get("stats_meta"))
+            for name, stage in STAGES_OF_STATS.items():
+                self.add(stage, given.get(name))
+            return result
 
         return heard
 
@@ -111,16 +120,16 @@ class Metrics:
         def heard(*args: Any, **kwargs: Any) -> Any:
             # The first argument of both methods of a Checkpointer is meta.
             meta = kwargs.get("meta", args[0] if args else None)
-            self.add(self._stage(), meta or {})
+            self.add(self._stage(), meta)
             return save(*args, **kwargs)
 
         return heard
 
 
-def _numbers_in(values: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        str(name): float(value) for name, value in dict(values).items() if _is_number(value)
-    }
+def _numbers_in(values: Any) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        return {}
+    return {str(name): float(value) for name, value in values.items() if _is_number(value)}
 
 
 def _is_number(value: Any) -> bool:

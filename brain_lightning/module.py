@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,17 +22,13 @@ from .agreement import check_backbone
 from .callback import BrainCallback
 from .compile import without_compiled_prefix
 from .epochs import Epochs
-from .errors import BrainTypeError, UnsupportedError
+from .errors import UnsupportedError
+from .hooks import check_hooks
 from .optimizers import OptimizerGroup
 from .protocol import BrainProtocol
 from .stage import Stage
 from .stages import Stages
 from .update import TrainingLoss, fit_batch, optimizers_step, prepare_gradients, training_loss
-
-# A subclass that overrides one of these does its own stepping.
-MANUAL_HOOKS = ("fit_batch", "optimizers_step")
-# What fit_batch calls, and has no default.
-REQUIRED_HOOKS = ("compute_forward", "compute_objectives")
 
 
 class BrainModule(LightningModule):
@@ -46,6 +41,9 @@ class BrainModule(LightningModule):
         progressbar: Whether to show SpeechBrain's bar where the Trainer has none.
         max_key: For ``on_evaluate_start``.
         min_key: For ``on_evaluate_start``.
+
+    Attributes:
+        stages: The stages of the run that goes on or was last.
     """
 
     def __init__(
@@ -72,11 +70,14 @@ class BrainModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Begins a run: new stages over the same Brain, and the callback that runs them."""
         if self.trainer.state.fn is TrainerFn.FITTING:
-            _refuse_unfinished(self.brain)
+            check_hooks(self.brain)
+        self._explicit_weights = None
         counter = self._epoch_counter
         if counter is None:
             hparams = getattr(self.brain, "hparams", None)
-            counter = getattr(hparams, "epoch_counter", None) or itertools.count(1)
+            counter = getattr(hparams, "epoch_counter", None)
+        if counter is None:
+            counter = itertools.count(1)
         self.stages = Stages(self.brain, Epochs(counter), **self._run_options)
         return [BrainCallback(self.stages, self.trainer)]
 
@@ -118,7 +119,10 @@ class BrainModule(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights by the names that they have where nothing is compiled."""
         state = super().state_dict(*args, **kwargs)
-        return {without_compiled_prefix(name): value for name, value in state.items()}
+        for name in list(state):
+            # In place, for the dictionary carries metadata of its own; all, to keep the order.
+            state[without_compiled_prefix(name)] = state.pop(name)
+        return state
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -130,22 +134,31 @@ class BrainModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the weights of an explicit ``ckpt_path``: they win over the best ones."""
-        if self._trainer is not None and self._trainer.training:
+        if self._running() is TrainerFn.FITTING:
             raise UnsupportedError(
                 "fit(ckpt_path=...) cannot resume a Brain yet: the epoch counter and the "
                 "position in the data are not in a Lightning checkpoint. Give the Brain a "
                 "checkpointer, or take the weights alone with "
                 "load_from_checkpoint(path, brain=brain)"
             )
-        self._explicit_weights = checkpoint["state_dict"]
+        if self._running() is TrainerFn.TESTING:
+            self._explicit_weights = checkpoint["state_dict"]
+
+    def _running(self) -> TrainerFn | None:
+        # Without a Trainer, as in load_from_checkpoint, the property raises.
+        try:
+            return self.trainer.state.fn
+        except RuntimeError:
+            return None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Draws the next batch, as late as SpeechBrain does; without one TRAIN ends.
 
         The last hook of a batch: every callback has seen it before.
         """
-        self._log_running_loss(batch_idx)
-        last = _loops.is_cut_short(self.trainer) or not self.stages.train_loader.advance()
+        self._log_running_loss()
+        loader = self.stages.train_loader
+        last = _loops.is_cut_short(self.trainer, loader.known_length()) or not loader.advance()
         _loops.mark_last_batch(self.trainer, last)
         if last:
             self.stages.end_train()
@@ -184,14 +197,14 @@ class BrainModule(LightningModule):
         """Hands over what no validation has, before callbacks that monitor look."""
         self._log_metrics()
 
-    def _log_running_loss(self, batch_idx: int) -> None:
+    def _log_running_loss(self) -> None:
         # Not self.log, which costs more than the whole loop where it runs at every step.
-        trainer = self.trainer
+        trainer, batches = self.trainer, self.stages.batches
         # An attribute that Lightning's type hints do not show.
-        if trainer.loggers and not (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if trainer.loggers and not batches % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
-                running = {"train_loss_step": self.brain.avg_train_loss}
-                logger.log_metrics(running, trainer.global_step)
+                # Counted as Lightning counts for its own metrics: batches, from 0.
+                logger.log_metrics({"train_loss_step": self.brain.avg_train_loss}, batches - 1)
 
     def _log_metrics(self) -> None:
         metrics = self.stages.metrics.take()
@@ -256,12 +269,12 @@ class AutomaticModule(BrainModule):
         assert isinstance(optimizer, LightningOptimizer)
         assert optimizer_closure is not None
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
-        self.stages.fit(
-            lambda batch: fit_batch(brain, batch, update),
-            self._batch,
-            last=self._believes_last(batch_idx),
-        )
-        self._batch = None
+        batch, self._batch = self._batch, None
+        last = self._believes_last(batch_idx)
+        try:
+            self.stages.fit(lambda batch: fit_batch(brain, batch, update), batch, last)
+        finally:
+            self._training_loss = None
         if brain.optimizer_step == before:
             _loops.discount_step(self.trainer)
 
@@ -272,14 +285,14 @@ class AutomaticModule(BrainModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The backward pass, but for a loss that is not finite."""
-        if self._training_loss is not None and self._training_loss.finite:
+        if self.training_loss.finite:
             super().backward(loss, *args, **kwargs)
 
-    def take_training_loss(self) -> TrainingLoss:
-        """What ``training_step`` found; the module does not keep it, nor its graph."""
-        result, self._training_loss = self._training_loss, None
-        assert result is not None
-        return result
+    @property
+    def training_loss(self) -> TrainingLoss:
+        """What ``training_step`` found in this batch."""
+        assert self._training_loss is not None
+        return self._training_loss
 
     def configure_gradient_clipping(
         self,
@@ -311,7 +324,7 @@ class _TrainerUpdate:
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Lightning's closure: ``training_step``, then the backward pass."""
         self._closure()
-        return self._module.take_training_loss()
+        return self._module.training_loss
 
     def step(self) -> None:
         """One step of the group, in Lightning's order of hooks."""
@@ -355,75 +368,3 @@ def _counted_steps() -> Iterator[list[Optimizer]]:
         yield stepped
     finally:
         handle.remove()
-
-
-@cache
-def lightning_module_class(brain_class: type) -> type[BrainModule]:
-    """Generates the LightningModule class for a Brain class.
-
-    Args:
-        brain_class: A subclass of ``Brain``.
-
-    Returns:
-        A class named after it, ``ASRModule`` for ``ASR``: automatic
-        optimization unless ``fit_batch`` or ``optimizers_step`` is overridden.
-
-    Raises:
-        TypeError: ``brain_class`` is no Brain class.
-    """
-    missing = [hook for hook in MANUAL_HOOKS if not hasattr(brain_class, hook)]
-    if missing:
-        raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
-    base = ManualModule if _steps_itself(brain_class) else AutomaticModule
-    return type(
-        f"{brain_class.__name__}Module",
-        (base,),
-        {
-            "__module__": brain_class.__module__,
-            "__doc__": base.__doc__,
-            "__init__": _constructor(base, brain_class),
-        },
-    )
-
-
-def _constructor(base: type[BrainModule], brain_class: type) -> Callable[..., None]:
-    """The constructor of ``base``, with the type that LightningCLI is to build a Brain of."""
-
-    def __init__(self: BrainModule, brain: Any, **kwargs: Any) -> None:  # noqa: N807
-        base.__init__(self, brain, **kwargs)
-
-    __init__.__annotations__["brain"] = brain_class
-    return __init__
-
-
-def _steps_itself(brain_class: type) -> bool:
-    return any(_overrides(brain_class, hook) for hook in MANUAL_HOOKS)
-
-
-def _overrides(brain_class: type, hook: str) -> bool:
-    # The class that first defines a hook is Brain itself, ours or SpeechBrain's.
-    return sum(hook in vars(cls) for cls in brain_class.__mro__) > 1
-
-
-def _refuse_unfinished(brain: BrainProtocol) -> None:
-    """A missing hook is told before the first batch is loaded."""
-    brain_class = type(brain)
-    for hook in () if _overrides(brain_class, "fit_batch") else REQUIRED_HOOKS:
-        if not _overrides(brain_class, hook) and hook not in vars(brain):
-            raise BrainTypeError(
-                f"{brain_class.__name__} must define {hook}, or override fit_batch"
-            )
-
-
-def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
-    """Turns a Brain into a LightningModule, for a Trainer of one's own.
-
-    Args:
-        brain: The Brain; its modules are shared, not copied.
-        **kwargs: See ``BrainModule``.
-
-    Returns:
-        ``trainer.fit(to_lightning(brain), train_loader, valid_loader)`` gives the
-        Brain the same weights as ``brain.fit`` with the same loaders.
-    """
-    return lightning_module_class(type(brain))(brain, **kwargs)

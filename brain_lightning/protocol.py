@@ -22,6 +22,7 @@ class BrainProtocol(Protocol):
     opt_class: Any
     checkpointer: Any
     device: str
+    device_type: str
     scaler: GradScaler
     optimizers_dict: dict[str, Optimizer] | None
     train_sampler: Any

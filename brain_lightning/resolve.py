@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from .errors import BrainTypeError, RunOptionError, UnsupportedError
-from .run_options import DEFAULT_CKPT_INTERVAL_MINUTES, PRECISIONS, RunOptions
+from .errors import RunOptionError, UnsupportedError
+from .run_options import PRECISIONS, RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -21,65 +21,52 @@ DEPRECATED_PRECISIONS = {"auto_mix_prec": "fp16", "bfloat16_mix_prec": "bf16"}
 
 
 def resolve_run_options(
-    run_opts: RunOptions | Mapping[str, Any] | None, hparams: Mapping[str, Any]
-) -> dict[str, Any]:
+    run_opts: RunOptions, hparams: Mapping[str, Any]
+) -> tuple[dict[str, Any], frozenset[str]]:
     """The value of every run option (``speechbrain.Brain.__init__``).
 
     Args:
-        run_opts: Those of the command line, or a plain dict.
+        run_opts: Those of the command line, or of a plain dict.
         hparams: A key that names a run option sets it.
 
     Returns:
-        Values by name, with ``trainer``, the Trainer or its arguments.
+        Values by name, and the names of those that somebody chose.
 
     Raises:
-        RunOptionError: An option is unknown or its value makes no sense.
+        RunOptionError: The value of an option makes no sense.
         UnsupportedError: An option cannot be honoured.
     """
-    if not isinstance(run_opts, RunOptions):
-        run_opts = RunOptions.from_dictionary(run_opts or {})
+    defaults = RunOptions()
+    on_command_line = run_opts.overridden_args
     values = {
-        name: run_opts[name]
-        if name in run_opts.overridden_args
-        else hparams.get(name, default)
-        for name, default in RunOptions().items()
+        name: run_opts[name] if name in on_command_line else hparams.get(name, default)
+        for name, default in defaults.items()
+    }
+    given = on_command_line | {
+        name
+        for name in RunOptions.option_names()
+        # hparams.update(run_opts) brings every default along, with a record that it did:
+        # a default there was not asked for.
+        if name in hparams
+        and ("overridden_args" not in hparams or hparams[name] != defaults[name])
     }
     _refuse_unsupported(values)
-    _translate_deprecated(values)
+    _check_numbers(values)
+    given |= _translate_deprecated(values)
     _check_values(values)
-    _choose_interval(values, run_opts, hparams)
+    _choose_interval(values, given)
     values["distributed_launch"] = _is_launched()
-    values["trainer"] = _trainer_arguments(run_opts, hparams)
-    return values
+    return values, frozenset(given)
 
 
-def given_options(
-    values: Mapping[str, Any],
-    run_opts: RunOptions | Mapping[str, Any] | None,
-    hparams: Mapping[str, Any],
-) -> frozenset[str]:
-    """The options whose value somebody chose.
-
-    Args:
-        values: The value of each option.
-        run_opts: What it was resolved from.
-        hparams: A value there counts where it is not the default, for
-            ``hparams.update(run_opts)`` brings every default along.
-
-    Returns:
-        Their names.
-    """
-    opts = (
-        run_opts
-        if isinstance(run_opts, RunOptions)
-        else RunOptions.from_dictionary(run_opts or {})
-    )
-    defaults = RunOptions()
-    chosen = {
-        n for n in RunOptions.option_names() if n in hparams and values[n] != defaults[n]
-    }
-    deprecated = {"precision"} if any(values[n] for n in DEPRECATED_PRECISIONS) else set()
-    return opts.overridden_args | chosen | deprecated
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """A YAML file may hold a text where a number should be."""
+    for name, default in RunOptions().items():
+        is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if (is_number or name == "optimizer_step_limit") and isinstance(values[name], str):
+            raise RunOptionError(
+                f"run option {name}={values[name]!r} is a text: give a number, without quotes"
+            )
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
@@ -90,11 +77,15 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
             )
 
 
-def _translate_deprecated(values: dict[str, Any]) -> None:
+def _translate_deprecated(values: dict[str, Any]) -> set[str]:
+    """Sets precision by its older flags; returns what was chosen that way."""
+    chosen = set()
     for name, precision in DEPRECATED_PRECISIONS.items():
         if values[name]:
             logger.warning("--%s is deprecated: use --precision=%s", name, precision)
             values["precision"] = precision
+            chosen.add("precision")
+    return chosen
 
 
 def _check_values(values: dict[str, Any]) -> None:
@@ -113,18 +104,12 @@ def _check_values(values: dict[str, Any]) -> None:
         )
 
 
-def _choose_interval(
-    values: dict[str, Any], run_opts: RunOptions, hparams: Mapping[str, Any]
-) -> None:
+def _choose_interval(values: dict[str, Any], given: Collection[str]) -> None:
     """Steps, where given, replace the default minutes; both given is a mistake."""
     minutes = values["ckpt_interval_minutes"]
     if values["ckpt_interval_steps"] <= 0 or minutes <= 0:
         return
-    # hparams.update(run_opts) brings every default along: a default there was not asked for.
-    asked_for = "ckpt_interval_minutes" in run_opts.overridden_args or (
-        "ckpt_interval_minutes" in hparams and minutes != DEFAULT_CKPT_INTERVAL_MINUTES
-    )
-    if asked_for:
+    if "ckpt_interval_minutes" in given:
         raise RunOptionError(
             f"ckpt_interval_minutes={minutes} and ckpt_interval_steps="
             f"{values['ckpt_interval_steps']} exclude each other: set one of them to 0"
@@ -141,16 +126,3 @@ def _is_launched() -> bool:
             "start one process, without torchrun"
         )
     return launched
-
-
-def _trainer_arguments(run_opts: RunOptions, hparams: Mapping[str, Any]) -> Any:
-    """``hparams["trainer"]``, each argument of the command line in its place."""
-    from_hparams = hparams.get("trainer") or {}
-    if isinstance(from_hparams, Mapping):
-        return {**from_hparams, **run_opts.trainer}
-    if run_opts.trainer:
-        raise BrainTypeError(
-            f"--trainer.{next(iter(run_opts.trainer))} cannot change hparams['trainer'], "
-            f"which is {from_hparams!r}: make it a dict of Trainer arguments"
-        )
-    return from_hparams

@@ -20,7 +20,6 @@ from .errors import RunOptionError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 TRAINER_PREFIX = "--trainer."
-DEFAULT_CKPT_INTERVAL_MINUTES = 15
 # Fields that are no option of the experiment but a record of how they were given.
 RECORDS = ("param_file", "overridden_args", "trainer")
 
@@ -96,7 +95,7 @@ class RunOptions(Mapping[str, Any]):
     )
     noprogressbar: bool = option(False, "Show no progress bar.")
     ckpt_interval_minutes: float = option(
-        DEFAULT_CKPT_INTERVAL_MINUTES,
+        15,
         "Minutes between checkpoints within an epoch, with a checkpointer; 0 disables "
         "(SpeechBrain 1.1: 0).",
     )
@@ -142,7 +141,7 @@ class RunOptions(Mapping[str, Any]):
         names = [f.name for f in dataclasses.fields(cls)]
         for key in args_dict:
             if key not in names:
-                raise RunOptionError(_unknown(key, names))
+                raise RunOptionError(unknown("run option", key, names))
         given = frozenset(args_dict) - {"overridden_args"}
         return cls(**{**args_dict, "overridden_args": given})
 
@@ -172,10 +171,20 @@ class RunOptions(Mapping[str, Any]):
         return self.option_names() + records
 
 
-def _unknown(key: str, names: Sequence[str]) -> str:
-    close = get_close_matches(key, names, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(names)}"
-    return f"unknown run option {key!r}: {hint}"
+def unknown(kind: str, name: str, names: Sequence[str]) -> str:
+    """Says that a name is not known, with a guess at what was meant.
+
+    Args:
+        kind: What it should have been a name of.
+        name: The name.
+        names: Those that are known.
+
+    Returns:
+        A message.
+    """
+    close = get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+    return f"unknown {kind} {name!r}: {hint}"
 
 
 class Arguments(NamedTuple):
@@ -255,7 +264,7 @@ def _expand_flags(words: Sequence[str]) -> list[str]:
 
 
 def _truth(name: str, value: str) -> bool:
-    truth = yaml.safe_load(value)
+    truth = _from_yaml(name, value)
     if not isinstance(truth, bool):
         raise RunOptionError(f"{name}={value}: a flag is true or false, or stands alone")
     return truth
@@ -273,10 +282,17 @@ def _split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         name, has_value, value = word.removeprefix(TRAINER_PREFIX).partition("=")
         if not has_value:
             value = next(remaining, "")
-        if not name or not value:
+        if not name or not value or value.startswith("--"):
             raise RunOptionError(f"{word}: give it a value, as in --trainer.devices=2")
-        trainer[name] = yaml.safe_load(value)
+        trainer[name] = _from_yaml(word, value)
     return trainer, rest
+
+
+def _from_yaml(word: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RunOptionError(f"{word}: {value!r} is not YAML: {error}") from error
 
 
 def _overrides_to_yaml(words: Sequence[str]) -> str:

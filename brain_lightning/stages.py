@@ -40,6 +40,8 @@ class Stages:
         average: The average loss of the evaluation stage that runs or ran last.
         in_training: Whether a TRAIN stage has started and not ended.
         steps_on_last_batch: Whether an incomplete accumulation window makes an update.
+        batches: Training batches so far.
+        interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers found in the stages.
     """
 
@@ -60,6 +62,8 @@ class Stages:
         self.average = 0.0
         self.in_training = False
         self.steps_on_last_batch = False
+        self.batches = 0
+        self.interrupt: KeyboardInterrupt | None = None
         self._train_step = 0
         self._position = 0
         self._keys = {"max_key": max_key, "min_key": min_key}
@@ -127,6 +131,7 @@ class Stages:
             The detached loss.
         """
         brain = self.brain
+        self.batches += 1
         brain.step += 1
         brain.ends_window = last and self.steps_on_last_batch
         loss = fit_batch(batch)
@@ -142,6 +147,7 @@ class Stages:
         self.metrics.add(Stage.TRAIN, {"loss": brain.avg_train_loss})
         brain.avg_train_loss = 0.0
         brain.step = 0
+        brain.ends_window = False
         self.in_training = False
 
     def end_epoch(self) -> None:
@@ -229,6 +235,8 @@ class Stages:
 
     def _end_evaluation(self, stage: Stage) -> None:
         brain = self.brain
+        # A Trainer's limit leaves the pass unfinished, with its workers and its bar.
+        self._loaders[stage][self._position].close()
         # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
         if stage is Stage.VALID:
             brain.step = 0

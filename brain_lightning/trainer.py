@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import signal
 import threading
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.trainer.states import TrainerStatus
 
-from .callback import BrainCallback
-from .errors import BrainTypeError
+from .errors import BrainTypeError, RunOptionError, UnsupportedError
 from .module import BrainModule
+from .run_options import unknown
+
+logger = logging.getLogger(__name__)
 
 # What Lightning says about a Trainer that a user made is noise about one he did not.
 SILENT_LOGGERS = (
@@ -73,22 +77,39 @@ def make_trainer(trainer: Trainer | Mapping[str, Any] | None, device: str) -> Tr
 
     Raises:
         BrainTypeError: ``trainer`` is neither.
+        RunOptionError: An argument is unknown.
+        UnsupportedError: The Trainer is in the middle of another run.
     """
     if isinstance(trainer, Trainer):
-        return trainer
+        return _idle(trainer)
     if trainer is not None and not isinstance(trainer, Mapping):
         raise BrainTypeError(
             f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, "
             f"got {trainer!r}"
         )
-    arguments = own_trainer_arguments(device) | _as_given(trainer or {})
-    with _silence():
-        return Trainer(**arguments)
+    return Trainer(**own_trainer_arguments(device) | _as_given(trainer or {}))
+
+
+def _idle(trainer: Trainer) -> Trainer:
+    if trainer.state.status is TrainerStatus.RUNNING:
+        raise UnsupportedError(
+            "this Trainer is running already, and a Brain called fit or evaluate in a hook: "
+            "give a dict of Trainer arguments, of which each run makes a Trainer of its own"
+        )
+    return trainer
 
 
 def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """A user's arguments; where a callback shows a bar, it is let."""
     given = dict(trainer)
+    known = list(inspect.signature(Trainer).parameters)
+    for name in given:
+        if name not in known:
+            raise RunOptionError(unknown("Trainer argument", name, known))
+    if given.get("num_sanity_val_steps"):
+        logger.warning(
+            "A Brain validates in its own order: num_sanity_val_steps has no effect"
+        )
     callbacks = given.get("callbacks") or []
     for callback in [callbacks] if isinstance(callbacks, Callback) else callbacks:
         if isinstance(callback, ProgressBar):
@@ -98,43 +119,53 @@ def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def fit(trainer: Trainer, module: BrainModule, train_set: Any, valid_set: Any) -> None:
+def fit(
+    trainer: Trainer | Mapping[str, Any] | None,
+    module: BrainModule,
+    train_set: Any,
+    valid_set: Any,
+) -> None:
     """``Trainer.fit`` that leaves the process as a Brain's loop would.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer, or arguments for one.
         module: The generated module.
         train_set: The training loader.
         valid_set: The validation loader, or None.
     """
-    with _as_a_brain_would(trainer):
-        trainer.fit(module, train_set, valid_set)
+    with _as_a_brain_would(trainer, module) as running:
+        running.fit(module, train_set, valid_set)
 
 
-def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:
+def test(
+    trainer: Trainer | Mapping[str, Any] | None, module: BrainModule, test_set: Any
+) -> float:
     """``Trainer.test`` that leaves the process as a Brain's loop would.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer, or arguments for one.
         module: The generated module.
         test_set: The test loader.
 
     Returns:
         The average loss.
     """
-    with _as_a_brain_would(trainer):
-        trainer.test(module, test_set, verbose=False)
+    with _as_a_brain_would(trainer, module) as running:
+        running.test(module, test_set, verbose=False)
     return module.stages.average
 
 
 @contextmanager
-def _as_a_brain_would(trainer: Trainer) -> Iterator[None]:
+def _as_a_brain_would(
+    trainer: Trainer | Mapping[str, Any] | None, module: BrainModule
+) -> Iterator[Trainer]:
     with ExitStack() as stack:
-        stack.enter_context(_silence())
+        if not isinstance(trainer, Trainer):
+            stack.enter_context(_silence())
         # Lightning enables gradients for good; a fit may run inside an evaluation.
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
-        stack.enter_context(_keyboard_interrupts(trainer))
-        yield
+        stack.enter_context(_keyboard_interrupts(module))
+        yield make_trainer(trainer, module.brain.device)
 
 
 @contextmanager
@@ -154,23 +185,16 @@ def _silence() -> Iterator[None]:
 
 
 @contextmanager
-def _keyboard_interrupts(trainer: Trainer) -> Iterator[None]:
+def _keyboard_interrupts(module: BrainModule) -> Iterator[None]:
     """Lets Ctrl-C reach the caller; Lightning exits the process and stops listening to it."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
     try:
         yield
     except SystemExit:
-        interrupt = _interrupt_of(trainer)
-        if interrupt is None:
+        if module.stages.interrupt is None:
             raise
-        raise interrupt from None
+        raise module.stages.interrupt from None
     finally:
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
-
-
-def _interrupt_of(trainer: Trainer) -> KeyboardInterrupt | None:
-    # Trainer.callbacks is an attribute that Lightning's type hints do not show.
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c.interrupt for c in callbacks if isinstance(c, BrainCallback)), None)

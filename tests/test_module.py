@@ -179,12 +179,16 @@ def test_the_trainer_is_given_back_as_it_was() -> None:
     assert trainer.current_epoch == 1
 
 
-def test_the_callback_comes_with_the_module_once_per_run() -> None:
-    trainer = user_trainer()
-    module = to_lightning(make())
-    trainer.fit(module, loader(), loader())
-    trainer.test(module, loader(), verbose=False)
-    assert len([c for c in trainer.callbacks if isinstance(c, BrainCallback)]) == 1
+def test_the_callback_comes_with_the_module_and_goes_with_it() -> None:
+    class Looking(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            self.found = [c for c in trainer.callbacks if isinstance(c, BrainCallback)]
+
+    looking = Looking()
+    trainer = user_trainer(callbacks=[looking])
+    trainer.fit(to_lightning(make()), loader(), loader())
+    assert len(looking.found) == 1
+    assert trainer.callbacks == [looking]
 
 
 def test_the_epoch_counter_of_hparams_counts() -> None:

@@ -68,7 +68,7 @@ def test_trainer_arguments_are_read_as_yaml() -> None:
     words = ["--trainer.max_steps=5", "h.yaml", "--trainer.limit_val_batches", "0.5"]
     opts = parse_arguments([*words, "--lr=1"]).run_opts
     assert opts.trainer == {"max_steps": 5, "limit_val_batches": 0.5}
-    assert Brain(run_opts=opts).trainer_arguments == opts.trainer
+    assert Brain(run_opts=opts).trainer_overrides == opts.trainer
 
 
 def test_a_trainer_argument_without_value_is_refused() -> None:
@@ -82,7 +82,10 @@ def test_the_command_line_outranks_hparams_which_outrank_defaults() -> None:
     opts = parse_arguments(["h.yaml", "--max_grad_norm=2", "--trainer.devices=1"]).run_opts
     brain = Brain(hparams=hparams, run_opts=opts)
     assert (brain.max_grad_norm, brain.nonfinite_patience, brain.debug_batches) == (2.0, 7, 2)
-    assert brain.trainer_arguments == {"max_steps": 1, "devices": 1}
+    assert (brain.trainer_arguments, brain.trainer_overrides) == (
+        {"max_steps": 1},
+        {"devices": 1},
+    )
 
 
 def test_run_options_are_a_mapping() -> None:
@@ -104,7 +107,7 @@ def test_run_options_are_a_mapping() -> None:
 def test_an_unknown_option_is_named_with_a_guess() -> None:
     with pytest.raises(RunOptionError, match="'max_grad_nrom': did you mean 'max_grad_norm'"):
         Brain(run_opts={"max_grad_nrom": 1})
-    with pytest.raises(RunOptionError, match="'xyz': the options are test_only, debug"):
+    with pytest.raises(RunOptionError, match="'xyz': choose from test_only, debug"):
         Brain(run_opts={"xyz": 1})
 
 

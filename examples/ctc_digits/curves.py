@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isclose
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 TRAIN, VALID, TEST = "#4477aa", "#ee6677", "#228833"
 
@@ -53,8 +54,13 @@ def draw_curves(
 
 
 def _finish(axes: Axes, title: str, quantity: str, unit: str = "") -> None:
+    low, high = axes.dataLim.intervaly
+    if isclose(low, high):
+        # Nothing spans a scale where, say, every error rate is 100%.
+        axes.set_ylim(low / 2, high * 2)
     axes.set(title=title, xlabel="epoch", ylabel=quantity, yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
