@@ -87,8 +87,8 @@ def process_is_left_as_found(no_launcher_around: None) -> Iterator[None]:
     left = [t for t in set(threading.enumerate()) - threads if not t.daemon]
     assert not left, f"threads were left behind: {left}"
     changed = {k for k, v in os.environ.items() if environment.get(k) != v}
-    # They are set by OpenMP, pytest and torch.compile.
-    own = ("KMP_", "PYTEST_", "_TORCHINDUCTOR_")
+    # Set by OpenMP, pytest, torch.compile and Lightning's look for a GPU.
+    own = ("KMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "PYTORCH_NVML_")
     changed = {k for k in changed if not k.startswith(own)}
     assert not changed, f"environment variables were changed: {changed}"
 
