@@ -8,31 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BatchSizeFinder,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
+from lightning.pytorch.utilities import rank_zero_info
 
 from ._loops import evaluation_loops
 from .borrowed import Borrowed
 from .device import autocast, device_type
-from .errors import RunOptionError, UnsupportedError
+from .errors import RunOptionError
 from .protocol import BrainProtocol
 
-# Callbacks of Lightning that cannot do their work with a Brain, and why.
-REFUSED_CALLBACKS: dict[type[Callback], str] = {
-    LearningRateFinder: "it sets an attribute that no recipe reads, after a trial run that "
-    "would move the epoch counter; try learning rates with overrides, --lr=0.01",
-    BatchSizeFinder: "its trial runs would move the epoch counter and the checkpointer; "
-    "give batch_size in train_loader_kwargs",
-}
 # Lightning's names of mixed precision, in SpeechBrain's words.
 DEFAULT_PRECISION = "32-true"
 MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
@@ -48,9 +33,7 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
 
     Raises:
         RunOptionError: Trainer and Brain were told different things.
-        UnsupportedError: A callback cannot do its work with a Brain.
     """
-    _refuse_callbacks(trainer, brain)
     _agree_on_device(trainer, brain)
     _agree_on_clipping(trainer, brain, borrowed)
     _agree_on_precision(trainer, brain, borrowed)
@@ -63,64 +46,6 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
     for loop in evaluation_loops(trainer):
         # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
         borrowed.set(loop, "inference_mode", False)
-
-
-def _refuse_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        for cls, reason in REFUSED_CALLBACKS.items():
-            if isinstance(callback, cls):
-                raise UnsupportedError(f"{cls.__name__} does not work with a Brain: {reason}")
-        if isinstance(callback, StochasticWeightAveraging) and any(
-            isinstance(module, _BatchNorm) for module in brain.modules.modules()
-        ):
-            raise UnsupportedError(
-                "StochasticWeightAveraging adds an epoch for BatchNorm, which an epoch "
-                "counter does not have: use WeightAveraging(use_buffers=True) or "
-                "EMAWeightAveraging"
-            )
-
-
-def check_averaging(trainer: Trainer) -> None:
-    """Says so where an average of weights was made for nothing.
-
-    Args:
-        trainer: The Trainer at the end of a training.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    averaging = any(isinstance(c, StochasticWeightAveraging) for c in callbacks)
-    if averaging and trainer.current_epoch < (trainer.max_epochs or 0):
-        rank_zero_warn(
-            f"StochasticWeightAveraging waited for epoch {trainer.max_epochs}, but the run "
-            f"ended after {trainer.current_epoch}: the weights are those of the last update. "
-            "Give Trainer(max_epochs=-1), and the average is taken whenever the run ends"
-        )
-
-
-def check_backbone(trainer: Trainer, brain: BrainProtocol, optimizer: Optimizer) -> None:
-    """Refuses to unfreeze a backbone that the optimizer has already.
-
-    BackboneFinetuning would skip its parameters with a warning, and then set the
-    learning rate of the last group, which is another one.
-
-    Args:
-        trainer: The Trainer.
-        brain: The Brain after ``init_optimizers``.
-        optimizer: Its optimizers.
-
-    Raises:
-        UnsupportedError: The backbone is in the optimizer.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
-        return
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    backbone = brain.modules["backbone"].parameters() if "backbone" in brain.modules else ()
-    if any(id(p) in optimized for p in backbone):
-        raise UnsupportedError(
-            "BackboneFinetuning gives the optimizer the backbone's parameters itself, once it "
-            "unfreezes them: override init_optimizers and leave them out"
-        )
 
 
 def accumulate(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from . import _loops
-from .agreement import accumulate, agree, check_averaging
+from .agreement import accumulate, agree
 from .borrowed import Borrowed
+from .refusals import check_averaging, refuse_callbacks
 from .stages import Stages
 
 
@@ -22,6 +23,7 @@ class BrainCallback(Callback):
 
     Raises:
         RunOptionError: Trainer and Brain were told different things.
+        UnsupportedError: A callback of the Trainer cannot do its work with a Brain.
     """
 
     def __init__(self, stages: Stages, trainer: Trainer) -> None:
@@ -30,6 +32,7 @@ class BrainCallback(Callback):
         self._for_the_epoch = Borrowed()
         # Lightning checks its arguments before any hook of a callback.
         self._for_the_check = Borrowed()
+        refuse_callbacks(trainer, stages.brain)
         try:
             agree(trainer, stages.brain, self._for_the_run)
         except BaseException:

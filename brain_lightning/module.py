@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _loops
-from .agreement import check_backbone
 from .callback import BrainCallback
 from .compile import without_compiled_prefix
 from .epochs import Epochs
@@ -26,6 +25,7 @@ from .errors import UnsupportedError
 from .hooks import check_hooks
 from .optimizers import OptimizerGroup
 from .protocol import BrainProtocol
+from .refusals import check_backbone
 from .stage import Stage
 from .stages import Stages
 from .update import TrainingLoss, fit_batch, optimizers_step, prepare_gradients, training_loss

@@ -29,7 +29,7 @@ RANKS = [
     {"data", "device", "resolve", "update", "hooks", "brain_state"},
     {"compile", "metrics", "stages"},
     {"_loops"},
-    {"agreement"},
+    {"agreement", "refusals"},
     {"callback"},
     {"module"},
     {"generate"},
