@@ -469,6 +469,80 @@ def fit_batch_calls_super(side: Side, record: Record) -> Any:
     return brain
 
 
+def optimizers_step_overridden(side: Side, record: Record) -> Any:
+    def optimizers_step(self: Any) -> None:
+        record.event(self, "optimizers_step")
+        for parameter in self.modules.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+        side.Brain.optimizers_step(self)
+
+    options = {"grad_accumulation_factor": 2, "max_grad_norm": 0.1}
+    brain = make(
+        side, record, two_modules(0.2),
+        optimizers_step=optimizers_step, init_optimizers=_init_two, run_opts=options,
+    )  # fmt: skip
+    brain.fit(side.EpochCounter(2), loader(record, brain, shuffle=True), loader(record, brain))
+    return brain
+
+
+def scaler_and_contexts_used_by_hand(side: Side, record: Record) -> Any:
+    def fit_batch(self: Any, batch: Any) -> Any:
+        should_step = self.step % self.grad_accumulation_factor == 0
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, side.Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, side.Stage.TRAIN)
+            self.scaler.scale(loss / self.grad_accumulation_factor).backward()
+        if should_step:
+            self.scaler.unscale_(self.optimizer)
+            self.check_gradients()
+            nn.utils.clip_grad_norm_(self.modules.parameters(), self.max_grad_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.zero_grad(set_to_none=True)
+            self.optimizer_step += 1
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        return loss.detach().cpu()
+
+    options = {"grad_accumulation_factor": 2, "precision": "bf16"}
+    brain = make(side, record, two_modules(0.2), fit_batch=fit_batch, run_opts=options)
+    brain.fit(side.EpochCounter(2), loader(record, brain, shuffle=True), loader(record, brain))
+    return brain
+
+
+def generator_and_discriminator(side: Side, record: Record) -> Any:
+    """Three updates a batch with raw steps, as SpeechBrain's SEGAN recipe."""
+
+    def init_optimizers(self: Any) -> None:
+        self.optimizer_d = torch.optim.RMSprop(self.modules.head.parameters(), 0.01)
+        self.optimizer_g = torch.optim.Adam(self.modules.encoder.parameters(), 0.01)
+        self.optimizers_dict = {"d": self.optimizer_d, "g": self.optimizer_g}
+
+    def fit_batch(self: Any, batch: Any) -> Any:
+        noise = torch.randn_like(batch[0])
+        losses = []
+        for optimizer, inputs, sign in [
+            (self.optimizer_d, batch[0], 1.0),
+            (self.optimizer_d, noise, -1.0),
+            (self.optimizer_g, noise, 1.0),
+        ]:
+            loss = sign * self.modules.head(self.modules.encoder(inputs)).square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.modules.parameters(), self.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+        self.optimizer_step += 1
+        return losses[0] + losses[2]
+
+    brain = make(
+        side, record, two_modules(0.2), init_optimizers=init_optimizers, fit_batch=fit_batch
+    )
+    brain.fit(side.EpochCounter(3), loader(record, brain, shuffle=True), loader(record, brain))
+    return brain
+
+
 def no_hparams(side: Side, record: Record) -> Any:
     brain = make(side, record, hparams=None)
     brain.fit(side.EpochCounter(1), loader(record, brain))
@@ -486,7 +560,8 @@ SCENARIOS = [
     counted_by_a_generator, no_epoch_at_all, stream_without_length, stream_given_as_dataset,
     changing_length, wrong_length, empty_sets, looped_loader, debug_mode,
     debug_mode_in_numbers, update_limit, only_tested, interrupted, an_exception, with_a_bar,
-    fit_batch_overridden, fit_batch_calls_super, no_hparams,
+    fit_batch_overridden, fit_batch_calls_super, optimizers_step_overridden,
+    scaler_and_contexts_used_by_hand, generator_and_discriminator, no_hparams,
 ]  # fmt: skip
 
 
@@ -507,3 +582,35 @@ def test_every_pair_of_scenarios_is_a_different_run() -> None:
     ]
     for one, other in itertools.combinations(records, 2):
         assert one != other
+
+
+def forced_manual(side: Side, record: Record) -> Any:
+    def fit_batch(self: Any, batch: Any) -> Any:
+        return side.Brain.fit_batch(self, batch)
+
+    options = {"grad_accumulation_factor": 3}
+    brain = make(
+        side, record, two_modules(0.2), init_optimizers=_init_two,
+        freeze_optimizers=_freeze_alternating, fit_batch=fit_batch, run_opts=options,
+    )  # fmt: skip
+    train = loader(record, brain, batch_size=2, shuffle=True)
+    brain.fit(side.EpochCounter(2), train, loader(record, brain))
+    return brain
+
+
+def left_automatic(side: Side, record: Record) -> Any:
+    options = {"grad_accumulation_factor": 3}
+    brain = make(
+        side, record, two_modules(0.2), init_optimizers=_init_two,
+        freeze_optimizers=_freeze_alternating, run_opts=options,
+    )  # fmt: skip
+    train = loader(record, brain, batch_size=2, shuffle=True)
+    brain.fit(side.EpochCounter(2), train, loader(record, brain))
+    return brain
+
+
+def test_a_brain_forced_to_step_by_hand_gives_what_lightnings_automatic_way_gives() -> None:
+    manual, _ = run(OURS, forced_manual)
+    automatic, _ = run(OURS, left_automatic)
+    assert_equal(manual, automatic)
+    assert_moved(automatic)
