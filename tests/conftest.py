@@ -74,7 +74,17 @@ def no_launcher_around() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def process_is_left_as_found(no_launcher_around: None) -> Iterator[None]:
+def listens_to_ctrl_c() -> Iterator[None]:
+    """Python does not where it was started in the background of a shell."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(autouse=True)
+def process_is_left_as_found(
+    no_launcher_around: None, listens_to_ctrl_c: None
+) -> Iterator[None]:
     environment = dict(os.environ)
     folder = os.getcwd()
     handler = signal.getsignal(signal.SIGINT)
@@ -84,7 +94,12 @@ def process_is_left_as_found(no_launcher_around: None) -> Iterator[None]:
     assert torch.is_grad_enabled(), "gradients were left disabled"
     assert signal.getsignal(signal.SIGINT) is handler, "the handler of Ctrl-C was changed"
     assert not torch.distributed.is_initialized(), "a process group was left behind"
-    left = [t for t in set(threading.enumerate()) - threads if not t.daemon]
+    # torch.compile keeps a pool of threads, which Python joins at exit.
+    left = [
+        thread
+        for thread in set(threading.enumerate()) - threads
+        if not thread.daemon and not thread.name.startswith("ThreadPoolExecutor")
+    ]
     assert not left, f"threads were left behind: {left}"
     changed = {k for k, v in os.environ.items() if environment.get(k) != v}
     # Set by OpenMP, pytest, torch.compile and Lightning's look for a GPU.
