@@ -40,6 +40,9 @@ class _BrainFitLoop(_FitLoop):
         """Whether the run is over, for Lightning or for the epoch counter."""
         return super().done or not self.brain_epochs.more()
 
+    def _warn_if_modules_in_eval_mode(self) -> None:
+        """Nothing: a Brain stays in eval mode until its TRAIN stage begins with train()."""
+
 
 class _StageSource(_DataLoaderSource):
     """A source of loaders that puts each under the control of its stage.

@@ -95,6 +95,12 @@ class BrainState:
         run_opts: RunOptions | Mapping[str, Any] | None = None,
         checkpointer: Any = None,
     ) -> None:
+        if opt_class is not None and not callable(opt_class):
+            raise BrainTypeError(
+                "opt_class must make an optimizer of parameters, got an instance of "
+                f"{type(opt_class).__name__}: give torch.optim.Adam, a lambda, or in YAML "
+                "!name:torch.optim.Adam"
+            )
         self.opt_class = opt_class
         self.checkpointer = checkpointer
         self.hparams = SimpleNamespace(**(hparams or {}))

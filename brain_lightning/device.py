@@ -28,7 +28,7 @@ def infer_device() -> str:
 
 
 def device_type(device: str) -> str:
-    """The kind of a device.
+    """The kind of a device, which has to be there.
 
     Args:
         device: Its name.
@@ -40,11 +40,14 @@ def device_type(device: str) -> str:
         RunOptionError: There is no such device.
     """
     try:
-        return torch.device(device).type
+        where = torch.device(device).type
     except RuntimeError as error:
         raise RunOptionError(
             f"device {device!r} is not one of cpu, cuda, cuda:0, cuda:1, mps…: {error}"
         ) from error
+    if where == "cuda" and not torch.cuda.is_available():
+        raise RunOptionError(f"device {device!r}: this torch sees no CUDA device; use cpu")
+    return where
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:

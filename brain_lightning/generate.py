@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from .errors import BrainTypeError
 from .hooks import MANUAL_HOOKS, steps_itself
 from .module import AutomaticModule, BrainModule, ManualModule
 from .protocol import BrainProtocol
@@ -55,10 +56,19 @@ def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
 
     Args:
         brain: The Brain; its modules are shared, not copied.
-        **kwargs: See ``BrainModule``.
+        **kwargs: ``epoch_counter``, by default ``hparams["epoch_counter"]``, else the
+            epochs are 1, 2, … until the Trainer stops; and others of ``BrainModule``.
 
     Returns:
         ``trainer.fit(to_lightning(brain), train_loader, valid_loader)`` gives the
         Brain the same weights as ``brain.fit`` with the same loaders.
+
+    Raises:
+        BrainTypeError: ``brain`` is a class.
     """
+    if isinstance(brain, type):
+        raise BrainTypeError(
+            f"to_lightning needs a Brain, got the class {brain.__name__}: make one of it, or "
+            f"use lightning_module_class({brain.__name__})"
+        )
     return lightning_module_class(type(brain))(brain, **kwargs)

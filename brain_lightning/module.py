@@ -25,7 +25,7 @@ from .errors import UnsupportedError
 from .hooks import check_hooks
 from .optimizers import OptimizerGroup
 from .protocol import BrainProtocol
-from .refusals import check_backbone
+from .refusals import check_backbone, refuse_several_processes
 from .stage import Stage
 from .stages import Stages
 from .update import TrainingLoss, fit_batch, optimizers_step, prepare_gradients, training_loss
@@ -99,11 +99,7 @@ class BrainModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses what would go wrong silently."""
-        if self.trainer.world_size > 1:
-            raise UnsupportedError(
-                f"training on {self.trainer.world_size} processes is not supported yet: "
-                "use Trainer(devices=1)"
-            )
+        refuse_several_processes(self.trainer)
 
     def configure_optimizers(self) -> Optimizer:
         """``on_fit_start`` of the Brain: compile, init_optimizers, recover.
@@ -137,9 +133,9 @@ class BrainModule(LightningModule):
         if self._running() is TrainerFn.FITTING:
             raise UnsupportedError(
                 "fit(ckpt_path=...) cannot resume a Brain yet: the epoch counter and the "
-                "position in the data are not in a Lightning checkpoint. Give the Brain a "
-                "checkpointer, or take the weights alone with "
-                "load_from_checkpoint(path, brain=brain)"
+                "position in the data are not in a Lightning checkpoint. A Brain with a "
+                "checkpointer resumes by itself, without ckpt_path; the weights alone come "
+                "with load_from_checkpoint(path, brain=brain)"
             )
         if self._running() is TrainerFn.TESTING:
             self._explicit_weights = checkpoint["state_dict"]

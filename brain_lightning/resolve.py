@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 # Options that are not built yet, and what to do instead.
 UNSUPPORTED = {
-    "data_parallel_backend": "use --trainer.devices=N",
+    "data_parallel_backend": "several devices are for --trainer.devices=N, once several "
+    "processes are supported; until then train on one",
     "profile_training": "use --trainer.profiler=pytorch",
 }
 DEPRECATED_PRECISIONS = {"auto_mix_prec": "fp16", "bfloat16_mix_prec": "bf16"}

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from .errors import BrainTypeError, RunOptionError, UnsupportedError
 from .module import BrainModule
+from .refusals import refuse_several_processes
 from .run_options import unknown
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,6 @@ SILENT_LOGGERS = (
     "lightning.pytorch.accelerators.cuda",
 )
 EXPECTED_WARNINGS = (
-    # A Brain stays in eval mode after validation; its TRAIN stage begins with train().
-    r"Found \d+ module\(s\) in eval mode at the start of training",
     # A Brain may do without a valid_set.
     r"You defined a `validation_step` but have no `val_dataloader`",
     # --device=cpu on a machine with a GPU is a decision.
@@ -78,19 +77,22 @@ def make_trainer(trainer: Trainer | Mapping[str, Any] | None, device: str) -> Tr
     Raises:
         BrainTypeError: ``trainer`` is neither.
         RunOptionError: An argument is unknown.
-        UnsupportedError: The Trainer is in the middle of another run.
+        UnsupportedError: The Trainer is in the middle of another run, or has several
+            processes.
     """
     if isinstance(trainer, Trainer):
-        return _idle(trainer)
+        return _usable(trainer)
     if trainer is not None and not isinstance(trainer, Mapping):
         raise BrainTypeError(
             f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, "
             f"got {trainer!r}"
         )
-    return Trainer(**own_trainer_arguments(device) | _as_given(trainer or {}))
+    return _usable(Trainer(**own_trainer_arguments(device) | _as_given(trainer or {})))
 
 
-def _idle(trainer: Trainer) -> Trainer:
+def _usable(trainer: Trainer) -> Trainer:
+    # Before Lightning starts the other processes, which would run the script as well.
+    refuse_several_processes(trainer)
     if trainer.state.status is TrainerStatus.RUNNING:
         raise UnsupportedError(
             "this Trainer is running already, and a Brain called fit or evaluate in a hook: "

@@ -24,6 +24,7 @@ def test_the_fit_loop_asks_done_before_each_epoch() -> None:
     run = inspect.getsource(_FitLoop.run)
     assert "if self.skip:" in run
     assert "while not self.done:" in run
+    assert "_warn_if_modules_in_eval_mode" in vars(_FitLoop)
 
 
 def test_a_source_of_loaders_has_an_instance_and_a_name() -> None:

@@ -213,6 +213,16 @@ def test_a_trainer_must_be_one() -> None:
         make().fit(range(1), loader(), trainer="ddp")
 
 
+def test_several_processes_are_refused_before_they_start() -> None:
+    with pytest.raises(UnsupportedError, match="2 processes is not supported yet"):
+        make().fit(range(1), loader(), trainer={"devices": 2})
+
+
+def test_a_class_is_not_a_brain() -> None:
+    with pytest.raises(BrainTypeError, match="got the class Regression: make one of it"):
+        to_lightning(Regression)
+
+
 def test_several_processes_are_refused() -> None:
     trainer = user_trainer(devices=2, strategy="ddp_notebook")
     module = to_lightning(make())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions as SpeechBrainRunOptions
 
@@ -122,6 +123,7 @@ def test_an_unknown_option_is_named_with_a_guess() -> None:
         (RunOptionError, r"exclude each other",
          {"ckpt_interval_minutes": 15, "ckpt_interval_steps": 5}),
         (UnsupportedError, r"--trainer\.devices=N", {"data_parallel_backend": True}),
+        (RunOptionError, r"device 'cuda:99'", {"device": "cuda:99"}),
         (UnsupportedError, r"--trainer\.profiler", {"profile_training": True}),
     ],
 )  # fmt: skip
@@ -154,6 +156,11 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_modules_must_be_modules(modules: Any) -> None:
     with pytest.raises(BrainTypeError, match=r"must be a dict of torch\.nn\.Module by name"):
         Brain(modules=modules)
+
+
+def test_an_opt_class_must_make_optimizers() -> None:
+    with pytest.raises(BrainTypeError, match=r"an instance of SGD.*!name:torch\.optim\.Adam"):
+        make(opt_class=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1))
 
 
 def test_every_option_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
