@@ -3,7 +3,13 @@
 from .brain import Brain
 from .callback import BrainCallback
 from .epochs import EpochCounter, EpochCounterWithStopper
-from .errors import BrainTypeError, NonFiniteLossError, RunOptionError, UnsupportedError
+from .errors import (
+    BrainTypeError,
+    HookStoppedError,
+    NonFiniteLossError,
+    RunOptionError,
+    UnsupportedError,
+)
 from .generate import lightning_module_class, to_lightning
 from .optimizers import OptimizerGroup
 from .run_options import RunOptions, parse_arguments
@@ -16,6 +22,7 @@ __all__ = [
     "BrainTypeError",
     "EpochCounter",
     "EpochCounterWithStopper",
+    "HookStoppedError",
     "NonFiniteLossError",
     "OptimizerGroup",
     "ReproducibleRandomSampler",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.data_connector import (
@@ -18,6 +19,7 @@ from lightning.pytorch.trainer.connectors.data_connector import (
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 
+from .borrowed import Borrowed
 from .epochs import Epochs
 from .errors import RunOptionError
 from .stage import Stage
@@ -120,6 +122,29 @@ def _refuse_fractions(trainer: Trainer, stage: Stage) -> None:
                 f"Trainer({name}={value}) is a fraction of a {stage.name} set without a "
                 "length: give a whole number of batches"
             )
+
+
+def leave_signals_alone(trainer: Trainer) -> None:
+    """Keeps a Trainer that ``brain.fit`` made from handling signals.
+
+    SIGTERM would else wait for the end of the batch and exit with status 0, in
+    processes that a hook forks as well.
+
+    Args:
+        trainer: The Trainer before its first run.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def keep_anomaly_detection(trainer: Trainer, borrowed: Borrowed) -> None:
+    """Lets ``torch.autograd.detect_anomaly`` around a run stay in force within.
+
+    Args:
+        trainer: The Trainer, which would switch it off.
+        borrowed: Takes note of what is changed.
+    """
+    if torch.is_anomaly_enabled():
+        borrowed.set(trainer, "_detect_anomaly", True)
 
 
 def evaluation_loops(trainer: Trainer) -> list[Any]:

@@ -35,17 +35,19 @@ def is_checkpointer(obj: object) -> bool:
     return _is_a(obj, "utils.checkpoints", "Checkpointer")
 
 
-def dataloader_maker(dataset: object, checkpointer: object) -> Any:
+def dataloader_maker(dataset: object, checkpointer: object, looped: bool) -> Any:
     """SpeechBrain's ``make_dataloader`` where its own objects ask for it.
 
     Args:
         dataset: A ``DynamicItemDataset`` needs its padding.
         checkpointer: A SpeechBrain Checkpointer needs a loader that it can save.
+        looped: Whether a LoopedLoader is asked for.
 
     Returns:
         The function, or None where a plain DataLoader serves.
     """
-    if _is_a(dataset, "dataio.dataset", "DynamicItemDataset") or is_checkpointer(checkpointer):
+    padded = _is_a(dataset, "dataio.dataset", "DynamicItemDataset")
+    if padded or looped or is_checkpointer(checkpointer):
         return _loaded("dataio.dataloader", "make_dataloader")
     return None
 

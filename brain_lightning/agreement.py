@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
-from ._loops import evaluation_loops
+from ._loops import evaluation_loops, keep_anomaly_detection
 from .borrowed import Borrowed
 from .device import autocast, device_type
 from .errors import RunOptionError
@@ -43,6 +43,7 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
         # Recipes read in VALID what their on_stage_start set.
         rank_zero_info("A Brain validates in its own order: no sanity check.")
         borrowed.set(trainer, "num_sanity_val_steps", 0)
+    keep_anomaly_detection(trainer, borrowed)
     for loop in evaluation_loops(trainer):
         # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
         borrowed.set(loop, "inference_mode", False)

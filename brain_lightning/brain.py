@@ -93,10 +93,18 @@ class Brain(BrainState):
 
     def on_fit_start(self) -> None:
         """Begins ``fit``: compiles, makes the optimizers, loads the latest checkpoint."""
-        compile_modules(self)
+        self._compile()
+        self._wrap_distributed()
         self.init_optimizers()
         if self.checkpointer is not None:
             self.checkpointer.recover_if_possible()
+
+    def _compile(self) -> None:
+        """Compiles the modules; recipes that override ``on_fit_start`` call it."""
+        compile_modules(self)
+
+    def _wrap_distributed(self) -> None:
+        """Nothing on one process; recipes that override ``on_fit_start`` call it."""
 
     def on_stage_start(self, stage: Stage, epoch: Any = None) -> None:
         """Called when a stage starts, before the modules change between train and eval.
@@ -315,9 +323,8 @@ class Brain(BrainState):
         Returns:
             The loader.
         """
-        if stage == Stage.TRAIN and loader_kwargs.pop("shuffle", False):
-            self.train_sampler = data.shuffling_sampler(dataset, loader_kwargs)
-            loader_kwargs["sampler"] = self.train_sampler
+        if stage == Stage.TRAIN:
+            loader_kwargs = self._train_loader_specifics(dataset, loader_kwargs)
         loader = data.make_dataloader(dataset, self.checkpointer, **loader_kwargs)
         if (
             self.checkpointer is not None
@@ -326,6 +333,15 @@ class Brain(BrainState):
         ):
             self.checkpointer.add_recoverable(ckpt_prefix + stage.name, loader)
         return loader
+
+    def _train_loader_specifics(
+        self, dataset: Any, loader_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Shuffles reproducibly; recipes that override ``make_dataloader`` call it."""
+        if loader_kwargs.pop("shuffle", False):
+            self.train_sampler = data.shuffling_sampler(dataset, loader_kwargs)
+            loader_kwargs["sampler"] = self.train_sampler
+        return loader_kwargs
 
     # -------------------------------------------------------- fit and evaluate
 
@@ -352,6 +368,10 @@ class Brain(BrainState):
             trainer: A Trainer, or arguments for one; ``hparams["trainer"]`` if not
                 given. ``--trainer.X=Y`` of the command line outranks both.
         """
+        if epoch_counter is None:
+            raise BrainTypeError(
+                "epoch_counter is None: use EpochCounter(limit=10) or range(10)"
+            )
         if self.test_only:
             logger.info("Test only mode, skipping training and validation stages.")
             return

@@ -55,14 +55,16 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
     Raises:
         UnsupportedError: ``looped_nominal_epoch`` without SpeechBrain.
     """
-    maker = _speechbrain.dataloader_maker(dataset, checkpointer)
+    looped = loader_kwargs.get("looped_nominal_epoch") is not None
+    maker = _speechbrain.dataloader_maker(dataset, checkpointer, looped)
     if maker is not None:
         return maker(dataset, **loader_kwargs)
-    if loader_kwargs.pop("looped_nominal_epoch", None) is not None:
+    if looped:
         raise UnsupportedError(
             "looped_nominal_epoch makes SpeechBrain's LoopedLoader: build that loader "
             "with speechbrain.dataio.dataloader.make_dataloader and give it to fit()"
         )
+    loader_kwargs.pop("looped_nominal_epoch", None)
     if loader_kwargs.get("shuffle"):
         loader_kwargs["sampler"] = shuffling_sampler(dataset, loader_kwargs)
         del loader_kwargs["shuffle"]

@@ -145,7 +145,9 @@ class Epochs:
     """
 
     def __init__(self, epoch_counter: Iterable[Any]) -> None:
-        if not isinstance(epoch_counter, Iterable):
+        # A counter may also be a sequence by __getitem__ alone, which iter() takes.
+        counts: Any = epoch_counter
+        if not isinstance(counts, Iterable) and not hasattr(counts, "__getitem__"):
             raise TypeError(
                 f"epoch_counter must be iterable, got {epoch_counter!r}: use "
                 "EpochCounter(limit=10) or range(1, 11) for ten epochs"

@@ -13,5 +13,12 @@ class BrainTypeError(TypeError):
     """An argument of a Brain, or what one of its hooks returned, is of the wrong type."""
 
 
+class HookStoppedError(RuntimeError):
+    """A hook raised StopIteration, which Lightning would take for the end of the data.
+
+    ``brain.fit`` and ``brain.evaluate`` raise the StopIteration itself, as SpeechBrain.
+    """
+
+
 class NonFiniteLossError(ValueError):
     """The loss was not finite more often than ``nonfinite_patience`` allows."""

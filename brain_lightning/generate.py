@@ -12,7 +12,6 @@ from .module import AutomaticModule, BrainModule, ManualModule
 from .protocol import BrainProtocol
 
 
-@cache
 def lightning_module_class(brain_class: type) -> type[BrainModule]:
     """Generates the LightningModule class for a Brain class.
 
@@ -29,7 +28,12 @@ def lightning_module_class(brain_class: type) -> type[BrainModule]:
     missing = [hook for hook in MANUAL_HOOKS if not hasattr(brain_class, hook)]
     if missing:
         raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
-    base = ManualModule if steps_itself(brain_class) else AutomaticModule
+    return _module_class(brain_class, ManualModule if steps_itself(brain_class) else None)
+
+
+@cache
+def _module_class(brain_class: type, manual: type[ManualModule] | None) -> type[BrainModule]:
+    base = manual or AutomaticModule
     return type(
         f"{brain_class.__name__}Module",
         (base,),
@@ -71,4 +75,6 @@ def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
             f"to_lightning needs a Brain, got the class {brain.__name__}: make one of it, or "
             f"use lightning_module_class({brain.__name__})"
         )
+    if steps_itself(type(brain), brain):
+        return _module_class(type(brain), ManualModule)(brain, **kwargs)
     return lightning_module_class(type(brain))(brain, **kwargs)

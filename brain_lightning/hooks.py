@@ -15,14 +15,21 @@ LOOP_HOOKS = (
     "_fit_valid",
     "_should_save_intra_epoch_ckpt",
     "_save_intra_epoch_ckpt",
-    "_compile",
-    "_wrap_distributed",
 )
 
 
-def steps_itself(brain_class: type) -> bool:
-    """Whether a Brain class does its own stepping."""
-    return any(_overrides(brain_class, hook) for hook in MANUAL_HOOKS)
+def steps_itself(brain_class: type, brain: BrainProtocol | None = None) -> bool:
+    """Whether a Brain does its own stepping.
+
+    Args:
+        brain_class: Its class.
+        brain: The Brain, which may have a hook of its own.
+
+    Returns:
+        True where one of ``MANUAL_HOOKS`` is overridden.
+    """
+    own = () if brain is None else vars(brain)
+    return any(_overrides(brain_class, hook) or hook in own for hook in MANUAL_HOOKS)
 
 
 def _overrides(brain_class: type, hook: str) -> bool:
@@ -45,7 +52,8 @@ def check_hooks(brain: BrainProtocol) -> None:
         if any(hook in vars(cls) for cls in brain_class.__mro__):
             raise UnsupportedError(
                 f"{brain_class.__name__} overrides {hook}, a part of SpeechBrain's loop, "
-                "which is the Trainer's here: use a hook of Brain, or a Lightning callback"
+                "which is the Trainer's here: use a hook of Brain, a Lightning callback, or "
+                "Trainer arguments, such as trainer={'check_val_every_n_epoch': 2}"
             )
     for hook in () if _overrides(brain_class, "fit_batch") else REQUIRED_HOOKS:
         if not _overrides(brain_class, hook) and hook not in vars(brain):

@@ -53,12 +53,14 @@ class Metrics:
             borrowed: Takes note of what is changed.
         """
         train_logger = getattr(getattr(brain, "hparams", None), "train_logger", None)
-        if hasattr(train_logger, "log_stats"):
-            borrowed.shadow(train_logger, "log_stats", self._hearing_stats(train_logger))
-        for name in ("save_checkpoint", "save_and_keep_only"):
-            if hasattr(brain.checkpointer, name):
-                hook = self._hearing_meta(getattr(brain.checkpointer, name))
-                borrowed.shadow(brain.checkpointer, name, hook)
+        watched = [(train_logger, "log_stats", self._hear_stats)] + [
+            (brain.checkpointer, name, self._hear_meta)
+            for name in ("save_checkpoint", "save_and_keep_only")
+        ]
+        for owner, name, listener in watched:
+            # An object with slots has no place for a listener.
+            if hasattr(owner, name) and hasattr(owner, "__dict__"):
+                borrowed.shadow(owner, name, _Overheard(owner, name, listener))
 
     def add(self, stage: Stage, numbers: Any) -> None:
         """Takes what is a number.
@@ -101,29 +103,32 @@ class Metrics:
         self._plain.clear()
         return taken
 
-    def _hearing_stats(self, train_logger: Any) -> Callable[..., Any]:
-        log_stats = train_logger.log_stats
-        signature = inspect.signature(log_stats)
+    def _hear_stats(self, arguments: Mapping[str, Any]) -> None:
+        self._plain |= _numbers_in(arguments.get("stats_meta"))
+        for name, stage in STAGES_OF_STATS.items():
+            self.add(stage, arguments.get(name))
 
-        def heard(*args: Any, **kwargs: Any) -> Any:
-            # Its result, and its errors, are the recipe's own.
-            result = log_stats(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
-            self._plain |= _numbers_in(given.get("stats_meta"))
-            for name, stage in STAGES_OF_STATS.items():
-                self.add(stage, given.get(name))
-            return result
+    def _hear_meta(self, arguments: Mapping[str, Any]) -> None:
+        self.add(self._stage(), arguments.get("meta"))
 
-        return heard
 
-    def _hearing_meta(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        def heard(*args: Any, **kwargs: Any) -> Any:
-            # The first argument of both methods of a Checkpointer is meta.
-            meta = kwargs.get("meta", args[0] if args else None)
-            self.add(self._stage(), meta)
-            return save(*args, **kwargs)
+class _Overheard:
+    """A method whose arguments somebody listens to; its result and errors are its own."""
 
-        return heard
+    def __init__(
+        self, owner: Any, name: str, listener: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self._owner, self._name = owner, name
+        self._method = getattr(owner, name)
+        self._listener = listener
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._listener(inspect.signature(self._method).bind(*args, **kwargs).arguments)
+        return self._method(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Pickles as the method itself: nobody listens to a copy."""
+        return getattr, (self._owner, self._name)
 
 
 def _numbers_in(values: Any) -> dict[str, float]:

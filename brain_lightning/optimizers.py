@@ -173,3 +173,7 @@ class OptimizerGroup(Optimizer):
         """
         for name, member in self.members.items():
             member.load_state_dict(state_dict[name])
+
+
+# torch would else call its global step hooks for the group too, besides each member.
+OptimizerGroup.step.hooked = True  # type: ignore[attr-defined]

@@ -60,9 +60,7 @@ class RunOptions(Mapping[str, Any]):
     device: str | None = option(
         None, "cpu, cuda, cuda:1… (default: this rank's GPU where there is one, else the CPU)"
     )
-    data_parallel_backend: bool = option(
-        False, "Not supported: see --trainer.devices."
-    )
+    data_parallel_backend: bool = option(False, "Not supported: see --trainer.devices.")
     data_parallel_count: int = option(-1, "Not supported.", on_command_line=False)
     distributed_backend: str = option("nccl", "nccl, gloo or mpi.")
     distributed_launch: bool = option(

@@ -7,14 +7,15 @@ and ``module.py``.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .epochs import Epochs
+from .errors import HookStoppedError
 from .interval import IntervalCheckpoints
 from .metrics import Metrics
 from .progress import progress_bar
@@ -23,6 +24,21 @@ from .stage import Stage
 from .stage_loader import StageLoader
 
 logger = logging.getLogger(__name__)
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def calls_hooks(method: Method) -> Method:
+    """Keeps a StopIteration of a Brain's hook from ending a loop of Lightning's."""
+
+    @functools.wraps(method)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except StopIteration as error:
+            raise HookStoppedError("a hook of the Brain raised StopIteration") from error
+
+    return guarded  # type: ignore[return-value]
 
 
 class Stages:
@@ -86,7 +102,10 @@ class Stages:
         else:
             wrapped = [
                 StageLoader(
-                    loader, partial(self._evaluation_batches, stage=stage, position=position)
+                    loader,
+                    functools.partial(
+                        self._evaluation_batches, stage=stage, position=position
+                    ),
                 )
                 for position, loader in enumerate(loaders)
             ]
@@ -106,6 +125,7 @@ class Stages:
 
     # ------------------------------------------------------------------ TRAIN
 
+    @calls_hooks
     def start_train(self) -> None:
         """Begins the TRAIN stage of the next epoch."""
         brain, epoch = self.brain, self.epochs.start()
@@ -119,6 +139,7 @@ class Stages:
             brain.train_sampler.set_epoch(epoch)
         self._start_loaders(Stage.TRAIN)
 
+    @calls_hooks
     def fit(self, fit_batch: Callable[[Any], Any], batch: Any, last: bool) -> Any:
         """Counts a training batch, fits it and averages its loss.
 
@@ -138,6 +159,7 @@ class Stages:
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
         return loss
 
+    @calls_hooks
     def end_train(self) -> None:
         """Ends the TRAIN stage."""
         brain = self.brain
@@ -180,6 +202,7 @@ class Stages:
 
     # --------------------------------------------------------- VALID and TEST
 
+    @calls_hooks
     def start_valid(self) -> None:
         """Begins the VALID stage, of the first loader where there are several."""
         if self.in_training:
@@ -188,6 +211,7 @@ class Stages:
         self._start_loaders(Stage.VALID)
         self._start_evaluation(Stage.VALID)
 
+    @calls_hooks
     def end_valid(self) -> None:
         """Ends the VALID stage, of the last loader where there are several."""
         self._end_evaluation(Stage.VALID)
@@ -196,20 +220,24 @@ class Stages:
             self.brain.step = self._train_step
             self.brain.modules.train()
 
+    @calls_hooks
     def recover_best(self) -> None:
         """Begins an evaluation."""
         with torch.set_grad_enabled(self._grad_enabled):
             self.brain.on_evaluate_start(**self._keys)
 
+    @calls_hooks
     def start_test(self) -> None:
         """Begins the TEST stage, of the first loader where there are several."""
         self._start_loaders(Stage.TEST)
         self._start_evaluation(Stage.TEST)
 
+    @calls_hooks
     def end_test(self) -> None:
         """Ends the TEST stage."""
         self._end_evaluation(Stage.TEST)
 
+    @calls_hooks
     def evaluate(self, batch: Any, stage: Stage) -> Any:
         """Counts a batch, evaluates it and averages its loss.
 

@@ -7,16 +7,18 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from .errors import BrainTypeError, RunOptionError, UnsupportedError
+from ._loops import leave_signals_alone
+from .errors import BrainTypeError, HookStoppedError, RunOptionError, UnsupportedError
 from .module import BrainModule
 from .refusals import refuse_several_processes
 from .run_options import unknown
@@ -61,6 +63,8 @@ def own_trainer_arguments(device: str) -> dict[str, Any]:
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "inference_mode": False,
+        # One process, also where the variables of SLURM or the like are set.
+        "plugins": [LightningEnvironment()],
     }
 
 
@@ -87,7 +91,9 @@ def make_trainer(trainer: Trainer | Mapping[str, Any] | None, device: str) -> Tr
             f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, "
             f"got {trainer!r}"
         )
-    return _usable(Trainer(**own_trainer_arguments(device) | _as_given(trainer or {})))
+    own = _usable(Trainer(**own_trainer_arguments(device) | _as_given(trainer or {})))
+    leave_signals_alone(own)
+    return own
 
 
 def _usable(trainer: Trainer) -> Trainer:
@@ -135,8 +141,7 @@ def fit(
         train_set: The training loader.
         valid_set: The validation loader, or None.
     """
-    with _as_a_brain_would(trainer, module) as running:
-        running.fit(module, train_set, valid_set)
+    _run(trainer, module, lambda running: running.fit(module, train_set, valid_set))
 
 
 def test(
@@ -152,9 +157,21 @@ def test(
     Returns:
         The average loss.
     """
-    with _as_a_brain_would(trainer, module) as running:
-        running.test(module, test_set, verbose=False)
+    _run(trainer, module, lambda running: running.test(module, test_set, verbose=False))
     return module.stages.average
+
+
+def _run(
+    trainer: Trainer | Mapping[str, Any] | None,
+    module: BrainModule,
+    start: Callable[[Trainer], Any],
+) -> None:
+    try:
+        with _as_a_brain_would(trainer, module) as running:
+            start(running)
+    except HookStoppedError as error:
+        # The StopIteration of a hook reaches the caller.
+        raise (error.__cause__ or error) from None
 
 
 @contextmanager
@@ -198,5 +215,6 @@ def _keyboard_interrupts(module: BrainModule) -> Iterator[None]:
             raise
         raise module.stages.interrupt from None
     finally:
-        if handler is not None:
+        # A handler that a hook has set stays.
+        if handler is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, handler)
