@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -57,6 +58,16 @@ def make(
         {"device": "cpu", "noprogressbar": True, **run_opts},
         checkpointer,
     )
+
+
+def trainer_with(*callbacks: Any, **kwargs: Any) -> Trainer:
+    """A Trainer as a user makes one, which shows and writes nothing unless asked."""
+    arguments = {
+        "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False,
+        "callbacks": list(callbacks),
+    }  # fmt: skip
+    return Trainer(**arguments | kwargs)
 
 
 def weights(brain: Any) -> list[Tensor]:

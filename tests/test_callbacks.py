@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from brain_lightning import Brain, EpochCounter, UnsupportedError, to_lightning
 
-from .brains import Regression, all_equal, loader, make, sgd, weights
+from .brains import Regression, all_equal, loader, make, sgd, trainer_with, weights
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -38,16 +38,8 @@ def row(name: str, verdict: str = "works") -> Callable[..., Any]:
     return register
 
 
-def trainer_with(*given: Any, **kwargs: Any) -> Trainer:
-    arguments = {
-        "accelerator": "cpu", "max_epochs": 3, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(given),
-    }  # fmt: skip
-    return Trainer(**arguments | kwargs)
-
-
 def fit(brain: Any, *given: Any, **kwargs: Any) -> Trainer:
-    trainer = trainer_with(*given, **kwargs)
+    trainer = trainer_with(*given, **{"max_epochs": 3} | kwargs)
     trainer.fit(to_lightning(brain), loader(), loader())
     return trainer
 

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
-from .brains import loader, make
-
-
-def quiet_trainer(**kwargs: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **kwargs,
-    )  # fmt: skip
+from .brains import loader, make, trainer_with
 
 
 def test_the_fit_loop_asks_done_before_each_epoch() -> None:
@@ -30,14 +21,14 @@ def test_the_fit_loop_asks_done_before_each_epoch() -> None:
 def test_a_source_of_loaders_has_an_instance_and_a_name() -> None:
     source = _DataLoaderSource([1], "train_dataloader")
     assert source.dataloader() == [1]
-    trainer = quiet_trainer()
+    trainer = trainer_with()
     for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.test_loop):
         assert isinstance(loop._data_source, _DataLoaderSource)
         assert loop._combined_loader is None
 
 
 def test_the_counters_exist() -> None:
-    loop = quiet_trainer().fit_loop
+    loop = trainer_with().fit_loop
     for progress in (
         loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step,
         loop.epoch_loop.manual_optimization.optim_step_progress,
@@ -48,7 +39,7 @@ def test_the_counters_exist() -> None:
 
 
 def test_the_loops_are_lightnings_own_again_after_a_run() -> None:
-    trainer = quiet_trainer(max_epochs=1)
+    trainer = trainer_with(max_epochs=1)
     before = [trainer.fit_loop._data_source, trainer.test_loop._data_source]
     brain = make()
     brain.fit(range(3), loader(), loader(), trainer=trainer)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from brain_lightning import EpochCounter, to_lightning
 
-from .brains import Regression, loader, make
+from .brains import Regression, loader, make, trainer_with
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -71,17 +71,8 @@ def logging_brain(folder: Path, epochs: int = 5) -> Any:
     return make(Logging, hparams=hparams)
 
 
-def trainer_with(*callbacks: Any, **kwargs: Any) -> Trainer:
-    arguments = {
-        "accelerator": "cpu", "max_epochs": -1, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False,
-        "callbacks": list(callbacks),
-    }  # fmt: skip
-    return Trainer(**arguments | kwargs)
-
-
 def fit(brain: Any, *callbacks: Any, **kwargs: Any) -> Trainer:
-    trainer = trainer_with(*callbacks, **kwargs)
+    trainer = trainer_with(*callbacks, **{"max_epochs": -1} | kwargs)
     trainer.fit(to_lightning(brain), loader(), loader())
     return trainer
 

@@ -19,15 +19,7 @@ from brain_lightning import (
     to_lightning,
 )
 
-from .brains import Regression, all_equal, loader, make, weights
-
-
-def user_trainer(**kwargs: Any) -> Trainer:
-    defaults = {
-        "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False,
-    }  # fmt: skip
-    return Trainer(**defaults | kwargs)
+from .brains import Regression, all_equal, loader, make, trainer_with, weights
 
 
 class Trace(Callback):
@@ -108,7 +100,7 @@ def test_a_class_that_is_no_brain_is_refused() -> None:
 def test_a_trainer_of_the_users_gives_the_same_weights(brain_class: type[Brain]) -> None:
     own, users = make(brain_class), make(brain_class)
     own.fit(range(1, 3), loader(), loader())
-    user_trainer().fit(to_lightning(users), loader(), loader())
+    trainer_with().fit(to_lightning(users), loader(), loader())
     assert all_equal(weights(own), weights(users))
     assert not all_equal(weights(own), weights(make()))
     assert own.events == users.events
@@ -173,7 +165,7 @@ def test_a_stop_asked_for_in_the_middle_ends_after_the_stage_hooks() -> None:
 
 
 def test_the_trainer_is_given_back_as_it_was() -> None:
-    trainer = user_trainer(num_sanity_val_steps=2)
+    trainer = trainer_with(num_sanity_val_steps=2)
     make().fit(range(1), loader(), loader(), trainer=trainer)
     assert trainer.num_sanity_val_steps == 2
     assert trainer.current_epoch == 1
@@ -185,7 +177,7 @@ def test_the_callback_comes_with_the_module_and_goes_with_it() -> None:
             self.found = [c for c in trainer.callbacks if isinstance(c, BrainCallback)]
 
     looking = Looking()
-    trainer = user_trainer(callbacks=[looking])
+    trainer = trainer_with(callbacks=[looking])
     trainer.fit(to_lightning(make()), loader(), loader())
     assert len(looking.found) == 1
     assert trainer.callbacks == [looking]
@@ -193,7 +185,7 @@ def test_the_callback_comes_with_the_module_and_goes_with_it() -> None:
 
 def test_the_epoch_counter_of_hparams_counts() -> None:
     brain = make(hparams={"epoch_counter": range(7, 9)})
-    user_trainer(max_epochs=10).fit(to_lightning(brain), loader(), loader())
+    trainer_with(max_epochs=10).fit(to_lightning(brain), loader(), loader())
     assert [e for name, stage, e in brain.events if (name, stage) == ("end", "VALID")] == [
         7,
         8,
@@ -224,7 +216,7 @@ def test_a_class_is_not_a_brain() -> None:
 
 
 def test_several_processes_are_refused() -> None:
-    trainer = user_trainer(devices=2, strategy="ddp_notebook")
+    trainer = trainer_with(devices=2, strategy="ddp_notebook")
     module = to_lightning(make())
     module.trainer = trainer
     with pytest.raises(UnsupportedError, match="2 processes is not supported yet"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import CombinedLoader
 from speechbrain.utils.checkpoints import Checkpointer
@@ -20,18 +20,10 @@ from brain_lightning import (
     to_lightning,
 )
 
-from .brains import Regression, all_equal, dataset, loader, make, weights
+from .brains import Regression, all_equal, dataset, loader, make, trainer_with, weights
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def trainer_with(**kwargs: Any) -> Trainer:
-    arguments = {
-        "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False,
-    }  # fmt: skip
-    return Trainer(**arguments | kwargs)
 
 
 class Data(LightningDataModule):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from brain_lightning import RunOptionError, to_lightning
 
-from .brains import Regression, all_equal, dataset, loader, make, sgd, weights
+from .brains import Regression, all_equal, dataset, loader, make, sgd, trainer_with, weights
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -33,14 +33,6 @@ def row(name: str, verdict: str = "honoured") -> Function[..., Any]:
         return test
 
     return register
-
-
-def trainer_with(**kwargs: Any) -> Trainer:
-    arguments = {
-        "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False,
-    }  # fmt: skip
-    return Trainer(**arguments | kwargs)
 
 
 def fit(brain: Any, train: Any = None, **kwargs: Any) -> Trainer:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.multiprocessing import active_children
@@ -24,19 +24,11 @@ from brain_lightning import (
     to_lightning,
 )
 
-from .brains import Regression, all_equal, dataset, loader, make, sgd, weights
+from .brains import Regression, all_equal, dataset, loader, make, sgd, trainer_with, weights
 from .parity.recipes import ChangingBatches
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def trainer_with(**kwargs: Any) -> Trainer:
-    arguments = {
-        "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False,
-    }  # fmt: skip
-    return Trainer(**arguments | kwargs)
 
 
 class Plain(LightningModule):
