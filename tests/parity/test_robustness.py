@@ -211,3 +211,15 @@ def test_gradients_are_on_within_a_fit_and_as_before_after_it() -> None:
         brain.fit(range(1), plain_loader())
         assert not torch.is_grad_enabled()
     assert brain.optimizer_step == 5
+
+
+def test_a_batch_that_is_none_is_left_out_of_training() -> None:
+    """A row of the README where the sides differ."""
+    brain = plain_make()
+    batches = [batch if index != 2 else None for index, batch in enumerate(plain_loader())]
+    data = torch.utils.data.DataLoader(
+        batches, batch_size=None, collate_fn=lambda batch: batch
+    )
+    with pytest.warns(UserWarning, match="yielded None"):
+        brain.fit(range(1), data)
+    assert brain.optimizer_step == 4
