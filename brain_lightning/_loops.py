@@ -78,14 +78,13 @@ class _StageSource(_DataLoaderSource):
 
     def _combined(self) -> CombinedLoader:
         loaders = super().dataloader()
+        training = self._stage is Stage.TRAIN
         if not isinstance(loaders, CombinedLoader):
-            training = self._stage is Stage.TRAIN
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
         fitting = self._trainer.state.fn is TrainerFn.FITTING
         # An attribute that Lightning's type hints do not show.
         if fitting and self._trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning looks for shuffling samplers, which it would not find in ours.
-            training = self._stage is Stage.TRAIN
             running = RunningStage.TRAINING if training else RunningStage.VALIDATING
             _resolve_overfit_batches(loaders, running)
         return loaders

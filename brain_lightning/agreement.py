@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
 from ._loops import evaluation_loops, keep_anomaly_detection
 from .borrowed import Borrowed
-from .device import autocast, device_type
+from .device import autocast, device_type, gradient_scaler
 from .errors import RunOptionError
 from .protocol import BrainProtocol
 
@@ -100,7 +99,7 @@ def _agree_on_device(trainer: Trainer, brain: BrainProtocol) -> None:
     brain.device, brain.device_type = str(root), root.type
     brain.training_ctx = autocast(brain.device, brain.precision)
     brain.evaluation_ctx = autocast(brain.device, brain.eval_precision)
-    brain.scaler = torch.GradScaler(root.type, enabled=brain.precision == "fp16")
+    brain.scaler = gradient_scaler(brain.device, brain.precision)
 
 
 def _agree_on_clipping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
@@ -129,15 +128,10 @@ def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrow
     borrowed.set(brain, "eval_precision", evaluation)
     borrowed.set(brain, "training_ctx", autocast(brain.device, precision))
     borrowed.set(brain, "evaluation_ctx", autocast(brain.device, evaluation))
-    borrowed.set(brain, "scaler", _scaler(plugin, brain))
+    # The user's scaler, where the plugin was given or has made one.
+    scaler = plugin.scaler or gradient_scaler(brain.device, precision)
+    borrowed.set(brain, "scaler", scaler)
     borrowed.set(trainer.strategy, "precision_plugin", Precision())
-
-
-def _scaler(plugin: MixedPrecision, brain: BrainProtocol) -> torch.GradScaler:
-    scaler = plugin.scaler
-    if isinstance(scaler, torch.GradScaler):
-        return scaler
-    return torch.GradScaler(brain.device, enabled=plugin.precision == "16-mixed")
 
 
 def is_given(brain: BrainProtocol, option: str) -> bool:

@@ -18,7 +18,7 @@ from torch.nn import Module, ModuleDict
 from torch.optim import Optimizer
 
 from . import _speechbrain
-from .device import autocast, device_type, infer_device
+from .device import autocast, device_type, gradient_scaler, infer_device
 from .epochs import EpochCounter, EpochCounterWithStopper
 from .errors import BrainTypeError
 from .resolve import resolve_run_options
@@ -119,7 +119,7 @@ class BrainState:
 
         self.training_ctx: Any = autocast(self.device, self.precision)
         self.evaluation_ctx: Any = autocast(self.device, self.eval_precision)
-        self.scaler = torch.GradScaler(self.device, enabled=self.precision == "fp16")
+        self.scaler = gradient_scaler(self.device, self.precision)
 
         self.optimizers_dict: dict[str, Optimizer] | None = None
         self.train_sampler: Any = None

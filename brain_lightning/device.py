@@ -50,6 +50,19 @@ def device_type(device: str) -> str:
     return where
 
 
+def gradient_scaler(device: str, precision: str) -> torch.GradScaler:
+    """The scaler of a Brain's losses, on for fp16 alone.
+
+    Args:
+        device: The Brain's device.
+        precision: The training precision.
+
+    Returns:
+        The scaler; where it is off, it changes nothing.
+    """
+    return torch.GradScaler(device, enabled=precision == "fp16")
+
+
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
     """The context in which a Brain computes.
 

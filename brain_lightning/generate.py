@@ -28,12 +28,13 @@ def lightning_module_class(brain_class: type) -> type[BrainModule]:
     missing = [hook for hook in MANUAL_HOOKS if not hasattr(brain_class, hook)]
     if missing:
         raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
-    return _module_class(brain_class, ManualModule if steps_itself(brain_class) else None)
+    return _module_class(
+        brain_class, ManualModule if steps_itself(brain_class) else AutomaticModule
+    )
 
 
 @cache
-def _module_class(brain_class: type, manual: type[ManualModule] | None) -> type[BrainModule]:
-    base = manual or AutomaticModule
+def _module_class(brain_class: type, base: type[BrainModule]) -> type[BrainModule]:
     return type(
         f"{brain_class.__name__}Module",
         (base,),

@@ -62,7 +62,6 @@ def own_trainer_arguments(device: str) -> dict[str, Any]:
         "enable_progress_bar": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
-        "inference_mode": False,
         # One process, also where the variables of SLURM or the like are set.
         "plugins": [LightningEnvironment()],
     }

@@ -21,21 +21,14 @@ from torch import Tensor, nn
 from brain_lightning import Brain, EpochCounter, UnsupportedError, to_lightning
 
 from .brains import Regression, all_equal, loader, make, sgd, trainer_with, weights
+from .rows import Table, call
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 # Base classes, which do nothing by themselves.
 BASES = {"BaseFinetuning", "Callback", "Checkpoint", "ProgressBar"}
-ROWS: dict[str, tuple[str, Callable[..., None]]] = {}
-
-
-def row(name: str, verdict: str = "works") -> Callable[..., Any]:
-    def register(test: Callable[..., None]) -> Callable[..., None]:
-        ROWS[name] = (verdict, test)
-        return test
-
-    return register
+ROWS = Table()
 
 
 def fit(brain: Any, *given: Any, **kwargs: Any) -> Trainer:
@@ -71,7 +64,7 @@ def two_parts(cls: type[Brain] = TwoParts) -> Any:
     return cls(modules, sgd, None, {"device": "cpu", "noprogressbar": True})
 
 
-@row("EarlyStopping")
+@ROWS.row("EarlyStopping", "works")
 def early_stopping(tmp_path: Path) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
 
@@ -91,7 +84,7 @@ def early_stopping(tmp_path: Path) -> None:
     assert brain.events[-1] == ("end", "VALID", 4)
 
 
-@row("ModelCheckpoint")
+@ROWS.row("ModelCheckpoint", "works")
 def model_checkpoint(tmp_path: Path) -> None:
     class Remembering(Regression):
         def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
@@ -113,7 +106,7 @@ def model_checkpoint(tmp_path: Path) -> None:
     assert all_equal(weights(module.brain), brain.kept[best[0]])
 
 
-@row("OnExceptionCheckpoint")
+@ROWS.row("OnExceptionCheckpoint", "works")
 def on_exception_checkpoint(tmp_path: Path) -> None:
     class Failing(Regression):
         def on_fit_batch_end(self, *_: Any) -> None:
@@ -130,7 +123,7 @@ def on_exception_checkpoint(tmp_path: Path) -> None:
     assert all_equal(weights(module.brain), weights(brain))
 
 
-@row("LearningRateMonitor")
+@ROWS.row("LearningRateMonitor", "works")
 def learning_rate_monitor(tmp_path: Path) -> None:
     class Two(TwoParts):
         def init_optimizers(self) -> None:
@@ -148,7 +141,7 @@ def learning_rate_monitor(tmp_path: Path) -> None:
     assert "lr-OptimizerGroup/head" in (Path(trainer.log_dir) / "metrics.csv").read_text()
 
 
-@row("StochasticWeightAveraging")
+@ROWS.row("StochasticWeightAveraging", "works")
 def stochastic_weight_averaging(tmp_path: Path) -> None:
     class PerEpoch(Snapshots):
         def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
@@ -170,7 +163,7 @@ def ema(seen: list[list[Tensor]], decay: float) -> list[Tensor]:
     return average
 
 
-@row("EMAWeightAveraging")
+@ROWS.row("EMAWeightAveraging", "works")
 def ema_weight_averaging(tmp_path: Path) -> None:
     brain = make(Snapshots)
     fit(brain, callbacks.EMAWeightAveraging(decay=0.9))
@@ -178,7 +171,7 @@ def ema_weight_averaging(tmp_path: Path) -> None:
         assert torch.allclose(weight, expected, atol=1e-6)
 
 
-@row("WeightAveraging")
+@ROWS.row("WeightAveraging", "works")
 def weight_averaging(tmp_path: Path) -> None:
     brain = make(Snapshots)
     fit(brain, callbacks.WeightAveraging())
@@ -187,7 +180,7 @@ def weight_averaging(tmp_path: Path) -> None:
         assert torch.allclose(weight, expected, atol=1e-6)
 
 
-@row("GradientAccumulationScheduler")
+@ROWS.row("GradientAccumulationScheduler", "works")
 def gradient_accumulation_scheduler(tmp_path: Path) -> None:
     class Steps(Regression):
         def on_fit_batch_end(
@@ -204,7 +197,7 @@ def gradient_accumulation_scheduler(tmp_path: Path) -> None:
     assert brain.grad_accumulation_factor == 1
 
 
-@row("BackboneFinetuning")
+@ROWS.row("BackboneFinetuning", "works")
 def backbone_finetuning(tmp_path: Path) -> None:
     class Watched(TwoParts):
         def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
@@ -223,7 +216,7 @@ def backbone_finetuning(tmp_path: Path) -> None:
     assert brain.optimizer.param_groups[0]["lr"] == 0.1
 
 
-@row("ModelPruning")
+@ROWS.row("ModelPruning", "works")
 def model_pruning(tmp_path: Path) -> None:
     brain = make()
     pruning = callbacks.ModelPruning(
@@ -234,7 +227,7 @@ def model_pruning(tmp_path: Path) -> None:
     assert int((weight == 0).sum()) == weight.numel() // 2
 
 
-@row("Timer")
+@ROWS.row("Timer", "works")
 def timer(tmp_path: Path) -> None:
     class Slow(Regression):
         def on_fit_batch_end(self, *_: Any) -> None:
@@ -248,7 +241,7 @@ def timer(tmp_path: Path) -> None:
     assert watch.time_elapsed("train") > 0
 
 
-@row("TQDMProgressBar")
+@ROWS.row("TQDMProgressBar", "works")
 def tqdm_progress_bar(tmp_path: Path, capsys: Any) -> None:
     fit(make(), callbacks.TQDMProgressBar(), enable_progress_bar=True, max_epochs=1)
     shown = capsys.readouterr()
@@ -256,13 +249,13 @@ def tqdm_progress_bar(tmp_path: Path, capsys: Any) -> None:
     assert "5/5" in shown.out + shown.err
 
 
-@row("RichProgressBar")
+@ROWS.row("RichProgressBar", "works")
 def rich_progress_bar(tmp_path: Path, capsys: Any) -> None:
     fit(make(), callbacks.RichProgressBar(), enable_progress_bar=True, max_epochs=1)
     assert "5/5" in capsys.readouterr().out
 
 
-@row("ModelSummary")
+@ROWS.row("ModelSummary", "works")
 def model_summary(tmp_path: Path, caplog: Any) -> None:
     with caplog.at_level("INFO"):
         fit(make(), callbacks.ModelSummary(max_depth=2), max_epochs=1)
@@ -270,13 +263,13 @@ def model_summary(tmp_path: Path, caplog: Any) -> None:
     assert "10 " in caplog.text
 
 
-@row("RichModelSummary")
+@ROWS.row("RichModelSummary", "works")
 def rich_model_summary(tmp_path: Path, capsys: Any) -> None:
     fit(make(), callbacks.RichModelSummary(), max_epochs=1)
     assert "brain_modules" in capsys.readouterr().out
 
 
-@row("DeviceStatsMonitor")
+@ROWS.row("DeviceStatsMonitor", "works")
 def device_stats_monitor(tmp_path: Path) -> None:
     trainer = fit(
         make(), callbacks.DeviceStatsMonitor(cpu_stats=True),
@@ -285,7 +278,7 @@ def device_stats_monitor(tmp_path: Path) -> None:
     assert "cpu_percent" in (Path(trainer.log_dir) / "metrics.csv").read_text()
 
 
-@row("ThroughputMonitor")
+@ROWS.row("ThroughputMonitor", "works")
 def throughput_monitor(tmp_path: Path) -> None:
     monitor = callbacks.ThroughputMonitor(
         batch_size_fn=lambda batch: len(batch[0]), window_size=2
@@ -296,7 +289,7 @@ def throughput_monitor(tmp_path: Path) -> None:
     assert "train/samples" in (Path(trainer.log_dir) / "metrics.csv").read_text()
 
 
-@row("SpikeDetection")
+@ROWS.row("SpikeDetection", "works")
 def spike_detection(tmp_path: Path) -> None:
     from lightning.fabric.utilities.spike import TrainingSpikeException
     from lightning.pytorch.callbacks.spike import SpikeDetection
@@ -316,14 +309,14 @@ def spike_detection(tmp_path: Path) -> None:
     assert brain.optimizer_step == 9
 
 
-@row("LambdaCallback")
+@ROWS.row("LambdaCallback", "works")
 def lambda_callback(tmp_path: Path) -> None:
     seen: list[int] = []
     fit(make(), callbacks.LambdaCallback(on_train_epoch_end=lambda t, m: seen.append(1)))
     assert seen == [1, 1, 1]
 
 
-@row("BasePredictionWriter")
+@ROWS.row("BasePredictionWriter", "works")
 def prediction_writer(tmp_path: Path) -> None:
     class Writer(callbacks.BasePredictionWriter):
         def write_on_epoch_end(
@@ -338,25 +331,22 @@ def prediction_writer(tmp_path: Path) -> None:
     assert all_equal(written, expected)
 
 
-@row("LearningRateFinder", "refused")
+@ROWS.row("LearningRateFinder", "refused")
 def learning_rate_finder(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"LearningRateFinder.*try learning rates with"):
         fit(make(), callbacks.LearningRateFinder())
 
 
-@row("BatchSizeFinder", "refused")
+@ROWS.row("BatchSizeFinder", "refused")
 def batch_size_finder(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"BatchSizeFinder.*train_loader_kwargs"):
         fit(make(), callbacks.BatchSizeFinder())
 
 
-@pytest.mark.parametrize(
-    "test", [t for _, t in ROWS.values()], ids=[f"{n}: {v}" for n, (v, _) in ROWS.items()]
-)
+@ROWS.parametrize()
 def test_matrix(test: Callable[..., None], tmp_path: Path, request: Any) -> None:
-    names = test.__code__.co_varnames[: test.__code__.co_argcount]
     before = weights(make())
-    test(**{name: request.getfixturevalue(name) for name in names})
+    call(test, request)
     assert all_equal(before, weights(make()))
 
 

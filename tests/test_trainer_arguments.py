@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable as Function
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from brain_lightning import RunOptionError, to_lightning
 
 from .brains import Regression, all_equal, dataset, loader, make, sgd, trainer_with, weights
+from .rows import Table, call
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-ROWS: dict[str, tuple[str, Function[..., None]]] = {}
-
-
-def row(name: str, verdict: str = "honoured") -> Function[..., Any]:
-    def register(test: Function[..., None]) -> Function[..., None]:
-        ROWS[name] = (verdict, test)
-        return test
-
-    return register
+ROWS = Table()
 
 
 def fit(brain: Any, train: Any = None, **kwargs: Any) -> Trainer:
@@ -60,7 +53,7 @@ def stages(brain: Any) -> list[str]:
 EPOCH = ["start TRAIN", "end TRAIN", "start VALID", "end VALID"]
 
 
-@row("gradient_clip_val", "translated into max_grad_norm")
+@ROWS.row("gradient_clip_val", "translated into max_grad_norm")
 def gradient_clip_val() -> None:
     for brain_class in (Regression, Manual):
         asked, translated = make(brain_class, max_grad_norm=0.01), make(brain_class)
@@ -76,7 +69,7 @@ class Manual(Regression):
         return super().fit_batch(batch)
 
 
-@row("gradient_clip_algorithm")
+@ROWS.row("gradient_clip_algorithm", "honoured")
 def gradient_clip_algorithm() -> None:
     brain, by_hand = make(), make()
     fit(brain, gradient_clip_val=0.01, gradient_clip_algorithm="value", max_epochs=1)
@@ -91,7 +84,9 @@ def gradient_clip_algorithm() -> None:
     assert all_equal(weights(brain), weights(by_hand))
 
 
-@row("accumulate_grad_batches", "translated into grad_accumulation_factor, last window kept")
+@ROWS.row(
+    "accumulate_grad_batches", "translated into grad_accumulation_factor, last window kept"
+)
 def accumulate_grad_batches() -> None:
     for brain_class in (Counting, CountingManually):
         brain = make(brain_class)
@@ -127,7 +122,7 @@ class PlainModule(LightningModule):
         return sgd(self.parameters())
 
 
-@row("precision", "translated into precision and eval_precision")
+@ROWS.row("precision", "translated into precision and eval_precision")
 def precision() -> None:
     for brain_class in (Regression, Manual):
         asked = make(brain_class, precision="bf16", eval_precision="bf16")
@@ -142,21 +137,21 @@ def precision() -> None:
     assert not all_equal(weights(plain), weights(translated))
 
 
-@row("precision=64-true")
+@ROWS.row("precision=64-true", "honoured")
 def true_precision() -> None:
     brain = make()
     fit(brain, precision="64-true")
     assert {p.dtype for p in brain.modules.parameters()} == {torch.float64}
 
 
-@row("max_epochs")
+@ROWS.row("max_epochs", "honoured")
 def max_epochs() -> None:
     brain = make(hparams={"epoch_counter": range(5)})
     fit(brain, max_epochs=3)
     assert stages(brain) == EPOCH * 3
 
 
-@row("max_steps")
+@ROWS.row("max_steps", "honoured")
 def max_steps() -> None:
     for brain_class in (Regression, Manual):
         brain = make(brain_class)
@@ -165,7 +160,7 @@ def max_steps() -> None:
         assert stages(brain) == EPOCH * 2
 
 
-@row("min_epochs")
+@ROWS.row("min_epochs", "honoured")
 def min_epochs() -> None:
     class Impatient(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -176,7 +171,7 @@ def min_epochs() -> None:
     assert brain.optimizer_step == 10
 
 
-@row("max_time")
+@ROWS.row("max_time", "honoured")
 def max_time() -> None:
     class Slow(Regression):
         def on_fit_batch_end(self, *_: Any) -> None:
@@ -188,7 +183,7 @@ def max_time() -> None:
     assert stages(brain) == EPOCH
 
 
-@row("limit_train_batches")
+@ROWS.row("limit_train_batches", "honoured")
 def limit_train_batches() -> None:
     for limit in (2, 0.4):
         brain = make()
@@ -200,7 +195,7 @@ def limit_train_batches() -> None:
     assert nothing.optimizer_step == 0
 
 
-@row("limit_val_batches, limit_test_batches, limit_predict_batches")
+@ROWS.row("limit_val_batches, limit_test_batches, limit_predict_batches", "honoured")
 def limit_evaluation_batches() -> None:
     for limit in (2, 0.4):
         brain = make(Counting)
@@ -216,7 +211,7 @@ def limit_evaluation_batches() -> None:
     assert stages(unvalidated) == EPOCH[:2]
 
 
-@row("fast_dev_run")
+@ROWS.row("fast_dev_run", "honoured")
 def fast_dev_run() -> None:
     brain = make(Counting)
     fit(brain, fast_dev_run=2)
@@ -224,7 +219,7 @@ def fast_dev_run() -> None:
     assert stages(brain) == EPOCH
 
 
-@row("overfit_batches")
+@ROWS.row("overfit_batches", "honoured")
 def overfit_batches() -> None:
     class Seeing(Regression):
         def compute_forward(self, batch: Any, stage: Any) -> Any:
@@ -239,7 +234,7 @@ def overfit_batches() -> None:
     assert torch.equal(brain.seen[0], dataset().tensors[0][:4])
 
 
-@row("val_check_interval")
+@ROWS.row("val_check_interval", "honoured")
 def val_check_interval() -> None:
     for interval in (2, 0.4):
         brain = make(Counting, grad_accumulation_factor=2)
@@ -254,14 +249,14 @@ def val_check_interval() -> None:
     assert all_equal(weights(watched), weights(unwatched))
 
 
-@row("check_val_every_n_epoch")
+@ROWS.row("check_val_every_n_epoch", "honoured")
 def check_val_every_n_epoch() -> None:
     brain = make()
     fit(brain, check_val_every_n_epoch=2, max_epochs=3)
     assert stages(brain) == [*EPOCH[:2], *EPOCH, *EPOCH[:2]]
 
 
-@row("num_sanity_val_steps", "switched off with one line: recipes set up VALID in TRAIN")
+@ROWS.row("num_sanity_val_steps", "switched off with one line: recipes set up VALID in TRAIN")
 def num_sanity_val_steps(caplog: Any) -> None:
     brain = make()
     with caplog.at_level("INFO"):
@@ -271,7 +266,7 @@ def num_sanity_val_steps(caplog: Any) -> None:
     assert trainer.num_sanity_val_steps == 2
 
 
-@row("detect_anomaly")
+@ROWS.row("detect_anomaly", "honoured")
 def detect_anomaly() -> None:
     class Broken(Regression):
         def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
@@ -282,7 +277,7 @@ def detect_anomaly() -> None:
         fit(make(Broken), detect_anomaly=True)
 
 
-@row("profiler")
+@ROWS.row("profiler", "honoured")
 def profiler() -> None:
     trainer = fit(make(), profiler="simple")
     actions = trainer.profiler.summary()
@@ -290,7 +285,7 @@ def profiler() -> None:
     assert "RegressionModule.optimizer_step" in actions
 
 
-@row("barebones")
+@ROWS.row("barebones", "honoured")
 def barebones() -> None:
     brain, other = make(), make()
     Trainer(accelerator="cpu", max_epochs=2, barebones=True).fit(
@@ -300,7 +295,7 @@ def barebones() -> None:
     assert all_equal(weights(brain), weights(other))
 
 
-@row("deterministic, benchmark")
+@ROWS.row("deterministic, benchmark", "honoured")
 def deterministic_and_benchmark() -> None:
     class Asking(Regression):
         def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
@@ -319,7 +314,7 @@ def deterministic_and_benchmark() -> None:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
 
 
-@row("reload_dataloaders_every_n_epochs")
+@ROWS.row("reload_dataloaders_every_n_epochs", "honoured")
 def reload_dataloaders() -> None:
     made: list[str] = []
 
@@ -342,7 +337,7 @@ def reload_dataloaders() -> None:
     assert stages(brain) == EPOCH * 3
 
 
-@row("use_distributed_sampler", "without effect: a Brain shards its training set itself")
+@ROWS.row("use_distributed_sampler", "without effect: a Brain shards its training set itself")
 def use_distributed_sampler() -> None:
     brain, other = make(), make()
     fit(brain, use_distributed_sampler=True)
@@ -350,7 +345,7 @@ def use_distributed_sampler() -> None:
     assert all_equal(weights(brain), weights(other))
 
 
-@row("inference_mode", "translated into torch.no_grad, as a Brain evaluates")
+@ROWS.row("inference_mode", "translated into torch.no_grad, as a Brain evaluates")
 def inference_mode() -> None:
     brain = make(Counting)
     trainer = trainer_with(inference_mode=True)
@@ -361,12 +356,9 @@ def inference_mode() -> None:
     assert trainer.test_loop.inference_mode
 
 
-@pytest.mark.parametrize(
-    "test", [t for _, t in ROWS.values()], ids=[f"{n}: {v}" for n, (v, _) in ROWS.items()]
-)
-def test_table(test: Function[..., None], request: Any) -> None:
-    names = test.__code__.co_varnames[: test.__code__.co_argcount]
-    test(**{name: request.getfixturevalue(name) for name in names})
+@ROWS.parametrize()
+def test_table(test: Callable[..., None], request: Any) -> None:
+    call(test, request)
 
 
 def test_the_readme_has_every_row() -> None:
