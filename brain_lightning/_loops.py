@@ -18,7 +18,9 @@ from lightning.pytorch.trainer.connectors.data_connector import (
 )
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 
+from ._strategies import shards_training_data
 from .borrowed import Borrowed
 from .epochs import Epochs
 from .errors import RunOptionError
@@ -82,12 +84,33 @@ class _StageSource(_DataLoaderSource):
         if not isinstance(loaders, CombinedLoader):
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
         fitting = self._trainer.state.fn is TrainerFn.FITTING
+        if training and shards_training_data(self._trainer):
+            self._share_out(loaders)
         # An attribute that Lightning's type hints do not show.
         if fitting and self._trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning looks for shuffling samplers, which it would not find in ours.
             running = RunningStage.TRAINING if training else RunningStage.VALIDATING
             _resolve_overfit_batches(loaders, running)
         return loaders
+
+    def _share_out(self, loaders: CombinedLoader) -> None:
+        """Lightning's way, which does not find the loaders behind ours; the Brain counts."""
+        prepare = self._trainer._data_connector._prepare_dataloader
+        loaders.flattened = [
+            prepare(loader, _is_dataloader_shuffled(loader), RunningStage.TRAINING)
+            for loader in loaders.flattened
+        ]
+        samplers = [getattr(loader, "sampler", None) for loader in loaders.flattened]
+        self._stages.brain.train_sampler = _Samplers(samplers)
+
+
+class _Samplers(list[Any]):
+    """The samplers of the training loaders, which learn the epoch together."""
+
+    def set_epoch(self, epoch: int) -> None:
+        for sampler in self:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
 
 
 class _CombinedBatches:

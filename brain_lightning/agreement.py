@@ -5,16 +5,22 @@ Two explicit values that differ are an error that names both.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
 from ._loops import evaluation_loops, keep_anomaly_detection
+from ._strategies import ddp_arguments, is_parallel, set_backend, wrap_nothing
 from .borrowed import Borrowed
-from .device import autocast, device_type, gradient_scaler
+from .ddp import wrap_modules
+from .device import autocast, gradient_scaler
 from .errors import RunOptionError
+from .hooks import overrides
+from .profiling import profile
 from .protocol import BrainProtocol
 
 # Lightning's names of mixed precision, in SpeechBrain's words.
@@ -33,7 +39,9 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
     Raises:
         RunOptionError: Trainer and Brain were told different things.
     """
-    _agree_on_device(trainer, brain)
+    agree_on_processes(trainer, brain)
+    if is_parallel(trainer):
+        _agree_on_wrapping(trainer, brain, borrowed)
     _agree_on_clipping(trainer, brain, borrowed)
     _agree_on_precision(trainer, brain, borrowed)
     if trainer.accumulate_grad_batches != 1:
@@ -42,6 +50,8 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
         # Recipes read in VALID what their on_stage_start set.
         rank_zero_info("A Brain validates in its own order: no sanity check.")
         borrowed.set(trainer, "num_sanity_val_steps", 0)
+    if brain.profile_training and trainer.training:
+        profile(trainer, brain, borrowed)
     keep_anomaly_detection(trainer, borrowed)
     for loop in evaluation_loops(trainer):
         # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
@@ -90,10 +100,42 @@ def _check_accumulation(brain: BrainProtocol, batches: int) -> None:
     _refuse_conflict(brain, "grad_accumulation_factor", batches, said)
 
 
+def agree_on_processes(trainer: Trainer, brain: BrainProtocol) -> None:
+    """Gives the Brain its rank and its device; both stay, as its modules do.
+
+    Args:
+        trainer: The Trainer, before or after it has started its processes.
+        brain: The Brain that is going to run.
+
+    Raises:
+        RunOptionError: Trainer and Brain were told different things.
+    """
+    if is_parallel(trainer):
+        brain.distributed_launch = True
+        brain.rank, brain.world_size = trainer.global_rank, trainer.world_size
+        if is_given(brain, "distributed_backend"):
+            backend = set_backend(trainer, brain.distributed_backend)
+            said = f"strategy=DDPStrategy(process_group_backend={backend!r})"
+            _refuse_conflict(brain, "distributed_backend", backend, said)
+    _agree_on_device(trainer, brain)
+
+
+def _agree_on_wrapping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    """Each entry of ``modules`` in a DDP of its own, made with the strategy's arguments."""
+    arguments = ddp_arguments(trainer)
+    if "find_unused_parameters" in arguments:
+        unused = arguments["find_unused_parameters"]
+        said = f"strategy=DDPStrategy(find_unused_parameters={unused})"
+        _refuse_conflict(brain, "find_unused_parameters", unused, said)
+    wrap_nothing(trainer, borrowed)
+    # Recipes that override on_fit_start call it by this name.
+    if not overrides(type(brain), "_wrap_distributed"):
+        borrowed.shadow(brain, "_wrap_distributed", partial(wrap_modules, brain, **arguments))
+
+
 def _agree_on_device(trainer: Trainer, brain: BrainProtocol) -> None:
-    """The Brain follows the Trainer, and stays where that takes it, as its modules do."""
-    root = trainer.strategy.root_device
-    if device_type(brain.device) == root.type:
+    root, mine = trainer.strategy.root_device, torch.device(brain.device)
+    if mine.type == root.type and (root.index is None or mine.index in (None, root.index)):
         return
     _refuse_conflict(brain, "device", str(root), f"accelerator={root.type!r}")
     brain.device, brain.device_type = str(root), root.type

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 
 from . import _speechbrain, data
 from . import trainer as trainers
-from .brain_state import BrainState
+from .brain_hooks import BrainHooks
 from .compile import compile_modules
+from .ddp import wrap_modules
+from .distributed import is_distributed_initialized
 from .errors import BrainTypeError, NonFiniteLossError
 from .generate import to_lightning
 from .optimizers import split_vectors_from_weight_decay
@@ -26,7 +28,7 @@ from .update import RawUpdate, fit_batch, optimizers_step
 logger = logging.getLogger(__name__)
 
 
-class Brain(BrainState):
+class Brain(BrainHooks):
     """Fits and evaluates a set of modules: subclass it and say how, as in SpeechBrain.
 
     Override ``compute_forward`` and ``compute_objectives``; where that is not
@@ -62,34 +64,7 @@ class Brain(BrainState):
         >>> brain.fit(range(1), [torch.rand(10, 10)], progressbar=False)
     """
 
-    # --------------------------------------------------------- what to compute
-
-    def compute_forward(self, batch: Any, stage: Stage) -> Any:
-        """Computes predictions; must be overridden.
-
-        Args:
-            batch: What the loader gave.
-            stage: TRAIN, VALID or TEST.
-
-        Returns:
-            Whatever ``compute_objectives`` needs.
-        """
-        raise NotImplementedError
-
-    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Tensor:
-        """Computes the loss; must be overridden.
-
-        Args:
-            predictions: What ``compute_forward`` returned.
-            batch: What the loader gave.
-            stage: TRAIN, VALID or TEST.
-
-        Returns:
-            A tensor with one number, to minimize.
-        """
-        raise NotImplementedError
-
-    # ------------------------------------------------------------------- hooks
+    # ------------------------------------------------------- beginning to fit
 
     def on_fit_start(self) -> None:
         """Begins ``fit``: compiles, makes the optimizers, loads the latest checkpoint."""
@@ -104,57 +79,9 @@ class Brain(BrainState):
         compile_modules(self)
 
     def _wrap_distributed(self) -> None:
-        """Nothing on one process; recipes that override ``on_fit_start`` call it."""
-
-    def on_stage_start(self, stage: Stage, epoch: Any = None) -> None:
-        """Called when a stage starts, before the modules change between train and eval.
-
-        Args:
-            stage: The stage.
-            epoch: Its epoch; None in TEST.
-        """
-
-    def on_stage_end(self, stage: Stage, stage_loss: float, epoch: Any = None) -> None:
-        """Called when a stage has ended: the place for statistics and checkpoints.
-
-        Args:
-            stage: The stage.
-            stage_loss: The average loss over its batches.
-            epoch: Its epoch; None in TEST.
-        """
-
-    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
-        """Called before the forward pass of a training batch, outside autocast.
-
-        Args:
-            batch: What the loader gave.
-            should_step: Whether an update will follow.
-        """
-
-    def on_fit_batch_end(
-        self, batch: Any, outputs: Any, loss: Tensor, should_step: bool
-    ) -> None:
-        """Called after the update.
-
-        Args:
-            batch: What the loader gave.
-            outputs: What ``compute_forward`` returned.
-            loss: What ``compute_objectives`` returned.
-            should_step: Whether there was an update; False where one was due
-                but skipped, for its only loss was not finite.
-        """
-
-    def on_evaluate_start(
-        self, max_key: str | None = None, min_key: str | None = None
-    ) -> None:
-        """Begins ``evaluate``: loads the best checkpoint.
-
-        Args:
-            max_key: The metric of which more is better.
-            min_key: The metric of which less is better.
-        """
-        if self.checkpointer is not None:
-            self.checkpointer.recover_if_possible(max_key=max_key, min_key=min_key)
+        """Prepares for several processes; recipes that override ``on_fit_start`` call it."""
+        if is_distributed_initialized():
+            wrap_modules(self)
 
     # -------------------------------------------------------------- one batch
 
@@ -337,11 +264,18 @@ class Brain(BrainState):
     def _train_loader_specifics(
         self, dataset: Any, loader_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Shuffles reproducibly; recipes that override ``make_dataloader`` call it."""
-        if loader_kwargs.pop("shuffle", False):
-            self.train_sampler = data.shuffling_sampler(dataset, loader_kwargs)
-            loader_kwargs["sampler"] = self.train_sampler
-        return loader_kwargs
+        """Shuffles and shards; recipes that override ``make_dataloader`` call it."""
+        if self.distributed_launch:
+            by_chance = getattr(self.hparams, "sorting", "random") == "random"
+            shard = {"rank": self.rank, "num_replicas": self.world_size}
+            sampler = data.distributed_sampler(dataset, loader_kwargs, by_chance, **shard)
+        elif loader_kwargs.get("shuffle"):
+            sampler = {"sampler": data.shuffling_sampler(dataset, loader_kwargs)}
+        else:
+            return loader_kwargs
+        for self.train_sampler in sampler.values():
+            loader_kwargs.pop("shuffle", None)
+        return {**loader_kwargs, **sampler}
 
     # -------------------------------------------------------- fit and evaluate
 
@@ -375,6 +309,7 @@ class Brain(BrainState):
         if self.test_only:
             logger.info("Test only mode, skipping training and validation stages.")
             return
+        running = trainers.make_trainer(self._trainer(trainer), self)
         if not data.is_loader(train_set):
             train_set = self.make_dataloader(
                 train_set, stage=Stage.TRAIN, **train_loader_kwargs
@@ -388,7 +323,7 @@ class Brain(BrainState):
         module = to_lightning(
             self, epoch_counter=epoch_counter, progressbar=self._shows_bar(progressbar)
         )
-        trainers.fit(self._trainer(trainer), module, train_set, valid_set)
+        trainers.fit(running, module, train_set, valid_set)
 
     def evaluate(
         self,
@@ -413,6 +348,7 @@ class Brain(BrainState):
         Returns:
             The average loss.
         """
+        running = trainers.make_trainer(self._trainer(trainer), self)
         if not data.is_loader(test_set):
             test_set = self.make_dataloader(
                 test_set, Stage.TEST, **{**test_loader_kwargs, "ckpt_prefix": None}
@@ -423,7 +359,7 @@ class Brain(BrainState):
             max_key=max_key,
             min_key=min_key,
         )
-        return trainers.test(self._trainer(trainer), module, test_set)
+        return trainers.test(running, module, test_set)
 
     def _shows_bar(self, progressbar: bool | None) -> bool:
         return not self.noprogressbar if progressbar is None else progressbar

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import weakref
@@ -41,6 +42,8 @@ class BrainState:
         modules: A ModuleDict on the device.
         hparams: The hyperparameters, in dot notation.
         device: The name of the device, ``cpu`` or ``cuda:0``.
+        rank: The number of this process, from 0.
+        world_size: The number of processes.
         optimizer: The optimizer of the default ``init_optimizers``.
         optimizers_dict: The optimizers that step together, by name.
         step: Batches so far in the stage that runs.
@@ -79,7 +82,13 @@ class BrainState:
     compile_using_dynamic_shape_tracing: bool
     jit: bool
     jit_module_keys: list[str] | None
+    profile_training: bool
+    profile_warmup: int
+    profile_steps: int
     test_only: bool
+    distributed_launch: bool
+    distributed_backend: str
+    find_unused_parameters: bool
 
     optimizer: Optimizer
     # How max_grad_norm clips, and whether the batch in hand ends an accumulation window
@@ -110,6 +119,10 @@ class BrainState:
         vars(self).update(values)
         self.trainer_arguments: Any = (hparams or {}).get("trainer") or {}
         self.trainer_overrides = run_opts.trainer
+        self.rank = int(os.environ["RANK"]) if self.distributed_launch else 0
+        self.world_size = (
+            int(os.environ.get("WORLD_SIZE", 1)) if self.distributed_launch else 1
+        )
 
         self.device = self.device or infer_device()
         self.device_type = device_type(self.device)

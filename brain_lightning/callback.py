@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from . import _loops
+from ._strategies import check_strategy
 from .agreement import accumulate, agree
 from .borrowed import Borrowed
+from .profiling import end_when_profiled
 from .refusals import check_averaging, refuse_callbacks
 from .stages import Stages
 
@@ -32,6 +36,7 @@ class BrainCallback(Callback):
         self._for_the_epoch = Borrowed()
         # Lightning checks its arguments before any hook of a callback.
         self._for_the_check = Borrowed()
+        check_strategy(trainer)
         refuse_callbacks(trainer, stages.brain)
         try:
             agree(trainer, stages.brain, self._for_the_run)
@@ -57,6 +62,12 @@ class BrainCallback(Callback):
             trainer, self.stages.brain, self._for_the_epoch, length
         )
         self.stages.start_train()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Ends a run that was made for its profile."""
+        end_when_profiled(trainer, self.stages.brain, self.stages.batches)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the validation run to the end of its loader."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from . import _speechbrain
 from .errors import UnsupportedError
-from .samplers import DEFAULT_SEED, ReproducibleRandomSampler
+from .samplers import DEFAULT_SEED, DistributedSamplerWrapper, ReproducibleRandomSampler
+
+logger = logging.getLogger(__name__)
 
 
 def is_loader(data: object) -> bool:
@@ -38,6 +41,45 @@ def shuffling_sampler(dataset: Any, loader_kwargs: Mapping[str, Any]) -> Any:
         raise ValueError("Cannot specify both shuffle=True and a sampler in loader_kwargs")
     seed = int(os.environ.get("SB_GLOBAL_SEED", DEFAULT_SEED))
     return ReproducibleRandomSampler(dataset, seed=seed)
+
+
+def distributed_sampler(
+    dataset: Any, loader_kwargs: Mapping[str, Any], by_chance: bool, **shard: int
+) -> dict[str, Any]:
+    """The sampler that gives each process its part of the training set.
+
+    (``speechbrain.Brain._train_loader_specifics``.)
+
+    Args:
+        dataset: The dataset to share out.
+        loader_kwargs: Arguments of the loader.
+        by_chance: Whether examples, or batches of a batch sampler, are shuffled.
+        **shard: ``rank`` and ``num_replicas``.
+
+    Returns:
+        ``sampler`` or ``batch_sampler``; nothing for a stream, with a warning.
+    """
+    if isinstance(dataset, IterableDataset):
+        logger.warning(
+            "An IterableDataset is not shared out: every process trains on all of it, "
+            "unless the dataset itself looks at the rank."
+        )
+        return {}
+    drop_last = loader_kwargs.get("drop_last", False)
+    if loader_kwargs.get("sampler") is not None:
+        shuffle = loader_kwargs.get("shuffle", False)
+        sampler = loader_kwargs["sampler"]
+        wrapper = DistributedSamplerWrapper(
+            sampler, shuffle=shuffle, drop_last=drop_last, **shard
+        )
+        return {"sampler": wrapper}
+    if loader_kwargs.get("batch_sampler") is not None:
+        batches = loader_kwargs["batch_sampler"]
+        wrapper = DistributedSamplerWrapper(batches, shuffle=by_chance, **shard)
+        return {"batch_sampler": wrapper}
+    return {
+        "sampler": DistributedSampler(dataset, shuffle=by_chance, drop_last=drop_last, **shard)
+    }
 
 
 def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any) -> Any:

@@ -29,10 +29,16 @@ def steps_itself(brain_class: type, brain: BrainProtocol | None = None) -> bool:
         True where one of ``MANUAL_HOOKS`` is overridden.
     """
     own = () if brain is None else vars(brain)
-    return any(_overrides(brain_class, hook) or hook in own for hook in MANUAL_HOOKS)
+    return any(overrides(brain_class, hook) or hook in own for hook in MANUAL_HOOKS)
 
 
-def _overrides(brain_class: type, hook: str) -> bool:
+def overrides(brain_class: type, hook: str) -> bool:
+    """Whether a subclass of Brain has a hook of its own.
+
+    Args:
+        brain_class: The class of a Brain.
+        hook: A method of Brain.
+    """
     # The class that first defines a hook is Brain itself, ours or SpeechBrain's.
     return sum(hook in vars(cls) for cls in brain_class.__mro__) > 1
 
@@ -55,8 +61,8 @@ def check_hooks(brain: BrainProtocol) -> None:
                 "which is the Trainer's here: use a hook of Brain, a Lightning callback, or "
                 "Trainer arguments, such as trainer={'check_val_every_n_epoch': 2}"
             )
-    for hook in () if _overrides(brain_class, "fit_batch") else REQUIRED_HOOKS:
-        if not _overrides(brain_class, hook) and hook not in vars(brain):
+    for hook in () if overrides(brain_class, "fit_batch") else REQUIRED_HOOKS:
+        if not overrides(brain_class, hook) and hook not in vars(brain):
             raise BrainTypeError(
                 f"{brain_class.__name__} must define {hook}, or override fit_batch"
             )

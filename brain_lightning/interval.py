@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+from .distributed import ddp_broadcast
 from .protocol import BrainProtocol
 
 # In a checkpoint's meta; SpeechBrain finds the ones to replace by it.
@@ -30,7 +31,10 @@ class IntervalCheckpoints:
     def after_step(self) -> None:
         """Saves if the interval is over; called once per batch."""
         self._steps += 1
-        if self._brain.checkpointer is not None and self._is_due():
+        brain = self._brain
+        on = brain.ckpt_interval_minutes > 0 or brain.ckpt_interval_steps > 0
+        # The clocks of two processes differ; saving is done together.
+        if brain.checkpointer is not None and on and ddp_broadcast(self._is_due()):
             self._save()
             self._restart()
 

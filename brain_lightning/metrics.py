@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from .borrowed import Borrowed
+from .distributed import gather
 from .protocol import BrainProtocol
 from .stage import Stage
 
@@ -101,7 +103,7 @@ class Metrics:
             taken |= {name: found[name] for name in mine}
             found.clear()
         self._plain.clear()
-        return taken
+        return _known_to_all(taken)
 
     def _hear_stats(self, arguments: Mapping[str, Any]) -> None:
         self._plain |= _numbers_in(arguments.get("stats_meta"))
@@ -129,6 +131,11 @@ class _Overheard:
     def __reduce__(self) -> Any:
         """Pickles as the method itself: nobody listens to a copy."""
         return getattr, (self._owner, self._name)
+
+
+def _known_to_all(numbers: dict[str, float]) -> dict[str, float]:
+    """What any rank reports, for recipes report on the main process; the first one wins."""
+    return dict(ChainMap(*gather(numbers)))
 
 
 def _numbers_in(values: Any) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,17 +15,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from . import _loops
 from .callback import BrainCallback
 from .compile import without_compiled_prefix
+from .ddp import without_wrapper
 from .epochs import Epochs
 from .errors import UnsupportedError
 from .hooks import check_hooks
-from .optimizers import OptimizerGroup
+from .optimizers import OptimizerGroup, all_optimizers
 from .protocol import BrainProtocol
-from .refusals import check_backbone, refuse_several_processes
+from .refusals import check_backbone
 from .stage import Stage
 from .stages import Stages
 from .update import TrainingLoss, fit_batch, optimizers_step, prepare_gradients, training_loss
@@ -97,10 +101,6 @@ class BrainModule(LightningModule):
                 return modules[name]
             raise
 
-    def setup(self, stage: str) -> None:
-        """Refuses what would go wrong silently."""
-        refuse_several_processes(self.trainer)
-
     def configure_optimizers(self) -> Optimizer:
         """``on_fit_start`` of the Brain: compile, init_optimizers, recover.
 
@@ -113,20 +113,25 @@ class BrainModule(LightningModule):
         return group
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Weights by the names that they have where nothing is compiled."""
+        """Weights by the names that they have where nothing is compiled or wrapped."""
         state = super().state_dict(*args, **kwargs)
         for name in list(state):
             # In place, for the dictionary carries metadata of its own; all, to keep the order.
-            state[without_compiled_prefix(name)] = state.pop(name)
+            state[self._plain(name)] = state.pop(name)
         return state
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Takes what ``state_dict`` gave, whether or not the modules are compiled by now."""
-        names = {without_compiled_prefix(name): name for name in super().state_dict()}
+        """Takes what ``state_dict`` gave, whatever the modules are wrapped in by now."""
+        names = {self._plain(name): name for name in super().state_dict()}
         renamed = {names.get(name, name): value for name, value in state_dict.items()}
         return super().load_state_dict(renamed, strict, assign)
+
+    def _plain(self, name: str) -> str:
+        """The name of a weight where nothing is compiled or wrapped."""
+        before, found, rest = name.partition("brain_modules.")
+        return before + found + without_wrapper(without_compiled_prefix(rest), self.brain)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the weights of an explicit ``ckpt_path``: they win over the best ones."""
@@ -347,20 +352,28 @@ class ManualModule(BrainModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
-        with _counted_steps() as steps:
+        with _watched_steps(self._before_step) as steps:
             last = self._believes_last(batch_idx)
             loss = self.stages.fit(self.brain.fit_batch, batch, last)
-        _loops.count_steps(self.trainer, len(steps))
+        # Where nothing is optimized a batch counts: ModelCheckpoint goes by the steps.
+        _loops.count_steps(self.trainer, len(steps) if all_optimizers(self.brain) else 1)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        trainer = self.trainer
+        # An attribute that Lightning's type hints do not show.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_before_optimizer_step(trainer, self, optimizer)
+        self.on_before_optimizer_step(optimizer)
+
 
 @contextmanager
-def _counted_steps() -> Iterator[list[Optimizer]]:
+def _watched_steps(before: Callable[..., None]) -> Iterator[list[Optimizer]]:
     """Gathers the optimizers that step within, whoever owns them."""
     stepped: list[Optimizer] = []
-    handle = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.append(optimizer))
-    try:
+    with ExitStack() as stack:
+        stack.callback(register_optimizer_step_pre_hook(before).remove)
+        after = register_optimizer_step_post_hook(lambda opt, *_: stepped.append(opt))
+        stack.callback(after.remove)
         yield stepped
-    finally:
-        handle.remove()

@@ -26,6 +26,11 @@ class BrainProtocol(Protocol):
     scaler: GradScaler
     optimizers_dict: dict[str, Optimizer] | None
     train_sampler: Any
+    rank: int
+    world_size: int
+    distributed_launch: bool
+    distributed_backend: str
+    find_unused_parameters: bool
 
     debug: bool
     debug_batches: int
@@ -40,6 +45,9 @@ class BrainProtocol(Protocol):
     ckpt_interval_minutes: float
     ckpt_interval_steps: int
     tqdm_barcolor: dict[str, str]
+    profile_training: bool
+    profile_warmup: int
+    profile_steps: int
 
     step: int
     optimizer_step: int

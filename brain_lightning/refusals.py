@@ -25,22 +25,6 @@ REFUSED_CALLBACKS: dict[type[Callback], str] = {
 }
 
 
-def refuse_several_processes(trainer: Trainer) -> None:
-    """Refuses to train on more than one process.
-
-    Args:
-        trainer: The Trainer, before or after it has started its processes.
-
-    Raises:
-        UnsupportedError: It has several.
-    """
-    if trainer.world_size > 1:
-        raise UnsupportedError(
-            f"training on {trainer.world_size} processes is not supported yet: "
-            "use Trainer(devices=1)"
-        )
-
-
 def refuse_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
     """Refuses the callbacks of a Trainer that cannot do their work with this Brain.
 

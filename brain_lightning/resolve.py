@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from .distributed import is_launched
 from .errors import RunOptionError, UnsupportedError
 from .run_options import PRECISIONS, RunOptions
 
 logger = logging.getLogger(__name__)
 
-# Options that are not built yet, and what to do instead.
+# Options that cannot be honoured, and what to do instead.
 UNSUPPORTED = {
-    "data_parallel_backend": "several devices are for --trainer.devices=N, once several "
-    "processes are supported; until then train on one",
-    "profile_training": "use --trainer.profiler=pytorch",
+    "data_parallel_backend": "start one process for each device, with torchrun or "
+    "--trainer.devices=2",
 }
 DEPRECATED_PRECISIONS = {"auto_mix_prec": "fp16", "bfloat16_mix_prec": "bf16"}
 
@@ -56,7 +55,7 @@ def resolve_run_options(
     given |= _translate_deprecated(values)
     _check_values(values)
     _choose_interval(values, given)
-    values["distributed_launch"] = _is_launched()
+    values["distributed_launch"] = is_launched()
     return values, frozenset(given)
 
 
@@ -116,14 +115,3 @@ def _choose_interval(values: dict[str, Any], given: Collection[str]) -> None:
             f"{values['ckpt_interval_steps']} exclude each other: set one of them to 0"
         )
     values["ckpt_interval_minutes"] = 0
-
-
-def _is_launched() -> bool:
-    """Whether torchrun, or the like, started this process."""
-    launched = "RANK" in os.environ and "LOCAL_RANK" in os.environ
-    if launched and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UnsupportedError(
-            f"training on {os.environ['WORLD_SIZE']} processes is not supported yet: "
-            "start one process, without torchrun"
-        )
-    return launched

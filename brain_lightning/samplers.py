@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import RandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler
 
 # SpeechBrain's seed where $SB_GLOBAL_SEED is not set (Brain._train_loader_specifics).
 DEFAULT_SEED = 563375142
@@ -55,3 +55,33 @@ class ReproducibleRandomSampler(RandomSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+class DistributedSamplerWrapper(DistributedSampler[Any]):
+    """Gives each process its part of what any sampler or batch sampler draws.
+
+    (``speechbrain.dataio.sampler.DistributedSamplerWrapper``.)
+
+    Args:
+        sampler: Has a length, and draws the same in every process.
+        **kwargs: Of ``DistributedSampler``.
+    """
+
+    def __init__(self, sampler: Any, **kwargs: Any) -> None:
+        # DistributedSampler asks its dataset for nothing but a length.
+        super().__init__(dataset=sampler, **kwargs)
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        drawn = list(self.sampler)
+        return iter([drawn[index] for index in super().__iter__()])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch that the next pass is shuffled for, here and within.
+
+        Args:
+            epoch: The epoch's number.
+        """
+        super().set_epoch(epoch)
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)

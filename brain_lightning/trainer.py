@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import signal
 import threading
 import warnings
@@ -13,14 +14,18 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from ._loops import leave_signals_alone
+from ._strategies import check_strategy
+from .agreement import agree_on_processes
+from .distributed import is_launched
 from .errors import BrainTypeError, HookStoppedError, RunOptionError, UnsupportedError
 from .module import BrainModule
-from .refusals import refuse_several_processes
+from .protocol import BrainProtocol
 from .run_options import unknown
 
 logger = logging.getLogger(__name__)
@@ -33,6 +38,8 @@ SILENT_LOGGERS = (
 EXPECTED_WARNINGS = (
     # A Brain may do without a valid_set.
     r"You defined a `validation_step` but have no `val_dataloader`",
+    # A Brain's weights after its steps are what is wanted.
+    r"Using ModelCheckpoint with manual optimization",
     # --device=cpu on a machine with a GPU is a decision.
     r"GPU available but not used",
     # Lightning 2.6 on torch 2.13, in its own CombinedLoader.
@@ -40,21 +47,27 @@ EXPECTED_WARNINGS = (
 )
 
 
-def own_trainer_arguments(device: str) -> dict[str, Any]:
+class OwnTrainer(Trainer):
+    """The Trainer that ``brain.fit`` makes: unheard, and without a hand in signals."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        with _silence():
+            super().__init__(**kwargs)
+        leave_signals_alone(self)
+
+
+def own_trainer_arguments(brain: BrainProtocol) -> dict[str, Any]:
     """Arguments of the Trainer that ``brain.fit`` makes for itself.
 
     Nothing is written anywhere, and nothing but the Brain's own bar is shown.
 
     Args:
-        device: The Brain's device.
+        brain: Runs on its device, in as many processes as torchrun started.
 
     Returns:
         Keyword arguments of ``Trainer``.
     """
-    where = torch.device(device)
     return {
-        "accelerator": where.type,
-        "devices": 1 if where.index is None or where.type == "cpu" else [where.index],
         "max_epochs": -1,
         "logger": False,
         "enable_checkpointing": False,
@@ -62,47 +75,63 @@ def own_trainer_arguments(device: str) -> dict[str, Any]:
         "enable_progress_bar": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
-        # One process, also where the variables of SLURM or the like are set.
+        **(_launched_processes() if is_launched() else _one_process(brain.device)),
+        "accelerator": torch.device(brain.device).type,
+    }
+
+
+def _one_process(device: str) -> dict[str, Any]:
+    where = torch.device(device)
+    return {
+        "devices": 1 if where.index is None or where.type == "cpu" else [where.index],
+        # Also where the variables of SLURM or the like are set.
         "plugins": [LightningEnvironment()],
     }
 
 
-def make_trainer(trainer: Trainer | Mapping[str, Any] | None, device: str) -> Trainer:
-    """The Trainer to run on.
+def _launched_processes() -> dict[str, Any]:
+    """The processes that torchrun started, over all nodes."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return {
+        "devices": here,
+        "num_nodes": processes // here,
+        "strategy": "ddp",
+        "plugins": [TorchElasticEnvironment()],
+    }
+
+
+def make_trainer(trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtocol) -> Trainer:
+    """The Trainer to run on; the Brain learns its rank and its device from it.
 
     Args:
         trainer: A Trainer of the user's, or arguments for one.
-        device: The Brain's device.
+        brain: The Brain.
 
     Returns:
         The user's Trainer as it is, or a new one.
 
     Raises:
         BrainTypeError: ``trainer`` is neither.
-        RunOptionError: An argument is unknown.
-        UnsupportedError: The Trainer is in the middle of another run, or has several
-            processes.
+        RunOptionError: An argument is unknown, or contradicts the Brain.
+        UnsupportedError: The Trainer is in the middle of another run, or has a
+            strategy that a Brain cannot run on.
     """
-    if isinstance(trainer, Trainer):
-        return _usable(trainer)
-    if trainer is not None and not isinstance(trainer, Mapping):
+    if trainer is not None and not isinstance(trainer, (Trainer, Mapping)):
         raise BrainTypeError(
             f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, "
             f"got {trainer!r}"
         )
-    own = _usable(Trainer(**own_trainer_arguments(device) | _as_given(trainer or {})))
-    leave_signals_alone(own)
-    return own
-
-
-def _usable(trainer: Trainer) -> Trainer:
+    if not isinstance(trainer, Trainer):
+        trainer = OwnTrainer(**own_trainer_arguments(brain) | _as_given(trainer or {}))
     # Before Lightning starts the other processes, which would run the script as well.
-    refuse_several_processes(trainer)
+    check_strategy(trainer)
     if trainer.state.status is TrainerStatus.RUNNING:
         raise UnsupportedError(
             "this Trainer is running already, and a Brain called fit or evaluate in a hook: "
             "give a dict of Trainer arguments, of which each run makes a Trainer of its own"
         )
+    agree_on_processes(trainer, brain)
     return trainer
 
 
@@ -126,64 +155,51 @@ def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def fit(
-    trainer: Trainer | Mapping[str, Any] | None,
-    module: BrainModule,
-    train_set: Any,
-    valid_set: Any,
-) -> None:
+def fit(trainer: Trainer, module: BrainModule, train_set: Any, valid_set: Any) -> None:
     """``Trainer.fit`` that leaves the process as a Brain's loop would.
 
     Args:
-        trainer: The Trainer, or arguments for one.
+        trainer: What ``make_trainer`` returned.
         module: The generated module.
         train_set: The training loader.
         valid_set: The validation loader, or None.
     """
-    _run(trainer, module, lambda running: running.fit(module, train_set, valid_set))
+    _run(trainer, module, lambda: trainer.fit(module, train_set, valid_set))
 
 
-def test(
-    trainer: Trainer | Mapping[str, Any] | None, module: BrainModule, test_set: Any
-) -> float:
+def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:
     """``Trainer.test`` that leaves the process as a Brain's loop would.
 
     Args:
-        trainer: The Trainer, or arguments for one.
+        trainer: What ``make_trainer`` returned.
         module: The generated module.
         test_set: The test loader.
 
     Returns:
         The average loss.
     """
-    _run(trainer, module, lambda running: running.test(module, test_set, verbose=False))
+    _run(trainer, module, lambda: trainer.test(module, test_set, verbose=False))
     return module.stages.average
 
 
-def _run(
-    trainer: Trainer | Mapping[str, Any] | None,
-    module: BrainModule,
-    start: Callable[[Trainer], Any],
-) -> None:
+def _run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> None:
     try:
-        with _as_a_brain_would(trainer, module) as running:
-            start(running)
+        with _as_a_brain_would(trainer, module):
+            start()
     except HookStoppedError as error:
         # The StopIteration of a hook reaches the caller.
         raise (error.__cause__ or error) from None
 
 
 @contextmanager
-def _as_a_brain_would(
-    trainer: Trainer | Mapping[str, Any] | None, module: BrainModule
-) -> Iterator[Trainer]:
+def _as_a_brain_would(trainer: Trainer, module: BrainModule) -> Iterator[None]:
     with ExitStack() as stack:
-        if not isinstance(trainer, Trainer):
+        if isinstance(trainer, OwnTrainer):
             stack.enter_context(_silence())
         # Lightning enables gradients for good; a fit may run inside an evaluation.
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         stack.enter_context(_keyboard_interrupts(module))
-        yield make_trainer(trainer, module.brain.device)
+        yield
 
 
 @contextmanager

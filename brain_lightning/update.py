@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import on_all_ranks
 from .errors import BrainTypeError
 from .optimizers import active_optimizers, clip_gradients
 from .protocol import BrainProtocol
@@ -69,8 +70,11 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
             "with .mean(), or override fit_batch"
         )
     scaled = brain.scaler.scale(loss / brain.grad_accumulation_factor)
-    brain.check_loss_isfinite(scaled)
-    return TrainingLoss(outputs, loss, scaled, bool(torch.isfinite(scaled)))
+    mine = torch.isfinite(scaled)
+    # A rank that has no gradients would keep the others waiting for ever.
+    finite = on_all_ranks(mine)
+    brain.check_loss_isfinite(scaled if finite == bool(mine) else scaled * torch.nan)
+    return TrainingLoss(outputs, loss, scaled, finite)
 
 
 def _describe(value: object) -> str:

@@ -14,7 +14,6 @@ from brain_lightning import (
     BrainCallback,
     BrainTypeError,
     OptimizerGroup,
-    UnsupportedError,
     lightning_module_class,
     to_lightning,
 )
@@ -46,7 +45,6 @@ class Trace(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         self.hooks.append("on_before_optimizer_step")
-        assert isinstance(optimizer, OptimizerGroup)
         grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
         self.gradients.append(all(g is not None for g in grads))
 
@@ -205,22 +203,9 @@ def test_a_trainer_must_be_one() -> None:
         make().fit(range(1), loader(), trainer="ddp")
 
 
-def test_several_processes_are_refused_before_they_start() -> None:
-    with pytest.raises(UnsupportedError, match="2 processes is not supported yet"):
-        make().fit(range(1), loader(), trainer={"devices": 2})
-
-
 def test_a_class_is_not_a_brain() -> None:
     with pytest.raises(BrainTypeError, match="got the class Regression: make one of it"):
         to_lightning(Regression)
-
-
-def test_several_processes_are_refused() -> None:
-    trainer = trainer_with(devices=2, strategy="ddp_notebook")
-    module = to_lightning(make())
-    module.trainer = trainer
-    with pytest.raises(UnsupportedError, match="2 processes is not supported yet"):
-        module.setup("fit")
 
 
 def test_weights_are_in_the_modules_state() -> None:

@@ -122,9 +122,8 @@ def test_an_unknown_option_is_named_with_a_guess() -> None:
         (RunOptionError, r"1 or more", {"grad_accumulation_factor": 0}),
         (RunOptionError, r"exclude each other",
          {"ckpt_interval_minutes": 15, "ckpt_interval_steps": 5}),
-        (UnsupportedError, r"--trainer\.devices=N", {"data_parallel_backend": True}),
+        (UnsupportedError, r"--trainer\.devices=2", {"data_parallel_backend": True}),
         (RunOptionError, r"device 'cuda:99'", {"device": "cuda:99"}),
-        (UnsupportedError, r"--trainer\.profiler", {"profile_training": True}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(
@@ -145,11 +144,13 @@ def test_deprecated_spellings_still_work(caplog: pytest.LogCaptureFixture) -> No
     assert "use --precision=bf16" in caplog.text
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+def test_torchruns_variables_say_which_process_this_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UnsupportedError, match="2 processes is not supported yet"):
-        make()
+    brain = make()
+    assert (brain.distributed_launch, brain.rank, brain.world_size) == (True, 1, 2)
 
 
 @pytest.mark.parametrize("modules", [[1], {"model": "linear"}, "model"])

@@ -23,11 +23,11 @@ OTHER_DEFAULTS = {"ckpt_interval_minutes": 15, "overridden_args": frozenset()}
 
 # A file imports only files of lower rank.
 RANKS = [
-    {"stage", "errors", "protocol", "borrowed", "_speechbrain"},
+    {"stage", "errors", "protocol", "borrowed", "distributed", "_speechbrain"},
     {"run_options", "epochs", "samplers", "stage_loader"},
-    {"optimizers", "progress", "interval"},
+    {"optimizers", "progress", "interval", "ddp", "_strategies", "profiling"},
     {"data", "device", "resolve", "update", "hooks", "brain_state"},
-    {"compile", "metrics", "stages"},
+    {"brain_hooks", "compile", "metrics", "stages"},
     {"_loops"},
     {"agreement", "refusals"},
     {"callback"},

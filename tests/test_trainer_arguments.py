@@ -337,7 +337,7 @@ def reload_dataloaders() -> None:
     assert stages(brain) == EPOCH * 3
 
 
-@ROWS.row("use_distributed_sampler", "without effect: a Brain shards its training set itself")
+@ROWS.row("use_distributed_sampler", "without effect on one process")
 def use_distributed_sampler() -> None:
     brain, other = make(), make()
     fit(brain, use_distributed_sampler=True)

@@ -1,0 +1,72 @@
+"""Several processes that train one Brain: who this one is, and what all of them agree on.
+
+Each function has no effect where there is one process only
+(``speechbrain.utils.distributed``).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or the like, started this process."""
+    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
+
+
+def is_distributed_initialized() -> bool:
+    """Whether there is a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
+    """Gives what one process has to all of them.
+
+    Args:
+        communication_object: Anything that can be pickled.
+        src: The rank that has it.
+
+    Returns:
+        The object of rank ``src``.
+    """
+    if not is_distributed_initialized():
+        return communication_object
+    objects = [communication_object]
+    torch.distributed.broadcast_object_list(objects, src=src)
+    return objects[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process has, in the order of their ranks.
+
+    Args:
+        value: Anything that can be pickled.
+
+    Returns:
+        One value for each process.
+    """
+    if not is_distributed_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def on_all_ranks(condition: torch.Tensor) -> bool:
+    """Whether a condition holds in every process.
+
+    Args:
+        condition: A boolean tensor with one element, on the device that the
+            process group communicates from.
+
+    Returns:
+        The same answer everywhere.
+    """
+    if not is_distributed_initialized():
+        return bool(condition)
+    holds = condition.to(torch.uint8).reshape(())
+    torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MIN)
+    return bool(holds)

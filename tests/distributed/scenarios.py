@@ -1,0 +1,312 @@
+"""What both sides do in several processes; each process leaves its own record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+
+from brain_lightning import to_lightning
+
+from ..brains import trainer_with
+from ..parity.recipes import CLASSES, FEATURES, adam, dataset, loader, make
+from ..parity.sides import Record, Side
+
+GLOO = {"distributed_backend": "gloo"}
+
+
+def encoder_and_head(dropout: float = 0.2) -> dict[str, nn.Module]:
+    """Without BatchNorm, with which SpeechBrain crashes in several processes on the CPU."""
+    return {
+        "encoder": nn.Sequential(nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.Dropout(dropout)),
+        "head": nn.Linear(8, CLASSES),
+    }
+
+
+def one_module(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts=GLOO)
+    brain.fit(
+        side.EpochCounter(3), dataset(), dataset(),
+        train_loader_kwargs={"batch_size": 4}, valid_loader_kwargs={"batch_size": 5},
+    )  # fmt: skip
+    return brain
+
+
+def dropout_and_two_entries(side: Side, record: Record) -> Any:
+    brain = make(side, record, encoder_and_head(), run_opts=GLOO)
+    kwargs = {"batch_size": 3, "drop_last": True}
+    brain.fit(side.EpochCounter(3), dataset(), dataset(), train_loader_kwargs=kwargs)
+    brain.evaluate(dataset(), test_loader_kwargs={"batch_size": 4})
+    return brain
+
+
+def in_order(side: Side, record: Record) -> Any:
+    brain = make(side, record, hparams={"sorting": "ascending"}, run_opts=GLOO)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 4})
+    return brain
+
+
+def a_sampler(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts=GLOO)
+    kwargs = {"batch_size": 4, "sampler": SequentialSampler(dataset())}
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs=kwargs)
+    return brain
+
+
+class Batches:
+    """Batches of another order in each epoch, as a DynamicBatchSampler draws them."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from ([(3 * i + self.epoch) % 20, (5 * i + 1) % 20] for i in range(6))
+
+
+def a_batch_sampler(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts=GLOO)
+    kwargs = {"batch_sampler": Batches()}
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs=kwargs)
+    return brain
+
+
+def loaders_of_the_users(side: Side, record: Record) -> Any:
+    brain = make(side, record, encoder_and_head(), run_opts=GLOO)
+    brain.fit(side.EpochCounter(2), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def an_unused_entry(side: Side, record: Record) -> Any:
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Tensor:
+        return self.modules.head(self.modules.encoder(batch[0]))
+
+    modules = {**encoder_and_head(), "unused": nn.Linear(2, 2)}
+    brain = make(side, record, modules, run_opts=GLOO, compute_forward=compute_forward)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 4})
+    record.results.append([type(module).__name__ for module in brain.modules.values()])
+    return brain
+
+
+def accumulation_counted(side: Side, record: Record) -> Any:
+    """Counts the all-reduces: as many as there are updates, for each entry."""
+
+    def on_fit_start(self: Any) -> None:
+        side.Brain.on_fit_start(self)
+        for module in self.modules.values():
+            module.register_comm_hook(None, counted)
+
+    def counted(state, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations
+        record.results.append((brain.step, bucket.buffer().numel()))
+        averaged = bucket.buffer() / 2
+        reduced = torch.distributed.all_reduce(averaged, async_op=True).get_future()
+        return reduced.then(lambda future: future.value()[0])
+
+    options = {**GLOO, "grad_accumulation_factor": 3}
+    brain = make(side, record, encoder_and_head(), run_opts=options, on_fit_start=on_fit_start)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 1})
+    assert brain.optimizer_step == 6
+    assert len(record.results) == 12
+    return brain
+
+
+def fit_batch_by_hand(side: Side, record: Record) -> Any:
+    def fit_batch(self: Any, batch: Any) -> Any:
+        should_step = self.step % 2 == 0
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, side.Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, side.Stage.TRAIN)
+            self.scaler.scale(loss / 2).backward()
+        if should_step:
+            self.optimizers_step()
+        return loss.detach().cpu()
+
+    options = {**GLOO, "precision": "bf16"}
+    brain = make(side, record, encoder_and_head(), run_opts=options, fit_batch=fit_batch)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 2})
+    return brain
+
+
+def fit_twice(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts=GLOO, opt_class=_momentum)
+    brain.fit(side.EpochCounter(1), dataset(), train_loader_kwargs={"batch_size": 4})
+    brain.evaluate(dataset(), test_loader_kwargs={"batch_size": 4})
+    return brain
+
+
+def _momentum(parameters: Any) -> Any:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def gan_brain(side: Side, record: Record) -> Any:
+    """A generator and a discriminator, each with an optimizer, two updates a batch."""
+
+    def init_optimizers(self: Any) -> None:
+        self.optimizer_g = adam(self.modules.generator.parameters())
+        self.optimizer_d = adam(self.modules.discriminator.parameters())
+        self.optimizers_dict = {"g": self.optimizer_g, "d": self.optimizer_d}
+
+    def fit_batch(self: Any, batch: Any) -> Any:
+        real = batch[0]
+        fake = self.modules.generator(torch.randn(len(real), 3))
+        bce = nn.functional.binary_cross_entropy_with_logits
+        scores = self.modules.discriminator(torch.cat([real, fake.detach()]))
+        truth = torch.cat([torch.ones(len(real), 1), torch.zeros(len(real), 1)])
+        loss_d = bce(scores, truth)
+        self.optimizer_d.zero_grad()
+        loss_d.backward()
+        self.optimizer_d.step()
+        loss_g = bce(self.modules.discriminator(fake), torch.ones(len(real), 1))
+        self.optimizer_g.zero_grad()
+        loss_g.backward()
+        self.optimizer_g.step()
+        return (loss_d + loss_g).detach()
+
+    def evaluate_batch(self: Any, batch: Any, stage: Any) -> Any:
+        return self.modules.discriminator(batch[0]).mean().detach()
+
+    modules = {
+        "generator": nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(), nn.Linear(8, FEATURES)),
+        "discriminator": nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.LeakyReLU(), nn.Dropout(0.2), nn.Linear(8, 1)
+        ),
+    }
+    return make(
+        side, record, modules, run_opts=GLOO,
+        init_optimizers=init_optimizers, fit_batch=fit_batch, evaluate_batch=evaluate_batch,
+    )  # fmt: skip
+
+
+def gan(side: Side, record: Record) -> Any:
+    brain = gan_brain(side, record)
+    kwargs = {"batch_size": 4}
+    brain.fit(side.EpochCounter(3), dataset(), dataset(), train_loader_kwargs=kwargs)
+    assert not brain.find_unused_parameters
+    return brain
+
+
+# ------------------------------------------------------------ with a Trainer of the user's
+
+
+def _on_a_trainer(record: Record, brain: Any, *callbacks: Any, **kwargs: Any) -> Any:
+    given = {"devices": 2, "strategy": "ddp", "max_epochs": 3, **kwargs}
+    trainer = trainer_with(*callbacks, **given)
+    trainer.fit(to_lightning(brain), DataLoader(dataset(), 4, shuffle=True), None)
+    record.results.append((trainer.global_step, brain.train_sampler[0].epoch))
+    return brain
+
+
+def gan_on_the_users_trainer(side: Side, record: Record) -> Any:
+    return _on_a_trainer(record, gan_brain(side, record))
+
+
+def automatic_on_the_users_trainer(side: Side, record: Record) -> Any:
+    modules = {**encoder_and_head(), "unused": nn.Linear(2, 2)}
+
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Tensor:
+        record.results.append(batch[1].tolist())
+        return self.modules.head(self.modules.encoder(batch[0]))
+
+    brain = make(side, record, modules, compute_forward=compute_forward)
+    return _on_a_trainer(record, brain)
+
+
+def the_loaders_as_they_are(side: Side, record: Record) -> Any:
+    brain = make(side, record)
+    trainer = trainer_with(devices=2, strategy="ddp", use_distributed_sampler=False)
+    trainer.fit(to_lightning(brain), loader(record, brain), loader(record, brain))
+    return brain
+
+
+def names_in_a_checkpoint(side: Side, record: Record) -> Any:
+    brain = _on_a_trainer(record, make(side, record, encoder_and_head()))
+    module = to_lightning(brain)
+    record.results.append(list(module.state_dict()))
+    module.load_state_dict({n: torch.zeros_like(w) for n, w in module.state_dict().items()})
+    record.results.append([p.any().item() for p in brain.modules.parameters()])
+    return brain
+
+
+class Heard(logging.Handler):
+    def __init__(self, record: Record) -> None:
+        super().__init__(logging.WARNING)
+        self.record = record
+
+    def emit(self, message: logging.LogRecord) -> None:
+        self.record.results.append(message.getMessage())
+
+
+def batchnorm_stays_local(side: Side, record: Record) -> Any:
+    handler = Heard(record)
+    logging.getLogger("brain_lightning.ddp").addHandler(handler)
+    model = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+    brain = make(side, record, {"model": model}, run_opts=GLOO)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 4})
+    logging.getLogger("brain_lightning.ddp").removeHandler(handler)
+    return brain
+
+
+def nan_on_one_rank(side: Side, record: Record) -> Any:
+    def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Tensor:
+        loss = nn.functional.cross_entropy(predictions, batch[1])
+        return loss * torch.nan if self.rank == 1 and self.step == 2 else loss
+
+    brain = make(side, record, run_opts=GLOO, compute_objectives=compute_objectives)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 4})
+    record.results.append((brain.optimizer_step, brain.nonfinite_count))
+    return brain
+
+
+def patience_exhausted_by_one_rank(side: Side, record: Record) -> Any:
+    def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Tensor:
+        loss = nn.functional.cross_entropy(predictions, batch[1])
+        return loss * torch.nan if self.rank == 1 else loss
+
+    options = {**GLOO, "nonfinite_patience": 1}
+    brain = make(side, record, run_opts=options, compute_objectives=compute_objectives)
+    try:
+        brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 4})
+    except ValueError as error:
+        record.results.append((brain.step, type(error).__name__))
+    return brain
+
+
+def reported_by_the_main_process(side: Side, record: Record) -> Any:
+    class TrainLogger:
+        def log_stats(self, stats_meta: Any, valid_stats: Any) -> None:
+            pass
+
+    def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        if stage.name == "VALID" and self.rank == 0:
+            self.hparams.train_logger.log_stats({"epoch": epoch}, {"WER": 7.0 + epoch})
+
+    hparams = {"train_logger": TrainLogger()}
+    brain = make(side, record, hparams=hparams, on_stage_end=on_stage_end)
+    trainer = trainer_with(devices=2, strategy="ddp")
+    batches = DataLoader(dataset(), 4)
+    trainer.fit(to_lightning(brain), batches, batches)
+    record.results.append(float(trainer.callback_metrics["WER"]))
+    return brain
+
+
+# Run by both sides, which must give the same.
+SHARED = [
+    one_module, dropout_and_two_entries, in_order, a_sampler, a_batch_sampler,
+    loaders_of_the_users, an_unused_entry, accumulation_counted, fit_batch_by_hand, fit_twice,
+    gan,
+]  # fmt: skip
+# Run by ours alone, for SpeechBrain has no Trainer, crashes or hangs.
+OWN = [
+    gan_on_the_users_trainer, automatic_on_the_users_trainer, the_loaders_as_they_are,
+    names_in_a_checkpoint, batchnorm_stays_local, nan_on_one_rank,
+    patience_exhausted_by_one_rank, reported_by_the_main_process,
+]  # fmt: skip

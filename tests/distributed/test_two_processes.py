@@ -1,0 +1,125 @@
+"""Two gloo processes under torchrun, SpeechBrain and ours, compared bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ..parity.sides import Record, assert_equal, assert_moved
+from . import scenarios
+
+REPOSITORY = Path(__file__).parents[2]
+RANKS = (0, 1)
+
+
+def start(*command: str) -> None:
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each rank did, by side and scenario."""
+    folder = tmp_path_factory.mktemp("records")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    start(*torchrun, "-m", "tests.distributed.worker", str(folder))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in RANKS]
+
+
+def of(records: list[dict[Any, Any]], scenario: Any, side: str = "brain_lightning") -> Any:
+    """The records of both ranks, which have the same weights after every stage."""
+    found = [record[side, scenario.__name__] for record in records]
+    for record in found:
+        assert isinstance(record, Record), record
+    for one, other in zip(*(record.tensors for record in found), strict=True):
+        for name in one:
+            # Statistics of a BatchNorm on the CPU are each process's own.
+            if "running_" not in name:
+                assert torch.equal(one[name], other[name]), f"{name} differs between ranks"
+    return found
+
+
+@pytest.mark.parametrize("scenario", scenarios.SHARED, ids=lambda scenario: scenario.__name__)
+def test_same_bits_in_same_order_on_every_rank(records: Any, scenario: Any) -> None:
+    theirs = of(records, scenario, "speechbrain")
+    for rank, ours in enumerate(of(records, scenario)):
+        assert_equal(ours, theirs[rank])
+        assert_moved(ours)
+
+
+def test_each_rank_has_data_of_its_own(records: Any) -> None:
+    one, other = of(records, scenarios.gan)
+    assert one.stage_losses != other.stage_losses
+
+
+@pytest.mark.parametrize(
+    "scenario", [scenarios.gan_on_the_users_trainer, scenarios.automatic_on_the_users_trainer]
+)
+def test_a_trainer_with_strategy_ddp_keeps_ranks_equal(records: Any, scenario: Any) -> None:
+    for record in of(records, scenario):
+        assert_moved(record)
+        # 10 of 20 items for each rank, in batches of 4; epochs are numbered by the Brain.
+        steps, epoch = record.results[-1]
+        assert (steps, epoch) == ((18, 3) if "gan" in scenario.__name__ else (9, 3))
+
+
+def test_the_trainer_shares_out_the_data(records: Any) -> None:
+    one, other = of(records, scenarios.automatic_on_the_users_trainer)
+    assert one.results[:9] != other.results[:9]
+    assert sum(map(len, one.results[:3])) == 10
+
+
+def test_the_trainer_leaves_the_data_alone_if_told_to(records: Any) -> None:
+    for record in of(records, scenarios.the_loaders_as_they_are):
+        assert sum(event[0] == "fetch" for event in record.events) == 2 * 2 * (5 + 1)
+
+
+def test_names_in_a_checkpoint_are_those_of_one_process(records: Any) -> None:
+    for record in of(records, scenarios.names_in_a_checkpoint):
+        names, nonzero = record.results[-2:]
+        assert "brain_modules.encoder.0.weight" in names
+        assert not any("module." in name.removeprefix("brain_modules.") for name in names)
+        assert not any(nonzero)
+
+
+def test_batchnorm_stays_local_on_the_cpu_with_a_warning(records: Any) -> None:
+    for record in of(records, scenarios.batchnorm_stays_local):
+        assert [message for message in record.results if "'model' has a BatchNorm" in message]
+        assert_moved(record)
+
+
+def test_every_rank_skips_what_is_not_finite_on_one(records: Any) -> None:
+    for record in of(records, scenarios.nan_on_one_rank):
+        assert record.results == [(4, 1)]
+        assert all(w.isfinite().all() for w in record.tensors[-1].values())
+
+
+def test_every_rank_raises_when_the_patience_of_one_is_exhausted(records: Any) -> None:
+    for record in of(records, scenarios.patience_exhausted_by_one_rank):
+        assert record.results == [(2, "NonFiniteLossError")]
+
+
+def test_what_the_main_process_reports_is_known_to_all(records: Any) -> None:
+    for record in of(records, scenarios.reported_by_the_main_process):
+        assert record.results == [9.0]
+
+
+def test_processes_that_lightning_starts_do_the_same(records: Any, tmp_path: Path) -> None:
+    start("-m", "tests.distributed.launched", str(tmp_path))
+    for rank, torchruns in enumerate(of(records, scenarios.one_module)):
+        launched = torch.load(tmp_path / f"launched{rank}.pt", weights_only=False)
+        assert_equal(launched, torchruns)
