@@ -173,6 +173,8 @@ def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrow
     # The user's scaler, where the plugin was given or has made one.
     scaler = plugin.scaler or gradient_scaler(brain.device, precision)
     borrowed.set(brain, "scaler", scaler)
+    if scaler.is_enabled() and brain.checkpointer is not None:
+        brain.checkpointer.add_recoverable("scaler", scaler, optional_load=True)
     borrowed.set(trainer.strategy, "precision_plugin", Precision())
 
 

@@ -76,3 +76,10 @@ def weights(brain: Any) -> list[Tensor]:
 
 def all_equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    state, others = one.state_dict(), other.state_dict()
+    return state.keys() == others.keys() and all(
+        torch.equal(state[n], others[n]) for n in state
+    )
