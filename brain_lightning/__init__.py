@@ -12,14 +12,16 @@ from .errors import (
 )
 from .generate import lightning_module_class, to_lightning
 from .optimizers import OptimizerGroup
+from .patch import patch_speechbrain
 from .run_options import RunOptions, parse_arguments
-from .samplers import ReproducibleRandomSampler
+from .samplers import DistributedSamplerWrapper, ReproducibleRandomSampler
 from .stage import Stage
 
 __all__ = [
     "Brain",
     "BrainCallback",
     "BrainTypeError",
+    "DistributedSamplerWrapper",
     "EpochCounter",
     "EpochCounterWithStopper",
     "HookStoppedError",
@@ -32,5 +34,6 @@ __all__ = [
     "UnsupportedError",
     "lightning_module_class",
     "parse_arguments",
+    "patch_speechbrain",
     "to_lightning",
 ]

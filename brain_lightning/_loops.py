@@ -20,10 +20,12 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 
+from ._speechbrain import lend_validation
 from ._strategies import shards_training_data
 from .borrowed import Borrowed
 from .epochs import Epochs
 from .errors import RunOptionError
+from .hooks import overrides
 from .stage import Stage
 from .stage_loader import StageLoader
 from .stages import Stages
@@ -174,19 +176,40 @@ def evaluation_loops(trainer: Trainer) -> list[Any]:
     return [trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
 
 
-def attach(trainer: Trainer, stages: Stages) -> None:
+def attach(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
     """Lets the stages of a Brain rule the Trainer's loops.
 
     Args:
         trainer: The Trainer in its ``setup``.
         stages: The stages of the run.
+        borrowed: Takes note of what is changed and not left to ``detach``.
     """
     if trainer.state.fn is TrainerFn.FITTING:
         fit_loop: Any = trainer.fit_loop
         fit_loop.__class__ = _BrainFitLoop
         fit_loop.brain_epochs = stages.epochs
+        if overrides(type(stages.brain), "_fit_valid"):
+            _validate_as_told(trainer, stages, borrowed)
     for loop, stage in _loops_with_stages(trainer):
         loop._data_source = _StageSource(loop._data_source, trainer, stages, stage)
+
+
+def _validate_as_told(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
+    """Lets a recipe decide whether to validate, by its own ``_fit_valid``.
+
+    Recipes override it to validate every few epochs, and call SpeechBrain's, which
+    stands for Lightning's validation here. Lightning has no hook that could leave
+    one out.
+    """
+    loop, brain = trainer.fit_loop.epoch_loop.val_loop, stages.brain
+    borrowed.shadow(brain, "_validate", loop.run)
+    lend_validation(brain, borrowed)
+
+    def run() -> None:
+        loader = stages.valid_loader()
+        brain._fit_valid(loader, stages.epochs.current, stages.progressbar)
+
+    borrowed.shadow(loop, "run", run)
 
 
 def detach(trainer: Trainer) -> None:

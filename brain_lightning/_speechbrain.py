@@ -9,6 +9,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .borrowed import Borrowed
+from .errors import UnsupportedError
+
 
 def _loaded(module: str, name: str) -> Any:
     """The named attribute of a SpeechBrain module, or None where nobody loaded it."""
@@ -18,6 +21,60 @@ def _loaded(module: str, name: str) -> Any:
 def _is_a(obj: object, module: str, name: str) -> bool:
     cls = _loaded(module, name)
     return cls is not None and isinstance(obj, cls)
+
+
+def adopt(brain: Any) -> None:
+    """Gives a SpeechBrain Brain what the Trainer's side asks for beyond it, once.
+
+    Args:
+        brain: Any Brain; nothing happens to ours.
+
+    Raises:
+        UnsupportedError: It was told to use DataParallel.
+    """
+    if not _is_a(brain, "core", "Brain") or hasattr(brain, "stage_type"):
+        return
+    if brain.data_parallel_backend:
+        raise UnsupportedError(
+            "run option data_parallel_backend=True is not supported: start one process for "
+            "each device, with torchrun or --trainer.devices=2"
+        )
+    brain.stage_type = _loaded("core", "Stage")
+    brain.gradient_clip_algorithm = "norm"
+    brain.ends_window = False
+    brain.given_options = _given_options(brain)
+    brain.trainer_arguments = getattr(getattr(brain, "hparams", None), "trainer", None) or {}
+    # There already where the command line gave some: see patch.py.
+    brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
+
+
+def _given_options(brain: Any) -> frozenset[str]:
+    """The run options that differ from their defaults: SpeechBrain remembers no more."""
+    defaults = _loaded("utils.run_opts", "RunOptions")().as_dict()
+    return frozenset(
+        name for name, default in defaults.items() if getattr(brain, name, default) != default
+    )
+
+
+def lend_validation(brain: object, borrowed: Borrowed) -> None:
+    """Lets SpeechBrain's ``_fit_valid``, where a recipe's own calls it, be the Trainer's.
+
+    Args:
+        brain: A Brain with a ``_validate`` of its own for the run; nothing happens to
+            the class of ours.
+        borrowed: Takes note of what is changed.
+    """
+    brain_class: Any = _loaded("core", "Brain")
+    if brain_class is None or not isinstance(brain, brain_class):
+        return
+    own = brain_class._fit_valid
+
+    def _fit_valid(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Another Brain may be in SpeechBrain's own loop meanwhile.
+        validate = vars(self).get("_validate")
+        own(self, *args, **kwargs) if validate is None else validate()
+
+    borrowed.shadow(brain_class, "_fit_valid", _fit_valid)
 
 
 def is_looped_loader(obj: object) -> bool:

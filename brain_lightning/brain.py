@@ -13,14 +13,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from . import _speechbrain, data
-from . import trainer as trainers
+from . import _speechbrain, brain_loops, data, interval
 from .brain_hooks import BrainHooks
 from .compile import compile_modules
 from .ddp import wrap_modules
 from .distributed import is_distributed_initialized
-from .errors import BrainTypeError, NonFiniteLossError
-from .generate import to_lightning
+from .errors import NonFiniteLossError, UnsupportedError
 from .optimizers import split_vectors_from_weight_decay
 from .stage import Stage
 from .update import RawUpdate, fit_batch, optimizers_step
@@ -302,28 +300,10 @@ class Brain(BrainHooks):
             trainer: A Trainer, or arguments for one; ``hparams["trainer"]`` if not
                 given. ``--trainer.X=Y`` of the command line outranks both.
         """
-        if epoch_counter is None:
-            raise BrainTypeError(
-                "epoch_counter is None: use EpochCounter(limit=10) or range(10)"
-            )
-        if self.test_only:
-            logger.info("Test only mode, skipping training and validation stages.")
-            return
-        running = trainers.make_trainer(self._trainer(trainer), self)
-        if not data.is_loader(train_set):
-            train_set = self.make_dataloader(
-                train_set, stage=Stage.TRAIN, **train_loader_kwargs
-            )
-        if valid_set is not None and not data.is_loader(valid_set):
-            valid_set = self.make_dataloader(
-                valid_set,
-                stage=Stage.VALID,
-                **{"ckpt_prefix": None, **valid_loader_kwargs},
-            )
-        module = to_lightning(
-            self, epoch_counter=epoch_counter, progressbar=self._shows_bar(progressbar)
-        )
-        trainers.fit(running, module, train_set, valid_set)
+        brain_loops.fit(
+            self, epoch_counter, train_set, valid_set, progressbar,
+            train_loader_kwargs, valid_loader_kwargs, trainer=trainer,
+        )  # fmt: skip
 
     def evaluate(
         self,
@@ -348,30 +328,33 @@ class Brain(BrainHooks):
         Returns:
             The average loss.
         """
-        running = trainers.make_trainer(self._trainer(trainer), self)
-        if not data.is_loader(test_set):
-            test_set = self.make_dataloader(
-                test_set, Stage.TEST, **{**test_loader_kwargs, "ckpt_prefix": None}
-            )
-        module = to_lightning(
-            self,
-            progressbar=self._shows_bar(progressbar),
-            max_key=max_key,
-            min_key=min_key,
+        return brain_loops.evaluate(
+            self, test_set, max_key, min_key, progressbar, test_loader_kwargs, trainer=trainer
         )
-        return trainers.test(running, module, test_set)
 
-    def _shows_bar(self, progressbar: bool | None) -> bool:
-        return not self.noprogressbar if progressbar is None else progressbar
+    # -------------------------------------------- parts of SpeechBrain's own loops
 
-    def _trainer(self, trainer: Trainer | Mapping[str, Any] | None) -> Any:
-        """The command line outranks the call, which takes the place of hparams."""
-        given = self.trainer_arguments if trainer is None else trainer
-        if not self.trainer_overrides:
-            return given
-        if not isinstance(given, Mapping):
-            name = next(iter(self.trainer_overrides))
-            raise BrainTypeError(
-                f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
-            )
-        return {**given, **self.trainer_overrides}
+    def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
+        """The Trainer's part; a recipe may neither override nor call it."""
+        raise UnsupportedError("_fit_train is the Trainer's part: call fit()")
+
+    def _fit_valid(self, valid_set: Any, epoch: Any, enable: bool) -> None:
+        """Validates; recipes override it to do so less often, and call it."""
+        self._validate()
+
+    def _validate(self) -> None:
+        """The Trainer's validation, while one runs."""
+        raise UnsupportedError("_fit_valid works within fit() alone: use evaluate()")
+
+    def _should_save_intra_epoch_ckpt(
+        self, last_ckpt_time: float, steps_since_ckpt: int
+    ) -> bool:
+        """Whether to save now; recipes may override it."""
+        if self.checkpointer is None:
+            return False
+        minutes, steps = self.ckpt_interval_minutes, self.ckpt_interval_steps
+        return interval.is_due(minutes, steps, last_ckpt_time, steps_since_ckpt)
+
+    def _save_intra_epoch_ckpt(self) -> None:
+        """Saves within an epoch; recipes may override it."""
+        interval.save(self.checkpointer)

@@ -24,6 +24,7 @@ from .epochs import EpochCounter, EpochCounterWithStopper
 from .errors import BrainTypeError
 from .resolve import resolve_run_options
 from .run_options import RunOptions
+from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class BrainState:
     # early: a Trainer may say so for the time of a run.
     gradient_clip_algorithm = "norm"
     ends_window = False
+    # What its hooks are told.
+    stage_type = Stage
 
     def __init__(
         self,

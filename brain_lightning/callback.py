@@ -52,7 +52,7 @@ class BrainCallback(Callback):
         self.stages.progressbar &= trainer.progress_bar_callback is None
         self.stages.metrics.watch(self.stages.brain, self._for_the_run)
         self.stages.metrics.validated = trainer.enable_validation
-        _loops.attach(trainer, self.stages)
+        _loops.attach(trainer, self.stages, self._for_the_run)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""

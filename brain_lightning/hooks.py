@@ -9,13 +9,6 @@ from .protocol import BrainProtocol
 MANUAL_HOOKS = ("fit_batch", "optimizers_step")
 # What fit_batch calls, and has no default.
 REQUIRED_HOOKS = ("compute_forward", "compute_objectives")
-# Private parts of SpeechBrain's Brain that a subclass may have overridden in vain.
-LOOP_HOOKS = (
-    "_fit_train",
-    "_fit_valid",
-    "_should_save_intra_epoch_ckpt",
-    "_save_intra_epoch_ckpt",
-)
 
 
 def steps_itself(brain_class: type, brain: BrainProtocol | None = None) -> bool:
@@ -54,13 +47,12 @@ def check_hooks(brain: BrainProtocol) -> None:
         UnsupportedError: A part of SpeechBrain's loop is overridden.
     """
     brain_class = type(brain)
-    for hook in LOOP_HOOKS:
-        if any(hook in vars(cls) for cls in brain_class.__mro__):
-            raise UnsupportedError(
-                f"{brain_class.__name__} overrides {hook}, a part of SpeechBrain's loop, "
-                "which is the Trainer's here: use a hook of Brain, a Lightning callback, or "
-                "Trainer arguments, such as trainer={'check_val_every_n_epoch': 2}"
-            )
+    if overrides(brain_class, "_fit_train"):
+        raise UnsupportedError(
+            f"{brain_class.__name__} overrides _fit_train, a part of SpeechBrain's loop, "
+            "which is the Trainer's here: use a hook of Brain, such as on_stage_start or "
+            "on_fit_batch_end, or a Lightning callback"
+        )
     for hook in () if overrides(brain_class, "fit_batch") else REQUIRED_HOOKS:
         if not overrides(brain_class, hook) and hook not in vars(brain):
             raise BrainTypeError(

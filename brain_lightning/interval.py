@@ -14,14 +14,12 @@ INTRA_EPOCH_CKPT_FLAG = "brain_intra_epoch_ckpt"
 
 
 class IntervalCheckpoints:
-    """Saves every so many minutes or steps of one training stage, keeping one.
+    """Saves every so many minutes or steps of one training stage.
 
-    (``speechbrain.Brain._should_save_intra_epoch_ckpt`` and
-    ``_save_intra_epoch_ckpt``.)
+    Whether and how is asked of the Brain, whose recipe may override either.
 
     Args:
-        brain: Gives the checkpointer and the interval; without a checkpointer
-            nothing is saved.
+        brain: The Brain in training.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -31,32 +29,47 @@ class IntervalCheckpoints:
     def after_step(self) -> None:
         """Saves if the interval is over; called once per batch."""
         self._steps += 1
-        brain = self._brain
-        on = brain.ckpt_interval_minutes > 0 or brain.ckpt_interval_steps > 0
-        # The clocks of two processes differ; saving is done together.
-        if brain.checkpointer is not None and on and ddp_broadcast(self._is_due()):
-            self._save()
+        if self._brain._should_save_intra_epoch_ckpt(self._since, self._steps):
+            self._brain._save_intra_epoch_ckpt()
             self._restart()
 
     def _restart(self) -> None:
-        self._since = time.monotonic()
+        self._since = time.time()
         self._steps = 0
 
-    def _is_due(self) -> bool:
-        minutes = (time.monotonic() - self._since) / 60
-        return (
-            0 < self._brain.ckpt_interval_minutes < minutes
-            or 0 < self._brain.ckpt_interval_steps <= self._steps
-        )
 
-    def _save(self) -> None:
-        self._brain.checkpointer.save_and_keep_only(
-            end_of_epoch=False,
-            num_to_keep=1,
-            ckpt_predicate=_is_intra_epoch,
-            meta={INTRA_EPOCH_CKPT_FLAG: True},
-            verbosity=logging.DEBUG,
-        )
+def is_due(minutes: float, steps: int, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
+    """Whether it is time to save (``speechbrain.Brain._should_save_intra_epoch_ckpt``).
+
+    Args:
+        minutes: The interval in minutes, or 0.
+        steps: The interval in steps, or 0.
+        last_ckpt_time: When the last one was saved, in seconds.
+        steps_since_ckpt: Batches since then.
+
+    Returns:
+        The same in every process: their clocks differ, and saving is done together.
+    """
+    if minutes <= 0 and steps <= 0:
+        return False
+    elapsed = (time.time() - last_ckpt_time) / 60
+    due = 0 < minutes < elapsed or 0 < steps <= steps_since_ckpt
+    return bool(ddp_broadcast(due))
+
+
+def save(checkpointer: Any) -> None:
+    """Saves, and keeps one such checkpoint (``speechbrain.Brain._save_intra_epoch_ckpt``).
+
+    Args:
+        checkpointer: What the Brain saves with.
+    """
+    checkpointer.save_and_keep_only(
+        end_of_epoch=False,
+        num_to_keep=1,
+        ckpt_predicate=_is_intra_epoch,
+        meta={INTRA_EPOCH_CKPT_FLAG: True},
+        verbosity=logging.DEBUG,
+    )
 
 
 def _is_intra_epoch(checkpoint: Any) -> bool:

@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from . import _loops
+from . import _loops, _speechbrain
 from .callback import BrainCallback
 from .compile import without_compiled_prefix
 from .ddp import without_wrapper
@@ -60,6 +60,7 @@ class BrainModule(LightningModule):
         min_key: str | None = None,
     ) -> None:
         super().__init__()
+        _speechbrain.adopt(brain)
         self.brain = brain
         self.brain_modules = brain.modules
         self.stages = Stages(brain, Epochs(()))
@@ -215,7 +216,7 @@ class BrainModule(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``compute_forward`` at Stage.TEST, in evaluation precision."""
         with self.brain.evaluation_ctx:
-            return self.brain.compute_forward(batch, stage=Stage.TEST)
+            return self.brain.compute_forward(batch, stage=self.brain.stage_type.TEST)
 
     def on_predict_model_eval(self) -> None:
         """Puts the modules in eval mode, as every evaluation of a Brain."""

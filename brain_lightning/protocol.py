@@ -18,6 +18,10 @@ from torch.optim import Optimizer
 class BrainProtocol(Protocol):
     """Attributes and methods of ``speechbrain.core.Brain`` that a Trainer run relies on."""
 
+    stage_type: Any
+    trainer_arguments: Any
+    trainer_overrides: dict[str, Any]
+
     modules: ModuleDict
     opt_class: Any
     checkpointer: Any
@@ -42,8 +46,8 @@ class BrainProtocol(Protocol):
     skip_nonfinite_grads: bool
     grad_accumulation_factor: int
     optimizer_step_limit: int | None
-    ckpt_interval_minutes: float
-    ckpt_interval_steps: int
+    noprogressbar: bool
+    test_only: bool
     tqdm_barcolor: dict[str, str]
     profile_training: bool
     profile_warmup: int
@@ -69,6 +73,7 @@ class BrainProtocol(Protocol):
     def on_evaluate_start(
         self, max_key: str | None = None, min_key: str | None = None
     ) -> None: ...
+    def make_dataloader(self, dataset: Any, stage: Any, **loader_kwargs: Any) -> Any: ...
     def fit_batch(self, batch: Any) -> Any: ...
     def evaluate_batch(self, batch: Any, stage: Any) -> Any: ...
     def optimizers_step(self) -> None: ...
@@ -79,4 +84,9 @@ class BrainProtocol(Protocol):
     def check_loss_isfinite(self, loss: Tensor) -> None: ...
     def check_gradients(self) -> None: ...
     def update_average(self, loss: Any, avg_loss: float) -> float: ...
+    def _fit_valid(self, valid_set: Any, epoch: Any, enable: bool) -> None: ...
+    def _should_save_intra_epoch_ckpt(
+        self, last_ckpt_time: float, steps_since_ckpt: int
+    ) -> bool: ...
+    def _save_intra_epoch_ckpt(self) -> None: ...
     def no_sync(self, use: bool = True) -> AbstractContextManager[None]: ...

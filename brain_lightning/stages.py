@@ -117,6 +117,11 @@ class Stages:
         """The loader of the TRAIN stage."""
         return self._loaders[Stage.TRAIN][-1]
 
+    def valid_loader(self) -> Any:
+        """What ``fit`` was given to validate on, or None before it was looked at."""
+        loaders = [loader.loader for loader in self._loaders[Stage.VALID]]
+        return loaders[0] if len(loaders) == 1 else loaders or None
+
     def close(self) -> None:
         """Ends every pass: no worker process and no open bar is left behind."""
         for loaders in self._loaders.values():
@@ -131,7 +136,7 @@ class Stages:
         brain, epoch = self.brain, self.epochs.start()
         self.in_training = True
         self.stage = Stage.TRAIN
-        brain.on_stage_start(Stage.TRAIN, epoch)
+        brain.on_stage_start(self._named(Stage.TRAIN), epoch)
         brain.modules.train()
         brain.zero_grad()
         brain.nonfinite_count = 0
@@ -165,7 +170,8 @@ class Stages:
         brain = self.brain
         self.train_loader.close()
         brain.zero_grad(set_to_none=True)
-        brain.on_stage_end(Stage.TRAIN, brain.avg_train_loss, self.epochs.current)
+        stage = self._named(Stage.TRAIN)
+        brain.on_stage_end(stage, brain.avg_train_loss, self.epochs.current)
         self.metrics.add(Stage.TRAIN, {"loss": brain.avg_train_loss})
         brain.avg_train_loss = 0.0
         brain.step = 0
@@ -250,14 +256,14 @@ class Stages:
         """
         brain = self.brain
         brain.step += 1
-        loss = brain.evaluate_batch(batch, stage=stage)
+        loss = brain.evaluate_batch(batch, stage=self._named(stage))
         self.average = brain.update_average(loss, self.average)
         return loss
 
     def _start_evaluation(self, stage: Stage) -> None:
         self.stage = stage
         with torch.set_grad_enabled(self._grad_enabled):
-            self.brain.on_stage_start(stage, self._epoch_of(stage))
+            self.brain.on_stage_start(self._named(stage), self._epoch_of(stage))
         self.brain.modules.eval()
         self.average = 0.0
 
@@ -268,11 +274,15 @@ class Stages:
         # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
         if stage is Stage.VALID:
             brain.step = 0
-        brain.on_stage_end(stage, self.average, self._epoch_of(stage))
+        brain.on_stage_end(self._named(stage), self.average, self._epoch_of(stage))
         brain.step = 0
         self.metrics.add(stage, {"loss": self.average})
         if len(self._loaders[stage]) > 1:
             self.metrics.tell_apart(stage, self._position)
+
+    def _named(self, stage: Stage) -> Any:
+        """The stage in the Brain's own enumeration: a recipe may compare with ``is``."""
+        return self.brain.stage_type[stage.name]
 
     def _epoch_of(self, stage: Stage) -> Any:
         return None if stage is Stage.TEST else self.epochs.current

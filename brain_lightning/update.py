@@ -17,7 +17,6 @@ from .distributed import on_all_ranks
 from .errors import BrainTypeError
 from .optimizers import active_optimizers, clip_gradients
 from .protocol import BrainProtocol
-from .stage import Stage
 
 
 class TrainingLoss(NamedTuple):
@@ -60,9 +59,10 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
         BrainTypeError: ``compute_objectives`` returned anything but one number
             in a tensor.
     """
+    stage = brain.stage_type.TRAIN
     with brain.training_ctx:
-        outputs = brain.compute_forward(batch, Stage.TRAIN)
-        loss = brain.compute_objectives(outputs, batch, Stage.TRAIN)
+        outputs = brain.compute_forward(batch, stage)
+        loss = brain.compute_objectives(outputs, batch, stage)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise BrainTypeError(
             f"{type(brain).__name__}.compute_objectives must return a tensor with one "

@@ -34,7 +34,8 @@ RANKS = [
     {"module"},
     {"generate"},
     {"trainer"},
-    {"brain"},
+    {"brain_loops"},
+    {"brain", "patch"},
     {"__init__"},
 ]  # fmt: skip
 
