@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,6 +96,8 @@ class BrainState:
     # early: a Trainer may say so for the time of a run.
     gradient_clip_algorithm = "norm"
     ends_window = False
+    # Arguments of every Trainer; `brain-lightning run` gives some: see recipe.py.
+    trainer_overrides: Mapping[str, Any] = MappingProxyType({})
     # What its hooks are told.
     stage_type = Stage
 
@@ -121,7 +123,7 @@ class BrainState:
         values, self.given_options = resolve_run_options(run_opts, hparams or {})
         vars(self).update(values)
         self.trainer_arguments: Any = (hparams or {}).get("trainer") or {}
-        self.trainer_overrides = run_opts.trainer
+        self.trainer_overrides = {**self.trainer_overrides, **run_opts.trainer}
         self.rank = int(os.environ["RANK"]) if self.distributed_launch else 0
         self.world_size = (
             int(os.environ.get("WORLD_SIZE", 1)) if self.distributed_launch else 1

@@ -9,6 +9,10 @@ class UnsupportedError(ValueError):
     """An option or a setting that cannot be honoured: refused in words, never ignored."""
 
 
+class RecipeError(ValueError):
+    """A recipe, or a file that goes with it, that cannot be read or run as asked."""
+
+
 class BrainTypeError(TypeError):
     """An argument of a Brain, or what one of its hooks returned, is of the wrong type."""
 

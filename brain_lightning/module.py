@@ -27,7 +27,7 @@ from .ddp import without_wrapper
 from .epochs import Epochs
 from .errors import UnsupportedError
 from .hooks import check_hooks
-from .optimizers import OptimizerGroup, all_optimizers
+from .optimizers import OptimizerGroup, has_optimizer
 from .protocol import BrainProtocol
 from .refusals import check_backbone
 from .stage import Stage
@@ -357,7 +357,7 @@ class ManualModule(BrainModule):
             last = self._believes_last(batch_idx)
             loss = self.stages.fit(self.brain.fit_batch, batch, last)
         # Where nothing is optimized a batch counts: ModelCheckpoint goes by the steps.
-        _loops.count_steps(self.trainer, len(steps) if all_optimizers(self.brain) else 1)
+        _loops.count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 

@@ -36,6 +36,16 @@ def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
     return {"optimizer": optimizer}
 
 
+def has_optimizer(brain: BrainProtocol) -> bool:
+    """Whether a Brain optimizes anything, be it by an optimizer that it alone knows.
+
+    Args:
+        brain: The Brain after ``init_optimizers``.
+    """
+    own = any(isinstance(value, Optimizer) for value in vars(brain).values())
+    return own or bool(all_optimizers(brain))
+
+
 def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
     """The optimizers that ``freeze_optimizers`` leaves active now.
 

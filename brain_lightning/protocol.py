@@ -20,7 +20,7 @@ class BrainProtocol(Protocol):
 
     stage_type: Any
     trainer_arguments: Any
-    trainer_overrides: dict[str, Any]
+    trainer_overrides: Mapping[str, Any]
 
     modules: ModuleDict
     opt_class: Any

@@ -211,7 +211,7 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
         text for ``load_hyperpyyaml``.
     """
     words = list(sys.argv[1:] if arg_list is None else arg_list)
-    trainer, words = _split_trainer(words)
+    trainer, words = split_trainer(words)
     parsed, rest = _parser().parse_known_args(_expand_flags(words))
     given = vars(parsed)
     hparams_file = given.pop("param_file")
@@ -270,8 +270,18 @@ def _truth(name: str, value: str) -> bool:
     return truth
 
 
-def _split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Takes ``--trainer.devices=2`` and ``--trainer.devices 2`` out of the words."""
+def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Takes ``--trainer.devices=2`` and ``--trainer.devices 2`` out of a command line.
+
+    Args:
+        words: The words of the command line.
+
+    Returns:
+        Arguments of the Trainer, and the other words.
+
+    Raises:
+        RunOptionError: One has no value, or one that is not YAML.
+    """
     trainer: dict[str, Any] = {}
     rest: list[str] = []
     remaining = iter(words)

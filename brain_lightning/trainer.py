@@ -135,13 +135,25 @@ def make_trainer(trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtoc
     return trainer
 
 
-def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A user's arguments; where a callback shows a bar, it is let."""
-    given = dict(trainer)
+def check_trainer_arguments(trainer: Mapping[str, Any]) -> None:
+    """Refuses what no Trainer understands.
+
+    Args:
+        trainer: Arguments by name.
+
+    Raises:
+        RunOptionError: One is unknown.
+    """
     known = list(inspect.signature(Trainer).parameters)
-    for name in given:
+    for name in trainer:
         if name not in known:
             raise RunOptionError(unknown("Trainer argument", name, known))
+
+
+def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's arguments; where a callback shows a bar, it is let."""
+    check_trainer_arguments(trainer)
+    given = dict(trainer)
     if given.get("num_sanity_val_steps"):
         logger.warning(
             "A Brain validates in its own order: num_sanity_val_steps has no effect"

@@ -36,6 +36,9 @@ RANKS = [
     {"trainer"},
     {"brain_loops"},
     {"brain", "patch"},
+    {"recipe", "recording", "recipe_source", "comparison", "doctor", "verify"},
+    {"cli"},
+    {"__main__"},
     {"__init__"},
 ]  # fmt: skip
 

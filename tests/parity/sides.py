@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import random
@@ -65,6 +67,8 @@ SPEECHBRAIN = Side(
     SpeechBrainEpochCounter,
     SpeechBrainEpochCounterWithStopper,
 )
+# SpeechBrain's own Brain, with its fit and evaluate on a Trainer.
+PATCHED = dataclasses.replace(SPEECHBRAIN, name="patched")
 OURS = Side(
     "brain_lightning",
     brain_lightning.Brain,
@@ -161,9 +165,12 @@ def run(side: Side, scenario: Scenario) -> tuple[Record, Any]:
     """Runs a scenario on one side, from the same seed."""
     seed_everything(42)
     record = Record()
-    with warnings.catch_warnings():
-        if side is SPEECHBRAIN:
+    with contextlib.ExitStack() as stack:
+        if side is not OURS:
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
+        if side is PATCHED:
+            stack.enter_context(brain_lightning.patch_speechbrain())
         brain = scenario(side, record)
     record.tensors.append(tensors_of(brain))
     record.event(brain, "end")

@@ -21,7 +21,7 @@ from .recipes import (
     make,
     two_modules,
 )
-from .sides import OURS, SPEECHBRAIN, Record, Side, assert_equal, assert_moved, run
+from .sides import OURS, PATCHED, SPEECHBRAIN, Record, Side, assert_equal, assert_moved, run
 
 SHUFFLED = {"batch_size": 4, "shuffle": True}
 
@@ -543,6 +543,87 @@ def generator_and_discriminator(side: Side, record: Record) -> Any:
     return brain
 
 
+def validated_every_other_epoch(side: Side, record: Record) -> Any:
+    """As two recipes of SpeechBrain do (LibriTTS/focalcodec)."""
+
+    def _fit_valid(self: Any, valid_set: Any, epoch: Any, enable: bool) -> None:
+        record.event(self, "_fit_valid", epoch, enable, len(valid_set))
+        if epoch % 2 == 0:
+            super(type(self), self)._fit_valid(valid_set, epoch, enable)
+
+    brain = make(side, record, two_modules(0.2), _fit_valid=_fit_valid)
+    train = loader(record, brain, shuffle=True)
+    brain.fit(side.EpochCounter(4), train, loader(record, brain))
+    return brain
+
+
+def validation_of_its_own(side: Side, record: Record) -> Any:
+    def _fit_valid(self: Any, valid_set: Any, epoch: Any, enable: bool) -> None:
+        record.event(self, "_fit_valid", epoch)
+        self.modules.eval()
+        with torch.no_grad():
+            losses = [self.evaluate_batch(batch, side.Stage.VALID) for batch in valid_set]
+        record.results.append(float(sum(losses)))
+
+    brain = make(side, record, two_modules(0.2), _fit_valid=_fit_valid)
+    train = loader(record, brain, shuffle=True)
+    brain.fit(side.EpochCounter(3), train, loader(record, brain))
+    return brain
+
+
+class CountsSaves:
+    """What a recipe's interval saves ask of a checkpointer."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def add_recoverable(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def recover_if_possible(self, **_: Any) -> None:
+        pass
+
+    def save_and_keep_only(self, **kwargs: Any) -> None:
+        self.record.results.append(sorted(kwargs))
+
+
+def interval_saves_of_its_own(side: Side, record: Record) -> Any:
+    def _should_save_intra_epoch_ckpt(self: Any, last_ckpt_time: float, steps: int) -> bool:
+        return self.step in (2, 3)
+
+    def _save_intra_epoch_ckpt(self: Any) -> None:
+        record.event(self, "_save_intra_epoch_ckpt")
+        super(type(self), self)._save_intra_epoch_ckpt()
+
+    brain = make(
+        side, record, checkpointer=CountsSaves(record), hparams={"ckpt_interval_minutes": 0},
+        _should_save_intra_epoch_ckpt=_should_save_intra_epoch_ckpt,
+        _save_intra_epoch_ckpt=_save_intra_epoch_ckpt,
+    )  # fmt: skip
+    brain.fit(side.EpochCounter(2), loader(record, brain), loader(record, brain))
+    assert len(record.results) == 4
+    return brain
+
+
+def steps_between_saves(side: Side, record: Record) -> Any:
+    options = {"ckpt_interval_steps": 2}
+    brain = make(side, record, checkpointer=CountsSaves(record), run_opts=options)
+    brain.fit(side.EpochCounter(2), loader(record, brain))
+    assert len(record.results) == 4
+    return brain
+
+
+def stages_told_apart_by_identity(side: Side, record: Record) -> Any:
+    def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Any:
+        weight = 2 if stage is side.Stage.TRAIN else 1
+        return weight * nn.functional.cross_entropy(predictions, batch[1])
+
+    brain = make(side, record, compute_objectives=compute_objectives)
+    brain.fit(side.EpochCounter(2), loader(record, brain), loader(record, brain))
+    brain.evaluate(loader(record, brain))
+    return brain
+
+
 def no_hparams(side: Side, record: Record) -> Any:
     brain = make(side, record, hparams=None)
     brain.fit(side.EpochCounter(1), loader(record, brain))
@@ -562,13 +643,16 @@ SCENARIOS = [
     debug_mode_in_numbers, update_limit, only_tested, interrupted, an_exception, with_a_bar,
     fit_batch_overridden, fit_batch_calls_super, optimizers_step_overridden,
     scaler_and_contexts_used_by_hand, generator_and_discriminator, no_hparams,
+    validated_every_other_epoch, validation_of_its_own, interval_saves_of_its_own,
+    steps_between_saves, stages_told_apart_by_identity,
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("side", [OURS, PATCHED], ids=lambda side: side.name)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_same_bits_in_same_order(scenario: Any) -> None:
+def test_same_bits_in_same_order(scenario: Any, side: Side) -> None:
     theirs, their_brain = run(SPEECHBRAIN, scenario)
-    ours, our_brain = run(OURS, scenario)
+    ours, our_brain = run(side, scenario)
     assert_equal(ours, theirs)
     for counter in ("step", "optimizer_step", "avg_train_loss"):
         assert getattr(our_brain, counter) == getattr(their_brain, counter)

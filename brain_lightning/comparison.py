@@ -1,0 +1,273 @@
+"""What two runs of a recipe did, side by side, and where they differ first."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+Event = Mapping[str, Any]
+# Hooks to show before one that differs.
+CONTEXT = 3
+
+
+class Step(NamedTuple):
+    """One training batch of one side.
+
+    Attributes:
+        epoch: Its epoch.
+        step: Its number in the epoch, from 1.
+        loss: What it gave.
+        rates: Learning rates, one for each parameter group of each update.
+        norms: The norm of the gradients of each update, clipped.
+        weights: A digest of the weights after the last update.
+    """
+
+    epoch: Any
+    step: int
+    loss: str
+    rates: list[str]
+    norms: list[str]
+    weights: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What both sides did.
+
+    Attributes:
+        theirs: Events on SpeechBrain's loop.
+        ours: Events on the Trainer.
+    """
+
+    theirs: Sequence[Event]
+    ours: Sequence[Event]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every event is the same on both sides, bit for bit."""
+        return self.theirs == self.ours
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first event that differs: with its epoch, its step and its tensor."""
+        for theirs, ours in zip_longest(self.theirs, self.ours):
+            if theirs != ours:
+                return describe(theirs, ours)
+        return None
+
+    def as_json(self) -> str:
+        """For scripts: both sides' steps, stages and hooks, and the verdict."""
+        sides = {"speechbrain": self.theirs, "trainer": self.ours}
+        found = {
+            name: {
+                "steps": [step._asdict() for step in steps_of(events)],
+                "stages": [_stage(event) for event in events if event["kind"] == "stage"],
+                "hooks": hooks_of(events),
+            }
+            for name, events in sides.items()
+        }
+        verdict = {"equal": self.equal, "first_difference": self.first_difference}
+        return json.dumps({**verdict, **found}, indent=1)
+
+    def as_text(self) -> str:
+        """For people: a row for each step and each stage, and the verdict."""
+        parts = [*self._steps(), "", *self._stages(), "", *self._hooks(), ""]
+        verdict = "equal: every event is the same on both sides, bit for bit"
+        return "\n".join(
+            [*parts, verdict if self.equal else f"DIFFERENT: {self.first_difference}"]
+        )
+
+    def _steps(self) -> Iterator[str]:
+        yield _line(
+            "", "", "loss", "", "learning rate", "", "gradient norm", "", "weights", ""
+        )
+        yield _line("epoch", "step", *["SpeechBrain", "Trainer"] * 4)
+        for theirs, ours in zip_longest(steps_of(self.theirs), steps_of(self.ours)):
+            some = theirs or ours
+            cells = [some.epoch, some.step]
+            for read in (_loss, _rates, _norms, _weights):
+                cells += [read(step) if step else "-" for step in (theirs, ours)]
+            yield _line(*cells, mark="" if theirs == ours else "  <-- differs")
+
+    def _stages(self) -> Iterator[str]:
+        yield _line("end of", "epoch", "loss", "", "weights", "", "", "", "", "")
+        ends = [[e for e in side if e["kind"] == "stage"] for side in (self.theirs, self.ours)]
+        for pair in zip_longest(*ends):
+            some = _stage(pair[0] or pair[1])
+            cells = [some["stage"], "-" if some["epoch"] is None else some["epoch"]]
+            for name in ("loss", "weights"):
+                cells += [_short(_stage(event)[name]) if event else "-" for event in pair]
+            yield _line(*cells, mark="" if pair[0] == pair[1] else "  <-- differs")
+
+    def _hooks(self) -> Iterator[str]:
+        theirs, ours = hooks_of(self.theirs), hooks_of(self.ours)
+        if theirs == ours:
+            yield f"hooks: the same {len(ours)} calls in the same order"
+            return
+        pairs = list(zip_longest(theirs, ours, fillvalue="-"))
+        first = next(i for i, (one, other) in enumerate(pairs) if one != other)
+        yield f"hooks: call {first + 1} differs"
+        for index, (one, other) in enumerate(pairs[: first + CONTEXT + 1]):
+            if index >= first - CONTEXT:
+                yield f"  {one:<40} {other:<40}{'  <-- differs' if one != other else ''}"
+
+
+def steps_of(events: Sequence[Event]) -> list[Step]:
+    """The training batches among the events.
+
+    Args:
+        events: Of one side.
+
+    Returns:
+        One for each batch whose loss was averaged.
+    """
+    steps: list[Step] = []
+    updates: list[Event] = []
+    for event in events:
+        if event["kind"] in ("gradients", "weights"):
+            updates.append(event)
+        if event["kind"] == "loss" and event["stage"] == "TRAIN":
+            applied = [update for update in updates if update["kind"] == "gradients"]
+            changed = [update["tensors"] for update in updates if update["kind"] == "weights"]
+            steps.append(
+                Step(
+                    event["epoch"],
+                    event["step"],
+                    event["loss"],
+                    [rate for update in applied for rate in update["rates"]],
+                    [update["norm"] for update in applied],
+                    _digest(changed) if changed else "-",
+                )
+            )
+            updates = []
+    return steps
+
+
+def hooks_of(events: Sequence[Event]) -> list[str]:
+    """The hooks among the events.
+
+    Args:
+        events: Of one side.
+
+    Returns:
+        Their names, with the stage that they were told.
+    """
+    return [event["hook"] for event in events if event["kind"] == "hook"]
+
+
+def describe(theirs: Event | None, ours: Event | None) -> str:
+    """Says how an event of one side differs from that of the other.
+
+    Args:
+        theirs: On SpeechBrain's loop; None where that has ended.
+        ours: On the Trainer; None where that has ended.
+
+    Returns:
+        When it was, and what differs.
+    """
+    if theirs is None or ours is None:
+        goes_on, ended = (
+            ("SpeechBrain", "Trainer") if ours is None else ("Trainer", "SpeechBrain")
+        )
+        event = theirs or ours or {}
+        return f"{_when(event)}: {goes_on} goes on with {_what(event)}, {ended} has ended"
+    if theirs["kind"] != ours["kind"] or theirs["kind"] == "hook":
+        both = f"SpeechBrain {_what(theirs)}, Trainer {_what(ours)}"
+        return f"{_when(theirs)}: {both} ({_when(ours)})"
+    return f"{_when(theirs)}: {DIFFERENCES[theirs['kind']](theirs, ours)}"
+
+
+def _when(event: Event) -> str:
+    epoch = "" if event["epoch"] is None else f"epoch {event['epoch']}, "
+    return f"{event['stage'] or 'before the first stage'}, {epoch}step {event['step']}"
+
+
+def _what(event: Event) -> str:
+    return str(event.get("hook") or event.get("error") or event["kind"])
+
+
+def _numbers_differ(name: str) -> Callable[[Event, Event], str]:
+    return lambda theirs, ours: f"the {name} is {theirs[name]} and {ours[name]}"
+
+
+def _gradients_differ(theirs: Event, ours: Event) -> str:
+    if theirs["rates"] != ours["rates"]:
+        return f"the learning rates are {theirs['rates']} and {ours['rates']}"
+    norms = f"the norm of the gradients is {theirs['norm']} and {ours['norm']}"
+    return f"gradient of {_tensors(theirs['tensors'], ours['tensors'])}; {norms}"
+
+
+def _weights_differ(theirs: Event, ours: Event) -> str:
+    return f"after the update, {_tensors(theirs['tensors'], ours['tensors'])}"
+
+
+def _stages_differ(theirs: Event, ours: Event) -> str:
+    if theirs["loss"] != ours["loss"]:
+        return f"the stage ended with a loss of {theirs['loss']} and {ours['loss']}"
+    return f"at the end of the stage, {_tensors(theirs['weights'], ours['weights'])}"
+
+
+def _tensors(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
+    names = dict.fromkeys([*theirs, *ours])
+    differing = [name for name in names if theirs.get(name) != ours.get(name)]
+    return f"{differing[0]!r} differs, of {len(names)} tensors {len(differing)} do"
+
+
+DIFFERENCES: dict[str, Callable[[Event, Event], str]] = {
+    "loss": _numbers_differ("loss"),
+    "error": _numbers_differ("error"),
+    "gradients": _gradients_differ,
+    "weights": _weights_differ,
+    "stage": _stages_differ,
+}
+
+
+def _stage(event: Event) -> dict[str, Any]:
+    return {
+        "stage": event["stage"],
+        "epoch": event["epoch"],
+        "loss": event["loss"],
+        "weights": _digest([event["weights"]]),
+    }
+
+
+def _digest(tensors: Sequence[Mapping[str, int]]) -> str:
+    return format(zlib.crc32(repr(tensors).encode()), "08x")
+
+
+def _loss(step: Step) -> str:
+    return _short(step.loss)
+
+
+def _rates(step: Step) -> str:
+    return _several(step.rates)
+
+
+def _norms(step: Step) -> str:
+    return _several(step.norms)
+
+
+def _weights(step: Step) -> str:
+    return step.weights
+
+
+def _several(numbers: Sequence[str]) -> str:
+    shown = [_short(number) for number in dict.fromkeys(numbers)]
+    return " ".join(shown[:2]) + (" …" if len(shown) > 2 else "") if shown else "-"
+
+
+def _short(number: str) -> str:
+    try:
+        return f"{float(number):.6g}" if not number.isalnum() else number
+    except ValueError:
+        return number
+
+
+def _line(*cells: Any, mark: str = "") -> str:
+    widths = (6, 5) + (13,) * (len(cells) - 2)
+    padded = [f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True)]
+    return " ".join(padded).rstrip() + mark

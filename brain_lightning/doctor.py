@@ -1,0 +1,216 @@
+"""What works with a recipe, told from its source: ``brain-lightning doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .brain import Brain
+from .hooks import MANUAL_HOOKS
+from .recipe_source import BrainSource, Place, RecipeSource
+from .refusals import REFUSED_CALLBACKS
+
+HOOKS = frozenset(
+    name for name in dir(Brain) if callable(getattr(Brain, name)) and not name.startswith("__")
+)
+# Attributes of SpeechBrain's Brain whose use says how a recipe steps.
+TELLING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
+CALLS = ("backward", "clip_grad_norm_")
+PARALLEL = "ddp (each entry of modules in a DistributedDataParallel of its own)"
+REFUSED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What does not work, and what to change.
+
+    Attributes:
+        about: A Trainer argument, a strategy or a hook.
+        says: What happens, and what would make it work.
+        line: Where to change it.
+    """
+
+    about: str
+    says: str
+    line: int
+
+
+@dataclass(frozen=True)
+class BrainReport:
+    """What works with one Brain of a recipe.
+
+    Attributes:
+        name: Its class.
+        line: Where it begins.
+        base: What it is a Brain of.
+        overrides: Its hooks, and where they are.
+        updates: ``automatic`` or ``manual``.
+        why: Why so.
+        uses: What else it touches of a Brain, and on which lines.
+        strategies: Those that run it.
+        remarks: What does not work.
+        callbacks_refused: Lightning's callbacks that it cannot have.
+    """
+
+    name: str
+    line: int
+    base: str
+    overrides: dict[str, str]
+    updates: str
+    why: str
+    uses: dict[str, list[str]]
+    strategies: list[str]
+    remarks: list[Remark]
+    callbacks_refused: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What works with a recipe.
+
+    Attributes:
+        script: The script.
+        brains: One report for each Brain in it.
+    """
+
+    script: str
+    brains: Sequence[BrainReport]
+
+    def as_json(self) -> str:
+        """For scripts."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def as_text(self) -> str:
+        """For people."""
+        if not self.brains:
+            return f"{self.script}: no subclass of Brain"
+        return "\n\n".join("\n".join(_lines(self.script, brain)) for brain in self.brains)
+
+
+def examine(script: str) -> Report:
+    """Reads a script, and the files beside it that its Brains come from.
+
+    Args:
+        script: The script.
+
+    Returns:
+        What works with it.
+
+    Raises:
+        RecipeError: It cannot be read, or is no Python.
+    """
+    source = RecipeSource(script)
+    return Report(script, [_examine(brain, source) for brain in source.brains])
+
+
+def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
+    overridden = {n: p for n, p in brain.methods.items() if n in HOOKS}
+    manual = [hook for hook in MANUAL_HOOKS if hook in overridden]
+    why = "neither fit_batch nor optimizers_step is overridden"
+    if manual:
+        why = " and ".join(
+            f"{hook} is overridden ({_at(overridden[hook])})" for hook in manual
+        )
+    refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
+    return BrainReport(
+        name=brain.name,
+        line=brain.place.line,
+        base=brain.base,
+        overrides={name: _at(place) for name, place in overridden.items()},
+        updates="manual" if manual else "automatic",
+        why=why,
+        uses={name: _all(places) for name, places in _uses(brain).items()},
+        strategies=["one device"] if _never_wrapped(brain) else ["one device", PARALLEL],
+        remarks=[*_loop_remarks(brain), *_process_remarks(brain, source)]
+        + (list(_manual_remarks(brain)) if manual else []),
+        callbacks_refused=refused + (["GradientAccumulationScheduler"] if manual else []),
+    )
+
+
+def _uses(brain: BrainSource) -> dict[str, list[Place]]:
+    found = {f"self.{name}": brain.reads[name] for name in TELLING if name in brain.reads}
+    private = [n for n in brain.reads if n in HOOKS and n.startswith("_")]
+    found |= {f"self.{name} (private)": brain.reads[name] for name in private}
+    found |= {
+        f"super().{name} (private)": places
+        for name, places in brain.supers.items()
+        if name.startswith("_") and name in HOOKS
+    }
+    if brain.unwraps:
+        found[".module"] = brain.unwraps
+    return found | {f"{name}()": brain.calls[name] for name in CALLS if name in brain.calls}
+
+
+def _loop_remarks(brain: BrainSource) -> Iterator[Remark]:
+    if "_fit_train" in brain.methods:
+        says = "refused before training: the Trainer takes its place; use a hook or a callback"
+        yield Remark("_fit_train", says, brain.methods["_fit_train"].line)
+
+
+def _never_wrapped(brain: BrainSource) -> bool:
+    """Whether on_fit_start is overridden, and leaves the wrapping out."""
+    return "on_fit_start" in brain.methods and not (
+        "on_fit_start" in brain.supers or "_wrap_distributed" in brain.reads
+    )
+
+
+def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
+    if _never_wrapped(brain):
+        says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
+        yield Remark("strategy=ddp", says, brain.methods["on_fit_start"].line)
+    starts_group = any(name.endswith("ddp_init_group") for name in source.called)
+    if brain.base.startswith("SpeechBrain") and not starts_group:
+        says = (
+            "SpeechBrain's Brain wants sb.utils.distributed.ddp_init_group(run_opts) before "
+            "it is made"
+        )
+        made = source.called.get(brain.name, brain.place)
+        yield Remark("devices=2", says, made.line)
+
+
+def _manual_remarks(brain: BrainSource) -> Iterator[Remark]:
+    """Options that a step of one's own has to honour itself."""
+    step = next(brain.methods[hook] for hook in MANUAL_HOOKS if hook in brain.methods)
+    if "fit_batch" not in brain.methods or "fit_batch" in brain.supers:
+        return
+    known = set(brain.reads)
+    steps = "optimizers_step" in known and "optimizers_step" not in brain.methods
+    if not steps and "max_grad_norm" not in known:
+        says = "has no effect: clip to self.max_grad_norm, or step by self.optimizers_step()"
+        yield Remark("gradient_clip_val", says, step.line)
+    if "grad_accumulation_factor" not in known:
+        says = "has no effect: step when self.step % self.grad_accumulation_factor == 0"
+        yield Remark("accumulate_grad_batches", says, step.line)
+    if "training_ctx" not in known:
+        says = "mixed precision has no effect: compute the loss within self.training_ctx"
+        yield Remark("precision", says, step.line)
+    elif "scaler" not in known:
+        says = (
+            "16-mixed loses small gradients: scale the loss by self.scaler; bf16-mixed works"
+        )
+        yield Remark("precision", says, step.line)
+
+
+def _at(place: Place) -> str:
+    return f"{place.file}:{place.line}"
+
+
+def _all(places: Iterable[Place]) -> list[str]:
+    return [_at(place) for place in sorted(set(places))]
+
+
+def _lines(script: str, brain: BrainReport) -> Iterator[str]:
+    yield f"{script}:{brain.line}: {brain.name}, a subclass of {brain.base}"
+    yield f"  updates     {brain.updates}: {brain.why}"
+    yield "  overrides   " + ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())
+    for name, places in brain.uses.items():
+        yield f"  uses        {name}: {', '.join(places)}"
+    yield f"  strategies  safe: {'; '.join(brain.strategies)}"
+    yield f"              refused: {REFUSED_STRATEGIES}"
+    safe = "all of the README's table" + (", but for the following" if brain.remarks else "")
+    yield f"  arguments   safe: {safe}"
+    yield f"  callbacks   safe: all of Lightning's but {', '.join(brain.callbacks_refused)}"
+    for remark in brain.remarks:
+        yield f"  change      line {remark.line}: {remark.about}: {remark.says}"

@@ -1,0 +1,155 @@
+"""A recipe's script, run unedited with its Brains on a Trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from lightning.pytorch import Trainer
+
+from .borrowed import Borrowed
+from .brain import Brain
+from .distributed import is_launched
+from .errors import RecipeError
+from .patch import patch_speechbrain
+from .trainer import check_trainer_arguments
+
+logger = logging.getLogger(__name__)
+
+TRAINER_ARGUMENTS = sorted(inspect.signature(Trainer).parameters)
+
+
+def run_recipe(script: str, words: Sequence[str], trainer: Mapping[str, Any]) -> None:
+    """Runs a script as ``python script words`` would, with its Brains on a Trainer.
+
+    Args:
+        script: The script, on SpeechBrain's Brain or on ours.
+        words: Its command line: the hyperparameters file, run options, overrides.
+        trainer: Arguments for every Trainer; they outrank the recipe's own.
+
+    Raises:
+        RecipeError: There is no such script.
+        RunOptionError: An argument of the Trainer is unknown.
+    """
+    check_trainer_arguments(trainer)
+    with ExitStack() as stack:
+        borrowed = Borrowed()
+        stack.callback(borrowed.put_back)
+        borrowed.set(Brain, "trainer_overrides", dict(trainer))
+        if importlib.util.find_spec("speechbrain") is not None:
+            stack.enter_context(_patched(trainer))
+        run_script(script, words)
+
+
+def _patched(trainer: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    try:
+        return patch_speechbrain(trainer)
+    except (ImportError, OSError) as error:
+        # A script that needs it will say so itself.
+        logger.warning("SpeechBrain is installed but cannot be imported: %s", error)
+        return nullcontext()
+
+
+def run_script(script: str, words: Sequence[str]) -> None:
+    """Runs a script as ``python script words`` would.
+
+    Args:
+        script: The script.
+        words: Its command line.
+
+    Raises:
+        RecipeError: There is no such script.
+    """
+    if not Path(script).is_file():
+        raise RecipeError(f"there is no script {script!r} here, in {Path.cwd()}")
+    with _as_main_program(script, words):
+        runpy.run_path(script, run_name="__main__")
+
+
+@contextmanager
+def _as_main_program(script: str, words: Sequence[str]) -> Iterator[None]:
+    """Python puts the script's folder on the path in the place of the caller's."""
+    argv, path = sys.argv[:], sys.path[:]
+    sys.argv[:] = [script, *words]
+    sys.path[:1] = [str(Path(script).resolve().parent)]
+    try:
+        yield
+    finally:
+        sys.argv[:], sys.path[:] = argv, path
+
+
+def load_trainer_file(path: str) -> dict[str, Any]:
+    """Reads arguments of the Trainer, callbacks and loggers among them.
+
+    Args:
+        path: A HyperPyYAML file, such as ``callbacks: [!new:lightning...]``.
+
+    Returns:
+        Arguments by name.
+
+    Raises:
+        RecipeError: It cannot be read, or is no mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            arguments = load_hyperpyyaml(file)
+    except OSError as error:
+        raise RecipeError(f"--trainer={path}: {error.strerror}") from error
+    if not isinstance(arguments, dict):
+        raise RecipeError(f"--trainer={path}: should be a mapping of Trainer arguments")
+    return arguments
+
+
+def processes_to_launch(trainer: Mapping[str, Any]) -> int:
+    """How many processes a run needs to be started in.
+
+    Args:
+        trainer: Arguments for the Trainer.
+
+    Returns:
+        1 where this process is the only one, or was started by torchrun.
+
+    Raises:
+        RecipeError: They are to run on several nodes, or on devices by name.
+    """
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    if is_launched():
+        return 1
+    if nodes != 1:
+        raise RecipeError(
+            f"--trainer.num_nodes={nodes}: start each node yourself, with torchrun "
+            "--nnodes=... --nproc_per_node=... -m brain_lightning run ..."
+        )
+    if devices in ("auto", -1, "-1"):
+        return max(1, torch.accelerator.device_count())
+    if not str(devices).isdecimal():
+        raise RecipeError(
+            f"--trainer.devices={devices!r}: give a number, and choose which ones by "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return int(devices)
+
+
+def launch(processes: int, words: Sequence[str]) -> int:
+    """Runs this command line in several processes on this machine, as torchrun does.
+
+    Args:
+        processes: How many.
+        words: What follows ``brain-lightning``.
+
+    Returns:
+        The exit status.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *torchrun, "-m", "brain_lightning", *words]
+    return subprocess.call(command)  # noqa: S603  the user's own command line
