@@ -17,14 +17,15 @@ from lightning.pytorch.trainer.connectors.data_connector import (
     _resolve_overfit_batches,
 )
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
+from torch.utils.data import DistributedSampler
 
 from ._speechbrain import lend_validation
 from ._strategies import shards_training_data
 from .borrowed import Borrowed
 from .epochs import Epochs
-from .errors import RunOptionError
+from .errors import RunOptionError, UnsupportedError
 from .hooks import overrides
 from .stage import Stage
 from .stage_loader import StageLoader
@@ -57,10 +58,16 @@ class _StageSource(_DataLoaderSource):
     """
 
     def __init__(
-        self, source: _DataLoaderSource, trainer: Trainer, stages: Stages, stage: Stage
+        self,
+        source: _DataLoaderSource,
+        trainer: Trainer,
+        stages: Stages,
+        stage: Stage,
+        borrowed: Borrowed,
     ) -> None:
         super().__init__(source.instance, source.name)
         self.source = source
+        self._borrowed = borrowed
         self._trainer = trainer
         self._stages = stages
         self._stage = stage
@@ -97,13 +104,43 @@ class _StageSource(_DataLoaderSource):
 
     def _share_out(self, loaders: CombinedLoader) -> None:
         """Lightning's way, which does not find the loaders behind ours; the Brain counts."""
-        prepare = self._trainer._data_connector._prepare_dataloader
-        loaders.flattened = [
-            prepare(loader, _is_dataloader_shuffled(loader), RunningStage.TRAINING)
-            for loader in loaders.flattened
-        ]
-        samplers = [getattr(loader, "sampler", None) for loader in loaders.flattened]
-        self._stages.brain.train_sampler = _Samplers(samplers)
+        shared = [self._shared(loader) for loader in loaders.flattened]
+        samplers = _Samplers(
+            new.sampler
+            for old, new in zip(loaders.flattened, shared, strict=True)
+            if new is not old
+        )
+        loaders.flattened = shared
+        if samplers:
+            self._borrowed.set(self._stages.brain, "train_sampler", samplers)
+
+    def _shared(self, loader: Any) -> Any:
+        samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+        if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+            return loader
+        try:
+            prepare = self._trainer._data_connector._prepare_dataloader
+            shared = prepare(loader, _is_dataloader_shuffled(loader), RunningStage.TRAINING)
+        except TypeError as error:
+            name = type(samplers[1]).__name__
+            raise UnsupportedError(
+                f"the batch sampler {name} cannot be shared out among processes: wrap it in "
+                "brain_lightning.DistributedSamplerWrapper, or give brain.fit a dataset and "
+                "train_loader_kwargs, or say Trainer(use_distributed_sampler=False)"
+            ) from error
+        if shared is loader:
+            rank_zero_warn(f"{type(loader).__name__}: every process trains on all of its data")
+        else:
+            _recover_instead(self._stages.brain.checkpointer, loader, shared)
+        return shared
+
+
+def _recover_instead(checkpointer: Any, loader: Any, shared: Any) -> None:
+    """A saveable loader is saved under a name; the one that is iterated takes it over."""
+    recoverables = getattr(checkpointer, "recoverables", {})
+    for name, recoverable in recoverables.items():
+        if recoverable is loader:
+            recoverables[name] = shared
 
 
 class _Samplers(list[Any]):
@@ -191,7 +228,7 @@ def attach(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
         if overrides(type(stages.brain), "_fit_valid"):
             _validate_as_told(trainer, stages, borrowed)
     for loop, stage in _loops_with_stages(trainer):
-        loop._data_source = _StageSource(loop._data_source, trainer, stages, stage)
+        loop._data_source = _StageSource(loop._data_source, trainer, stages, stage, borrowed)
 
 
 def _validate_as_told(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from .borrowed import Borrowed
 from .errors import UnsupportedError
@@ -74,20 +75,23 @@ def ddp_arguments(trainer: Trainer) -> dict[str, Any]:
     return strategy._ddp_kwargs
 
 
-def set_backend(trainer: Trainer, backend: str) -> str:
+def set_backend(trainer: Trainer, backend: str, borrowed: Borrowed) -> str:
     """Chooses how processes communicate, unless the user's strategy says it.
 
     Args:
         trainer: A Trainer whose strategy ``is_parallel``, without a process group yet.
         backend: nccl, gloo or mpi.
+        borrowed: Takes note of what is changed.
 
     Returns:
         The backend that the strategy has now.
     """
     strategy = trainer.strategy
     assert isinstance(strategy, DDPStrategy)
-    strategy._process_group_backend = strategy._process_group_backend or backend
-    return strategy._process_group_backend
+    chosen = strategy._process_group_backend
+    if chosen is None:
+        borrowed.set(strategy, "_process_group_backend", backend)
+    return chosen or backend
 
 
 def wrap_nothing(trainer: Trainer, borrowed: Borrowed) -> None:
@@ -98,6 +102,20 @@ def wrap_nothing(trainer: Trainer, borrowed: Borrowed) -> None:
         borrowed: Takes note of what is changed.
     """
     borrowed.shadow(trainer.strategy, "configure_ddp", lambda: None)
+
+
+def synchronize_nothing(module: LightningModule) -> None:
+    """Keeps the strategy from giving every process the first one's weights to evaluate.
+
+    A Brain's processes have the same ones, but for what is each process's own, such
+    as the running statistics of a normalization.
+
+    Args:
+        module: The module before the Trainer's ``setup``.
+    """
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(module, names)
 
 
 def shards_training_data(trainer: Trainer) -> bool:

@@ -39,7 +39,7 @@ def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
     Raises:
         RunOptionError: Trainer and Brain were told different things.
     """
-    agree_on_processes(trainer, brain)
+    agree_on_processes(trainer, brain, borrowed)
     if is_parallel(trainer):
         _agree_on_wrapping(trainer, brain, borrowed)
     _agree_on_clipping(trainer, brain, borrowed)
@@ -100,12 +100,13 @@ def _check_accumulation(brain: BrainProtocol, batches: int) -> None:
     _refuse_conflict(brain, "grad_accumulation_factor", batches, said)
 
 
-def agree_on_processes(trainer: Trainer, brain: BrainProtocol) -> None:
+def agree_on_processes(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
     """Gives the Brain its rank and its device; both stay, as its modules do.
 
     Args:
         trainer: The Trainer, before or after it has started its processes.
         brain: The Brain that is going to run.
+        borrowed: Takes note of what is changed on the Trainer.
 
     Raises:
         RunOptionError: Trainer and Brain were told different things.
@@ -114,7 +115,7 @@ def agree_on_processes(trainer: Trainer, brain: BrainProtocol) -> None:
         brain.distributed_launch = True
         brain.rank, brain.world_size = trainer.global_rank, trainer.world_size
         if is_given(brain, "distributed_backend"):
-            backend = set_backend(trainer, brain.distributed_backend)
+            backend = set_backend(trainer, brain.distributed_backend, borrowed)
             said = f"strategy=DDPStrategy(process_group_backend={backend!r})"
             _refuse_conflict(brain, "distributed_backend", backend, said)
     _agree_on_device(trainer, brain)
@@ -127,10 +128,24 @@ def _agree_on_wrapping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowe
         unused = arguments["find_unused_parameters"]
         said = f"strategy=DDPStrategy(find_unused_parameters={unused})"
         _refuse_conflict(brain, "find_unused_parameters", unused, said)
+        borrowed.set(brain, "find_unused_parameters", unused)
+    borrowed.shadow(brain, "ddp_arguments", arguments)
     wrap_nothing(trainer, borrowed)
     # Recipes that override on_fit_start call it by this name.
-    if not overrides(type(brain), "_wrap_distributed"):
-        borrowed.shadow(brain, "_wrap_distributed", partial(wrap_modules, brain, **arguments))
+    if wraps_itself(brain):
+        return
+    borrowed.shadow(brain, "_wrap_distributed", partial(wrap_modules, brain))
+
+
+def wraps_itself(brain: BrainProtocol) -> bool:
+    """Whether a recipe wraps its modules for several processes in a way of its own.
+
+    Args:
+        brain: The Brain, before or within a run.
+    """
+    own = vars(brain).get("_wrap_distributed")
+    in_force = isinstance(own, partial) and own.func is wrap_modules
+    return overrides(type(brain), "_wrap_distributed") or not (own is None or in_force)
 
 
 def _agree_on_device(trainer: Trainer, brain: BrainProtocol) -> None:

@@ -57,7 +57,7 @@ def evaluate(
     trainer: Trainer | Mapping[str, Any] | None = None,
 ) -> float:
     """``speechbrain.Brain.evaluate``: see ``Brain.evaluate``."""
-    running = _trainer_for(brain, trainer)
+    running = _trainer_for(brain, trainer, together=False)
     if not data.is_loader(test_set):
         kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
         test_set = brain.make_dataloader(test_set, brain.stage_type.TEST, **kwargs)
@@ -70,8 +70,13 @@ def _shows_bar(brain: BrainProtocol, progressbar: bool | None) -> bool:
     return not brain.noprogressbar if progressbar is None else progressbar
 
 
-def _trainer_for(brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None) -> Trainer:
-    """The command line outranks the call, which takes the place of hparams."""
+def _trainer_for(
+    brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None, together: bool = True
+) -> Trainer:
+    """The command line outranks the call, which takes the place of hparams.
+
+    Processes train together; each evaluates by itself, as SpeechBrain's do.
+    """
     _speechbrain.adopt(brain)
     given = brain.trainer_arguments if trainer is None else trainer
     if brain.trainer_overrides:
@@ -81,4 +86,4 @@ def _trainer_for(brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | No
                 f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
             )
         given = {**given, **brain.trainer_overrides}
-    return trainers.make_trainer(given, brain)
+    return trainers.make_trainer(given, brain, together)

@@ -109,7 +109,8 @@ class BrainState:
         run_opts: RunOptions | Mapping[str, Any] | None = None,
         checkpointer: Any = None,
     ) -> None:
-        if opt_class is not None and not callable(opt_class):
+        # Anything else is the recipe's own affair: GANs give a list and unpack it.
+        if isinstance(opt_class, Optimizer):
             raise BrainTypeError(
                 "opt_class must make an optimizer of parameters, got an instance of "
                 f"{type(opt_class).__name__}: give torch.optim.Adam, a lambda, or in YAML "

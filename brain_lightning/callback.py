@@ -7,9 +7,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from . import _loops
-from ._strategies import check_strategy
-from .agreement import accumulate, agree
+from ._strategies import check_strategy, is_parallel, synchronize_nothing
+from .agreement import accumulate, agree, wraps_itself
 from .borrowed import Borrowed
+from .ddp import wrap_modules
 from .profiling import end_when_profiled
 from .refusals import check_averaging, refuse_callbacks
 from .stages import Stages
@@ -48,7 +49,11 @@ class BrainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the loops, before any loader is looked at."""
         self._for_the_check.put_back()
+        if is_parallel(trainer):
+            synchronize_nothing(pl_module)
+        # On one process of several, evaluate() runs on a Trainer of that process alone.
         self.stages.progressbar &= trainer.is_global_zero
+        self.stages.progressbar &= not getattr(self.stages.brain, "rank", 0)
         self.stages.progressbar &= trainer.progress_bar_callback is None
         self.stages.metrics.watch(self.stages.brain, self._for_the_run)
         self.stages.metrics.validated = trainer.enable_validation
@@ -62,6 +67,10 @@ class BrainCallback(Callback):
             trainer, self.stages.brain, self._for_the_epoch, length
         )
         self.stages.start_train()
+        brain = self.stages.brain
+        if is_parallel(trainer) and not wraps_itself(brain):
+            # A callback, or the stage's start, may have unfrozen something.
+            wrap_modules(brain)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any

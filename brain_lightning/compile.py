@@ -50,9 +50,11 @@ def _keys(brain: BrainState, option: str, keys: list[str] | None) -> list[str]:
 
 
 def _compile(brain: BrainState, name: str) -> bool:
+    # A module that was compiled for an earlier fit is compiled anew, not twice.
+    plain = getattr(brain.modules[name], "_orig_mod", brain.modules[name])
     try:
         module: Any = torch.compile(
-            brain.modules[name],
+            plain,
             mode=brain.compile_mode,
             fullgraph=brain.compile_using_fullgraph,
             dynamic=brain.compile_using_dynamic_shape_tracing,

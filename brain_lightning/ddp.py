@@ -8,7 +8,7 @@ recipe means by ``self.modules.generator.module``.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import Module, SyncBatchNorm
@@ -21,27 +21,53 @@ from .protocol import BrainProtocol
 logger = logging.getLogger(__name__)
 
 
-def wrap_modules(brain: BrainProtocol, **arguments: Any) -> None:
+# The parameters that could be trained when they were wrapped: a wrapper averages no others.
+_wrapped: WeakKeyDictionary[Module, frozenset[int]] = WeakKeyDictionary()
+
+
+def wrap_modules(brain: BrainProtocol) -> None:
     """Wraps each entry that can be trained (``speechbrain.Brain._wrap_distributed``).
 
+    One that is wrapped already stays as it is, unless a parameter was frozen or
+    unfrozen since: the ranks would drift apart without a word.
+
     Args:
-        brain: The Brain, on its device, in a process group; compiled already, and
-            without optimizers.
-        **arguments: Of ``DistributedDataParallel``; ``find_unused_parameters`` is the
-            Brain's run option unless it is given.
+        brain: The Brain, on its device, in a process group; compiled already. Its
+            ``ddp_arguments``, if it has any, are given to ``DistributedDataParallel``.
 
     Raises:
         UnsupportedError: There is a SyncBatchNorm on the CPU.
     """
-    arguments = {"find_unused_parameters": brain.find_unused_parameters, **arguments}
     for name, module in brain.modules.items():
-        trainable = any(p.requires_grad for p in module.parameters())
-        if trainable and not isinstance(module, DistributedDataParallel):
-            brain.modules[name] = DistributedDataParallel(
-                _with_batchnorm_for(brain.device_type, name, module),
-                device_ids=None if brain.device_type == "cpu" else [_index(brain.device)],
-                **arguments,
-            )
+        trainable = frozenset(id(p) for p in module.parameters() if p.requires_grad)
+        if _wrapped.get(module) != trainable:
+            brain.modules[name] = inner = _unwrapped(module)
+            if trainable:
+                brain.modules[name] = _wrap(brain, name, inner)
+                _wrapped[brain.modules[name]] = trainable
+
+
+def unwrap_modules(brain: BrainProtocol) -> None:
+    """Takes the wrappers of an earlier run away, before anything is compiled anew.
+
+    Args:
+        brain: The Brain at the start of a training.
+    """
+    for name, module in brain.modules.items():
+        brain.modules[name] = _unwrapped(module)
+
+
+def _unwrapped(module: Module) -> Module:
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def _wrap(brain: BrainProtocol, name: str, module: Module) -> Module:
+    arguments = {"find_unused_parameters": brain.find_unused_parameters}
+    return DistributedDataParallel(
+        _with_batchnorm_for(brain.device_type, name, module),
+        device_ids=None if brain.device_type == "cpu" else [_index(brain.device)],
+        **{**arguments, **getattr(brain, "ddp_arguments", {})},
+    )
 
 
 def _index(device: str) -> int:

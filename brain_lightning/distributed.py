@@ -14,7 +14,7 @@ import torch
 
 def is_launched() -> bool:
     """Whether torchrun, or the like, started this process."""
-    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def is_distributed_initialized() -> bool:

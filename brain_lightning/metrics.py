@@ -86,8 +86,11 @@ class Metrics:
         self._plain |= {f"{prefix}_{name}_{position}": v for name, v in found.items()}
         found.clear()
 
-    def take(self) -> dict[str, float]:
+    def take(self, from_all_ranks: bool = False) -> dict[str, float]:
         """What was found since the last call.
+
+        Args:
+            from_all_ranks: Whether every process asks at this time.
 
         Returns:
             Numbers by name, with and without their stage.
@@ -103,7 +106,7 @@ class Metrics:
             taken |= {name: found[name] for name in mine}
             found.clear()
         self._plain.clear()
-        return _known_to_all(taken)
+        return _known_to_all(taken) if from_all_ranks else taken
 
     def _hear_stats(self, arguments: Mapping[str, Any]) -> None:
         self._plain |= _numbers_in(arguments.get("stats_meta"))

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 from . import _loops, _speechbrain
 from .callback import BrainCallback
 from .compile import without_compiled_prefix
-from .ddp import without_wrapper
+from .ddp import unwrap_modules, without_wrapper
 from .epochs import Epochs
 from .errors import UnsupportedError
 from .hooks import check_hooks
@@ -108,6 +108,7 @@ class BrainModule(LightningModule):
         Lightning calls this once the modules are on their device and the
         process group is up.
         """
+        unwrap_modules(self.brain)
         self.brain.on_fit_start()
         group = OptimizerGroup(self.brain)
         check_backbone(self.trainer, self.brain, group)
@@ -209,7 +210,7 @@ class BrainModule(LightningModule):
                 logger.log_metrics({"train_loss_step": self.brain.avg_train_loss}, batches - 1)
 
     def _log_metrics(self) -> None:
-        metrics = self.stages.metrics.take()
+        metrics = self.stages.metrics.take(self.trainer.world_size > 1)
         if not self.trainer.barebones:
             self.log_dict(metrics, batch_size=1)
 
@@ -277,7 +278,8 @@ class AutomaticModule(BrainModule):
             self.stages.fit(lambda batch: fit_batch(brain, batch, update), batch, last)
         finally:
             self._training_loss = None
-        if brain.optimizer_step == before:
+        # Where nothing is optimized a batch counts: ModelCheckpoint goes by the steps.
+        if brain.optimizer_step == before and has_optimizer(brain):
             _loops.discount_step(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -353,28 +355,34 @@ class ManualModule(BrainModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
-        with _watched_steps(self._before_step) as steps:
+        with self._watched_steps() as steps:
             last = self._believes_last(batch_idx)
             loss = self.stages.fit(self.brain.fit_batch, batch, last)
-        # Where nothing is optimized a batch counts: ModelCheckpoint goes by the steps.
         _loops.count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 
+    @contextmanager
+    def _watched_steps(self) -> Iterator[list[Optimizer]]:
+        """Gathers the optimizers that step within, whoever owns them."""
+        stepped: list[Optimizer] = []
+        with ExitStack() as stack:
+            before = register_optimizer_step_pre_hook(self._before_step)
+            after = register_optimizer_step_post_hook(
+                lambda optimizer, *_: stepped.append(optimizer) if self._is_mine() else None
+            )
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+            yield stepped
+
+    def _is_mine(self) -> bool:
+        # A recipe may fit another Brain within fit_batch.
+        return self.stages.is_innermost
+
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        trainer = self.trainer
-        # An attribute that Lightning's type hints do not show.
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            callback.on_before_optimizer_step(trainer, self, optimizer)
-        self.on_before_optimizer_step(optimizer)
-
-
-@contextmanager
-def _watched_steps(before: Callable[..., None]) -> Iterator[list[Optimizer]]:
-    """Gathers the optimizers that step within, whoever owns them."""
-    stepped: list[Optimizer] = []
-    with ExitStack() as stack:
-        stack.callback(register_optimizer_step_pre_hook(before).remove)
-        after = register_optimizer_step_post_hook(lambda opt, *_: stepped.append(opt))
-        stack.callback(after.remove)
-        yield stepped
+        if self._is_mine():
+            trainer = self.trainer
+            # An attribute that Lightning's type hints do not show.
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_before_optimizer_step(trainer, self, optimizer)
+            self.on_before_optimizer_step(optimizer)

@@ -16,6 +16,12 @@ from .protocol import BrainProtocol
 logger = logging.getLogger(__name__)
 
 
+class _TrainingProfiler(PyTorchProfiler):
+    """Goes by the training steps alone, as SpeechBrain's profiler."""
+
+    STEP_FUNCTIONS = {"training_step"}  # noqa: RUF012  Lightning's own name and type
+
+
 def profile(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
     """Lets a Trainer profile the first training steps.
 
@@ -48,7 +54,7 @@ def profile(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
         wait=0, warmup=brain.profile_warmup, active=brain.profile_steps + 1
     )
     # Without with_stack, with which torch 2.13 on Python 3.11 reads freed memory.
-    profiler = PyTorchProfiler(
+    profiler = _TrainingProfiler(
         dirpath=Path(folder) / "profiler_logs",
         filename="profile",
         schedule=schedule,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -60,6 +60,9 @@ class Stages:
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers found in the stages.
     """
+
+    # Runs whose batch is being fitted; a recipe may fit another Brain within.
+    _fitting: ClassVar[list[Stages]] = []
 
     def __init__(
         self,
@@ -160,9 +163,18 @@ class Stages:
         self.batches += 1
         brain.step += 1
         brain.ends_window = last and self.steps_on_last_batch
-        loss = fit_batch(batch)
+        self._fitting.append(self)
+        try:
+            loss = fit_batch(batch)
+        finally:
+            self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
         return loss
+
+    @property
+    def is_innermost(self) -> bool:
+        """Whether it is this run's batch that is being fitted, and none of one within."""
+        return self._fitting[-1] is self
 
     @calls_hooks
     def end_train(self) -> None:

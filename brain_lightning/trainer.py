@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -13,16 +14,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from ._loops import leave_signals_alone
 from ._strategies import check_strategy
 from .agreement import agree_on_processes
-from .distributed import is_launched
+from .borrowed import Borrowed
+from .distributed import is_distributed_initialized, is_launched
 from .errors import BrainTypeError, HookStoppedError, RunOptionError, UnsupportedError
 from .module import BrainModule
 from .protocol import BrainProtocol
@@ -56,17 +60,23 @@ class OwnTrainer(Trainer):
         leave_signals_alone(self)
 
 
-def own_trainer_arguments(brain: BrainProtocol) -> dict[str, Any]:
+# Arguments that say in how many processes to run.
+PROCESSES = ("devices", "num_nodes", "strategy")
+
+
+def own_trainer_arguments(brain: BrainProtocol, together: bool = True) -> dict[str, Any]:
     """Arguments of the Trainer that ``brain.fit`` makes for itself.
 
     Nothing is written anywhere, and nothing but the Brain's own bar is shown.
 
     Args:
-        brain: Runs on its device, in as many processes as torchrun started.
+        brain: Runs on its device.
+        together: Whether all processes that there are take part, or this one alone.
 
     Returns:
         Keyword arguments of ``Trainer``.
     """
+    several = together and (is_launched() or is_distributed_initialized())
     return {
         "max_epochs": -1,
         "logger": False,
@@ -75,7 +85,7 @@ def own_trainer_arguments(brain: BrainProtocol) -> dict[str, Any]:
         "enable_progress_bar": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
-        **(_launched_processes() if is_launched() else _one_process(brain.device)),
+        **(_several_processes() if several else _one_process(brain.device)),
         "accelerator": torch.device(brain.device).type,
     }
 
@@ -89,24 +99,34 @@ def _one_process(device: str) -> dict[str, Any]:
     }
 
 
-def _launched_processes() -> dict[str, Any]:
-    """The processes that torchrun started, over all nodes."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+def _several_processes() -> dict[str, Any]:
+    """Those that torchrun started, over all nodes, or a Trainer before this one."""
+    if not is_launched():
+        processes = here = torch.distributed.get_world_size()
+        environment: ClusterEnvironment = LightningEnvironment()
+    else:
+        processes = int(os.environ["WORLD_SIZE"])
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        environment = TorchElasticEnvironment()
+    nodes = processes // here
     return {
         "devices": here,
-        "num_nodes": processes // here,
+        "num_nodes": nodes,
         "strategy": "ddp",
-        "plugins": [TorchElasticEnvironment()],
+        "plugins": [environment],
     }
 
 
-def make_trainer(trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtocol) -> Trainer:
+def make_trainer(
+    trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtocol, together: bool = True
+) -> Trainer:
     """The Trainer to run on; the Brain learns its rank and its device from it.
 
     Args:
         trainer: A Trainer of the user's, or arguments for one.
         brain: The Brain.
+        together: Whether all processes that there are take part, where the user does
+            not say it.
 
     Returns:
         The user's Trainer as it is, or a new one.
@@ -123,7 +143,7 @@ def make_trainer(trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtoc
             f"got {trainer!r}"
         )
     if not isinstance(trainer, Trainer):
-        trainer = OwnTrainer(**own_trainer_arguments(brain) | _as_given(trainer or {}))
+        trainer = OwnTrainer(**_own_and_given(brain, together, trainer or {}))
     # Before Lightning starts the other processes, which would run the script as well.
     check_strategy(trainer)
     if trainer.state.status is TrainerStatus.RUNNING:
@@ -131,7 +151,7 @@ def make_trainer(trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtoc
             "this Trainer is running already, and a Brain called fit or evaluate in a hook: "
             "give a dict of Trainer arguments, of which each run makes a Trainer of its own"
         )
-    agree_on_processes(trainer, brain)
+    agree_on_processes(trainer, brain, Borrowed())
     return trainer
 
 
@@ -148,6 +168,23 @@ def check_trainer_arguments(trainer: Mapping[str, Any]) -> None:
     for name in trainer:
         if name not in known:
             raise RunOptionError(unknown("Trainer argument", name, known))
+
+
+def _own_and_given(
+    brain: BrainProtocol, together: bool, trainer: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = _as_given(trainer)
+    together = together or any(name in given for name in PROCESSES)
+    own = own_trainer_arguments(brain, together)
+    strategy = given.get("strategy")
+    if isinstance(strategy, Strategy):
+        # A Trainer fills in what its strategy lacks; the next one would find it taken.
+        given["strategy"] = strategy = copy.copy(strategy)
+        if strategy.accelerator is not None:
+            del own["accelerator"]
+    if "num_nodes" in given or getattr(strategy, "cluster_environment", None) is not None:
+        del own["plugins"]
+    return own | given
 
 
 def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,3 +84,11 @@ def test_a_module_that_cannot_be_compiled_is_scripted_instead(
     brain.on_fit_start()
     assert isinstance(brain.modules.model, torch.jit.ScriptModule)
     assert "no compiler" in caplog.text
+
+
+def test_modules_are_compiled_once_where_a_brain_is_fitted_twice() -> None:
+    brain = make(compile=True)
+    for _ in range(2):
+        brain.fit(range(1), loader())
+    assert type(brain.modules.model._orig_mod) is nn.Linear
+    assert brain.optimizer_step == 10

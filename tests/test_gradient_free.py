@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from brain_lightning import to_lightning
 
-from .brains import trainer_with
+from .brains import loader, make, trainer_with
 from .parity.recipes import dataset
 from .parity.recipes import loader as traced
 from .parity.sides import OURS, SPEECHBRAIN, Record, Side, assert_equal, attach, run
@@ -87,3 +87,11 @@ def test_max_steps_counts_its_batches() -> None:
     batches = DataLoader(dataset(), batch_size=4)
     trainer.fit(to_lightning(brain), batches, batches)
     assert brain.hparams.mean.count == 12
+
+
+def test_batches_of_the_default_fit_batch_count_too() -> None:
+    """SpeechBrain allows for it: ``optimizers_step`` returns where there is no optimizer."""
+    brain = make(opt_class=None)
+    trainer = trainer_with(max_steps=3, max_epochs=-1)
+    trainer.fit(to_lightning(brain), loader(), loader())
+    assert (trainer.global_step, brain.optimizer_step) == (3, 0)

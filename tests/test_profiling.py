@@ -53,3 +53,15 @@ def test_two_profilers_exclude_each_other(tmp_path: Path) -> None:
     words = r"profile_training and Trainer\(profiler=SimpleProfiler\) exclude each other"
     with pytest.raises(RunOptionError, match=words):
         brain.fit(range(1), loader(), trainer={"profiler": "simple"})
+
+
+@pytest.mark.filterwarnings("ignore:Profiler")
+def test_validation_does_not_count(tmp_path: Path) -> None:
+    brain = make(hparams={"output_folder": str(tmp_path)}, **OPTIONS)
+    with pytest.raises(SystemExit):
+        brain.fit(range(9), loader(8), loader())
+    (trace,) = (tmp_path / "profiler_logs").glob("*.pt.trace.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}
+    assert {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"} <= steps
+    assert "ProfilerStep#7" not in steps

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from brain_lightning import to_lightning
 
-from .brains import make, trainer_with, weights
+from .brains import Regression, loader, make, trainer_with, weights
 from .distributed.scenarios import gan_brain
 from .parity.recipes import dataset
 from .parity.sides import OURS, Record
@@ -143,3 +143,28 @@ def test_after_a_run_nothing_is_counted() -> None:
     other.init_optimizers()
     other.optimizer.step()
     assert len(steps.optimizers) == 10
+
+
+def test_steps_of_optimizers_without_a_dictionary_are_counted() -> None:
+    """Older recipes fill no ``optimizers_dict``."""
+    brain = gan_brain(OURS, Record())
+    init = brain.init_optimizers
+    brain.init_optimizers = lambda: (init(), setattr(brain, "optimizers_dict", None))
+    brain.opt_class = None
+    steps = Steps()
+    fit(to_lightning(brain), steps, max_epochs=1)
+    assert steps.counted == [2, 4, 6, 8, 10]
+
+
+def test_steps_of_another_brain_within_a_batch_are_not_counted() -> None:
+    class Nested(Regression):
+        def fit_batch(self, batch: Any) -> Any:
+            make().fit(range(1), loader(), progressbar=False)
+            return super().fit_batch(batch)
+
+    steps = Steps()
+    brain = make(Nested)
+    trainer = trainer_with(steps, max_epochs=1)
+    trainer.fit(to_lightning(brain), loader(), loader())
+    assert trainer.global_step == 5
+    assert [id(optimizer) for optimizer in steps.optimizers] == [id(brain.optimizer)] * 5

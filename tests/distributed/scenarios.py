@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from speechbrain.dataio.dataloader import SaveableDataLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
@@ -15,6 +18,7 @@ from brain_lightning import to_lightning
 from ..brains import trainer_with
 from ..parity.recipes import CLASSES, FEATURES, adam, dataset, loader, make
 from ..parity.sides import Record, Side
+from ..parity.test_fit import CountsSaves
 
 GLOO = {"distributed_backend": "gloo"}
 
@@ -143,6 +147,56 @@ def fit_twice(side: Side, record: Record) -> Any:
     return brain
 
 
+def unfrozen_between_two_fits(side: Side, record: Record) -> Any:
+    """SpeechBrain wraps anew, around its first wrapper; the names differ, not the weights."""
+    modules = encoder_and_head(dropout=0.0)
+    modules["encoder"][0].requires_grad_(False)
+    brain = make(side, record, modules, run_opts=GLOO, opt_class=_momentum)
+    kwargs = {"batch_size": 4}
+    brain.fit(side.EpochCounter(1), dataset(), train_loader_kwargs=kwargs)
+    for parameter in brain.modules.parameters():
+        parameter.requires_grad_(True)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs=kwargs)
+    for name, module in brain.modules.items():
+        inner = module.module
+        brain.modules[name] = inner if hasattr(inner, "module") else module
+    record.events.clear()
+    record.tensors.clear()
+    return brain
+
+
+class Statistics(nn.Module):
+    """Running statistics of each process's own, as of a normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return x - self.mean
+
+
+def statistics_are_kept_by_evaluate(side: Side, record: Record) -> Any:
+    modules = {"normalize": Statistics(), **encoder_and_head(dropout=0.0)}
+    brain = make(side, record, modules, run_opts=GLOO)
+    kwargs = {"batch_size": 4}
+    brain.fit(side.EpochCounter(1), dataset(), train_loader_kwargs=kwargs)
+    record.results.append(brain.modules.normalize.mean.tolist())
+    record.results.append(brain.evaluate(dataset(), test_loader_kwargs={"batch_size": 4}))
+    record.results.append(brain.modules.normalize.mean.tolist())
+    return brain
+
+
+def evaluated_on_the_main_process_alone(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts=GLOO)
+    brain.fit(side.EpochCounter(1), dataset(), train_loader_kwargs={"batch_size": 4})
+    if brain.rank == 0:
+        record.results.append(brain.evaluate(dataset(), test_loader_kwargs={"batch_size": 4}))
+    return brain
+
+
 def _momentum(parameters: Any) -> Any:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
@@ -197,11 +251,20 @@ def gan(side: Side, record: Record) -> Any:
 # ------------------------------------------------------------ with a Trainer of the user's
 
 
+class SamplerSeen(Callback):
+    epoch = None
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.epoch = module.brain.train_sampler[0].epoch
+
+
 def _on_a_trainer(record: Record, brain: Any, *callbacks: Any, **kwargs: Any) -> Any:
     given = {"devices": 2, "strategy": "ddp", "max_epochs": 3, **kwargs}
-    trainer = trainer_with(*callbacks, **given)
+    sampler = SamplerSeen()
+    trainer = trainer_with(sampler, *callbacks, **given)
     trainer.fit(to_lightning(brain), DataLoader(dataset(), 4, shuffle=True), None)
-    record.results.append((trainer.global_step, brain.train_sampler[0].epoch))
+    record.results.append((trainer.global_step, sampler.epoch))
+    assert brain.train_sampler is None
     return brain
 
 
@@ -233,6 +296,67 @@ def names_in_a_checkpoint(side: Side, record: Record) -> Any:
     record.results.append(list(module.state_dict()))
     module.load_state_dict({n: torch.zeros_like(w) for n, w in module.state_dict().items()})
     record.results.append([p.any().item() for p in brain.modules.parameters()])
+    return brain
+
+
+def a_batch_sampler_on_the_users_trainer(side: Side, record: Record) -> Any:
+    brain = make(side, record)
+    trainer = trainer_with(devices=2, strategy="ddp")
+    kwargs = {"batch_sampler": Batches()}
+    brain.fit(range(1, 3), dataset(), train_loader_kwargs=kwargs, trainer=trainer)
+    return brain
+
+
+def a_batch_sampler_that_cannot_be_shared_out(side: Side, record: Record) -> Any:
+    brain = make(side, record)
+    trainer = trainer_with(devices=2, strategy="ddp")
+    try:
+        trainer.fit(to_lightning(brain), DataLoader(dataset(), batch_sampler=Batches()), None)
+    except ValueError as error:
+        record.results.append(str(error))
+    return brain
+
+
+def a_saveable_loader(side: Side, record: Record) -> Any:
+    class Recoverables(CountsSaves):
+        recoverables: dict[str, Any]
+
+    train = SaveableDataLoader(dataset(), batch_size=4)
+    checkpointer = Recoverables(record)
+    checkpointer.recoverables = {"dataloader-TRAIN": train}
+    brain = make(side, record, checkpointer=checkpointer)
+    trainer = trainer_with(devices=2, strategy="ddp")
+    trainer.fit(to_lightning(brain), train, None)
+    saved = checkpointer.recoverables["dataloader-TRAIN"]
+    record.results.append((type(saved).__name__, saved is train, len(saved)))
+    return brain
+
+
+def a_strategy_instance_used_again(side: Side, record: Record) -> Any:
+    brain = make(side, record, hparams={"trainer": {"strategy": DDPStrategy()}})
+    for _ in range(2):
+        brain.fit(range(1), dataset(), train_loader_kwargs={"batch_size": 4})
+        record.results.append(brain.evaluate(dataset(), test_loader_kwargs={"batch_size": 4}))
+    return brain
+
+
+def unfrozen_when_a_stage_starts(side: Side, record: Record) -> Any:
+    def on_stage_start(self: Any, stage: Any, epoch: Any = None) -> None:
+        if stage.name == "TRAIN" and epoch == 2:
+            self.modules.encoder.requires_grad_(True)
+
+    modules = encoder_and_head(dropout=0.0)
+    modules["encoder"].requires_grad_(False)
+    brain = make(side, record, modules, run_opts=GLOO, on_stage_start=on_stage_start)
+    brain.fit(side.EpochCounter(3), dataset(), train_loader_kwargs={"batch_size": 4})
+    return brain
+
+
+def compiled_and_fitted_twice(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts={**GLOO, "compile": True})
+    for _ in range(2):
+        brain.fit(range(1), dataset(), train_loader_kwargs={"batch_size": 5})
+    record.results.append(list(to_lightning(brain).state_dict()))
     return brain
 
 
@@ -302,11 +426,15 @@ def reported_by_the_main_process(side: Side, record: Record) -> Any:
 SHARED = [
     one_module, dropout_and_two_entries, in_order, a_sampler, a_batch_sampler,
     loaders_of_the_users, an_unused_entry, accumulation_counted, fit_batch_by_hand, fit_twice,
-    gan,
+    unfrozen_between_two_fits, statistics_are_kept_by_evaluate,
+    evaluated_on_the_main_process_alone, gan,
 ]  # fmt: skip
 # Run by ours alone, for SpeechBrain has no Trainer, crashes or hangs.
 OWN = [
     gan_on_the_users_trainer, automatic_on_the_users_trainer, the_loaders_as_they_are,
     names_in_a_checkpoint, batchnorm_stays_local, nan_on_one_rank,
     patience_exhausted_by_one_rank, reported_by_the_main_process,
+    a_batch_sampler_on_the_users_trainer, a_batch_sampler_that_cannot_be_shared_out,
+    a_saveable_loader, a_strategy_instance_used_again, unfrozen_when_a_stage_starts,
+    compiled_and_fitted_twice,
 ]  # fmt: skip

@@ -45,10 +45,11 @@ def of(records: list[dict[Any, Any]], scenario: Any, side: str = "brain_lightnin
     found = [record[side, scenario.__name__] for record in records]
     for record in found:
         assert isinstance(record, Record), record
-    for one, other in zip(*(record.tensors for record in found), strict=True):
+    # Each process may evaluate by itself: one may have more stages.
+    for one, other in zip(*(record.tensors for record in found), strict=False):
         for name in one:
             # Statistics of a BatchNorm on the CPU are each process's own.
-            if "running_" not in name:
+            if "running_" not in name and name != "normalize.mean":
                 assert torch.equal(one[name], other[name]), f"{name} differs between ranks"
     return found
 
@@ -58,7 +59,8 @@ def test_same_bits_in_same_order_on_every_rank(records: Any, scenario: Any) -> N
     theirs = of(records, scenario, "speechbrain")
     for rank, ours in enumerate(of(records, scenario)):
         assert_equal(ours, theirs[rank])
-        assert_moved(ours)
+        if len(ours.tensors) > 1:
+            assert_moved(ours)
 
 
 def test_each_rank_has_data_of_its_own(records: Any) -> None:
@@ -116,6 +118,49 @@ def test_every_rank_raises_when_the_patience_of_one_is_exhausted(records: Any) -
 def test_what_the_main_process_reports_is_known_to_all(records: Any) -> None:
     for record in of(records, scenarios.reported_by_the_main_process):
         assert record.results == [9.0]
+
+
+def test_what_evaluate_leaves_alone_differs_between_ranks(records: Any) -> None:
+    one, other = of(records, scenarios.statistics_are_kept_by_evaluate)
+    assert one.results[0] == one.results[2]
+    assert one.results != other.results
+
+
+def test_a_batch_sampler_is_shared_out_once(records: Any) -> None:
+    mine = of(records, scenarios.a_batch_sampler)
+    for own, users in zip(
+        mine, of(records, scenarios.a_batch_sampler_on_the_users_trainer), strict=True
+    ):
+        assert own.stage_losses == users.stage_losses
+
+
+def test_a_batch_sampler_of_the_users_is_refused_in_words(records: Any) -> None:
+    for record in of(records, scenarios.a_batch_sampler_that_cannot_be_shared_out):
+        assert "the batch sampler Batches cannot be shared out" in record.results[0]
+
+
+def test_a_saveable_loader_is_saved_by_the_one_that_is_iterated(records: Any) -> None:
+    for record in of(records, scenarios.a_saveable_loader):
+        assert record.results[-1] == ("SaveableDataLoader", False, 3)
+
+
+def test_a_strategy_instance_can_be_used_again(records: Any) -> None:
+    for record in of(records, scenarios.a_strategy_instance_used_again):
+        first, second = record.results
+        assert second < first
+
+
+def test_what_is_unfrozen_on_the_way_is_averaged_from_then_on(records: Any) -> None:
+    for record in of(records, scenarios.unfrozen_when_a_stage_starts):
+        moved = [key for key in record.tensors[-1] if key.startswith("encoder.module")]
+        assert moved
+        assert_moved(record)
+
+
+def test_names_stay_clean_where_modules_are_compiled_and_wrapped_twice(records: Any) -> None:
+    for record in of(records, scenarios.compiled_and_fitted_twice):
+        names = {f"brain_modules.model.{n}.{w}" for n in (0, 2) for w in ("weight", "bias")}
+        assert set(record.results[-1]) == names
 
 
 def test_processes_that_lightning_starts_do_the_same(records: Any, tmp_path: Path) -> None:

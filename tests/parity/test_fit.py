@@ -624,6 +624,21 @@ def stages_told_apart_by_identity(side: Side, record: Record) -> Any:
     return brain
 
 
+def optimizer_classes_in_a_list(side: Side, record: Record) -> Any:
+    """As HiFi-GAN: what ``opt_class`` is matters to its own ``init_optimizers`` alone."""
+
+    def init_optimizers(self: Any) -> None:
+        first, second = self.opt_class
+        self.first = first(self.modules.encoder.parameters())
+        self.second = second(self.modules.head.parameters())
+        self.optimizers_dict = {"first": self.first, "second": self.second}
+
+    classes = [torch.optim.Adam, torch.optim.Adagrad]
+    brain = make(side, record, two_modules(0.2), classes, init_optimizers=init_optimizers)
+    brain.fit(side.EpochCounter(2), loader(record, brain, shuffle=True))
+    return brain
+
+
 def no_hparams(side: Side, record: Record) -> Any:
     brain = make(side, record, hparams=None)
     brain.fit(side.EpochCounter(1), loader(record, brain))
@@ -644,7 +659,7 @@ SCENARIOS = [
     fit_batch_overridden, fit_batch_calls_super, optimizers_step_overridden,
     scaler_and_contexts_used_by_hand, generator_and_discriminator, no_hparams,
     validated_every_other_epoch, validation_of_its_own, interval_saves_of_its_own,
-    steps_between_saves, stages_told_apart_by_identity,
+    steps_between_saves, stages_told_apart_by_identity, optimizer_classes_in_a_list,
 ]  # fmt: skip
 
 
