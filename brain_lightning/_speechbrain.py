@@ -23,6 +23,11 @@ def _is_a(obj: object, module: str, name: str) -> bool:
     return cls is not None and isinstance(obj, cls)
 
 
+def is_speechbrains(brain: object) -> bool:
+    """Whether ``brain`` is a Brain of SpeechBrain's."""
+    return _is_a(brain, "core", "Brain")
+
+
 def adopt(brain: Any) -> None:
     """Gives a SpeechBrain Brain what the Trainer's side asks for beyond it, once.
 
@@ -32,7 +37,7 @@ def adopt(brain: Any) -> None:
     Raises:
         UnsupportedError: It was told to use DataParallel.
     """
-    if not _is_a(brain, "core", "Brain") or hasattr(brain, "stage_type"):
+    if not is_speechbrains(brain) or hasattr(brain, "stage_type"):
         return
     if brain.data_parallel_backend:
         raise UnsupportedError(

@@ -14,12 +14,13 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
 from ._loops import evaluation_loops, keep_anomaly_detection
+from ._speechbrain import is_speechbrains
 from ._strategies import ddp_arguments, is_parallel, set_backend, wrap_nothing
 from .borrowed import Borrowed
 from .ddp import wrap_modules
 from .device import autocast, gradient_scaler
-from .errors import RunOptionError
-from .hooks import overrides
+from .errors import RunOptionError, UnsupportedError
+from .hooks import overrides, steps_itself
 from .profiling import profile
 from .protocol import BrainProtocol
 
@@ -162,6 +163,7 @@ def _agree_on_device(trainer: Trainer, brain: BrainProtocol) -> None:
 def _agree_on_clipping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if algorithm is not None:
+        _check_algorithm(brain, algorithm)
         borrowed.set(brain, "gradient_clip_algorithm", algorithm)
     if value is None:
         return
@@ -169,6 +171,16 @@ def _agree_on_clipping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowe
     borrowed.set(brain, "max_grad_norm", float(value))
     # Lightning refuses to clip for a module that steps by itself.
     borrowed.set(trainer, "gradient_clip_val", None)
+
+
+def _check_algorithm(brain: BrainProtocol, algorithm: str) -> None:
+    """SpeechBrain's own optimizers_step, which a fit_batch may call, knows norms alone."""
+    if algorithm != "norm" and steps_itself(type(brain), brain) and is_speechbrains(brain):
+        raise UnsupportedError(
+            f"Trainer(gradient_clip_algorithm={algorithm!r}) has no effect on a fit_batch of "
+            f"{type(brain).__name__}'s own: leave it out, or give the recipe our Brain, from "
+            "brain_lightning import Brain"
+        )
 
 
 def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:

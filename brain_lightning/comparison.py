@@ -218,6 +218,7 @@ def _tensors(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
 
 
 DIFFERENCES: dict[str, Callable[[Event, Event], str]] = {
+    "objective": _numbers_differ("loss"),
     "loss": _numbers_differ("loss"),
     "error": _numbers_differ("error"),
     "gradients": _gradients_differ,

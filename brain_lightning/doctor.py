@@ -19,6 +19,15 @@ HOOKS = frozenset(
 TELLING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
 CALLS = ("backward", "clip_grad_norm_")
 PARALLEL = "ddp (each entry of modules in a DistributedDataParallel of its own)"
+ARGUMENTS = (
+    "accelerator", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run",
+    "max_epochs", "min_epochs", "max_steps", "max_time", "limit_train_batches",
+    "limit_val_batches", "limit_test_batches", "overfit_batches", "val_check_interval",
+    "check_val_every_n_epoch", "log_every_n_steps", "enable_checkpointing",
+    "enable_progress_bar", "accumulate_grad_batches", "gradient_clip_val",
+    "gradient_clip_algorithm", "deterministic", "benchmark", "profiler", "detect_anomaly",
+    "barebones", "reload_dataloaders_every_n_epochs",
+)  # fmt: skip
 REFUSED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
 
 
@@ -50,6 +59,7 @@ class BrainReport:
         why: Why so.
         uses: What else it touches of a Brain, and on which lines.
         strategies: Those that run it.
+        arguments: Arguments of the Trainer that do what they say.
         remarks: What does not work.
         callbacks_refused: Lightning's callbacks that it cannot have.
     """
@@ -62,6 +72,7 @@ class BrainReport:
     why: str
     uses: dict[str, list[str]]
     strategies: list[str]
+    arguments: list[str]
     remarks: list[Remark]
     callbacks_refused: list[str]
 
@@ -114,6 +125,9 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
             f"{hook} is overridden ({_at(overridden[hook])})" for hook in manual
         )
     refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
+    remarks = [*_loop_remarks(brain), *_process_remarks(brain, source)]
+    remarks += _manual_remarks(brain) if manual else []
+    spoiled = {remark.about for remark in remarks}
     return BrainReport(
         name=brain.name,
         line=brain.place.line,
@@ -123,8 +137,8 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
         why=why,
         uses={name: _all(places) for name, places in _uses(brain).items()},
         strategies=["one device"] if _never_wrapped(brain) else ["one device", PARALLEL],
-        remarks=[*_loop_remarks(brain), *_process_remarks(brain, source)]
-        + (list(_manual_remarks(brain)) if manual else []),
+        arguments=[name for name in ARGUMENTS if name not in spoiled],
+        remarks=remarks,
         callbacks_refused=refused + (["GradientAccumulationScheduler"] if manual else []),
     )
 
@@ -167,7 +181,7 @@ def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
             "it is made"
         )
         made = source.called.get(brain.name, brain.place)
-        yield Remark("devices=2", says, made.line)
+        yield Remark("devices", says, made.line)
 
 
 def _manual_remarks(brain: BrainSource) -> Iterator[Remark]:
@@ -180,6 +194,9 @@ def _manual_remarks(brain: BrainSource) -> Iterator[Remark]:
     if not steps and "max_grad_norm" not in known:
         says = "has no effect: clip to self.max_grad_norm, or step by self.optimizers_step()"
         yield Remark("gradient_clip_val", says, step.line)
+    if not steps:
+        says = "has no effect: step by self.optimizers_step()"
+        yield Remark("gradient_clip_algorithm", says, step.line)
     if "grad_accumulation_factor" not in known:
         says = "has no effect: step when self.step % self.grad_accumulation_factor == 0"
         yield Remark("accumulate_grad_batches", says, step.line)
@@ -209,8 +226,7 @@ def _lines(script: str, brain: BrainReport) -> Iterator[str]:
         yield f"  uses        {name}: {', '.join(places)}"
     yield f"  strategies  safe: {'; '.join(brain.strategies)}"
     yield f"              refused: {REFUSED_STRATEGIES}"
-    safe = "all of the README's table" + (", but for the following" if brain.remarks else "")
-    yield f"  arguments   safe: {safe}"
+    yield f"  arguments   safe: {', '.join(brain.arguments)}"
     yield f"  callbacks   safe: all of Lightning's but {', '.join(brain.callbacks_refused)}"
     for remark in brain.remarks:
         yield f"  change      line {remark.line}: {remark.about}: {remark.says}"

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from ._speechbrain import register_checkpoint_hooks
+
 logger = logging.getLogger(__name__)
 
 # A score has to be better by this fraction to count as an improvement
@@ -31,6 +33,8 @@ class EpochCounter:
     def __init__(self, limit: int) -> None:
         self.current = 0
         self.limit = int(limit)
+        # A Checkpointer may be asked to save the counter before there is a Brain.
+        register_checkpoint_hooks(EpochCounter, EpochCounterWithStopper)
 
     def __iter__(self) -> Iterator[int]:
         return self

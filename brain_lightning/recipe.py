@@ -105,6 +105,9 @@ def load_trainer_file(path: str) -> dict[str, Any]:
             arguments = load_hyperpyyaml(file)
     except OSError as error:
         raise RecipeError(f"--trainer={path}: {error.strerror}") from error
+    except Exception as error:
+        # Whatever is wrong with the YAML, or with the classes that it names.
+        raise RecipeError(f"--trainer={path}: {type(error).__name__}: {error}") from error
     if not isinstance(arguments, dict):
         raise RecipeError(f"--trainer={path}: should be a mapping of Trainer arguments")
     return arguments

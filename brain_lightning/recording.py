@@ -103,7 +103,7 @@ class Recorder:
         """Writes down one event.
 
         Args:
-            kind: hook, loss, gradients, weights, stage or error.
+            kind: hook, objective, gradients, weights, loss, stage or error.
             **details: What there is to say.
         """
         step = max((brain.step for brain in self._brains), default=0)
@@ -122,7 +122,11 @@ class Recorder:
                 loss = kwargs.get("stage_loss", (*args, None)[1])
                 weights = _digests(brain.modules.state_dict().items())
                 self.add("stage", loss=_number(loss), weights=weights)
-            return hook(*args, **kwargs)
+            result = hook(*args, **kwargs)
+            if name == "compute_objectives":
+                # Told before the gradients: what differs first is named.
+                self.add("objective", loss=_number(result))
+            return result
 
         return told
 
@@ -184,11 +188,11 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> str:
-    """Exactly; JSON has no NaN."""
+    """Exactly; JSON has no NaN, and a recipe may return anything."""
     try:
         return repr(float(value))
-    except (TypeError, ValueError):
-        return repr(value)
+    except (TypeError, ValueError, RuntimeError):
+        return type(value).__name__
 
 
 def _digests(named: Iterable[tuple[str, Any]]) -> dict[str, int]:

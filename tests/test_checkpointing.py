@@ -137,3 +137,12 @@ def test_a_counter_is_saved_and_recovered_by_speechbrain(tmp_path: Path) -> None
     counter = EpochCounter(4)
     Checkpointer(tmp_path, {"counter": counter}, allow_partial_load=True).recover_if_possible()
     assert counter.current == 4
+
+
+def test_a_counter_alone_is_saved_by_speechbrain(tmp_path: Path) -> None:
+    counter = EpochCounter(4)
+    next(counter)
+    Checkpointer(tmp_path, {"counter": counter}).save_checkpoint()
+    other = EpochCounter(4)
+    Checkpointer(tmp_path, {"counter": other}).recover_if_possible()
+    assert other.current == 1
