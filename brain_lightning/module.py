@@ -212,7 +212,8 @@ class BrainModule(LightningModule):
     def _log_metrics(self) -> None:
         metrics = self.stages.metrics.take(self.trainer.world_size > 1)
         if not self.trainer.barebones:
-            self.log_dict(metrics, batch_size=1)
+            # The same on all ranks already; Lightning warns where it is not told to look.
+            self.log_dict(metrics, batch_size=1, sync_dist=self.trainer.world_size > 1)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``compute_forward`` at Stage.TEST, in evaluation precision."""

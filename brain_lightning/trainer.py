@@ -44,6 +44,8 @@ EXPECTED_WARNINGS = (
     r"You defined a `validation_step` but have no `val_dataloader`",
     # A Brain's weights after its steps are what is wanted.
     r"Using ModelCheckpoint with manual optimization",
+    # Each process evaluates by itself.
+    r"It is recommended to use `self.log\(.*sync_dist=True",
     # --device=cpu on a machine with a GPU is a decision.
     r"GPU available but not used",
     # Lightning 2.6 on torch 2.13, in its own CombinedLoader.
