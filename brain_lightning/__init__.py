@@ -2,9 +2,19 @@
 
 from .brain import Brain
 from .callback import BrainCallback
+from .checkpoint import Checkpoint, average_checkpoints
+from .checkpoint_hooks import (
+    mark_as_loader,
+    mark_as_saver,
+    mark_as_transfer,
+    register_checkpoint_hooks,
+)
+from .checkpoints import Checkpointer
 from .epochs import EpochCounter, EpochCounterWithStopper
 from .errors import (
     BrainTypeError,
+    CheckpointError,
+    CheckpointSaveError,
     HookStoppedError,
     NonFiniteLossError,
     RunOptionError,
@@ -21,6 +31,10 @@ __all__ = [
     "Brain",
     "BrainCallback",
     "BrainTypeError",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointSaveError",
+    "Checkpointer",
     "DistributedSamplerWrapper",
     "EpochCounter",
     "EpochCounterWithStopper",
@@ -32,8 +46,13 @@ __all__ = [
     "RunOptions",
     "Stage",
     "UnsupportedError",
+    "average_checkpoints",
     "lightning_module_class",
+    "mark_as_loader",
+    "mark_as_saver",
+    "mark_as_transfer",
     "parse_arguments",
     "patch_speechbrain",
+    "register_checkpoint_hooks",
     "to_lightning",
 ]

@@ -114,6 +114,15 @@ def dataloader_maker(dataset: object, checkpointer: object, looped: bool) -> Any
     return None
 
 
+def default_hooks(kind: str) -> dict[type, Any]:
+    """The hooks that classes have registered with SpeechBrain's Checkpointer.
+
+    Args:
+        kind: SAVE, LOAD or TRANSFER.
+    """
+    return _loaded("utils.checkpoints", f"DEFAULT_{kind}_HOOKS") or {}
+
+
 def register_checkpoint_hooks(*classes: Any) -> None:
     """Teaches SpeechBrain's Checkpointer to save and recover our classes.
 

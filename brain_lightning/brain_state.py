@@ -19,9 +19,11 @@ from torch.nn import Module, ModuleDict
 from torch.optim import Optimizer
 
 from . import _speechbrain
+from .checkpoint_hooks import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from .checkpoints import Checkpointer
 from .device import autocast, device_type, gradient_scaler, infer_device
 from .epochs import EpochCounter, EpochCounterWithStopper
-from .errors import BrainTypeError
+from .errors import BrainTypeError, UnsupportedError
 from .resolve import resolve_run_options
 from .run_options import RunOptions
 from .stage import Stage
@@ -29,6 +31,7 @@ from .stage import Stage
 logger = logging.getLogger(__name__)
 
 
+@register_checkpoint_hooks
 class BrainState:
     """The attributes of a Brain, and how they are saved.
 
@@ -73,6 +76,7 @@ class BrainState:
     tqdm_colored_bar: bool
     ckpt_interval_minutes: float
     ckpt_interval_steps: int
+    async_save: bool
     grad_accumulation_factor: int
     optimizer_step_limit: int | None
     remove_vector_weight_decay: bool
@@ -178,12 +182,23 @@ class BrainState:
             _speechbrain.register_checkpoint_hooks(
                 BrainState, EpochCounter, EpochCounterWithStopper
             )
+        self._save_in_background(checkpointer)
         if self.debug and not self.debug_persistently:
             _move_to_temporary_directory(checkpointer)
         if self.scaler.is_enabled():
             checkpointer.add_recoverable("scaler", self.scaler, optional_load=True)
         checkpointer.add_recoverable("brain", self)
 
+    def _save_in_background(self, checkpointer: Any) -> None:
+        if isinstance(checkpointer, Checkpointer):
+            checkpointer.async_save = checkpointer.async_save or self.async_save
+        elif self.async_save:
+            raise UnsupportedError(
+                f"async_save needs brain_lightning.Checkpointer, and the checkpointer is a "
+                f"{type(checkpointer).__name__}: its files and arguments are the same"
+            )
+
+    @mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
         state = {
             "step": self.step,
@@ -192,6 +207,7 @@ class BrainState:
         }
         Path(path).write_text(yaml.dump(state), encoding="utf-8")
 
+    @mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         self.step = state["step"]

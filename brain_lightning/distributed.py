@@ -22,6 +22,17 @@ def is_distributed_initialized() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def if_main_process() -> bool:
+    """Whether this process is the first, or the only one."""
+    return not is_distributed_initialized() or torch.distributed.get_rank() == 0
+
+
+def ddp_barrier() -> None:
+    """Waits for all processes."""
+    if is_distributed_initialized():
+        torch.distributed.barrier()
+
+
 def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
     """Gives what one process has to all of them.
 

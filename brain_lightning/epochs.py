@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from ._speechbrain import register_checkpoint_hooks
+from . import _speechbrain
+from .checkpoint_hooks import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 MIN_DELTA = 1e-6
 
 
+@register_checkpoint_hooks
 class EpochCounter:
     """Counts epochs from 1 to ``limit`` and remembers where it was.
 
@@ -33,8 +35,8 @@ class EpochCounter:
     def __init__(self, limit: int) -> None:
         self.current = 0
         self.limit = int(limit)
-        # A Checkpointer may be asked to save the counter before there is a Brain.
-        register_checkpoint_hooks(EpochCounter, EpochCounterWithStopper)
+        # SpeechBrain's Checkpointer may be asked to save it before there is a Brain.
+        _speechbrain.register_checkpoint_hooks(EpochCounter, EpochCounterWithStopper)
 
     def __iter__(self) -> Iterator[int]:
         return self
@@ -46,9 +48,11 @@ class EpochCounter:
         logger.info("Going into epoch %d", self.current)
         return self.current
 
+    @mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
         Path(path).write_text(str(self.current), encoding="utf-8")
 
+    @mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
         saved = int(Path(path).read_text(encoding="utf-8"))
         self._go_on_from(saved, end_of_epoch)
@@ -58,6 +62,7 @@ class EpochCounter:
         self.current = epoch if end_of_epoch else epoch - 1
 
 
+@register_checkpoint_hooks
 class EpochCounterWithStopper(EpochCounter):
     """An ``EpochCounter`` that ends early when a metric stops improving.
 
@@ -117,6 +122,7 @@ class EpochCounterWithStopper(EpochCounter):
                 self.limit_to_stop,
             )
 
+    @mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
         state = {
             "current_epoch": self.current,
@@ -126,6 +132,7 @@ class EpochCounterWithStopper(EpochCounter):
         }
         Path(path).write_text(yaml.dump(state), encoding="utf-8")
 
+    @mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         self._go_on_from(state["current_epoch"], end_of_epoch)

@@ -26,3 +26,15 @@ class HookStoppedError(RuntimeError):
 
 class NonFiniteLossError(ValueError):
     """The loss was not finite more often than ``nonfinite_patience`` allows."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, would run code, or does not hold what is asked for."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not as it was saved; another one may be."""
+
+
+class CheckpointSaveError(OSError):
+    """A checkpoint could not be written; the earlier ones are as they were."""

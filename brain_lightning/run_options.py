@@ -102,6 +102,11 @@ class RunOptions(Mapping[str, Any]):
     ckpt_interval_steps: int = option(
         0, "Steps between checkpoints within an epoch; given, it replaces the minutes."
     )
+    async_save: bool = option(
+        False,
+        "Write checkpoints in the background; training waits only while tensors are copied "
+        "(SpeechBrain has no such option).",
+    )
     grad_accumulation_factor: int = option(1, "Batches whose gradients make one update.")
     optimizer_step_limit: int | None = option(
         None, "Updates after which to stop, with a validation at the end."

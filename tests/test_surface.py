@@ -19,11 +19,16 @@ from brain_lightning import Brain, RunOptions
 
 PACKAGE = Path(brain_lightning.__file__).parent
 # SpeechBrain 1.1.2 has 0, SpeechBrain 1.0 had 15: see the field.
-OTHER_DEFAULTS = {"ckpt_interval_minutes": 15, "overridden_args": frozenset()}
+OTHER_DEFAULTS = {
+    "ckpt_interval_minutes": 15, "overridden_args": frozenset(), "async_save": False
+}  # fmt: skip
 
 # A file imports only files of lower rank.
 RANKS = [
     {"stage", "errors", "protocol", "borrowed", "distributed", "_speechbrain"},
+    {"checkpoint_hooks", "checkpoint_store", "background", "meta_yaml", "recoverables"},
+    {"checkpoint"},
+    {"checkpoints"},
     {"run_options", "epochs", "samplers", "stage_loader"},
     {"optimizers", "progress", "interval", "ddp", "_strategies", "profiling"},
     {"data", "device", "resolve", "update", "hooks", "brain_state"},

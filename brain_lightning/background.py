@@ -1,0 +1,59 @@
+"""Saving in the background: training waits only while tensors are copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .checkpoint_hooks import state_to_save
+
+
+def snapshot(obj: Any) -> Any:
+    """A copy of an object's state that training does not change.
+
+    Args:
+        obj: Anything with a ``state_dict``.
+
+    Returns:
+        The state, its tensors copied to the CPU.
+    """
+    return tree_map_only(Tensor, _copy, state_to_save(obj))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+class BackgroundSaver:
+    """Runs saves one after the other; Python ends only when the last is done."""
+
+    def __init__(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+        self._pending: list[Future[None]] = []
+
+    def submit(self, save: Callable[[], None]) -> None:
+        """Runs a save after those before it.
+
+        Args:
+            save: Writes a checkpoint.
+        """
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending.append(self._executor.submit(save))
+
+    def raise_error(self) -> None:
+        """Raises the error of a save that is over, if there was one."""
+        over = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if not future.done()]
+        for future in over:
+            future.result()
+
+    def wait(self) -> None:
+        """Waits for every save, and raises the error of one that failed."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()

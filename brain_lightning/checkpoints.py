@@ -1,0 +1,432 @@
+"""Saving and recovering an experiment: SpeechBrain's Checkpointer, its saves whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from . import checkpoint_store as store
+from .background import BackgroundSaver
+from .checkpoint import (
+    Checkpoint,
+    Key,
+    Predicate,
+    Ranking,
+    by_meta,
+    checkpoint_in,
+    ckpt_recency,
+    is_whole,
+    one_key,
+    ranked,
+)
+from .checkpoint_hooks import Hook
+from .distributed import ddp_barrier, ddp_broadcast, gather, if_main_process
+from .errors import CheckpointError, CheckpointSaveError, DamagedCheckpointError
+from .meta_yaml import dump_meta
+from .recoverables import Recoverables
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class Checkpointer(Recoverables):
+    """Saves recoverables by name, and recovers them (``speechbrain...Checkpointer``).
+
+    On disk as SpeechBrain's: each side loads the other's. A save is there whole or
+    not at all; a damaged checkpoint is skipped with a warning for the one before.
+
+    Args:
+        checkpoints_dir: Where checkpoints are; made if it is not there.
+        recoverables: Objects by name.
+        custom_load_hooks: By name, each called with the object, the path, and whether
+            it was the end of an epoch.
+        custom_save_hooks: By name, each called with the object and the path.
+        allow_partial_load: Whether a checkpoint may lack a recoverable.
+
+    Attributes:
+        async_save: Whether tensors are written in the background.
+    """
+
+    def __init__(
+        self,
+        checkpoints_dir: str | os.PathLike[str],
+        recoverables: Mapping[str, Any] | None = None,
+        custom_load_hooks: Mapping[str, Hook] | None = None,
+        custom_save_hooks: Mapping[str, Hook] | None = None,
+        allow_partial_load: bool = False,
+    ) -> None:
+        super().__init__(
+            recoverables, custom_load_hooks, custom_save_hooks, allow_partial_load
+        )
+        self.checkpoints_dir = Path(checkpoints_dir)
+        self.async_save = False
+        self._saver = BackgroundSaver()
+        self._newest = 0.0
+        self._names: set[str] = set()
+        os.makedirs(self.checkpoints_dir, exist_ok=True)
+        if if_main_process():
+            store.clean_up(self.checkpoints_dir)
+
+    # ------------------------------------------------------------------- saving
+
+    def save_checkpoint(
+        self,
+        meta: Mapping[str, Any] = {},
+        end_of_epoch: bool = True,
+        name: str | None = None,
+        verbosity: int = logging.INFO,
+    ) -> Checkpoint | None:
+        """Saves every recoverable.
+
+        Args:
+            meta: What to say about the checkpoint.
+            end_of_epoch: Whether an epoch has ended; what is recovered may depend on it.
+            name: A name in the place of time and number; one that is there is replaced.
+            verbosity: The level of the log message.
+
+        Returns:
+            The checkpoint, on the main process. None on the others, and where a
+            parameter is not finite: such a state is not saved beside a good one.
+
+        Raises:
+            CheckpointSaveError: It could not be written, or, in the background, the
+                one before.
+            CheckpointError: A recoverable has no way to be saved.
+        """
+        return self._save(meta, end_of_epoch, name, verbosity, lambda: None)
+
+    def save_and_keep_only(
+        self,
+        meta: Mapping[str, Any] = {},
+        end_of_epoch: bool = True,
+        name: str | None = None,
+        num_to_keep: int = 1,
+        keep_recent: bool = True,
+        importance_keys: Sequence[Key] = (),
+        max_keys: Sequence[str] = (),
+        min_keys: Sequence[str] = (),
+        ckpt_predicate: Predicate | None = None,
+        verbosity: int = logging.INFO,
+    ) -> None:
+        """Saves, and once that is durable deletes the least important checkpoints.
+
+        Args:
+            meta: See ``save_checkpoint``.
+            end_of_epoch: See ``save_checkpoint``.
+            name: See ``save_checkpoint``.
+            num_to_keep: How many to keep by each key.
+            keep_recent: Whether recency is one of the keys.
+            importance_keys: Functions of a checkpoint; the highest values are kept.
+            max_keys: Names in ``meta`` of which the highest values are kept.
+            min_keys: Names in ``meta`` of which the lowest values are kept.
+            ckpt_predicate: Only those for which it is true are considered at all.
+            verbosity: The level of the log messages.
+        """
+        keys = [*importance_keys, *([ckpt_recency] if keep_recent else [])]
+
+        def delete_others() -> None:
+            self._delete(num_to_keep, min_keys, max_keys, keys, ckpt_predicate, verbosity)
+
+        self._save(meta, end_of_epoch, name, verbosity, delete_others)
+
+    def _save(
+        self,
+        meta: Mapping[str, Any],
+        end_of_epoch: bool,
+        name: str | None,
+        verbosity: int,
+        afterwards: Callable[[], None],
+    ) -> Checkpoint | None:
+        if self.async_save:
+            self._saver.raise_error()
+        else:
+            self.wait()
+        if not ddp_broadcast(self._may_be_saved()):
+            return None
+        begun = together(lambda: self._begin(meta, end_of_epoch, name))
+        directory, saved = ddp_broadcast(begun)
+
+        def finish(states: Mapping[Path, Any]) -> None:
+            with store.removed_on_failure(directory):
+                for path, state in states.items():
+                    torch.save(state, path)
+                publish = store.publish if name is None else store.publish_in_place_of
+                path = publish(directory, saved.path)
+            kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
+            logger.log(verbosity, "Saved an %s checkpoint in %s", kind, path)
+            afterwards()
+
+        with store.removed_on_failure(directory) if if_main_process() else nullcontext():
+            later = together(lambda: self.write(directory, later=self.async_save))
+        if self.async_save and if_main_process():
+            self._saver.submit(partial(finish, later))
+        elif not self.async_save:
+            together(lambda: finish(later) if if_main_process() else None)
+        return saved if if_main_process() else None
+
+    def _may_be_saved(self) -> bool:
+        broken = self.not_finite()
+        if broken:
+            logger.error(
+                "No checkpoint is saved: %s has a parameter that is not finite. The earlier "
+                "checkpoints in %s are as they were.",
+                ", ".join(broken),
+                self.checkpoints_dir,
+            )
+        return not broken
+
+    def _begin(
+        self, meta: Mapping[str, Any], end_of_epoch: bool, name: str | None
+    ) -> tuple[Path, Checkpoint] | None:
+        """The directory to write to, with the meta file in it, on the main process."""
+        if not if_main_process():
+            return None
+        # A clock that was set back must not make the newest checkpoint an old one.
+        now = max(time.time(), self._newest + 1e-3, *self._times())
+        self._newest = now
+        final = self.checkpoints_dir / f"{store.CKPT_PREFIX}+{name or self._unused_name()}"
+        directory = store.new_directory(self.checkpoints_dir)
+        saved_meta = {"unixtime": now, "end-of-epoch": end_of_epoch, **meta}
+        with store.removed_on_failure(directory):
+            saved_meta = dump_meta(saved_meta, directory / store.METAFNAME)
+        files = {n: final / f"{n}{store.PARAMFILE_EXT}" for n in self.recoverables}
+        return directory, Checkpoint(final, saved_meta, files)
+
+    def _times(self) -> Iterable[float]:
+        # By one millisecond more than any that is there.
+        return (ckpt.meta["unixtime"] + 1e-3 for ckpt in self._listed())
+
+    def _unused_name(self) -> str:
+        stamp = time.strftime("%Y-%m-%d+%H-%M-%S")
+        number = 0
+        while self._is_taken(f"{stamp}+{number:02d}"):
+            number += 1
+        # One that is written in the background is not there yet.
+        self._names.add(f"{stamp}+{number:02d}")
+        return f"{stamp}+{number:02d}"
+
+    def _is_taken(self, name: str) -> bool:
+        there = (self.checkpoints_dir / f"{store.CKPT_PREFIX}+{name}").exists()
+        return there or name in self._names
+
+    def wait(self) -> None:
+        """Waits until every save is durable.
+
+        Raises:
+            CheckpointSaveError: One of them could not be written.
+        """
+        self._saver.wait()
+
+    # -------------------------------------------------------- finding and recovering
+
+    def find_checkpoint(
+        self,
+        importance_key: Key | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: Predicate | None = None,
+    ) -> Checkpoint | None:
+        """The most important checkpoint, by default the newest.
+
+        Args:
+            importance_key: The highest value counts.
+            max_key: A name in ``meta``; the highest value counts.
+            min_key: A name in ``meta``; the lowest value counts.
+            ckpt_predicate: Only those for which it is true are considered.
+
+        Returns:
+            The checkpoint, or None where there is none.
+        """
+        found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate, 1)
+        return found[0] if found else None
+
+    def find_checkpoints(
+        self,
+        importance_key: Key | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: Predicate | None = None,
+        max_num_checkpoints: int | None = None,
+    ) -> list[Checkpoint]:
+        """Checkpoints by importance, the most important first.
+
+        Args:
+            importance_key: See ``find_checkpoint``.
+            max_key: See ``find_checkpoint``.
+            min_key: See ``find_checkpoint``.
+            ckpt_predicate: See ``find_checkpoint``.
+            max_num_checkpoints: At most so many; None for all.
+
+        Returns:
+            The checkpoints; of two that are as important the newer comes first.
+
+        Raises:
+            ValueError: More than one key was given.
+        """
+        self.wait()
+        key = one_key(importance_key, max_key, min_key)
+        return ranked(self._listed(), key, ckpt_predicate)[:max_num_checkpoints]
+
+    def recover_if_possible(
+        self,
+        importance_key: Key | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: Predicate | None = None,
+    ) -> Checkpoint | None:
+        """Recovers from the most important checkpoint that is as it was saved.
+
+        Args:
+            importance_key: See ``find_checkpoint``.
+            max_key: See ``find_checkpoint``.
+            min_key: See ``find_checkpoint``.
+            ckpt_predicate: See ``find_checkpoint``.
+
+        Returns:
+            The checkpoint, or None where there is none.
+
+        Raises:
+            CheckpointError: There are some, but each is damaged.
+        """
+        found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate)
+        for checkpoint in found:
+            if self._load_unless_damaged(checkpoint):
+                return checkpoint
+        if found:
+            raise CheckpointError(
+                f"every checkpoint in {self.checkpoints_dir} is damaged: move them away to "
+                "start anew"
+            )
+        logger.info("Would load a checkpoint here, but none found yet.")
+        return None
+
+    def _load_unless_damaged(self, checkpoint: Checkpoint) -> bool:
+        try:
+            self.load_checkpoint(checkpoint)
+        except DamagedCheckpointError as error:
+            logger.warning("%s is skipped: %s", checkpoint.path, error)
+            return False
+        return True
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Recovers every recoverable, once the whole checkpoint was read and checked.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Raises:
+            DamagedCheckpointError: A file is not as it was saved.
+            CheckpointError: A recoverable is not in it, or has no way to be recovered.
+        """
+        files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
+        try:
+            store.check(checkpoint.path)
+            states = self.read(files)
+        except CheckpointError as error:
+            raise DamagedCheckpointError(str(error)) from error
+        logger.info("Loading a checkpoint from %s", checkpoint.path)
+        self.load(files, states, checkpoint.meta["end-of-epoch"])
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint, in no order; one whose meta cannot be read is left out."""
+        self.wait()
+        return self._listed()
+
+    def _listed(self) -> list[Checkpoint]:
+        found = (checkpoint_in(path) for path in self.checkpoints_dir.iterdir())
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    # ------------------------------------------------------------------- deleting
+
+    def delete_checkpoints(
+        self,
+        *,
+        num_to_keep: int = 1,
+        min_keys: Sequence[str] | None = None,
+        max_keys: Sequence[str] | None = None,
+        importance_keys: Sequence[Key] = (ckpt_recency,),
+        ckpt_predicate: Predicate | None = None,
+        verbosity: int = logging.INFO,
+    ) -> None:
+        """Deletes the least important checkpoints.
+
+        Args:
+            num_to_keep: How many to keep by each key.
+            min_keys: See ``save_and_keep_only``.
+            max_keys: See ``save_and_keep_only``.
+            importance_keys: See ``save_and_keep_only``.
+            ckpt_predicate: See ``save_and_keep_only``.
+            verbosity: The level of the log messages.
+
+        Raises:
+            ValueError: ``num_to_keep`` is negative.
+        """
+        self.wait()
+        ddp_barrier()
+        min_keys, max_keys = min_keys or (), max_keys or ()
+        self._delete(
+            num_to_keep, min_keys, max_keys, importance_keys, ckpt_predicate, verbosity
+        )
+        ddp_barrier()
+
+    def _delete(
+        self,
+        num_to_keep: int,
+        min_keys: Sequence[str],
+        max_keys: Sequence[str],
+        importance_keys: Sequence[Key],
+        ckpt_predicate: Predicate | None,
+        verbosity: int,
+    ) -> None:
+        if num_to_keep < 0:
+            raise ValueError(f"num_to_keep={num_to_keep}: keep 0 or more checkpoints")
+        if not if_main_process():
+            return
+        keys = [by_meta(name, -1) for name in min_keys]
+        keys += [by_meta(name, 1) for name in max_keys]
+        keys += [Ranking(key) for key in importance_keys]
+        listed = self._listed()
+        doomed: set[Checkpoint] = set()
+        kept: set[Checkpoint] = set()
+        for key in keys:
+            found = ranked(listed, key, ckpt_predicate)
+            doomed.update(found)
+            # One that is cut short must not be kept in the place of a good one.
+            kept.update([ckpt for ckpt in found if is_whole(ckpt)][:num_to_keep])
+        for checkpoint in doomed - kept:
+            store.delete(checkpoint.path)
+            logger.log(verbosity, "Deleted checkpoint in %s", checkpoint.path)
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Does something in every process; where one fails, all of them do.
+
+    Args:
+        action: What to do here.
+
+    Returns:
+        What it returned here.
+
+    Raises:
+        CheckpointSaveError: It failed in another process.
+    """
+    failed: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001  it is raised again below
+        failed = error
+    told = [text for text in gather(None if failed is None else str(failed)) if text]
+    if failed is not None:
+        raise failed
+    if told:
+        raise CheckpointSaveError(f"another process could not save: {told[0]}")
+    return result
