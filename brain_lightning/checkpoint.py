@@ -116,13 +116,13 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
         return None
     try:
         meta = load_meta(path / store.METAFNAME)
+        files = {f.stem: f for f in path.iterdir() if f.suffix == store.PARAMFILE_EXT}
     except FileNotFoundError:
-        # Deleted meanwhile.
+        # Deleted or replaced meanwhile.
         return None
     except (CheckpointError, OSError) as error:
         logger.warning("%s is skipped: %s", path, error)
         return None
-    files = {f.stem: f for f in path.iterdir() if f.suffix == store.PARAMFILE_EXT}
     return Checkpoint(path, meta, files)
 
 
