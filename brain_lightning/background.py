@@ -54,6 +54,9 @@ class BackgroundSaver:
 
     def wait(self) -> None:
         """Waits for every save, and raises the error of one that failed."""
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = None
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()

@@ -10,6 +10,7 @@ from . import _loops
 from ._strategies import check_strategy, is_parallel, synchronize_nothing
 from .agreement import accumulate, agree, wraps_itself
 from .borrowed import Borrowed
+from .checkpoints import Checkpointer
 from .ddp import wrap_modules
 from .profiling import end_when_profiled
 from .refusals import check_averaging, refuse_callbacks
@@ -107,8 +108,11 @@ class BrainCallback(Callback):
         self._put_back(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the Trainer back as it was."""
+        """Gives the Trainer back as it was, once the last checkpoint is durable."""
         self._put_back(trainer)
+        checkpointer = self.stages.brain.checkpointer
+        if isinstance(checkpointer, Checkpointer):
+            checkpointer.wait()
 
     def _put_back(self, trainer: Trainer) -> None:
         self.stages.close()

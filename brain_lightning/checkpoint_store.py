@@ -29,6 +29,7 @@ CHECKSUMS = "checksums.yaml"
 # Names of directories that are no checkpoint: yet, or any more.
 WRITING, REPLACED, DELETED = ".writing", ".replaced", ".deleted"
 SEPARATOR = "~"
+KNOWN_ERRORS = (CheckpointError, CheckpointSaveError)
 
 
 # ------------------------------------------------------------------------------ writing
@@ -78,7 +79,8 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
-        if isinstance(error, OSError | RuntimeError):
+        # torch raises a RuntimeError where it cannot write.
+        if isinstance(error, OSError | RuntimeError) and not isinstance(error, KNOWN_ERRORS):
             where, free = directory.parent, shutil.disk_usage(directory.parent).free / 2**20
             raise CheckpointSaveError(
                 f"no checkpoint was saved in {where} ({free:.0f} MiB free): {error}. The "

@@ -327,14 +327,14 @@ class Checkpointer(Recoverables):
             DamagedCheckpointError: A file is not as it was saved.
             CheckpointError: A recoverable is not in it, or has no way to be recovered.
         """
-        files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         try:
             store.check(checkpoint.path)
-            states = self.read(files)
+            found = self.read(checkpoint.paramfiles)
         except CheckpointError as error:
             raise DamagedCheckpointError(str(error)) from error
+        files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         logger.info("Loading a checkpoint from %s", checkpoint.path)
-        self.load(files, states, checkpoint.meta["end-of-epoch"])
+        self.load(files, found, checkpoint.meta["end-of-epoch"])
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint, in no order; one whose meta cannot be read is left out."""

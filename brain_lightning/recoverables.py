@@ -164,6 +164,8 @@ class Recoverables:
         return {name: load_state(path) for name, path in files.items() if self._is_state(name)}
 
     def _is_state(self, name: str) -> bool:
+        if name not in self.recoverables:
+            return False
         hook = self.custom_load_hooks.get(name) or load_hook(self.recoverables[name])
         return hook is torch_recovery
 
