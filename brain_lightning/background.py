@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .checkpoint_hooks import state_to_save
 
 
-def snapshot(obj: Any) -> Any:
-    """A copy of an object's state that training does not change.
+class Snapshots:
+    """Copies of states, in memory that is used again.
 
-    Args:
-        obj: Anything with a ``state_dict``.
-
-    Returns:
-        The state, its tensors copied to the CPU.
+    Memory that is new costs as much as the copy: each of its pages is made when it
+    is first written to.
     """
-    return tree_map_only(Tensor, _copy, state_to_save(obj))
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+
+    def take(self, obj: Any) -> Any:
+        """Copies an object's state, so that training may change it.
+
+        Args:
+            obj: Anything with a ``state_dict``.
+
+        Returns:
+            The state, its tensors copied to the CPU.
+        """
+        return tree_map_only(Tensor, self._copy, state_to_save(obj))
+
+    def give_back(self, state: Any) -> None:
+        """Takes the memory of a copy that is not needed any more.
+
+        Args:
+            state: What ``take`` returned.
+        """
+        for leaf in tree_leaves(state):
+            if isinstance(leaf, Tensor):
+                self._free[_kind(leaf)].append(leaf)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        free = self._free[_kind(tensor)]
+        buffer = free.pop() if free else torch.empty_like(tensor, device="cpu")
+        return buffer.copy_(tensor.detach())
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.shape, tensor.dtype, tensor.stride())
 
 
 class BackgroundSaver:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import threading
 import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ CHECKSUMS = "checksums.yaml"
 # Names of directories that are no checkpoint: yet, or any more.
 WRITING, REPLACED, DELETED = ".writing", ".replaced", ".deleted"
 SEPARATOR = "~"
+# Seconds between two looks at what is to be made durable.
+SYNC_EVERY = 0.02
 KNOWN_ERRORS = (CheckpointError, CheckpointSaveError)
 
 
@@ -87,6 +90,34 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
                 "earlier ones are as they were"
             ) from error
         raise
+
+
+@contextmanager
+def syncing(directory: Path) -> Iterator[None]:
+    """Makes files durable while they are written, rather than all of them at the end.
+
+    A disk is as slow as writing to memory is fast: done one after the other, a save
+    of 400 MB takes half as long again.
+
+    Args:
+        directory: What ``new_directory`` made.
+    """
+    done = threading.Event()
+
+    def sync_until_done() -> None:
+        while not done.wait(SYNC_EVERY):
+            for path in directory.glob(f"*{PARAMFILE_EXT}"):
+                # What fails here fails again in `publish`, which tells.
+                with suppress(OSError):
+                    _sync(path)
+
+    thread = threading.Thread(target=sync_until_done, name="checkpoint sync")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def publish(directory: Path, final: Path) -> Path:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import checkpoint_store as store
-from .background import BackgroundSaver
+from .background import BackgroundSaver, Snapshots
 from .checkpoint import (
     Checkpoint,
     Key,
@@ -70,6 +70,7 @@ class Checkpointer(Recoverables):
         self.checkpoints_dir = Path(checkpoints_dir)
         self.async_save = False
         self._saver = BackgroundSaver()
+        self._snapshots = Snapshots()
         self._newest = 0.0
         self._names: set[str] = set()
         os.makedirs(self.checkpoints_dir, exist_ok=True)
@@ -159,19 +160,27 @@ class Checkpointer(Recoverables):
             with store.removed_on_failure(directory):
                 for path, state in states.items():
                     torch.save(state, path)
+                    self._snapshots.give_back(state)
                 publish = store.publish if name is None else store.publish_in_place_of
                 path = publish(directory, saved.path)
             kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
             logger.log(verbosity, "Saved an %s checkpoint in %s", kind, path)
             afterwards()
 
-        with store.removed_on_failure(directory) if if_main_process() else nullcontext():
-            later = together(lambda: self.write(directory, later=self.async_save))
+        left = self._write(directory)
         if self.async_save and if_main_process():
-            self._saver.submit(partial(finish, later))
+            self._saver.submit(partial(finish, left))
         elif not self.async_save:
-            together(lambda: finish(later) if if_main_process() else None)
+            together(lambda: finish(left) if if_main_process() else None)
         return saved if if_main_process() else None
+
+    def _write(self, directory: Path) -> dict[Path, Any]:
+        snapshots = self._snapshots if self.async_save else None
+        with ExitStack() as stack:
+            if if_main_process():
+                stack.enter_context(store.removed_on_failure(directory))
+                stack.enter_context(store.syncing(directory))
+            return together(lambda: self.write(directory, snapshots))
 
     def _may_be_saved(self) -> bool:
         broken = self.not_finite()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .background import snapshot
+from .background import Snapshots
 from .checkpoint_hooks import (
     Hook,
     apply_state,
@@ -92,12 +92,13 @@ class Recoverables:
         """Names of the modules that have a parameter which is not finite."""
         return [name for name, obj in self.recoverables.items() if not is_finite(obj)]
 
-    def write(self, directory: Path, later: bool) -> dict[Path, Any]:
+    def write(self, directory: Path, snapshots: Snapshots | None) -> dict[Path, Any]:
         """Calls the save hook of each recoverable.
 
         Args:
             directory: Where to write to.
-            later: Whether tensors are left to somebody in the background.
+            snapshots: Copies the tensors that are left to somebody in the background;
+                None leaves nothing.
 
         Returns:
             Copies of what is left, by the files that it belongs in.
@@ -119,8 +120,8 @@ class Recoverables:
                 hook(obj, path)
             elif not if_main_process():
                 continue
-            elif later:
-                left[path] = snapshot(obj)
+            elif snapshots is not None:
+                left[path] = snapshots.take(obj)
             else:
                 torch_save(obj, path)
         return left
