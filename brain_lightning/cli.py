@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from . import doctor, recipe, verify
-from .errors import BrainTypeError, RecipeError, RunOptionError, UnsupportedError
+from . import convert, doctor, recipe, verify
+from .errors import (
+    BrainTypeError,
+    CheckpointError,
+    CheckpointSaveError,
+    RecipeError,
+    RunOptionError,
+    UnsupportedError,
+)
 from .run_options import RunOptions, split_trainer
 
 USERS_MISTAKES = (
@@ -20,6 +27,8 @@ USERS_MISTAKES = (
     UnsupportedError,
     BrainTypeError,
     RecipeError,
+    CheckpointError,
+    CheckpointSaveError,
     MisconfigurationException,
 )
 MISTAKE = 2
@@ -30,6 +39,7 @@ commands:
   run     SCRIPT HPARAMS [overrides]   run a recipe, its Brains on a Trainer
   verify  SCRIPT HPARAMS [overrides]   run it on SpeechBrain's loop too, and compare
   doctor  SCRIPT                       read it, and say what works with it
+  convert SRC DST                      a checkpoint for SpeechBrain, Lightning or inference
 
 examples:
   brain-lightning run train.py hparams.yaml --lr=0.01 --trainer.max_steps=1000
@@ -171,8 +181,25 @@ def _doctor(words: list[str]) -> int:
     return 0
 
 
+def _convert(words: list[str]) -> int:
+    parser = _parser(
+        "convert",
+        "SRC DST [--hparams=FILE]",
+        description="Turns a CKPT+ directory into a Lightning file (DST is x.ckpt) or a "
+        "folder for SpeechBrain's from_hparams (any other name), and a Lightning file into a "
+        "CKPT+ directory (DST is CKPT+x).",
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint, or a folder of them")
+    parser.add_argument("target", metavar="DST", help="what to write; it must not be there")
+    parser.add_argument("--hparams", metavar="FILE", help="the recipe's hyperparameters")
+    known = parser.parse_args(words)
+    print(convert.convert(known.source, known.target, known.hparams))  # noqa: T201
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "verify": _verify,
     "doctor": _doctor,
+    "convert": _convert,
 }

@@ -1,0 +1,203 @@
+"""A checkpoint directory of SpeechBrain's form, a Lightning file, a folder for inference."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from . import checkpoint_store as store
+from .checkpoint import Checkpoint, checkpoint_in
+from .checkpoint_hooks import load_state
+from .checkpoints import Checkpointer
+from .errors import CheckpointError, RecipeError
+from .inference import write_inference_yaml
+from .meta_yaml import dump_meta
+
+# Under this key a Lightning file holds what Lightning has no place for.
+KEY = "brain_lightning"
+MODULES = "brain_modules"
+
+
+def convert(source: str, target: str, hparams: str | None = None) -> Path:
+    """Turns a checkpoint into what the name of the target says.
+
+    Args:
+        source: A ``CKPT+`` directory, a directory of such (the newest one is taken), or
+            a Lightning ``.ckpt`` file.
+        target: ``x.ckpt`` for a Lightning file, ``CKPT+x`` for a checkpoint directory;
+            any other name is a folder for inference.
+        hparams: The recipe's hyperparameters, for inference; by default the
+            ``hyperparams.yaml`` that SpeechBrain wrote beside its ``save`` folder.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RecipeError: The target is there already, or a file is not.
+        CheckpointError: The source is no checkpoint, or is damaged.
+    """
+    path = Path(target)
+    if path.exists():
+        raise RecipeError(f"{target} is there already: give another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if Path(source).is_file():
+        if not path.name.startswith(store.CKPT_PREFIX):
+            raise RecipeError(
+                f"{source} becomes a checkpoint directory: give a target such as "
+                f"{path.parent / 'CKPT+converted'}"
+            )
+        return from_lightning(Path(source), path)
+    checkpoint = _checkpoint(Path(source))
+    store.check(checkpoint.path)
+    if path.suffix == store.PARAMFILE_EXT:
+        return to_lightning_file(checkpoint, path)
+    return to_inference(checkpoint, path, hparams)
+
+
+def _checkpoint(source: Path) -> Checkpoint:
+    found = checkpoint_in(source) if source.is_dir() else None
+    if found is None and source.is_dir():
+        found = Checkpointer(source).find_checkpoint()
+    if found is None:
+        raise CheckpointError(f"{source} is no checkpoint, and holds none")
+    return found
+
+
+def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
+    """Writes a Lightning file that holds all that a checkpoint directory holds.
+
+    Args:
+        checkpoint: The checkpoint.
+        path: The file.
+
+    Returns:
+        ``path``.
+    """
+    states, files = _read(checkpoint)
+    modules = {name: state for name, state in states.items() if _is_module(state)}
+    optimizers = {name: state for name, state in states.items() if _is_optimizer(state)}
+    done = modules.keys() | optimizers.keys()
+    torch.save(
+        {
+            "pytorch-lightning_version": lightning.__version__,
+            "epoch": int(checkpoint.meta.get("epoch", 0)),
+            "global_step": 0,
+            "state_dict": {
+                f"{MODULES}.{name}.{key}": tensor
+                for name, state in modules.items()
+                for key, tensor in state.items()
+            },
+            "optimizer_states": [optimizers],
+            "lr_schedulers": [],
+            "callbacks": {},
+            KEY: {
+                "meta": checkpoint.meta,
+                "modules": list(modules),
+                "states": {name: s for name, s in states.items() if name not in done},
+                "files": files,
+            },
+        },
+        path,
+    )
+    return path
+
+
+def _read(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Torch's files as states, the others as they are."""
+    states: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    for name, path in checkpoint.paramfiles.items():
+        if zipfile.is_zipfile(path):
+            states[name] = load_state(path)
+        else:
+            files[name] = path.read_bytes()
+    return states, files
+
+
+def _is_module(state: Any) -> bool:
+    return isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
+
+
+def _is_optimizer(state: Any) -> bool:
+    return isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys()
+
+
+def from_lightning(source: Path, directory: Path) -> Path:
+    """Writes a checkpoint directory of what a Lightning file holds.
+
+    Args:
+        source: The file: one that ``to_lightning_file`` wrote, or that Lightning wrote of
+            a Brain's module; then each entry of the Brain's modules is a recoverable.
+        directory: The checkpoint directory.
+
+    Returns:
+        ``directory``.
+    """
+    saved = load_state(source)
+    own = saved.get(KEY, {})
+    states = _modules(saved["state_dict"], own.get("modules"))
+    for optimizers in saved.get("optimizer_states", []):
+        states |= {_optimizer_name(name): state for name, state in optimizers.items()}
+    states |= own.get("states", {})
+    temporary = store.new_directory(directory.parent)
+    with store.removed_on_failure(temporary):
+        meta = {"unixtime": source.stat().st_mtime, "end-of-epoch": True}
+        meta |= own.get("meta", {"epoch": saved["epoch"]})
+        dump_meta(meta, temporary / store.METAFNAME)
+        for name, state in states.items():
+            torch.save(state, temporary / f"{name}{store.PARAMFILE_EXT}")
+        for name, content in own.get("files", {}).items():
+            (temporary / f"{name}{store.PARAMFILE_EXT}").write_bytes(content)
+        return store.publish(temporary, directory)
+
+
+def _modules(state: Mapping[str, Tensor], names: list[str] | None) -> dict[str, Any]:
+    modules: dict[str, Any] = {name: {} for name in names or []}
+    for key, tensor in state.items():
+        rest = key.removeprefix(f"{MODULES}.")
+        # A recoverable may have a dot in its name; an entry of modules has none.
+        own = [name for name in modules if rest.startswith(f"{name}.")]
+        name = max(own, key=len) if own else rest.partition(".")[0]
+        modules.setdefault(name, {})[rest.removeprefix(f"{name}.")] = tensor
+    return modules
+
+
+def _optimizer_name(name: str) -> str:
+    """The default ``init_optimizers`` has another name for its recoverable."""
+    return "optimizer" if name == "opt_class" else name
+
+
+def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> Path:
+    """Writes what SpeechBrain's ``from_hparams`` reads.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: The folder.
+        hparams: See ``convert``.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        RecipeError: There are no hyperparameters.
+    """
+    yaml = Path(hparams or checkpoint.path.parent.parent / "hyperparams.yaml")
+    if not yaml.is_file():
+        raise RecipeError(f"{yaml} is not there: give the recipe's file with --hparams=FILE")
+    states, _ = _read(checkpoint)
+    modules = [name for name, state in states.items() if _is_module(state)]
+    temporary = store.new_directory(folder.parent)
+    with store.removed_on_failure(temporary):
+        for name in modules:
+            shutil.copy(checkpoint.paramfiles[name], temporary)
+        text = write_inference_yaml(yaml.read_text(encoding="utf-8"), modules)
+        (temporary / "hyperparams.yaml").write_text(text, encoding="utf-8")
+        temporary.rename(folder)
+    return folder
