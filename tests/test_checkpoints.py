@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -379,23 +379,26 @@ def test_what_dead_processes_left_is_removed_and_the_living_ones_is_not(
     assert state.checkpointer.list_checkpoints()[0].path.name == "CKPT+1"
 
 
-def test_two_threads_that_save_at_once_get_two_checkpoints(folder: Path) -> None:
-    states = [State(folder, size=8) for _ in range(2)]
-    barrier = threading.Barrier(2)
-
-    def save(state: State) -> None:
-        barrier.wait()
-        for value in range(5):
-            state.set(value)
-            state.checkpointer.save_checkpoint()
-
-    threads = [threading.Thread(target=save, args=(state,)) for state in states]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(states[0].checkpointer.list_checkpoints()) == 10
+@pytest.mark.filterwarnings("ignore:This process")  # torch: a fork of a process with threads
+def test_two_processes_that_save_at_once_get_a_checkpoint_each(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(2)
+    processes = [context.Process(target=save_five, args=(folder, start)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(Checkpointer(folder).list_checkpoints()) == 10
     assert recovered(folder) == {4.0}
+
+
+def save_five(folder: Path, start: Any) -> None:
+    state = State(folder, size=8)
+    start.wait()
+    for value in range(5):
+        state.set(value)
+        state.checkpointer.save_checkpoint()
 
 
 def fails_to_write(*_: Any) -> None:
