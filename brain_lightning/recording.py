@@ -31,7 +31,8 @@ from .optimizers import parameters_of
 from .patch import patch_speechbrain
 from .recipe import run_script
 
-# Not fit_batch and optimizers_step: a Brain that had them of its own would step by itself.
+# Every hook of a Brain that its loops call, but for fit_batch and optimizers_step: a Brain
+# that had them of its own would step by itself.
 HOOKS = (
     "make_dataloader",
     "on_fit_start",

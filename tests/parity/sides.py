@@ -24,29 +24,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import brain_lightning
+from brain_lightning.recording import HOOKS
 
 from ..conftest import seed_everything
-
-# Every hook of a Brain that its loops call. Not fit_batch and optimizers_step: a Trainer
-# may do the work of those where a recipe leaves them alone.
-HOOKS = (
-    "make_dataloader",
-    "on_fit_start",
-    "init_optimizers",
-    "on_stage_start",
-    "on_fit_batch_start",
-    "compute_forward",
-    "compute_objectives",
-    "check_loss_isfinite",
-    "freeze_optimizers",
-    "check_gradients",
-    "on_fit_batch_end",
-    "update_average",
-    "evaluate_batch",
-    "zero_grad",
-    "on_stage_end",
-    "on_evaluate_start",
-)
 
 
 @dataclass(frozen=True)
