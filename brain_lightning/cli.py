@@ -63,12 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         "brain-lightning",
+        usage="%(prog)s COMMAND ...",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
-    command = parser.parse_args(words[:1]).command
+    command = parser.parse_args(words[:1] or ["--help"]).command
     shows_traceback = "--debug-traceback" in words
     try:
         return COMMANDS[command]([w for w in words[1:] if w != "--debug-traceback"])

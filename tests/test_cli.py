@@ -222,6 +222,13 @@ def test_help(words: list[str], shown: list[str], capsys: pytest.CaptureFixture[
         assert text in out
 
 
+def test_a_call_without_words_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    assert "usage: brain-lightning COMMAND" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("trainer", "processes"),
     [({}, 1), ({"devices": 3}, 3), ({"devices": "2"}, 2), ({"devices": "auto"}, 1)],
