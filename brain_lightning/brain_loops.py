@@ -13,8 +13,16 @@ from . import trainer as trainers
 from .errors import BrainTypeError
 from .generate import to_lightning
 from .protocol import BrainProtocol
+from .stages import Stages
 
 logger = logging.getLogger(__name__)
+
+# Arguments of the Trainer that hold for a fit within a fit too, as MetricGAN does it several
+# times an epoch; the others, callbacks and limits among them, are meant for the outer one.
+OF_EVERY_RUN = (
+    "accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "deterministic",
+    "benchmark", "detect_anomaly",
+)  # fmt: skip
 
 
 def fit(
@@ -86,4 +94,6 @@ def _trainer_for(
                 f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
             )
         given = {**given, **brain.trainer_overrides}
+    if trainer is None and isinstance(given, Mapping) and Stages.is_running(brain):
+        given = {name: value for name, value in given.items() if name in OF_EVERY_RUN}
     return trainers.make_trainer(given, brain, together)

@@ -50,6 +50,7 @@ class BrainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the loops, before any loader is looked at."""
         self._for_the_check.put_back()
+        self.stages.begin()
         if is_parallel(trainer):
             synchronize_nothing(pl_module)
         # On one process of several, evaluate() runs on a Trainer of that process alone.

@@ -183,7 +183,7 @@ def describe(theirs: Event | None, ours: Event | None) -> str:
 
 def _when(event: Event) -> str:
     epoch = "" if event["epoch"] is None else f"epoch {event['epoch']}, "
-    return f"{event['stage'] or 'before the first stage'}, {epoch}step {event['step']}"
+    return f"{event['stage'] or 'between stages'}, {epoch}step {event['step']}"
 
 
 def _what(event: Event) -> str:

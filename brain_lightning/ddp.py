@@ -61,7 +61,48 @@ def _unwrapped(module: Module) -> Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
+class _PassedBy:
+    """Tells of a module that is called around its wrapper, as ``hparams.model(...)``.
+
+    Its gradients are not averaged then, in SpeechBrain neither, and the ranks drift
+    apart without a word.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._inside = False
+        self._told = False
+
+    def watch(self, wrapper: Module, module: Module) -> None:
+        wrapper.register_forward_pre_hook(self._enter)
+        wrapper.register_forward_hook(self._leave, always_call=True)
+        module.register_forward_pre_hook(self._called)
+
+    def _enter(self, *_: object) -> None:
+        self._inside = True
+
+    def _leave(self, *_: object) -> None:
+        self._inside = False
+
+    def _called(self, module: Module, _: object) -> None:
+        if self._inside or self._told or not (module.training and torch.is_grad_enabled()):
+            return
+        self._told = True
+        logger.warning(
+            "%r is called around its DistributedDataParallel: its gradients are not averaged "
+            "over processes. Call self.modules.%s(...), not what it wraps, nor hparams",
+            self._name,
+            self._name,
+        )
+
+
 def _wrap(brain: BrainProtocol, name: str, module: Module) -> Module:
+    wrapper = _wrapped_by(brain, name, module)
+    _PassedBy(name).watch(wrapper, wrapper.module)
+    return wrapper
+
+
+def _wrapped_by(brain: BrainProtocol, name: str, module: Module) -> DistributedDataParallel:
     arguments = {"find_unused_parameters": brain.find_unused_parameters}
     return DistributedDataParallel(
         _with_batchnorm_for(brain.device_type, name, module),

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .brain import Brain
 from .hooks import MANUAL_HOOKS
 from .recipe_source import BrainSource, Place, RecipeSource
@@ -19,6 +21,9 @@ HOOKS = frozenset(
 TELLING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
 CALLS = ("backward", "clip_grad_norm_")
 PARALLEL = "ddp (each entry of modules in a DistributedDataParallel of its own)"
+BACKBONE = "BackboneFinetuning unless init_optimizers leaves the backbone out"
+# What every Module has: no entry of a recipe's.
+OF_A_MODULE = frozenset(dir(torch.nn.ModuleDict))
 ARGUMENTS = (
     "accelerator", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run",
     "max_epochs", "min_epochs", "max_steps", "max_time", "limit_train_batches",
@@ -125,6 +130,7 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
             f"{hook} is overridden ({_at(overridden[hook])})" for hook in manual
         )
     refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
+    refused += ["StochasticWeightAveraging with BatchNorm", BACKBONE]
     remarks = [*_loop_remarks(brain), *_process_remarks(brain, source)]
     remarks += _manual_remarks(brain) if manual else []
     spoiled = {remark.about for remark in remarks}
@@ -136,7 +142,7 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
         updates="manual" if manual else "automatic",
         why=why,
         uses={name: _all(places) for name, places in _uses(brain).items()},
-        strategies=["one device"] if _never_wrapped(brain) else ["one device", PARALLEL],
+        strategies=["one device"] + ([] if "strategy=ddp" in spoiled else [PARALLEL]),
         arguments=[name for name in ARGUMENTS if name not in spoiled],
         remarks=remarks,
         callbacks_refused=refused + (["GradientAccumulationScheduler"] if manual else []),
@@ -158,6 +164,10 @@ def _uses(brain: BrainSource) -> dict[str, list[Place]]:
 
 
 def _loop_remarks(brain: BrainSource) -> Iterator[Remark]:
+    if "fit" in brain.reads:
+        says = "a fit within a fit gets device, strategy and precision of the outer Trainer, "
+        says += "not its limits and callbacks"
+        yield Remark("fit", says, brain.reads["fit"][0].line)
     if "_fit_train" in brain.methods:
         says = "refused before training: the Trainer takes its place; use a hook or a callback"
         yield Remark("_fit_train", says, brain.methods["_fit_train"].line)
@@ -174,6 +184,13 @@ def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
     if _never_wrapped(brain):
         says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
         yield Remark("strategy=ddp", says, brain.methods["on_fit_start"].line)
+    if brain.hparams_called and not brain.entries - OF_A_MODULE:
+        name, place = next(iter(brain.hparams_called.items()))
+        says = (
+            f"gradients would not be averaged if hparams.{name} is one of modules: call "
+            f"self.modules.{name}, for what is called in hparams has no wrapper"
+        )
+        yield Remark("strategy=ddp", says, place.line)
     starts_group = any(name.endswith("ddp_init_group") for name in source.called)
     if brain.base.startswith("SpeechBrain") and not starts_group:
         says = (
@@ -187,27 +204,36 @@ def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
 def _manual_remarks(brain: BrainSource) -> Iterator[Remark]:
     """Options that a step of one's own has to honour itself."""
     step = next(brain.methods[hook] for hook in MANUAL_HOOKS if hook in brain.methods)
-    if "fit_batch" not in brain.methods or "fit_batch" in brain.supers:
-        return
-    known = set(brain.reads)
-    steps = "optimizers_step" in known and "optimizers_step" not in brain.methods
-    if not steps and "max_grad_norm" not in known:
-        says = "has no effect: clip to self.max_grad_norm, or step by self.optimizers_step()"
-        yield Remark("gradient_clip_val", says, step.line)
-    if not steps:
+    own_fit_batch = "fit_batch" in brain.methods and "fit_batch" not in brain.supers
+    steps = "optimizers_step" in brain.reads and "optimizers_step" not in brain.methods
+    if brain.base.startswith("SpeechBrain"):
+        says = "'value' is refused: SpeechBrain's own steps clip norms alone"
+        yield Remark("gradient_clip_algorithm", says, step.line)
+    elif own_fit_batch and not steps:
         says = "has no effect: step by self.optimizers_step()"
         yield Remark("gradient_clip_algorithm", says, step.line)
+    if own_fit_batch:
+        yield from _fit_batch_remarks(brain, steps, step.line)
+
+
+def _fit_batch_remarks(brain: BrainSource, steps: bool, line: int) -> Iterator[Remark]:
+    known = set(brain.reads)
+    if not steps and "max_grad_norm" not in known:
+        says = "has no effect: clip to self.max_grad_norm, or step by self.optimizers_step()"
+        yield Remark("gradient_clip_val", says, line)
     if "grad_accumulation_factor" not in known:
         says = "has no effect: step when self.step % self.grad_accumulation_factor == 0"
-        yield Remark("accumulate_grad_batches", says, step.line)
-    if "training_ctx" not in known:
+        yield Remark("accumulate_grad_batches", says, line)
+    else:
+        says = "an incomplete last window makes no update, as in SpeechBrain"
+        yield Remark("accumulate_grad_batches", says, line)
+    casts = {"training_ctx", "precision"} & known or "autocast" in brain.calls
+    if not casts:
         says = "mixed precision has no effect: compute the loss within self.training_ctx"
-        yield Remark("precision", says, step.line)
+        yield Remark("precision", says, line)
     elif "scaler" not in known:
-        says = (
-            "16-mixed loses small gradients: scale the loss by self.scaler; bf16-mixed works"
-        )
-        yield Remark("precision", says, step.line)
+        says = "16-mixed loses small gradients: scale the loss by self.scaler"
+        yield Remark("precision", says, line)
 
 
 def _at(place: Place) -> str:
@@ -227,6 +253,6 @@ def _lines(script: str, brain: BrainReport) -> Iterator[str]:
     yield f"  strategies  safe: {'; '.join(brain.strategies)}"
     yield f"              refused: {REFUSED_STRATEGIES}"
     yield f"  arguments   safe: {', '.join(brain.arguments)}"
-    yield f"  callbacks   safe: all of Lightning's but {', '.join(brain.callbacks_refused)}"
+    yield f"  callbacks   safe: all of Lightning's but {'; '.join(brain.callbacks_refused)}"
     for remark in brain.remarks:
         yield f"  change      line {remark.line}: {remark.about}: {remark.says}"

@@ -40,6 +40,8 @@ class BrainSource:
         calls: Methods called on anything, and where: ``backward``, ``step``…
         supers: Methods called on ``super()``, and where.
         unwraps: Where ``.module`` of something else than ``self`` is read.
+        entries: Entries of ``self.modules`` that they use.
+        hparams_called: What they call in ``self.hparams``, and where.
     """
 
     name: str
@@ -50,6 +52,8 @@ class BrainSource:
     calls: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     supers: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     unwraps: list[Place] = field(default_factory=list)
+    entries: set[str] = field(default_factory=set)
+    hparams_called: dict[str, Place] = field(default_factory=dict)
 
 
 class RecipeSource:
@@ -109,6 +113,10 @@ class RecipeSource:
             if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 brain.methods[statement.name] = Place(self._path.name, statement.lineno)
         for part in ast.walk(node):
+            if isinstance(part, (ast.Attribute, ast.Subscript)) and _is_self(
+                part.value, "modules"
+            ):
+                brain.entries.add(getattr(part, "attr", ast.unparse(part)))
             if isinstance(part, ast.Attribute):
                 self._read_attribute(part, brain)
             if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
@@ -123,6 +131,9 @@ class RecipeSource:
 
     def _read_call(self, function: ast.Attribute, brain: BrainSource) -> None:
         owner = function.value
+        if _is_self(owner, "hparams"):
+            place = Place(self._path.name, function.end_lineno or 0)
+            brain.hparams_called.setdefault(function.attr, place)
         on_super = isinstance(owner, ast.Call) and self._resolve(owner.func) == "super"
         calls = brain.supers if on_super else brain.calls
         calls[function.attr].append(Place(self._path.name, function.end_lineno or 0))
@@ -136,6 +147,11 @@ class RecipeSource:
         if not isinstance(node, ast.Name):
             return ""
         return ".".join([self._imported.get(node.id, node.id), *reversed(parts)])
+
+
+def _is_self(node: ast.expr, attribute: str) -> bool:
+    """Whether an expression is ``self.attribute``."""
+    return ast.unparse(node) == f"self.{attribute}"
 
 
 def _parse(path: Path) -> ast.Module:

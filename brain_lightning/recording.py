@@ -69,8 +69,8 @@ class Recorder:
         self._steps = steps
         self._done: dict[int, int] = {}
         self._brains: list[Any] = []
-        self._stage = ""
-        self._epoch: Any = None
+        # A recipe may fit within a stage.
+        self._stages: list[tuple[str, Any]] = []
 
     def watch(self, brain_class: Any) -> None:
         """Attaches to every Brain that is made from now on, and to every optimizer.
@@ -108,7 +108,8 @@ class Recorder:
             **details: What there is to say.
         """
         step = max((brain.step for brain in self._brains), default=0)
-        when = {"stage": self._stage, "epoch": self._epoch, "step": step}
+        stage, epoch = self._stages[-1] if self._stages else ("", None)
+        when = {"stage": stage, "epoch": epoch, "step": step}
         self.events.append({"kind": kind, **when, **details})
 
     def _told(self, brain: Any, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,14 +117,16 @@ class Recorder:
         def told(*args: Any, **kwargs: Any) -> Any:
             stages = [a.name for a in (*args, *kwargs.values()) if type(a).__name__ == "Stage"]
             if name == "on_stage_start":
-                self._stage = stages[0]
-                self._epoch = _plain(kwargs.get("epoch", (*args, None, None)[1]))
+                epoch = _plain(kwargs.get("epoch", (*args, None, None)[1]))
+                self._stages.append((stages[0], epoch))
             self.add("hook", hook=f"{name}({', '.join(stages)})" if stages else name)
             if name == "on_stage_end":
                 loss = kwargs.get("stage_loss", (*args, None)[1])
                 weights = _digests(brain.modules.state_dict().items())
                 self.add("stage", loss=_number(loss), weights=weights)
             result = hook(*args, **kwargs)
+            if name == "on_stage_end" and self._stages:
+                self._stages.pop()
             if name == "compute_objectives":
                 # Told before the gradients: what differs first is named.
                 self.add("objective", loss=_number(result))
@@ -135,7 +138,7 @@ class Recorder:
         @functools.wraps(hook)
         def averaged(loss: Any, avg_loss: Any) -> Any:
             self.add("loss", loss=_number(loss))
-            if self._stage == "TRAIN":
+            if self._stages and self._stages[-1][0] == "TRAIN":
                 self._count(brain)
             return hook(loss, avg_loss)
 
@@ -146,7 +149,7 @@ class Recorder:
         self._done[id(brain)] = self._done.get(id(brain), 0) + 1
         if self._done[id(brain)] == self._steps:
             brain.debug, brain.debug_batches = True, brain.step
-            brain.debug_epochs = self._epoch
+            brain.debug_epochs = self._stages[-1][1]
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Writes down what an optimizer is about to apply.

@@ -147,7 +147,9 @@ class RunOptions(Mapping[str, Any]):
         for key in args_dict:
             if key not in names:
                 raise RunOptionError(unknown("run option", key, names))
-        given = frozenset(args_dict) - {"overridden_args"}
+        # SpeechBrain's own RunOptions know which of theirs were given.
+        given = frozenset(getattr(args_dict, "overridden_args", args_dict))
+        given -= {"overridden_args"}
         return cls(**{**args_dict, "overridden_args": given})
 
     @classmethod

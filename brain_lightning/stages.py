@@ -63,6 +63,8 @@ class Stages:
 
     # Runs whose batch is being fitted; a recipe may fit another Brain within.
     _fitting: ClassVar[list[Stages]] = []
+    # Runs that go on.
+    _running: ClassVar[list[Stages]] = []
 
     def __init__(
         self,
@@ -89,6 +91,19 @@ class Stages:
         self._loaders: dict[Stage, list[StageLoader]] = {stage: [] for stage in Stage}
         # Lightning disables gradients before it says that a stage starts.
         self._grad_enabled = torch.is_grad_enabled()
+
+    @classmethod
+    def is_running(cls, brain: BrainProtocol) -> bool:
+        """Whether a run of a Brain goes on, so that one that begins is within it.
+
+        Args:
+            brain: The Brain.
+        """
+        return any(stages.brain is brain for stages in cls._running)
+
+    def begin(self) -> None:
+        """Says that the run goes on, until ``close``."""
+        self._running.append(self)
 
     def wrap(self, loaders: Sequence[Iterable[Any]], stage: Stage) -> list[StageLoader]:
         """Puts a stage's loaders under the control of the stage.
@@ -126,7 +141,9 @@ class Stages:
         return loaders[0] if len(loaders) == 1 else loaders or None
 
     def close(self) -> None:
-        """Ends every pass: no worker process and no open bar is left behind."""
+        """Ends the run, and every pass: no worker process and no bar is left behind."""
+        if self in self._running:
+            self._running.remove(self)
         for loaders in self._loaders.values():
             for loader in loaders:
                 loader.close()

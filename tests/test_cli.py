@@ -373,6 +373,8 @@ def test_doctor_reads_a_gan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "strategy=ddp": 10, "devices": 19, "gradient_clip_val": 5,
         "gradient_clip_algorithm": 5, "accumulate_grad_batches": 5, "precision": 5,
     }  # fmt: skip
+    says = {remark["about"]: remark["says"] for remark in report["remarks"]}
+    assert says["gradient_clip_algorithm"].startswith("'value' is refused")
     assert not {"gradient_clip_val", "precision"} & set(report["arguments"])
     assert "max_steps" in report["arguments"]
     assert "GradientAccumulationScheduler" in report["callbacks_refused"]
@@ -388,6 +390,45 @@ def test_doctor_has_nothing_to_say_about_a_plain_recipe(
     assert "compute_forward (toy.py:12)" in shown
     assert "ddp (each entry" in shown
     assert "change" not in shown
+
+
+AROUND = """\
+import speechbrain as sb
+
+class Separation(sb.Brain):
+    def compute_forward(self, batch, stage):
+        if stage == sb.Stage.TRAIN:
+            self.fit([1], batch)
+        return self.hparams.Encoder(batch)
+
+    def fit_batch(self, batch):
+        with torch.autocast("cuda", self.precision):
+            loss = self.compute_forward(batch, None)
+        self.scaler.scale(loss / self.grad_accumulation_factor).backward()
+        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), self.max_grad_norm)
+
+sb.utils.distributed.ddp_init_group({})
+"""
+
+
+def test_doctor_sees_what_is_called_around_the_modules(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", script(tmp_path, AROUND), "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["brains"]
+    remarks = {
+        remark["about"]: (remark["line"], remark["says"]) for remark in report["remarks"]
+    }
+    assert remarks.keys() == {
+        "fit", "strategy=ddp", "gradient_clip_algorithm", "accumulate_grad_batches"
+    }  # fmt: skip
+    assert remarks["fit"][0] == 6
+    assert remarks["strategy=ddp"][0] == 7
+    assert "call self.modules.Encoder" in remarks["strategy=ddp"][1]
+    assert remarks["accumulate_grad_batches"][1].startswith("an incomplete last window")
+    assert report["strategies"] == ["one device"]
+    assert {"precision", "gradient_clip_val"} <= set(report["arguments"])
+    assert report["uses"]["clip_grad_norm_()"] == ["train.py:13"]
 
 
 def test_doctor_says_that_a_training_loop_is_refused(

@@ -171,3 +171,14 @@ def test_every_option_explains_itself(capsys: pytest.CaptureFixture[str]) -> Non
     hidden = {"distributed_launch", "data_parallel_count", "tqdm_barcolor"}
     for name in set(RunOptions.option_names()) - hidden:
         assert f"--{name}" in shown
+
+
+def test_what_speechbrains_options_were_not_given_leaves_hparams_in_force() -> None:
+    """A recipe may go on using ``sb.parse_arguments``."""
+    words = ["hparams.yaml", "--device=cpu", "--max_grad_norm=2.5"]
+    _, run_opts, _ = SpeechBrainRunOptions.from_command_line_args(words)
+    hparams = {"grad_accumulation_factor": 2, "max_grad_norm": 9.0}
+    brain = Brain(hparams=hparams, run_opts=run_opts)
+    assert brain.grad_accumulation_factor == 2
+    assert brain.max_grad_norm == 2.5
+    assert brain.given_options == {"device", "grad_accumulation_factor", "max_grad_norm"}

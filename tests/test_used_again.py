@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.multiprocessing import active_children
 from torch.utils.data import DataLoader, IterableDataset
@@ -294,3 +294,34 @@ def test_the_accumulation_window_of_a_trainer_ends_with_its_run() -> None:
     steps, brain.step = brain.optimizer_step, 1
     brain.fit_batch(next(iter(loader())))
     assert brain.optimizer_step == steps
+
+
+class Nested(Regression):
+    """Fits itself before each epoch, as MetricGAN's discriminator."""
+
+    inner = False
+
+    def on_fit_start(self) -> None:
+        if not self.inner:
+            super().on_fit_start()
+
+    def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
+        super().on_stage_start(stage, epoch)
+        if stage.name == "TRAIN" and not self.inner:
+            self.inner = True
+            self.fit(range(1), loader())
+            self.inner = False
+
+
+def test_limits_and_callbacks_are_those_of_the_outer_fit() -> None:
+    stopper = EarlyStopping("valid_loss", patience=9)
+    saver = ModelCheckpoint(monitor="valid_loss", every_n_epochs=9)
+    arguments = {"callbacks": [stopper, saver], "max_steps": 7, "limit_train_batches": 2}
+    brain = make(Nested, hparams={"trainer": arguments})
+    brain.fit(range(2), loader(), loader())
+    # Five steps of each inner fit, two of each outer one.
+    assert brain.optimizer_step == 2 * (5 + 2)
+    assert stopper.wait_count == 0
+    other = make(hparams={"trainer": {"max_steps": 3}})
+    other.fit(range(2), loader())
+    assert other.optimizer_step == 3

@@ -379,6 +379,24 @@ def batchnorm_stays_local(side: Side, record: Record) -> Any:
     return brain
 
 
+def called_around_its_wrapper(side: Side, record: Record) -> Any:
+    modules = encoder_and_head(dropout=0.0)
+    handler = Heard(record)
+    logging.getLogger("brain_lightning.ddp").addHandler(handler)
+
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Tensor:
+        return self.modules.head(self.hparams.encoder(batch[0]))
+
+    brain = make(
+        side, record, modules, run_opts=GLOO, hparams={"encoder": modules["encoder"]},
+        compute_forward=compute_forward,
+    )  # fmt: skip
+    brain.fit(side.EpochCounter(1), dataset(), train_loader_kwargs={"batch_size": 4})
+    logging.getLogger("brain_lightning.ddp").removeHandler(handler)
+    record.tensors.clear()
+    return brain
+
+
 def nan_on_one_rank(side: Side, record: Record) -> Any:
     def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Tensor:
         loss = nn.functional.cross_entropy(predictions, batch[1])
@@ -432,7 +450,8 @@ SHARED = [
 # Run by ours alone, for SpeechBrain has no Trainer, crashes or hangs.
 OWN = [
     gan_on_the_users_trainer, automatic_on_the_users_trainer, the_loaders_as_they_are,
-    names_in_a_checkpoint, batchnorm_stays_local, nan_on_one_rank,
+    names_in_a_checkpoint, batchnorm_stays_local, called_around_its_wrapper,
+    nan_on_one_rank,
     patience_exhausted_by_one_rank, reported_by_the_main_process,
     a_batch_sampler_on_the_users_trainer, a_batch_sampler_that_cannot_be_shared_out,
     a_saveable_loader, a_strategy_instance_used_again, unfrozen_when_a_stage_starts,

@@ -104,6 +104,14 @@ def test_batchnorm_stays_local_on_the_cpu_with_a_warning(records: Any) -> None:
         assert_moved(record)
 
 
+def test_a_module_that_is_called_around_its_wrapper_is_told_once(records: Any) -> None:
+    for rank_records in records:
+        record = rank_records["brain_lightning", "called_around_its_wrapper"]
+        (message,) = record.results
+        assert "'encoder' is called around its DistributedDataParallel" in message
+        assert "self.modules.encoder(...)" in message
+
+
 def test_every_rank_skips_what_is_not_finite_on_one(records: Any) -> None:
     for record in of(records, scenarios.nan_on_one_rank):
         assert record.results == [(4, 1)]
