@@ -156,6 +156,8 @@ class BrainState:
         self.print_trainable_parameters()
         if checkpointer is not None:
             self._join(checkpointer)
+        elif self.async_save:
+            raise UnsupportedError("async_save saves nothing: give the Brain a checkpointer")
 
     def print_trainable_parameters(self) -> None:
         """Logs how many parameters there are, and how many of them can be trained."""

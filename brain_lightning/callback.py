@@ -12,6 +12,7 @@ from .agreement import accumulate, agree, wraps_itself
 from .borrowed import Borrowed
 from .checkpoints import Checkpointer
 from .ddp import wrap_modules
+from .distributed import together
 from .profiling import end_when_profiled
 from .refusals import check_averaging, refuse_callbacks
 from .stages import Stages
@@ -113,7 +114,9 @@ class BrainCallback(Callback):
         self._put_back(trainer)
         checkpointer = self.stages.brain.checkpointer
         if isinstance(checkpointer, Checkpointer):
-            checkpointer.wait()
+            # Before another process looks for it; each evaluates by itself.
+            several = trainer.world_size > 1
+            together(checkpointer.wait) if several else checkpointer.wait()
 
     def _put_back(self, trainer: Trainer) -> None:
         self.stages.close()

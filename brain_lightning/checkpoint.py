@@ -57,7 +57,12 @@ def by_meta(name: str, sign: int) -> Ranking:
         name: The value's name; checkpoints without it have no rank.
         sign: 1 where more is better, -1 where less is.
     """
-    return Ranking(lambda ckpt: sign * ckpt.meta[name], lambda ckpt: name in ckpt.meta)
+
+    def key(checkpoint: Checkpoint) -> Any:
+        value = checkpoint.meta[name]
+        return -value if sign < 0 else value
+
+    return Ranking(key, lambda checkpoint: name in checkpoint.meta)
 
 
 def one_key(importance_key: Key | None, max_key: str | None, min_key: str | None) -> Ranking:
@@ -112,9 +117,10 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
     Returns:
         The checkpoint; None for what is none, or cannot be read, which is logged.
     """
-    if not (path.name.startswith(store.CKPT_PREFIX) and (path / store.METAFNAME).exists()):
+    if not (path / store.METAFNAME).exists():
         return None
     try:
+        store.check_meta(path)
         meta = load_meta(path / store.METAFNAME)
         files = {f.stem: f for f in path.iterdir() if f.suffix == store.PARAMFILE_EXT}
     except FileNotFoundError:
@@ -127,6 +133,19 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
 
 
 def is_whole(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is as it was written, read from its first byte to its last.
+
+    Args:
+        checkpoint: The checkpoint.
+    """
+    try:
+        store.check(checkpoint.path)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def has_its_lengths(checkpoint: Checkpoint) -> bool:
     """Whether every file of a checkpoint has its length, without reading it.
 
     Args:
@@ -134,7 +153,7 @@ def is_whole(checkpoint: Checkpoint) -> bool:
     """
     try:
         store.check_sizes(checkpoint.path)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return False
     return True
 

@@ -44,8 +44,10 @@ def state_to_save(obj: Any) -> dict[str, Any]:
     if not state:
         logger.warning("Saving an empty state_dict for %s.", type(obj).__name__)
     # What refers to a method cannot be pickled: CyclicLR keeps one, and makes it anew.
-    unpicklable = [name for name, value in state.items() if inspect.ismethod(value)]
-    return {n: v for n, v in state.items() if n not in [*unpicklable, "_scale_fn_ref"]}
+    unpicklable = {name for name, value in state.items() if inspect.ismethod(value)}
+    unpicklable |= {"_scale_fn_ref"} & state.keys()
+    # As it is where it can be: modules keep the version of each part in an attribute of it.
+    return {n: v for n, v in state.items() if n not in unpicklable} if unpicklable else state
 
 
 def torch_save(obj: Any, path: str | Path) -> None:
@@ -55,7 +57,23 @@ def torch_save(obj: Any, path: str | Path) -> None:
         obj: The object.
         path: The file.
     """
-    torch.save(state_to_save(obj), path)
+    write_state(state_to_save(obj), path)
+
+
+def write_state(state: Any, path: str | Path) -> None:
+    """Writes a state.
+
+    Args:
+        state: Tensors and plain values.
+        path: The file.
+
+    Raises:
+        OSError: It could not be written; torch has another error for each case.
+    """
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(f"torch could not write {path}: {error}") from error
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
@@ -260,23 +278,25 @@ def _on_main(method: Hook) -> Hook:
         if if_main_process():
             method(obj, path)
 
-    on_main._on_main_only = True  # type: ignore[attr-defined]
     return on_main
 
 
 def is_finite(obj: Any) -> bool:
-    """Whether every parameter of a module is finite; buffers may hold what they like.
+    """Whether every parameter that is trained is finite; others may hold what they like.
 
     Args:
         obj: Anything; what is no module is finite.
     """
     if not isinstance(obj, torch.nn.Module):
         return True
-    return all(_is_finite(parameter.detach()) for parameter in obj.parameters())
+    return all(_is_finite(p.detach()) for p in obj.parameters() if p.requires_grad)
 
 
 def _is_finite(tensor: Tensor) -> bool:
     if is_lazy(tensor):
         return True
+    if tensor.element_size() == 1:
+        # torch has no sum of 8-bit floats.
+        tensor = tensor.float()
     # A sum is cheap, and suspicious where it is not finite: it may have overflowed.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

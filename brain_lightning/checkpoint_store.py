@@ -6,17 +6,19 @@ process that died has left behind is found by its name and cleaned up.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
 import threading
+import time
 import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -32,18 +34,26 @@ WRITING, REPLACED, DELETED = ".writing", ".replaced", ".deleted"
 SEPARATOR = "~"
 # Seconds between two looks at what is to be made durable.
 SYNC_EVERY = 0.02
-KNOWN_ERRORS = (CheckpointError, CheckpointSaveError)
+A_DAY = 24 * 60 * 60
 
 
 # ------------------------------------------------------------------------------ writing
 
 
-def _owned_name(kind: str, name: str) -> str:
+def _owned_name(kind: str, name: str = "") -> str:
     """A name that says which process it belongs to; its start tells it from a later one."""
-    owner = (
-        f"{socket.gethostname()}{SEPARATOR}{os.getpid()}{SEPARATOR}{_start_of(os.getpid())}"
-    )
-    return SEPARATOR.join([kind, owner, uuid.uuid4().hex[:8], name])
+    pid = os.getpid()
+    owner = (_machine(), str(pid), _start_of(pid))
+    return SEPARATOR.join([kind, *owner, uuid.uuid4().hex[:8], name])
+
+
+def _machine() -> str:
+    """Where a process number means something: a host, and the container in it."""
+    try:
+        container = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    except OSError:
+        container = ""
+    return f"{socket.gethostname()}.{container}"
 
 
 def _start_of(pid: int) -> str:
@@ -63,8 +73,10 @@ def new_directory(parent: Path) -> Path:
     Returns:
         An empty directory, which no reader takes for a checkpoint.
     """
-    path = parent / _owned_name(WRITING, "")
-    path.mkdir()
+    path = parent / _owned_name(WRITING)
+    with removed_on_failure(path):
+        parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
     return path
 
 
@@ -82,14 +94,19 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
-        # torch raises a RuntimeError where it cannot write.
-        if isinstance(error, OSError | RuntimeError) and not isinstance(error, KNOWN_ERRORS):
-            where, free = directory.parent, shutil.disk_usage(directory.parent).free / 2**20
+        if isinstance(error, OSError) and not isinstance(error, CheckpointSaveError):
             raise CheckpointSaveError(
-                f"no checkpoint was saved in {where} ({free:.0f} MiB free): {error}. The "
-                "earlier ones are as they were"
+                f"no checkpoint was saved in {directory.parent}{_free(directory.parent)}: "
+                f"{error}. The earlier ones are as they were"
             ) from error
         raise
+
+
+def _free(directory: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free)"
+    except OSError:
+        return ""
 
 
 @contextmanager
@@ -130,10 +147,7 @@ def publish(directory: Path, final: Path) -> Path:
     Returns:
         Where it is: ``final``, or the next number where another process was faster.
     """
-    _write_checksums(directory)
-    for path in directory.iterdir():
-        _sync(path)
-    _sync(directory)
+    _make_durable(directory)
     while True:
         try:
             os.rename(directory, final)
@@ -156,13 +170,32 @@ def publish_in_place_of(directory: Path, final: Path) -> Path:
     Returns:
         ``final``.
     """
-    old = final.parent / _owned_name(REPLACED, final.name)
-    if final.exists():
-        # From here to the next rename the old one is found under this name by `clean_up`.
-        os.rename(final, old)
-    publish(directory, final)
+    _make_durable(directory)
+    while True:
+        old = final.parent / _owned_name(REPLACED, final.name)
+        with suppress(FileNotFoundError):
+            # Until the next rename the old one is found under this name: see `in_force`.
+            os.rename(final, old)
+        try:
+            os.rename(directory, final)
+            break
+        except OSError:
+            if old.exists() and not final.exists():
+                os.rename(old, final)
+                raise
+            if not final.exists():
+                raise
+            # Another process was faster: its own is the next to be replaced.
+            shutil.rmtree(old, ignore_errors=True)
+    _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _make_durable(directory: Path) -> None:
+    _write_checksums(directory)
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
 
 
 def _after(final: Path) -> Path:
@@ -176,48 +209,97 @@ def delete(directory: Path) -> None:
     Args:
         directory: The checkpoint; one that is gone already is no error.
     """
-    doomed = directory.parent / _owned_name(DELETED, directory.name)
+    doomed = directory.parent / _owned_name(DELETED)
     try:
         os.rename(directory, doomed)
     except FileNotFoundError:
         return
+    if doomed.is_symlink():
+        doomed.unlink()
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def in_force(parent: Path) -> list[Path]:
+    """The directories that may be checkpoints.
+
+    Args:
+        parent: Where checkpoints are.
+
+    Returns:
+        Those of that name, and one that was moved away for another that has not come.
+    """
+    found = []
+    for path in parent.iterdir():
+        left = _left_behind(path)
+        if left is None:
+            is_one = path.name.startswith(CKPT_PREFIX)
+        else:
+            is_one = left.kind == REPLACED and not (parent / left.name).exists()
+        found += [path] if is_one else []
+    return found
 
 
 def clean_up(parent: Path) -> None:
     """Removes what processes that are dead have left, and restores what they moved away.
 
     Args:
-        parent: Where checkpoints are.
+        parent: Where checkpoints are; one that may not be written to is left as it is.
     """
-    for path in parent.iterdir():
-        kind, *owner = path.name.split(SEPARATOR)
-        if kind not in (WRITING, REPLACED, DELETED) or _lives(*owner[:3]):
-            continue
-        final = parent / owner[-1]
-        if kind == REPLACED and not final.exists():
-            os.rename(path, final)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        for path in parent.iterdir():
+            left = _left_behind(path)
+            if left is None or _may_live(left, path):
+                continue
+            final = parent / left.name
+            if left.kind == REPLACED and not final.exists():
+                os.rename(path, final)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _lives(host: str, pid: str, start: str) -> bool:
-    if host != socket.gethostname():
-        # Nobody here can tell.
-        return True
+class _Left(NamedTuple):
+    """What a name says that ``_owned_name`` made."""
+
+    kind: str
+    machine: str
+    pid: str
+    start: str
+    name: str
+
+
+def _left_behind(path: Path) -> _Left | None:
+    parts = path.name.split(SEPARATOR, 5)
+    if len(parts) != 6 or parts[0] not in (WRITING, REPLACED, DELETED):
+        return None
+    kind, machine, pid, start, _, name = parts
+    return _Left(kind, machine, pid, start, name) if pid.isdecimal() else None
+
+
+def _may_live(left: _Left, path: Path) -> bool:
+    if left.machine != _machine():
+        # Nobody here can tell: only what nobody has touched for a day is abandoned.
+        return time.time() - path.stat().st_mtime < A_DAY
+    return _lives(int(left.pid), left.start)
+
+
+def _lives(pid: int, start: str) -> bool:
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return _start_of(int(pid)) == start
+    return _start_of(pid) == start
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems of a network cannot do it for a directory.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -226,7 +308,8 @@ def _sync(path: Path) -> None:
 
 
 def _write_checksums(directory: Path) -> None:
-    entries = {path.name: _checksum(path) for path in sorted(directory.iterdir())}
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    entries = {str(path.relative_to(directory)): _checksum(path) for path in files}
     text = yaml.safe_dump(entries)
     text += f"# {zlib.crc32(text.encode()):08x}\n"
     (directory / CHECKSUMS).write_text(text, encoding="utf-8")
@@ -251,12 +334,12 @@ def check(directory: Path) -> None:
         CheckpointError: A file is missing, cut short or changed.
     """
     check_sizes(directory)
-    for name, entry in _checksums(directory).items():
-        path = directory / name
-        if "crc32" in entry and zlib.crc32(path.read_bytes()) != entry["crc32"]:
-            raise CheckpointError(f"{path} was changed since it was saved")
+    checksums = _checksums(directory)
+    for name, entry in checksums.items():
+        _check_file(directory / name, entry)
     for path in directory.glob(f"*{PARAMFILE_EXT}"):
-        _check_zip(path)
+        if path.is_file():
+            _check_zip(path, known=bool(checksums))
 
 
 def check_sizes(directory: Path) -> None:
@@ -278,6 +361,34 @@ def check_sizes(directory: Path) -> None:
             )
 
 
+def check_meta(directory: Path) -> None:
+    """Whether the meta file of a checkpoint is as it was written.
+
+    Args:
+        directory: The checkpoint.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    entry = _checksums(directory).get(METAFNAME)
+    if entry is not None:
+        _check_file(directory / METAFNAME, entry)
+
+
+def is_checked(directory: Path) -> bool:
+    """Whether a checkpoint says what its files should be.
+
+    Args:
+        directory: The checkpoint; SpeechBrain's do not.
+    """
+    return (directory / CHECKSUMS).is_file()
+
+
+def _check_file(path: Path, entry: dict[str, Any]) -> None:
+    if "crc32" in entry and zlib.crc32(path.read_bytes()) != entry["crc32"]:
+        raise CheckpointError(f"{path} was changed since it was saved")
+
+
 def _checksums(directory: Path) -> dict[str, dict[str, Any]]:
     path = directory / CHECKSUMS
     if not path.is_file():
@@ -292,13 +403,22 @@ def _checksums(directory: Path) -> dict[str, dict[str, Any]]:
     return yaml.safe_load(text) or {}
 
 
-def _check_zip(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
-        return
+def _check_zip(path: Path, known: bool) -> None:
+    """Of one that SpeechBrain wrote, a file that a kill has cut short is told too."""
+    content = path.open("rb")
+    with content:
+        start = content.read(2)
+    if not known and not start:
+        raise CheckpointError(f"{path} is empty")
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        if not zipfile.is_zipfile(path):
+            cut_short = start == b"PK"
+            broken = "it is cut short" if cut_short else None
+        else:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+    except Exception as error:
+        # A bit that is flipped makes zipfile raise almost anything.
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if broken is not None:
         raise CheckpointError(f"{path} was changed since it was saved: {broken}")

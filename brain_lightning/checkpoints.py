@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from . import checkpoint_store as store
 from .background import BackgroundSaver, Snapshots
@@ -23,19 +21,22 @@ from .checkpoint import (
     by_meta,
     checkpoint_in,
     ckpt_recency,
+    has_its_lengths,
     is_whole,
     one_key,
     ranked,
 )
-from .checkpoint_hooks import Hook
-from .distributed import ddp_barrier, ddp_broadcast, gather, if_main_process
-from .errors import CheckpointError, CheckpointSaveError, DamagedCheckpointError
+from .checkpoint_hooks import Hook, write_state
+from .distributed import ddp_broadcast, if_main_process, together
+from .errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    NotInCheckpointError,
+)
 from .meta_yaml import dump_meta
 from .recoverables import Recoverables
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 class Checkpointer(Recoverables):
@@ -67,12 +68,15 @@ class Checkpointer(Recoverables):
         super().__init__(
             recoverables, custom_load_hooks, custom_save_hooks, allow_partial_load
         )
-        self.checkpoints_dir = Path(checkpoints_dir)
+        # Absolute: a script may change directory before a save is done.
+        self.checkpoints_dir = Path(checkpoints_dir).absolute()
         self.async_save = False
         self._saver = BackgroundSaver()
         self._snapshots = Snapshots()
         self._newest = 0.0
         self._names: set[str] = set()
+        # Checkpoints that this process has written or read, and found whole.
+        self._whole: set[Path] = set()
         os.makedirs(self.checkpoints_dir, exist_ok=True)
         if if_main_process():
             store.clean_up(self.checkpoints_dir)
@@ -147,51 +151,42 @@ class Checkpointer(Recoverables):
         verbosity: int,
         afterwards: Callable[[], None],
     ) -> Checkpoint | None:
-        if self.async_save:
-            self._saver.raise_error()
-        else:
-            self.wait()
-        if not ddp_broadcast(self._may_be_saved()):
+        together(self.wait)
+        if not ddp_broadcast(together(self.may_be_saved)):
             return None
         begun = together(lambda: self._begin(meta, end_of_epoch, name))
         directory, saved = ddp_broadcast(begun)
 
-        def finish(states: Mapping[Path, Any]) -> None:
+        def finish(states: Mapping[Path, Any]) -> Checkpoint:
             with store.removed_on_failure(directory):
                 for path, state in states.items():
-                    torch.save(state, path)
-                    self._snapshots.give_back(state)
+                    write_state(state, path)
+                self._snapshots.give_back()
                 publish = store.publish if name is None else store.publish_in_place_of
                 path = publish(directory, saved.path)
             kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
             logger.log(verbosity, "Saved an %s checkpoint in %s", kind, path)
+            self._whole.add(path)
             afterwards()
+            files = {name: path / file.name for name, file in saved.paramfiles.items()}
+            return Checkpoint(path, saved.meta, files)
 
         left = self._write(directory)
-        if self.async_save and if_main_process():
-            self._saver.submit(partial(finish, left))
-        elif not self.async_save:
-            together(lambda: finish(left) if if_main_process() else None)
-        return saved if if_main_process() else None
+        if not self.async_save:
+            return together(lambda: finish(left) if if_main_process() else None)
+        if not if_main_process():
+            return None
+        self._saver.submit(lambda: finish(left))
+        return saved  # type: ignore[no-any-return]
 
     def _write(self, directory: Path) -> dict[Path, Any]:
         snapshots = self._snapshots if self.async_save else None
         with ExitStack() as stack:
             if if_main_process():
                 stack.enter_context(store.removed_on_failure(directory))
+            if if_main_process() and not self.async_save:
                 stack.enter_context(store.syncing(directory))
             return together(lambda: self.write(directory, snapshots))
-
-    def _may_be_saved(self) -> bool:
-        broken = self.not_finite()
-        if broken:
-            logger.error(
-                "No checkpoint is saved: %s has a parameter that is not finite. The earlier "
-                "checkpoints in %s are as they were.",
-                ", ".join(broken),
-                self.checkpoints_dir,
-            )
-        return not broken
 
     def _begin(
         self, meta: Mapping[str, Any], end_of_epoch: bool, name: str | None
@@ -199,6 +194,10 @@ class Checkpointer(Recoverables):
         """The directory to write to, with the meta file in it, on the main process."""
         if not if_main_process():
             return None
+        if name is not None and Path(name).name != name:
+            raise CheckpointError(
+                f"name={name!r} is no name of a directory: leave out {os.sep}"
+            )
         # A clock that was set back must not make the newest checkpoint an old one.
         now = max(time.time(), self._newest + 1e-3, *self._times())
         self._newest = now
@@ -307,10 +306,10 @@ class Checkpointer(Recoverables):
             CheckpointError: There are some, but each is damaged.
         """
         found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate)
-        for checkpoint in found:
-            if self._load_unless_damaged(checkpoint):
+        for position, checkpoint in enumerate(found):
+            if self._load_unless_damaged(checkpoint, found[position + 1 :]):
                 return checkpoint
-        if found:
+        if found or self._has_damaged_only():
             raise CheckpointError(
                 f"every checkpoint in {self.checkpoints_dir} is damaged: move them away to "
                 "start anew"
@@ -318,10 +317,22 @@ class Checkpointer(Recoverables):
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
 
-    def _load_unless_damaged(self, checkpoint: Checkpoint) -> bool:
+    def _has_damaged_only(self) -> bool:
+        """Whether there are checkpoints, but not one of them can be listed."""
+        paths = store.in_force(self.checkpoints_dir)
+        return any((p / store.METAFNAME).exists() for p in paths) and not self._listed()
+
+    def _load_unless_damaged(self, checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
         try:
             self.load_checkpoint(checkpoint)
         except DamagedCheckpointError as error:
+            logger.warning("%s is skipped: %s", checkpoint.path, error)
+            return False
+        except NotInCheckpointError as error:
+            # SpeechBrain, killed in a save, leaves a checkpoint without some of its files.
+            whole = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
+            if store.is_checked(checkpoint.path) or not whole:
+                raise
             logger.warning("%s is skipped: %s", checkpoint.path, error)
             return False
         return True
@@ -339,11 +350,20 @@ class Checkpointer(Recoverables):
         try:
             store.check(checkpoint.path)
             found = self.read(checkpoint.paramfiles)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             raise DamagedCheckpointError(str(error)) from error
         files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         logger.info("Loading a checkpoint from %s", checkpoint.path)
-        self.load(files, found, checkpoint.meta["end-of-epoch"])
+        try:
+            self.load(files, found, checkpoint.meta["end-of-epoch"])
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if store.is_checked(checkpoint.path) or files.keys() <= found.keys():
+                raise
+            # Nothing says what SpeechBrain's other files should be; the next one, where
+            # there is one, overwrites everything.
+            raise DamagedCheckpointError(f"a file cannot be read: {error}") from error
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint, in no order; one whose meta cannot be read is left out."""
@@ -351,7 +371,9 @@ class Checkpointer(Recoverables):
         return self._listed()
 
     def _listed(self) -> list[Checkpoint]:
-        found = (checkpoint_in(path) for path in self.checkpoints_dir.iterdir())
+        if not self.checkpoints_dir.is_dir():
+            return []
+        found = (checkpoint_in(path) for path in store.in_force(self.checkpoints_dir))
         return [checkpoint for checkpoint in found if checkpoint is not None]
 
     # ------------------------------------------------------------------- deleting
@@ -379,19 +401,15 @@ class Checkpointer(Recoverables):
         Raises:
             ValueError: ``num_to_keep`` is negative.
         """
-        self.wait()
-        ddp_barrier()
-        min_keys, max_keys = min_keys or (), max_keys or ()
-        self._delete(
-            num_to_keep, min_keys, max_keys, importance_keys, ckpt_predicate, verbosity
-        )
-        ddp_barrier()
+        together(self.wait)
+        keys = (min_keys, max_keys, importance_keys)
+        together(lambda: self._delete(num_to_keep, *keys, ckpt_predicate, verbosity))
 
     def _delete(
         self,
         num_to_keep: int,
-        min_keys: Sequence[str],
-        max_keys: Sequence[str],
+        min_keys: Sequence[str] | None,
+        max_keys: Sequence[str] | None,
         importance_keys: Sequence[Key],
         ckpt_predicate: Predicate | None,
         verbosity: int,
@@ -400,8 +418,8 @@ class Checkpointer(Recoverables):
             raise ValueError(f"num_to_keep={num_to_keep}: keep 0 or more checkpoints")
         if not if_main_process():
             return
-        keys = [by_meta(name, -1) for name in min_keys]
-        keys += [by_meta(name, 1) for name in max_keys]
+        keys = [by_meta(name, -1) for name in min_keys or ()]
+        keys += [by_meta(name, 1) for name in max_keys or ()]
         keys += [Ranking(key) for key in importance_keys]
         listed = self._listed()
         doomed: set[Checkpoint] = set()
@@ -409,33 +427,17 @@ class Checkpointer(Recoverables):
         for key in keys:
             found = ranked(listed, key, ckpt_predicate)
             doomed.update(found)
-            # One that is cut short must not be kept in the place of a good one.
-            kept.update([ckpt for ckpt in found if is_whole(ckpt)][:num_to_keep])
+            # One that is damaged must not be kept in the place of a good one.
+            whole = (ckpt for ckpt in found if self._is_whole(ckpt))
+            kept.update(itertools.islice(whole, num_to_keep))
         for checkpoint in doomed - kept:
             store.delete(checkpoint.path)
             logger.log(verbosity, "Deleted checkpoint in %s", checkpoint.path)
 
-
-def together(action: Callable[[], Result]) -> Result:
-    """Does something in every process; where one fails, all of them do.
-
-    Args:
-        action: What to do here.
-
-    Returns:
-        What it returned here.
-
-    Raises:
-        CheckpointSaveError: It failed in another process.
-    """
-    failed: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:  # noqa: BLE001  it is raised again below
-        failed = error
-    told = [text for text in gather(None if failed is None else str(failed)) if text]
-    if failed is not None:
-        raise failed
-    if told:
-        raise CheckpointSaveError(f"another process could not save: {told[0]}")
-    return result
+    def _is_whole(self, checkpoint: Checkpoint) -> bool:
+        """Read once; that its files have their lengths is cheap to see every time."""
+        if checkpoint.path in self._whole:
+            return has_its_lengths(checkpoint)
+        if is_whole(checkpoint):
+            self._whole.add(checkpoint.path)
+        return checkpoint.path in self._whole

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from torch import Tensor
 
 from . import checkpoint_store as store
-from .checkpoint import Checkpoint, checkpoint_in
-from .checkpoint_hooks import load_state
-from .checkpoints import Checkpointer
+from .checkpoint import Checkpoint, checkpoint_in, ckpt_recency
+from .checkpoint_hooks import load_state, write_state
 from .errors import CheckpointError, RecipeError
 from .inference import write_inference_yaml
 from .meta_yaml import dump_meta
@@ -54,17 +53,20 @@ def convert(source: str, target: str, hparams: str | None = None) -> Path:
                 f"{path.parent / 'CKPT+converted'}"
             )
         return from_lightning(Path(source), path)
-    checkpoint = _checkpoint(Path(source))
+    checkpoint = _checkpoint(Path(source).resolve())
     store.check(checkpoint.path)
     if path.suffix == store.PARAMFILE_EXT:
         return to_lightning_file(checkpoint, path)
+    if path.name.startswith(store.CKPT_PREFIX):
+        raise RecipeError(f"{checkpoint.path} is a checkpoint directory already: copy it")
     return to_inference(checkpoint, path, hparams)
 
 
 def _checkpoint(source: Path) -> Checkpoint:
     found = checkpoint_in(source) if source.is_dir() else None
     if found is None and source.is_dir():
-        found = Checkpointer(source).find_checkpoint()
+        inside = (checkpoint_in(path) for path in store.in_force(source))
+        found = max((c for c in inside if c is not None), key=ckpt_recency, default=None)
     if found is None:
         raise CheckpointError(f"{source} is no checkpoint, and holds none")
     return found
@@ -84,41 +86,57 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
     modules = {name: state for name, state in states.items() if _is_module(state)}
     optimizers = {name: state for name, state in states.items() if _is_optimizer(state)}
     done = modules.keys() | optimizers.keys()
-    torch.save(
-        {
-            "pytorch-lightning_version": lightning.__version__,
-            "epoch": int(checkpoint.meta.get("epoch", 0)),
-            "global_step": 0,
-            "state_dict": {
-                f"{MODULES}.{name}.{key}": tensor
-                for name, state in modules.items()
-                for key, tensor in state.items()
-            },
-            "optimizer_states": [optimizers],
-            "lr_schedulers": [],
-            "callbacks": {},
-            KEY: {
-                "meta": checkpoint.meta,
-                "modules": list(modules),
-                "states": {name: s for name, s in states.items() if name not in done},
-                "files": files,
-            },
+    epoch = checkpoint.meta.get("epoch")
+    content = {
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": epoch if isinstance(epoch, int) else 0,
+        "global_step": 0,
+        "state_dict": {
+            f"{MODULES}.{name}.{key}": tensor
+            for name, state in modules.items()
+            for key, tensor in state.items()
         },
-        path,
-    )
-    return path
+        "optimizer_states": [optimizers],
+        "lr_schedulers": [],
+        "callbacks": {},
+        KEY: {
+            # As its own text, which says everything that YAML can say.
+            "meta": (checkpoint.path / store.METAFNAME).read_text(encoding="utf-8"),
+            "modules": {name: _described(state) for name, state in modules.items()},
+            "states": {name: state for name, state in states.items() if name not in done},
+            "files": files,
+        },
+    }
+    temporary = path.with_name(f"{path.name}.part")
+    write_state(content, temporary)
+    return temporary.replace(path)
+
+
+def _described(state: Any) -> dict[str, Any]:
+    """Names may have dots; the version of each part is in an attribute of the state."""
+    return {"keys": list(state), "metadata": dict(getattr(state, "_metadata", {}))}
 
 
 def _read(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Torch's files as states, the others as they are."""
+    """Files that torch can read safely as states, the others as they are."""
     states: dict[str, Any] = {}
     files: dict[str, bytes] = {}
-    for name, path in checkpoint.paramfiles.items():
-        if zipfile.is_zipfile(path):
-            states[name] = load_state(path)
-        else:
+    for path in sorted(checkpoint.path.rglob("*")):
+        name = str(path.relative_to(checkpoint.path))
+        state = _state_in(path) if path in checkpoint.paramfiles.values() else None
+        if state is not None:
+            states[path.stem] = state
+        elif path.is_file() and name not in (store.METAFNAME, store.CHECKSUMS):
             files[name] = path.read_bytes()
     return states, files
+
+
+def _state_in(path: Path) -> Any:
+    try:
+        return load_state(path) if zipfile.is_zipfile(path) else None
+    except CheckpointError:
+        # A hook of the recipe's own wrote it, and reads it.
+        return None
 
 
 def _is_module(state: Any) -> bool:
@@ -148,25 +166,41 @@ def from_lightning(source: Path, directory: Path) -> Path:
     states |= own.get("states", {})
     temporary = store.new_directory(directory.parent)
     with store.removed_on_failure(temporary):
-        meta = {"unixtime": source.stat().st_mtime, "end-of-epoch": True}
-        meta |= own.get("meta", {"epoch": saved["epoch"]})
-        dump_meta(meta, temporary / store.METAFNAME)
+        if "meta" in own:
+            (temporary / store.METAFNAME).write_text(own["meta"], encoding="utf-8")
+        else:
+            meta = {"unixtime": source.stat().st_mtime, "end-of-epoch": True}
+            dump_meta({**meta, "epoch": saved["epoch"]}, temporary / store.METAFNAME)
         for name, state in states.items():
-            torch.save(state, temporary / f"{name}{store.PARAMFILE_EXT}")
+            write_state(state, temporary / f"{name}{store.PARAMFILE_EXT}")
         for name, content in own.get("files", {}).items():
-            (temporary / f"{name}{store.PARAMFILE_EXT}").write_bytes(content)
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
         return store.publish(temporary, directory)
 
 
-def _modules(state: Mapping[str, Tensor], names: list[str] | None) -> dict[str, Any]:
-    modules: dict[str, Any] = {name: {} for name in names or []}
-    for key, tensor in state.items():
-        rest = key.removeprefix(f"{MODULES}.")
-        # A recoverable may have a dot in its name; an entry of modules has none.
-        own = [name for name in modules if rest.startswith(f"{name}.")]
-        name = max(own, key=len) if own else rest.partition(".")[0]
-        modules.setdefault(name, {})[rest.removeprefix(f"{name}.")] = tensor
+def _modules(
+    state: Mapping[str, Tensor], described: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    if described is None:
+        described = _entries(state)
+    modules: dict[str, Any] = {}
+    for name, each in described.items():
+        modules[name] = OrderedDict(
+            (key, state[f"{MODULES}.{name}.{key}"]) for key in each["keys"]
+        )
+        modules[name]._metadata = OrderedDict(each["metadata"])
     return modules
+
+
+def _entries(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of a file that Lightning wrote: the entries of the Brain's modules."""
+    entries: dict[str, Any] = {}
+    for key in state:
+        name, _, rest = key.removeprefix(f"{MODULES}.").partition(".")
+        entries.setdefault(name, {"keys": [], "metadata": {}})["keys"].append(rest)
+    return entries
 
 
 def _optimizer_name(name: str) -> str:

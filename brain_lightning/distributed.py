@@ -7,9 +7,14 @@ Each function has no effect where there is one process only
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+from .errors import CheckpointSaveError
+
+Result = TypeVar("Result")
 
 
 def is_launched() -> bool:
@@ -81,3 +86,28 @@ def on_all_ranks(condition: torch.Tensor) -> bool:
     holds = condition.to(torch.uint8).reshape(())
     torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MIN)
     return bool(holds)
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Does something in every process; where one fails, all of them do.
+
+    Args:
+        action: What to do here.
+
+    Returns:
+        What it returned here.
+
+    Raises:
+        CheckpointSaveError: It failed in another process.
+    """
+    failed: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001  it is raised again below
+        failed = error
+    told = [text for text in gather(None if failed is None else str(failed)) if text]
+    if failed is not None:
+        raise failed
+    if told:
+        raise CheckpointSaveError(f"another process could not save: {told[0]}")
+    return result

@@ -36,5 +36,9 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not as it was saved; another one may be."""
 
 
+class NotInCheckpointError(CheckpointError):
+    """A checkpoint was saved without something that is to be recovered."""
+
+
 class CheckpointSaveError(OSError):
     """A checkpoint could not be written; the earlier ones are as they were."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -11,40 +13,30 @@ import yaml
 
 from .errors import CheckpointError
 
-# As PyYAML's own loader of anything would have it, which SpeechBrain's newest uses.
-TENSOR_TAG = "tag:yaml.org,2002:python/object/apply:torch.tensor"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Plain values, and tensors."""
+# Says which lists were tensors, in a comment: no YAML reader of SpeechBrain's minds it.
+TENSORS = "# tensors: "
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values, and tensors."""
+    """Plain values, and the tuples that SpeechBrain writes."""
 
 
-def _represent_tensor(dumper: Any, tensor: torch.Tensor) -> Any:
-    values = tensor.detach().cpu().tolist()
-    return dumper.represent_sequence(TENSOR_TAG, [values])
+def _construct_tuple(loader: Any, node: Any) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node, deep=True))
 
 
-def _construct_tensor(loader: Any, node: Any) -> torch.Tensor:
-    return torch.tensor(*loader.construct_sequence(node, deep=True))
-
-
-_Dumper.add_representer(torch.Tensor, _represent_tensor)
-_Loader.add_constructor(TENSOR_TAG, _construct_tensor)
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
 
 
 def _plain(value: Any) -> Any:
     """Numbers of any library become Python's, which every SpeechBrain can read."""
-    if isinstance(value, torch.Tensor) and value.numel() > 1:
-        return value.detach().cpu()
     if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
+        return {_plain(name): _plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
-    return value.item() if hasattr(value, "item") else value
+    if isinstance(value, PurePath):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def dump_meta(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -61,14 +53,20 @@ def dump_meta(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
         CheckpointError: One of them is no plain value.
     """
     plain: dict[str, Any] = _plain(meta)
+    tensors = [n for n, v in meta.items() if isinstance(v, torch.Tensor) and v.numel() != 1]
     try:
-        text = yaml.dump(plain, Dumper=_Dumper)
+        text = yaml.safe_dump(plain)
     except yaml.representer.RepresenterError as error:
         raise CheckpointError(
             f"the meta of a checkpoint holds numbers, texts, lists and dicts: {error}"
         ) from error
-    path.write_text(f"# yamllint disable\n{text}", encoding="utf-8")
-    return plain
+    comment = f"# yamllint disable\n{TENSORS}{json.dumps(tensors)}\n"
+    path.write_text(comment + text, encoding="utf-8")
+    return _with_tensors(plain, tensors)
+
+
+def _with_tensors(meta: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return meta | {name: torch.tensor(meta[name]) for name in names if name in meta}
 
 
 def load_meta(path: Path) -> dict[str, Any]:
@@ -84,9 +82,14 @@ def load_meta(path: Path) -> dict[str, Any]:
         CheckpointError: It is damaged, or would run code.
     """
     try:
-        meta = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  safe
+        text = path.read_text(encoding="utf-8")
+        meta = yaml.load(text, Loader=_Loader)  # noqa: S506  safe
+        said = re.search(f"^{TENSORS}(.*)$", text, re.MULTILINE)
+        tensors = json.loads(said[1]) if said else []
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(meta, dict) or not {"unixtime", "end-of-epoch"} <= meta.keys():
         raise CheckpointError(f"{path} is not the meta file of a checkpoint")
-    return meta
+    if not isinstance(meta["unixtime"], (int, float)):
+        raise CheckpointError(f"{path} is damaged: unixtime is {meta['unixtime']!r}")
+    return _with_tensors(meta, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from .checkpoint_hooks import (
 )
 from .checkpoint_store import PARAMFILE_EXT
 from .distributed import if_main_process
-from .errors import CheckpointError
+from .errors import CheckpointError, NotInCheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 class Recoverables:
@@ -88,9 +91,16 @@ class Recoverables:
             )
         self.recoverables.update(recoverables)
 
-    def not_finite(self) -> list[str]:
-        """Names of the modules that have a parameter which is not finite."""
-        return [name for name, obj in self.recoverables.items() if not is_finite(obj)]
+    def may_be_saved(self) -> bool:
+        """Whether every parameter that is trained is finite; where not, it is logged."""
+        broken = [name for name, obj in self.recoverables.items() if not is_finite(obj)]
+        if broken:
+            logger.error(
+                "No checkpoint is saved: %s has a parameter that is not finite. The earlier "
+                "checkpoints are as they were.",
+                ", ".join(broken),
+            )
+        return not broken
 
     def write(self, directory: Path, snapshots: Snapshots | None) -> dict[Path, Any]:
         """Calls the save hook of each recoverable.
@@ -137,14 +147,14 @@ class Recoverables:
             Files by name, in the order of the recoverables.
 
         Raises:
-            CheckpointError: One that is needed is not there.
+            NotInCheckpointError: One that is needed is not there.
         """
         for name in self.recoverables.keys() - found.keys():
             if self.allow_partial_load:
                 continue
             missing = f"{path} has no file for {name!r}"
             if "dataloader" not in name and not self.optional_recoverables.get(name):
-                raise CheckpointError(
+                raise NotInCheckpointError(
                     f"{missing}: it was saved without; allow_partial_load=True loads the rest"
                 )
             warnings.warn(f"{missing}: it is left as it is", UserWarning, stacklevel=4)
@@ -183,16 +193,20 @@ class Recoverables:
         Raises:
             CheckpointError: A recoverable has no way to be recovered.
         """
+        hooks = {name: self._load_hook(name) for name in files}
         for name, path in files.items():
-            obj = self.recoverables[name]
-            hook = self.custom_load_hooks.get(name) or load_hook(obj)
-            if hook is None:
-                raise CheckpointError(
-                    f"no way to recover {name!r}, a {type(obj).__name__}: give it a "
-                    "load_state_dict, register its class with register_checkpoint_hooks, or "
-                    "give add_recoverable a custom_load_hook"
-                )
             if name in states:
-                apply_state(obj, states[name])
+                apply_state(self.recoverables[name], states[name])
             else:
-                hook(obj, path, end_of_epoch)
+                hooks[name](self.recoverables[name], path, end_of_epoch)
+
+    def _load_hook(self, name: str) -> Hook:
+        obj = self.recoverables[name]
+        hook = self.custom_load_hooks.get(name) or load_hook(obj)
+        if hook is None:
+            raise CheckpointError(
+                f"no way to recover {name!r}, a {type(obj).__name__}: give it a "
+                "load_state_dict, register its class with register_checkpoint_hooks, or give "
+                "add_recoverable a custom_load_hook"
+            )
+        return hook
