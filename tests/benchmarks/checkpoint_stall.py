@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -75,11 +74,18 @@ def print_peak(kind: str, megabytes: int) -> None:
     objects = state(megabytes)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         maker = checkpointer(kind, folder, objects)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # The kernel forgets the peak that making the state has left.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _memory("VmRSS")
         for _ in range(2):
             maker.save_and_keep_only()
         getattr(maker, "wait", lambda: None)()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(_memory("VmHWM") - before)
+
+
+def _memory(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def main(megabytes: int = 400, rounds: int = 7) -> None:
