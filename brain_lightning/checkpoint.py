@@ -132,27 +132,16 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
     return Checkpoint(path, meta, files)
 
 
-def is_whole(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is as it was written, read from its first byte to its last.
+def passes(check: Callable[[Path], None], checkpoint: Checkpoint) -> bool:
+    """Whether a check finds nothing wrong with a checkpoint.
 
     Args:
+        check: ``store.check``, which reads all of it, or ``store.check_sizes``, which
+            costs nothing.
         checkpoint: The checkpoint.
     """
     try:
-        store.check(checkpoint.path)
-    except (CheckpointError, OSError):
-        return False
-    return True
-
-
-def has_its_lengths(checkpoint: Checkpoint) -> bool:
-    """Whether every file of a checkpoint has its length, without reading it.
-
-    Args:
-        checkpoint: The checkpoint.
-    """
-    try:
-        store.check_sizes(checkpoint.path)
+        check(checkpoint.path)
     except (CheckpointError, OSError):
         return False
     return True

@@ -405,18 +405,16 @@ def _checksums(directory: Path) -> dict[str, dict[str, Any]]:
 
 def _check_zip(path: Path, known: bool) -> None:
     """Of one that SpeechBrain wrote, a file that a kill has cut short is told too."""
-    content = path.open("rb")
-    with content:
+    with path.open("rb") as content:
         start = content.read(2)
     if not known and not start:
         raise CheckpointError(f"{path} is empty")
     try:
-        if not zipfile.is_zipfile(path):
-            cut_short = start == b"PK"
-            broken = "it is cut short" if cut_short else None
-        else:
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
+        else:
+            broken = "it is cut short" if start == b"PK" else None
     except Exception as error:
         # A bit that is flipped makes zipfile raise almost anything.
         raise CheckpointError(f"{path} is damaged: {error}") from error

@@ -21,9 +21,8 @@ from .checkpoint import (
     by_meta,
     checkpoint_in,
     ckpt_recency,
-    has_its_lengths,
-    is_whole,
     one_key,
+    passes,
     ranked,
 )
 from .checkpoint_hooks import Hook, write_state
@@ -437,7 +436,7 @@ class Checkpointer(Recoverables):
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
         """Read once; that its files have their lengths is cheap to see every time."""
         if checkpoint.path in self._whole:
-            return has_its_lengths(checkpoint)
-        if is_whole(checkpoint):
+            return passes(store.check_sizes, checkpoint)
+        if passes(store.check, checkpoint):
             self._whole.add(checkpoint.path)
         return checkpoint.path in self._whole

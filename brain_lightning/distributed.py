@@ -32,12 +32,6 @@ def if_main_process() -> bool:
     return not is_distributed_initialized() or torch.distributed.get_rank() == 0
 
 
-def ddp_barrier() -> None:
-    """Waits for all processes."""
-    if is_distributed_initialized():
-        torch.distributed.barrier()
-
-
 def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
     """Gives what one process has to all of them.
 
