@@ -1,4 +1,4 @@
-"""The only file that touches private parts of Lightning's loops.
+"""What is private in Lightning's loops; ``_fit_loop.py`` has the fit loop itself.
 
 Each function says which private part it needs and why nothing public serves;
 ``tests/test_loops.py`` fails where a release of Lightning moves one of them.
@@ -11,44 +11,25 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
     _resolve_overfit_batches,
 )
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from torch.utils.data import DistributedSampler
 
+from ._fit_loop import release_fit_loop, rule_fit_loop
 from ._speechbrain import lend_validation
 from ._strategies import shards_training_data
 from .borrowed import Borrowed
-from .epochs import Epochs
 from .errors import RunOptionError, UnsupportedError
 from .hooks import overrides
 from .stage import Stage
 from .stage_loader import StageLoader
 from .stages import Stages
-
-
-class _BrainFitLoop(_FitLoop):
-    """A fit loop that asks the epoch counter last.
-
-    Drawing an epoch moves an ``EpochCounter``, so it may only happen once every
-    callback has had its say about stopping. That is after ``on_train_epoch_end``
-    and before ``on_train_epoch_start``, where Lightning has no hook.
-    """
-
-    brain_epochs: Epochs
-
-    @property
-    def done(self) -> bool:
-        """Whether the run is over, for Lightning or for the epoch counter."""
-        return super().done or not self.brain_epochs.more()
-
-    def _warn_if_modules_in_eval_mode(self) -> None:
-        """Nothing: a Brain stays in eval mode until its TRAIN stage begins with train()."""
 
 
 class _StageSource(_DataLoaderSource):
@@ -197,6 +178,18 @@ def leave_signals_alone(trainer: Trainer) -> None:
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
+def is_lightnings_handler(handler: object) -> bool:
+    """Whether a signal is heard by a Trainer, and by nobody else.
+
+    Its handler would end the process with status 0, and makes a collective call from
+    within the signal (Lightning 2.6, ``_sigterm_notifier_fn``).
+
+    Args:
+        handler: What ``signal.getsignal`` returned.
+    """
+    return isinstance(handler, _HandlersCompose) and len(handler.signal_handlers) == 1
+
+
 def keep_anomaly_detection(trainer: Trainer, borrowed: Borrowed) -> None:
     """Lets ``torch.autograd.detect_anomaly`` around a run stay in force within.
 
@@ -222,9 +215,7 @@ def attach(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
         borrowed: Takes note of what is changed and not left to ``detach``.
     """
     if trainer.state.fn is TrainerFn.FITTING:
-        fit_loop: Any = trainer.fit_loop
-        fit_loop.__class__ = _BrainFitLoop
-        fit_loop.brain_epochs = stages.epochs
+        rule_fit_loop(trainer, stages)
         if overrides(type(stages.brain), "_fit_valid"):
             _validate_as_told(trainer, stages, borrowed)
     for loop, stage in _loops_with_stages(trainer):
@@ -255,10 +246,7 @@ def detach(trainer: Trainer) -> None:
     Args:
         trainer: The Trainer at the end of a run.
     """
-    fit_loop: Any = trainer.fit_loop
-    if hasattr(fit_loop, "brain_epochs"):
-        fit_loop.__class__ = _FitLoop
-        del fit_loop.brain_epochs
+    release_fit_loop(trainer)
     for loop, _ in _loops_with_stages(trainer):
         if isinstance(loop._data_source, _StageSource):
             loop._data_source = loop._data_source.source

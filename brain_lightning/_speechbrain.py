@@ -92,6 +92,39 @@ def is_saveable_loader(obj: object) -> bool:
     return is_looped_loader(obj) or _is_a(obj, "dataio.dataloader", "SaveableDataLoader")
 
 
+def told_position(loader: Any) -> int:
+    """The batches that a SaveableDataLoader was told to leave out, by its Checkpointer.
+
+    Args:
+        loader: Any loader.
+    """
+    return getattr(loader, "_speechbrain_recovery_skip_to", None) or 0
+
+
+def forget_position(loader: Any) -> None:
+    """Keeps a SaveableDataLoader from leaving batches out by itself.
+
+    Args:
+        loader: Any loader; nothing happens to others.
+    """
+    if is_saveable_loader(loader) and not is_looped_loader(loader):
+        loader._speechbrain_recovery_skip_to = None
+
+
+def follow_iterator(loader: Any, iterator: Any, position: int) -> None:
+    """Lets a SaveableDataLoader save the position of an iterator that it did not make.
+
+    Args:
+        loader: Any loader; nothing happens to others.
+        iterator: Of a copy of it.
+        position: Batches before the iterator's first.
+    """
+    if is_saveable_loader(loader) and not is_looped_loader(loader):
+        forget_position(loader)
+        loader._speechbrain_iterator = iterator
+        iterator._num_yielded = position
+
+
 def is_checkpointer(obj: object) -> bool:
     """Whether ``obj`` is SpeechBrain's Checkpointer."""
     return _is_a(obj, "utils.checkpoints", "Checkpointer")

@@ -23,6 +23,7 @@ from .errors import RunOptionError, UnsupportedError
 from .hooks import overrides, steps_itself
 from .profiling import profile
 from .protocol import BrainProtocol
+from .run_options import is_given
 
 # Lightning's names of mixed precision, in SpeechBrain's words.
 DEFAULT_PRECISION = "32-true"
@@ -203,11 +204,6 @@ def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrow
     if scaler.is_enabled() and brain.checkpointer is not None:
         brain.checkpointer.add_recoverable("scaler", scaler, optional_load=True)
     borrowed.set(trainer.strategy, "precision_plugin", Precision())
-
-
-def is_given(brain: BrainProtocol, option: str) -> bool:
-    """Whether somebody chose the value of a run option, rather than left it at its default."""
-    return option in getattr(brain, "given_options", ())
 
 
 def _refuse_conflict(brain: BrainProtocol, option: str, value: Any, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +16,12 @@ from .ddp import wrap_modules
 from .distributed import together
 from .profiling import end_when_profiled
 from .refusals import check_averaging, refuse_callbacks
+from .resume import (
+    resume_trainer,
+    save_within_epoch,
+    saves_between_batches,
+    trainer_state,
+)
 from .stages import Stages
 
 
@@ -61,6 +68,27 @@ class BrainCallback(Callback):
         self.stages.metrics.watch(self.stages.brain, self._for_the_run)
         self.stages.metrics.validated = trainer.enable_validation
         _loops.attach(trainer, self.stages, self._for_the_run)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on from what was recovered, where something was."""
+        state = self.stages.run_state
+        state.of_trainer = partial(trainer_state, trainer, self.stages)
+        state.position.notes_draws = saves_between_batches(trainer)
+        if state.resumed is not None:
+            resume_trainer(trainer, self.stages, state.resumed)
+        if trainer.checkpoint_callbacks or is_asked_for(self.stages.brain):
+            self.stages.save_with_trainer = partial(save_within_epoch, trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens to SIGTERM, where there is something to save with."""
+        if self.stages.brain.checkpointer is not None or self.stages.save_with_trainer:
+            self.stages.termination.listen(_loops.is_lightnings_handler)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Ends a run that was told to end."""
+        self.stages.end_if_terminated()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""
@@ -120,6 +148,7 @@ class BrainCallback(Callback):
 
     def _put_back(self, trainer: Trainer) -> None:
         self.stages.close()
+        self.stages.termination.put_back()
         _loops.detach(trainer)
         for borrowed in (self._for_the_epoch, self._for_the_check, self._for_the_run):
             borrowed.put_back()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,9 @@ from .checkpoint import Checkpoint, checkpoint_in, ckpt_recency
 from .checkpoint_hooks import load_state, write_state
 from .errors import CheckpointError, RecipeError
 from .inference import write_inference_yaml
+from .lightning_file import MODULES, read_files, write_files
 from .meta_yaml import dump_meta
-
-# Under this key a Lightning file holds what Lightning has no place for.
-KEY = "brain_lightning"
-MODULES = "brain_modules"
+from .run_state import KEY
 
 
 def convert(source: str, target: str, hparams: str | None = None) -> Path:
@@ -82,7 +79,7 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
     Returns:
         ``path``.
     """
-    states, files = _read(checkpoint)
+    states, files = read_files(checkpoint)
     modules = {name: state for name, state in states.items() if _is_module(state)}
     optimizers = {name: state for name, state in states.items() if _is_optimizer(state)}
     done = modules.keys() | optimizers.keys()
@@ -102,7 +99,7 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
         KEY: {
             # As its own text, which says everything that YAML can say.
             "meta": (checkpoint.path / store.METAFNAME).read_text(encoding="utf-8"),
-            "modules": {name: _described(state) for name, state in modules.items()},
+            "modules": {name: _described(name, state) for name, state in modules.items()},
             "states": {name: state for name, state in states.items() if name not in done},
             "files": files,
         },
@@ -112,31 +109,10 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
     return temporary.replace(path)
 
 
-def _described(state: Any) -> dict[str, Any]:
+def _described(name: str, state: Any) -> dict[str, Any]:
     """Names may have dots; the version of each part is in an attribute of the state."""
-    return {"keys": list(state), "metadata": dict(getattr(state, "_metadata", {}))}
-
-
-def _read(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Files that torch can read safely as states, the others as they are."""
-    states: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
-    for path in sorted(checkpoint.path.rglob("*")):
-        name = str(path.relative_to(checkpoint.path))
-        state = _state_in(path) if path in checkpoint.paramfiles.values() else None
-        if state is not None:
-            states[path.stem] = state
-        elif path.is_file() and name not in (store.METAFNAME, store.CHECKSUMS):
-            files[name] = path.read_bytes()
-    return states, files
-
-
-def _state_in(path: Path) -> Any:
-    try:
-        return load_state(path) if zipfile.is_zipfile(path) else None
-    except CheckpointError:
-        # A hook of the recipe's own wrote it, and reads it.
-        return None
+    keys = {key: f"{MODULES}.{name}.{key}" for key in state}
+    return {"keys": keys, "metadata": dict(getattr(state, "_metadata", {}))}
 
 
 def _is_module(state: Any) -> bool:
@@ -161,9 +137,9 @@ def from_lightning(source: Path, directory: Path) -> Path:
     saved = load_state(source)
     own = saved.get(KEY, {})
     states = _modules(saved["state_dict"], own.get("modules"))
+    names = {member: name for name, member in own.get("optimizers", {}).items()}
     for optimizers in saved.get("optimizer_states", []):
-        states |= {_optimizer_name(name): state for name, state in optimizers.items()}
-    states |= own.get("states", {})
+        states |= {_optimizer_name(name, names): state for name, state in optimizers.items()}
     temporary = store.new_directory(directory.parent)
     with store.removed_on_failure(temporary):
         if "meta" in own:
@@ -173,10 +149,7 @@ def from_lightning(source: Path, directory: Path) -> Path:
             dump_meta({**meta, "epoch": saved["epoch"]}, temporary / store.METAFNAME)
         for name, state in states.items():
             write_state(state, temporary / f"{name}{store.PARAMFILE_EXT}")
-        for name, content in own.get("files", {}).items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        write_files(own, temporary)
         return store.publish(temporary, directory)
 
 
@@ -187,9 +160,7 @@ def _modules(
         described = _entries(state)
     modules: dict[str, Any] = {}
     for name, each in described.items():
-        modules[name] = OrderedDict(
-            (key, state[f"{MODULES}.{name}.{key}"]) for key in each["keys"]
-        )
+        modules[name] = OrderedDict((key, state[w]) for key, w in each["keys"].items())
         modules[name]._metadata = OrderedDict(each["metadata"])
     return modules
 
@@ -199,13 +170,13 @@ def _entries(state: Mapping[str, Tensor]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for key in state:
         name, _, rest = key.removeprefix(f"{MODULES}.").partition(".")
-        entries.setdefault(name, {"keys": [], "metadata": {}})["keys"].append(rest)
+        entries.setdefault(name, {"keys": {}, "metadata": {}})["keys"][rest] = key
     return entries
 
 
-def _optimizer_name(name: str) -> str:
-    """The default ``init_optimizers`` has another name for its recoverable."""
-    return "optimizer" if name == "opt_class" else name
+def _optimizer_name(name: str, names: Mapping[str, str]) -> str:
+    """That of the recoverable; the default ``init_optimizers`` has another for it."""
+    return names.get(name, "optimizer" if name == "opt_class" else name)
 
 
 def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> Path:
@@ -225,7 +196,7 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
     yaml = Path(hparams or checkpoint.path.parent.parent / "hyperparams.yaml")
     if not yaml.is_file():
         raise RecipeError(f"{yaml} is not there: give the recipe's file with --hparams=FILE")
-    states, _ = _read(checkpoint)
+    states, _ = read_files(checkpoint)
     modules = [name for name, state in states.items() if _is_module(state)]
     temporary = store.new_directory(folder.parent)
     with store.removed_on_failure(temporary):

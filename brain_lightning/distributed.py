@@ -27,9 +27,19 @@ def is_distributed_initialized() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def get_rank() -> int:
+    """The number of this process, from 0."""
+    return torch.distributed.get_rank() if is_distributed_initialized() else 0
+
+
+def get_world_size() -> int:
+    """The number of processes."""
+    return torch.distributed.get_world_size() if is_distributed_initialized() else 1
+
+
 def if_main_process() -> bool:
     """Whether this process is the first, or the only one."""
-    return not is_distributed_initialized() or torch.distributed.get_rank() == 0
+    return get_rank() == 0
 
 
 def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
@@ -80,6 +90,21 @@ def on_all_ranks(condition: torch.Tensor) -> bool:
     holds = condition.to(torch.uint8).reshape(())
     torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MIN)
     return bool(holds)
+
+
+def on_any_rank(condition: bool, device: str) -> bool:
+    """Whether a condition holds in one of the processes.
+
+    Args:
+        condition: Whether it holds here.
+        device: The device that the process group communicates from.
+
+    Returns:
+        The same answer everywhere.
+    """
+    if not is_distributed_initialized():
+        return condition
+    return not on_all_ranks(torch.tensor(not condition, device=device))
 
 
 def together(action: Callable[[], Result]) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from os import PathLike
@@ -11,7 +12,12 @@ from typing import Any
 import yaml
 
 from . import _speechbrain
-from .checkpoint_hooks import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from .checkpoint_hooks import (
+    load_hook,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +157,10 @@ class Epochs:
     Args:
         epoch_counter: Any iterable of epoch numbers.
 
+    Attributes:
+        counter: ``epoch_counter``.
+        current: What it gave last.
+
     Raises:
         TypeError: ``epoch_counter`` is not iterable.
     """
@@ -165,7 +175,7 @@ class Epochs:
             )
         # A counter that was moved before, or recovered, says where it is.
         self.current: Any = getattr(epoch_counter, "current", None) or None
-        self._counter = epoch_counter
+        self.counter = epoch_counter
         self._iterator: Iterator[Any] | None = None
         self._drawn = False
         self._over = False
@@ -175,7 +185,7 @@ class Epochs:
         if self._over or self._drawn:
             return self._drawn
         if self._iterator is None:
-            self._iterator = iter(self._counter)
+            self._iterator = iter(self.counter)
         try:
             self.current = next(self._iterator)
         except StopIteration:
@@ -183,6 +193,15 @@ class Epochs:
             return False
         self._drawn = True
         return True
+
+    def skip(self, epochs: int) -> None:
+        """Leaves out epochs that were done before, unless the counter remembers them.
+
+        Args:
+            epochs: How many.
+        """
+        if load_hook(self.counter) is None:
+            self._iterator = itertools.islice(iter(self.counter), epochs, None)
 
     def start(self) -> Any:
         """Begins the epoch that was drawn.

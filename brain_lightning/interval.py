@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .distributed import ddp_broadcast
 from .protocol import BrainProtocol
+from .run_options import is_given
 
 # In a checkpoint's meta; SpeechBrain finds the ones to replace by it.
 INTRA_EPOCH_CKPT_FLAG = "brain_intra_epoch_ckpt"
@@ -20,22 +22,52 @@ class IntervalCheckpoints:
 
     Args:
         brain: The Brain in training.
+        save_with_trainer: Saves where the Brain has no Checkpointer; None does not.
     """
 
-    def __init__(self, brain: BrainProtocol) -> None:
+    def __init__(
+        self, brain: BrainProtocol, save_with_trainer: Callable[[], None] | None
+    ) -> None:
         self._brain = brain
+        self._save_with_trainer = save_with_trainer
         self._restart()
 
     def after_step(self) -> None:
         """Saves if the interval is over; called once per batch."""
         self._steps += 1
-        if self._brain._should_save_intra_epoch_ckpt(self._since, self._steps):
-            self._brain._save_intra_epoch_ckpt()
+        if self._is_due():
+            self.save()
             self._restart()
+
+    def save(self) -> None:
+        """Saves now, with what there is to save with."""
+        if self._brain.checkpointer is not None:
+            self._brain._save_intra_epoch_ckpt()
+        elif self._save_with_trainer is not None:
+            self._save_with_trainer()
+
+    def _is_due(self) -> bool:
+        brain = self._brain
+        if brain.checkpointer is not None:
+            return brain._should_save_intra_epoch_ckpt(self._since, self._steps)
+        if self._save_with_trainer is None or not is_asked_for(brain):
+            return False
+        minutes, steps = brain.ckpt_interval_minutes, brain.ckpt_interval_steps
+        return is_due(minutes, steps, self._since, self._steps)
 
     def _restart(self) -> None:
         self._since = time.time()
         self._steps = 0
+
+
+def is_asked_for(brain: BrainProtocol) -> bool:
+    """Whether somebody asked for such checkpoints; with a Checkpointer nobody has to.
+
+    Args:
+        brain: The Brain.
+    """
+    options = ("ckpt_interval_minutes", "ckpt_interval_steps")
+    return any(is_given(brain, option) and getattr(brain, option) > 0 for option in options)
 
 
 def is_due(minutes: float, steps: int, last_ckpt_time: float, steps_since_ckpt: int) -> bool:

@@ -25,11 +25,12 @@ from .callback import BrainCallback
 from .compile import without_compiled_prefix
 from .ddp import unwrap_modules, without_wrapper
 from .epochs import Epochs
-from .errors import UnsupportedError
 from .hooks import check_hooks
+from .lightning_file import check_content, content, recover
 from .optimizers import OptimizerGroup, has_optimizer
 from .protocol import BrainProtocol
 from .refusals import check_backbone
+from .run_state import KEY, RunState, run_state
 from .stage import Stage
 from .stages import Stages
 from .update import TrainingLoss, fit_batch, optimizers_step, prepare_gradients, training_loss
@@ -63,9 +64,9 @@ class BrainModule(LightningModule):
         _speechbrain.adopt(brain)
         self.brain = brain
         self.brain_modules = brain.modules
-        self.stages = Stages(brain, Epochs(()))
+        self.stages = Stages(brain, Epochs(()), RunState(brain))
         self._epoch_counter = epoch_counter
-        self._explicit_weights: dict[str, Tensor] | None = None
+        self._explicit: dict[str, Any] | None = None
         self._run_options: dict[str, Any] = {
             "progressbar": progressbar,
             "max_key": max_key,
@@ -76,14 +77,15 @@ class BrainModule(LightningModule):
         """Begins a run: new stages over the same Brain, and the callback that runs them."""
         if self.trainer.state.fn is TrainerFn.FITTING:
             check_hooks(self.brain)
-        self._explicit_weights = None
+        self._explicit = None
         counter = self._epoch_counter
         if counter is None:
             hparams = getattr(self.brain, "hparams", None)
             counter = getattr(hparams, "epoch_counter", None)
         if counter is None:
             counter = itertools.count(1)
-        self.stages = Stages(self.brain, Epochs(counter), **self._run_options)
+        state = run_state(self.brain, Stages.is_running(self.brain))
+        self.stages = Stages(self.brain, Epochs(counter), state, **self._run_options)
         return [BrainCallback(self.stages, self.trainer)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
@@ -110,6 +112,10 @@ class BrainModule(LightningModule):
         """
         unwrap_modules(self.brain)
         self.brain.on_fit_start()
+        if self._explicit is not None:
+            self.load_state_dict(self._explicit["state_dict"])
+            recover(self._explicit, self.stages)
+            self._explicit = None
         group = OptimizerGroup(self.brain)
         check_backbone(self.trainer, self.brain, group)
         return group
@@ -135,17 +141,20 @@ class BrainModule(LightningModule):
         before, found, rest = name.partition("brain_modules.")
         return before + found + without_wrapper(without_compiled_prefix(rest), self.brain)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning has no place for, unless weights alone are saved."""
+        if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
+            checkpoint[KEY] = content(self.stages, self.state_dict(keep_vars=True))
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the weights of an explicit ``ckpt_path``: they win over the best ones."""
-        if self._running() is TrainerFn.FITTING:
-            raise UnsupportedError(
-                "fit(ckpt_path=...) cannot resume a Brain yet: the epoch counter and the "
-                "position in the data are not in a Lightning checkpoint. A Brain with a "
-                "checkpointer resumes by itself, without ckpt_path; the weights alone come "
-                "with load_from_checkpoint(path, brain=brain)"
-            )
-        if self._running() is TrainerFn.TESTING:
-            self._explicit_weights = checkpoint["state_dict"]
+        """Keeps an explicit ``ckpt_path``: it wins over what a Checkpointer recovers."""
+        running = self._running()
+        if running is TrainerFn.FITTING:
+            check_content(checkpoint)
+            # Lightning would begin in the middle of its own loop, without a TRAIN stage.
+            checkpoint.pop("loops", None)
+        if running in (TrainerFn.FITTING, TrainerFn.TESTING):
+            self._explicit = checkpoint
 
     def _running(self) -> TrainerFn | None:
         # Without a Trainer, as in load_from_checkpoint, the property raises.
@@ -160,6 +169,10 @@ class BrainModule(LightningModule):
         The last hook of a batch: every callback has seen it before.
         """
         self._log_running_loss()
+        self.draw_batch()
+
+    def draw_batch(self) -> None:
+        """Draws the next batch; without one TRAIN ends."""
         loader = self.stages.train_loader
         last = _loops.is_cut_short(self.trainer, loader.known_length()) or not loader.advance()
         _loops.mark_last_batch(self.trainer, last)
@@ -182,9 +195,9 @@ class BrainModule(LightningModule):
     def on_test_model_eval(self) -> None:
         """Begins an evaluation: the best or an explicit checkpoint, then the TEST stage."""
         self.stages.recover_best()
-        if self._explicit_weights is not None:
-            self.load_state_dict(self._explicit_weights)
-            self._explicit_weights = None
+        if self._explicit is not None:
+            self.load_state_dict(self._explicit["state_dict"])
+            self._explicit = None
         self.stages.start_test()
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:

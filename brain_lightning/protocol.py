@@ -46,6 +46,8 @@ class BrainProtocol(Protocol):
     skip_nonfinite_grads: bool
     grad_accumulation_factor: int
     optimizer_step_limit: int | None
+    ckpt_interval_minutes: float
+    ckpt_interval_steps: int
     noprogressbar: bool
     test_only: bool
     tqdm_barcolor: dict[str, str]

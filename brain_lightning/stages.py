@@ -14,14 +14,17 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from .borrowed import Borrowed
 from .epochs import Epochs
 from .errors import HookStoppedError
 from .interval import IntervalCheckpoints
 from .metrics import Metrics
 from .progress import progress_bar
 from .protocol import BrainProtocol
+from .run_state import RunState
 from .stage import Stage
 from .stage_loader import StageLoader
+from .termination import EXIT_STATUS, Termination
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +44,32 @@ def calls_hooks(method: Method) -> Method:
     return guarded  # type: ignore[return-value]
 
 
+class TrainPass:
+    """One pass over the training data, from the position that was resumed.
+
+    Args:
+        run_state: The state of the run.
+        loader: What ``fit`` was given.
+    """
+
+    def __init__(self, run_state: RunState, loader: Any) -> None:
+        self._run_state = run_state
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._run_state.batches(self._loader)
+
+
 class Stages:
     """The stages of one run of a Brain: one ``fit`` or one ``evaluate``.
 
     Args:
         brain: The Brain that runs.
         epochs: Its epochs.
+        run_state: What is saved of the run.
         progressbar: Whether to show SpeechBrain's bar.
         max_key: For ``on_evaluate_start``.
         min_key: For ``on_evaluate_start``.
@@ -57,6 +80,8 @@ class Stages:
         in_training: Whether a TRAIN stage has started and not ended.
         steps_on_last_batch: Whether an incomplete accumulation window makes an update.
         batches: Training batches so far.
+        save_with_trainer: Saves within an epoch where the Brain has no Checkpointer.
+        termination: Hears a SIGTERM.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers found in the stages.
     """
@@ -70,6 +95,7 @@ class Stages:
         self,
         brain: BrainProtocol,
         epochs: Epochs,
+        run_state: RunState,
         *,
         progressbar: bool = False,
         max_key: str | None = None,
@@ -77,6 +103,7 @@ class Stages:
     ) -> None:
         self.brain = brain
         self.epochs = epochs
+        self.run_state = run_state
         self.progressbar = progressbar
         self.stage = Stage.TRAIN
         self.metrics = Metrics(lambda: self.stage)
@@ -84,6 +111,8 @@ class Stages:
         self.in_training = False
         self.steps_on_last_batch = False
         self.batches = 0
+        self.save_with_trainer: Callable[[], None] | None = None
+        self.termination = Termination()
         self.interrupt: KeyboardInterrupt | None = None
         self._train_step = 0
         self._position = 0
@@ -156,6 +185,7 @@ class Stages:
         brain, epoch = self.brain, self.epochs.start()
         self.in_training = True
         self.stage = Stage.TRAIN
+        self.run_state.begin_epoch()
         brain.on_stage_start(self._named(Stage.TRAIN), epoch)
         brain.modules.train()
         brain.zero_grad()
@@ -176,16 +206,18 @@ class Stages:
         Returns:
             The detached loss.
         """
-        brain = self.brain
-        self.batches += 1
+        brain, state = self.brain, self.run_state
         brain.step += 1
         brain.ends_window = last and self.steps_on_last_batch
         self._fitting.append(self)
+        state.begin_batch()
         try:
             loss = fit_batch(batch)
         finally:
             self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
+        state.end_batch()
+        self.batches += 1
         return loss
 
     @property
@@ -199,6 +231,7 @@ class Stages:
         brain = self.brain
         self.train_loader.close()
         brain.zero_grad(set_to_none=True)
+        self.run_state.end_training()
         stage = self._named(Stage.TRAIN)
         brain.on_stage_end(stage, brain.avg_train_loss, self.epochs.current)
         self.metrics.add(Stage.TRAIN, {"loss": brain.avg_train_loss})
@@ -210,6 +243,7 @@ class Stages:
     def end_epoch(self) -> None:
         """Decides, after validation, whether another epoch may follow."""
         brain = self.brain
+        self.run_state.end_epoch()
         if (
             brain.debug and self.epochs.current == brain.debug_epochs
         ) or self._limit_reached():
@@ -218,8 +252,9 @@ class Stages:
     def _train_batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """``for batch in train_set`` of ``_fit_train``; the Trainer fits where it yields."""
         brain = self.brain
-        checkpoints = IntervalCheckpoints(brain)
-        with progress_bar(brain, loader, Stage.TRAIN, self.progressbar) as bar:
+        checkpoints = IntervalCheckpoints(brain, self.save_with_trainer)
+        batches = TrainPass(self.run_state, loader)
+        with progress_bar(brain, batches, Stage.TRAIN, self.progressbar) as bar:
             for batch in bar:
                 if self._limit_reached():
                     logger.info("Train iteration limit exceeded")
@@ -230,6 +265,27 @@ class Stages:
                 if brain.debug and brain.step == brain.debug_batches:
                     return
                 checkpoints.after_step()
+                self.end_if_terminated()
+
+    def end_if_terminated(self) -> None:
+        """Saves and ends the process, if it was told to; called between two batches.
+
+        Raises:
+            SystemExit: With a status that is not zero.
+        """
+        brain = self.brain
+        if not self.termination.is_requested(brain.device):
+            return
+        borrowed = Borrowed()
+        for name, value in self.run_state.counts().items():
+            borrowed.set(brain, name, value)
+        IntervalCheckpoints(brain, self.save_with_trainer).save()
+        borrowed.put_back()
+        self.termination.obeyed()
+        logger.warning(
+            "SIGTERM: the run is saved, within epoch %s, and ends.", self.epochs.current
+        )
+        raise SystemExit(EXIT_STATUS)
 
     def _limit_reached(self) -> bool:
         limit = self.brain.optimizer_step_limit
@@ -250,6 +306,7 @@ class Stages:
     def end_valid(self) -> None:
         """Ends the VALID stage, of the last loader where there are several."""
         self._end_evaluation(Stage.VALID)
+        self.run_state.validated = True
         if self.in_training:
             self.stage = Stage.TRAIN
             self.brain.step = self._train_step

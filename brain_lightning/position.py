@@ -1,0 +1,332 @@
+"""Where training is in its data, and how a pass over the data begins there."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from . import _speechbrain
+from .checkpoint_hooks import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from .random_state import random_state, set_random_state, to_bytes, to_tensor
+from .workers import (
+    PLACEHOLDER,
+    Carried,
+    CarryingCollate,
+    IndicesFrom,
+    ResumingWorker,
+    State,
+    WaitingDataset,
+    is_stateful,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@register_checkpoint_hooks
+class SaveableDataLoader(DataLoader[Any]):
+    """A DataLoader whose position in the data is saved, as SpeechBrain's of the same name.
+
+    The file is SpeechBrain's: the number of batches. ``fit`` goes on after them.
+
+    Attributes:
+        position: Of the run that iterates it.
+        recovered: Batches that the next pass leaves out.
+    """
+
+    position: Position | None = None
+    recovered = 0
+
+    @mark_as_saver
+    def _save(self, path: str | PathLike[str]) -> None:
+        batches = None if self.position is None else self.position.fitted
+        Path(path).write_text(str(batches), encoding="utf-8")
+
+    @mark_as_loader
+    def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
+        saved = Path(path).read_text(encoding="utf-8")
+        # One that was iterated recovers the best checkpoint, to be evaluated.
+        if not (end_of_epoch or self.position or saved == str(None)):
+            self.recovered = int(saved)
+
+
+# Workers that persist belong to one loader for as long as it lives.
+_PERSISTENT: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
+
+
+class Position:
+    """The position of a run in its training data.
+
+    A pass that is resumed draws the same indices again without loading anything, from
+    the random state that it had begun with, and goes on from the state that was saved.
+
+    Attributes:
+        fitted: Batches of this pass that training is done with.
+        notes_draws: Whether to remember the state before each batch is drawn. Needed
+            where a checkpoint may be saved between drawing a batch and fitting it.
+    """
+
+    def __init__(self) -> None:
+        self.fitted = 0
+        self.notes_draws = False
+        self._drawn = 0
+        self._loader: Any = None
+        self._begun: State = {}
+        self._noted: State | None = None
+        self._resumed: State | None = None
+        self._workers: dict[int, State] = {}
+        self._next_worker = 0
+        # The worker that made the last batch, with its state before.
+        self._before: tuple[int, State | None] = (0, None)
+
+    # ------------------------------------------------------------------ saving
+
+    def state(self, fitted: int, again: bool) -> State:
+        """What it takes to go on.
+
+        Args:
+            fitted: Batches after which to go on.
+            again: Whether the next one is being fitted now, and will be again.
+        """
+        ahead = self._drawn > fitted
+        draw = self._noted if ahead and self._noted is not None else self._now()
+        next_worker, workers = self._next_worker, dict(self._workers)
+        if ahead and workers:
+            next_worker, before = self._before
+            workers.pop(next_worker)
+            workers.update({} if before is None else {next_worker: before})
+        return {
+            "batches": fitted,
+            "begun": self._begun,
+            "draw": draw,
+            "drawn": random_state() if ahead and not again else None,
+            "workers": workers,
+            "next_worker": next_worker,
+            "num_workers": getattr(self._loader, "num_workers", 0),
+        }
+
+    def state_between_passes(self) -> State:
+        """What it takes to begin the next pass as it would have begun."""
+        persistent = getattr(self._loader, "persistent_workers", False)
+        return {
+            "samplers": _states_of_samplers(self._loader),
+            "workers": self._workers if persistent else {},
+            "num_workers": getattr(self._loader, "num_workers", 0),
+        }
+
+    def resume(self, state: State | None) -> None:
+        """Lets the next pass begin where the state says.
+
+        Args:
+            state: From ``state`` or ``state_between_passes``; None begins as always.
+        """
+        self._resumed = state
+
+    def _now(self) -> State:
+        return {"random": random_state(), **_state_of_stream(self._loader)}
+
+    # --------------------------------------------------------------- iterating
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """One pass over the training data, from the position that was resumed.
+
+        Args:
+            loader: What ``fit`` was given.
+
+        Yields:
+            The batches.
+        """
+        resumed, self._resumed = self._resumed, None
+        iterator = self._begin(loader, resumed or {})
+        drawn = (resumed or {}).get("drawn")
+        while True:
+            if self.notes_draws:
+                self._noted = self._now()
+            try:
+                batch = self._draw(iterator)
+            except StopIteration:
+                return
+            if drawn is not None:
+                set_random_state(drawn)
+                drawn = None
+            yield batch
+
+    def _draw(self, iterator: Iterator[Any]) -> Any:
+        item = next(iterator)
+        while isinstance(item, Carried) and _is_placeholder(item):
+            item = next(iterator)
+        self._drawn += 1
+        if not isinstance(item, Carried):
+            return item
+        self._before = (item.worker, self._workers.get(item.worker))
+        self._workers[item.worker] = item.state
+        self._next_worker = (item.worker + 1) % self._loader.num_workers
+        return item.batch
+
+    def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
+        self._loader, self._noted = loader, None
+        begun = resumed.get("begun")
+        if begun is not None:
+            set_random_state(begun["random"])
+        _resume_samplers(loader, (begun or resumed).get("samplers", []))
+        self._begun = {"random": random_state(), "samplers": _states_of_samplers(loader)}
+        told = _told_position(loader, self)
+        self.fitted = self._drawn = resumed.get("batches", told)
+        iterator = self._iterator(loader, resumed)
+        if "draw" in resumed:
+            set_random_state(resumed["draw"]["random"])
+        return iterator
+
+    def _iterator(self, loader: Any, resumed: State) -> Iterator[Any]:
+        draw = resumed.get("draw", {})
+        if "loader" in draw:
+            loader.load_state_dict(draw["loader"])
+            return iter(loader)
+        if "dataset" in draw:
+            loader.dataset.load_state_dict(draw["dataset"])
+        if not _is_data_loader(loader):
+            return self._sequence(loader)
+        if _is_stream(loader) and not is_stateful(loader.dataset):
+            self._tell_if_it_begins_anew(loader.dataset)
+        self._resume_workers(loader, resumed)
+        if self._drawn or loader.num_workers:
+            return self._twins_iterator(loader, bool(resumed))
+        return iter(loader)
+
+    def _sequence(self, loader: Any) -> Iterator[Any]:
+        if isinstance(loader, Sequence):
+            return itertools.islice(loader, self._drawn, None)
+        self._tell_if_it_begins_anew(loader)
+        return iter(loader)
+
+    def _tell_if_it_begins_anew(self, data: Any) -> None:
+        if self._drawn:
+            logger.warning(
+                "%s has no position that can be restored: the resumed epoch begins with its "
+                "first item, after %d batches. Give it state_dict() and load_state_dict(), "
+                "or use a dataset with indices.",
+                type(data).__name__,
+                self._drawn,
+            )
+        self.fitted = self._drawn = 0
+
+    def _resume_workers(self, loader: DataLoader[Any], resumed: State) -> None:
+        if not loader.persistent_workers:
+            self._workers = {}
+        self._next_worker = 0
+        if resumed and resumed["num_workers"] != loader.num_workers:
+            logger.warning(
+                "The checkpoint was saved with num_workers=%d, and there are %d now: what "
+                "they draw at random differs.",
+                resumed["num_workers"],
+                loader.num_workers,
+            )
+        elif resumed:
+            self._workers = dict(resumed["workers"])
+            self._next_worker = resumed.get("next_worker", 0) if self._drawn else 0
+
+    def _twins_iterator(self, loader: DataLoader[Any], anew: bool) -> Iterator[Any]:
+        """A copy is iterated: the user's loader stays as it is."""
+        twin = None if anew else _PERSISTENT.get(loader)
+        if twin is None:
+            twin = self._twin(loader)
+        if loader.persistent_workers:
+            _PERSISTENT[loader] = twin
+        iterator = iter(twin)
+        for sampler in (twin.batch_sampler, twin.sampler):
+            if isinstance(sampler, IndicesFrom):
+                sampler.skip()
+        _speechbrain.follow_iterator(loader, iterator, self._drawn - self._next_worker)
+        return iterator
+
+    def _twin(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        twin = copy.copy(loader)
+        # DataLoader's __setattr__ refuses to change some of these.
+        own = vars(twin)
+        own["_iterator"] = None
+        _speechbrain.forget_position(twin)
+        if loader.num_workers:
+            own["collate_fn"] = CarryingCollate(loader.collate_fn)
+            own["worker_init_fn"] = ResumingWorker(loader.worker_init_fn, dict(self._workers))
+        waiting, batched = self._next_worker, loader.batch_sampler is not None
+        streamed = _is_stream(loader)
+        if waiting and (streamed or not batched):
+            own["dataset"] = WaitingDataset(loader.dataset, waiting)
+        placeholder: Any = [PLACEHOLDER] if streamed else []
+        before = [placeholder if batched else PLACEHOLDER] * waiting
+        name = "batch_sampler" if batched else "sampler"
+        own[name] = IndicesFrom(own[name], 0 if streamed else self._drawn, before)
+        return twin
+
+
+def _told_position(loader: Any, position: Position) -> int:
+    """The position of a loader that a Checkpointer has recovered."""
+    if isinstance(loader, SaveableDataLoader):
+        loader.position = position
+        told, loader.recovered = loader.recovered, 0
+        return told
+    return _speechbrain.told_position(loader)
+
+
+def _is_placeholder(item: Carried) -> bool:
+    return isinstance(item.batch, str) and item.batch == PLACEHOLDER
+
+
+def _is_data_loader(loader: Any) -> bool:
+    """Whether it iterates as DataLoader does, or as SpeechBrain's."""
+    if not isinstance(loader, DataLoader):
+        return False
+    ours = type(loader).__iter__ is DataLoader.__iter__
+    return ours or _speechbrain.is_saveable_loader(loader)
+
+
+def _is_stream(loader: DataLoader[Any]) -> bool:
+    return isinstance(loader.dataset, IterableDataset)
+
+
+def _state_of_stream(loader: Any) -> State:
+    """Of what is not drawn by indices: the loader itself, or its dataset."""
+    if is_stateful(loader):
+        return {"loader": loader.state_dict()}
+    dataset: Any = getattr(loader, "dataset", None)
+    in_workers = getattr(loader, "num_workers", 0)
+    streams = isinstance(dataset, IterableDataset)
+    if streams and is_stateful(dataset) and not in_workers:
+        return {"dataset": dataset.state_dict()}
+    return {}
+
+
+def _samplers(loader: Any) -> Iterable[Any]:
+    """The loader, and its samplers within samplers."""
+    while loader is not None:
+        yield loader
+        # Not by truth: an endless sampler has no length.
+        batches = getattr(loader, "batch_sampler", None)
+        loader = getattr(loader, "sampler", None) if batches is None else batches
+
+
+def _states_of_samplers(loader: Any) -> list[Any]:
+    return [_sampler_state(sampler) for sampler in _samplers(loader)]
+
+
+def _sampler_state(sampler: Any) -> Any:
+    if is_stateful(sampler) and not isinstance(sampler, DataLoader):
+        return sampler.state_dict()
+    generator = getattr(sampler, "generator", None)
+    return to_bytes(generator.get_state()) if isinstance(generator, torch.Generator) else None
+
+
+def _resume_samplers(loader: Any, states: list[Any]) -> None:
+    for sampler, state in zip(_samplers(loader), states, strict=False):
+        if isinstance(state, bytes):
+            sampler.generator.set_state(to_tensor(state))
+        elif state is not None:
+            sampler.load_state_dict(state)

@@ -1,0 +1,106 @@
+"""What a Trainer needs to go on exactly: its counts, and the states of its callbacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+
+from ._fit_loop import progress, set_progress
+from .gathered import NotPlainError, plain
+from .stages import Stages
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+
+# ModelCheckpoint finds it for fit(ckpt_path="last").
+WITHIN_EPOCH = "last-within-epoch.ckpt"
+
+
+def trainer_state(trainer: Trainer, stages: Stages) -> State:
+    """What there is to save of a Trainer beside a Brain.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+        stages: The stages of the run.
+    """
+    return {
+        "progress": {**progress(trainer), "batches": stages.batches},
+        "callbacks": _callback_states(trainer),
+    }
+
+
+def _callback_states(trainer: Trainer) -> State:
+    states = {}
+    # An attribute that Lightning's type hints do not show.
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        try:
+            state = plain(callback.state_dict())
+        except NotPlainError as error:
+            logger.warning(
+                "The state of %s is not saved: there is a %s in it.", callback.state_key, error
+            )
+            continue
+        if state:
+            states[callback.state_key] = state
+    return states
+
+
+def resume_trainer(trainer: Trainer, stages: Stages, resumed: State) -> None:
+    """Lets a Trainer go on from what a Brain has recovered.
+
+    Args:
+        trainer: The Trainer in ``on_fit_start``.
+        stages: The stages of the run that begins.
+        resumed: The state of the run that was saved.
+    """
+    in_epoch = resumed["epoch"] is not None
+    epochs = resumed["epochs"] - in_epoch
+    stages.run_state.epochs = epochs
+    if in_epoch:
+        stages.epochs.skip(epochs)
+    state = resumed["trainer"]
+    if not state:
+        return
+    stages.batches = state["progress"]["batches"]
+    set_progress(trainer, **state["progress"])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if callback.state_key in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][callback.state_key])
+
+
+def saves_between_batches(trainer: Trainer) -> bool:
+    """Whether a checkpoint may be saved when the next batch is drawn and not yet fitted.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+    """
+    on_exception = any(
+        isinstance(callback, OnExceptionCheckpoint)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
+    return on_exception or getattr(trainer, "val_check_interval", None) != 1.0
+
+
+def save_within_epoch(trainer: Trainer) -> None:
+    """Saves as the Trainer saves, in the place of the one before.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+    """
+    checkpoint = trainer.checkpoint_callback
+    folder = getattr(checkpoint, "dirpath", None)
+    folder = folder or os.path.join(trainer.default_root_dir, "checkpoints")
+    path = os.path.join(folder, WITHIN_EPOCH)
+    if "://" in folder:
+        trainer.save_checkpoint(path)
+        return
+    # Lightning may write to $TMPDIR first, and copy from there.
+    trainer.save_checkpoint(f"{path}.part")
+    if trainer.is_global_zero:
+        os.replace(f"{path}.part", path)
+    trainer.strategy.barrier("save_within_epoch")

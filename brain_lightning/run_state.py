@@ -1,0 +1,241 @@
+"""What a run needs to go on exactly, beyond weights, optimizers and counters."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from itertools import chain
+from os import PathLike
+from typing import Any
+
+from torch.nn import Parameter
+
+from .checkpoint_hooks import load_state, write_state
+from .distributed import gather, get_rank, get_world_size, if_main_process
+from .gathered import Gathered
+from .optimizers import all_optimizers, parameters_of
+from .position import Position
+from .protocol import BrainProtocol
+from .random_state import random_state, set_random_state
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+
+# The name of the recoverable, and the key in a Lightning file.
+KEY = "brain_lightning"
+
+
+class RunState:
+    """The state of a run of a Brain, saved with every checkpoint.
+
+    Holds the random states, the position in the data, gradients of an accumulation
+    window that is not full, and what was gathered in the epoch; of each process its
+    own. What is recovered takes effect when the next epoch begins, for the moments
+    of that epoch have to be gone through again.
+
+    Args:
+        brain: The Brain that runs.
+
+    Attributes:
+        position: In the training data.
+        of_trainer: Gives the state of the Trainer.
+        epochs: Epochs that have begun.
+        validated: Whether there was a validation after the last batch.
+        resumed: What was recovered and has not taken effect yet.
+    """
+
+    def __init__(self, brain: BrainProtocol) -> None:
+        self.brain = brain
+        self._saved_by = uuid.uuid4().hex
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a run."""
+        self.position = Position()
+        self.of_trainer: Callable[[], State] = dict
+        self.epochs = 0
+        self.validated = False
+        self.resumed: State | None = None
+        self._gathered = Gathered(self.brain)
+        self._stage_random: State = {}
+        self._in_training = False
+        self._in_batch = False
+        self._updates = 0
+        # The end of training in this epoch, until the epoch is over.
+        self._trained: State | None = None
+
+    # ----------------------------------------------------------------- moments
+
+    def begin_epoch(self) -> None:
+        """Called before ``on_stage_start(TRAIN)``."""
+        self.epochs += 1
+        resumed = self.resumed
+        if resumed is not None:
+            epoch = resumed["epoch"]
+            set_random_state(resumed["random"] if epoch is None else epoch["stage_random"])
+        self._stage_random = random_state()
+        self._gathered = Gathered(self.brain)
+        self.validated = False
+        self._in_training = True
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """The batches of the epoch that has begun, from the position on.
+
+        Args:
+            loader: What ``fit`` was given.
+
+        Yields:
+            The batches.
+        """
+        self._gathered.begin()
+        resumed, self.resumed = self.resumed, None
+        if resumed is not None:
+            epoch = resumed["epoch"]
+            self.position.resume(resumed["between"] if epoch is None else epoch["position"])
+            if epoch is not None:
+                self._resume_epoch(epoch)
+        yield from self.position.batches(loader)
+
+    def begin_batch(self) -> None:
+        """Called before a batch is fitted."""
+        self._in_batch = True
+        self._updates = self.brain.optimizer_step
+
+    def end_batch(self) -> None:
+        """Called once a batch was fitted."""
+        self._in_batch = False
+        self.position.fitted += 1
+        self.validated = False
+
+    @property
+    def resumed_batches(self) -> int | None:
+        """Batches that were done in the epoch that is resumed; None where it is new."""
+        if self.resumed is None or self.resumed["epoch"] is None:
+            return None
+        batches: int = self.resumed["epoch"]["position"]["batches"]
+        return batches
+
+    def _resume_epoch(self, epoch: State) -> None:
+        brain = self.brain
+        brain.step, brain.avg_train_loss = epoch["step"], epoch["avg_train_loss"]
+        brain.nonfinite_count = epoch["nonfinite_count"]
+        self.validated = epoch["validated"]
+        self._gathered.restore(epoch["gathered"])
+        for index, parameter in enumerate(_parameters(brain)):
+            gradient = epoch["gradients"].get(index)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+    def end_training(self) -> None:
+        """Called before ``on_stage_end(TRAIN)``."""
+        self._trained = self._epoch()
+        self._in_training = False
+
+    def end_epoch(self) -> None:
+        """Called when training and validation of an epoch are over."""
+        self._trained = None
+
+    def counts(self) -> State:
+        """``step`` and ``avg_train_loss`` of the epoch; a validation has its own."""
+        epoch = self._trained or vars(self.brain)
+        return {name: epoch[name] for name in ("step", "avg_train_loss")}
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether the last epoch is over, with its validation."""
+        return not self._in_training and self._trained is None
+
+    # ------------------------------------------------------------------ saving
+
+    def state(self) -> State:
+        """The state of this process."""
+        return {
+            "saved_by": self._saved_by,
+            "random": random_state(),
+            "epoch": self._epoch() if self._in_training else self._trained,
+            "epochs": self.epochs,
+            "between": self.position.state_between_passes(),
+            "trainer": self.of_trainer(),
+        }
+
+    def _epoch(self) -> State:
+        brain, fitted = self.brain, self.position.fitted
+        parameters = enumerate(_parameters(brain))
+        # A batch in which something failed is fitted again, unless it made its update.
+        again = self._in_batch and brain.optimizer_step == self._updates
+        if self._in_batch and not again:
+            fitted += 1
+        return {
+            "stage_random": self._stage_random,
+            "position": self.position.state(fitted, again),
+            "step": brain.step - again,
+            "avg_train_loss": brain.avg_train_loss,
+            "nonfinite_count": brain.nonfinite_count,
+            "validated": self.validated,
+            "gathered": self._gathered.state(),
+            "gradients": {i: p.grad.cpu() for i, p in parameters if p.grad is not None},
+        }
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Saves the states of all processes.
+
+        Args:
+            path: The file.
+        """
+        states = gather(self.state())
+        if if_main_process():
+            write_state({"processes": states}, str(path))
+
+    def recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
+        """Recovers what the next epoch is going to need.
+
+        A Brain that lives on since it saved the end of an epoch keeps the random state
+        that it has, as SpeechBrain's.
+
+        Args:
+            path: The file.
+            end_of_epoch: Whether an epoch had ended.
+        """
+        states = load_state(str(path))["processes"]
+        if len(states) != get_world_size():
+            logger.warning(
+                "The checkpoint was saved by %d processes, and there are %d now: what they "
+                "draw at random differs.",
+                len(states),
+                get_world_size(),
+            )
+        state = states[get_rank() % len(states)]
+        if end_of_epoch:
+            state["epoch"] = None
+        lives_on = end_of_epoch and state["saved_by"] == self._saved_by
+        self.resumed = None if lives_on else state
+
+
+def run_state(brain: BrainProtocol, nested: bool) -> RunState:
+    """The state of a run that begins, one of the recoverables of its Checkpointer.
+
+    Args:
+        brain: The Brain.
+        nested: Whether the run is within another one of the Brain, whose state is the
+            one that is saved.
+
+    Returns:
+        That of the Brain's earlier runs, where it has one.
+    """
+    checkpointer = brain.checkpointer
+    known = getattr(checkpointer, "recoverables", {}).get(KEY)
+    if not nested and isinstance(known, RunState) and known.brain is brain:
+        known.begin()
+        return known
+    new = RunState(brain)
+    if not nested and hasattr(checkpointer, "add_recoverable"):
+        hooks = (RunState.recover, RunState.save)
+        checkpointer.add_recoverable(KEY, new, *hooks, optional_load=True)
+    return new
+
+
+def _parameters(brain: BrainProtocol) -> list[Parameter]:
+    """Those of the modules, and what the optimizers have beside them, each once."""
+    optimized = map(parameters_of, all_optimizers(brain).values())
+    return list(dict.fromkeys(chain(brain.modules.parameters(), *optimized)))
