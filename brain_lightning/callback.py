@@ -14,6 +14,7 @@ from .borrowed import Borrowed
 from .checkpoints import Checkpointer
 from .ddp import wrap_modules
 from .distributed import together
+from .interval import is_asked_for
 from .profiling import end_when_profiled
 from .refusals import check_averaging, refuse_callbacks
 from .resume import (
