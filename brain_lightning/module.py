@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from . import _loops, _speechbrain
+from ._checkpoint_connector import take_newest_for_last
 from .callback import BrainCallback
 from .compile import without_compiled_prefix
 from .ddp import unwrap_modules, without_wrapper
@@ -72,6 +73,18 @@ class BrainModule(LightningModule):
             "max_key": max_key,
             "min_key": min_key,
         }
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that runs, or has run, the Brain."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        LightningModule.trainer.__set__(self, trainer)  # type: ignore[attr-defined]
+        if trainer is not None:
+            # The only thing that Lightning tells a module before it looks at ckpt_path.
+            take_newest_for_last(trainer)
 
     def configure_callbacks(self) -> list[Callback]:
         """Begins a run: new stages over the same Brain, and the callback that runs them."""

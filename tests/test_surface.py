@@ -31,6 +31,7 @@ RANKS = [
     {"checkpoint"},
     {"checkpoints"},
     {"run_options", "epochs", "samplers", "stage_loader"},
+    {"_checkpoint_connector"},
     {"optimizers", "progress", "interval", "ddp", "_strategies", "profiling", "position"},
     {"data", "device", "resolve", "update", "hooks", "brain_state", "run_state"},
     {"brain_hooks", "compile", "metrics", "stages"},
