@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from . import _speechbrain
 from .checkpoint_hooks import mark_as_loader, mark_as_saver, register_checkpoint_hooks
-from .random_state import random_state, set_random_state, to_bytes, to_tensor
+from .random_state import random_state, set_random_state
+from .sampler_states import SamplerStates, plain_states
 from .workers import (
     PLACEHOLDER,
     Carried,
@@ -79,7 +79,8 @@ class Position:
         self.notes_draws = False
         self._drawn = 0
         self._loader: Any = None
-        self._begun: State = {}
+        self._begun: State = {"samplers": []}
+        self._samplers: SamplerStates | None = None
         self._noted: State | None = None
         self._resumed: State | None = None
         self._workers: dict[int, State] = {}
@@ -105,7 +106,7 @@ class Position:
             workers.update({} if before is None else {next_worker: before})
         return {
             "batches": fitted,
-            "begun": self._begun,
+            "begun": {**self._begun, "samplers": plain_states(self._begun["samplers"])},
             "draw": draw,
             "drawn": random_state() if ahead and not again else None,
             "workers": workers,
@@ -117,7 +118,7 @@ class Position:
         """What it takes to begin the next pass as it would have begun."""
         persistent = getattr(self._loader, "persistent_workers", False)
         return {
-            "samplers": _states_of_samplers(self._loader),
+            "samplers": [] if self._samplers is None else plain_states(self._samplers.now()),
             "workers": self._workers if persistent else {},
             "num_workers": getattr(self._loader, "num_workers", 0),
         }
@@ -173,11 +174,17 @@ class Position:
 
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
         self._loader, self._noted = loader, None
+        if self._samplers is None or self._samplers.loader is not loader:
+            self._samplers = SamplerStates(loader)
         begun = resumed.get("begun")
         if begun is not None:
             set_random_state(begun["random"])
-        _resume_samplers(loader, (begun or resumed).get("samplers", []))
-        self._begun = {"random": random_state(), "samplers": _states_of_samplers(loader)}
+        self._samplers.resume((begun or resumed).get("samplers", []))
+        self._begun = {
+            "random": random_state(),
+            "samplers": self._samplers.now(),
+            "workers_persisted": loader in _PERSISTENT if _is_data_loader(loader) else False,
+        }
         told = _told_position(loader, self)
         self.fitted = self._drawn = resumed.get("batches", told)
         iterator = self._iterator(loader, resumed)
@@ -198,7 +205,7 @@ class Position:
             self._tell_if_it_begins_anew(loader.dataset)
         self._resume_workers(loader, resumed)
         if self._drawn or loader.num_workers:
-            return self._twins_iterator(loader, bool(resumed))
+            return self._twins_iterator(loader, resumed)
         return iter(loader)
 
     def _sequence(self, loader: Any) -> Iterator[Any]:
@@ -233,11 +240,11 @@ class Position:
             self._workers = dict(resumed["workers"])
             self._next_worker = resumed.get("next_worker", 0) if self._drawn else 0
 
-    def _twins_iterator(self, loader: DataLoader[Any], anew: bool) -> Iterator[Any]:
+    def _twins_iterator(self, loader: DataLoader[Any], resumed: State) -> Iterator[Any]:
         """A copy is iterated: the user's loader stays as it is."""
-        twin = None if anew else _PERSISTENT.get(loader)
+        twin = None if resumed else _PERSISTENT.get(loader)
         if twin is None:
-            twin = self._twin(loader)
+            twin = self._twin(loader, resumed)
         if loader.persistent_workers:
             _PERSISTENT[loader] = twin
         iterator = iter(twin)
@@ -247,7 +254,7 @@ class Position:
         _speechbrain.follow_iterator(loader, iterator, self._drawn - self._next_worker)
         return iterator
 
-    def _twin(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+    def _twin(self, loader: DataLoader[Any], resumed: State) -> DataLoader[Any]:
         twin = copy.copy(loader)
         # DataLoader's __setattr__ refuses to change some of these.
         own = vars(twin)
@@ -262,8 +269,11 @@ class Position:
             own["dataset"] = WaitingDataset(loader.dataset, waiting)
         placeholder: Any = [PLACEHOLDER] if streamed else []
         before = [placeholder if batched else PLACEHOLDER] * waiting
-        name = "batch_sampler" if batched else "sampler"
-        own[name] = IndicesFrom(own[name], 0 if streamed else self._drawn, before)
+        name, skip = "batch_sampler" if batched else "sampler", 0 if streamed else self._drawn
+        begun = resumed.get("begun", {})
+        # Workers that persist begin a pass without the random number that new ones need.
+        random = begun["random"] if begun.get("workers_persisted") else None
+        own[name] = IndicesFrom(own[name], skip, before, random)
         return twin
 
 
@@ -302,31 +312,3 @@ def _state_of_stream(loader: Any) -> State:
     if streams and is_stateful(dataset) and not in_workers:
         return {"dataset": dataset.state_dict()}
     return {}
-
-
-def _samplers(loader: Any) -> Iterable[Any]:
-    """The loader, and its samplers within samplers."""
-    while loader is not None:
-        yield loader
-        # Not by truth: an endless sampler has no length.
-        batches = getattr(loader, "batch_sampler", None)
-        loader = getattr(loader, "sampler", None) if batches is None else batches
-
-
-def _states_of_samplers(loader: Any) -> list[Any]:
-    return [_sampler_state(sampler) for sampler in _samplers(loader)]
-
-
-def _sampler_state(sampler: Any) -> Any:
-    if is_stateful(sampler) and not isinstance(sampler, DataLoader):
-        return sampler.state_dict()
-    generator = getattr(sampler, "generator", None)
-    return to_bytes(generator.get_state()) if isinstance(generator, torch.Generator) else None
-
-
-def _resume_samplers(loader: Any, states: list[Any]) -> None:
-    for sampler, state in zip(_samplers(loader), states, strict=False):
-        if isinstance(state, bytes):
-            sampler.generator.set_state(to_tensor(state))
-        elif state is not None:
-            sampler.load_state_dict(state)

@@ -151,9 +151,13 @@ class IndicesFrom(Iterator[Any]):
         sampler: A sampler or a batch sampler.
         position: How many to leave out.
         before: What to draw in their place.
+        random: The random state to draw them from, where it is not the one at hand.
     """
 
-    def __init__(self, sampler: Iterable[Any], position: int, before: list[Any]) -> None:
+    def __init__(
+        self, sampler: Iterable[Any], position: int, before: list[Any], random: State | None
+    ) -> None:
+        self._random = random
         self._sampler = sampler
         self._position = position
         self._before = before
@@ -176,6 +180,8 @@ class IndicesFrom(Iterator[Any]):
         DataLoader has drawn its own.
         """
         if self._indices is None:
+            if self._random is not None:
+                set_random_state(self._random)
             indices = iter(self._sampler)
             next(itertools.islice(indices, self._position, self._position), None)
             self._indices = itertools.chain(self._before, indices)

@@ -27,6 +27,7 @@ OTHER_DEFAULTS = {
 RANKS = [
     {"stage", "errors", "protocol", "borrowed", "distributed", "random_state"},
     {"_speechbrain", "gathered", "workers", "termination"},
+    {"sampler_states"},
     {"checkpoint_hooks", "checkpoint_store", "background", "meta_yaml", "recoverables"},
     {"checkpoint"},
     {"checkpoints"},

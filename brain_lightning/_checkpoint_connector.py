@@ -1,0 +1,62 @@
+"""What is private in Lightning's way from ``ckpt_path`` to a file.
+
+``tests/test_lightning_resume.py`` fails where a release of Lightning moves it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def take_newest_for_last(trainer: Trainer) -> None:
+    """Lets ``ckpt_path="last"`` of the run that begins mean the newest, where no last is.
+
+    Lightning would begin anew, with a warning (``_parse_ckpt_path``), and has no hook
+    between the call of ``fit`` and its decision.
+
+    Args:
+        trainer: The Trainer that has just been given a module.
+    """
+    connector: Any = trainer._checkpoint_connector
+    vars(connector).pop("_parse_ckpt_path", None)
+    parse = connector._parse_ckpt_path
+
+    def _parse_ckpt_path(state_fn: Any, ckpt_path: Any, **kwargs: Any) -> Any:
+        vars(connector).pop("_parse_ckpt_path", None)
+        if ckpt_path == "last" and not _has_last(trainer):
+            ckpt_path = _newest(trainer) or ckpt_path
+        return parse(state_fn, ckpt_path, **kwargs)
+
+    connector._parse_ckpt_path = _parse_ckpt_path
+
+
+def _has_last(trainer: Trainer) -> bool:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    on_exception = [getattr(callback, "ckpt_path", None) for callback in callbacks]
+    return any(path is not None and os.path.exists(path) for path in on_exception) or any(
+        callback._find_last_checkpoints(trainer)
+        for callback in trainer.checkpoint_callbacks
+        if hasattr(callback, "_find_last_checkpoints")
+    )
+
+
+def _newest(trainer: Trainer) -> str | None:
+    default = Path(trainer.default_root_dir, "checkpoints")
+    folders = [
+        Path(getattr(callback, "dirpath", None) or default)
+        for callback in trainer.checkpoint_callbacks
+    ]
+    found = [path for folder in folders for path in folder.glob("*.ckpt")]
+    if not found:
+        return None
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    rank_zero_warn(
+        f'fit(ckpt_path="last"): there is no last checkpoint, and {newest} is the newest; it '
+        "is taken. ModelCheckpoint(save_last=True) keeps a last one."
+    )
+    return str(newest)
