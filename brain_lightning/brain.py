@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from . import _speechbrain, brain_loops, data, interval
+from . import brain_loops, data, interval
 from .brain_hooks import BrainHooks
 from .compile import compile_modules
 from .ddp import wrap_modules
@@ -254,7 +254,7 @@ class Brain(BrainHooks):
         if (
             self.checkpointer is not None
             and ckpt_prefix is not None
-            and _speechbrain.is_saveable_loader(loader)
+            and data.is_saveable(loader)
         ):
             self.checkpointer.add_recoverable(ckpt_prefix + stage.name, loader)
         return loader

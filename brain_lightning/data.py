@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from . import _speechbrain
 from .errors import UnsupportedError
+from .position import SaveableDataLoader
 from .samplers import DEFAULT_SEED, DistributedSamplerWrapper, ReproducibleRandomSampler
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
 
     Args:
         dataset: A dataset; a SpeechBrain ``DynamicItemDataset`` is padded.
-        checkpointer: A SpeechBrain Checkpointer gets a loader that it can save.
+        checkpointer: Gets a loader whose position it can save.
         **loader_kwargs: Arguments of ``DataLoader``, and SpeechBrain's
             ``looped_nominal_epoch``.
 
@@ -110,4 +111,15 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
     if loader_kwargs.get("shuffle"):
         loader_kwargs["sampler"] = shuffling_sampler(dataset, loader_kwargs)
         del loader_kwargs["shuffle"]
-    return DataLoader(dataset, **loader_kwargs)
+    if checkpointer is None or isinstance(dataset, IterableDataset):
+        return DataLoader(dataset, **loader_kwargs)
+    return SaveableDataLoader(dataset, **loader_kwargs)
+
+
+def is_saveable(loader: object) -> bool:
+    """Whether a Checkpointer can save a loader's position in the data.
+
+    Args:
+        loader: Any loader.
+    """
+    return isinstance(loader, SaveableDataLoader) or _speechbrain.is_saveable_loader(loader)

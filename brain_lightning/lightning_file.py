@@ -100,6 +100,7 @@ def recover(checkpoint: Content, stages: Stages) -> None:
             raise CheckpointError("the checkpoint's meta cannot be read")
         files = objects.files_to_load(Path("the checkpoint"), found.paramfiles)
         objects.load(files, objects.read(files), found.meta["end-of-epoch"])
+    stages.run_state.explicit = True
 
 
 def check_content(checkpoint: Content) -> None:

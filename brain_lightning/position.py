@@ -123,13 +123,20 @@ class Position:
             "num_workers": getattr(self._loader, "num_workers", 0),
         }
 
-    def resume(self, state: State | None) -> None:
+    def resume(self, state: State, loader: Any) -> None:
         """Lets the next pass begin where the state says.
 
         Args:
-            state: From ``state`` or ``state_between_passes``; None begins as always.
+            state: From ``state`` or ``state_between_passes``.
+            loader: What ``fit`` was given; its sampler is told the epoch later.
         """
         self._resumed = state
+        self._states_of(loader).resume(state.get("samplers", []))
+
+    def _states_of(self, loader: Any) -> SamplerStates:
+        if self._samplers is None or self._samplers.loader is not loader:
+            self._samplers = SamplerStates(loader)
+        return self._samplers
 
     def _now(self) -> State:
         return {"random": random_state(), **_state_of_stream(self._loader)}
@@ -174,15 +181,13 @@ class Position:
 
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
         self._loader, self._noted = loader, None
-        if self._samplers is None or self._samplers.loader is not loader:
-            self._samplers = SamplerStates(loader)
-        begun = resumed.get("begun")
+        samplers, begun = self._states_of(loader), resumed.get("begun")
         if begun is not None:
             set_random_state(begun["random"])
-        self._samplers.resume((begun or resumed).get("samplers", []))
+            samplers.resume(begun["samplers"])
         self._begun = {
             "random": random_state(),
-            "samplers": self._samplers.now(),
+            "samplers": samplers.now(),
             "workers_persisted": loader in _PERSISTENT if _is_data_loader(loader) else False,
         }
         told = _told_position(loader, self)

@@ -61,7 +61,7 @@ def resume_trainer(trainer: Trainer, stages: Stages, resumed: State) -> None:
     in_epoch = resumed["epoch"] is not None
     epochs = resumed["epochs"] - in_epoch
     stages.run_state.epochs = epochs
-    if in_epoch:
+    if in_epoch or stages.run_state.explicit:
         stages.epochs.skip(epochs)
     state = resumed["trainer"]
     if not state:

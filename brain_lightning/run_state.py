@@ -44,6 +44,8 @@ class RunState:
         epochs: Epochs that have begun.
         validated: Whether there was a validation after the last batch.
         resumed: What was recovered and has not taken effect yet.
+        explicit: Whether it is of a file that was asked for: then its epochs are over,
+            also where the counter does not remember them.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -58,6 +60,7 @@ class RunState:
         self.epochs = 0
         self.validated = False
         self.resumed: State | None = None
+        self.explicit = False
         self._gathered = Gathered(self.brain)
         self._stage_random: State = {}
         self._in_training = False
@@ -68,12 +71,18 @@ class RunState:
 
     # ----------------------------------------------------------------- moments
 
-    def begin_epoch(self) -> None:
-        """Called before ``on_stage_start(TRAIN)``."""
+    def begin_epoch(self, loader: Any) -> None:
+        """Called before ``on_stage_start(TRAIN)``.
+
+        Args:
+            loader: What ``fit`` was given.
+        """
         self.epochs += 1
         resumed = self.resumed
         if resumed is not None:
             epoch = resumed["epoch"]
+            position = resumed["between"] if epoch is None else epoch["position"]
+            self.position.resume(position, loader)
             set_random_state(resumed["random"] if epoch is None else epoch["stage_random"])
         self._stage_random = random_state()
         self._gathered = Gathered(self.brain)
@@ -91,11 +100,8 @@ class RunState:
         """
         self._gathered.begin()
         resumed, self.resumed = self.resumed, None
-        if resumed is not None:
-            epoch = resumed["epoch"]
-            self.position.resume(resumed["between"] if epoch is None else epoch["position"])
-            if epoch is not None:
-                self._resume_epoch(epoch)
+        if resumed is not None and resumed["epoch"] is not None:
+            self._resume_epoch(resumed["epoch"])
         yield from self.position.batches(loader)
 
     def begin_batch(self) -> None:

@@ -185,7 +185,7 @@ class Stages:
         brain, epoch = self.brain, self.epochs.start()
         self.in_training = True
         self.stage = Stage.TRAIN
-        self.run_state.begin_epoch()
+        self.run_state.begin_epoch(self.train_loader.loader)
         brain.on_stage_start(self._named(Stage.TRAIN), epoch)
         brain.modules.train()
         brain.zero_grad()

@@ -87,12 +87,13 @@ def process_is_left_as_found(
 ) -> Iterator[None]:
     environment = dict(os.environ)
     folder = os.getcwd()
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     threads = set(threading.enumerate())
     yield
     os.chdir(folder)
     assert torch.is_grad_enabled(), "gradients were left disabled"
-    assert signal.getsignal(signal.SIGINT) is handler, "the handler of Ctrl-C was changed"
+    for listened, handler in handlers.items():
+        assert signal.getsignal(listened) is handler, f"the handler of {listened} was changed"
     assert not torch.distributed.is_initialized(), "a process group was left behind"
     # torch.compile keeps a pool of threads, which Python joins at exit.
     left = [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
+from brain_lightning import Checkpointer as OwnCheckpointer
 from brain_lightning import EpochCounter
 
 from .parity.recipes import classifier, dataset, one_module
@@ -17,7 +18,9 @@ from .parity.sides import OURS, SPEECHBRAIN, Record, Side, assert_equal, attach,
 SHUFFLED = {"batch_size": 4, "shuffle": True}
 
 
-def brain_with_checkpointer(side: Side, record: Record, folder: Path, **run_opts: Any) -> Any:
+def brain_with_checkpointer(
+    side: Side, record: Record, folder: Path, cls: Any = Checkpointer, **run_opts: Any
+) -> Any:
     """A Brain that saves at the end of each validation, and starts from random weights."""
 
     def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
@@ -26,7 +29,7 @@ def brain_with_checkpointer(side: Side, record: Record, folder: Path, **run_opts
 
     modules = one_module()
     counter = side.EpochCounter(4)
-    checkpointer = Checkpointer(folder, {"model": modules["model"], "counter": counter})
+    checkpointer = cls(folder, {"model": modules["model"], "counter": counter})
     brain = classifier(side, on_stage_end=on_stage_end)(
         modules,
         lambda parameters: torch.optim.Adam(parameters, lr=0.05),
@@ -99,6 +102,7 @@ def _whole(side: Side, record: Record, folder: Path) -> Any:
     return brain
 
 
+@pytest.mark.filterwarnings("ignore:.*brain_lightning")
 @pytest.mark.parametrize(("first", "second"), [(OURS, SPEECHBRAIN), (SPEECHBRAIN, OURS)])
 def test_each_side_goes_on_from_the_others_checkpoint(
     tmp_path: Path, first: Side, second: Side
@@ -117,6 +121,32 @@ def test_each_side_goes_on_from_the_others_checkpoint(
     crossed, _ = run(OURS, scenario)
     straight, _ = run(SPEECHBRAIN, scenario)
     assert_equal(crossed, straight, random=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*'?brain_lightning'?")
+@pytest.mark.parametrize(("first", "second"), [(OURS, SPEECHBRAIN), (SPEECHBRAIN, OURS)])
+def test_each_side_goes_on_from_a_directory_of_the_others_own_checkpointer(
+    tmp_path: Path, first: Side, second: Side
+) -> None:
+    """Ours needs nothing of SpeechBrain's to write what SpeechBrain reads, or to read it."""
+    kinds = {OURS.name: OwnCheckpointer, SPEECHBRAIN.name: Checkpointer}
+
+    def scenario(writer: Side, record: Record, folder: Path) -> Any:
+        cut = brain_with_checkpointer(
+            writer, record, folder, kinds[writer.name], ckpt_interval_steps=3
+        )
+        stop_at(cut, 9)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(cut)
+        brain = brain_with_checkpointer(second, record, folder, kinds[second.name])
+        fit(brain)
+        return brain
+
+    crossed, _ = run(OURS, lambda _, record: scenario(first, record, tmp_path / "crossed"))
+    straight, _ = run(OURS, lambda _, record: scenario(second, record, tmp_path / "straight"))
+    assert_equal(crossed, straight, random=False)
+    fetched = [event for event in crossed.events if event[0] == "on_fit_batch_start"]
+    assert fetched
 
 
 def test_debug_mode_saves_in_a_temporary_directory(tmp_path: Path) -> None:

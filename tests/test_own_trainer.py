@@ -15,7 +15,6 @@ from torch import nn
 
 from brain_lightning import (
     EpochCounter,
-    UnsupportedError,
     lightning_module_class,
     to_lightning,
 )
@@ -155,19 +154,6 @@ def test_explicit_weights_win_over_the_best_checkpoint(tmp_path: Path) -> None:
     assert all_equal(weights(evaluated), explicit)
     trainer.test(module, loader(), verbose=False)
     assert all_equal(weights(evaluated), weights(best))
-
-
-def test_resuming_a_fit_from_a_lightning_checkpoint_is_refused(tmp_path: Path) -> None:
-    trainer = trainer_with(max_epochs=1)
-    trainer.fit(to_lightning(make()), loader())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    with pytest.raises(UnsupportedError, match=r"cannot resume a Brain yet.*checkpointer"):
-        trainer_with().fit(
-            to_lightning(make()),
-            loader(),
-            ckpt_path=tmp_path / "last.ckpt",
-            weights_only=False,
-        )
 
 
 def test_weights_load_into_a_brain(tmp_path: Path) -> None:
