@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def from_lightning(source: Path, directory: Path) -> Path:
     """
     saved = load_state(source)
     own = saved.get(KEY, {})
-    states = _modules(saved["state_dict"], own.get("modules"))
+    states = _modules(saved["state_dict"], own.get("modules", {}))
     names = {member: name for name, member in own.get("optimizers", {}).items()}
     for optimizers in saved.get("optimizer_states", []):
         states |= {_optimizer_name(name, names): state for name, state in optimizers.items()}
@@ -153,22 +153,21 @@ def from_lightning(source: Path, directory: Path) -> Path:
         return store.publish(temporary, directory)
 
 
-def _modules(
-    state: Mapping[str, Tensor], described: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    if described is None:
-        described = _entries(state)
+def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Any]:
+    """Recoverable modules; weights that are in none of them belong to their entry."""
+    known = {weight for each in described.values() for weight in each["keys"].values()}
+    others = [weight for weight in state if weight not in known]
     modules: dict[str, Any] = {}
-    for name, each in described.items():
+    for name, each in {**_entries(others), **described}.items():
         modules[name] = OrderedDict((key, state[w]) for key, w in each["keys"].items())
         modules[name]._metadata = OrderedDict(each["metadata"])
     return modules
 
 
-def _entries(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of a file that Lightning wrote: the entries of the Brain's modules."""
+def _entries(weights: Iterable[str]) -> dict[str, Any]:
+    """The entries of the Brain's modules, from the names of their weights."""
     entries: dict[str, Any] = {}
-    for key in state:
+    for key in weights:
         name, _, rest = key.removeprefix(f"{MODULES}.").partition(".")
         entries.setdefault(name, {"keys": {}, "metadata": {}})["keys"][rest] = key
     return entries

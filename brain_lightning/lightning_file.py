@@ -44,12 +44,7 @@ def content(stages: Stages, weights: Mapping[str, Any]) -> Content:
         the main process.
     """
     objects = _recoverables(stages)
-    names = {id(tensor): name for name, tensor in weights.items()}
-    modules = {
-        name: {"keys": keys, "metadata": dict(getattr(obj.state_dict(), "_metadata", {}))}
-        for name, obj in objects.recoverables.items()
-        if isinstance(obj, Module) and (keys := _keys(obj, names)) is not None
-    }
+    modules = _modules(objects.recoverables, weights)
     optimizers = _optimizers(stages.brain, objects.recoverables)
     for name in modules.keys() | optimizers.keys():
         del objects.recoverables[name]
@@ -76,22 +71,24 @@ def content(stages: Stages, weights: Mapping[str, Any]) -> Content:
     }
 
 
-def recover(checkpoint: Content, stages: Stages) -> None:
+def recover(checkpoint: Content, stages: Stages, weights: Mapping[str, Any]) -> None:
     """Recovers everything but what Lightning loads itself.
 
     Args:
         checkpoint: The content of the file; the optimizers get the names that the
             Brain has for them.
         stages: The stages of the run that begins, after ``on_fit_start``.
+        weights: As for ``content``.
 
     Raises:
         CheckpointError: The file lacks something, or was not written of a Brain.
     """
     own = checkpoint[KEY]
     objects = _recoverables(stages)
-    _rename_optimizers(checkpoint, _optimizers(stages.brain, objects.recoverables))
-    for name in own["modules"].keys() | _optimizers(stages.brain, objects.recoverables).keys():
-        objects.recoverables.pop(name, None)
+    optimizers = _optimizers(stages.brain, objects.recoverables)
+    _rename_optimizers(checkpoint, optimizers)
+    for name in _modules(objects.recoverables, weights).keys() | optimizers.keys():
+        del objects.recoverables[name]
     with tempfile.TemporaryDirectory() as folder:
         write_files(own, Path(folder))
         Path(folder, METAFNAME).write_text(own["meta"], encoding="utf-8")
@@ -149,6 +146,16 @@ def _is_recoverable(obj: object) -> bool:
     if isinstance(obj, (type, Module, GradScaler)):
         return False
     return save_hook(obj) is not None and load_hook(obj) is not None
+
+
+def _modules(recoverables: Mapping[str, Any], weights: Mapping[str, Any]) -> Content:
+    """The recoverable modules that Lightning saves; each has the version of its parts."""
+    names = {id(tensor): name for name, tensor in weights.items()}
+    return {
+        name: {"keys": keys, "metadata": dict(getattr(obj.state_dict(), "_metadata", {}))}
+        for name, obj in recoverables.items()
+        if isinstance(obj, Module) and (keys := _keys(obj, names)) is not None
+    }
 
 
 def _keys(module: Module, names: Mapping[int, str]) -> dict[str, str] | None:

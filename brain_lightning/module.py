@@ -127,7 +127,7 @@ class BrainModule(LightningModule):
         self.brain.on_fit_start()
         if self._explicit is not None:
             self.load_state_dict(self._explicit["state_dict"])
-            recover(self._explicit, self.stages)
+            recover(self._explicit, self.stages, self.state_dict(keep_vars=True))
             self._explicit = None
         group = OptimizerGroup(self.brain)
         check_backbone(self.trainer, self.brain, group)
