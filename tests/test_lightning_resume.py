@@ -239,7 +239,7 @@ def test_an_explicit_path_wins_over_the_checkpointer(tmp_path: Path) -> None:
     other.on_fit_start()
     other.modules.model.weight.data.fill_(7.0)
     other.checkpointer.save_checkpoint()
-    whole = brain_in(None)
+    whole = brain_in(tmp_path / "own")
     fit(whole, [ModelCheckpoint(tmp_path / "l", every_n_train_steps=18, save_top_k=-1)])
     (path,) = (tmp_path / "l").glob("*.ckpt")
     second = brain_in(tmp_path / "save")
