@@ -47,12 +47,13 @@ class _BrainEpochLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: Any) -> None:
         """Goes on where the epoch was left, and validates if that is what came next."""
         super().on_run_start(data_fetcher)
-        batches = self.brain_stages.run_state.resumed_batches
-        if batches is None:
+        stages = self.brain_stages
+        resumed = stages.run_state.resumed_batches
+        if resumed is None and not stages.draws_together:
             return
-        self.batch_progress.current.increment_by(batches)
-        self.trainer.lightning_module.draw_batch()
-        if not self.brain_stages.run_state.validated:
+        self.batch_progress.current.increment_by(resumed or 0)
+        drawn = self.trainer.lightning_module.draw_batch()
+        if not drawn or (resumed is not None and not stages.run_state.validated):
             self.on_advance_end(data_fetcher)
             self._batches_that_stepped -= 1
 

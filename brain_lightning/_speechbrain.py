@@ -23,6 +23,11 @@ def _is_a(obj: object, module: str, name: str) -> bool:
     return cls is not None and isinstance(obj, cls)
 
 
+def is_main_process_alone() -> bool:
+    """Whether the others wait for something that the main process does alone."""
+    return bool(_loaded("utils.distributed", "MAIN_PROC_ONLY"))
+
+
 def is_speechbrains(brain: object) -> bool:
     """Whether ``brain`` is a Brain of SpeechBrain's."""
     return _is_a(brain, "core", "Brain")
@@ -47,6 +52,7 @@ def adopt(brain: Any) -> None:
     brain.stage_type = _loaded("core", "Stage")
     brain.gradient_clip_algorithm = "norm"
     brain.ends_window = False
+    brain.shard_eval = False
     brain.given_options = _given_options(brain)
     brain.trainer_arguments = getattr(getattr(brain, "hparams", None), "trainer", None) or {}
     # There already where the command line gave some: see patch.py.

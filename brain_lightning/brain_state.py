@@ -77,6 +77,7 @@ class BrainState:
     ckpt_interval_minutes: float
     ckpt_interval_steps: int
     async_save: bool
+    shard_eval: bool
     grad_accumulation_factor: int
     optimizer_step_limit: int | None
     remove_vector_weight_decay: bool

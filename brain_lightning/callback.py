@@ -23,6 +23,7 @@ from .resume import (
     saves_between_batches,
     trainer_state,
 )
+from .shards import draws_together
 from .stages import Stages
 
 
@@ -88,8 +89,9 @@ class BrainCallback(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Ends a run that was told to end."""
-        self.stages.end_if_terminated()
+        """Ends a run that was told to end; several may have different numbers of batches."""
+        if trainer.world_size == 1:
+            self.stages.end_if_terminated()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""
@@ -98,6 +100,7 @@ class BrainCallback(Callback):
         self.stages.steps_on_last_batch = accumulate(
             trainer, self.stages.brain, self._for_the_epoch, length
         )
+        self.stages.draws_together = draws_together(length)
         self.stages.start_train()
         brain = self.stages.brain
         if is_parallel(trainer) and not wraps_itself(brain):
@@ -112,6 +115,7 @@ class BrainCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the validation run to the end of its loader."""
+        self.stages.end_if_terminated()
         _loops.start_validation(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

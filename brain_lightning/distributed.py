@@ -6,15 +6,18 @@ Each function has no effect where there is one process only
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from .errors import CheckpointSaveError
+from . import _speechbrain
+from .errors import CheckpointSaveError, MainProcessError
 
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_launched() -> bool:
@@ -27,19 +30,103 @@ def is_distributed_initialized() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def get_rank() -> int:
+def rank() -> int:
     """The number of this process, from 0."""
     return torch.distributed.get_rank() if is_distributed_initialized() else 0
 
 
-def get_world_size() -> int:
+def world_size() -> int:
     """The number of processes."""
     return torch.distributed.get_world_size() if is_distributed_initialized() else 1
 
 
 def if_main_process() -> bool:
     """Whether this process is the first, or the only one."""
-    return get_rank() == 0
+    return rank() == 0
+
+
+class _MainProcess:
+    """How many functions that the main process does alone are on their way."""
+
+    alone = 0
+
+
+def communicates() -> bool:
+    """Whether there are others, and they are not waiting for the main process."""
+    alone = _MainProcess.alone or _speechbrain.is_main_process_alone()
+    return is_distributed_initialized() and not alone
+
+
+def ddp_barrier() -> None:
+    """Waits for all processes."""
+    if communicates():
+        torch.distributed.barrier()
+
+
+def main_process_only(function: Function) -> Function:
+    """Lets only the main process call a function; all get what it returned.
+
+    Args:
+        function: What it returns can be pickled.
+
+    Returns:
+        The function.
+
+    Raises:
+        MainProcessError: It failed on the main process; there its own error is raised.
+    """
+
+    @functools.wraps(function)
+    def on_main(*args: Any, **kwargs: Any) -> Any:
+        result, failed = None, None
+        if if_main_process():
+            _MainProcess.alone += 1
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001  it is raised again below
+                failed = error
+            finally:
+                _MainProcess.alone -= 1
+        result, told = ddp_broadcast((result, None if failed is None else repr(failed)))
+        if failed is not None:
+            raise failed
+        if told is not None:
+            raise MainProcessError(f"{function.__name__} failed on the main process: {told}")
+        return result
+
+    return on_main  # type: ignore[return-value]
+
+
+def run_on_main(
+    func: Callable[..., Any],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    post_func: Callable[..., Any] | None = None,
+    post_args: Sequence[Any] | None = None,
+    post_kwargs: Mapping[str, Any] | None = None,
+    run_post_on_main: bool = False,
+) -> Any:
+    """Calls a function on the main process, then another one on the others.
+
+    Args:
+        func: Called on the main process, while the others wait.
+        args: Of ``func``.
+        kwargs: Of ``func``.
+        post_func: Called afterwards, to load what ``func`` has made.
+        post_args: Of ``post_func``.
+        post_kwargs: Of ``post_func``.
+        run_post_on_main: Whether the main process calls ``post_func`` too.
+
+    Returns:
+        What ``func`` returned, on all processes.
+    """
+    result = main_process_only(func)(*(args or ()), **(kwargs or {}))
+    ddp_barrier()
+    if post_func is not None:
+        if run_post_on_main or not if_main_process():
+            post_func(*(post_args or ()), **(post_kwargs or {}))
+        ddp_barrier()
+    return result
 
 
 def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
@@ -52,7 +139,7 @@ def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
     Returns:
         The object of rank ``src``.
     """
-    if not is_distributed_initialized():
+    if not communicates():
         return communication_object
     objects = [communication_object]
     torch.distributed.broadcast_object_list(objects, src=src)
@@ -68,7 +155,7 @@ def gather(value: Any) -> list[Any]:
     Returns:
         One value for each process.
     """
-    if not is_distributed_initialized():
+    if not communicates():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
@@ -85,7 +172,7 @@ def on_all_ranks(condition: torch.Tensor) -> bool:
     Returns:
         The same answer everywhere.
     """
-    if not is_distributed_initialized():
+    if not communicates():
         return bool(condition)
     holds = condition.to(torch.uint8).reshape(())
     torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MIN)
@@ -102,7 +189,7 @@ def on_any_rank(condition: bool, device: str) -> bool:
     Returns:
         The same answer everywhere.
     """
-    if not is_distributed_initialized():
+    if not communicates():
         return condition
     return not on_all_ranks(torch.tensor(not condition, device=device))
 

@@ -13,6 +13,14 @@ class RecipeError(ValueError):
     """A recipe, or a file that goes with it, that cannot be read or run as asked."""
 
 
+class UnequalDataError(ValueError):
+    """Processes that train together have different numbers of batches."""
+
+
+class MainProcessError(RuntimeError):
+    """What the main process did for all of them has failed."""
+
+
 class BrainTypeError(TypeError):
     """An argument of a Brain, or what one of its hooks returned, is of the wrong type."""
 

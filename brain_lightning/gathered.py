@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -128,11 +128,18 @@ def _statistics(owner: Mapping[str, Any]) -> State:
 
 
 def _is_statistics(value: object) -> bool:
+    of_speechbrain = is_statistics(value, "append", "summarize")
+    return of_speechbrain or is_statistics(value, "update", "compute")
+
+
+def is_statistics(value: object, *methods: str) -> bool:
+    """Whether an object gathers statistics.
+
+    Args:
+        value: Anything.
+        *methods: Of the interface: SpeechBrain's ``append`` and ``summarize``, or
+            torchmetrics' ``update`` and ``compute``.
+    """
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         return False
-    return _has(value, "append", "summarize") or _has(value, "update", "compute")
-
-
-def _has(value: object, *methods: str) -> bool:
-    found: list[Callable[..., Any] | None] = [getattr(value, name, None) for name in methods]
-    return all(callable(method) for method in found)
+    return all(callable(getattr(value, method, None)) for method in methods)

@@ -184,13 +184,19 @@ class BrainModule(LightningModule):
         self._log_running_loss()
         self.draw_batch()
 
-    def draw_batch(self) -> None:
-        """Draws the next batch; without one TRAIN ends."""
+    def draw_batch(self) -> bool:
+        """Draws the next batch; without one TRAIN ends.
+
+        Returns:
+            Whether there is one.
+        """
         loader = self.stages.train_loader
-        last = _loops.is_cut_short(self.trainer, loader.known_length()) or not loader.advance()
+        cut = _loops.is_cut_short(self.trainer, loader.known_length())
+        last = cut or not self.stages.draw()
         _loops.mark_last_batch(self.trainer, last)
         if last:
             self.stages.end_train()
+        return not last
 
     def on_validation_model_eval(self) -> None:
         """Begins the VALID stage: the hook first, then ``eval()``."""

@@ -35,6 +35,7 @@ class BrainProtocol(Protocol):
     distributed_launch: bool
     distributed_backend: str
     find_unused_parameters: bool
+    shard_eval: bool
 
     debug: bool
     debug_batches: int

@@ -102,6 +102,10 @@ class RunOptions(Mapping[str, Any]):
     ckpt_interval_steps: int = option(
         0, "Steps between checkpoints within an epoch; given, it replaces the minutes."
     )
+    shard_eval: bool = option(
+        False,
+        "In several processes each validates a part of the data: the same numbers, sooner.",
+    )
     async_save: bool = option(
         False,
         "Write checkpoints in the background; training waits only while tensors are copied "

@@ -12,7 +12,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from .checkpoint_hooks import load_state, write_state
-from .distributed import gather, get_rank, get_world_size, if_main_process
+from .distributed import gather, if_main_process, rank, world_size
 from .gathered import Gathered
 from .optimizers import all_optimizers, parameters_of
 from .position import Position
@@ -204,14 +204,14 @@ class RunState:
             end_of_epoch: Whether an epoch had ended.
         """
         states = load_state(str(path))["processes"]
-        if len(states) != get_world_size():
+        if len(states) != world_size():
             logger.warning(
                 "The checkpoint was saved by %d processes, and there are %d now: what they "
                 "draw at random differs.",
                 len(states),
-                get_world_size(),
+                world_size(),
             )
-        state = states[get_rank() % len(states)]
+        state = states[rank() % len(states)]
         if end_of_epoch:
             state["epoch"] = None
         lives_on = end_of_epoch and state["saved_by"] == self._saved_by

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from .borrowed import Borrowed
+from .distributed import on_any_rank, world_size
 from .epochs import Epochs
 from .errors import HookStoppedError
 from .interval import IntervalCheckpoints
@@ -22,6 +23,7 @@ from .metrics import Metrics
 from .progress import progress_bar
 from .protocol import BrainProtocol
 from .run_state import RunState
+from .shards import Shard, SharedStatistics, shared_average, synchronize_buffers
 from .stage import Stage
 from .stage_loader import StageLoader
 from .termination import EXIT_STATUS, Termination
@@ -80,6 +82,7 @@ class Stages:
         in_training: Whether a TRAIN stage has started and not ended.
         steps_on_last_batch: Whether an incomplete accumulation window makes an update.
         batches: Training batches so far.
+        draws_together: Whether processes may run out of data at different batches.
         save_with_trainer: Saves within an epoch where the Brain has no Checkpointer.
         termination: Hears a SIGTERM.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
@@ -111,6 +114,7 @@ class Stages:
         self.in_training = False
         self.steps_on_last_batch = False
         self.batches = 0
+        self.draws_together = False
         self.save_with_trainer: Callable[[], None] | None = None
         self.termination = Termination()
         self.interrupt: KeyboardInterrupt | None = None
@@ -224,6 +228,22 @@ class Stages:
     def is_innermost(self) -> bool:
         """Whether it is this run's batch that is being fitted, and none of one within."""
         return self._fitting[-1] is self
+
+    def draw(self) -> bool:
+        """Draws the next training batch.
+
+        Returns:
+            Whether there is one, here and in all other processes.
+        """
+        drawn = self.train_loader.advance()
+        if not self.draws_together or not on_any_rank(not drawn, self.brain.device):
+            return drawn
+        if drawn:
+            logger.warning(
+                "Another process has no training batch left after %d: the epoch ends for all.",
+                self.run_state.position.fitted,
+            )
+        return False
 
     @calls_hooks
     def end_train(self) -> None:
@@ -344,6 +364,8 @@ class Stages:
         brain.step += 1
         loss = brain.evaluate_batch(batch, stage=self._named(stage))
         self.average = brain.update_average(loss, self.average)
+        if self._is_shared_out(stage):
+            self._shared.after_batch()
         return loss
 
     def _start_evaluation(self, stage: Stage) -> None:
@@ -352,9 +374,15 @@ class Stages:
             self.brain.on_stage_start(self._named(stage), self._epoch_of(stage))
         self.brain.modules.eval()
         self.average = 0.0
+        if self._is_shared_out(stage):
+            synchronize_buffers(self.brain)
+            self._shared = SharedStatistics(self.brain)
 
     def _end_evaluation(self, stage: Stage) -> None:
         brain = self.brain
+        if self._is_shared_out(stage):
+            self.average = shared_average(self.average, brain.step)
+            self._shared.gather()
         # A Trainer's limit leaves the pass unfinished, with its workers and its bar.
         self._loaders[stage][self._position].close()
         # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
@@ -365,6 +393,10 @@ class Stages:
         self.metrics.add(stage, {"loss": self.average})
         if len(self._loaders[stage]) > 1:
             self.metrics.tell_apart(stage, self._position)
+
+    def _is_shared_out(self, stage: Stage) -> bool:
+        # Each process evaluates by itself, or one alone.
+        return stage is Stage.VALID and self.brain.shard_eval and world_size() > 1
 
     def _named(self, stage: Stage) -> Any:
         """The stage in the Brain's own enumeration: a recipe may compare with ``is``."""
@@ -386,6 +418,7 @@ class Stages:
             self._position = position
             self._start_evaluation(stage)
         brain = self.brain
+        loader = Shard(loader) if self._is_shared_out(stage) else loader
         with progress_bar(brain, loader, stage, self.progressbar) as bar:
             for batch in bar:
                 yield batch

@@ -20,13 +20,16 @@ from brain_lightning import Brain, RunOptions
 PACKAGE = Path(brain_lightning.__file__).parent
 # SpeechBrain 1.1.2 has 0, SpeechBrain 1.0 had 15: see the field.
 OTHER_DEFAULTS = {
-    "ckpt_interval_minutes": 15, "overridden_args": frozenset(), "async_save": False
+    "ckpt_interval_minutes": 15, "overridden_args": frozenset(), "async_save": False,
+    "shard_eval": False,
 }  # fmt: skip
 
 # A file imports only files of lower rank.
 RANKS = [
-    {"stage", "errors", "protocol", "borrowed", "distributed", "random_state"},
-    {"_speechbrain", "gathered", "workers", "termination"},
+    {"stage", "errors", "protocol", "borrowed", "random_state"},
+    {"_speechbrain", "gathered", "workers"},
+    {"distributed"},
+    {"termination", "shards"},
     {"sampler_states"},
     {"checkpoint_hooks", "checkpoint_store", "background", "meta_yaml", "recoverables"},
     {"checkpoint"},

@@ -10,14 +10,29 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from speechbrain.dataio.dataloader import SaveableDataLoader
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.utils.Accuracy import AccuracyStats
+from speechbrain.utils.metric_stats import ErrorRateStats, MetricStats
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
-from brain_lightning import to_lightning
+from brain_lightning import (
+    MainProcessError,
+    ddp_barrier,
+    ddp_broadcast,
+    run_on_main,
+    to_lightning,
+)
 
 from ..brains import trainer_with
 from ..parity.recipes import CLASSES, FEATURES, adam, dataset, loader, make
-from ..parity.sides import Record, Side
+from ..parity.sides import OURS, Record, Side
 from ..parity.test_fit import CountsSaves
 
 GLOO = {"distributed_backend": "gloo"}
@@ -80,6 +95,16 @@ def a_batch_sampler(side: Side, record: Record) -> Any:
     brain = make(side, record, run_opts=GLOO)
     kwargs = {"batch_sampler": Batches()}
     brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs=kwargs)
+    return brain
+
+
+def a_dynamic_batch_sampler(side: Side, record: Record) -> Any:
+    lengths = [1.0 + (7 * index) % 5 for index in range(20)]
+    sampler = DynamicBatchSampler(
+        dataset(), 8, num_buckets=3, lengths_list=lengths, shuffle=True, drop_last=False
+    )
+    brain = make(side, record, encoder_and_head(), run_opts=GLOO)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_sampler": sampler})
     return brain
 
 
@@ -440,9 +465,145 @@ def reported_by_the_main_process(side: Side, record: Record) -> Any:
     return brain
 
 
+def shards_of_different_lengths(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts=GLOO)
+    mine = Subset(dataset(), range(12 + 4 * brain.rank))
+    try:
+        brain.fit(side.EpochCounter(2), DataLoader(mine, 4))
+    except ValueError as error:
+        record.results.append((type(error).__name__, str(error), brain.step))
+    return brain
+
+
+class Stream(IterableDataset[Any]):
+    """Without a length, and longer on the first rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.items = 22 if rank == 0 else 13
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from (dataset()[index % 20] for index in range(self.items))
+
+
+def streams_of_different_lengths(side: Side, record: Record) -> Any:
+    handler = Heard(record)
+    logging.getLogger("brain_lightning.stages").addHandler(handler)
+    brain = make(side, record, run_opts=GLOO)
+    brain.fit(side.EpochCounter(2), DataLoader(Stream(brain.rank), 4), dataset())
+    logging.getLogger("brain_lightning.stages").removeHandler(handler)
+    record.results.append(brain.optimizer_step)
+    return brain
+
+
+def a_stream_without_anything_on_one_rank(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts=GLOO)
+    data = Stream(brain.rank)
+    data.items *= 1 - brain.rank
+    brain.fit(side.EpochCounter(1), DataLoader(data, 4), dataset())
+    record.results.append([event[:2] for event in record.events if "stage" in event[0]])
+    return brain
+
+
+def a_validation(record: Record, **run_opts: Any) -> Any:
+    """Rates of 101 items; their order is another one where it is shared out."""
+
+    def on_stage_start(self: Any, stage: Any, epoch: Any = None) -> None:
+        self.words, self.accuracy = ErrorRateStats(), AccuracyStats()
+        self.hparams.losses.clear()
+
+    def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Tensor:
+        if stage.name == "VALID":
+            ids = [str(float(x.sum())) for x in batch[0]]
+            found = predictions.argmax(1)
+            self.words.append(ids, found[:, None].tolist(), batch[1][:, None].tolist())
+            self.accuracy.append(
+                predictions.log_softmax(1)[:, None], batch[1][:, None], torch.ones(len(ids))
+            )
+            self.hparams.losses.append(ids, predictions, batch[1], reduction="none")
+            record.results.append(len(ids))
+        return nn.functional.cross_entropy(predictions, batch[1])
+
+    def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        if stage.name == "VALID":
+            rates = (
+                stage_loss,
+                self.words.summarize("error_rate"),
+                self.accuracy.summarize(),
+                self.hparams.losses.summarize("average"),
+            )
+            record.results.append(
+                (rates, sorted(self.words.ids), len(self.hparams.losses.ids))
+            )
+
+    brain = make(
+        OURS, record, encoder_and_head(0.0), run_opts={**GLOO, **run_opts},
+        hparams={"losses": MetricStats(nn.functional.cross_entropy)},
+        on_stage_start=on_stage_start, on_stage_end=on_stage_end,
+        compute_objectives=compute_objectives,
+    )  # fmt: skip
+    record.results.clear()
+    return brain
+
+
+def fit_and_validate(side: Side, record: Record, shard_eval: bool) -> Any:
+    torch.manual_seed(5)
+    brain = a_validation(record, shard_eval=shard_eval)
+    generator = torch.Generator().manual_seed(4)
+    valid = TensorDataset(
+        torch.randn(101, FEATURES, generator=generator),
+        torch.randint(CLASSES, (101,), generator=generator),
+    )
+    brain.fit(
+        range(1, 3), dataset(), valid,
+        train_loader_kwargs={"batch_size": 4}, valid_loader_kwargs={"batch_size": 8},
+    )  # fmt: skip
+    return brain
+
+
+def a_whole_validation(side: Side, record: Record) -> Any:
+    return fit_and_validate(side, record, shard_eval=False)
+
+
+def a_validation_that_is_shared_out(side: Side, record: Record) -> Any:
+    return fit_and_validate(side, record, shard_eval=True)
+
+
+def more_processes_than_batches(side: Side, record: Record) -> Any:
+    """And buffers, which DDP brings together in the first evaluation batch."""
+    modules = {"normalize": Statistics(), **encoder_and_head(dropout=0.0)}
+    brain = make(side, record, modules, run_opts={**GLOO, "shard_eval": True})
+    kwargs = {"batch_size": 20}
+    brain.fit(
+        range(1, 3), dataset(), dataset(),
+        train_loader_kwargs={"batch_size": 4}, valid_loader_kwargs=kwargs,
+    )  # fmt: skip
+    record.results.extend(loss for stage, _, loss in record.stage_losses if stage == "VALID")
+    return brain
+
+
+def on_the_main_process(side: Side, record: Record) -> Any:
+    def work(number: int) -> tuple[int, int]:
+        # What processes do together is done alone here.
+        ddp_barrier()
+        return number, ddp_broadcast(torch.distributed.get_rank(), src=1)
+
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    seen: list[Any] = []
+    record.results.append(run_on_main(work, (3,), post_func=seen.append, post_args=(4,)))
+    record.results.append((seen, ddp_broadcast(torch.distributed.get_rank(), src=1)))
+    try:
+        run_on_main(fail)
+    except (OSError, MainProcessError) as error:
+        record.results.append((type(error).__name__, str(error)))
+    return make(side, record)
+
+
 # Run by both sides, which must give the same.
 SHARED = [
     one_module, dropout_and_two_entries, in_order, a_sampler, a_batch_sampler,
+    a_dynamic_batch_sampler,
     loaders_of_the_users, an_unused_entry, accumulation_counted, fit_batch_by_hand, fit_twice,
     unfrozen_between_two_fits, statistics_are_kept_by_evaluate,
     evaluated_on_the_main_process_alone, gan,
@@ -455,5 +616,7 @@ OWN = [
     patience_exhausted_by_one_rank, reported_by_the_main_process,
     a_batch_sampler_on_the_users_trainer, a_batch_sampler_that_cannot_be_shared_out,
     a_saveable_loader, a_strategy_instance_used_again, unfrozen_when_a_stage_starts,
-    compiled_and_fitted_twice,
+    compiled_and_fitted_twice, shards_of_different_lengths, streams_of_different_lengths,
+    a_stream_without_anything_on_one_rank, a_whole_validation, a_validation_that_is_shared_out,
+    more_processes_than_batches, on_the_main_process,
 ]  # fmt: skip

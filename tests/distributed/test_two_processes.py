@@ -171,6 +171,59 @@ def test_names_stay_clean_where_modules_are_compiled_and_wrapped_twice(records: 
         assert set(record.results[-1]) == names
 
 
+def test_shards_of_different_lengths_end_the_run_before_the_epoch(records: Any) -> None:
+    for record in of(records, scenarios.shards_of_different_lengths):
+        ((name, message, step),) = record.results
+        assert (name, step) == ("UnequalDataError", 0)
+        assert "have 3, 4 training batches, in order of their ranks" in message
+        assert "drop_last=True" in message
+        assert not any(event[0] == "on_stage_start" for event in record.events)
+
+
+def test_an_epoch_of_streams_ends_for_all_with_the_shortest(records: Any) -> None:
+    one, other = of(records, scenarios.streams_of_different_lengths)
+    assert one.results[-1] == other.results[-1] == 2 * 4
+    assert "no training batch left after 4: the epoch ends for all" in one.results[0]
+    assert_moved(one)
+    for record in of(records, scenarios.a_stream_without_anything_on_one_rank):
+        stages = [event for event in record.results[0] if event[0].startswith("on_stage")]
+        assert [hook for hook, _ in stages] == ["on_stage_start", "on_stage_end"] * 2
+
+
+def test_a_validation_that_is_shared_out_finds_the_same_numbers(records: Any) -> None:
+    whole = [
+        r for r in of(records, scenarios.a_whole_validation)[0].results if type(r) is tuple
+    ]
+    batches = []
+    for record in of(records, scenarios.a_validation_that_is_shared_out):
+        found = [result for result in record.results if type(result) is tuple]
+        batches.append([result for result in record.results if type(result) is int])
+        assert len(found) == len(whole) == 2
+        for (rates, ids, losses), (expected, all_ids, _) in zip(found, whole, strict=True):
+            assert rates[0] == pytest.approx(expected[0], abs=1e-9)
+            # Of the same lists in the same order.
+            assert rates[1:] == expected[1:]
+            assert ids == all_ids
+            assert len(ids) == losses == 101
+    # 13 batches, the last one of five: each is evaluated once.
+    assert [len(each) for each in batches] == [2 * 7, 2 * 6]
+    assert sum(map(sum, batches)) == 2 * 101
+
+
+def test_a_process_without_a_batch_waits_for_the_others(records: Any) -> None:
+    one, other = of(records, scenarios.more_processes_than_batches)
+    assert one.results == other.results
+    assert len(one.results) == 2
+
+
+def test_what_the_main_process_does_alone(records: Any) -> None:
+    main, other = (record.results for record in of(records, scenarios.on_the_main_process))
+    assert main == [(3, 0), ([], 1), ("OSError", "the disk is full")]
+    assert other[:2] == [(3, 0), ([4], 1)]
+    assert other[2][0] == "MainProcessError"
+    assert "fail failed on the main process: OSError('the disk is full')" in other[2][1]
+
+
 def test_processes_that_lightning_starts_do_the_same(records: Any, tmp_path: Path) -> None:
     start("-m", "tests.distributed.launched", str(tmp_path))
     for rank, torchruns in enumerate(of(records, scenarios.one_module)):

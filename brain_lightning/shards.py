@@ -1,0 +1,201 @@
+"""What each of several processes takes of the data, and what all of them found.
+
+``--shard_eval`` shares the batches of a validation out. They are the batches of one
+process, each evaluated once: losses and rates are those of one process.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
+
+from .distributed import gather, rank, world_size
+from .errors import UnequalDataError
+from .gathered import is_statistics
+from .protocol import BrainProtocol
+
+
+def draws_together(length: int | None) -> bool:
+    """Whether processes have to ask each other whether all have a next batch.
+
+    Args:
+        length: Training batches of this process; None where that is not known.
+
+    Returns:
+        True where some length is not known.
+
+    Raises:
+        UnequalDataError: One process has more batches than another, and would wait for
+            its gradients for ever.
+    """
+    lengths = gather(length)
+    if None in lengths:
+        return world_size() > 1
+    if len(set(lengths)) > 1:
+        raise UnequalDataError(
+            f"the processes have {', '.join(map(str, lengths))} training batches, in order "
+            "of their ranks, and have to have as many: drop_last=True leaves the rest out, a "
+            "DistributedSampler repeats some, and Trainer(limit_train_batches="
+            f"{min(lengths)}) ends the epoch for all"
+        )
+    return False
+
+
+class Shard:
+    """The part of a loader's batches that is this process's: every so many.
+
+    Args:
+        loader: Gives the same batches in every process.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        length = len(self._loader)  # type: ignore[arg-type]
+        return max(0, -((rank() - length) // world_size()))
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self._loader, DataLoader) and _draws_indices(self._loader):
+            return iter(_with_every_nth(self._loader))
+        return _every_nth(self._loader)
+
+
+def _every_nth(batches: Iterable[Any]) -> Iterator[Any]:
+    return itertools.islice(batches, rank(), None, world_size())
+
+
+def _draws_indices(loader: DataLoader[Any]) -> bool:
+    return not isinstance(loader.dataset, IterableDataset)
+
+
+def _with_every_nth(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A copy that loads no batch of another process."""
+    twin = copy.copy(loader)
+    # DataLoader's __setattr__ refuses to change some of these.
+    own = vars(twin)
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    own |= {name: _EveryNth(own[name]), "persistent_workers": False, "_iterator": None}
+    return twin
+
+
+class _EveryNth:
+    def __init__(self, sampler: Iterable[Any]) -> None:
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        return _every_nth(self._sampler)
+
+    def __len__(self) -> int:
+        return len(Shard(self._sampler))
+
+
+def synchronize_buffers(brain: BrainProtocol) -> None:
+    """Gives every process the first one's buffers, as the first evaluation batch would.
+
+    The wrapper does so in its forward pass, in which processes with fewer batches do
+    not take part.
+
+    Args:
+        brain: The Brain at the start of a stage that is shared out.
+    """
+    for module in brain.modules.values():
+        if isinstance(module, DistributedDataParallel):
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+            module.require_forward_param_sync = False
+
+
+class SharedStatistics:
+    """The statistics of a stage that is shared out, brought together at its end.
+
+    An object counts that has SpeechBrain's interface of ``MetricStats``, as an attribute
+    of the Brain or in ``hparams``. Its lists become what one process would have, in the
+    same order; numbers that have changed are added up.
+
+    Args:
+        brain: The Brain, after ``on_stage_start``.
+    """
+
+    def __init__(self, brain: BrainProtocol) -> None:
+        self._brain = brain
+        # The numbers and the lengths of lists, at first and after each batch.
+        self._seen = [self._look()]
+
+    def after_batch(self) -> None:
+        """Takes note of what a batch has added."""
+        self._seen.append(self._look())
+
+    def gather(self) -> None:
+        """Gives every process what all of them have."""
+        objects = self._objects()
+        found = gather({name: self._gained(name, obj) for name, obj in objects.items()})
+        for name, obj in objects.items():
+            own = vars(obj)
+            for attribute, before in self._begun(name, obj).items():
+                gained = [each[name][attribute] for each in found if name in each]
+                if isinstance(own[attribute], list):
+                    # Batch after batch, each of which one process has had.
+                    turns = itertools.zip_longest(*gained, fillvalue=[])
+                    added = itertools.chain.from_iterable(itertools.chain(*turns))
+                    own[attribute] = [*own[attribute][:before], *added]
+                elif any(gained):
+                    own[attribute] = sum(gained, before)
+
+    def _gained(self, name: str, obj: Any) -> dict[str, Any]:
+        """What each batch has added to a list, and all of them to a number."""
+        own = vars(obj)
+        return {
+            attribute: self._pieces(name, attribute, own[attribute])
+            if isinstance(own[attribute], list)
+            else own[attribute] - before
+            for attribute, before in self._begun(name, obj).items()
+        }
+
+    def _pieces(self, name: str, attribute: str, values: list[Any]) -> list[list[Any]]:
+        ends = [seen.get(name, {}).get(attribute, 0) for seen in self._seen]
+        return [values[start:end] for start, end in itertools.pairwise(ends)]
+
+    def _begun(self, name: str, obj: Any) -> dict[str, Any]:
+        """Of an object that is new since the stage began, everything was added."""
+        begun = self._seen[0].get(name, {})
+        return {attribute: begun.get(attribute, 0) for attribute in _sizes(obj)}
+
+    def _look(self) -> dict[str, dict[str, Any]]:
+        return {name: _sizes(obj) for name, obj in self._objects().items()}
+
+    def _objects(self) -> dict[str, Any]:
+        hparams = getattr(getattr(self._brain, "hparams", None), "__dict__", {})
+        return {
+            f"{where}.{name}": value
+            for where, owner in (("brain", vars(self._brain)), ("hparams", hparams))
+            for name, value in owner.items()
+            if is_statistics(value, "append", "summarize")
+        }
+
+
+def _sizes(obj: Any) -> dict[str, Any]:
+    """The numbers, and the lengths of the lists, of an object."""
+    return {
+        name: len(value) if type(value) is list else value
+        for name, value in vars(obj).items()
+        if type(value) in (list, int, float)
+    }
+
+
+def shared_average(average: float, batches: int) -> float:
+    """The average loss over the batches of all processes.
+
+    Args:
+        average: Over the batches of this one.
+        batches: How many these are.
+    """
+    found = gather((average, batches))
+    total = sum(count for _, count in found)
+    return sum(mean * count for mean, count in found) / total if total else 0.0
