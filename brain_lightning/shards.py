@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .distributed import gather, rank, world_size
 from .errors import UnequalDataError
-from .gathered import is_statistics
+from .gathered import OWN, is_statistics
 from .protocol import BrainProtocol
+
+logger = logging.getLogger(__name__)
 
 
 def draws_together(length: int | None) -> bool:
@@ -127,6 +130,7 @@ class SharedStatistics:
         self._brain = brain
         # The numbers and the lengths of lists, at first and after each batch.
         self._seen = [self._look()]
+        self._others = self._look_at_others()
 
     def after_batch(self) -> None:
         """Takes note of what a batch has added."""
@@ -134,6 +138,7 @@ class SharedStatistics:
 
     def gather(self) -> None:
         """Gives every process what all of them have."""
+        self._tell_of_others()
         objects = self._objects()
         found = gather({name: self._gained(name, obj) for name, obj in objects.items()})
         for name, obj in objects.items():
@@ -170,6 +175,28 @@ class SharedStatistics:
     def _look(self) -> dict[str, dict[str, Any]]:
         return {name: _sizes(obj) for name, obj in self._objects().items()}
 
+    def _tell_of_others(self) -> None:
+        """What a recipe counts in another way would differ between processes."""
+        before, now = self._others, self._look_at_others()
+        changed = [name for name in now if name in before and now[name] != before[name]]
+        if changed:
+            logger.warning(
+                "--shard_eval: self.%s has changed during the validation and is not brought "
+                "together: each process has its own. Count in an object with append() and "
+                "summarize(), as SpeechBrain's MetricStats, or leave --shard_eval out.",
+                ", self.".join(changed),
+            )
+
+    def _look_at_others(self) -> dict[str, Any]:
+        own = vars(self._brain).items()
+        others = {name: value for name, value in own if name not in OWN}
+        objects = {
+            name: _sizes(value)
+            for name, value in others.items()
+            if hasattr(value, "__dict__") and f"brain.{name}" not in self._seen[0]
+        }
+        return {**_sizes_of(others), **objects}
+
     def _objects(self) -> dict[str, Any]:
         hparams = getattr(getattr(self._brain, "hparams", None), "__dict__", {})
         return {
@@ -182,9 +209,13 @@ class SharedStatistics:
 
 def _sizes(obj: Any) -> dict[str, Any]:
     """The numbers, and the lengths of the lists, of an object."""
+    return _sizes_of(vars(obj))
+
+
+def _sizes_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: len(value) if type(value) is list else value
-        for name, value in vars(obj).items()
+        for name, value in values.items()
         if type(value) in (list, int, float)
     }
 

@@ -49,7 +49,9 @@ def edit_distance(hypothesis: Sequence[int], reference: Sequence[int]) -> int:
 
 @dataclass
 class DigitErrors:
-    """Counts errors over many lines.
+    """Counts errors over many lines, with the methods of SpeechBrain's ``MetricStats``.
+
+    By these, processes that share a validation out find it and add their counts up.
 
     Attributes:
         wrong: Edits so far.
@@ -59,7 +61,7 @@ class DigitErrors:
     wrong: int = 0
     digits: int = 0
 
-    def count(self, hypothesis: Sequence[int], reference: Sequence[int]) -> None:
+    def append(self, hypothesis: Sequence[int], reference: Sequence[int]) -> None:
         """Adds one line.
 
         Args:
@@ -69,7 +71,6 @@ class DigitErrors:
         self.wrong += edit_distance(hypothesis, reference)
         self.digits += len(reference)
 
-    @property
-    def rate(self) -> float:
+    def summarize(self) -> float:
         """Edits per digit: 0 is perfect."""
         return self.wrong / max(self.digits, 1)

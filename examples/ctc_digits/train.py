@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import ctc_loss
 
 from brain_lightning import Brain, Stage, parse_arguments
+from brain_lightning.distributed import if_main_process
 
 
 class CTCBrain(Brain):
@@ -88,7 +89,7 @@ class CTCBrain(Brain):
         read = greedy_decode(predictions, frame_counts, self.hparams.blank_index)
         written = zip(digits.tolist(), digit_counts.tolist(), strict=True)
         for hypothesis, (reference, count) in zip(read, written, strict=True):
-            self.digit_errors.count(hypothesis, reference[:count])
+            self.digit_errors.append(hypothesis, reference[:count])
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
         """Forgets the errors of the stage before.
@@ -121,17 +122,17 @@ class CTCBrain(Brain):
             valid_loss: The average validation loss.
         """
         rate = self.optimizers_dict["encoder"].param_groups[0]["lr"]
-        self.history.append(
-            Epoch(epoch, rate, self.train_loss, valid_loss, self.digit_errors.rate)
-        )
-        print(
-            f"epoch {epoch:2d}  lr {rate:.2e}  train loss {self.train_loss:.3f}  "
-            f"valid loss {valid_loss:.3f}  valid digit error rate {self.digit_errors.rate:.2%}"
-        )
+        errors = self.digit_errors.summarize()
+        self.history.append(Epoch(epoch, rate, self.train_loss, valid_loss, errors))
+        if if_main_process():
+            print(
+                f"epoch {epoch:2d}  lr {rate:.2e}  train loss {self.train_loss:.3f}  "
+                f"valid loss {valid_loss:.3f}  valid digit error rate {errors:.2%}"
+            )
 
     def anneal(self) -> None:
         """Lowers all learning rates where the error rate has stopped improving."""
-        factor = self.hparams.annealing(self.digit_errors.rate)
+        factor = self.hparams.annealing(self.digit_errors.summarize())
         for optimizer in self.optimizers_dict.values():
             for group in optimizer.param_groups:
                 group["lr"] *= factor
@@ -171,9 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[CTCBrain, float]:
     test_loss = brain.evaluate(
         hparams["test_data"], test_loader_kwargs=hparams["test_loader_kwargs"]
     )
-    picture = Path(hparams["output_folder"]) / "curves.png"
-    draw_curves(brain.history, test_loss, brain.digit_errors.rate, picture)
-    print_summary(brain, test_loss, time.perf_counter() - start, picture)
+    if if_main_process():
+        picture = Path(hparams["output_folder"]) / "curves.png"
+        draw_curves(brain.history, test_loss, brain.digit_errors.summarize(), picture)
+        print_summary(brain, test_loss, time.perf_counter() - start, picture)
     return brain, test_loss
 
 
@@ -187,9 +189,10 @@ def print_summary(brain: CTCBrain, test_loss: float, seconds: float, picture: Pa
         picture: Where the curves are.
     """
     errors = brain.digit_errors
+    rate = errors.summarize()
     print(
         f"test loss              {test_loss:.4f}\n"
-        f"test digit error rate  {errors.rate:.2%} ({errors.wrong} of {errors.digits})\n"
+        f"test digit error rate  {rate:.2%} ({errors.wrong} of {errors.digits})\n"
         f"epochs                 {len(brain.history)}\n"
         f"seconds                {seconds:.1f}\n"
         f"curves                 {picture}"

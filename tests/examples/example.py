@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # What changes where a recipe runs on SpeechBrain.
 IMPORTS = {
     "from brain_lightning import": "from speechbrain import",
+    "brain_lightning.distributed": "speechbrain.utils.distributed",
     "brain_lightning.EpochCounter": "speechbrain.utils.epoch_loop.EpochCounter",
 }
 

@@ -18,7 +18,7 @@ def test_it_gives_the_same_numbers_on_speechbrain(tmp_path: Path) -> None:
     assert "speechbrain" in type(theirs).__mro__[1].__module__
     assert our_loss == their_loss
     assert ours.history == theirs.history
-    assert ours.digit_errors.rate == theirs.digit_errors.rate
+    assert vars(ours.digit_errors) == vars(theirs.digit_errors)
     assert same_state(ours.modules, theirs.modules)
 
 
@@ -30,6 +30,14 @@ def test_it_runs_as_a_script(tmp_path: Path) -> None:
     assert "test digit error rate" in done.stdout
     assert "train_loss=" in done.stderr
     assert (tmp_path / "results" / "ctc_digits" / "7" / "curves.png").stat().st_size > 10_000
+
+
+def test_it_runs_in_two_processes_with_the_validation_shared_out(tmp_path: Path) -> None:
+    done = CTC.script(tmp_path, "--trainer.devices=2", "--shard_eval")
+    assert done.returncode == 0, done.stderr
+    # The second process prints nothing, and adds its counts to those of the first.
+    assert done.stdout.count("epoch  2") == done.stdout.count("test digit error rate") == 1
+    assert "is not brought together" not in done.stderr
 
 
 def test_no_scan_is_in_two_of_the_sets() -> None:
