@@ -600,6 +600,27 @@ def on_the_main_process(side: Side, record: Record) -> Any:
     return make(side, record)
 
 
+def batchnorm_on_a_gpu(side: Side, record: Record) -> Any:
+    model = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+    options = {"device": "cuda:0", "distributed_backend": "nccl"}
+
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Tensor:
+        return self.modules.model(batch[0].to(self.device))
+
+    def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Tensor:
+        return nn.functional.cross_entropy(predictions, batch[1].to(self.device))
+
+    brain = make(
+        side, record, {"model": model}, run_opts=options,
+        compute_forward=compute_forward, compute_objectives=compute_objectives,
+    )  # fmt: skip
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 4})
+    record.results.append(type(brain.modules.model.module[1]).__name__)
+    return brain
+
+
+# Run by both sides on one GPU.
+ON_A_GPU = [batchnorm_on_a_gpu]
 # Run by both sides, which must give the same.
 SHARED = [
     one_module, dropout_and_two_entries, in_order, a_sampler, a_batch_sampler,

@@ -63,6 +63,16 @@ def test_same_bits_in_same_order_on_every_rank(records: Any, scenario: Any) -> N
             assert_moved(ours)
 
 
+@pytest.mark.gpu
+def test_batchnorm_is_synchronized_on_gpus(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
+    start(*torchrun, "-m", "tests.distributed.worker", str(tmp_path), "nccl")
+    records = torch.load(tmp_path / "rank0.pt", weights_only=False)
+    name = scenarios.batchnorm_on_a_gpu.__name__
+    assert_equal(records["brain_lightning", name], records["speechbrain", name])
+    assert records["brain_lightning", name].results == ["SyncBatchNorm"]
+
+
 def test_each_rank_has_data_of_its_own(records: Any) -> None:
     one, other = of(records, scenarios.gan)
     assert one.stage_losses != other.stage_losses
