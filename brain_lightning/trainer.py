@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
@@ -184,9 +185,16 @@ def _own_and_given(
         given["strategy"] = strategy = copy.copy(strategy)
         if strategy.accelerator is not None:
             del own["accelerator"]
-    if "num_nodes" in given or getattr(strategy, "cluster_environment", None) is not None:
+    elsewhere = getattr(strategy, "cluster_environment", None) is not None
+    if elsewhere or "num_nodes" in given or (together and _is_task_of_slurm()):
         del own["plugins"]
     return own | given
+
+
+def _is_task_of_slurm() -> bool:
+    """Whether srun started this process and others, which Lightning finds out about."""
+    started = SLURMEnvironment.detect() and not is_launched()
+    return started and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,31 @@ def test_what_was_cut_goes_on_as_if_nothing_had_happened(
     assert_same(whole, learned(tmp_path))
 
 
+def test_tasks_of_slurm(tmp_path: Path, whole: list[Any]) -> None:
+    """As srun starts them: each says in SLURM's own variables who it is."""
+    slurm = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29418",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    script = [sys.executable, "-m", "tests.distributed.trains", str(tmp_path), "nothing", "1"]
+    tasks = [
+        subprocess.Popen(
+            script,
+            cwd=REPOSITORY,
+            env={**os.environ, **slurm, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in (0, 1)
+    ]
+    for task in tasks:
+        _, told = task.communicate(timeout=120)
+        assert task.returncode == 0, told
+    assert_same(whole, learned(tmp_path))
+
+
 def test_two_nodes_of_one_process_each(tmp_path: Path, whole: list[Any]) -> None:
     """Two agents of torchrun, which meet on the loopback device."""
     command = [
