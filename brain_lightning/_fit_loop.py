@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer import call
 
 from .epochs import Epochs
 from .stages import Stages
@@ -43,10 +47,13 @@ class _BrainEpochLoop(_TrainingEpochLoop):
     """
 
     brain_stages: Stages
+    # Callbacks that look at batches; None where Lightning's own steps are needed.
+    brain_watchers: list[Callback] | None = None
 
     def on_run_start(self, data_fetcher: Any) -> None:
         """Goes on where the epoch was left, and validates if that is what came next."""
         super().on_run_start(data_fetcher)
+        self.brain_watchers = _watchers(self.trainer)
         stages = self.brain_stages
         resumed = stages.run_state.resumed_batches
         if resumed is None and not stages.draws_together:
@@ -56,6 +63,84 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         if not drawn or (resumed is not None and not stages.run_state.validated):
             self.on_advance_end(data_fetcher)
             self._batches_that_stepped -= 1
+
+    def advance(self, data_fetcher: Any) -> None:
+        """One batch, without what nobody listens to.
+
+        Lightning's own way asks every callback, profiler and logger at each hook, and
+        sets attributes of the module around it: more than the work of a small model.
+        """
+        if self.brain_watchers is None:
+            super().advance(data_fetcher)
+            return
+        batch = next(self.brain_stages.train_loader)
+        if batch is not None and self.trainer.strategy.root_device.type != "cpu":
+            batch = call._call_strategy_hook(self.trainer, "batch_to_device", batch)
+        progress, batch_idx = self.batch_progress, self.batch_idx + 1
+        progress.is_last_batch = False
+        progress.increment_ready()
+        output = self._fit(batch, batch_idx)
+        progress.increment_processed()
+        self.trainer.lightning_module.on_train_batch_end(output, batch, batch_idx)
+        if self.brain_watchers:
+            self.trainer._logger_connector.on_batch_end()
+        progress.increment_completed()
+        if self.brain_watchers:
+            self.trainer._logger_connector.update_train_step_metrics()
+
+    def _fit(self, batch: Any, batch_idx: int) -> Any:
+        trainer, watchers = self.trainer, self.brain_watchers
+        if watchers:
+            trainer._logger_connector.on_batch_start(batch)
+        output = None
+        if batch is None:
+            self._warning_cache.warn("train_dataloader yielded None: it is left out")
+        else:
+            if watchers:
+                call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
+            self.batch_progress.increment_started()
+            output = trainer.lightning_module.fit_batch(batch, batch_idx)
+        if watchers:
+            call._call_callback_hooks(trainer, "on_train_batch_end", output, batch, batch_idx)
+        return output
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Validates, where it is time to, and counts the batch."""
+        trainer = self.trainer
+        steps = self.brain_watchers is None or trainer.lr_scheduler_configs
+        if steps or trainer.should_stop or self._should_check_val_fx(data_fetcher):
+            super().on_advance_end(data_fetcher)
+        else:
+            self._batches_that_stepped += 1
+
+
+# What a callback may do within a step, and what it may see of one.
+STEP_HOOKS = (
+    "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step",
+)  # fmt: skip
+BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
+
+
+def _watchers(trainer: Trainer) -> list[Callback] | None:
+    """The callbacks that look at batches; None where Lightning's own steps are needed."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    automatic = trainer.lightning_module.automatic_optimization
+    if (
+        any(_listens(c, hook) for c in callbacks for hook in STEP_HOOKS if automatic)
+        or type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy)
+        or type(trainer.precision_plugin) is not Precision
+        or not isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
+        or trainer.datamodule is not None  # type: ignore[attr-defined]
+    ):
+        return None
+    return [c for c in callbacks if any(_listens(c, hook) for hook in BATCH_HOOKS)]
+
+
+def _listens(callback: Callback, hook: str) -> bool:
+    """Whether a callback has a hook of its own, be it of the instance."""
+    method = getattr(callback, hook)
+    return getattr(method, "__func__", None) is not getattr(Callback, hook)
 
 
 def rule_fit_loop(trainer: Trainer, stages: Stages) -> None:
@@ -81,6 +166,7 @@ def release_fit_loop(trainer: Trainer) -> None:
     if hasattr(loop, "brain_epochs"):
         loop.__class__, loop.epoch_loop.__class__ = _FitLoop, _TrainingEpochLoop
         del loop.brain_epochs, loop.epoch_loop.brain_stages
+        vars(loop.epoch_loop).pop("brain_watchers", None)
 
 
 def progress(trainer: Trainer) -> dict[str, int]:

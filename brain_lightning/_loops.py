@@ -362,6 +362,17 @@ def discount_step(trainer: Trainer) -> None:
         tracker.completed -= 1
 
 
+def count_step(trainer: Trainer) -> None:
+    """Makes ``trainer.global_step`` count an update that Lightning has not made.
+
+    Args:
+        trainer: The Trainer in a batch of an automatic module.
+    """
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    for tracker in (progress.total, progress.current):
+        tracker.increment_by(1)
+
+
 def count_steps(trainer: Trainer, steps: int) -> None:
     """Makes ``trainer.global_step`` count raw ``optimizer.step()`` calls.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -148,9 +149,10 @@ class Brain(BrainHooks):
         Returns:
             The new average.
         """
-        if torch.isfinite(loss):
+        value = float(loss)
+        if math.isfinite(value):
             avg_loss -= avg_loss / self.step
-            avg_loss += float(loss) / self.step
+            avg_loss += value / self.step
         return avg_loss
 
     # -------------------------------------------------------------- optimizers

@@ -15,7 +15,6 @@ from .checkpoints import Checkpointer
 from .ddp import wrap_modules
 from .distributed import together
 from .interval import is_asked_for
-from .profiling import end_when_profiled
 from .refusals import check_averaging, refuse_callbacks
 from .resume import (
     resume_trainer,
@@ -106,12 +105,6 @@ class BrainCallback(Callback):
         if is_parallel(trainer) and not wraps_itself(brain):
             # A callback, or the stage's start, may have unfrozen something.
             wrap_modules(brain)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any
-    ) -> None:
-        """Ends a run that was made for its profile."""
-        end_when_profiled(trainer, self.stages.brain, self.stages.batches)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the validation run to the end of its loader."""

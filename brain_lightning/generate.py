@@ -8,8 +8,9 @@ from typing import Any
 
 from .errors import BrainTypeError
 from .hooks import MANUAL_HOOKS, steps_itself
-from .module import AutomaticModule, BrainModule, ManualModule
+from .module import BrainModule
 from .protocol import BrainProtocol
+from .stepping import AutomaticModule, ManualModule
 
 
 def lightning_module_class(brain_class: type) -> type[BrainModule]:

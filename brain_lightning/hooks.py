@@ -36,6 +36,16 @@ def overrides(brain_class: type, hook: str) -> bool:
     return sum(hook in vars(cls) for cls in brain_class.__mro__) > 1
 
 
+def has_own(brain: BrainProtocol, hook: str) -> bool:
+    """Whether a Brain has a hook of its own, by its class or by itself.
+
+    Args:
+        brain: The Brain.
+        hook: A method of Brain.
+    """
+    return hook in vars(brain) or overrides(type(brain), hook)
+
+
 def check_hooks(brain: BrainProtocol) -> None:
     """Tells of a hook that is missing, or never called, before a batch is loaded.
 

@@ -280,8 +280,8 @@ class Stages:
                     logger.info("Train iteration limit exceeded")
                     return
                 yield batch
-                # Shown with the next batch: a refresh per step costs a third of a loop.
-                bar.set_postfix(train_loss=brain.avg_train_loss, refresh=False)
+                # From now on: there was nothing to show before the first batch.
+                bar.running = self._running_loss
                 if brain.debug and brain.step == brain.debug_batches:
                     return
                 checkpoints.after_step()
@@ -306,6 +306,9 @@ class Stages:
             "SIGTERM: the run is saved, within epoch %s, and ends.", self.epochs.current
         )
         raise SystemExit(EXIT_STATUS)
+
+    def _running_loss(self) -> dict[str, float]:
+        return {"train_loss": self.brain.avg_train_loss}
 
     def _limit_reached(self) -> bool:
         limit = self.brain.optimizer_step_limit

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .distributed import on_all_ranks
 from .errors import BrainTypeError
+from .hooks import has_own
 from .optimizers import active_optimizers, clip_gradients
 from .protocol import BrainProtocol
 
@@ -69,11 +70,14 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
             f"number to minimize, got {_describe(loss)}: reduce the loss, for example "
             "with .mean(), or override fit_batch"
         )
-    scaled = brain.scaler.scale(loss / brain.grad_accumulation_factor)
+    factor = brain.grad_accumulation_factor
+    scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
     mine = torch.isfinite(scaled)
     # A rank that has no gradients would keep the others waiting for ever.
     finite = on_all_ranks(mine)
-    brain.check_loss_isfinite(scaled if finite == bool(mine) else scaled * torch.nan)
+    # Brain's own does nothing with a finite loss, but look at it once more.
+    if not finite or has_own(brain, "check_loss_isfinite"):
+        brain.check_loss_isfinite(scaled if finite or not mine else scaled * torch.nan)
     return TrainingLoss(outputs, loss, scaled, finite)
 
 
@@ -173,3 +177,11 @@ class RawUpdate:
         prepare_gradients(self._brain, optimizers)
         for optimizer in optimizers.values():
             self._brain.scaler.step(optimizer)
+
+
+class DirectUpdate(RawUpdate):
+    """An update by torch alone of a Brain that leaves the stepping to us."""
+
+    def step(self) -> None:
+        """One step, as a Brain of ours does it, also of one of SpeechBrain's."""
+        optimizers_step(self._brain, self.apply)
