@@ -127,18 +127,23 @@ def _watchers(trainer: Trainer) -> list[Callback] | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     automatic = trainer.lightning_module.automatic_optimization
     if (
-        any(_listens(c, hook) for c in callbacks for hook in STEP_HOOKS if automatic)
+        any(listens(c, hook) for c in callbacks for hook in STEP_HOOKS if automatic)
         or type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy)
         or type(trainer.precision_plugin) is not Precision
         or not isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
         or trainer.datamodule is not None  # type: ignore[attr-defined]
     ):
         return None
-    return [c for c in callbacks if any(_listens(c, hook) for hook in BATCH_HOOKS)]
+    return [c for c in callbacks if any(listens(c, hook) for hook in BATCH_HOOKS)]
 
 
-def _listens(callback: Callback, hook: str) -> bool:
-    """Whether a callback has a hook of its own, be it of the instance."""
+def listens(callback: Callback, hook: str) -> bool:
+    """Whether a callback has a hook of its own, be it of the instance.
+
+    Args:
+        callback: The callback.
+        hook: A method of ``Callback``.
+    """
     method = getattr(callback, hook)
     return getattr(method, "__func__", None) is not getattr(Callback, hook)
 

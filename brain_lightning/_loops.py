@@ -59,7 +59,7 @@ class _StageSource(_DataLoaderSource):
         if self._stage is not Stage.TRAIN and combined._mode == "sequential":
             return self._wrap(combined.flattened)
         one = combined.iterables is combined.flattened[0]
-        loader = combined.flattened[0] if one else _CombinedBatches(combined)
+        loader = combined.flattened[0] if one else SeveralLoaders(combined)
         return self._wrap([loader])[0]
 
     def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
@@ -133,7 +133,7 @@ class _Samplers(list[Any]):
                 sampler.set_epoch(epoch)
 
 
-class _CombinedBatches:
+class SeveralLoaders:
     """The batches of several loaders together, without Lightning's indices."""
 
     def __init__(self, combined: CombinedLoader) -> None:

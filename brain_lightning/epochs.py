@@ -13,7 +13,6 @@ import yaml
 
 from . import _speechbrain
 from .checkpoint_hooks import (
-    load_hook,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
@@ -195,13 +194,12 @@ class Epochs:
         return True
 
     def skip(self, epochs: int) -> None:
-        """Leaves out epochs that were done before, unless the counter remembers them.
+        """Leaves out epochs that were done before, and that the counter does not remember.
 
         Args:
             epochs: How many.
         """
-        if load_hook(self.counter) is None:
-            self._iterator = itertools.islice(iter(self.counter), epochs, None)
+        self._iterator = itertools.islice(iter(self.counter), epochs, None)
 
     def start(self) -> Any:
         """Begins the epoch that was drawn.

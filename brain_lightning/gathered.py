@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import logging
+from collections import deque
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .protocol import BrainProtocol
+
+logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
 
@@ -48,7 +53,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_values(values: Mapping[str, Any]) -> State:
-    """Those of several values that are plain.
+    """Those of several values that are plain, or containers of plain values.
 
     Args:
         values: By name.
@@ -56,8 +61,44 @@ def plain_values(values: Mapping[str, Any]) -> State:
     found = {}
     for name, value in values.items():
         with contextlib.suppress(NotPlainError):
-            found[name] = plain(value)
+            found[name] = plain(_opened(value))
     return found
+
+
+def _opened(value: Any) -> Any:
+    """What is in a container: its type is that of the one it is put back into."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (list, set, deque)):
+        return list(value)
+    return value
+
+
+def put_back(owner: Any, values: State) -> None:
+    """Gives an object the values of attributes.
+
+    Args:
+        owner: The object; a container that it has is filled, a tensor replaced on its
+            device.
+        values: From ``plain_values``.
+    """
+    own = vars(owner)
+    for name, value in values.items():
+        current = own.get(name)
+        if isinstance(current, np.ndarray):
+            current[...] = value.numpy()
+        elif isinstance(current, Tensor) and isinstance(value, Tensor):
+            own[name] = value.to(current.device)
+        elif isinstance(current, (dict, set)) and type(current) is not type(value):
+            current.clear()
+            current.update(value)
+        elif isinstance(current, (list, deque)) and type(current) is not type(value):
+            current.clear()
+            current.extend(value)
+        else:
+            own[name] = value
 
 
 class Gathered:
@@ -75,6 +116,7 @@ class Gathered:
         self._before = {name: id(value) for name, value in vars(brain).items()}
         self._assigned: frozenset[str] = frozenset()
         self._numbers: State = {}
+        self._told: set[str] = set()
 
     def begin(self) -> None:
         """Takes note of what ``on_stage_start`` has assigned."""
@@ -92,8 +134,10 @@ class Gathered:
             if name in self._assigned
             or (name in self._numbers and _is_number(value) and value != self._numbers[name])
         }
+        saved = plain_values(values)
+        self._tell(values.keys() - saved.keys())
         return {
-            "values": plain_values(values),
+            "values": saved,
             "brain": _statistics(own),
             "hparams": _statistics(_hparams(self._brain)),
         }
@@ -104,14 +148,28 @@ class Gathered:
         Args:
             state: What ``state`` returned.
         """
-        vars(self._brain).update(state["values"])
+        put_back(self._brain, state["values"])
         for owner, saved in [
             (vars(self._brain), state["brain"]),
             (_hparams(self._brain), state["hparams"]),
         ]:
             for name, values in saved.items():
                 if _is_statistics(owner.get(name)):
-                    vars(owner[name]).update(values)
+                    for part, attributes in zip(_parts(owner[name]), values, strict=False):
+                        put_back(part, attributes)
+
+    def _tell(self, left_out: Collection[str]) -> None:
+        """Once, of what ``on_stage_start`` made, and is neither plain nor statistics."""
+        own = vars(self._brain)
+        unknown = {n for n in left_out if not _is_statistics(own[n]) and not callable(own[n])}
+        new = unknown - self._told
+        if new:
+            logger.info(
+                "self.%s, which on_stage_start has made, is not saved within an epoch: it is "
+                "made of more than numbers, texts and tensors.",
+                ", self.".join(sorted(new)),
+            )
+        self._told |= new
 
 
 def _is_number(value: object) -> bool:
@@ -124,7 +182,17 @@ def _hparams(brain: BrainProtocol) -> Mapping[str, Any]:
 
 def _statistics(owner: Mapping[str, Any]) -> State:
     found = {name: value for name, value in owner.items() if _is_statistics(value)}
-    return {name: plain_values(vars(value)) for name, value in found.items()}
+    return {
+        name: [plain_values(vars(part)) for part in _parts(value)]
+        for name, value in found.items()
+    }
+
+
+def _parts(statistics: Any) -> list[Any]:
+    """A metric of torchmetrics may have others in it."""
+    if isinstance(statistics, torch.nn.Module):
+        return list(statistics.modules())
+    return [statistics]
 
 
 def _is_statistics(value: object) -> bool:

@@ -125,8 +125,9 @@ def _recoverables(stages: Stages) -> Recoverables:
     if hasattr(checkpointer, "recoverables"):
         found |= checkpointer.recoverables
     else:
-        for owner in (getattr(getattr(brain, "hparams", None), "__dict__", {}), vars(brain)):
-            found |= {name: obj for name, obj in owner.items() if _is_recoverable(obj)}
+        hparams = getattr(getattr(brain, "hparams", None), "__dict__", {})
+        found |= {n: o for n, o in hparams.items() if _is_recoverable(o) and not _is_frozen(o)}
+        found |= {n: o for n, o in vars(brain).items() if _is_recoverable(o)}
         if brain.scaler.is_enabled():
             found["scaler"] = brain.scaler
     known = {id(obj) for obj in found.values()}
@@ -142,10 +143,15 @@ def _recoverables(stages: Stages) -> Recoverables:
 
 
 def _is_recoverable(obj: object) -> bool:
-    """Modules are in ``modules`` where they are trained; the scaler may be off."""
-    if isinstance(obj, (type, Module, GradScaler)):
+    """Also a module beside ``modules``, such as a teacher; the scaler may be off."""
+    if isinstance(obj, (type, GradScaler)):
         return False
     return save_hook(obj) is not None and load_hook(obj) is not None
+
+
+def _is_frozen(obj: object) -> bool:
+    """A pretrained model among the hyperparameters is there anyway."""
+    return isinstance(obj, Module) and not any(p.requires_grad for p in obj.parameters())
 
 
 def _modules(recoverables: Mapping[str, Any], weights: Mapping[str, Any]) -> Content:

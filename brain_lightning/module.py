@@ -90,7 +90,9 @@ class BrainModule(LightningModule):
             counter = getattr(hparams, "epoch_counter", None)
         if counter is None:
             counter = itertools.count(1)
-        state = run_state(self.brain, Stages.is_running(self.brain))
+        fitting = self.trainer.state.fn is TrainerFn.FITTING
+        within = not fitting or Stages.is_running(self.brain)
+        state = RunState(self.brain) if within else run_state(self.brain)
         self.stages = Stages(self.brain, Epochs(counter), state, **self._run_options)
         return [BrainCallback(self.stages, self.trainer)]
 
@@ -119,7 +121,9 @@ class BrainModule(LightningModule):
         unwrap_modules(self.brain)
         self.brain.on_fit_start()
         if self._explicit is not None:
-            self.load_state_dict(self._explicit["state_dict"])
+            # A callback that averages weights puts its average in the place of the state.
+            weights = self._explicit.get("current_model_state", self._explicit["state_dict"])
+            self.load_state_dict(weights)
             recover(self._explicit, self.stages, self.state_dict(keep_vars=True))
             self._explicit = None
         group = OptimizerGroup(self.brain)

@@ -78,6 +78,8 @@ class Position:
         self.fitted = 0
         self.notes_draws = False
         self._drawn = 0
+        # Whether the pass has come to its end: a stream may begin anew where it is asked.
+        self._over = False
         self._loader: Any = None
         self._begun: State = {"samplers": []}
         self._samplers: SamplerStates | None = None
@@ -90,12 +92,13 @@ class Position:
 
     # ------------------------------------------------------------------ saving
 
-    def state(self, fitted: int, again: bool) -> State:
+    def state(self, fitted: int, drawn: State | None) -> State:
         """What it takes to go on.
 
         Args:
             fitted: Batches after which to go on.
-            again: Whether the next one is being fitted now, and will be again.
+            drawn: The random state in which to go on with the next batch, if that was
+                drawn already; None as drawing leaves it.
         """
         ahead = self._drawn > fitted
         draw = self._noted if ahead and self._noted is not None else self._now()
@@ -108,7 +111,9 @@ class Position:
             "batches": fitted,
             "begun": {**self._begun, "samplers": plain_states(self._begun["samplers"])},
             "draw": draw,
-            "drawn": random_state() if ahead and not again else None,
+            "drawn": drawn if ahead else None,
+            "over": self._over and not ahead,
+            "workers_persisted": self._begun.get("workers_persisted", False),
             "workers": workers,
             "next_worker": next_worker,
             "num_workers": getattr(self._loader, "num_workers", 0),
@@ -120,6 +125,7 @@ class Position:
         return {
             "samplers": [] if self._samplers is None else plain_states(self._samplers.now()),
             "workers": self._workers if persistent else {},
+            "workers_persisted": _persist(self._loader),
             "num_workers": getattr(self._loader, "num_workers", 0),
         }
 
@@ -153,14 +159,16 @@ class Position:
             The batches.
         """
         resumed, self._resumed = self._resumed, None
-        iterator = self._begin(loader, resumed or {})
-        drawn = (resumed or {}).get("drawn")
-        while True:
+        resumed = resumed or {}
+        iterator = self._begin(loader, resumed)
+        self._over, drawn = resumed.get("over", False), resumed.get("drawn")
+        while not self._over:
             if self.notes_draws:
                 self._noted = self._now()
             try:
                 batch = self._draw(iterator)
             except StopIteration:
+                self._over = True
                 return
             if drawn is not None:
                 set_random_state(drawn)
@@ -188,7 +196,7 @@ class Position:
         self._begun = {
             "random": random_state(),
             "samplers": samplers.now(),
-            "workers_persisted": loader in _PERSISTENT if _is_data_loader(loader) else False,
+            "workers_persisted": resumed.get("workers_persisted", _persist(loader)),
         }
         told = _told_position(loader, self)
         self.fitted = self._drawn = resumed.get("batches", told)
@@ -249,7 +257,7 @@ class Position:
         """A copy is iterated: the user's loader stays as it is."""
         twin = None if resumed else _PERSISTENT.get(loader)
         if twin is None:
-            twin = self._twin(loader, resumed)
+            twin = self._twin(loader, bool(resumed))
         if loader.persistent_workers:
             _PERSISTENT[loader] = twin
         iterator = iter(twin)
@@ -259,7 +267,7 @@ class Position:
         _speechbrain.follow_iterator(loader, iterator, self._drawn - self._next_worker)
         return iterator
 
-    def _twin(self, loader: DataLoader[Any], resumed: State) -> DataLoader[Any]:
+    def _twin(self, loader: DataLoader[Any], resumed: bool) -> DataLoader[Any]:
         twin = copy.copy(loader)
         # DataLoader's __setattr__ refuses to change some of these.
         own = vars(twin)
@@ -270,14 +278,13 @@ class Position:
             own["worker_init_fn"] = ResumingWorker(loader.worker_init_fn, dict(self._workers))
         waiting, batched = self._next_worker, loader.batch_sampler is not None
         streamed = _is_stream(loader)
-        if waiting and (streamed or not batched):
+        if waiting:
             own["dataset"] = WaitingDataset(loader.dataset, waiting)
-        placeholder: Any = [PLACEHOLDER] if streamed else []
-        before = [placeholder if batched else PLACEHOLDER] * waiting
+        before: list[Any] = [[PLACEHOLDER] if batched else PLACEHOLDER] * waiting
         name, skip = "batch_sampler" if batched else "sampler", 0 if streamed else self._drawn
-        begun = resumed.get("begun", {})
         # Workers that persist begin a pass without the random number that new ones need.
-        random = begun["random"] if begun.get("workers_persisted") else None
+        persisted = resumed and self._begun["workers_persisted"]
+        random = self._begun["random"] if persisted else None
         own[name] = IndicesFrom(own[name], skip, before, random)
         return twin
 
@@ -303,6 +310,11 @@ def _is_data_loader(loader: Any) -> bool:
     return ours or _speechbrain.is_saveable_loader(loader)
 
 
+def _persist(loader: Any) -> bool:
+    """Whether the workers of a loader are there, and stay for its next pass."""
+    return isinstance(loader, DataLoader) and loader in _PERSISTENT
+
+
 def _is_stream(loader: DataLoader[Any]) -> bool:
     return isinstance(loader.dataset, IterableDataset)
 
@@ -313,7 +325,6 @@ def _state_of_stream(loader: Any) -> State:
         return {"loader": loader.state_dict()}
     dataset: Any = getattr(loader, "dataset", None)
     in_workers = getattr(loader, "num_workers", 0)
-    streams = isinstance(dataset, IterableDataset)
-    if streams and is_stateful(dataset) and not in_workers:
+    if is_stateful(dataset) and not in_workers:
         return {"dataset": dataset.state_dict()}
     return {}

@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
-from ._fit_loop import progress, set_progress
+from ._fit_loop import listens, progress, set_progress
+from .checkpoint_hooks import load_hook
 from .gathered import NotPlainError, plain
 from .stages import Stages
 
@@ -30,21 +31,27 @@ def trainer_state(trainer: Trainer, stages: Stages) -> State:
     """
     return {
         "progress": {**progress(trainer), "batches": stages.batches},
-        "callbacks": _callback_states(trainer),
+        "callbacks": _callback_states(trainer, stages.told),
     }
 
 
-def _callback_states(trainer: Trainer) -> State:
+def _callback_states(trainer: Trainer, told: set[str]) -> State:
     states = {}
     # An attribute that Lightning's type hints do not show.
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         try:
             state = plain(callback.state_dict())
-        except NotPlainError as error:
+        except NotPlainError:
+            state, whole = {}, False
+        else:
+            whole = not listens(callback, "on_save_checkpoint")
+        if not whole and callback.state_key not in told:
+            told.add(callback.state_key)
             logger.warning(
-                "The state of %s is not saved: there is a %s in it.", callback.state_key, error
+                "Checkpoint directories do not hold all of the state of %s: it goes on from "
+                "Lightning's checkpoints, by fit(ckpt_path=...).",
+                type(callback).__name__,
             )
-            continue
         if state:
             states[callback.state_key] = state
     return states
@@ -61,8 +68,13 @@ def resume_trainer(trainer: Trainer, stages: Stages, resumed: State) -> None:
     in_epoch = resumed["epoch"] is not None
     epochs = resumed["epochs"] - in_epoch
     stages.run_state.epochs = epochs
-    if in_epoch or stages.run_state.explicit:
-        stages.epochs.skip(epochs)
+    recovered = getattr(stages.brain.checkpointer, "recoverables", {}).values()
+    remembers = any(each is stages.epochs.counter for each in recovered)
+    if stages.run_state.explicit:
+        remembers = load_hook(stages.epochs.counter) is not None
+    if not remembers and (in_epoch or stages.run_state.explicit):
+        stages.run_state.drawn = resumed["drawn"] - in_epoch
+        stages.epochs.skip(stages.run_state.drawn)
     state = resumed["trainer"]
     if not state:
         return

@@ -46,23 +46,23 @@ def calls_hooks(method: Method) -> Method:
     return guarded  # type: ignore[return-value]
 
 
-class TrainPass:
-    """One pass over the training data, from the position that was resumed.
+class Pass:
+    """One pass over data, of which a bar wants to know the length.
 
     Args:
-        run_state: The state of the run.
         loader: What ``fit`` was given.
+        batches: Begins to iterate it.
     """
 
-    def __init__(self, run_state: RunState, loader: Any) -> None:
-        self._run_state = run_state
+    def __init__(self, loader: Any, batches: Callable[[Any], Iterator[Any]]) -> None:
         self._loader = loader
+        self._batches = batches
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._run_state.batches(self._loader)
+        return self._batches(self._loader)
 
 
 class Stages:
@@ -87,6 +87,7 @@ class Stages:
         termination: Hears a SIGTERM.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers found in the stages.
+        told: The callbacks of which was told that not all of them is saved.
     """
 
     # Runs whose batch is being fitted; a recipe may fit another Brain within.
@@ -109,6 +110,7 @@ class Stages:
         self.run_state = run_state
         self.progressbar = progressbar
         self.stage = Stage.TRAIN
+        self.told: set[str] = set()
         self.metrics = Metrics(lambda: self.stage)
         self.average = 0.0
         self.in_training = False
@@ -273,7 +275,7 @@ class Stages:
         """``for batch in train_set`` of ``_fit_train``; the Trainer fits where it yields."""
         brain = self.brain
         checkpoints = IntervalCheckpoints(brain, self.save_with_trainer)
-        batches = TrainPass(self.run_state, loader)
+        batches = Pass(loader, self.run_state.batches)
         with progress_bar(brain, batches, Stage.TRAIN, self.progressbar) as bar:
             for batch in bar:
                 if self._limit_reached():
@@ -319,6 +321,7 @@ class Stages:
     @calls_hooks
     def start_valid(self) -> None:
         """Begins the VALID stage, of the first loader where there are several."""
+        self.run_state.begin_validation()
         if self.in_training:
             # A Trainer may validate in the middle of an epoch: VALID counts from 0.
             self._train_step, self.brain.step = self.brain.step, 0
@@ -329,7 +332,7 @@ class Stages:
     def end_valid(self) -> None:
         """Ends the VALID stage, of the last loader where there are several."""
         self._end_evaluation(Stage.VALID)
-        self.run_state.validated = True
+        self.run_state.end_validation()
         if self.in_training:
             self.stage = Stage.TRAIN
             self.brain.step = self._train_step
@@ -421,7 +424,11 @@ class Stages:
             self._position = position
             self._start_evaluation(stage)
         brain = self.brain
-        loader = Shard(loader) if self._is_shared_out(stage) else loader
+        if self._is_shared_out(stage):
+            loader = Shard(loader)
+        elif stage is Stage.VALID:
+            begin = functools.partial(self.run_state.validation_batches, index=position)
+            loader = Pass(loader, begin)
         with progress_bar(brain, loader, stage, self.progressbar) as bar:
             for batch in bar:
                 yield batch

@@ -89,7 +89,7 @@ class AutomaticModule(BrainModule):
             The loss, as Lightning hands it to callbacks.
         """
         brain, before = self.brain, self.brain.optimizer_step
-        update = DirectUpdate(brain)
+        update = DirectUpdate(brain, self.stages.run_state.use_batch)
         last = self._believes_last(batch_idx)
         loss = self.stages.fit(lambda batch: fit_batch(brain, batch, update), batch, last)
         if brain.optimizer_step != before or not has_optimizer(brain):
@@ -126,6 +126,7 @@ class _TrainerUpdate:
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Lightning's closure: ``training_step``, then the backward pass."""
         self._closure()
+        self._module.stages.run_state.use_batch()
         return self._module.training_loss
 
     def step(self) -> None:
@@ -180,11 +181,16 @@ class ManualModule(BrainModule):
         with ExitStack() as stack:
             before = register_optimizer_step_pre_hook(self._before_step)
             after = register_optimizer_step_post_hook(
-                lambda optimizer, *_: stepped.append(optimizer) if self._is_mine() else None
+                lambda optimizer, *_: self._after_step(optimizer, stepped)
             )
             stack.callback(before.remove)
             stack.callback(after.remove)
             yield stepped
+
+    def _after_step(self, optimizer: Optimizer, stepped: list[Optimizer]) -> None:
+        if self._is_mine():
+            stepped.append(optimizer)
+            self.stages.run_state.use_batch()
 
     def _is_mine(self) -> bool:
         # A recipe may fit another Brain within fit_batch.

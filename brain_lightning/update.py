@@ -180,7 +180,22 @@ class RawUpdate:
 
 
 class DirectUpdate(RawUpdate):
-    """An update by torch alone of a Brain that leaves the stepping to us."""
+    """An update by torch alone of a Brain that leaves the stepping to us.
+
+    Args:
+        brain: The Brain to update.
+        computed: Called when the gradients of a batch are there.
+    """
+
+    def __init__(self, brain: BrainProtocol, computed: Callable[[], None]) -> None:
+        super().__init__(brain)
+        self._computed = computed
+
+    def compute_gradients(self, batch: Any) -> TrainingLoss:
+        """Forward and backward pass of one batch."""
+        result = super().compute_gradients(batch)
+        self._computed()
+        return result
 
     def step(self) -> None:
         """One step, as a Brain of ours does it, also of one of SpeechBrain's."""

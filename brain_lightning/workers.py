@@ -74,13 +74,12 @@ class CarryingCollate:
         if _is_placeholder(samples):
             return Carried(PLACEHOLDER, worker.id, {})
         batch = self._collate_fn(samples)
-        dataset = getattr(worker.dataset, "waiting_dataset", worker.dataset)
-        return Carried(batch, worker.id, worker_state(dataset))
+        return Carried(batch, worker.id, worker_state(worker.dataset))
 
 
 def _is_placeholder(samples: Any) -> bool:
-    if isinstance(samples, list):
-        return not samples or _is_placeholder(samples[0])
+    if isinstance(samples, list) and len(samples) == 1:
+        samples = samples[0]
     return isinstance(samples, str) and samples == PLACEHOLDER
 
 
@@ -100,15 +99,18 @@ class ResumingWorker:
 
     def __call__(self, worker: int) -> None:
         """Prepares a worker that has just started."""
+        info = get_worker_info()
+        assert info is not None
+        if isinstance(info.dataset, WaitingDataset):
+            # A worker_init_fn may set attributes of its dataset; torch refuses assignments.
+            object.__setattr__(info, "dataset", info.dataset.waiting_dataset)
         if self._worker_init_fn is not None:
             self._worker_init_fn(worker)
         state = self._states.get(worker)
         if state is None:
             return
-        info = get_worker_info()
-        assert info is not None
         if "dataset" in state:
-            dataset: Any = getattr(info.dataset, "waiting_dataset", info.dataset)
+            dataset: Any = info.dataset
             dataset.load_state_dict(state["dataset"])
         set_random_state(state["random"])
 
@@ -117,7 +119,7 @@ class WaitingDataset:
     """A dataset whose first workers have a placeholder to send before their data.
 
     Args:
-        dataset: The dataset; one without batches of indices, which need no such help.
+        dataset: The dataset.
         waiting: How many workers have to wait for their turn.
     """
 
@@ -126,7 +128,15 @@ class WaitingDataset:
         self._waiting = waiting
 
     def __getitem__(self, index: Any) -> Any:
-        return index if index == PLACEHOLDER else self.waiting_dataset[index]
+        return index if isinstance(index, str) else self.waiting_dataset[index]
+
+    @property
+    def __getitems__(self) -> Any:
+        """Torch asks for it first, and does without where it is None."""
+        items = getattr(self.waiting_dataset, "__getitems__", None)
+        if items is None:
+            return None
+        return lambda indices: indices if _is_placeholder(indices) else items(indices)
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -136,12 +146,6 @@ class WaitingDataset:
         if waits:
             yield PLACEHOLDER
         yield from self.waiting_dataset
-
-    def __getattr__(self, name: str) -> Any:
-        # A worker_init_fn may look at its dataset; pickle asks before there is one.
-        if name == "waiting_dataset":
-            raise AttributeError(name)
-        return getattr(self.waiting_dataset, name)
 
 
 class IndicesFrom(Iterator[Any]):
