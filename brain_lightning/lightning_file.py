@@ -128,6 +128,8 @@ def _recoverables(stages: Stages) -> Recoverables:
         hparams = getattr(getattr(brain, "hparams", None), "__dict__", {})
         found |= {n: o for n, o in hparams.items() if _is_recoverable(o) and not _is_frozen(o)}
         found |= {n: o for n, o in vars(brain).items() if _is_recoverable(o)}
+        # Each entry is one.
+        del found["modules"]
         if brain.scaler.is_enabled():
             found["scaler"] = brain.scaler
     known = {id(obj) for obj in found.values()}

@@ -186,7 +186,8 @@ def _own_and_given(
         if strategy.accelerator is not None:
             del own["accelerator"]
     elsewhere = getattr(strategy, "cluster_environment", None) is not None
-    if elsewhere or "num_nodes" in given or (together and _is_task_of_slurm()):
+    several = any(name in given for name in PROCESSES)
+    if elsewhere or "num_nodes" in given or (several and _is_task_of_slurm()):
         del own["plugins"]
     return own | given
 

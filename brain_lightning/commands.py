@@ -1,0 +1,180 @@
+"""The commands of ``brain-lightning``: what each word after it does."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from . import convert, doctor, recipe, verify
+from .errors import (
+    BrainTypeError,
+    CheckpointError,
+    CheckpointSaveError,
+    RecipeError,
+    RunOptionError,
+    UnsupportedError,
+)
+from .run_options import RunOptions, split_trainer
+
+USERS_MISTAKES = (
+    RunOptionError,
+    UnsupportedError,
+    BrainTypeError,
+    RecipeError,
+    CheckpointError,
+    CheckpointSaveError,
+    MisconfigurationException,
+)
+MISTAKE = 2
+
+
+def run_command(command: str, words: Sequence[str]) -> int:
+    """Runs a command.
+
+    Args:
+        command: One of ``COMMANDS``.
+        words: What follows it on the command line.
+
+    Returns:
+        The exit status, see ``cli.main``.
+    """
+    shows_traceback = "--debug-traceback" in words
+    try:
+        return COMMANDS[command]([w for w in words if w != "--debug-traceback"])
+    except USERS_MISTAKES as error:
+        if shows_traceback:
+            raise
+        print(f"brain-lightning: error: {error}", file=sys.stderr)  # noqa: T201
+        return MISTAKE
+
+
+def _parser(command: str, usage: str, **kwargs: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        f"brain-lightning {command}",
+        usage=f"%(prog)s {usage}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An override of the recipe may begin as one of our options does.
+        allow_abbrev=False,
+        **kwargs,
+    )
+    parser.add_argument(
+        "--debug-traceback", action="store_true", help="show a traceback for every error"
+    )
+    return parser
+
+
+def _run(words: list[str]) -> int:
+    trainer, rest = split_trainer(words)
+    parser = _parser(
+        "run",
+        "SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE]",
+        description="Runs a SpeechBrain recipe, its Brains on a Trainer.",
+        epilog=_options_help(),
+    )
+    parser.add_argument(
+        "--trainer",
+        metavar="FILE",
+        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them; "
+        "--trainer.X=Y outranks it",
+    )
+    known, rest = parser.parse_known_args(rest)
+    if known.trainer is not None:
+        trainer = {**recipe.load_trainer_file(known.trainer), **trainer}
+    script, *rest = _script(parser, rest)
+    processes = recipe.processes_to_launch(trainer)
+    if processes > 1:
+        return recipe.launch(processes, ["run", *words, *_backend(rest)])
+    recipe.run_recipe(script, rest, trainer)
+    return 0
+
+
+def _script(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    if not words or words[0].startswith("-"):
+        parser.error("the script comes first: train.py hparams.yaml")
+    return words
+
+
+def _backend(words: Sequence[str]) -> list[str]:
+    """SpeechBrain's default, nccl, needs a GPU for each process."""
+    chosen = any(word.startswith("--distributed_backend") for word in words)
+    on_cpu = "--device=cpu" in words or not torch.cuda.is_available()
+    return ["--distributed_backend=gloo"] if on_cpu and not chosen else []
+
+
+def _options_help() -> str:
+    options = [
+        f"  --{field.name:<38}{field.metadata['help']}"
+        for field in dataclasses.fields(RunOptions)
+        if field.metadata.get("on_command_line")
+    ]
+    arguments = "  " + "\n  ".join(f"--trainer.{name}" for name in recipe.TRAINER_ARGUMENTS)
+    return (
+        "run options of SpeechBrain:\n" + "\n".join(options) + "\n\n"
+        "arguments of Lightning's Trainer, their values as YAML:\n" + arguments + "\n\n"
+        "Any other --name=value overrides the hyperparameters file, as in SpeechBrain."
+    )
+
+
+def _verify(words: list[str]) -> int:
+    trainer, rest = split_trainer(words)
+    parser = _parser(
+        "verify",
+        "SCRIPT [HPARAMS] [--override=value] [--steps=N] [--json] [--trainer.X=Y]",
+        description="Runs a recipe through SpeechBrain's loop and through a Trainer's, from "
+        "the same seed, and compares hooks, losses, learning rates, gradients and weights. "
+        "The exit status is 0 only where everything is equal.",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="N",
+        help="training batches of each Brain (default: %(default)s); 0: all of them",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    known, rest = parser.parse_known_args(rest)
+    script, *rest = _script(parser, rest)
+    comparison = verify.verify(script, rest, known.steps, trainer)
+    print(comparison.as_json() if known.json else comparison.as_text())  # noqa: T201
+    return 0 if comparison.equal else 1
+
+
+def _doctor(words: list[str]) -> int:
+    parser = _parser(
+        "doctor",
+        "SCRIPT [--json]",
+        description="Reads a recipe, without running it, and says what works with it.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("script", help="the recipe's script")
+    known = parser.parse_args(words)
+    report = doctor.examine(known.script)
+    print(report.as_json() if known.json else report.as_text())  # noqa: T201
+    return 0
+
+
+def _convert(words: list[str]) -> int:
+    parser = _parser(
+        "convert",
+        "SRC DST [--hparams=FILE]",
+        description="Turns a CKPT+ directory into a Lightning file (DST is x.ckpt) or a "
+        "folder for SpeechBrain's from_hparams (any other name), and a Lightning file into a "
+        "CKPT+ directory (DST is CKPT+x).",
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint, or a folder of them")
+    parser.add_argument("target", metavar="DST", help="what to write; it must not be there")
+    parser.add_argument("--hparams", metavar="FILE", help="the recipe's hyperparameters")
+    known = parser.parse_args(words)
+    print(convert.convert(known.source, known.target, known.hparams))  # noqa: T201
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "verify": _verify,
+    "doctor": _doctor,
+    "convert": _convert,
+}
