@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import Precision
@@ -126,15 +127,61 @@ def _watchers(trainer: Trainer) -> list[Callback] | None:
     """The callbacks that look at batches; None where Lightning's own steps are needed."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     automatic = trainer.lightning_module.automatic_optimization
-    if (
-        any(listens(c, hook) for c in callbacks for hook in STEP_HOOKS if automatic)
-        or type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy)
-        or type(trainer.precision_plugin) is not Precision
-        or not isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
-        or trainer.datamodule is not None  # type: ignore[attr-defined]
-    ):
+    within = (listens(c, hook) for c in callbacks for hook in STEP_HOOKS if automatic)
+    if any(within) or not _is_plain(trainer):
         return None
     return [c for c in callbacks if any(listens(c, hook) for hook in BATCH_HOOKS)]
+
+
+def _is_plain(trainer: Trainer) -> bool:
+    """Whether a batch is for the Brain alone: nothing converts it, moves it or times it."""
+    return (
+        type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy)
+        and type(trainer.precision_plugin) is Precision
+        and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
+        and trainer.datamodule is None  # type: ignore[attr-defined]
+    )
+
+
+class _BrainEvaluationLoop(_EvaluationLoop):
+    """An evaluation loop that leaves out what nobody listens to, as the epoch loop."""
+
+    brain_is_alone = False
+
+    def on_run_start(self) -> None:
+        """Looks for who listens."""
+        super().on_run_start()
+        kind = "test" if self.trainer.testing else "validation"
+        hooks = (f"on_{kind}_batch_start", f"on_{kind}_batch_end")
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        watched = any(listens(c, hook) for c in callbacks for hook in hooks)
+        self.brain_is_alone = _is_plain(self.trainer) and not watched
+
+    def _evaluation_step(
+        self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any
+    ) -> None:
+        if not self.brain_is_alone:
+            super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
+            return
+        trainer, module = self.trainer, self.trainer.lightning_module
+        if trainer.strategy.root_device.type != "cpu":
+            arguments = {"dataloader_idx": dataloader_idx}
+            batch = call._call_strategy_hook(trainer, "batch_to_device", batch, **arguments)
+        self.batch_progress.increment_ready()
+        self.batch_progress.increment_started()
+        step = module.test_step if trainer.testing else module.validation_step
+        step(batch, batch_idx, dataloader_idx)
+        self.batch_progress.increment_processed()
+        self.batch_progress.increment_completed()
+
+
+def _validations_and_tests(trainer: Trainer) -> list[Any]:
+    """The loops of validation and test, that of ``fit`` first.
+
+    Args:
+        trainer: Any Trainer.
+    """
+    return [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop]
 
 
 def listens(callback: Callback, hook: str) -> bool:
@@ -161,12 +208,25 @@ def rule_fit_loop(trainer: Trainer, stages: Stages) -> None:
     loop.epoch_loop.brain_stages = stages
 
 
-def release_fit_loop(trainer: Trainer) -> None:
-    """Gives the Trainer its own fit loop back.
+def rule_evaluation_loops(trainer: Trainer) -> None:
+    """Lets validations and tests leave out what nobody listens to.
+
+    Args:
+        trainer: The Trainer in its ``setup``.
+    """
+    for loop in _validations_and_tests(trainer):
+        loop.__class__ = _BrainEvaluationLoop
+
+
+def release_loops(trainer: Trainer) -> None:
+    """Gives the Trainer its own loops back.
 
     Args:
         trainer: The Trainer at the end of a run.
     """
+    for evaluation_loop in _validations_and_tests(trainer):
+        evaluation_loop.__class__ = _EvaluationLoop
+        vars(evaluation_loop).pop("brain_is_alone", None)
     loop: Any = trainer.fit_loop
     if hasattr(loop, "brain_epochs"):
         loop.__class__, loop.epoch_loop.__class__ = _FitLoop, _TrainingEpochLoop

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from torch.utils.data import DistributedSampler
 
-from ._fit_loop import release_fit_loop, rule_fit_loop
+from ._fit_loop import release_loops, rule_evaluation_loops, rule_fit_loop
 from ._speechbrain import lend_validation
 from ._strategies import shards_training_data
 from .borrowed import Borrowed
@@ -218,6 +218,7 @@ def attach(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
         rule_fit_loop(trainer, stages)
         if overrides(type(stages.brain), "_fit_valid"):
             _validate_as_told(trainer, stages, borrowed)
+    rule_evaluation_loops(trainer)
     for loop, stage in _loops_with_stages(trainer):
         loop._data_source = _StageSource(loop._data_source, trainer, stages, stage, borrowed)
 
@@ -246,7 +247,7 @@ def detach(trainer: Trainer) -> None:
     Args:
         trainer: The Trainer at the end of a run.
     """
-    release_fit_loop(trainer)
+    release_loops(trainer)
     for loop, _ in _loops_with_stages(trainer):
         if isinstance(loop._data_source, _StageSource):
             loop._data_source = loop._data_source.source

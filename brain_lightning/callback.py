@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -84,13 +83,6 @@ class BrainCallback(Callback):
         """Listens to SIGTERM, where there is something to save with."""
         if self.stages.brain.checkpointer is not None or self.stages.save_with_trainer:
             self.stages.termination.listen(_loops.is_lightnings_handler)
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any
-    ) -> None:
-        """Ends a run that was told to end; several may have different numbers of batches."""
-        if trainer.world_size == 1:
-            self.stages.end_if_terminated()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""

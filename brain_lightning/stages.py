@@ -372,6 +372,9 @@ class Stages:
         self.average = brain.update_average(loss, self.average)
         if self._is_shared_out(stage):
             self._shared.after_batch()
+        if stage is Stage.VALID and world_size() == 1:
+            # Several processes may have different numbers of batches: they end before.
+            self.end_if_terminated()
         return loss
 
     def _start_evaluation(self, stage: Stage) -> None:
