@@ -50,7 +50,7 @@ class Work:
     modules: int = 1
     optimizers: int = 1
     accumulation: int = 1
-    steps: int = 500
+    steps: int = 1000
 
     def layers(self) -> dict[str, nn.Module]:
         torch.manual_seed(0)
@@ -230,8 +230,8 @@ def main(rounds: int) -> None:
     show(Work(modules=20), rounds, some)
     show(Work(modules=4, optimizers=4), rounds, some)
     show(Work(accumulation=8), rounds, some)
-    show(Work(width=700, steps=100), rounds, some)
-    show(Work(width=2600, steps=20), rounds, some)
+    show(Work(width=700, steps=300), rounds, some)
+    show(Work(width=3300, steps=60), rounds, some)
 
 
 def quiet() -> None:
