@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .epochs import Epochs
 from .stages import Stages
@@ -74,6 +75,9 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         if self.brain_watchers is None:
             super().advance(data_fetcher)
             return
+        if self.trainer.world_size > 1 and not self.brain_stages.termination.listens:
+            # Lightning's handler of SIGTERM, in another process, waits for this answer.
+            self._broadcast_sigterm_tensor()
         batch = next(self.brain_stages.train_loader)
         if batch is not None and self.trainer.strategy.root_device.type != "cpu":
             batch = call._call_strategy_hook(self.trainer, "batch_to_device", batch)
@@ -108,8 +112,8 @@ class _BrainEpochLoop(_TrainingEpochLoop):
     def on_advance_end(self, data_fetcher: Any) -> None:
         """Validates, where it is time to, and counts the batch."""
         trainer = self.trainer
-        steps = self.brain_watchers is None or trainer.lr_scheduler_configs
-        if steps or trainer.should_stop or self._should_check_val_fx(data_fetcher):
+        ends = trainer.should_stop or trainer.received_sigterm
+        if self.brain_watchers is None or ends or self._should_check_val_fx(data_fetcher):
             super().on_advance_end(data_fetcher)
         else:
             self._batches_that_stepped += 1
@@ -127,8 +131,11 @@ def _watchers(trainer: Trainer) -> list[Callback] | None:
     """The callbacks that look at batches; None where Lightning's own steps are needed."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     automatic = trainer.lightning_module.automatic_optimization
-    within = (listens(c, hook) for c in callbacks for hook in STEP_HOOKS if automatic)
-    if any(within) or not _is_plain(trainer):
+    # One that steps by hand calls it as well, and what is logged there needs Lightning.
+    hooks = STEP_HOOKS if automatic else STEP_HOOKS[-1:]
+    within = any(listens(callback, hook) for callback in callbacks for hook in hooks)
+    # StochasticWeightAveraging brings a scheduler, which Lightning's own loop steps.
+    if within or trainer.lr_scheduler_configs or not _is_plain(trainer):
         return None
     return [c for c in callbacks if any(listens(c, hook) for hook in BATCH_HOOKS)]
 
@@ -173,6 +180,10 @@ class _BrainEvaluationLoop(_EvaluationLoop):
         step(batch, batch_idx, dataloader_idx)
         self.batch_progress.increment_processed()
         self.batch_progress.increment_completed()
+        # ModelCheckpoint asks, and complains of a metric that no validation has brought.
+        self._has_run = True
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
 
 def _validations_and_tests(trainer: Trainer) -> list[Any]:

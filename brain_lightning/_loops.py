@@ -27,6 +27,7 @@ from ._strategies import shards_training_data
 from .borrowed import Borrowed
 from .errors import RunOptionError, UnsupportedError
 from .hooks import overrides
+from .shards import share
 from .stage import Stage
 from .stage_loader import StageLoader
 from .stages import Stages
@@ -295,11 +296,22 @@ def start_train_epoch(trainer: Trainer, length: int | None) -> None:
         trainer.val_check_batch = float("inf")
 
 
-def start_validation(trainer: Trainer) -> None:
+def limited_length(trainer: Trainer, length: int | None) -> float | None:
+    """How many batches an epoch of training has, where that is known.
+
+    Args:
+        trainer: Its ``limit_train_batches`` counts.
+        length: Batches of the training set, or None.
+    """
+    return None if length is None else min(length, _limit(trainer.limit_train_batches, length))
+
+
+def start_validation(trainer: Trainer, shared_out: bool) -> None:
     """Makes a validation end by exhaustion, unless a limit was asked for.
 
     Args:
         trainer: The Trainer at the start of a validation.
+        shared_out: Whether this process has a part of the batches.
     """
     loop = trainer._evaluation_loop
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
@@ -309,6 +321,8 @@ def start_validation(trainer: Trainer) -> None:
     lengths = [loader.known_length() for loader in combined.flattened]
     loop._max_batches = [_estimate(limit, length) for length in lengths]
     limits = [_limit(limit, length) for length in lengths]
+    if shared_out:
+        limits = [share(all_of_them) for all_of_them in limits]
     combined._iterator.limits = limits  # type: ignore[union-attr]
     fetcher.length, fetcher.done = None, False
 

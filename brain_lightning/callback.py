@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +23,10 @@ from .resume import (
     trainer_state,
 )
 from .shards import draws_together
+from .stage import Stage
 from .stages import Stages
+
+logger = logging.getLogger(__name__)
 
 
 class BrainCallback(Callback):
@@ -91,7 +95,7 @@ class BrainCallback(Callback):
         self.stages.steps_on_last_batch = accumulate(
             trainer, self.stages.brain, self._for_the_epoch, length
         )
-        self.stages.draws_together = draws_together(length)
+        self.stages.draws_together = draws_together(_loops.limited_length(trainer, length))
         self.stages.start_train()
         brain = self.stages.brain
         if is_parallel(trainer) and not wraps_itself(brain):
@@ -101,11 +105,11 @@ class BrainCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the validation run to the end of its loader."""
         self.stages.end_if_terminated()
-        _loops.start_validation(trainer)
+        _loops.start_validation(trainer, self.stages.is_shared_out(Stage.VALID))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the test run to the end of its loader."""
-        _loops.start_validation(trainer)
+        _loops.start_validation(trainer, shared_out=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends an epoch that had no batch, and decides about the next one."""
@@ -125,6 +129,10 @@ class BrainCallback(Callback):
         """Remembers a Ctrl-C, which Lightning turns into SystemExit, and tidies up."""
         if isinstance(exception, KeyboardInterrupt):
             self.stages.interrupt = exception
+        elif trainer.world_size > 1 and isinstance(exception, Exception):
+            # Now: the others are about to fail of this, each with an error of its own.
+            failed = "Rank %d failed, and the others end with it."
+            logger.error(failed, trainer.global_rank, exc_info=exception)
         self._put_back(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -83,8 +84,10 @@ def main_process_only(function: Function) -> Function:
             _MainProcess.alone += 1
             try:
                 result = function(*args, **kwargs)
+                # Else the others would wait for what cannot be sent.
+                pickle.dumps(result)
             except BaseException as error:  # noqa: BLE001  it is raised again below
-                failed = error
+                result, failed = None, error
             finally:
                 _MainProcess.alone -= 1
         result, told = ddp_broadcast((result, None if failed is None else repr(failed)))

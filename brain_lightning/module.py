@@ -234,7 +234,8 @@ class BrainModule(LightningModule):
         # Not self.log, which costs more than the whole loop where it runs at every step.
         trainer, batches = self.trainer, self.stages.batches
         # An attribute that Lightning's type hints do not show.
-        if trainer.loggers and not batches % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.loggers and every and not batches % every:
             for logger in trainer.loggers:
                 # Counted as Lightning counts for its own metrics: batches, from 0.
                 logger.log_metrics({"train_loss_step": self.brain.avg_train_loss}, batches - 1)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -23,8 +26,11 @@ from .protocol import BrainProtocol
 
 logger = logging.getLogger(__name__)
 
+# Elements of a tensor that nobody counts with.
+LARGE = 100
 
-def draws_together(length: int | None) -> bool:
+
+def draws_together(length: float | None) -> bool:
     """Whether processes have to ask each other whether all have a next batch.
 
     Args:
@@ -50,6 +56,15 @@ def draws_together(length: int | None) -> bool:
     return False
 
 
+def share(batches: float) -> float:
+    """How many of some batches this process has.
+
+    Args:
+        batches: All of them; may be infinite.
+    """
+    return batches if math.isinf(batches) else max(0, -((rank() - batches) // world_size()))
+
+
 class Shard:
     """The part of a loader's batches that is this process's: every so many.
 
@@ -61,8 +76,7 @@ class Shard:
         self._loader = loader
 
     def __len__(self) -> int:
-        length = len(self._loader)  # type: ignore[arg-type]
-        return max(0, -((rank() - length) // world_size()))
+        return int(share(len(self._loader)))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self._loader, DataLoader) and _draws_indices(self._loader):
@@ -109,8 +123,8 @@ def synchronize_buffers(brain: BrainProtocol) -> None:
         brain: The Brain at the start of a stage that is shared out.
     """
     for module in brain.modules.values():
-        if isinstance(module, DistributedDataParallel):
-            for buffer in module.buffers():
+        if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
+            for buffer in module.modules_buffers:
                 torch.distributed.broadcast(buffer, src=0)
             module.require_forward_param_sync = False
 
@@ -142,35 +156,38 @@ class SharedStatistics:
         objects = self._objects()
         found = gather({name: self._gained(name, obj) for name, obj in objects.items()})
         for name, obj in objects.items():
-            own = vars(obj)
-            for attribute, before in self._begun(name, obj).items():
-                gained = [each[name][attribute] for each in found if name in each]
-                if isinstance(own[attribute], list):
-                    # Batch after batch, each of which one process has had.
-                    turns = itertools.zip_longest(*gained, fillvalue=[])
-                    added = itertools.chain.from_iterable(itertools.chain(*turns))
-                    own[attribute] = [*own[attribute][:before], *added]
-                elif any(gained):
-                    own[attribute] = sum(gained, before)
+            gained = [each.get(name, {}) for each in found]
+            # A process without a batch may not have made all of them.
+            for attribute in dict.fromkeys(itertools.chain(*gained)):
+                parts = [each[attribute] for each in gained if attribute in each]
+                before = self._seen[0].get(name, {}).get(attribute, 0)
+                self._merge(obj, attribute, before, parts)
+
+    def _merge(self, obj: Any, attribute: str, before: Any, parts: list[Any]) -> None:
+        own = vars(obj)
+        if isinstance(parts[0], list):
+            # Batch after batch, each of which one process has had.
+            turns = itertools.chain(*itertools.zip_longest(*parts, fillvalue=[]))
+            added = (_on(self._brain.device, value) for value in itertools.chain(*turns))
+            own[attribute] = [*own.get(attribute, [])[:before], *added]
+        elif any(torch.as_tensor(part).any() for part in parts):
+            own[attribute] = sum((_on(self._brain.device, part) for part in parts), before)
 
     def _gained(self, name: str, obj: Any) -> dict[str, Any]:
         """What each batch has added to a list, and all of them to a number."""
-        own = vars(obj)
+        begun = self._seen[0].get(name, {})
         return {
-            attribute: self._pieces(name, attribute, own[attribute])
-            if isinstance(own[attribute], list)
-            else own[attribute] - before
-            for attribute, before in self._begun(name, obj).items()
+            attribute: self._pieces(name, attribute, value)
+            if isinstance(value, list)
+            else _on("cpu", value - begun.get(attribute, 0))
+            for attribute, value in vars(obj).items()
+            if type(value) in COUNTED
         }
 
     def _pieces(self, name: str, attribute: str, values: list[Any]) -> list[list[Any]]:
         ends = [seen.get(name, {}).get(attribute, 0) for seen in self._seen]
+        values = [_on("cpu", value) for value in values]
         return [values[start:end] for start, end in itertools.pairwise(ends)]
-
-    def _begun(self, name: str, obj: Any) -> dict[str, Any]:
-        """Of an object that is new since the stage began, everything was added."""
-        begun = self._seen[0].get(name, {})
-        return {attribute: begun.get(attribute, 0) for attribute in _sizes(obj)}
 
     def _look(self) -> dict[str, dict[str, Any]]:
         return {name: _sizes(obj) for name, obj in self._objects().items()}
@@ -191,11 +208,11 @@ class SharedStatistics:
         own = vars(self._brain).items()
         others = {name: value for name, value in own if name not in OWN}
         objects = {
-            name: _sizes(value)
+            name: _plain_sizes(vars(value))
             for name, value in others.items()
             if hasattr(value, "__dict__") and f"brain.{name}" not in self._seen[0]
         }
-        return {**_sizes_of(others), **objects}
+        return {**objects, **_plain_sizes(others)}
 
     def _objects(self) -> dict[str, Any]:
         hparams = getattr(getattr(self._brain, "hparams", None), "__dict__", {})
@@ -207,17 +224,31 @@ class SharedStatistics:
         }
 
 
+# What statistics count in.
+COUNTED = (list, int, float, Tensor)
+
+
 def _sizes(obj: Any) -> dict[str, Any]:
     """The numbers, and the lengths of the lists, of an object."""
-    return _sizes_of(vars(obj))
-
-
-def _sizes_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: len(value) if type(value) is list else value
-        for name, value in values.items()
-        if type(value) in (list, int, float)
+        name: len(value) if type(value) is list else _on("cpu", value)
+        for name, value in vars(obj).items()
+        if type(value) in COUNTED
     }
+
+
+def _plain_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in what can be compared; a tensor that is large is no count."""
+    return {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in _sizes(SimpleNamespace(**values)).items()
+        if not isinstance(value, Tensor) or value.numel() < LARGE
+    }
+
+
+def _on(device: str, value: Any) -> Any:
+    """A tensor, as a copy of its own, on a device; anything else as it is."""
+    return value.detach().clone().to(device) if isinstance(value, Tensor) else value
 
 
 def shared_average(average: float, batches: int) -> float:

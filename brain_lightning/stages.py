@@ -370,7 +370,7 @@ class Stages:
         brain.step += 1
         loss = brain.evaluate_batch(batch, stage=self._named(stage))
         self.average = brain.update_average(loss, self.average)
-        if self._is_shared_out(stage):
+        if self.is_shared_out(stage):
             self._shared.after_batch()
         if stage is Stage.VALID and world_size() == 1:
             # Several processes may have different numbers of batches: they end before.
@@ -383,13 +383,13 @@ class Stages:
             self.brain.on_stage_start(self._named(stage), self._epoch_of(stage))
         self.brain.modules.eval()
         self.average = 0.0
-        if self._is_shared_out(stage):
+        if self.is_shared_out(stage):
             synchronize_buffers(self.brain)
             self._shared = SharedStatistics(self.brain)
 
     def _end_evaluation(self, stage: Stage) -> None:
         brain = self.brain
-        if self._is_shared_out(stage):
+        if self.is_shared_out(stage):
             self.average = shared_average(self.average, brain.step)
             self._shared.gather()
         # A Trainer's limit leaves the pass unfinished, with its workers and its bar.
@@ -403,8 +403,12 @@ class Stages:
         if len(self._loaders[stage]) > 1:
             self.metrics.tell_apart(stage, self._position)
 
-    def _is_shared_out(self, stage: Stage) -> bool:
-        # Each process evaluates by itself, or one alone.
+    def is_shared_out(self, stage: Stage) -> bool:
+        """Whether this process has a part of the batches of a stage.
+
+        Args:
+            stage: The stage; in TEST each process is by itself, or one alone.
+        """
         return stage is Stage.VALID and self.brain.shard_eval and world_size() > 1
 
     def _named(self, stage: Stage) -> Any:
@@ -427,7 +431,7 @@ class Stages:
             self._position = position
             self._start_evaluation(stage)
         brain = self.brain
-        if self._is_shared_out(stage):
+        if self.is_shared_out(stage):
             loader = Shard(loader)
         elif stage is Stage.VALID:
             begin = functools.partial(self.run_state.validation_batches, index=position)

@@ -91,10 +91,11 @@ class AutomaticModule(BrainModule):
         brain, before = self.brain, self.brain.optimizer_step
         update = DirectUpdate(brain, self.stages.run_state.use_batch)
         last = self._believes_last(batch_idx)
-        loss = self.stages.fit(lambda batch: fit_batch(brain, batch, update), batch, last)
+        self.stages.fit(lambda batch: fit_batch(brain, batch, update), batch, last)
         if brain.optimizer_step != before or not has_optimizer(brain):
             _loops.count_step(self.trainer)
-        return {"loss": loss}
+        # What training_step returns.
+        return {} if update.result is None else {"loss": update.result.scaled.detach()}
 
     def configure_gradient_clipping(
         self,

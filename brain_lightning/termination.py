@@ -42,13 +42,18 @@ class Termination:
             signal.raise_signal(signal.SIGTERM)
         self._heard = True
 
+    @property
+    def listens(self) -> bool:
+        """Whether a SIGTERM is heard here."""
+        return self._handler is not None
+
     def is_requested(self, device: str) -> bool:
         """Whether any process was told to end.
 
         Args:
             device: The device that processes communicate from.
         """
-        return self._handler is not None and on_any_rank(self._heard, device)
+        return self.listens and on_any_rank(self._heard, device)
 
     def obeyed(self) -> None:
         """Takes note that what was heard has been done."""

@@ -185,17 +185,21 @@ class DirectUpdate(RawUpdate):
     Args:
         brain: The Brain to update.
         computed: Called when the gradients of a batch are there.
+
+    Attributes:
+        result: What the batch gave.
     """
 
     def __init__(self, brain: BrainProtocol, computed: Callable[[], None]) -> None:
         super().__init__(brain)
         self._computed = computed
+        self.result: TrainingLoss | None = None
 
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Forward and backward pass of one batch."""
-        result = super().compute_gradients(batch)
+        self.result = super().compute_gradients(batch)
         self._computed()
-        return result
+        return self.result
 
     def step(self) -> None:
         """One step, as a Brain of ours does it, also of one of SpeechBrain's."""

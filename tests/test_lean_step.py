@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -167,3 +174,58 @@ def test_validations_and_tests_are_the_same(lean_steps: list[int]) -> None:
         brain.events.clear()
     assert results[:2] == results[2:]
     assert len(results[1]) == 2 + 5
+
+
+def test_a_scheduler_that_a_callback_brings_is_stepped(lean_steps: list[int]) -> None:
+    """StochasticWeightAveraging anneals the learning rate by one of its own."""
+    rates: dict[bool, list[float]] = {}
+    for watched in (False, True):
+        averaging = StochasticWeightAveraging(
+            swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=3
+        )
+        found: list[float] = []
+        rates[watched] = found
+
+        class Rates(Callback):
+            def on_train_epoch_end(
+                self, trainer: Any, pl_module: Any, found: list[float] = found
+            ) -> None:
+                found.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        callbacks = [averaging, Rates(), *([Listens()] if watched else [])]
+        brain = make(Dropping)
+        trainer_with(*callbacks, max_epochs=6).fit(to_lightning(brain), loader(), loader())
+    assert rates[True] == rates[False]
+    assert rates[True][-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("cls", [Dropping, ByHand])
+def test_what_is_logged_before_a_step_is_logged(cls: Any) -> None:
+    class Norms(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            pl_module.log("norm", 2.0, on_step=True, on_epoch=True)
+
+    _, trainer = fit(cls, callbacks=[Norms()])
+    assert float(trainer.callback_metrics["norm_epoch"]) == 2.0
+
+
+def test_a_metric_that_nobody_reports_is_an_error(tmp_path: Any) -> None:
+    saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="typo")
+    with pytest.raises(MisconfigurationException, match="typo"):
+        fit(Dropping, callbacks=[saver], enable_checkpointing=True)
+
+
+def test_never_is_a_number_of_steps_to_log_at(tmp_path: Any) -> None:
+    fit(Dropping, logger=CSVLogger(tmp_path), log_every_n_steps=0)
+
+
+def test_sigterm_ends_a_test_within_a_batch() -> None:
+    class Told(Dropping):
+        def evaluate_batch(self, batch: Any, stage: Any) -> Any:
+            signal.raise_signal(signal.SIGTERM)
+            return super().evaluate_batch(batch, stage)
+
+    brain = make(Told)
+    with pytest.raises(SystemExit):
+        trainer_with().test(to_lightning(brain), loader(), verbose=False)
+    assert len([event for event in brain.events if event[0] == "TEST"]) == 1

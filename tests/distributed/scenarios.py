@@ -23,7 +23,6 @@ from torch.utils.data import (
 )
 
 from brain_lightning import (
-    MainProcessError,
     ddp_barrier,
     ddp_broadcast,
     run_on_main,
@@ -568,6 +567,62 @@ def a_validation_that_is_shared_out(side: Side, record: Record) -> Any:
     return fit_and_validate(side, record, shard_eval=True)
 
 
+class Lazy:
+    """Counts in what its first batch makes, with tensors."""
+
+    def __init__(self) -> None:
+        self.correct: Any = 0
+
+    def append(self, found: Tensor, expected: Tensor) -> None:
+        self.correct = self.correct + (found == expected).sum()
+        self.seen: list[Tensor]
+        if not hasattr(self, "seen"):
+            self.seen = []
+        self.seen.extend(found)
+
+    def summarize(self) -> tuple[int, int]:
+        return int(self.correct), len(self.seen)
+
+
+def counted_with_tensors(side: Side, record: Record) -> Any:
+    """On as many batches as there are processes, and on one alone; and on a limited number."""
+
+    def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Tensor:
+        if stage.name == "VALID":
+            self.lazy.append(batch[1], batch[1])
+            self.count += len(batch[1])
+        return nn.functional.cross_entropy(predictions, batch[1])
+
+    def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        if stage.name == "VALID":
+            record.results.append(self.lazy.summarize())
+
+    handler = Heard(record)
+    logging.getLogger("brain_lightning.shards").addHandler(handler)
+    for size, trainer in ((5, {}), (20, {}), (5, {"limit_val_batches": 3})):
+        brain = make(
+            side, record, run_opts={**GLOO, "shard_eval": True},
+            compute_objectives=compute_objectives, on_stage_end=on_stage_end,
+        )  # fmt: skip
+        brain.lazy, brain.count = Lazy(), torch.zeros((), dtype=torch.int64)
+        brain.fit(
+            range(1), dataset(), dataset(), train_loader_kwargs={"batch_size": 5},
+            valid_loader_kwargs={"batch_size": size}, trainer=trainer,
+        )  # fmt: skip
+    logging.getLogger("brain_lightning.shards").removeHandler(handler)
+    record.events.clear()
+    record.tensors.clear()
+    return brain
+
+
+def limited_to_the_same_length(side: Side, record: Record) -> Any:
+    brain = make(side, record, run_opts=GLOO)
+    mine = DataLoader(Subset(dataset(), range(12 + 4 * brain.rank)), 4)
+    brain.fit(side.EpochCounter(1), mine, trainer={"limit_train_batches": 3})
+    record.results.append(brain.optimizer_step)
+    return brain
+
+
 def more_processes_than_batches(side: Side, record: Record) -> Any:
     """And buffers, which DDP brings together in the first evaluation batch."""
     modules = {"normalize": Statistics(), **encoder_and_head(dropout=0.0)}
@@ -593,11 +648,17 @@ def on_the_main_process(side: Side, record: Record) -> Any:
     seen: list[Any] = []
     record.results.append(run_on_main(work, (3,), post_func=seen.append, post_args=(4,)))
     record.results.append((seen, ddp_broadcast(torch.distributed.get_rank(), src=1)))
-    try:
-        run_on_main(fail)
-    except (OSError, MainProcessError) as error:
-        record.results.append((type(error).__name__, str(error)))
+    for failing in (fail, lambda: lambda: "not to be sent"):
+        record.results.append(_failure_of(failing))
     return make(side, record)
+
+
+def _failure_of(function: Any) -> tuple[str, str]:
+    try:
+        run_on_main(function)
+    except Exception as error:  # noqa: BLE001  what it is, the test says
+        return type(error).__name__, str(error)
+    return "nothing", ""
 
 
 def batchnorm_on_a_gpu(side: Side, record: Record) -> Any:
@@ -639,5 +700,6 @@ OWN = [
     a_saveable_loader, a_strategy_instance_used_again, unfrozen_when_a_stage_starts,
     compiled_and_fitted_twice, shards_of_different_lengths, streams_of_different_lengths,
     a_stream_without_anything_on_one_rank, a_whole_validation, a_validation_that_is_shared_out,
-    more_processes_than_batches, on_the_main_process,
+    more_processes_than_batches, on_the_main_process, counted_with_tensors,
+    limited_to_the_same_length,
 ]  # fmt: skip

@@ -21,7 +21,7 @@ LAUNCHERS = {"torchrun": TORCHRUN, "Lightning": []}
 def run(
     launcher: list[str], folder: Path, what: str = "nothing", rank: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    """Ends in any case: a run that hangs is a failure after a minute."""
+    """Ends in any case: a run that hangs is a failure after two minutes."""
     script = ["-m", "tests.distributed.trains", str(folder), what, str(rank)]
     return subprocess.run(
         [sys.executable, *launcher, *script],
@@ -29,7 +29,7 @@ def run(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

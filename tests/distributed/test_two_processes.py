@@ -228,10 +228,28 @@ def test_a_process_without_a_batch_waits_for_the_others(records: Any) -> None:
 
 def test_what_the_main_process_does_alone(records: Any) -> None:
     main, other = (record.results for record in of(records, scenarios.on_the_main_process))
-    assert main == [(3, 0), ([], 1), ("OSError", "the disk is full")]
+    assert main[:3] == [(3, 0), ([], 1), ("OSError", "the disk is full")]
     assert other[:2] == [(3, 0), ([4], 1)]
     assert other[2][0] == "MainProcessError"
     assert "fail failed on the main process: OSError('the disk is full')" in other[2][1]
+    # What cannot be sent fails everywhere too.
+    assert main[3][0] in ("AttributeError", "PicklingError")
+    assert other[3][0] == "MainProcessError"
+
+
+def test_statistics_that_count_with_tensors_and_begin_late(records: Any) -> None:
+    for rank, record in enumerate(of(records, scenarios.counted_with_tensors)):
+        told = [result for result in record.results if isinstance(result, str)]
+        assert all("self.count has changed during the validation" in each for each in told)
+        # A process without a batch has counted nothing.
+        assert len(told) == 3 - rank
+        found = [result for result in record.results if not isinstance(result, str)]
+        assert found == [(20, 20), (20, 20), (15, 15)]
+
+
+def test_a_limit_is_a_remedy_for_different_lengths(records: Any) -> None:
+    for record in of(records, scenarios.limited_to_the_same_length):
+        assert record.results == [3]
 
 
 def test_processes_that_lightning_starts_do_the_same(records: Any, tmp_path: Path) -> None:

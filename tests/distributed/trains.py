@@ -72,6 +72,8 @@ def main(folder: Path, what: str, rank: int) -> None:
     weights = [parameter.detach() for parameter in brain.modules.parameters()]
     torch.save([brain.optimizer_step, *weights], folder / f"rank{brain.rank}.pt")
     if torch.distributed.is_initialized():
+        # gloo's threads of one process may abort where the other is gone.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
