@@ -29,6 +29,8 @@ from torch.utils.data import Dataset
 
 from brain_lightning import Brain, Checkpointer, EpochCounter, to_lightning
 
+from . import conftest  # noqa: F401  It makes SpeechBrain importable.
+
 
 @dataclass(frozen=True)
 class Setting:

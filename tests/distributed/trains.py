@@ -18,6 +18,7 @@ from torch import nn
 
 from brain_lightning import Brain, Checkpointer, EpochCounter
 
+from ..conftest import seed_everything  # noqa: F401  First: it makes SpeechBrain importable.
 from ..parity.recipes import CLASSES, FEATURES, dataset
 
 STEP = 3
