@@ -139,7 +139,7 @@ class Gathered:
         return {
             "values": saved,
             "brain": _statistics(own),
-            "hparams": _statistics(_hparams(self._brain)),
+            "hparams": _statistics(hparams_of(self._brain)),
         }
 
     def restore(self, state: State) -> None:
@@ -151,7 +151,7 @@ class Gathered:
         put_back(self._brain, state["values"])
         for owner, saved in [
             (vars(self._brain), state["brain"]),
-            (_hparams(self._brain), state["hparams"]),
+            (hparams_of(self._brain), state["hparams"]),
         ]:
             for name, values in saved.items():
                 if _is_statistics(owner.get(name)):
@@ -176,7 +176,12 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
-def _hparams(brain: BrainProtocol) -> Mapping[str, Any]:
+def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
+    """The hyperparameters by name; SpeechBrain's Brain may have none.
+
+    Args:
+        brain: The Brain.
+    """
     return getattr(getattr(brain, "hparams", None), "__dict__", {})
 
 

@@ -18,6 +18,7 @@ from .checkpoint_hooks import load_hook, load_state, save_hook, write_state
 from .checkpoint_store import CHECKSUMS, METAFNAME, PARAMFILE_EXT
 from .distributed import if_main_process
 from .errors import CheckpointError
+from .gathered import hparams_of
 from .meta_yaml import dump_meta
 from .optimizers import all_optimizers
 from .protocol import BrainProtocol
@@ -125,7 +126,7 @@ def _recoverables(stages: Stages) -> Recoverables:
     if hasattr(checkpointer, "recoverables"):
         found |= checkpointer.recoverables
     else:
-        hparams = getattr(getattr(brain, "hparams", None), "__dict__", {})
+        hparams = hparams_of(brain)
         found |= {n: o for n, o in hparams.items() if _is_recoverable(o) and not _is_frozen(o)}
         found |= {n: o for n, o in vars(brain).items() if _is_recoverable(o)}
         # Each entry is one.

@@ -25,6 +25,7 @@ from .workers import (
     ResumingWorker,
     State,
     WaitingDataset,
+    is_placeholder,
     is_stateful,
 )
 
@@ -177,7 +178,7 @@ class Position:
 
     def _draw(self, iterator: Iterator[Any]) -> Any:
         item = next(iterator)
-        while isinstance(item, Carried) and _is_placeholder(item):
+        while isinstance(item, Carried) and is_placeholder(item.batch):
             item = next(iterator)
         self._drawn += 1
         if not isinstance(item, Carried):
@@ -296,10 +297,6 @@ def _told_position(loader: Any, position: Position) -> int:
         told, loader.recovered = loader.recovered, 0
         return told
     return _speechbrain.told_position(loader)
-
-
-def _is_placeholder(item: Carried) -> bool:
-    return isinstance(item.batch, str) and item.batch == PLACEHOLDER
 
 
 def _is_data_loader(loader: Any) -> bool:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .distributed import gather, rank, world_size
 from .errors import UnequalDataError
-from .gathered import OWN, is_statistics
+from .gathered import OWN, hparams_of, is_statistics
 from .protocol import BrainProtocol
 
 logger = logging.getLogger(__name__)
@@ -215,10 +215,12 @@ class SharedStatistics:
         return {**objects, **_plain_sizes(others)}
 
     def _objects(self) -> dict[str, Any]:
-        hparams = getattr(getattr(self._brain, "hparams", None), "__dict__", {})
         return {
             f"{where}.{name}": value
-            for where, owner in (("brain", vars(self._brain)), ("hparams", hparams))
+            for where, owner in (
+                ("brain", vars(self._brain)),
+                ("hparams", hparams_of(self._brain)),
+            )
             for name, value in owner.items()
             if is_statistics(value, "append", "summarize")
         }

@@ -71,13 +71,18 @@ class CarryingCollate:
         """Collates the samples of a batch, or passes a placeholder on."""
         worker = get_worker_info()
         assert worker is not None
-        if _is_placeholder(samples):
+        if is_placeholder(samples):
             return Carried(PLACEHOLDER, worker.id, {})
         batch = self._collate_fn(samples)
         return Carried(batch, worker.id, worker_state(worker.dataset))
 
 
-def _is_placeholder(samples: Any) -> bool:
+def is_placeholder(samples: Any) -> bool:
+    """Whether a worker has sent, or is to send, no batch.
+
+    Args:
+        samples: Indices, samples or a batch.
+    """
     if isinstance(samples, list) and len(samples) == 1:
         samples = samples[0]
     return isinstance(samples, str) and samples == PLACEHOLDER
@@ -136,7 +141,7 @@ class WaitingDataset:
         items = getattr(self.waiting_dataset, "__getitems__", None)
         if items is None:
             return None
-        return lambda indices: indices if _is_placeholder(indices) else items(indices)
+        return lambda indices: indices if is_placeholder(indices) else items(indices)
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()

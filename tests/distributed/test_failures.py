@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ def run(
         timeout=120,
         check=False,
     )
+
+
+def run_together(commands: Iterable[tuple[list[str], dict[str, str]]]) -> None:
+    """Starts each with its own variables; all of them have to succeed."""
+    started = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command, variables in commands
+    ]
+    for process in started:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
 
 
 def learned(folder: Path) -> list[Any]:
@@ -86,22 +104,12 @@ def test_tasks_of_slurm(tmp_path: Path, whole: list[Any]) -> None:
         "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
         "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29418",
-        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     script = [sys.executable, "-m", "tests.distributed.trains", str(tmp_path), "nothing", "1"]
-    tasks = [
-        subprocess.Popen(
-            script,
-            cwd=REPOSITORY,
-            env={**os.environ, **slurm, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    run_together(
+        (script, {**slurm, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
         for task in (0, 1)
-    ]
-    for task in tasks:
-        _, told = task.communicate(timeout=120)
-        assert task.returncode == 0, told
+    )
     assert_same(whole, learned(tmp_path))
 
 
@@ -112,17 +120,5 @@ def test_two_nodes_of_one_process_each(tmp_path: Path, whole: list[Any]) -> None
         "--rdzv_backend=static", "--master_addr=127.0.0.1", "--master_port=29417",
     ]  # fmt: skip
     script = ["-m", "tests.distributed.trains", str(tmp_path), "nothing", "1"]
-    nodes = [
-        subprocess.Popen(
-            [*command, f"--node_rank={node}", *script],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for node in (0, 1)
-    ]
-    for node in nodes:
-        _, told = node.communicate(timeout=120)
-        assert node.returncode == 0, told
+    run_together(([*command, f"--node_rank={node}", *script], {}) for node in (0, 1))
     assert_same(whole, learned(tmp_path))
