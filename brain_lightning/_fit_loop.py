@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ._compat import BROADCASTS_SIGTERM
 from .epochs import Epochs
 from .stages import Stages
 
@@ -60,7 +61,7 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         resumed = stages.run_state.resumed_batches
         if resumed is None and not stages.draws_together:
             return
-        self.batch_progress.current.increment_by(resumed or 0)
+        count(self.batch_progress.current, resumed or 0)
         drawn = self.trainer.lightning_module.draw_batch()
         if not drawn or (resumed is not None and not stages.run_state.validated):
             self.on_advance_end(data_fetcher)
@@ -75,7 +76,8 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         if self.brain_watchers is None:
             super().advance(data_fetcher)
             return
-        if self.trainer.world_size > 1 and not self.brain_stages.termination.listens:
+        lightnings = BROADCASTS_SIGTERM and not self.brain_stages.termination.listens
+        if lightnings and self.trainer.world_size > 1:
             # Lightning's handler of SIGTERM, in another process, waits for this answer.
             self._broadcast_sigterm_tensor()
         batch = next(self.brain_stages.train_loader)
@@ -245,6 +247,17 @@ def release_loops(trainer: Trainer) -> None:
         vars(loop.epoch_loop).pop("brain_watchers", None)
 
 
+def count(tracker: Any, events: int) -> None:
+    """Adds to all that a tracker counts (its ``increment_by`` came with Lightning 2.5).
+
+    Args:
+        tracker: One of Lightning's progress trackers.
+        events: How many more have been made ready, started, processed and completed.
+    """
+    for name, so_far in vars(tracker).items():
+        setattr(tracker, name, so_far + events)
+
+
 def progress(trainer: Trainer) -> dict[str, int]:
     """How far a Trainer is.
 
@@ -270,11 +283,11 @@ def set_progress(trainer: Trainer, epochs: int, global_step: int, batches: int) 
     loop, epoch_progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress
     for tracker in (epoch_progress.total, epoch_progress.current):
         tracker.reset()
-        tracker.increment_by(epochs)
+        count(tracker, epochs)
     loop.batch_progress.total.reset()
-    loop.batch_progress.total.increment_by(batches)
+    count(loop.batch_progress.total, batches)
     loop._batches_that_stepped = batches
     automatic = loop.automatic_optimization.optim_progress.optimizer.step.total
     for steps in (automatic, loop.manual_optimization.optim_step_progress.total):
         steps.reset()
-        steps.increment_by(global_step)
+        count(steps, global_step)

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from torch.utils.data import DistributedSampler
 
-from ._fit_loop import release_loops, rule_evaluation_loops, rule_fit_loop
+from ._fit_loop import count, release_loops, rule_evaluation_loops, rule_fit_loop
 from ._speechbrain import lend_validation
 from ._strategies import shards_training_data
 from .borrowed import Borrowed
@@ -373,8 +373,7 @@ def discount_step(trainer: Trainer) -> None:
     """
     progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
     for tracker in (progress.total, progress.current):
-        tracker.ready -= 1
-        tracker.completed -= 1
+        count(tracker, -1)
 
 
 def count_step(trainer: Trainer) -> None:
@@ -385,7 +384,7 @@ def count_step(trainer: Trainer) -> None:
     """
     progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
     for tracker in (progress.total, progress.current):
-        tracker.increment_by(1)
+        count(tracker, 1)
 
 
 def count_steps(trainer: Trainer, steps: int) -> None:
@@ -399,8 +398,7 @@ def count_steps(trainer: Trainer, steps: int) -> None:
     """
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     for tracker in (progress.total, progress.current):
-        tracker.ready += steps
-        tracker.completed += steps
+        count(tracker, steps)
 
 
 def run_validation(trainer: Trainer) -> None:

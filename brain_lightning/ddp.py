@@ -106,14 +106,14 @@ def _wrapped_by(brain: BrainProtocol, name: str, module: Module) -> DistributedD
     arguments = {"find_unused_parameters": brain.find_unused_parameters}
     return DistributedDataParallel(
         _with_batchnorm_for(brain.device_type, name, module),
-        device_ids=None if brain.device_type == "cpu" else [_index(brain.device)],
+        device_ids=_device_ids(module),
         **{**arguments, **getattr(brain, "ddp_arguments", {})},
     )
 
 
-def _index(device: str) -> int:
-    index = torch.device(device).index
-    return torch.accelerator.current_device_index() if index is None else index
+def _device_ids(module: Module) -> list[int] | None:
+    index = next(module.parameters()).device.index
+    return None if index is None else [index]
 
 
 def _with_batchnorm_for(device_type: str, name: str, module: Module) -> Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._compat import accelerator
 from .errors import RunOptionError
 from .run_options import PRECISIONS
 
@@ -20,9 +21,9 @@ def infer_device() -> str:
     Returns:
         Its name (``speechbrain.utils.distributed.infer_device``).
     """
-    if not torch.accelerator.is_available():
+    if not accelerator.is_available():
         return "cpu"
-    device = str(torch.accelerator.current_accelerator())
+    device = str(accelerator.current_accelerator())
     rank = os.environ.get("LOCAL_RANK")
     return device if rank is None else f"{device}:{rank}"
 

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
-import torch
 from hyperpyyaml import load_hyperpyyaml
 from lightning.pytorch import Trainer
 
+from ._compat import accelerator
 from .borrowed import Borrowed
 from .brain import Brain
 from .distributed import is_launched
@@ -134,7 +134,7 @@ def processes_to_launch(trainer: Mapping[str, Any]) -> int:
             "--nnodes=... --nproc_per_node=... -m brain_lightning run ..."
         )
     if devices in ("auto", -1, "-1"):
-        return max(1, torch.accelerator.device_count())
+        return max(1, int(accelerator.device_count()))
     if not str(devices).isdecimal():
         raise RecipeError(
             f"--trainer.devices={devices!r}: give a number, and choose which ones by "

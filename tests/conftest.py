@@ -16,18 +16,23 @@ import pytest
 import torch
 
 
-def _hide_torchaudio_extensions() -> None:
-    """Lets SpeechBrain import torchaudio where torch is a CPU build.
+def _import_torchaudio() -> None:
+    """Imports it, without its extensions where this build of torch cannot load them.
 
-    PyPI's torchaudio ships extensions that are built for CUDA and cannot be loaded
-    then. Missing ones count as "not built", so a stub in their place is enough.
+    PyPI's torchaudio ships extensions that are built for one version of CUDA. Missing
+    ones count as "not built", so a stub in their place is enough.
     """
-    if torch.version.cuda is None:
+    try:
+        import torchaudio
+    except (ImportError, OSError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+            del sys.modules[name]
         stub = types.ModuleType("torchaudio._extension")
         stub._IS_TORCHAUDIO_EXT_AVAILABLE = False  # type: ignore[attr-defined]
         stub._IS_ALIGN_AVAILABLE = False  # type: ignore[attr-defined]
         stub.fail_if_no_align = lambda function: function  # type: ignore[attr-defined]
         sys.modules["torchaudio._extension"] = stub
+        import torchaudio  # noqa: F401
 
 
 def _import_speechbrain() -> None:
@@ -41,7 +46,7 @@ def _import_speechbrain() -> None:
 
 # The tensors are tiny, and other processes share the machine.
 torch.set_num_threads(1)
-_hide_torchaudio_extensions()
+_import_torchaudio()
 _import_speechbrain()
 
 

@@ -11,22 +11,23 @@ import pytest
 Row = Callable[..., None]
 
 
-class Table(dict[str, tuple[str, Row]]):
-    """Rows by name, each a verdict and the function that asserts it."""
+class Table(dict[str, Any]):
+    """Rows by name, each a parameter of pytest's: the function that asserts it."""
 
-    def row(self, name: str, verdict: str) -> Callable[[Row], Row]:
+    def row(
+        self, name: str, verdict: str, *marks: pytest.MarkDecorator
+    ) -> Callable[[Row], Row]:
         """Makes a row of a function; its parameters are fixtures."""
 
         def register(test: Row) -> Row:
-            self[name] = (verdict, test)
+            self[name] = pytest.param(test, id=f"{name}: {verdict}", marks=marks)
             return test
 
         return register
 
     def parametrize(self) -> Any:
         """Runs the rows as parameters of one test."""
-        ids = [f"{name}: {verdict}" for name, (verdict, _) in self.items()]
-        return pytest.mark.parametrize("test", [test for _, test in self.values()], ids=ids)
+        return pytest.mark.parametrize("test", self.values())
 
 
 def call(test: Row, request: pytest.FixtureRequest) -> None:

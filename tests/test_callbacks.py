@@ -22,6 +22,7 @@ from brain_lightning import Brain, EpochCounter, UnsupportedError, to_lightning
 
 from .brains import Regression, all_equal, loader, make, sgd, trainer_with, weights
 from .rows import Table, call
+from .upstream import needs_lightning, weights_only
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -101,7 +102,7 @@ def model_checkpoint(tmp_path: Path) -> None:
     scores = sorted(float(score) for score in saving.best_k_models.values())
     assert scores == pytest.approx(best)
     module = type(to_lightning(brain)).load_from_checkpoint(
-        saving.best_model_path, brain=make(Remembering), weights_only=False
+        saving.best_model_path, brain=make(Remembering), **weights_only(False)
     )
     assert all_equal(weights(module.brain), brain.kept[best[0]])
 
@@ -118,7 +119,7 @@ def on_exception_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         fit(brain, saving, enable_checkpointing=True)
     module = type(to_lightning(brain)).load_from_checkpoint(
-        saving.ckpt_path, brain=make(), weights_only=False
+        saving.ckpt_path, brain=make(), **weights_only(False)
     )
     assert all_equal(weights(module.brain), weights(brain))
 
@@ -163,7 +164,7 @@ def ema(seen: list[list[Tensor]], decay: float) -> list[Tensor]:
     return average
 
 
-@ROWS.row("EMAWeightAveraging", "works")
+@ROWS.row("EMAWeightAveraging", "works", needs_lightning("2.6"))
 def ema_weight_averaging(tmp_path: Path) -> None:
     brain = make(Snapshots)
     fit(brain, callbacks.EMAWeightAveraging(decay=0.9))
@@ -171,7 +172,7 @@ def ema_weight_averaging(tmp_path: Path) -> None:
         assert torch.allclose(weight, expected, atol=1e-6)
 
 
-@ROWS.row("WeightAveraging", "works")
+@ROWS.row("WeightAveraging", "works", needs_lightning("2.6"))
 def weight_averaging(tmp_path: Path) -> None:
     brain = make(Snapshots)
     fit(brain, callbacks.WeightAveraging())
@@ -368,8 +369,8 @@ class Annealing(Snapshots):
 
 ANNEALED_WITH = [
     lambda: callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=1),
-    callbacks.EMAWeightAveraging,
-    callbacks.WeightAveraging,
+    pytest.param(lambda: callbacks.EMAWeightAveraging(), marks=needs_lightning("2.6")),
+    pytest.param(lambda: callbacks.WeightAveraging(), marks=needs_lightning("2.6")),
     lambda: callbacks.GradientAccumulationScheduler({0: 1}),
     lambda: callbacks.EarlyStopping("valid_loss", patience=9),
 ]

@@ -18,6 +18,7 @@ from brain_lightning.cli import main
 
 from .brains import Regression, loader, make, trainer_with, weights
 from .test_resume import BATCHES, Cut, Noise, Noisy, assert_same, at, brain_in, seed
+from .upstream import weights_only
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -67,13 +68,12 @@ def fit(
     brain: Noisy,
     callbacks: list[Callback],
     ckpt_path: Any = None,
-    weights_only: bool | None = True,
     **arguments: Any,
 ) -> Trainer:
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer = trainer_with(*callbacks, max_epochs=-1, enable_checkpointing=saves, **arguments)
     module = to_lightning(brain)
-    trainer.fit(module, train_set(), loader(), ckpt_path=ckpt_path, weights_only=weights_only)
+    trainer.fit(module, train_set(), loader(), ckpt_path=ckpt_path, **weights_only(True))
     return trainer
 
 

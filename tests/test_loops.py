@@ -7,7 +7,9 @@ import inspect
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
-from .brains import loader, make, trainer_with
+from brain_lightning import to_lightning
+
+from .brains import all_equal, loader, make, trainer_with, weights
 
 
 def test_the_fit_loop_asks_done_before_each_epoch() -> None:
@@ -15,7 +17,14 @@ def test_the_fit_loop_asks_done_before_each_epoch() -> None:
     run = inspect.getsource(_FitLoop.run)
     assert "if self.skip:" in run
     assert "while not self.done:" in run
-    assert "_warn_if_modules_in_eval_mode" in vars(_FitLoop)
+
+
+def test_lightning_says_nothing_about_a_brain_that_was_in_eval_mode() -> None:
+    brain = make()
+    brain.modules.eval()
+    before = weights(brain)
+    trainer_with(max_epochs=1).fit(to_lightning(brain), loader(), loader())
+    assert not all_equal(before, weights(brain))
 
 
 def test_a_source_of_loaders_has_an_instance_and_a_name() -> None:

@@ -20,6 +20,7 @@ from brain_lightning import (
 )
 
 from .brains import Regression, all_equal, dataset, loader, make, trainer_with, weights
+from .upstream import weights_only
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -150,7 +151,7 @@ def test_explicit_weights_win_over_the_best_checkpoint(tmp_path: Path) -> None:
     evaluated.checkpointer.allow_partial_load = True
     module = to_lightning(evaluated)
     trainer.test(module, loader(), verbose=False, ckpt_path=tmp_path / "explicit.ckpt",
-                 weights_only=False)  # fmt: skip
+                 **weights_only(False))  # fmt: skip
     assert all_equal(weights(evaluated), explicit)
     trainer.test(module, loader(), verbose=False)
     assert all_equal(weights(evaluated), weights(best))
@@ -162,7 +163,7 @@ def test_weights_load_into_a_brain(tmp_path: Path) -> None:
     trainer.fit(to_lightning(brain), loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     lightning_module_class(Regression).load_from_checkpoint(
-        tmp_path / "last.ckpt", brain=other, weights_only=False
+        tmp_path / "last.ckpt", brain=other, **weights_only(False)
     )
     assert all_equal(weights(brain), weights(other))
 

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    OnExceptionCheckpoint,
-)
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from brain_lightning import Checkpointer, EpochCounter, to_lightning
@@ -36,6 +33,7 @@ from .test_resume import (
     fit,
     seed,
 )
+from .upstream import needs_lightning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -428,22 +426,24 @@ def test_epochs_of_another_run_are_not_counted_twice(tmp_path: Path) -> None:
 # --------------------------------------------------------------------- Lightning's files
 
 
+@needs_lightning("2.6")
 def test_averaged_weights_go_on_from_a_lightning_checkpoint(tmp_path: Path) -> None:
-    def callbacks(folder: Path) -> list[Any]:
+    def averaging(folder: Path) -> list[Any]:
         return [
-            EMAWeightAveraging(decay=0.9),
+            callbacks.EMAWeightAveraging(decay=0.9),
             ModelCheckpoint(folder, every_n_train_steps=5, save_last=True),
         ]
 
-    whole, resumed, _ = whole_and_resumed(tmp_path, callbacks, at(2, 6))
+    whole, resumed, _ = whole_and_resumed(tmp_path, averaging, at(2, 6))
     assert_same(whole, resumed)
 
 
+@needs_lightning("2.6")
 def test_a_callback_that_a_directory_cannot_hold_is_told_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     brain = brain_in(tmp_path, ckpt_interval_steps=5)
-    fit(brain, train_set(), trainer={"callbacks": [EMAWeightAveraging(decay=0.9)]})
+    fit(brain, train_set(), trainer={"callbacks": [callbacks.EMAWeightAveraging(decay=0.9)]})
     assert caplog.text.count("do not hold all of the state of EMAWeightAveraging") == 1
 
 

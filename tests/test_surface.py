@@ -28,7 +28,7 @@ OTHER_DEFAULTS = {
 
 # A file imports only files of lower rank.
 RANKS = [
-    {"stage", "errors", "protocol", "borrowed", "random_state"},
+    {"_compat", "stage", "errors", "protocol", "borrowed", "random_state"},
     {"_speechbrain", "gathered", "workers"},
     {"distributed"},
     {"termination", "shards"},

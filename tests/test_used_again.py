@@ -27,6 +27,7 @@ from brain_lightning import (
 
 from .brains import Regression, all_equal, dataset, loader, make, sgd, trainer_with, weights
 from .parity.recipes import ChangingBatches
+from .upstream import needs_lightning, weights_only
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -52,7 +53,7 @@ def test_weights_loaded_before_a_fit_do_not_come_back_after_it(tmp_path: Path) -
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     brain = make()
     module = lightning_module_class(Regression).load_from_checkpoint(
-        tmp_path / "old.ckpt", brain=brain, weights_only=False
+        tmp_path / "old.ckpt", brain=brain, **weights_only(False)
     )
     trainer_with().fit(module, loader())
     trained = weights(brain)
@@ -217,6 +218,7 @@ def test_a_whole_number_limits_a_set_whose_length_changes() -> None:
     assert (brain.optimizer_step, brain.evaluated) == (6, 5)
 
 
+@needs_lightning("2.6")
 def test_validation_by_time() -> None:
     brain = make()
     trainer_with(val_check_interval=timedelta(0), max_epochs=1).fit(

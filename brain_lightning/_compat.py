@@ -1,0 +1,30 @@
+"""What differs between the versions of other packages: the only file that knows.
+
+Each name says up to which version it is needed, and goes with the last of those
+versions. ``tests/versions.sh`` runs the tests on the oldest and the newest.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import torch
+from packaging.version import Version
+
+LIGHTNING = Version(lightning.__version__)
+TORCH = Version(torch.__version__)
+
+# From 2.5.2 on each process asks the others in each batch whether one got a SIGTERM.
+BROADCASTS_SIGTERM = Version("2.5.2") <= LIGHTNING
+
+accelerator: Any
+if Version("2.6") <= TORCH:
+    accelerator = torch.accelerator
+else:
+    accelerator = SimpleNamespace(
+        is_available=torch.cuda.is_available,
+        current_accelerator=lambda: torch.device("cuda"),
+        device_count=torch.cuda.device_count,
+    )
