@@ -28,3 +28,18 @@ else:
         current_accelerator=lambda: torch.device("cuda"),
         device_count=torch.cuda.device_count,
     )
+
+
+def run_option_defaults(core: Any) -> dict[str, Any]:
+    """What SpeechBrain's run options are where nobody gives them.
+
+    Args:
+        core: ``speechbrain.core``, which had a dictionary before ``RunOptions`` came
+            with 1.1.
+
+    Returns:
+        Values by name.
+    """
+    if hasattr(core, "run_opt_defaults"):
+        return dict(core.run_opt_defaults)
+    return dict(core.RunOptions().as_dict())

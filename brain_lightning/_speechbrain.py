@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ._compat import run_option_defaults
 from .borrowed import Borrowed
 from .errors import UnsupportedError
 
@@ -61,7 +62,7 @@ def adopt(brain: Any) -> None:
 
 def _given_options(brain: Any) -> frozenset[str]:
     """The run options that differ from their defaults: SpeechBrain remembers no more."""
-    defaults = _loaded("utils.run_opts", "RunOptions")().as_dict()
+    defaults = run_option_defaults(sys.modules["speechbrain.core"])
     return frozenset(
         name for name, default in defaults.items() if getattr(brain, name, default) != default
     )

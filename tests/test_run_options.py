@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import speechbrain
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.run_opts import RunOptions as SpeechBrainRunOptions
 
 from brain_lightning import (
     Brain,
@@ -19,6 +19,7 @@ from brain_lightning import (
 )
 
 from .brains import make
+from .upstream import needs_speechbrain
 
 COMMAND_LINES = [
     ["hparams.yaml"],
@@ -31,9 +32,10 @@ COMMAND_LINES = [
 ]
 
 
+@needs_speechbrain("1.1")
 @pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
 def test_a_command_line_means_what_it_means_to_speechbrain(words: list[str]) -> None:
-    file, theirs, their_overrides = SpeechBrainRunOptions.from_command_line_args(words)
+    file, theirs, their_overrides = speechbrain.parse_arguments(words)
     hparams_file, ours, overrides = parse_arguments(words)
     assert hparams_file == file
     assert overrides == their_overrides
@@ -173,10 +175,11 @@ def test_every_option_explains_itself(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"--{name}" in shown
 
 
+@needs_speechbrain("1.1")
 def test_what_speechbrains_options_were_not_given_leaves_hparams_in_force() -> None:
     """A recipe may go on using ``sb.parse_arguments``."""
     words = ["hparams.yaml", "--device=cpu", "--max_grad_norm=2.5"]
-    _, run_opts, _ = SpeechBrainRunOptions.from_command_line_args(words)
+    _, run_opts, _ = speechbrain.parse_arguments(words)
     hparams = {"grad_accumulation_factor": 2, "max_grad_norm": 9.0}
     brain = Brain(hparams=hparams, run_opts=run_opts)
     assert brain.grad_accumulation_factor == 2
