@@ -11,16 +11,15 @@ from typing import Any
 
 import lightning
 import torch
-from packaging.version import Version
+from torch.torch_version import TorchVersion
 
-LIGHTNING = Version(lightning.__version__)
-TORCH = Version(torch.__version__)
+LIGHTNING = TorchVersion(lightning.__version__)
 
 # From 2.5.2 on each process asks the others in each batch whether one got a SIGTERM.
-BROADCASTS_SIGTERM = Version("2.5.2") <= LIGHTNING
+BROADCASTS_SIGTERM = LIGHTNING >= "2.5.2"
 
 accelerator: Any
-if Version("2.6") <= TORCH:
+if torch.__version__ >= "2.6":
     accelerator = torch.accelerator
 else:
     accelerator = SimpleNamespace(

@@ -6,23 +6,23 @@ from typing import Any
 
 import pytest
 import speechbrain
-from packaging.version import Version
+from torch.torch_version import TorchVersion
 
 from brain_lightning._compat import LIGHTNING
 
-SPEECHBRAIN = Version(speechbrain.__version__)
+SPEECHBRAIN = TorchVersion(speechbrain.__version__)
 
 
 def needs_lightning(version: str) -> pytest.MarkDecorator:
     reason = f"Lightning {LIGHTNING} has no such thing: it came with {version}"
-    return pytest.mark.skipif(Version(version) > LIGHTNING, reason=reason)
+    return pytest.mark.skipif(LIGHTNING < version, reason=reason)
 
 
 def needs_speechbrain(version: str) -> pytest.MarkDecorator:
     reason = f"SpeechBrain {SPEECHBRAIN} has no such thing: it came with {version}"
-    return pytest.mark.skipif(Version(version) > SPEECHBRAIN, reason=reason)
+    return pytest.mark.skipif(SPEECHBRAIN < version, reason=reason)
 
 
 def weights_only(value: bool | None) -> dict[str, Any]:
     """An argument of ``Trainer.fit`` and the like, which came with Lightning 2.6."""
-    return {"weights_only": value} if Version("2.6") <= LIGHTNING else {}
+    return {"weights_only": value} if LIGHTNING >= "2.6" else {}
