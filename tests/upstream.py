@@ -15,12 +15,12 @@ SPEECHBRAIN = TorchVersion(speechbrain.__version__)
 
 def needs_lightning(version: str) -> pytest.MarkDecorator:
     reason = f"Lightning {LIGHTNING} has no such thing: it came with {version}"
-    return pytest.mark.skipif(LIGHTNING < version, reason=reason)
+    return pytest.mark.skipif(version > LIGHTNING, reason=reason)
 
 
 def needs_speechbrain(version: str) -> pytest.MarkDecorator:
     reason = f"SpeechBrain {SPEECHBRAIN} has no such thing: it came with {version}"
-    return pytest.mark.skipif(SPEECHBRAIN < version, reason=reason)
+    return pytest.mark.skipif(version > SPEECHBRAIN, reason=reason)
 
 
 def weights_only(value: bool | None) -> dict[str, Any]:
