@@ -6,6 +6,7 @@ versions. ``tests/versions.sh`` runs the tests on the oldest and the newest.
 
 from __future__ import annotations
 
+import _codecs
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,9 @@ LIGHTNING = TorchVersion(lightning.__version__)
 
 # From 2.5.2 on each process asks the others in each batch whether one got a SIGTERM.
 BROADCASTS_SIGTERM = LIGHTNING >= "2.5.2"
+
+# What bytes are pickled as; torch loads it as a plain value from 2.6 on.
+PLAIN_GLOBALS: list[Any] = [] if torch.__version__ >= "2.6" else [_codecs.encode]
 
 accelerator: Any
 if torch.__version__ >= "2.6":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ._compat import PLAIN_GLOBALS
 from ._speechbrain import default_hooks
 from .distributed import if_main_process
 from .errors import CheckpointError
@@ -88,6 +89,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is damaged, or would run code.
     """
+    torch.serialization.add_safe_globals(PLAIN_GLOBALS)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
