@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .run_options import RunOptions, parse_arguments
     from .samplers import DistributedSamplerWrapper, ReproducibleRandomSampler
     from .stage import Stage
+    from .train_logger import LightningTrainLogger
 
 __all__ = [
     "Brain",
@@ -53,6 +54,7 @@ __all__ = [
     "EpochCounter",
     "EpochCounterWithStopper",
     "HookStoppedError",
+    "LightningTrainLogger",
     "MainProcessError",
     "NonFiniteLossError",
     "OptimizerGroup",
@@ -92,6 +94,7 @@ _FILES = {
     "EpochCounter": "epochs",
     "EpochCounterWithStopper": "epochs",
     "HookStoppedError": "errors",
+    "LightningTrainLogger": "train_logger",
     "MainProcessError": "errors",
     "NonFiniteLossError": "errors",
     "OptimizerGroup": "optimizers",
