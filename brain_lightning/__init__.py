@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         register_checkpoint_hooks,
     )
     from .checkpoints import Checkpointer
+    from .curve_plot import CurvePlot
     from .distributed import (
         ddp_barrier,
         ddp_broadcast,
@@ -50,6 +51,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointSaveError",
     "Checkpointer",
+    "CurvePlot",
     "DistributedSamplerWrapper",
     "EpochCounter",
     "EpochCounterWithStopper",
@@ -90,6 +92,7 @@ _FILES = {
     "CheckpointError": "errors",
     "CheckpointSaveError": "errors",
     "Checkpointer": "checkpoints",
+    "CurvePlot": "curve_plot",
     "DistributedSamplerWrapper": "samplers",
     "EpochCounter": "epochs",
     "EpochCounterWithStopper": "epochs",

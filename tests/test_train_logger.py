@@ -320,7 +320,8 @@ def test_a_version_that_is_asked_for_begins_anew_in_lightnings_way(tmp_path: Pat
 def test_a_logger_that_is_the_trainers_too_has_it_once(tmp_path: Path) -> None:
     logger, own = Stub(), Stub()
     train_logger = LightningTrainLogger([logger, own])
-    train_and_test(reporting(train_logger, epochs=2, trainer={"logger": logger}))
+    arguments = {"logger": logger, "log_every_n_steps": 2}
+    train_and_test(reporting(train_logger, epochs=2, trainer=arguments))
     with_wer = [metrics for _, metrics in logger.entries if "valid_WER" in metrics]
     assert [metrics["valid_WER"] for metrics in with_wer] == [29.0, 28.0]
     assert sum("test_WER" in metrics for _, metrics in logger.entries) == 1
