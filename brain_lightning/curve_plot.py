@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from .curves import History, read_curves, write_curves
+from .curves import History, is_rate, read_curves, write_curves
 from .distributed import if_main_process
 from .errors import RunOptionError, UnsupportedError
+from .optimizers import all_optimizers
 
 FILE = "curves.png"
 
@@ -53,6 +54,14 @@ class CurvePlot(Callback):
         if stage == "fit":
             self._curves[brain].begins = True
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the learning rates, before the VALID stage anneals them."""
+        self._curves[pl_module.brain].rates = _rates(pl_module.brain)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the learning rates of an epoch without a validation."""
+        self._curves[pl_module.brain].rates = _rates(pl_module.brain)
+
     def add(self, brain: Any, epoch: Any, metrics: Mapping[str, float]) -> None:
         """Draws what has been found; the generated module calls this.
 
@@ -86,10 +95,12 @@ class _Curves:
 
     Attributes:
         begins: Whether a run has begun of which there is no epoch yet.
+        rates: The learning rates, for recipes that do not report them.
     """
 
     def __init__(self, path: Path) -> None:
         self.begins = False
+        self.rates: dict[str, float] = {}
         self._path = path
         self._history: History = {}
         self._tests: list[Mapping[str, float]] = []
@@ -101,7 +112,8 @@ class _Curves:
             # A run that was killed may have drawn epochs that it had not saved.
             self._history = {number: known[number] for number in known if number < epoch}
             self.begins = False
-        self._history[epoch] = {**self._history.get(epoch, {}), **metrics}
+        rates = {} if any(map(is_rate, metrics)) else self.rates
+        self._history[epoch] = {**self._history.get(epoch, {}), **metrics, **rates}
         # They were of weights that are trained on.
         self._tests.clear()
         write_curves(self._path, self._history, self._tests)
@@ -111,3 +123,11 @@ class _Curves:
         self._history = self._history or read_curves(self._path)
         self._tests.append({n: v for n, v in metrics.items() if n.startswith("test_")})
         write_curves(self._path, self._history, self._tests)
+
+
+def _rates(brain: Any) -> dict[str, float]:
+    rates = {
+        f"lr_{name}": float(optimizer.param_groups[0]["lr"])
+        for name, optimizer in all_optimizers(brain).items()
+    }
+    return {"lr": rates.popitem()[1]} if len(rates) == 1 else rates

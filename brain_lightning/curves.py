@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ History = dict[float, dict[str, float]]
 KEY = "brain_lightning"
 COLORS = {Stage.TRAIN: "#4477aa", Stage.VALID: "#ee6677", Stage.TEST: "#228833"}
 NO_STAGE = "#555555"
+RATES = ("#555555", "#aa3377", "#66ccee", "#ccbb44")
 # They say where an entry belongs: see train_logger.py.
 COUNTERS = {"epoch", "step", "steps", "epoch loaded"}
 COLUMNS = 3
@@ -74,22 +76,34 @@ def draw(history: History, tests: Sequence[Numbers]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    panels = _panels([*history.values(), *tests])
-    columns = max(1, min(COLUMNS, len(panels)))
-    rows = max(1, ceil(len(panels) / columns))
+    names, rates = _panels([*history.values(), *tests])
+    panels = len(names) + bool(rates)
+    columns = max(1, min(COLUMNS, panels))
+    rows = max(1, ceil(panels / columns))
     # A Figure by itself draws with Agg: no display is needed.
     figure = Figure(figsize=(4.5 * columns, 3.4 * rows), dpi=130, layout="constrained")
-    for index, name in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_panel(axes, name, history, tests)
+    for index, name in enumerate(names):
+        _draw_panel(figure.add_subplot(rows, columns, index + 1), name, history, tests)
+    if rates:
+        _draw_rates(figure.add_subplot(rows, columns, panels), rates, history)
     return figure
 
 
-def _panels(entries: Sequence[Numbers]) -> list[str]:
-    """What there is to show, whatever the stage: the loss first, learning rates last."""
+def is_rate(name: str) -> bool:
+    """Whether a number is a learning rate, as recipes call it: ``lr``, ``lr_g``, ``old_lr``.
+
+    Args:
+        name: Its name.
+    """
+    return "lr" in name.lower().split("_")
+
+
+def _panels(entries: Sequence[Numbers]) -> tuple[list[str], list[str]]:
+    """What there is to show, whatever the stage, the loss first; and the learning rates."""
     names = dict.fromkeys(_without_stage(name) for numbers in entries for name in numbers)
     shown = [name for name in names if name.lower() not in COUNTERS]
-    return sorted(shown, key=lambda name: ("lr" in name.lower().split("_"), name != "loss"))
+    shown.sort(key=lambda name: name != "loss")
+    return [n for n in shown if not is_rate(n)], [n for n in shown if is_rate(n)]
 
 
 def _without_stage(name: str) -> str:
@@ -108,6 +122,12 @@ def _draw_panel(axes: Axes, name: str, history: History, tests: Sequence[Numbers
     for value in values:
         axes.axhline(value, ls="--", color=COLORS[Stage.TEST], label=f"test: {value:.4g}")
     _finish(axes, name)
+
+
+def _draw_rates(axes: Axes, names: Sequence[str], history: History) -> None:
+    for name, color in zip(names, cycle(RATES), strict=False):
+        _curve(axes, history, name, name if len(names) > 1 else "", color)
+    _finish(axes, "learning rate")
 
 
 def _curve(axes: Axes, history: History, name: str, label: str, color: str) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
+import inspect
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -196,8 +199,6 @@ def test_the_line_is_the_one_that_filetrainlogger_writes(
 
 
 def test_its_methods_have_the_signatures_of_speechbrains() -> None:
-    import inspect
-
     for name in ("log_stats", "log_audio", "log_figure"):
         theirs = inspect.signature(getattr(TensorboardLogger, name)).parameters
         ours = inspect.signature(getattr(LightningTrainLogger, name)).parameters
@@ -415,41 +416,47 @@ def speechbrain_reporting(train_logger: Any) -> Any:
     return make(cls, hparams=hparams)
 
 
-# ------------------------------------------------------------------------ two processes
+# --------------------------------------------------------------- processes of their own
+
+
+def in_processes(*words: str, cwd: Path) -> None:
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+def test_in_a_service_each_epoch_is_found_once(service: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(service) is None:
+        pytest.skip(f"{service} is not installed")
+    in_processes("-m", "tests.log_services", service, cwd=tmp_path)
+
+
+TWO = """
+import sys
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from tests.test_train_logger import LightningTrainLogger, loader, reporting
+
+brain = reporting(LightningTrainLogger(CSVLogger(sys.argv[1])), epochs=2)
+brain.distributed_backend = "gloo"
+brain.fit(brain.hparams.epoch_counter, loader().dataset, loader(8).dataset)
+brain.evaluate(loader(12))
+if brain.rank == 0:
+    # Alone, as in a recipe that tests on the main process.
+    brain.hparams.train_logger.log_stats({"Epoch loaded": 1}, test_stats={"WER": 6})
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_two_processes_log_once(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from lightning.pytorch.loggers import CSVLogger\n"
-        "from tests.test_train_logger import reporting, loader\n"
-        "from brain_lightning import LightningTrainLogger\n"
-        "import torch\n"
-        "logger = LightningTrainLogger(CSVLogger(sys.argv[1]))\n"
-        "brain = reporting(logger, epochs=2)\n"
-        "brain.distributed_backend = 'gloo'\n"
-        "brain.fit(brain.hparams.epoch_counter, loader().dataset, loader(8).dataset)\n"
-        "brain.evaluate(loader(12))\n"
-        "torch.distributed.destroy_process_group()\n"
-    )
+    script.write_text(TWO)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(script), str(tmp_path / "logs")],
-        cwd=Path(__file__).parents[1], env=environment(), capture_output=True, text=True,
-        check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    in_processes(*torchrun, str(script), str(tmp_path / "logs"), cwd=tmp_path)
     (log,) = (tmp_path / "logs").rglob("metrics.csv")
-    assert [row["step"] for row in rows_in(log.parent)] == ["1", "2", "2"]
-
-
-def environment() -> dict[str, str]:
-    import os
-
-    root = str(Path(__file__).parents[1])
-    return {
-        **os.environ, "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }  # fmt: skip
+    assert [row["step"] for row in rows_in(log.parent)] == ["1", "2", "2", "1"]
