@@ -117,6 +117,7 @@ class LightningTrainLogger:
         for logger in self.loggers:
             if not log_audio(logger, name, value, sample_rate, self._position):
                 self._tell(f"{type(logger).__name__} has no place for audio ({name!r})")
+            logger.save()
 
     @_on_main_process
     def log_figure(self, name: str, value: Any) -> None:
@@ -134,6 +135,7 @@ class LightningTrainLogger:
             figure = value if hasattr(value, "savefig") else spectrogram(value)
             if not log_figure(logger, name, figure, self._position):
                 self._tell(f"{type(logger).__name__} has no place for figures ({name!r})")
+            logger.save()
 
     def _move_to(self, numbers: Mapping[str, float], name: str | None) -> None:
         tested = next((n for n in numbers if n.lower() == TESTED), None)

@@ -376,7 +376,15 @@ def test_no_place_for_sounds_and_pictures_is_told_once(
     ]
 
 
-# -------------------------------------------------------------- SpeechBrain's own loggers
+# ---------------------------------------------------------- SpeechBrain's loop and loggers
+
+
+def test_on_speechbrains_loop_it_logs_the_same() -> None:
+    ours, theirs = Stub(), Stub()
+    train_and_test(reporting(LightningTrainLogger(ours)))
+    train_and_test(speechbrain_reporting(LightningTrainLogger(theirs)))
+    assert ours.entries == theirs.entries
+    assert len(ours.entries) == 4 + 1
 
 
 def test_filetrainlogger_writes_the_same_file_and_appends_when_resumed(tmp_path: Path) -> None:
@@ -429,10 +437,13 @@ def in_processes(*words: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("service", ["wandb", "mlflow"])
-def test_in_a_service_each_epoch_is_found_once(service: str, tmp_path: Path) -> None:
-    if importlib.util.find_spec(service) is None:
-        pytest.skip(f"{service} is not installed")
+@pytest.mark.parametrize(("service", "needs"), [("wandb", "wandb"), ("mlflow", "sqlalchemy")])
+def test_in_a_service_each_epoch_is_found_once(
+    service: str, needs: str, tmp_path: Path
+) -> None:
+    for package in (service, needs):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     in_processes("-m", "tests.log_services", service, cwd=tmp_path)
 
 
