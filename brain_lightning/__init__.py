@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         register_checkpoint_hooks,
     )
     from .checkpoints import Checkpointer
+    from .curve_plot import CurvePlot
     from .distributed import (
         ddp_barrier,
         ddp_broadcast,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .run_options import RunOptions, parse_arguments
     from .samplers import DistributedSamplerWrapper, ReproducibleRandomSampler
     from .stage import Stage
+    from .train_logger import LightningTrainLogger
 
 __all__ = [
     "Brain",
@@ -49,10 +51,12 @@ __all__ = [
     "CheckpointError",
     "CheckpointSaveError",
     "Checkpointer",
+    "CurvePlot",
     "DistributedSamplerWrapper",
     "EpochCounter",
     "EpochCounterWithStopper",
     "HookStoppedError",
+    "LightningTrainLogger",
     "MainProcessError",
     "NonFiniteLossError",
     "OptimizerGroup",
@@ -88,10 +92,12 @@ _FILES = {
     "CheckpointError": "errors",
     "CheckpointSaveError": "errors",
     "Checkpointer": "checkpoints",
+    "CurvePlot": "curve_plot",
     "DistributedSamplerWrapper": "samplers",
     "EpochCounter": "epochs",
     "EpochCounterWithStopper": "epochs",
     "HookStoppedError": "errors",
+    "LightningTrainLogger": "train_logger",
     "MainProcessError": "errors",
     "NonFiniteLossError": "errors",
     "OptimizerGroup": "optimizers",

@@ -57,6 +57,7 @@ def adopt(brain: Any) -> None:
     brain.trainer_arguments = getattr(getattr(brain, "hparams", None), "trainer", None) or {}
     # There already where the command line gave some: see patch.py.
     brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
+    brain.trainer_callbacks = getattr(brain, "trainer_callbacks", ())
 
 
 def _given_options(brain: Any) -> frozenset[str]:

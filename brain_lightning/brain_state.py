@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch import Callback
 from torch.nn import Module, ModuleDict
 from torch.optim import Optimizer
 
@@ -103,6 +104,8 @@ class BrainState:
     ends_window = False
     # Arguments of every Trainer; `brain-lightning run` gives some: see recipe.py.
     trainer_overrides: Mapping[str, Any] = MappingProxyType({})
+    # Callbacks of every Trainer, beside those that it has.
+    trainer_callbacks: Sequence[Callback] = ()
     # What its hooks are told.
     stage_type = Stage
 

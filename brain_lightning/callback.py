@@ -25,6 +25,7 @@ from .resume import (
 from .shards import draws_together
 from .stage import Stage
 from .stages import Stages
+from .train_logger import lend_loggers
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class BrainCallback(Callback):
         self.stages.progressbar &= not getattr(self.stages.brain, "rank", 0)
         self.stages.progressbar &= trainer.progress_bar_callback is None
         self.stages.metrics.watch(self.stages.brain, self._for_the_run)
+        lend_loggers(self.stages.brain, trainer.loggers, self._for_the_run)
         self.stages.metrics.validated = trainer.enable_validation
         _loops.attach(trainer, self.stages, self._for_the_run)
 

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from . import convert, doctor, recipe, verify
+from .curve_plot import CurvePlot
 from .errors import (
     BrainTypeError,
     CheckpointError,
@@ -73,7 +74,7 @@ def _run(words: list[str]) -> int:
     trainer, rest = split_trainer(words)
     parser = _parser(
         "run",
-        "SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE]",
+        "SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE] [--plot]",
         description="Runs a SpeechBrain recipe, its Brains on a Trainer.",
         epilog=_options_help(),
     )
@@ -83,14 +84,21 @@ def _run(words: list[str]) -> int:
         help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them; "
         "--trainer.X=Y outranks it",
     )
-    known, rest = parser.parse_known_args(rest)
+    parser.add_argument(
+        "--plot", metavar="FILE", nargs="?", const="",
+        help="draw curves of losses and metrics at each end of an epoch; --plot=FILE says "
+        "where (default: curves.png in the recipe's output_folder)",
+    )  # fmt: skip
+    # By itself it takes no value: what follows may be the script.
+    known, rest = parser.parse_known_args(["--plot=" if w == "--plot" else w for w in rest])
     if known.trainer is not None:
         trainer = {**recipe.load_trainer_file(known.trainer), **trainer}
     script, *rest = _script(parser, rest)
+    callbacks = [] if known.plot is None else [CurvePlot(known.plot or None)]
     processes = recipe.processes_to_launch(trainer)
     if processes > 1:
         return recipe.launch(processes, ["run", *words, *_backend(rest)])
-    recipe.run_recipe(script, rest, trainer)
+    recipe.run_recipe(script, rest, trainer, callbacks)
     return 0
 
 

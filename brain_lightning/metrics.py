@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -72,7 +72,7 @@ class Metrics:
             numbers: Values by name; those that are no number are left out, and so
                 is anything but a mapping, for a recipe may report what it likes.
         """
-        self._found[stage] |= _numbers_in(numbers)
+        self._found[stage] |= numbers_in(numbers)
 
     def tell_apart(self, stage: Stage, position: int) -> None:
         """Numbers what a stage found, where several loaders each are a stage.
@@ -81,9 +81,8 @@ class Metrics:
             stage: The stage that has ended.
             position: Of its loader among the others, from 0: ``valid_loss_0``.
         """
-        prefix = stage.name.lower()
         found = self._found[stage]
-        self._plain |= {f"{prefix}_{name}_{position}": v for name, v in found.items()}
+        self._plain |= {f"{staged(stage, name)}_{position}": v for name, v in found.items()}
         found.clear()
 
     def take(self, from_all_ranks: bool = False) -> dict[str, float]:
@@ -100,7 +99,7 @@ class Metrics:
         )
         taken = {n: v for n, v in self._plain.items() if n not in LIGHTNINGS_OWN}
         for stage, found in self._found.items():
-            taken |= {f"{stage.name.lower()}_{name}": value for name, value in found.items()}
+            taken |= {staged(stage, name): value for name, value in found.items()}
             mine = found.keys() - LIGHTNINGS_OWN
             mine -= set() if stage is Stage.VALID else self._valids
             taken |= {name: found[name] for name in mine}
@@ -109,7 +108,7 @@ class Metrics:
         return _known_to_all(taken) if from_all_ranks else taken
 
     def _hear_stats(self, arguments: Mapping[str, Any]) -> None:
-        self._plain |= _numbers_in(arguments.get("stats_meta"))
+        self._plain |= numbers_in(arguments.get("stats_meta"))
         for name, stage in STAGES_OF_STATS.items():
             self.add(stage, arguments.get(name))
 
@@ -141,10 +140,50 @@ def _known_to_all(numbers: dict[str, float]) -> dict[str, float]:
     return dict(ChainMap(*gather(numbers)))
 
 
-def _numbers_in(values: Any) -> dict[str, float]:
-    if not isinstance(values, Mapping):
-        return {}
-    return {str(name): float(value) for name, value in values.items() if _is_number(value)}
+def staged(stage: Stage, name: str) -> str:
+    """The name of a number of one stage, ``valid_WER``.
+
+    Args:
+        stage: The stage.
+        name: What the recipe calls it.
+    """
+    return f"{stage.name.lower()}_{name}"
+
+
+def leaves(values: Any, within: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by name, those of a dictionary within another one by both names: ``asr_WER``.
+
+    Args:
+        values: What a recipe reports; anything but a mapping has none.
+        within: Stands before each name.
+
+    Yields:
+        Names and values.
+    """
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{within}{name}_")
+        else:
+            yield f"{within}{name}", value
+
+
+def numbers_in(values: Any) -> dict[str, float]:
+    """What is a number among the values that a recipe reports.
+
+    Args:
+        values: As for ``leaves``.
+    """
+    numbers = {name: _number(value) for name, value in leaves(values)}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _number(value: Any) -> float | None:
+    """A number; the mean of a list, which SpeechBrain's loggers take for one of each batch."""
+    if isinstance(value, (list, tuple)):
+        numbers = [_number(each) for each in value]
+        known = [number for number in numbers if number is not None]
+        return sum(known) / len(known) if known and len(known) == len(numbers) else None
+    return float(value) if _is_number(value) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -17,6 +17,7 @@ from . import _loops, _speechbrain
 from ._checkpoint_connector import take_newest_for_last
 from .callback import BrainCallback
 from .compile import without_compiled_prefix
+from .curve_plot import CurvePlot
 from .ddp import unwrap_modules, without_wrapper
 from .epochs import Epochs
 from .hooks import check_hooks
@@ -94,7 +95,8 @@ class BrainModule(LightningModule):
         within = not fitting or Stages.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
         self.stages = Stages(self.brain, Epochs(counter), state, **self._run_options)
-        return [BrainCallback(self.stages, self.trainer)]
+        beside = () if Stages.is_running(self.brain) else self.brain.trainer_callbacks
+        return [BrainCallback(self.stages, self.trainer), *beside]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
         """Copies the weights, for callbacks that average them, and shares everything else."""
@@ -242,9 +244,19 @@ class BrainModule(LightningModule):
 
     def _log_metrics(self) -> None:
         metrics = self.stages.metrics.take(self.trainer.world_size > 1)
+        self._plot(metrics)
         if not self.trainer.barebones:
             # The same on all ranks already; Lightning warns where it is not told to look.
             self.log_dict(metrics, batch_size=1, sync_dist=self.trainer.world_size > 1)
+
+    def _plot(self, metrics: Mapping[str, float]) -> None:
+        running = self._running()
+        if running not in (TrainerFn.FITTING, TrainerFn.TESTING):
+            return
+        epoch = self.stages.epochs.current if running is TrainerFn.FITTING else None
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CurvePlot):
+                callback.add(self.brain, epoch, metrics)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``compute_forward`` at Stage.TEST, in evaluation precision."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
+
+from lightning.pytorch import Callback
 
 from . import brain_loops
 from .borrowed import Borrowed
@@ -18,16 +20,20 @@ class Patch:
     def __init__(self) -> None:
         self._borrowed = Borrowed()
 
-    def apply(self, brain_class: Any, trainer: Mapping[str, Any]) -> None:
+    def apply(
+        self, brain_class: Any, trainer: Mapping[str, Any], callbacks: Sequence[Callback]
+    ) -> None:
         """Changes SpeechBrain's Brain, and with it all of its subclasses.
 
         Args:
             brain_class: ``speechbrain.core.Brain``.
             trainer: Arguments for every Trainer.
+            callbacks: Callbacks for every Trainer.
         """
         self._borrowed.shadow(brain_class, "fit", brain_loops.fit)
         self._borrowed.shadow(brain_class, "evaluate", brain_loops.evaluate)
         self._borrowed.shadow(brain_class, "trainer_overrides", dict(trainer))
+        self._borrowed.shadow(brain_class, "trainer_callbacks", tuple(callbacks))
 
     def undo(self) -> None:
         """Gives SpeechBrain its own loops back; a second call does nothing."""
@@ -45,11 +51,14 @@ class Patch:
         self.undo()
 
 
-def patch_speechbrain(trainer: Mapping[str, Any] | None = None) -> Patch:
+def patch_speechbrain(
+    trainer: Mapping[str, Any] | None = None, callbacks: Sequence[Callback] = ()
+) -> Patch:
     """Makes ``fit`` and ``evaluate`` of every SpeechBrain Brain run on a Trainer.
 
     Args:
         trainer: Arguments for every Trainer; they outrank ``hparams["trainer"]``.
+        callbacks: Callbacks for every Trainer, beside those that it has.
 
     Returns:
         The patch, in force already. ``with patch_speechbrain(): ...`` undoes it at
@@ -66,5 +75,5 @@ def patch_speechbrain(trainer: Mapping[str, Any] | None = None) -> Patch:
             "recipe our Brain, from brain_lightning import Brain"
         ) from error
     patch = Patch()
-    patch.apply(core.Brain, trainer or {})
+    patch.apply(core.Brain, trainer or {}, callbacks)
     return patch

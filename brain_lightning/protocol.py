@@ -6,10 +6,11 @@ a real ``speechbrain.Brain`` can go through the same engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from lightning.pytorch import Callback
 from torch import GradScaler, Tensor
 from torch.nn import ModuleDict
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ class BrainProtocol(Protocol):
     stage_type: Any
     trainer_arguments: Any
     trainer_overrides: Mapping[str, Any]
+    trainer_callbacks: Sequence[Callback]
 
     modules: ModuleDict
     opt_class: Any

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from .borrowed import Borrowed
 from .brain import Brain
@@ -29,13 +29,19 @@ logger = logging.getLogger(__name__)
 TRAINER_ARGUMENTS = sorted(inspect.signature(Trainer).parameters)
 
 
-def run_recipe(script: str, words: Sequence[str], trainer: Mapping[str, Any]) -> None:
+def run_recipe(
+    script: str,
+    words: Sequence[str],
+    trainer: Mapping[str, Any],
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """Runs a script as ``python script words`` would, with its Brains on a Trainer.
 
     Args:
         script: The script, on SpeechBrain's Brain or on ours.
         words: Its command line: the hyperparameters file, run options, overrides.
         trainer: Arguments for every Trainer; they outrank the recipe's own.
+        callbacks: Callbacks for every Trainer, beside the recipe's own.
 
     Raises:
         RecipeError: There is no such script.
@@ -46,14 +52,17 @@ def run_recipe(script: str, words: Sequence[str], trainer: Mapping[str, Any]) ->
         borrowed = Borrowed()
         stack.callback(borrowed.put_back)
         borrowed.set(Brain, "trainer_overrides", dict(trainer))
+        borrowed.set(Brain, "trainer_callbacks", tuple(callbacks))
         if importlib.util.find_spec("speechbrain") is not None:
-            stack.enter_context(_patched(trainer))
+            stack.enter_context(_patched(trainer, callbacks))
         run_script(script, words)
 
 
-def _patched(trainer: Mapping[str, Any]) -> AbstractContextManager[Any]:
+def _patched(
+    trainer: Mapping[str, Any], callbacks: Sequence[Callback]
+) -> AbstractContextManager[Any]:
     try:
-        return patch_speechbrain(trainer)
+        return patch_speechbrain(trainer, callbacks)
     except (ImportError, OSError) as error:
         # A script that needs it will say so itself.
         logger.warning("SpeechBrain is installed but cannot be imported: %s", error)

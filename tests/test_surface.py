@@ -41,6 +41,8 @@ RANKS = [
     {"optimizers", "progress", "interval", "ddp", "_strategies", "profiling", "position"},
     {"data", "device", "resolve", "update", "brain_state", "run_state"},
     {"brain_hooks", "compile", "metrics", "stages"},
+    {"_log_resume", "log_media", "curves"},
+    {"train_logger", "curve_plot"},
     {"_fit_loop", "lightning_file"},
     {"_loops", "resume"},
     {"agreement", "refusals"},

@@ -1,0 +1,108 @@
+"""Sounds and pictures, each where a logger has a place for it."""
+
+from __future__ import annotations
+
+import tempfile
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def log_audio(logger: Logger, name: str, value: Any, sample_rate: int, position: int) -> bool:
+    """Logs a sound: in TensorBoard, W&B or MLflow, else as a file in the logger's folder.
+
+    Args:
+        logger: The logger.
+        name: Of the sound.
+        value: Its samples, between -1 and 1.
+        sample_rate: Samples in a second.
+        position: The epoch.
+
+    Returns:
+        Whether there is a place for it.
+    """
+    samples = torch.as_tensor(value).detach().cpu().float().flatten()
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_audio(name, samples, position, sample_rate=sample_rate)
+    elif isinstance(logger, WandbLogger):
+        logger.log_audio(name, [samples.numpy()], position, sample_rate=[sample_rate])
+    else:
+        with _file(logger, "audio", name, f"{position}.wav") as path:
+            if path is None:
+                return False
+            _write_wav(path, samples, sample_rate)
+    return True
+
+
+def log_figure(logger: Logger, name: str, figure: Figure, position: int) -> bool:
+    """Logs a picture: in TensorBoard, W&B or MLflow, else as a file in the logger's folder.
+
+    Args:
+        logger: The logger.
+        name: Of the picture.
+        figure: The picture.
+        position: The epoch.
+
+    Returns:
+        Whether there is a place for it.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_figure(name, figure, position)
+    elif isinstance(logger, WandbLogger):
+        logger.log_image(name, [figure], position)
+    else:
+        with _file(logger, "figures", name, f"{position}.png") as path:
+            if path is None:
+                return False
+            figure.savefig(path)
+    return True
+
+
+def spectrogram(value: Any) -> Figure:
+    """Draws a spectrogram, as SpeechBrain's ``plot_spectrogram``.
+
+    Args:
+        value: Two dimensions that count, time being the last.
+
+    Returns:
+        The picture, of which pyplot knows nothing.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 10), layout="tight")
+    axes = figure.subplots()
+    pixels = torch.as_tensor(value).detach().cpu().float().squeeze().numpy()
+    figure.colorbar(axes.imshow(pixels, aspect="auto", origin="lower"))
+    return figure
+
+
+@contextmanager
+def _file(logger: Logger, *parts: str) -> Iterator[Path | None]:
+    """Where to write a file that belongs to a log; None where there is no place."""
+    if isinstance(logger, MLFlowLogger):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, parts[-1])
+            yield path
+            logger.experiment.log_artifact(logger.run_id, str(path), "/".join(parts[:-1]))
+    elif logger.log_dir is None:
+        yield None
+    else:
+        path = Path(logger.log_dir, *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+
+
+def _write_wav(path: Path, samples: torch.Tensor, sample_rate: int) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes((samples.clamp(-1, 1) * 32767).short().numpy().tobytes())
