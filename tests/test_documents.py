@@ -101,6 +101,13 @@ def test_an_output_is_that_of_the_command_above_it(block: Block, scratch: Scratc
     assert not missing(block.text, real), f"{block}\n{real}"
 
 
+def test_an_output_may_differ_in_its_numbers_alone() -> None:
+    real = "epoch  1  loss 0.5\nepoch  2  loss 4.0e-02\nequal ef86bb20\n"
+    assert not missing("epoch 8 loss 1.2\n...\nequal 064740ce", real)
+    assert missing("equal 064740ce\nepoch 8 loss 1.2", real) == ["epoch # loss #"]
+    assert missing("epoch 8 error 1.2", real) == ["epoch # error #"]
+
+
 class Reporter(Regression):
     """Says what the documents' callbacks monitor."""
 
