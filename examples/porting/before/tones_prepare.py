@@ -1,0 +1,1 @@
+../tones_prepare.py
