@@ -72,6 +72,8 @@ class BrainState:
     skip_nonfinite_grads: bool
     nonfinite_patience: int
     noprogressbar: bool
+    progress: str
+    progress_interval: float
     tqdm_barcolor: dict[str, str]
     tqdm_colored_bar: bool
     ckpt_interval_minutes: float

@@ -277,4 +277,9 @@ class BrainModule(LightningModule):
         """Moves a batch to the device; on the CPU every batch is there."""
         if device.type == "cpu":
             return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        try:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        except Exception as error:
+            if not self.trainer.predicting:
+                self.stages.locate(error, batch, next_is="moving batch")
+            raise

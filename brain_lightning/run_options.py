@@ -19,6 +19,12 @@ import yaml
 from .errors import RunOptionError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+# Options that take one of a few words.
+CHOICES = {
+    "precision": PRECISIONS,
+    "eval_precision": PRECISIONS,
+    "progress": ("auto", "bar", "plain"),
+}
 TRAINER_PREFIX = "--trainer."
 # Fields that are no option of the experiment but a record of how they were given.
 RECORDS = ("param_file", "overridden_args", "trainer")
@@ -94,6 +100,14 @@ class RunOptions(Mapping[str, Any]):
         3, "Non-finite losses to forgive per epoch; their updates are skipped."
     )
     noprogressbar: bool = option(False, "Show no progress bar.")
+    progress: str = option(
+        "auto",
+        "bar, or plain: whole lines, for log files; auto: a bar in a terminal or a notebook, "
+        "lines elsewhere (SpeechBrain has no such option).",
+    )
+    progress_interval: float = option(
+        10, "Seconds between the lines of --progress=plain (SpeechBrain has no such option)."
+    )
     ckpt_interval_minutes: float = option(
         15,
         "Minutes between checkpoints within an epoch, with a checkpointer; 0 disables "
@@ -256,8 +270,8 @@ def _argument(name: str, hint: Any) -> dict[str, Any]:
         return {"action": "store_true"}
     if hint == list[str] | None:
         return {"nargs": "*"}
-    if name.endswith("precision"):
-        return {"choices": PRECISIONS}
+    if name in CHOICES:
+        return {"choices": CHOICES[name]}
     return {"type": next(t for t in (int, float, str) if t is hint or hint == t | None)}
 
 
