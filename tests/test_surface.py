@@ -43,7 +43,7 @@ RANKS = [
     {"brain_hooks", "compile", "metrics", "stages"},
     {"_fit_loop", "lightning_file"},
     {"_loops", "resume"},
-    {"agreement", "refusals"},
+    {"agreement", "lightning_bars", "refusals"},
     {"callback"},
     {"module"},
     {"stepping"},
