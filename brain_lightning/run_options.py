@@ -12,7 +12,7 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import yaml
 
@@ -26,6 +26,7 @@ CHOICES = {
     "progress": ("auto", "bar", "plain"),
 }
 TRAINER_PREFIX = "--trainer."
+TRAINER_HELP = f"{TRAINER_PREFIX}help"
 # Fields that are no option of the experiment but a record of how they were given.
 RECORDS = ("param_file", "overridden_args", "trainer")
 
@@ -251,7 +252,11 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
 
 def _parser() -> ArgumentParser:
     # Options nobody gives stay out of the result: what is there was given.
-    parser = ArgumentParser(description="Run a SpeechBrain experiment", allow_abbrev=False)
+    parser = ArgumentParser(
+        description="Run a SpeechBrain experiment",
+        epilog=f"Arguments of Lightning's Trainer: {TRAINER_HELP} lists them.",
+        allow_abbrev=False,
+    )
     parser.add_argument("param_file", help="A hyperparameters file in HyperPyYAML.")
     types = get_type_hints(RunOptions)
     for f in dataclasses.fields(RunOptions):
@@ -306,7 +311,10 @@ def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
     Raises:
         RunOptionError: One has no value, or one that is not YAML.
+        SystemExit: ``--trainer.help`` is among them, and was shown.
     """
+    if TRAINER_HELP in words:
+        _show_trainer_help()
     trainer: dict[str, Any] = {}
     rest: list[str] = []
     remaining = iter(words)
@@ -321,6 +329,14 @@ def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             raise RunOptionError(f"{word}: give it a value, as in --trainer.devices=2")
         trainer[name] = _from_yaml(word, value)
     return trainer, rest
+
+
+def _show_trainer_help() -> NoReturn:
+    # Lightning is needed here, and not for a command line.
+    from .trainer_help import trainer_help
+
+    print(trainer_help())  # noqa: T201
+    raise SystemExit(0)
 
 
 def _from_yaml(word: str, value: str) -> Any:

@@ -28,8 +28,8 @@ OTHER_DEFAULTS = {
 
 # A file imports only files of lower rank.
 RANKS = [
-    {"stage", "errors", "protocol", "borrowed", "random_state"},
-    {"_compat", "_speechbrain", "gathered", "workers"},
+    {"stage", "trainer_help", "errors", "exit_status", "protocol", "borrowed", "random_state"},
+    {"_compat", "console", "_speechbrain", "gathered", "workers"},
     {"distributed", "place"},
     {"termination", "shards"},
     {"sampler_states"},
