@@ -109,5 +109,6 @@ def progress_bar(
     if brain.progress == "plain" or (brain.progress == "auto" and not is_watched()):
         # No bar, and a look at the clock after each batch.
         return LossLines(ncols=0, mininterval=brain.progress_interval, miniters=1, **about)
-    colour = brain.tqdm_barcolor[stage.name.lower()]
+    # None, for a notebook takes no empty colour.
+    colour = brain.tqdm_barcolor[stage.name.lower()] or None
     return LossBar(dynamic_ncols=True, colour=colour, **about)
