@@ -14,7 +14,7 @@ from .protocol import BrainProtocol
 from .stage import Stage
 
 with warnings.catch_warnings():
-    # A notebook without ipywidgets gets the bar of a terminal. Not tqdm.auto, whose bar
+    # A notebook without ipywidgets gets lines, and no complaint. Not tqdm.auto, whose bar
     # calls iter() before there is anything to iterate: workers would start too early.
     warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.autonotebook import tqdm as best_bar
