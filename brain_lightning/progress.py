@@ -62,8 +62,9 @@ class LossLines(_Loss):
             msg: Nothing else is ever written.
             pos: Nor is it written anywhere else.
         """
-        # Somebody's tqdm.write asks for it too. close() ends the last line itself.
-        if self.disable or self.n > self.last_print_n:
+        # Somebody's tqdm.write asks for it too, and after the last batch close() does.
+        if self.disable or self.last_print_n < self.n != self.total:
+            # close() ends the last line itself.
             self.fp.write(f"{self}{'' if self.disable else chr(10)}")
 
     def clear(self, *_: Any, **__: Any) -> None:
