@@ -7,12 +7,15 @@ versions. ``tests/versions.sh`` runs the tests on the oldest and the newest.
 from __future__ import annotations
 
 import _codecs
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import torch
 from torch.torch_version import TorchVersion
+
+logger = logging.getLogger(__name__)
 
 LIGHTNING = TorchVersion(lightning.__version__)
 
@@ -46,3 +49,27 @@ def run_option_defaults(core: Any) -> dict[str, Any]:
     if hasattr(core, "run_opt_defaults"):
         return dict(core.run_opt_defaults)
     return dict(core.RunOptions().as_dict())
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a line to what a traceback shows of an error.
+
+    Args:
+        error: The error; its type, its arguments and ``str(error)`` stay as they are.
+        note: The line. Python 3.10 knows no notes: there it is logged, and kept where
+            later versions keep them.
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+        return
+    vars(error).setdefault("__notes__", []).append(note)
+    logger.error("%s: %s", type(error).__name__, note)
+
+
+def notes(error: BaseException) -> list[str]:
+    """The lines that were added to an error.
+
+    Args:
+        error: Any error.
+    """
+    return list(getattr(error, "__notes__", ()))

@@ -54,6 +54,7 @@ def adopt(brain: Any) -> None:
     brain.gradient_clip_algorithm = "norm"
     brain.ends_window = False
     brain.shard_eval = False
+    brain.progress, brain.progress_interval = "auto", 10
     brain.given_options = _given_options(brain)
     brain.trainer_arguments = getattr(getattr(brain, "hparams", None), "trainer", None) or {}
     # There already where the command line gave some: see patch.py.

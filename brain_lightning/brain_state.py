@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from . import _speechbrain
 from .checkpoint_hooks import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from .checkpoints import Checkpointer
+from .console import abbreviated, show_information
 from .device import autocast, device_type, gradient_scaler, infer_device
 from .epochs import EpochCounter, EpochCounterWithStopper
 from .errors import BrainTypeError, UnsupportedError
@@ -73,6 +74,8 @@ class BrainState:
     skip_nonfinite_grads: bool
     nonfinite_patience: int
     noprogressbar: bool
+    progress: str
+    progress_interval: float
     tqdm_barcolor: dict[str, str]
     tqdm_colored_bar: bool
     ckpt_interval_minutes: float
@@ -157,6 +160,7 @@ class BrainState:
 
         if not self.tqdm_colored_bar:
             self.tqdm_barcolor = dict.fromkeys(self.tqdm_barcolor, "")
+        show_information()
         self.print_trainable_parameters()
         if checkpointer is not None:
             self._join(checkpointer)
@@ -175,10 +179,12 @@ class BrainState:
             "%s Model Statistics:\n"
             "* Total Number of Trainable Parameters: %s\n"
             "* Total Number of Parameters: %s\n"
-            "* Trainable Parameters represent %.4f%% of the total size.",
+            "* Trainable Parameters represent %.*f%% of the total size.",
             type(self).__name__,
-            f"{trainable:,}",
-            f"{total:,}",
+            abbreviated(trainable),
+            abbreviated(total),
+            # SpeechBrain's wording, to the digit.
+            4 if total else 2,
             100 * trainable / max(total, 1),
         )
 

@@ -15,6 +15,7 @@ from .checkpoints import Checkpointer
 from .ddp import wrap_modules
 from .distributed import together
 from .interval import is_asked_for
+from .lightning_bars import feed_bar, name_epoch
 from .refusals import check_averaging, refuse_callbacks
 from .resume import (
     resume_trainer,
@@ -70,6 +71,7 @@ class BrainCallback(Callback):
         self.stages.progressbar &= trainer.is_global_zero
         self.stages.progressbar &= not getattr(self.stages.brain, "rank", 0)
         self.stages.progressbar &= trainer.progress_bar_callback is None
+        feed_bar(trainer, self.stages, self._for_the_run)
         self.stages.metrics.watch(self.stages.brain, self._for_the_run)
         lend_loggers(self.stages.brain, trainer.loggers, self._for_the_run)
         self.stages.metrics.validated = trainer.enable_validation
@@ -92,6 +94,7 @@ class BrainCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""
+        name_epoch(trainer, self.stages.epochs)
         length = self.stages.train_loader.known_length()
         _loops.start_train_epoch(trainer, length)
         self.stages.steps_on_last_batch = accumulate(

@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .exit_status import EXPLANATION
+
 DESCRIPTION = "SpeechBrain recipes on PyTorch Lightning's Trainer, not one line edited."
 EXAMPLES = """\
 commands:
@@ -20,7 +22,9 @@ examples:
   brain-lightning run train.py hparams.yaml --trainer.devices=2 --trainer=callbacks.yaml
   brain-lightning verify train.py hparams.yaml --steps=20
 
-`brain-lightning run --help` lists run options and Trainer arguments.
+`brain-lightning run --help` lists run options, `brain-lightning run --trainer.help`
+the arguments of the Trainer.
+
 """
 COMMANDS = ("run", "verify", "doctor", "convert")
 
@@ -32,15 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words of the command line; ``sys.argv[1:]`` if not given.
 
     Returns:
-        The exit status: 0, 1 where ``verify`` found a difference, 2 for a mistake
-        of the user's, or that of the recipe.
+        The exit status, see ``exit_status.py``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         "brain-lightning",
         usage="%(prog)s COMMAND ...",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + EXPLANATION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)

@@ -21,7 +21,8 @@ from .errors import (
     RunOptionError,
     UnsupportedError,
 )
-from .run_options import RunOptions, split_trainer
+from .exit_status import EXPLANATION, MISTAKE
+from .run_options import TRAINER_HELP, RunOptions, split_trainer
 
 USERS_MISTAKES = (
     RunOptionError,
@@ -32,7 +33,6 @@ USERS_MISTAKES = (
     CheckpointSaveError,
     MisconfigurationException,
 )
-MISTAKE = 2
 
 
 def run_command(command: str, words: Sequence[str]) -> int:
@@ -62,7 +62,7 @@ def _parser(command: str, usage: str, **kwargs: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An override of the recipe may begin as one of our options does.
         allow_abbrev=False,
-        **kwargs,
+        **{"epilog": EXPLANATION, **kwargs},
     )
     parser.add_argument(
         "--debug-traceback", action="store_true", help="show a traceback for every error"
@@ -121,11 +121,12 @@ def _options_help() -> str:
         for field in dataclasses.fields(RunOptions)
         if field.metadata.get("on_command_line")
     ]
-    arguments = "  " + "\n  ".join(f"--trainer.{name}" for name in recipe.TRAINER_ARGUMENTS)
     return (
         "run options of SpeechBrain:\n" + "\n".join(options) + "\n\n"
-        "arguments of Lightning's Trainer, their values as YAML:\n" + arguments + "\n\n"
-        "Any other --name=value overrides the hyperparameters file, as in SpeechBrain."
+        "arguments of Lightning's Trainer:\n"
+        f"  --trainer.NAME=VALUE, as --trainer.max_steps=1000; {TRAINER_HELP} lists them\n\n"
+        "Any other --name=value overrides the hyperparameters file, as in SpeechBrain.\n\n"
+        + EXPLANATION
     )
 
 

@@ -116,6 +116,15 @@ class Metrics:
         self.add(self._stage(), arguments.get("meta"))
 
 
+def is_of_a_stage(name: str) -> bool:
+    """Whether a metric is named after its stage, ``valid_WER``.
+
+    Args:
+        name: What ``Metrics.take`` calls it.
+    """
+    return name.startswith(tuple(f"{stage.name.lower()}_" for stage in Stage))
+
+
 class _Overheard:
     """A method whose arguments somebody listens to; its result and errors are its own."""
 

@@ -22,6 +22,7 @@ from .ddp import unwrap_modules, without_wrapper
 from .epochs import Epochs
 from .hooks import check_hooks
 from .lightning_file import check_content, content, recover
+from .metrics import is_of_a_stage
 from .optimizers import OptimizerGroup
 from .profiling import end_when_profiled
 from .protocol import BrainProtocol
@@ -245,9 +246,14 @@ class BrainModule(LightningModule):
     def _log_metrics(self) -> None:
         metrics = self.stages.metrics.take(self.trainer.world_size > 1)
         self._plot(metrics)
-        if not self.trainer.barebones:
-            # The same on all ranks already; Lightning warns where it is not told to look.
-            self.log_dict(metrics, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        if self.trainer.barebones:
+            return
+        # The same on all ranks already; Lightning warns where it is not told to look.
+        several = self.trainer.world_size > 1
+        for name, value in metrics.items():
+            # A bar has no room for a number by both of its names.
+            shown = is_of_a_stage(name)
+            self.log(name, value, prog_bar=shown, batch_size=1, sync_dist=several)
 
     def _plot(self, metrics: Mapping[str, float]) -> None:
         running = self._running()
@@ -289,4 +295,9 @@ class BrainModule(LightningModule):
         """Moves a batch to the device; on the CPU every batch is there."""
         if device.type == "cpu":
             return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        try:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        except Exception as error:
+            if not self.trainer.predicting:
+                self.stages.locate(error, batch, next_is="moving batch")
+            raise

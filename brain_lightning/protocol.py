@@ -52,6 +52,8 @@ class BrainProtocol(Protocol):
     ckpt_interval_minutes: float
     ckpt_interval_steps: int
     noprogressbar: bool
+    progress: str
+    progress_interval: float
     test_only: bool
     tqdm_barcolor: dict[str, str]
     profile_training: bool

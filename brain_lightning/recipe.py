@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -14,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from hyperpyyaml import load_hyperpyyaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ._compat import accelerator
 from .borrowed import Borrowed
 from .brain import Brain
 from .distributed import is_launched
 from .errors import RecipeError
+from .exit_status import of_process
 from .patch import patch_speechbrain
 from .trainer import check_trainer_arguments
 
 logger = logging.getLogger(__name__)
-
-TRAINER_ARGUMENTS = sorted(inspect.signature(Trainer).parameters)
 
 
 def run_recipe(
@@ -155,13 +155,25 @@ def processes_to_launch(trainer: Mapping[str, Any]) -> int:
 def launch(processes: int, words: Sequence[str]) -> int:
     """Runs this command line in several processes on this machine, as torchrun does.
 
+    Here rather than in a process between, which would be left alone by a signal to this
+    one, and which ends with 1 however its processes have ended.
+
     Args:
         processes: How many.
         words: What follows ``brain-lightning``.
 
     Returns:
-        The exit status.
+        The exit status: of the process that failed first, or of the signal.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *torchrun, "-m", "brain_lightning", *words]
-    return subprocess.call(command)  # noqa: S603  the user's own command line
+    options = ["--standalone", f"--nproc_per_node={processes}", "-m", "brain_lightning"]
+    try:
+        arguments = torchrun.parse_args([*options, *words])  # type: ignore[no-untyped-call]
+        torchrun.run(arguments)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = of_process(failure.exitcode)
+        logger.error("Rank %d has failed, with status %d.", rank, status)
+        return status
+    except SignalException as error:
+        return of_process(-error.sigval)
+    return 0

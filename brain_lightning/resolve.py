@@ -8,7 +8,7 @@ from typing import Any
 
 from .distributed import is_launched
 from .errors import RunOptionError, UnsupportedError
-from .run_options import PRECISIONS, RunOptions
+from .run_options import CHOICES, RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +89,18 @@ def _translate_deprecated(values: dict[str, Any]) -> set[str]:
 
 
 def _check_values(values: dict[str, Any]) -> None:
-    for name in ("precision", "eval_precision"):
-        if values[name] is None:
+    for name, choices in CHOICES.items():
+        if values[name] is None and name.endswith("precision"):
             values[name] = "fp32"
-        if values[name] not in PRECISIONS:
+        if values[name] not in choices:
             raise RunOptionError(
-                f"run option {name}={values[name]!r} is not one of {', '.join(PRECISIONS)}"
+                f"run option {name}={values[name]!r} is not one of {', '.join(choices)}"
             )
+    if not values["progress_interval"] >= 0:
+        raise RunOptionError(
+            f"run option progress_interval={values['progress_interval']!r} must be a number "
+            "of seconds, 0 or more: 0 shows a line after every batch"
+        )
     factor = values["grad_accumulation_factor"]
     if factor < 1 or factor != int(factor):
         raise RunOptionError(

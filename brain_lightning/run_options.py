@@ -12,14 +12,21 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import yaml
 
 from .errors import RunOptionError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+# Options that take one of a few words.
+CHOICES = {
+    "precision": PRECISIONS,
+    "eval_precision": PRECISIONS,
+    "progress": ("auto", "bar", "plain"),
+}
 TRAINER_PREFIX = "--trainer."
+TRAINER_HELP = f"{TRAINER_PREFIX}help"
 # Fields that are no option of the experiment but a record of how they were given.
 RECORDS = ("param_file", "overridden_args", "trainer")
 
@@ -94,6 +101,14 @@ class RunOptions(Mapping[str, Any]):
         3, "Non-finite losses to forgive per epoch; their updates are skipped."
     )
     noprogressbar: bool = option(False, "Show no progress bar.")
+    progress: str = option(
+        "auto",
+        "bar, or plain: whole lines, for log files; auto: a bar in a terminal or a notebook, "
+        "lines elsewhere (SpeechBrain has no such option).",
+    )
+    progress_interval: float = option(
+        10, "Seconds between the lines of --progress=plain (SpeechBrain has no such option)."
+    )
     ckpt_interval_minutes: float = option(
         15,
         "Minutes between checkpoints within an epoch, with a checkpointer; 0 disables "
@@ -237,7 +252,11 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
 
 def _parser() -> ArgumentParser:
     # Options nobody gives stay out of the result: what is there was given.
-    parser = ArgumentParser(description="Run a SpeechBrain experiment", allow_abbrev=False)
+    parser = ArgumentParser(
+        description="Run a SpeechBrain experiment",
+        epilog=f"Arguments of Lightning's Trainer: {TRAINER_HELP} lists them.",
+        allow_abbrev=False,
+    )
     parser.add_argument("param_file", help="A hyperparameters file in HyperPyYAML.")
     types = get_type_hints(RunOptions)
     for f in dataclasses.fields(RunOptions):
@@ -256,8 +275,8 @@ def _argument(name: str, hint: Any) -> dict[str, Any]:
         return {"action": "store_true"}
     if hint == list[str] | None:
         return {"nargs": "*"}
-    if name.endswith("precision"):
-        return {"choices": PRECISIONS}
+    if name in CHOICES:
+        return {"choices": CHOICES[name]}
     return {"type": next(t for t in (int, float, str) if t is hint or hint == t | None)}
 
 
@@ -292,7 +311,10 @@ def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
     Raises:
         RunOptionError: One has no value, or one that is not YAML.
+        SystemExit: ``--trainer.help`` is among them, and was shown.
     """
+    if TRAINER_HELP in words:
+        _show_trainer_help()
     trainer: dict[str, Any] = {}
     rest: list[str] = []
     remaining = iter(words)
@@ -307,6 +329,14 @@ def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             raise RunOptionError(f"{word}: give it a value, as in --trainer.devices=2")
         trainer[name] = _from_yaml(word, value)
     return trainer, rest
+
+
+def _show_trainer_help() -> NoReturn:
+    # Lightning is needed here, and not for a command line.
+    from .trainer_help import trainer_help
+
+    print(trainer_help())  # noqa: T201
+    raise SystemExit(0)
 
 
 def _from_yaml(word: str, value: str) -> Any:

@@ -78,3 +78,33 @@ class StageLoader:
             raise StopIteration
         batch, self._ahead = self._ahead, _NOTHING
         return batch
+
+
+class Pass:
+    """One pass over data, of which a bar wants to know the length.
+
+    Args:
+        loader: What ``fit`` was given.
+        batches: Begins to iterate it.
+        failed: Told of an error of the loader's.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        batches: Callable[[Any], Iterator[Any]],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._loader = loader
+        self._batches = batches
+        self._failed = failed
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._batches(self._loader)
+        except Exception as error:
+            self._failed(error)
+            raise

@@ -10,59 +10,25 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
 from .borrowed import Borrowed
 from .distributed import on_any_rank, world_size
 from .epochs import Epochs
-from .errors import HookStoppedError
 from .interval import IntervalCheckpoints
 from .metrics import Metrics
-from .progress import progress_bar
+from .place import add_place, calls_hooks
+from .progress import LossBar, LossLines, progress_bar
 from .protocol import BrainProtocol
 from .run_state import RunState
 from .shards import Shard, SharedStatistics, shared_average, synchronize_buffers
 from .stage import Stage
-from .stage_loader import StageLoader
+from .stage_loader import Pass, StageLoader
 from .termination import EXIT_STATUS, Termination
 
 logger = logging.getLogger(__name__)
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def calls_hooks(method: Method) -> Method:
-    """Keeps a StopIteration of a Brain's hook from ending a loop of Lightning's."""
-
-    @functools.wraps(method)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        except StopIteration as error:
-            raise HookStoppedError("a hook of the Brain raised StopIteration") from error
-
-    return guarded  # type: ignore[return-value]
-
-
-class Pass:
-    """One pass over data, of which a bar wants to know the length.
-
-    Args:
-        loader: What ``fit`` was given.
-        batches: Begins to iterate it.
-    """
-
-    def __init__(self, loader: Any, batches: Callable[[Any], Iterator[Any]]) -> None:
-        self._loader = loader
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._batches(self._loader)
 
 
 class Stages:
@@ -219,6 +185,9 @@ class Stages:
         state.begin_batch()
         try:
             loss = fit_batch(batch)
+        except Exception as error:
+            self.locate(error, batch)
+            raise
         finally:
             self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
@@ -275,15 +244,13 @@ class Stages:
         """``for batch in train_set`` of ``_fit_train``; the Trainer fits where it yields."""
         brain = self.brain
         checkpoints = IntervalCheckpoints(brain, self.save_with_trainer)
-        batches = Pass(loader, self.run_state.batches)
-        with progress_bar(brain, batches, Stage.TRAIN, self.progressbar) as bar:
+        batches = Pass(loader, self.run_state.batches, self._locate_fetch)
+        with self._bar(batches, Stage.TRAIN) as bar:
             for batch in bar:
                 if self._limit_reached():
                     logger.info("Train iteration limit exceeded")
                     return
                 yield batch
-                # From now on: there was nothing to show before the first batch.
-                bar.running = self._running_loss
                 if brain.debug and brain.step == brain.debug_batches:
                     return
                 checkpoints.after_step()
@@ -309,8 +276,37 @@ class Stages:
         )
         raise SystemExit(EXIT_STATUS)
 
-    def _running_loss(self) -> dict[str, float]:
-        return {"train_loss": self.brain.avg_train_loss}
+    def running_loss(self, stage: Stage) -> dict[str, float]:
+        """The average loss so far of a stage that runs, by the name of its metric.
+
+        Args:
+            stage: The stage.
+
+        Returns:
+            Nothing before its first batch.
+        """
+        average = self.brain.avg_train_loss if stage is Stage.TRAIN else self.average
+        return {f"{stage.name.lower()}_loss": average} if self.brain.step else {}
+
+    def _bar(self, batches: Iterable[Any], stage: Stage) -> LossBar | LossLines:
+        loss = functools.partial(self.running_loss, stage)
+        epoch, shown = self._epoch_of(stage), self.progressbar
+        return progress_bar(self.brain, batches, stage, epoch, loss, shown)
+
+    def locate(self, error: Exception, batch: Any = None, next_is: str = "") -> None:
+        """Adds to an error which stage, epoch, step and batch it comes from.
+
+        Args:
+            error: The error.
+            batch: The batch in hand.
+            next_is: What is done with the next batch, where it is before its step.
+        """
+        step = self.brain.step + bool(next_is)
+        epoch = self._epoch_of(self.stage)
+        add_place(error, self.stage, epoch, {next_is or "step": step}, batch)
+
+    def _locate_fetch(self, error: Exception) -> None:
+        self.locate(error, next_is="fetching batch")
 
     def _limit_reached(self) -> bool:
         limit = self.brain.optimizer_step_limit
@@ -341,6 +337,7 @@ class Stages:
     @calls_hooks
     def recover_best(self) -> None:
         """Begins an evaluation."""
+        self.stage = Stage.TEST
         with torch.set_grad_enabled(self._grad_enabled):
             self.brain.on_evaluate_start(**self._keys)
 
@@ -368,7 +365,11 @@ class Stages:
         """
         brain = self.brain
         brain.step += 1
-        loss = brain.evaluate_batch(batch, stage=self._named(stage))
+        try:
+            loss = brain.evaluate_batch(batch, stage=self._named(stage))
+        except Exception as error:
+            self.locate(error, batch)
+            raise
         self.average = brain.update_average(loss, self.average)
         if self.is_shared_out(stage):
             self._shared.after_batch()
@@ -431,12 +432,12 @@ class Stages:
             self._position = position
             self._start_evaluation(stage)
         brain = self.brain
+        begin: Callable[[Any], Iterator[Any]] = iter
         if self.is_shared_out(stage):
             loader = Shard(loader)
         elif stage is Stage.VALID:
             begin = functools.partial(self.run_state.validation_batches, index=position)
-            loader = Pass(loader, begin)
-        with progress_bar(brain, loader, stage, self.progressbar) as bar:
+        with self._bar(Pass(loader, begin, self._locate_fetch), stage) as bar:
             for batch in bar:
                 yield batch
                 if brain.debug and brain.step == brain.debug_batches:

@@ -246,7 +246,7 @@ def timer(tmp_path: Path) -> None:
 def tqdm_progress_bar(tmp_path: Path, capsys: Any) -> None:
     fit(make(), callbacks.TQDMProgressBar(), enable_progress_bar=True, max_epochs=1)
     shown = capsys.readouterr()
-    assert "Epoch 0: 100%" in shown.out + shown.err
+    assert "Epoch 1/1: 100%" in shown.out + shown.err
     assert "5/5" in shown.out + shown.err
 
 

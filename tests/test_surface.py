@@ -25,14 +25,14 @@ PACKAGE = Path(brain_lightning.__file__).parent
 # SpeechBrain 1.1.2 has 0, SpeechBrain 1.0 had 15: see the field.
 OTHER_DEFAULTS = {
     "ckpt_interval_minutes": 15, "overridden_args": frozenset(), "async_save": False,
-    "shard_eval": False,
+    "shard_eval": False, "progress": "auto", "progress_interval": 10,
 }  # fmt: skip
 
 # A file imports only files of lower rank.
 RANKS = [
-    {"_compat", "stage", "errors", "protocol", "borrowed", "random_state"},
-    {"_speechbrain", "gathered", "workers"},
-    {"distributed"},
+    {"_compat", "stage", "trainer_help", "errors", "exit_status", "protocol", "borrowed"},
+    {"console", "random_state", "_speechbrain", "gathered", "workers"},
+    {"distributed", "place"},
     {"termination", "shards"},
     {"sampler_states"},
     {"checkpoint_hooks", "checkpoint_store", "background", "meta_yaml", "recoverables"},
@@ -47,7 +47,7 @@ RANKS = [
     {"train_logger", "curve_plot"},
     {"_fit_loop", "lightning_file"},
     {"_loops", "resume"},
-    {"agreement", "refusals"},
+    {"agreement", "lightning_bars", "refusals"},
     {"callback"},
     {"module"},
     {"stepping"},

@@ -116,7 +116,8 @@ def brain(base: Any, work: Work, by_hand: bool = False) -> Any:
         "device": "cpu", "max_grad_norm": CLIP, "ckpt_interval_minutes": 0,
         "grad_accumulation_factor": work.accumulation,
     }  # fmt: skip
-    hparams = {"work": work}
+    # A bar also where no terminal is, as SpeechBrain's.
+    hparams = {"work": work, "progress": "bar"}
     return brain_class(base, by_hand)(work.layers(), None, hparams, run_opts)
 
 

@@ -1,0 +1,27 @@
+"""What a shell sees of how a command ended."""
+
+from __future__ import annotations
+
+MISTAKE = 2
+EXPLANATION = """\
+exit status:
+  0    all is well
+  1    verify found a difference; or a crash, with its traceback
+  2    a mistake in the command line, the recipe's options or its files
+  130  Ctrl-C
+  143  SIGTERM; what could be saved is saved
+  A script's own sys.exit(n) ends with n. With --trainer.devices=2 it is the
+  status of the process that failed first.
+"""
+
+
+def of_process(exit_code: int) -> int:
+    """What a shell says of a process.
+
+    Args:
+        exit_code: As Python tells it: the number of a signal is negative.
+
+    Returns:
+        128 and the number of the signal, or the code itself.
+    """
+    return 128 - exit_code if exit_code < 0 else exit_code

@@ -1,0 +1,88 @@
+"""``--trainer.help``: the arguments of Lightning's Trainer, and how each meets a Brain."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+
+from lightning.pytorch import Trainer
+
+# At most the width of a terminal that nobody has made larger.
+WIDTH = 80
+# Where an argument does not do, or not only, what Lightning says; the tests of each are
+# in tests/test_trainer_arguments.py.
+WITH_A_BRAIN = {
+    "accelerator": "brain.fit follows the run option device",
+    "accumulate_grad_batches": "translated into grad_accumulation_factor; an incomplete last "
+    "window makes an update, where the run option drops it",
+    "devices": "brain.fit takes 1, and brain-lightning run starts as many processes as asked",
+    "enable_checkpointing": "off in brain.fit, unless a callback saves checkpoints",
+    "enable_model_summary": "off in brain.fit, unless asked for",
+    "enable_progress_bar": "off in brain.fit, where the Brain's own bar is shown (--progress)",
+    "gradient_clip_val": "translated into max_grad_norm: each optimizer on its own",
+    "inference_mode": "translated into torch.no_grad",
+    "logger": "off in brain.fit, unless asked for",
+    "max_epochs": "no limit in brain.fit; the epoch counter ends the run too, whichever comes "
+    "first",
+    "max_steps": "counts updates; the run ends after the epoch's stage hooks, validation "
+    "included",
+    "max_time": "the run ends after the epoch's stage hooks, validation included",
+    "num_sanity_val_steps": "switched off: recipes set up in TRAIN what VALID reads",
+    "precision": "mixed precisions are translated into the run options precision and "
+    "eval_precision",
+    "strategy": "one device or ddp; others are refused before training",
+    "use_distributed_sampler": "holds for loaders that the Trainer is given; datasets that "
+    "brain.fit makes loaders for are shared out as in SpeechBrain",
+}
+
+
+def trainer_help() -> str:
+    """What ``--trainer.help`` shows.
+
+    Returns:
+        Every argument with its default, Lightning's description of it in one sentence,
+        and how it meets a Brain where that differs.
+    """
+    documented = _documentation()
+    parameters = inspect.signature(Trainer).parameters.values()
+    return "\n".join(
+        [
+            *textwrap.wrap(
+                "Arguments of Lightning's Trainer, --trainer.NAME=VALUE; the value is YAML, "
+                "and what follows NAME here is the default. A line that begins with '>' says "
+                "what is different with a Brain.",
+                WIDTH,
+            ),
+            *(
+                line
+                for parameter in parameters
+                for line in _entry(parameter, documented.get(parameter.name, ""))
+            ),
+        ]
+    )
+
+
+def _entry(parameter: inspect.Parameter, documentation: str) -> list[str]:
+    # Many have None for a default that only the documentation tells.
+    told = re.search(r"Default: ``(.+?)``", documentation)
+    lines = ["", f"--trainer.{parameter.name}={told[1] if told else parameter.default}"]
+    lines += _indented(_first_sentence(documentation), "    ")
+    return lines + _indented(WITH_A_BRAIN.get(parameter.name, ""), "  > ")
+
+
+def _indented(text: str, first: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent="    ")
+
+
+def _documentation() -> dict[str, str]:
+    """What the docstring of the Trainer says of each argument."""
+    documentation = inspect.getdoc(Trainer.__init__) or ""
+    arguments = documentation.partition("Args:\n")[2]
+    # Names stand four columns in, what is said of them further in.
+    return dict(re.findall(r"^ {4}(\w+): ?(.+?)(?=^ {0,4}\S|\Z)", arguments, re.M | re.S))
+
+
+def _first_sentence(text: str) -> str:
+    plain = re.sub(r":\w+:`~?([^`]+)`|``?", r"\1", " ".join(text.split()))
+    return re.split(r"(?<=[a-z)\]])\.(?= [A-Z]|$)", plain)[0] + "."

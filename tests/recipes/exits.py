@@ -1,0 +1,26 @@
+"""A script that ends as its first word says, in the last of its processes."""
+
+import os
+import signal
+import sys
+import time
+
+import brain_lightning
+
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if sys.argv[1] == "waits":
+    print("ready", flush=True)
+    time.sleep(200)
+if sys.argv[1] == "all is well":
+    sys.exit()
+if rank < world_size - 1:
+    # Ended by the launcher, long before.
+    time.sleep(200)
+if sys.argv[1] == "exits":
+    sys.exit(7)
+if sys.argv[1] == "crashes":
+    raise KeyError("of the recipe's own")
+if sys.argv[1] == "is killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "has a mistake":
+    brain_lightning.Brain(run_opts={"device": "cpu", "progress": "tqdm"})
