@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback
 from torch.nn import Module, ModuleDict
 from torch.optim import Optimizer
 
@@ -108,7 +107,7 @@ class BrainState:
     # Arguments of every Trainer; `brain-lightning run` gives some: see recipe.py.
     trainer_overrides: Mapping[str, Any] = MappingProxyType({})
     # Callbacks of every Trainer, beside those that it has.
-    trainer_callbacks: Sequence[Callback] = ()
+    trainer_callbacks: Sequence[Any] = ()
     # What its hooks are told.
     stage_type = Stage
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from lightning.pytorch import Callback
 from torch import GradScaler, Tensor
 from torch.nn import ModuleDict
 from torch.optim import Optimizer
@@ -22,7 +21,7 @@ class BrainProtocol(Protocol):
     stage_type: Any
     trainer_arguments: Any
     trainer_overrides: Mapping[str, Any]
-    trainer_callbacks: Sequence[Callback]
+    trainer_callbacks: Sequence[Any]
 
     modules: ModuleDict
     opt_class: Any
