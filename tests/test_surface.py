@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import re
 import statistics
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +30,12 @@ OTHER_DEFAULTS = {
     "shard_eval": False, "progress": "auto", "progress_interval": 10,
 }  # fmt: skip
 
-# A file imports only files of lower rank.
-RANKS = [
-    {"_compat", "stage", "trainer_help", "errors", "exit_status", "protocol", "borrowed"},
-    {"console", "random_state", "_speechbrain", "gathered", "workers"},
-    {"distributed", "place"},
-    {"termination", "shards"},
-    {"sampler_states"},
-    {"checkpoint_hooks", "checkpoint_store", "background", "meta_yaml", "recoverables"},
-    {"checkpoint"},
-    {"checkpoints"},
-    {"run_options", "epochs", "samplers", "stage_loader"},
-    {"_checkpoint_connector", "hooks"},
-    {"optimizers", "progress", "interval", "ddp", "_strategies", "profiling", "position"},
-    {"data", "device", "resolve", "update", "brain_state", "run_state"},
-    {"brain_hooks", "compile", "metrics", "stages"},
-    {"_log_resume", "log_media", "curves"},
-    {"train_logger", "curve_plot"},
-    {"_fit_loop", "lightning_file"},
-    {"_loops", "resume"},
-    {"agreement", "lightning_bars", "refusals"},
-    {"callback"},
-    {"module"},
-    {"stepping"},
-    {"generate"},
-    {"trainer"},
-    {"brain_loops"},
-    {"brain", "patch"},
-    {"recipe", "recording", "recipe_source", "comparison", "inference"},
-    {"doctor", "verify", "convert"},
-    {"commands"},
-    {"cli"},
-    {"__main__"},
-    {"__init__"},
-]  # fmt: skip
+CONTRIBUTING = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+# Files by layer, the lowest first: a file imports only files of its own layer and below.
+LAYERS = [
+    set(re.split(r"  +", line)[1].split())
+    for line in reversed(CONTRIBUTING.split("```layers\n")[1].split("\n```")[0].splitlines())
+]
 
 
 def public_methods(cls: type) -> list[str]:
@@ -145,8 +119,8 @@ def test_help_loads_no_torch() -> None:
     assert "brain-lightning run train.py" in done.stdout
 
 
-def rank(module: str) -> int:
-    return next(i for i, modules in enumerate(RANKS) if module in modules)
+def layer(module: str) -> int:
+    return next(i for i, modules in enumerate(LAYERS) if module in modules)
 
 
 def siblings_imported(path: Path) -> set[str]:
@@ -157,13 +131,22 @@ def siblings_imported(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
-def test_a_file_imports_only_files_below_it(path: Path) -> None:
-    # Within a rank the order of the imports decides; a circle would not import at all.
-    for imported in siblings_imported(path):
-        assert rank(imported) <= rank(path.stem), f"{path.stem} imports {imported}"
-        if rank(imported) == rank(path.stem):
-            assert path.stem not in siblings_imported(PACKAGE / f"{imported}.py")
+FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_imports_only_files_below_it(name: str) -> None:
+    for imported in siblings_imported(FILES[name]):
+        assert layer(imported) <= layer(name), f"{name} imports {imported}"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = {name: siblings_imported(path) for name, path in FILES.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
+
+
+def test_the_layout_has_every_file_once() -> None:
+    assert sorted(name for names in LAYERS for name in names) == sorted(FILES)
 
 
 def bodies(path: Path) -> list[tuple[str, int]]:
