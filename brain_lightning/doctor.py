@@ -191,8 +191,15 @@ def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
             f"self.modules.{name}, for what is called in hparams has no wrapper"
         )
         yield Remark("strategy=ddp", says, place.line)
-    starts_group = any(name.endswith("ddp_init_group") for name in source.called)
-    if brain.base.startswith("SpeechBrain") and not starts_group:
+    group = next((p for n, p in source.called.items() if n.endswith("ddp_init_group")), None)
+    speechbrains = brain.base.startswith("SpeechBrain")
+    if group is not None and not speechbrains:
+        says = (
+            "python train.py --trainer.devices=2 would wait for ever at SpeechBrain's "
+            "ddp_init_group: leave it out, or start the processes by torchrun"
+        )
+        yield Remark("devices", says, group.line)
+    if group is None and speechbrains:
         says = (
             "SpeechBrain's Brain wants sb.utils.distributed.ddp_init_group(run_opts) before "
             "it is made"

@@ -411,6 +411,31 @@ sb.utils.distributed.ddp_init_group({})
 """
 
 
+PORTED_IN_PART = """
+import speechbrain as sb
+from brain_lightning import Brain
+
+
+class Ported(Brain):
+    def compute_forward(self, batch, stage):
+        return self.modules.model(batch)
+
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.mean()
+
+
+sb.utils.distributed.ddp_init_group({})
+"""
+
+
+def test_doctor_warns_of_a_group_that_lightnings_processes_would_wait_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", script(tmp_path, PORTED_IN_PART)]) == 0
+    line = PORTED_IN_PART.splitlines().index("sb.utils.distributed.ddp_init_group({})") + 1
+    assert f"change      line {line}: devices: python train.py" in capsys.readouterr().out
+
+
 def test_doctor_sees_what_is_called_around_the_modules(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
