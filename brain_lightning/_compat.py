@@ -64,12 +64,3 @@ def add_note(error: BaseException, note: str) -> None:
         return
     vars(error).setdefault("__notes__", []).append(note)
     logger.error("%s: %s", type(error).__name__, note)
-
-
-def notes(error: BaseException) -> list[str]:
-    """The lines that were added to an error.
-
-    Args:
-        error: Any error.
-    """
-    return list(getattr(error, "__notes__", ()))

@@ -8,7 +8,7 @@ from contextlib import suppress
 from reprlib import Repr
 from typing import Any, Protocol, TypeVar
 
-from ._compat import add_note, notes
+from ._compat import add_note
 from .errors import HookStoppedError
 from .stage import Stage
 
@@ -26,15 +26,16 @@ _short.maxstring = _short.maxother = 80
 class Located(Protocol):
     """Something that knows where it is."""
 
-    def locate(self, error: Exception) -> None:
-        """Adds the place to an error that has none."""
+    def locate(self, error: Exception, batch: Any = None) -> None:
+        """Adds the place to an error."""
 
 
 def calls_hooks(method: Method) -> Method:
     """Names the place of an error of a Brain's hook, and lets no hook end Lightning's loop.
 
     Args:
-        method: A method of something that is ``Located``.
+        method: A method of something that is ``Located``; what it takes first, if anything,
+            is the batch in hand.
 
     Returns:
         The method, in which a StopIteration is a ``HookStoppedError``.
@@ -47,7 +48,7 @@ def calls_hooks(method: Method) -> Method:
         except StopIteration as error:
             raise HookStoppedError("a hook of the Brain raised StopIteration") from error
         except Exception as error:
-            self.locate(error)
+            self.locate(error, *args[:1])
             raise
 
     return guarded  # type: ignore[return-value]
@@ -56,7 +57,7 @@ def calls_hooks(method: Method) -> Method:
 def add_place(
     error: Exception, stage: Stage, epoch: Any, step: Mapping[str, int], batch: Any
 ) -> None:
-    """Adds to an error where it comes from, once: a recipe may fit within a fit.
+    """Adds to an error where it comes from; from a fit within a fit, the inner one first.
 
     Args:
         error: The error; its type and its arguments stay as they are.
@@ -66,11 +67,13 @@ def add_place(
         batch: The batch in hand; ``batch.id``, as SpeechBrain's PaddedBatch has it, or
             ``batch["id"]`` is shown, cut short.
     """
-    if isinstance(error, CONTROL_FLOW) or any(n.startswith(PREFIX) for n in notes(error)):
+    if isinstance(error, CONTROL_FLOW):
         return
     place = [] if epoch is None else [f"epoch {epoch}"]
     place += [f"{name} {number}" for name, number in step.items() if number]
-    add_note(error, PREFIX + ", ".join([stage.name, *place]) + _ids_of(batch))
+    # An error may be of a class that takes no notes.
+    with suppress(Exception):
+        add_note(error, PREFIX + ", ".join([stage.name, *place]) + _ids_of(batch))
 
 
 def _ids_of(batch: Any) -> str:

@@ -82,6 +82,8 @@ class Stages:
         self.in_training = False
         self.steps_on_last_batch = False
         self.batches = 0
+        # The error that was located last, by its id: it must not be kept.
+        self._located: int | None = None
         self.draws_together = False
         self.save_with_trainer: Callable[[], None] | None = None
         self.termination = Termination()
@@ -167,12 +169,12 @@ class Stages:
         self._start_loaders(Stage.TRAIN)
 
     @calls_hooks
-    def fit(self, fit_batch: Callable[[Any], Any], batch: Any, last: bool) -> Any:
+    def fit(self, batch: Any, fit_batch: Callable[[Any], Any], last: bool) -> Any:
         """Counts a training batch, fits it and averages its loss.
 
         Args:
-            fit_batch: Does the work.
             batch: What the loader gave.
+            fit_batch: Does the work.
             last: Whether the Trainer believes it to be the last of the epoch.
 
         Returns:
@@ -185,9 +187,6 @@ class Stages:
         state.begin_batch()
         try:
             loss = fit_batch(batch)
-        except Exception as error:
-            self.locate(error, batch)
-            raise
         finally:
             self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
@@ -294,13 +293,16 @@ class Stages:
         return progress_bar(self.brain, batches, stage, epoch, loss, shown)
 
     def locate(self, error: Exception, batch: Any = None, next_is: str = "") -> None:
-        """Adds to an error which stage, epoch, step and batch it comes from.
+        """Adds to an error which stage, epoch, step and batch it comes from, once.
 
         Args:
             error: The error.
             batch: The batch in hand.
             next_is: What is done with the next batch, where it is before its step.
         """
+        if id(error) == self._located:
+            return
+        self._located = id(error)
         step = self.brain.step + bool(next_is)
         epoch = self._epoch_of(self.stage)
         add_place(error, self.stage, epoch, {next_is or "step": step}, batch)
@@ -365,11 +367,7 @@ class Stages:
         """
         brain = self.brain
         brain.step += 1
-        try:
-            loss = brain.evaluate_batch(batch, stage=self._named(stage))
-        except Exception as error:
-            self.locate(error, batch)
-            raise
+        loss = brain.evaluate_batch(batch, stage=self._named(stage))
         self.average = brain.update_average(loss, self.average)
         if self.is_shared_out(stage):
             self._shared.after_batch()

@@ -55,7 +55,7 @@ class AutomaticModule(BrainModule):
         batch, self._batch = self._batch, None
         last = self._believes_last(batch_idx)
         try:
-            self.stages.fit(lambda batch: fit_batch(brain, batch, update), batch, last)
+            self.stages.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
         finally:
             self._training_loss = None
         # Where nothing is optimized a batch counts: ModelCheckpoint goes by the steps.
@@ -91,7 +91,7 @@ class AutomaticModule(BrainModule):
         brain, before = self.brain, self.brain.optimizer_step
         update = DirectUpdate(brain, self.stages.run_state.use_batch)
         last = self._believes_last(batch_idx)
-        self.stages.fit(lambda batch: fit_batch(brain, batch, update), batch, last)
+        self.stages.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
         if brain.optimizer_step != before or not has_optimizer(brain):
             _loops.count_step(self.trainer)
         # What training_step returns.
@@ -157,7 +157,7 @@ class ManualModule(BrainModule):
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
         with self._watched_steps() as steps:
             last = self._believes_last(batch_idx)
-            loss = self.stages.fit(self.brain.fit_batch, batch, last)
+            loss = self.stages.fit(batch, self.brain.fit_batch, last)
         _loops.count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None

@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from brain_lightning import HookStoppedError, _compat, patch_speechbrain, to_lightning
-from brain_lightning._compat import notes
 
 from .brains import Regression, loader, make, trainer_with
 
@@ -117,6 +116,10 @@ def failed(
         assert caught.value is brain.error
         assert brain.error.args == type(brain.error)(*brain.error.args).args
     return caught.value, notes(caught.value)
+
+
+def notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", None) or ())
 
 
 @pytest.mark.parametrize("run", [by_fit, by_lightnings_own_loop, by_a_trainer, by_a_patch])
@@ -239,7 +242,7 @@ def test_an_error_of_the_transfer_names_the_batch() -> None:
     assert notes(caught.value) == [f"brain_lightning: in {place}"]
 
 
-def test_a_fit_within_a_fit_names_its_own_place_once() -> None:
+def test_a_fit_within_a_fit_names_both_places() -> None:
     class Outer(Regression):
         def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
             inner = make(Failing)
@@ -248,7 +251,28 @@ def test_a_fit_within_a_fit_names_its_own_place_once() -> None:
 
     with pytest.raises(MineError) as caught:
         by_fit(make(Outer), loader())
-    assert notes(caught.value) == ["brain_lightning: in TRAIN, epoch 1, step 4"]
+    places = ["TRAIN, epoch 1, step 4", "TRAIN, epoch 1, step 1"]
+    assert notes(caught.value) == [f"brain_lightning: in {place}" for place in places]
+
+
+def test_an_error_that_is_raised_again_names_the_new_place_too() -> None:
+    error = MineError()
+    found: list[str] = []
+    for step in (2, 4):
+        _, found = failed(by_fit, at=step, error=error)
+    places = [f"brain_lightning: in TRAIN, epoch 1, step {step}" for step in (2, 4)]
+    assert found == places
+
+
+class NoNotesError(Exception):
+    """Takes none."""
+
+    __notes__ = None
+
+
+def test_an_error_that_takes_no_notes_stays_as_it_is() -> None:
+    _, found = failed(by_fit, at=2, error=NoNotesError())
+    assert found == []
 
 
 @pytest.mark.parametrize(
