@@ -22,6 +22,9 @@ LIGHTNING = TorchVersion(lightning.__version__)
 # From 2.5.2 on each process asks the others in each batch whether one got a SIGTERM.
 BROADCASTS_SIGTERM = LIGHTNING >= "2.5.2"
 
+# From 2.6.1 on StochasticWeightAveraging takes its average also where max_epochs is -1.
+AVERAGES_WITHOUT_END = LIGHTNING >= "2.6.1"
+
 # What bytes are pickled as; torch loads it as a plain value from 2.6 on.
 PLAIN_GLOBALS: list[Any] = [] if torch.__version__ >= "2.6" else [_codecs.encode]
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from ._compat import AVERAGES_WITHOUT_END
 from .errors import UnsupportedError
 from .protocol import BrainProtocol
 
@@ -39,14 +40,21 @@ def refuse_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
         for cls, reason in REFUSED_CALLBACKS.items():
             if isinstance(callback, cls):
                 raise UnsupportedError(f"{cls.__name__} does not work with a Brain: {reason}")
-        if isinstance(callback, StochasticWeightAveraging) and any(
-            isinstance(module, _BatchNorm) for module in brain.modules.modules()
-        ):
-            raise UnsupportedError(
-                "StochasticWeightAveraging adds an epoch for BatchNorm, which an epoch "
-                "counter does not have: use WeightAveraging(use_buffers=True) or "
-                "EMAWeightAveraging"
-            )
+        if isinstance(callback, StochasticWeightAveraging):
+            _refuse_averaging(trainer, brain)
+
+
+def _refuse_averaging(trainer: Trainer, brain: BrainProtocol) -> None:
+    if any(isinstance(module, _BatchNorm) for module in brain.modules.modules()):
+        raise UnsupportedError(
+            "StochasticWeightAveraging adds an epoch for BatchNorm, which an epoch counter "
+            "does not have: use WeightAveraging(use_buffers=True) or EMAWeightAveraging"
+        )
+    if trainer.max_epochs == -1 and not AVERAGES_WITHOUT_END:
+        raise UnsupportedError(
+            "StochasticWeightAveraging takes its average in the last of max_epochs, before "
+            "Lightning 2.6.1, and there is none: give max_epochs as many as the epoch counter"
+        )
 
 
 def check_averaging(trainer: Trainer) -> None:

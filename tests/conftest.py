@@ -109,7 +109,7 @@ def process_is_left_as_found(
     assert not left, f"threads were left behind: {left}"
     changed = {k for k, v in os.environ.items() if environment.get(k) != v}
     # Set by OpenMP, pytest, torch.compile and Lightning's look for a GPU.
-    own = ("KMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "PYTORCH_NVML_")
+    own = ("KMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "PYTORCH_NVML_", "CUDA_")
     changed = {k for k in changed if not k.startswith(own)}
     assert not changed, f"environment variables were changed: {changed}"
 

@@ -250,7 +250,7 @@ def tqdm_progress_bar(tmp_path: Path, capsys: Any) -> None:
     assert "5/5" in shown.out + shown.err
 
 
-@ROWS.row("RichProgressBar", "works")
+@ROWS.row("RichProgressBar", "works", needs_lightning("2.5.3"))
 def rich_progress_bar(tmp_path: Path, capsys: Any) -> None:
     fit(make(), callbacks.RichProgressBar(), enable_progress_bar=True, max_epochs=1)
     assert "5/5" in capsys.readouterr().out
@@ -383,6 +383,16 @@ def test_a_recipes_own_annealing_survives(callback: Callable[[], Any]) -> None:
     assert brain.rates == [0.1] * 5 + [0.05] * 5 + [0.1 / 3] * 5
 
 
+def test_averaging_without_end_is_refused_by_old_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("brain_lightning.refusals.AVERAGES_WITHOUT_END", False)
+    averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2)
+    with pytest.raises(UnsupportedError, match=r"Lightning 2\.6\.1.*give max_epochs"):
+        make().fit(range(3), loader(), trainer={"callbacks": [averaging]})
+
+
+@needs_lightning("2.6.1")
 def test_averaging_ends_with_the_epoch_counter() -> None:
     class PerEpoch(Regression):
         def on_stage_start(self, stage: Any, epoch: Any = None) -> None:

@@ -14,6 +14,7 @@ import speechbrain
 import torch
 
 from brain_lightning import RunOptionError
+from brain_lightning._compat import accelerator
 from brain_lightning.cli import main
 from brain_lightning.recipe import processes_to_launch
 
@@ -44,16 +45,18 @@ def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProc
 
 
 def stub_path(folder: Path) -> str:
-    """A torchaudio that can be imported on a CPU build: see conftest.py."""
+    """A torchaudio that can be imported where its extensions cannot: see conftest.py."""
     site = folder / "site"
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(
-        "import sys, types\n"
-        "stub = types.ModuleType('torchaudio._extension')\n"
-        "stub._IS_TORCHAUDIO_EXT_AVAILABLE = stub._IS_ALIGN_AVAILABLE = False\n"
-        "stub.fail_if_no_align = lambda function: function\n"
-        "sys.modules['torchaudio._extension'] = stub\n"
-    )
+    extension = sys.modules["torchaudio._extension"]
+    if not hasattr(extension, "__file__"):
+        (site / "sitecustomize.py").write_text(
+            "import sys, types\n"
+            "stub = types.ModuleType('torchaudio._extension')\n"
+            "stub._IS_TORCHAUDIO_EXT_AVAILABLE = stub._IS_ALIGN_AVAILABLE = False\n"
+            "stub.fail_if_no_align = lambda function: function\n"
+            "sys.modules['torchaudio._extension'] = stub\n"
+        )
     return os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -235,7 +238,7 @@ def test_a_call_without_words_shows_the_help(capsys: pytest.CaptureFixture[str])
 )
 def test_processes_are_as_many_as_devices(trainer: dict[str, Any], processes: int) -> None:
     if trainer.get("devices") == "auto":
-        processes = max(1, torch.accelerator.device_count())
+        processes = max(1, accelerator.device_count())
     assert processes_to_launch(trainer) == processes
 
 

@@ -22,6 +22,7 @@ from brain_lightning.console import abbreviated
 from brain_lightning.lightning_bars import last_epoch
 
 from .brains import Regression, loader, make, trainer_with
+from .upstream import needs_lightning
 
 RATE = r"\[[\d:]+<[\d:]+, +[\d.]+it/s, "
 
@@ -295,7 +296,10 @@ def lightnings(cls: Any, found: list[dict[str, Any]]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("bar_class", [TQDMProgressBar, RichProgressBar])
+@pytest.mark.parametrize(
+    "bar_class",
+    [TQDMProgressBar, pytest.param(RichProgressBar, marks=needs_lightning("2.5.3"))],
+)
 @pytest.mark.parametrize("own_trainer", [True, False])
 def test_a_bar_of_lightnings_takes_the_place_and_shows_the_same(
     bar_class: Any, own_trainer: bool, capfd: pytest.CaptureFixture[str]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from brain_lightning import RunOptionError, to_lightning
 
 from .brains import Regression, all_equal, dataset, loader, make, sgd, trainer_with, weights
+from .documents import ROOT
 from .rows import Table, call
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
@@ -361,10 +361,10 @@ def test_table(test: Callable[..., None], request: Any) -> None:
     call(test, request)
 
 
-def test_the_readme_has_every_row() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_reference_has_every_row() -> None:
+    reference = (ROOT / "examples" / "porting" / "reference.md").read_text()
     for name in ROWS:
-        assert f"`{name.split(',')[0].split('=')[0]}`" in readme, name
+        assert f"`{name.split(',')[0].split('=')[0]}`" in reference, name
 
 
 # ---------------------------------------------------------------------------- conflicts
