@@ -54,7 +54,9 @@ def adopt(brain: Any) -> None:
     brain.gradient_clip_algorithm = "norm"
     brain.ends_window = False
     brain.shard_eval = False
-    brain.progress, brain.progress_interval = "auto", 10
+    hparams = getattr(brain, "hparams", None)
+    brain.progress = getattr(hparams, "progress", "auto")
+    brain.progress_interval = getattr(hparams, "progress_interval", 10)
     brain.given_options = _given_options(brain)
     brain.trainer_arguments = getattr(getattr(brain, "hparams", None), "trainer", None) or {}
     # There already where the command line gave some: see patch.py.

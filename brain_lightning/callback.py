@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -60,6 +61,11 @@ class BrainCallback(Callback):
             self._for_the_run.put_back()
             raise
         self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
+        own: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        within = Stages.is_running(stages.brain)
+        self._beside = [] if within else _others(stages.brain.trainer_callbacks, own)
+        # Lightning lets those that a module brings replace others of their class.
+        trainer.callbacks = [*own, *self._beside]  # type: ignore[attr-defined]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the loops, before any loader is looked at."""
@@ -156,5 +162,8 @@ class BrainCallback(Callback):
         for borrowed in (self._for_the_epoch, self._for_the_check, self._for_the_run):
             borrowed.put_back()
         # The next module of this Trainer may be no Brain's.
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [c for c in callbacks if c is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = _others(trainer.callbacks, [self, *self._beside])  # type: ignore[attr-defined]
+
+
+def _others(callbacks: Sequence[Callback], known: Sequence[Callback]) -> list[Callback]:
+    return [callback for callback in callbacks if not any(callback is each for each in known)]

@@ -22,7 +22,7 @@ from .errors import (
     UnsupportedError,
 )
 from .exit_status import EXPLANATION, MISTAKE
-from .run_options import TRAINER_HELP, RunOptions, split_trainer
+from .run_options import OURS_ALONE, TRAINER_HELP, RunOptions, split_trainer
 
 USERS_MISTAKES = (
     RunOptionError,
@@ -74,20 +74,21 @@ def _run(words: list[str]) -> int:
     trainer, rest = split_trainer(words)
     parser = _parser(
         "run",
-        "SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE] [--plot]",
+        "SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE] "
+        "[--plot[=FILE.png]]",
         description="Runs a SpeechBrain recipe, its Brains on a Trainer.",
         epilog=_options_help(),
     )
     parser.add_argument(
         "--trainer",
         metavar="FILE",
-        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them; "
-        "--trainer.X=Y outranks it",
+        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them, "
+        "its paths in full; --trainer.X=Y outranks it",
     )
     parser.add_argument(
-        "--plot", metavar="FILE", nargs="?", const="",
-        help="draw curves of losses and metrics at each end of an epoch; --plot=FILE says "
-        "where (default: curves.png in the recipe's output_folder)",
+        "--plot", metavar="=FILE.png", nargs="?", const="",
+        help="draw curves of losses and metrics at each end of an epoch; --plot=FILE.png "
+        "says where (default: curves.png in the recipe's output_folder)",
     )  # fmt: skip
     # By itself it takes no value: what follows may be the script.
     known, rest = parser.parse_known_args(["--plot=" if w == "--plot" else w for w in rest])
@@ -122,7 +123,11 @@ def _options_help() -> str:
         if field.metadata.get("on_command_line")
     ]
     return (
-        "run options of SpeechBrain:\n" + "\n".join(options) + "\n\n"
+        "run options (SpeechBrain's own Brain has none of "
+        + ", ".join(f"--{name}" for name in OURS_ALONE)
+        + "):\n"
+        + "\n".join(options)
+        + "\n\n"
         "arguments of Lightning's Trainer:\n"
         f"  --trainer.NAME=VALUE, as --trainer.max_steps=1000; {TRAINER_HELP} lists them\n\n"
         "Any other --name=value overrides the hyperparameters file, as in SpeechBrain.\n\n"

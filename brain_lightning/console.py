@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from logging import WARNING
 
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
+
+from .errors import RunOptionError
 
 # As in SpeechBrain's log-config.yaml.
 FORMAT = "%(name)s - %(message)s"
@@ -30,24 +33,39 @@ class Console(logging.Handler):
         """Shows on the standard error what nobody else does.
 
         Args:
-            record: What was logged; the first process speaks for all of them.
+            record: What was logged.
         """
-        first = not getattr(rank_zero_only, "rank", 0)
-        if not logging.getLogger().handlers and (first or record.levelno > logging.INFO):
+        others = [*logging.getLogger().handlers, *logging.getLogger(__package__).handlers]
+        if any(not isinstance(handler, Console) for handler in others):
+            return
+        try:
             tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # noqa: BLE001  as every handler: a line is not worth a training
+            self.handleError(record)
 
 
 def show_information() -> None:
     """Lets INFO of this package be seen as SpeechBrain's; a second call does nothing.
 
-    ``$SB_LOG_LEVEL`` is SpeechBrain's variable for another level. A level that somebody
-    has set stays.
+    The first process speaks for all of them, as in SpeechBrain. ``$SB_LOG_LEVEL`` is its
+    variable for another level. A level that somebody has set stays.
+
+    Raises:
+        RunOptionError: The variable names no level.
     """
     package = logging.getLogger(__package__)
     if package.level == logging.NOTSET:
-        package.setLevel(os.environ.get("SB_LOG_LEVEL", "INFO").upper())
+        package.setLevel(_level() if not getattr(rank_zero_only, "rank", 0) else WARNING)
     if not any(isinstance(handler, Console) for handler in package.handlers):
         package.addHandler(Console())
+
+
+def _level() -> int:
+    name = os.environ.get("SB_LOG_LEVEL") or "INFO"
+    level = int(name) if name.isdecimal() else logging.getLevelName(name.upper())
+    if not isinstance(level, int):
+        raise RunOptionError(f"SB_LOG_LEVEL={name} is not one of DEBUG, INFO, WARNING, ERROR")
+    return level
 
 
 def abbreviated(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,8 @@ from .curves import History, is_rate, read_curves, write_curves
 from .distributed import if_main_process
 from .errors import RunOptionError, UnsupportedError
 from .optimizers import all_optimizers
+
+logger = logging.getLogger(__name__)
 
 FILE = "curves.png"
 
@@ -67,13 +70,17 @@ class CurvePlot(Callback):
 
         Args:
             brain: The Brain that runs.
-            epoch: Its epoch; None in a test.
+            epoch: Its epoch, a number; None in a test.
             metrics: Numbers by name.
         """
         if not metrics or not if_main_process():
             return
         curves = self._curves[brain]
-        curves.add_test(metrics) if epoch is None else curves.add_epoch(epoch, metrics)
+        try:
+            curves.add_test(metrics) if epoch is None else curves.add_epoch(epoch, metrics)
+        except OSError as error:
+            # A picture is not worth a training; the next epoch tries again.
+            logger.warning("The curves could not be drawn: %s", error)
 
     def _free_path(self, brain: Any) -> Path:
         folder = getattr(getattr(brain, "hparams", None), "output_folder", "")
@@ -105,8 +112,10 @@ class _Curves:
         self._history: History = {}
         self._tests: list[Mapping[str, float]] = []
 
-    def add_epoch(self, epoch: float, metrics: Mapping[str, float]) -> None:
+    def add_epoch(self, epoch: Any, metrics: Mapping[str, float]) -> None:
         """Adds what was found in an epoch, which may come in parts."""
+        # A counter may give numbers of any kind, or none at all.
+        epoch = float(epoch) if hasattr(epoch, "__float__") else len(self._history) + 1.0
         if self.begins:
             known = self._history or read_curves(self._path)
             # A run that was killed may have drawn epochs that it had not saved.

@@ -55,12 +55,12 @@ def read_curves(path: Path) -> History:
     Returns:
         The numbers of each epoch; none where there is no such picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             return dict(json.loads(image.info[KEY]))
-    except (FileNotFoundError, UnidentifiedImageError, KeyError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         return {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -44,7 +45,9 @@ def name_epoch(trainer: Trainer, epochs: Epochs) -> None:
     bar, last = trainer.progress_bar_callback, last_epoch(trainer, epochs)
     name = f"Epoch {epochs.current}" + ("" if last is None else f"/{last}")
     if isinstance(bar, TQDMProgressBar):
-        bar.train_progress_bar.set_description(name)
+        # One of a subclass may have no bar for training.
+        with suppress(TypeError):
+            bar.train_progress_bar.set_description(name)
     elif isinstance(bar, RichProgressBar):
         _describe(bar, f"{name:{len(bar.validation_description)}}")
 

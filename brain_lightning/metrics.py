@@ -100,7 +100,8 @@ class Metrics:
         taken = {n: v for n, v in self._plain.items() if n not in LIGHTNINGS_OWN}
         for stage, found in self._found.items():
             taken |= {staged(stage, name): value for name, value in found.items()}
-            mine = found.keys() - LIGHTNINGS_OWN
+            # TEST's never stand for VALID's, which the next process may not have seen.
+            mine = set() if stage is Stage.TEST else found.keys() - LIGHTNINGS_OWN
             mine -= set() if stage is Stage.VALID else self._valids
             taken |= {name: found[name] for name in mine}
             found.clear()

@@ -22,7 +22,7 @@ from .ddp import unwrap_modules, without_wrapper
 from .epochs import Epochs
 from .hooks import check_hooks
 from .lightning_file import check_content, content, recover
-from .metrics import is_of_a_stage
+from .metrics import is_of_a_stage, numbers_in
 from .optimizers import OptimizerGroup
 from .profiling import end_when_profiled
 from .protocol import BrainProtocol
@@ -96,8 +96,7 @@ class BrainModule(LightningModule):
         within = not fitting or Stages.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
         self.stages = Stages(self.brain, Epochs(counter), state, **self._run_options)
-        beside = () if Stages.is_running(self.brain) else self.brain.trainer_callbacks
-        return [BrainCallback(self.stages, self.trainer), *beside]
+        return [BrainCallback(self.stages, self.trainer)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
         """Copies the weights, for callbacks that average them, and shares everything else."""
@@ -235,13 +234,13 @@ class BrainModule(LightningModule):
 
     def _log_running_loss(self) -> None:
         # Not self.log, which costs more than the whole loop where it runs at every step.
-        trainer, batches = self.trainer, self.stages.batches
+        trainer, batches, loss = self.trainer, self.stages.batches, self.stages.train_loss
         # An attribute that Lightning's type hints do not show.
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.loggers and every and not batches % every:
             for logger in trainer.loggers:
                 # Counted as Lightning counts for its own metrics: batches, from 0.
-                logger.log_metrics({"train_loss_step": self.brain.avg_train_loss}, batches - 1)
+                logger.log_metrics(numbers_in({"train_loss_step": loss}), batches - 1)
 
     def _log_metrics(self) -> None:
         metrics = self.stages.metrics.take(self.trainer.world_size > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import runpy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,11 @@ from .patch import patch_speechbrain
 from .trainer import check_trainer_arguments
 
 logger = logging.getLogger(__name__)
+
+OVERRIDES = (
+    "--name=value overrides what the hyperparameters file has; options and arguments of the "
+    "Trainer are listed by brain-lightning run --help and --trainer.help"
+)
 
 
 def run_recipe(
@@ -77,12 +83,22 @@ def run_script(script: str, words: Sequence[str]) -> None:
         words: Its command line.
 
     Raises:
-        RecipeError: There is no such script.
+        RecipeError: There is no such script, or hyperparameters file, or one of the words
+            is nothing that can be overridden there.
     """
     if not Path(script).is_file():
         raise RecipeError(f"there is no script {script!r} here, in {Path.cwd()}")
+    file = words[0] if words else ""
+    if file.endswith((".yaml", ".yml")) and not Path(file).is_file():
+        raise RecipeError(f"there is no hyperparameters file {file!r} here, in {Path.cwd()}")
     with _as_main_program(script, words):
-        runpy.run_path(script, run_name="__main__")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except KeyError as error:
+            # What HyperPyYAML says of --name=value; its class tells nothing more.
+            if str(error.args[0]).startswith("Override"):
+                raise RecipeError(f"{error.args[0]}; {OVERRIDES}") from error
+            raise
 
 
 @contextmanager
@@ -165,6 +181,8 @@ def launch(processes: int, words: Sequence[str]) -> int:
     Returns:
         The exit status: of the process that failed first, or of the signal.
     """
+    # As torchrun does, which tells of it at length.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     options = ["--standalone", f"--nproc_per_node={processes}", "-m", "brain_lightning"]
     try:
         arguments = torchrun.parse_args([*options, *words])  # type: ignore[no-untyped-call]

@@ -213,6 +213,10 @@ def unknown(kind: str, name: str, names: Sequence[str]) -> str:
     return f"unknown {kind} {name!r}: {hint}"
 
 
+# SpeechBrain's own Brain has none of these.
+OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
+
+
 class Arguments(NamedTuple):
     """What a command line says: see ``parse_arguments``."""
 

@@ -47,7 +47,7 @@ class Stages:
         average: The average loss of the evaluation stage that runs or ran last.
         in_training: Whether a TRAIN stage has started and not ended.
         steps_on_last_batch: Whether an incomplete accumulation window makes an update.
-        batches: Training batches so far.
+        batches: Training batches so far; ``train_loss`` is that of the last one.
         draws_together: Whether processes may run out of data at different batches.
         save_with_trainer: Saves within an epoch where the Brain has no Checkpointer.
         termination: Hears a SIGTERM.
@@ -82,6 +82,7 @@ class Stages:
         self.in_training = False
         self.steps_on_last_batch = False
         self.batches = 0
+        self.train_loss: Any = None
         # The error that was located last, by its id: it must not be kept.
         self._located: int | None = None
         self.draws_together = False
@@ -189,6 +190,7 @@ class Stages:
             loss = fit_batch(batch)
         finally:
             self._fitting.pop()
+        self.train_loss = loss
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
         state.end_batch()
         self.batches += 1

@@ -47,6 +47,8 @@ EXPECTED_WARNINGS = (
     r"Using ModelCheckpoint with manual optimization",
     # Each process evaluates by itself.
     r"It is recommended to use `self.log\(.*sync_dist=True",
+    # The losses of steps are logged where there are enough of them, the epochs' always.
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
     # --device=cpu on a machine with a GPU is a decision.
     r"GPU available but not used",
     # Lightning 2.6 on torch 2.13, in its own CombinedLoader.

@@ -474,3 +474,18 @@ def test_doctor_of_a_script_without_brain_or_python(
     assert "no subclass of Brain" in capsys.readouterr().out
     assert main(["doctor", script(tmp_path, "def (")]) == 2
     assert "line 1: invalid syntax" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_and_an_override_of_nothing_are_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = script(
+        tmp_path,
+        "import sys\nfrom hyperpyyaml import load_hyperpyyaml\n"
+        "load_hyperpyyaml(open(sys.argv[1]), sys.argv[2].lstrip('-').replace('=', ': '))",
+    )
+    (tmp_path / "hparams.yaml").write_text("lr: 0.1\n")
+    assert main(["run", recipe, "hparams.yml"]) == 2
+    assert "there is no hyperparameters file 'hparams.yml'" in capsys.readouterr().err
+    assert main(["run", recipe, str(tmp_path / "hparams.yaml"), "--rl=0.2"]) == 2
+    assert "Override 'rl' not found in: ['lr']; --name=value" in capsys.readouterr().err

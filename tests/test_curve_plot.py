@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from brain_lightning import (
@@ -273,3 +274,47 @@ def test_a_fit_within_a_fit_is_not_plotted(tmp_path: Path) -> None:
     text = FIT_WITHIN_FIT.replace("FOLDER", repr(str(tmp_path)))
     assert main(["run", script(tmp_path, text), "--plot"]) == 0
     assert [*read_curves(tmp_path / "curves.png")] == [1, 2, 3]
+
+
+def test_callbacks_of_every_trainer_stand_beside_the_recipes_own(tmp_path: Path) -> None:
+    own, beside = CurvePlot(tmp_path / "own.png"), CurvePlot(tmp_path / "beside.png")
+    brain = make()
+    brain.trainer_callbacks = (beside,)
+    trainer = trainer_with(own)
+    trainer.fit(to_lightning(brain), loader(), loader())
+    assert {path.name for path in tmp_path.glob("*.png")} == {"own.png", "beside.png"}
+    assert trainer.callbacks == [own]
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("brain_lightning.curve_plot.write_curves", full)
+    brain = make()
+    trainer_with(CurvePlot(tmp_path / "c.png")).fit(to_lightning(brain), loader(), loader())
+    assert brain.optimizer_step == 10
+    assert "could not be drawn: no space left" in caplog.text
+
+
+@pytest.mark.parametrize("epochs", [torch.arange(1, 3), [("a", 1), ("a", 2)]], ids=str)
+def test_epochs_of_any_kind_are_drawn(tmp_path: Path, epochs: Any) -> None:
+    module = to_lightning(make(), epoch_counter=epochs)
+    trainer_with(CurvePlot(tmp_path / "c.png")).fit(module, loader(), loader())
+    assert list(read_curves(tmp_path / "c.png")) == [1, 2]
+
+
+def test_a_damaged_picture_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "c.png"
+    write_curves(path, {1: {"train_loss": 1.0}}, [])
+    whole = path.read_bytes()
+    for damaged in (
+        whole[:100],
+        whole[: len(whole) // 2],
+        b"",
+        whole.replace(b"[[", b"[1", 1),
+    ):
+        path.write_bytes(damaged)
+        assert read_curves(path) in ({}, {1: {"train_loss": 1.0}})

@@ -10,12 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.train_logger import FileTrainLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from brain_lightning import EpochCounter, to_lightning
+from brain_lightning import EpochCounter, Stage, to_lightning
+from brain_lightning.metrics import Metrics
 
 from .brains import Regression, loader, make, trainer_with
 
@@ -194,3 +195,30 @@ def test_several_validation_loaders_are_told_apart() -> None:
     assert watching.seen[0]["valid_loss_0"] == pytest.approx(brain.losses[1])
     assert watching.seen[0]["valid_loss_1"] == pytest.approx(brain.losses[2])
     assert "valid_loss" not in watching.seen[0]
+
+
+def test_a_test_stands_for_no_validation() -> None:
+    metrics = Metrics(lambda: Stage.TEST)
+    metrics.add(Stage.TEST, {"WER": 50.0, "loss": 1.0})
+    assert metrics.take() == {"test_WER": 50.0, "test_loss": 1.0}
+
+
+def test_the_loss_of_a_step_is_its_own() -> None:
+    class Listening(Logger):
+        name, version, rows = "l", 0, []
+
+        def log_metrics(self, metrics: Any, step: Any = None) -> None:
+            self.rows.append((step, metrics))
+
+        def log_hyperparams(self, *_: Any) -> None:
+            """Nothing."""
+
+    class Keeping(Regression):
+        def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, step: Any) -> None:
+            self.losses = [*getattr(self, "losses", []), float(loss)]
+
+    brain, listening = make(Keeping), Listening()
+    arguments = {"logger": listening, "log_every_n_steps": 2}
+    brain.fit(range(1), loader(), trainer=arguments)
+    found = [row["train_loss_step"] for _, row in listening.rows if "train_loss_step" in row]
+    assert found == [brain.losses[1], brain.losses[3]]

@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROWS="oldest           3.10   2.4.0  2.4.0      2.4.0     1.0.3
       lightning-2.4    3.11   2.13.0 2.11.0     2.4.0     1.1.2
       lightning-2.5    3.11   2.13.0 2.11.0     2.5.6     1.1.2
-      speechbrain-1.0  3.11   2.13.0 2.8.0      2.6.6     1.0.3
+      speechbrain-1.0  3.12   2.8.0  2.8.0      2.6.6     1.0.3
       newest           3.13   2.15.0 2.11.0     2.6.6     1.1.2"
 
 interpreter() { # VERSION: a Python of that version, on the path or of pyenv
