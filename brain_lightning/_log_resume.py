@@ -73,14 +73,13 @@ class Log:
         # Of which an earlier process may have entries that are made again: epochs, tests.
         self._repeated: set[bool] = set()
 
-    def open(self, goes_on: bool | None) -> None:
+    def open(self, goes_on: bool) -> None:
         """Finds what it adds to, before the first entry; later calls do nothing.
 
         Args:
-            goes_on: Whether this is a log of earlier processes; None where a Trainer
-                writes it, and nothing in it is anybody else's.
+            goes_on: Whether this is a log of earlier processes.
         """
-        if not self._is_open and goes_on is not None and self._begin(goes_on):
+        if not self._is_open and self._begin(goes_on):
             self._repeated = {True, False}
         self._is_open = True
 
@@ -129,7 +128,7 @@ class _Versions(Log):
         return self._folder / f".train_log-{type(self.logger).__name__}-{self._place}"
 
     def _begin(self, goes_on: bool) -> bool:
-        # Elsewhere, or with entries of somebody else's, it is as Lightning has it.
+        # Elsewhere, or where somebody else, such as a Trainer, writes: as Lightning has it.
         if "://" in str(self.logger.save_dir) or self.logger._experiment is not None:
             return False
         if goes_on and self.logger._version is None:
