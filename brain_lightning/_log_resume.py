@@ -3,18 +3,16 @@
 A run that is killed after it has logged an epoch and before it has saved it logs that epoch
 again. Whether a version was asked for, and whether anything was written, Lightning's loggers
 keep to themselves: this is the only file that touches those private parts, and
-``tests/test_train_logger.py`` fails where a release moves one of them.
+``tests/test_log_resume.py`` fails where a release moves one of them.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import (
     CSVLogger,
@@ -28,144 +26,270 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 Row = dict[str, str]
 
 
-def resume(logger: Logger, start: float) -> dict[str, float]:
-    """Prepares a log for what a process is going to write to it.
+class Entry(NamedTuple):
+    """What is logged at one time.
 
-    What a CSV file or TensorBoard's files have from there on is superseded. Where no version
-    was asked for, the newest one that begins before goes on. Nothing can be taken away from a
-    run of W&B or MLflow: ``is_there`` tells what to leave out.
+    Attributes:
+        numbers: By name.
+        name: Of the number that says where it belongs, such as ``epoch``.
+        position: Where it stands.
+    """
+
+    numbers: dict[str, float]
+    name: str | None
+    position: int
+
+    @property
+    def is_test(self) -> bool:
+        """Whether it speaks of TEST alone."""
+        return is_of_test(self.numbers)
+
+
+def is_of_test(names: Iterable[str]) -> bool:
+    """Whether an entry speaks of TEST alone, and of no epoch.
 
     Args:
-        logger: A logger that this process has not written to.
-        start: The first epoch that is going to be logged; infinite where everything in the
-            log is to stay.
-
-    Returns:
-        The last number of each name in a run that cannot be changed; else nothing.
+        names: Of its numbers.
     """
-    if isinstance(logger, CSVLogger):
-        _resume_csv(logger, start)
-    elif isinstance(logger, TensorBoardLogger):
-        _resume_tensorboard(logger, start)
-    elif isinstance(logger, (WandbLogger, MLFlowLogger)):
-        return _last_numbers(logger)
-    return {}
+    stages = {name.partition("_")[0] for name in names}
+    return "test" in stages and not stages & {"train", "valid"}
 
 
-def is_there(
-    last: Mapping[str, float], name: str | None, numbers: Mapping[str, float]
-) -> bool:
-    """Whether a run that cannot be changed has an entry already.
+class Log:
+    """What one logger of a train logger writes: whatever it is given.
 
     Args:
-        last: What ``resume`` returned.
-        name: Of the number that says where the entry belongs, such as ``epoch``.
-        numbers: The entry.
+        logger: The logger.
+        place: Of the logger among those of its train logger.
 
-    Returns:
-        Whether it is of an epoch before the last one, or equal to what there is of that: a
-        recipe may make several entries of an epoch.
+    Attributes:
+        logger: The logger.
     """
-    if name is None or name not in last or numbers[name] > last[name]:
+
+    def __init__(self, logger: Logger, place: int) -> None:
+        self.logger = logger
+        self._place = place
+        self._is_open = False
+        # Of which an earlier process may have entries that are made again: epochs, tests.
+        self._repeated: set[bool] = set()
+
+    def open(self, goes_on: bool) -> None:
+        """Finds what it adds to, before the first entry; later calls do nothing.
+
+        Args:
+            goes_on: Whether this is a log of earlier processes.
+        """
+        if not self._is_open and self._begin(goes_on):
+            self._repeated = {True, False}
+        self._is_open = True
+
+    def write(self, entry: Entry) -> bool:
+        """Logs an entry; the first one takes the place of what it repeats.
+
+        Args:
+            entry: The entry.
+
+        Returns:
+            False where it is there already, and cannot be changed.
+        """
+        if entry.is_test in self._repeated and (entry.is_test or entry.name is not None):
+            self._repeated.remove(entry.is_test)
+            self._supersede(entry)
+        if self._has(entry):
+            return False
+        self.logger.log_metrics(dict(entry.numbers), entry.position)
+        self.logger.save()
+        return True
+
+    def _begin(self, goes_on: bool) -> bool:
+        """Whether there may be entries of earlier processes."""
         return False
-    return numbers[name] < last[name] or numbers.items() <= last.items()
+
+    def _supersede(self, entry: Entry) -> None: ...
+
+    def _has(self, entry: Entry) -> bool:
+        return False
 
 
-def _last_numbers(logger: WandbLogger | MLFlowLogger) -> dict[str, float]:
-    if isinstance(logger, WandbLogger):
-        found = dict(logger.experiment.summary)
-    else:
-        found = logger.experiment.get_run(logger.run_id).data.metrics
-    prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-    return {name.removeprefix(prefix): number for name, number in found.items()}
+class _Versions(Log):
+    """A folder for each run, with a mark where a train logger writes it.
+
+    Lightning's loggers number such folders, and those of a Trainer may be among them.
+    """
+
+    logger: CSVLogger | TensorBoardLogger
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.logger.log_dir)
+
+    @property
+    def _mark(self) -> Path:
+        return self._folder / f".train_log-{type(self.logger).__name__}-{self._place}"
+
+    def _begin(self, goes_on: bool) -> bool:
+        # Elsewhere, or where somebody else, such as a Trainer, writes: as Lightning has it.
+        if "://" in str(self.logger.save_dir) or self.logger._experiment is not None:
+            return False
+        if goes_on and self.logger._version is None:
+            self._choose_version()
+        self._take_over() if goes_on else self._begin_anew()
+        # Makes the folder; Lightning warns of one that is not empty, so the mark is last.
+        self.logger.save()
+        self._mark.touch()
+        return goes_on
+
+    def _choose_version(self) -> None:
+        """The newest that has the mark, else a new one."""
+        new = self.logger.version
+        assert isinstance(new, int)
+        for version in range(new - 1, -1, -1):
+            self.logger._version = version
+            if self._mark.exists():
+                return
+        self.logger._version = new
+
+    def _take_over(self) -> None: ...
+
+    def _begin_anew(self) -> None: ...
 
 
-def _resume_csv(logger: CSVLogger, start: float) -> None:
+class _CSVLog(_Versions):
     """Lightning deletes the file of a version that is there: its rows are logged again."""
-    if logger._experiment is not None:
-        return
-    _choose_version(logger, start, lambda folder: map(_step, _rows(folder)))
-    folder = Path(logger.log_dir)
-    rows = [row for row in _rows(folder) if _step(row) < start]
-    if not rows:
-        return
-    file, aside = _csv_files(folder)
-    if not aside.exists():
-        # Until they are in the new file, for this process may be killed.
-        file.replace(aside)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")
-        writer = logger.experiment
-    for row in rows:
-        # As they stand there: a prefix is in their names already, and no digit may change.
-        values: Any = {name: value for name, value in row.items() if value and name != "step"}
-        writer.log_metrics(values, int(_step(row)))
-    logger.save()
-    aside.unlink()
+
+    logger: CSVLogger
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / ExperimentWriter.NAME_METRICS_FILE
+
+    @property
+    def _aside(self) -> Path:
+        """Where the rows are until they are in the new file, for a process may be killed."""
+        return self._file.with_suffix(".before")
+
+    def _take_over(self) -> None:
+        self._keep(lambda _: True)
+
+    def _begin_anew(self) -> None:
+        self._aside.unlink(missing_ok=True)
+
+    def _supersede(self, entry: Entry) -> None:
+        if entry.is_test:
+            self._keep(lambda row: row["step"] != str(entry.position) or not self._tests(row))
+        else:
+            start = entry.numbers[entry.name or ""]
+            self._keep(lambda row: float(row["step"]) < start)
+
+    def _tests(self, row: Row) -> bool:
+        before = _prefix(self.logger)
+        return is_of_test(name.removeprefix(before) for name, value in row.items() if value)
+
+    def _keep(self, is_kept: Callable[[Row], bool]) -> None:
+        rows = _rows(self._aside if self._aside.is_file() else self._file)
+        if self._file.is_file() and not self._aside.is_file():
+            self._file.replace(self._aside)
+        self._file.unlink(missing_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory")
+            writer = self.logger.experiment
+        writer.metrics_keys.clear()
+        for row in filter(is_kept, rows):
+            # As they stand there: a prefix is in their names already, and no digit changes.
+            values: Any = {name: value for name, value in row.items() if value}
+            writer.log_metrics(values, int(values.pop("step")))
+        self.logger.save()
+        self._aside.unlink(missing_ok=True)
 
 
-def _csv_files(folder: Path) -> tuple[Path, Path]:
-    file = folder / ExperimentWriter.NAME_METRICS_FILE
-    return file, file.with_suffix(".before")
-
-
-def _rows(folder: Path) -> list[Row]:
-    file, aside = _csv_files(folder)
-    path = aside if aside.is_file() else file
-    if not path.is_file():
+def _rows(file: Path) -> list[Row]:
+    """The rows of a CSV file, without those that a kill, or a power cut, has left damaged."""
+    if not file.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
+    text = file.read_text(encoding="utf-8", errors="replace")
+    # What has no end of line may be half a number.
+    lines = [line for line in text.split("\n")[:-1] if "\0" not in line]
+    return [row for row in csv.DictReader(lines) if _is_whole(row)]
 
 
-def _step(row: Row) -> float:
-    """Where a row belongs; infinitely late where a kill has left half of it."""
+def _is_whole(row: dict[Any, Any]) -> bool:
+    # A field too many is a list, one too few is None.
     try:
-        return float(row["step"])
+        int(row["step"])
+        for value in row.values():
+            if value != "":
+                float(value)
     except (KeyError, TypeError, ValueError):
-        return math.inf
+        return False
+    return True
 
 
-def _resume_tensorboard(logger: TensorBoardLogger, start: float) -> None:
-    if logger._experiment is None:
-        _choose_version(logger, start, _tensorboard_steps)
-    if math.isfinite(start) and _has_events(Path(logger.log_dir)):
-        writer = logger.experiment
-        # It is said at the beginning of a file; the next entry begins one.
-        writer.close()
-        writer.purge_step = int(start)
+class _TensorBoardLog(_Versions):
+    """TensorBoard leaves out what stands before the beginning of a file, if that says so."""
+
+    logger: TensorBoardLogger
+
+    def _begin_anew(self) -> None:
+        if self._mark.exists():
+            self._purge(0)
+
+    def _supersede(self, entry: Entry) -> None:
+        # A test cannot be left out alone.
+        if not entry.is_test:
+            self._purge(int(entry.numbers[entry.name or ""]))
+
+    def _purge(self, start: int) -> None:
+        # The next entry begins a file.
+        self.logger.experiment.close()
+        self.logger.experiment.purge_step = start
 
 
-def _has_events(folder: Path) -> bool:
-    return any(folder.glob("*tfevents*"))
+class _ServiceLog(Log):
+    """Nothing can be taken away from a run of W&B or MLflow: what is there is left out."""
+
+    logger: WandbLogger | MLFlowLogger
+
+    def __init__(self, logger: Logger, place: int) -> None:
+        super().__init__(logger, place)
+        # The last number of each name, of earlier processes.
+        self._last: dict[str, float] = {}
+
+    def _begin(self, goes_on: bool) -> bool:
+        if goes_on:
+            self._last = self._last_numbers()
+        return goes_on
+
+    def _last_numbers(self) -> dict[str, float]:
+        logger = self.logger
+        if isinstance(logger, WandbLogger):
+            found = dict(logger.experiment.summary)
+        else:
+            found = logger.experiment.get_run(logger.run_id).data.metrics
+        return {name.removeprefix(_prefix(logger)): number for name, number in found.items()}
+
+    def _has(self, entry: Entry) -> bool:
+        """Of an epoch before the last one; else equal, for an epoch may have several."""
+        numbers, last, name = entry.numbers, self._last, entry.name
+        is_repeated = numbers.items() <= last.items()
+        if entry.is_test or name is None or name not in last:
+            return entry.is_test and is_repeated
+        return numbers[name] < last[name] or (numbers[name] == last[name] and is_repeated)
 
 
-def _tensorboard_steps(folder: Path) -> Iterator[float]:
-    # tensorboardX can write such files, and cannot read them.
-    if not _has_events(folder) or importlib.util.find_spec("tensorboard") is None:
-        return
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    for tag in events.Tags()["scalars"]:
-        yield from (event.step for event in events.Scalars(tag))
+def _prefix(logger: Any) -> str:
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
 
 
-def _choose_version(
-    logger: CSVLogger | TensorBoardLogger,
-    start: float,
-    steps_in: Callable[[Path], Iterable[float]],
-) -> None:
-    """Takes the newest version that has a log, if that begins before ``start``."""
-    if logger._version is not None:
-        return
-    new = logger.version
-    assert isinstance(new, int)
-    for version in range(new - 1, -1, -1):
-        logger._version = version
-        first = min(steps_in(Path(logger.log_dir)), default=None)
-        if first is not None:
-            logger._version = version if first < start else new
-            return
-    logger._version = new
+def log_of(logger: Logger, place: int) -> Log:
+    """What a logger writes.
+
+    Args:
+        logger: The logger.
+        place: As for ``Log``.
+    """
+    kinds: list[tuple[Any, type[Log]]] = [
+        (CSVLogger, _CSVLog),
+        (TensorBoardLogger, _TensorBoardLog),
+        ((WandbLogger, MLFlowLogger), _ServiceLog),
+    ]
+    return next((log for kind, log in kinds if isinstance(logger, kind)), Log)(logger, place)

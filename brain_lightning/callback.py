@@ -27,7 +27,7 @@ from .resume import (
 from .shards import draws_together
 from .stage import Stage
 from .stages import Stages
-from .train_logger import lend_loggers
+from .train_logger import begin_log, lend_loggers
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class BrainCallback(Callback):
         state.position.notes_draws = saves_between_batches(trainer)
         if state.resumed is not None:
             resume_trainer(trainer, self.stages, state.resumed)
+        self._begin_log()
         if trainer.checkpoint_callbacks or is_asked_for(self.stages.brain):
             self.stages.save_with_trainer = partial(save_within_epoch, trainer)
 
@@ -120,6 +121,7 @@ class BrainCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the test run to the end of its loader."""
+        self._begin_log()
         _loops.start_validation(trainer, shared_out=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,6 +156,12 @@ class BrainCallback(Callback):
             # Before another process looks for it; each evaluates by itself.
             several = trainer.world_size > 1
             together(checkpointer.wait) if several else checkpointer.wait()
+
+    def _begin_log(self) -> None:
+        brain, state = self.stages.brain, self.stages.run_state
+        goes_on = state.resumed is not None or brain.optimizer_step > 0
+        position = getattr(self.stages.epochs.counter, "current", state.epochs)
+        begin_log(brain, goes_on, position if isinstance(position, int) else state.epochs)
 
     def _put_back(self, trainer: Trainer) -> None:
         self.stages.close()

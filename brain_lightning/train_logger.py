@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch.loggers import Logger
 
-from ._log_resume import is_there, resume
+from ._log_resume import Entry, Log, is_of_test, log_of
 from .borrowed import Borrowed
 from .distributed import if_main_process
 from .errors import BrainTypeError
@@ -26,7 +26,7 @@ Method = TypeVar("Method", bound=Callable[..., None])
 # Names by which recipes say in stats_meta where an entry belongs, in any case.
 POSITIONS = ("epoch", "steps", "step")
 # What they say where a checkpoint is tested.
-TESTED = "epoch loaded"
+TESTED = ("epoch loaded",)
 
 
 def _on_main_process(method: Method) -> Method:
@@ -50,8 +50,18 @@ class LightningTrainLogger:
                 save_dir: !ref <output_folder>
 
     Numbers have the names that a Trainer's metrics have, ``train_loss`` and ``valid_WER``, and
-    stand at their epoch. A run that goes on does so in its log, where each epoch is found
-    once. Only the main process writes.
+    stand at their epoch. Only the main process writes.
+
+    A run that goes on with one of an earlier process does so in its log: in the version that
+    was asked for, else in the newest that a train logger has written. Each epoch is found
+    there once: what there is from the first one on that is logged again is superseded. A
+    finished run that is tested again replaces the test in a CSV file, leaves it out of W&B
+    and MLflow where it is equal, and adds to it in TensorBoard. Any other run has a new
+    version, or replaces the one that was asked for, and so has a run of SpeechBrain's own
+    loop: only a Trainer says that a run goes on.
+
+    A logger that the Trainer has, too, is fed by the Trainer and goes on as a Trainer's
+    loggers do: with a new version at each start.
 
     Args:
         logger: One of Lightning's loggers, or several.
@@ -67,10 +77,23 @@ class LightningTrainLogger:
     def __init__(self, logger: Logger | Sequence[Logger]) -> None:
         self.loggers = _checked(logger)
         self.fed_by_trainer: Sequence[Logger] = ()
-        # What is in each log that cannot be changed, once it was looked at.
-        self._last: dict[int, dict[str, float]] = {}
+        self._logs = [log_of(each, place) for place, each in enumerate(self.loggers)]
+        self._goes_on: bool | None = None
         self._position = 0
         self._told: set[str] = set()
+
+    def begin_run(self, goes_on: bool, position: int = 0) -> None:
+        """Says whether a run goes on with one of an earlier process; a Trainer does.
+
+        What is said first counts, and nothing is written yet.
+
+        Args:
+            goes_on: Whether something was recovered.
+            position: The last epoch that is over.
+        """
+        if self._goes_on is None:
+            self._goes_on = goes_on
+            self._position = max(self._position, position)
 
     @_on_main_process
     def log_stats(
@@ -97,11 +120,10 @@ class LightningTrainLogger:
         named = dict(_named(stats_meta, stats))
         numbers = numbers_in(named)
         self._tell_of_others(named, numbers)
-        name = _position_name(numbers)
-        self._move_to(numbers, name)
-        for logger in self.loggers:
-            if not any(logger is each for each in self.fed_by_trainer):
-                self._log(logger, numbers, name)
+        entry = self._entry(numbers)
+        for each in self._opened():
+            if not self._is_fed(each) and not each.write(entry):
+                self._tell(f"{_kind(each)} leaves out what its run has already")
         if verbose:
             log.info(_line(stats_meta, stats))
 
@@ -114,10 +136,10 @@ class LightningTrainLogger:
             value: Its samples, between -1 and 1.
             sample_rate: Samples in a second.
         """
-        for logger in self.loggers:
-            if not log_audio(logger, name, value, sample_rate, self._position):
-                self._tell(f"{type(logger).__name__} has no place for audio ({name!r})")
-            logger.save()
+        for each in self._opened():
+            if not log_audio(each.logger, name, value, sample_rate, self._position):
+                self._tell(f"{_kind(each)} has no place for audio ({name!r})")
+            each.logger.save()
 
     @_on_main_process
     def log_figure(self, name: str, value: Any) -> None:
@@ -130,29 +152,28 @@ class LightningTrainLogger:
         if importlib.util.find_spec("matplotlib") is None:
             self._tell(f"figures ({name!r}) are not logged without matplotlib: install it")
             return
-        for logger in self.loggers:
+        for each in self._opened():
             # A figure for each: TensorBoard closes it.
             figure = value if hasattr(value, "savefig") else spectrogram(value)
-            if not log_figure(logger, name, figure, self._position):
-                self._tell(f"{type(logger).__name__} has no place for figures ({name!r})")
-            logger.save()
+            if not log_figure(each.logger, name, figure, self._position):
+                self._tell(f"{_kind(each)} has no place for figures ({name!r})")
+            each.logger.save()
 
-    def _move_to(self, numbers: Mapping[str, float], name: str | None) -> None:
-        tested = next((n for n in numbers if n.lower() == TESTED), None)
+    def _entry(self, numbers: dict[str, float]) -> Entry:
+        name, tested = _place(numbers, POSITIONS), _place(numbers, TESTED)
         if name or tested:
             self._position = int(numbers[name or tested or ""])
-        elif not any(n.startswith("test_") for n in numbers):
+        elif not is_of_test(numbers):
             self._position += 1
+        return Entry(numbers, name, self._position)
 
-    def _log(self, logger: Logger, numbers: Mapping[str, float], name: str | None) -> None:
-        if id(logger) not in self._last:
-            start = math.inf if name is None else numbers[name]
-            self._last[id(logger)] = resume(logger, start)
-        if is_there(self._last[id(logger)], name, numbers):
-            self._tell(f"{type(logger).__name__} leaves out what its run has already")
-            return
-        logger.log_metrics(dict(numbers), self._position)
-        logger.save()
+    def _opened(self) -> Iterator[Log]:
+        for each in self._logs:
+            each.open(goes_on=bool(self._goes_on))
+            yield each
+
+    def _is_fed(self, of: Log) -> bool:
+        return any(of.logger is each for each in self.fed_by_trainer)
 
     def _tell_of_others(self, named: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         for name in named.keys() - numbers.keys():
@@ -172,9 +193,27 @@ def lend_loggers(brain: BrainProtocol, loggers: Sequence[Logger], borrowed: Borr
         loggers: The Trainer's.
         borrowed: Takes note of what is changed.
     """
-    train_logger = getattr(getattr(brain, "hparams", None), "train_logger", None)
-    if isinstance(train_logger, LightningTrainLogger):
+    train_logger = _train_logger_of(brain)
+    if train_logger is not None:
         borrowed.set(train_logger, "fed_by_trainer", loggers)
+
+
+def begin_log(brain: BrainProtocol, goes_on: bool, position: int) -> None:
+    """Says to a recipe's train logger whether it goes on, before training moves anything.
+
+    Args:
+        brain: The Brain whose train logger may be a ``LightningTrainLogger``.
+        goes_on: As for ``LightningTrainLogger.begin_run``.
+        position: As for ``LightningTrainLogger.begin_run``.
+    """
+    train_logger = _train_logger_of(brain)
+    if train_logger is not None:
+        train_logger.begin_run(goes_on, position)
+
+
+def _train_logger_of(brain: BrainProtocol) -> LightningTrainLogger | None:
+    found = getattr(getattr(brain, "hparams", None), "train_logger", None)
+    return found if isinstance(found, LightningTrainLogger) else None
 
 
 def _checked(logger: object) -> list[Logger]:
@@ -195,9 +234,13 @@ def _named(stats_meta: Any, stats: Mapping[str, Any]) -> Iterator[tuple[str, Any
             yield staged(stage, name), value
 
 
-def _position_name(numbers: Mapping[str, float]) -> str | None:
-    names = {name.lower(): name for name in numbers}
-    return next((names[name] for name in POSITIONS if name in names), None)
+def _place(numbers: Mapping[str, float], known: Sequence[str]) -> str | None:
+    names = {name.lower(): name for name, number in numbers.items() if math.isfinite(number)}
+    return next((names[name] for name in known if name in names), None)
+
+
+def _kind(of: Log) -> str:
+    return type(of.logger).__name__
 
 
 def _line(stats_meta: Mapping[str, Any], stats: Mapping[str, Any]) -> str:

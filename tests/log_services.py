@@ -60,11 +60,17 @@ def wandb_resumed_has_each_epoch_once(prefix: str) -> None:
     last = {"epoch": 2, "train_loss": 0.5, "valid_loss": 0.75}
     logger.experiment.summary.update({prefix + name: value for name, value in last.items()})
     train_logger = LightningTrainLogger(logger)
+    train_logger.begin_run(goes_on=True)
     for epoch, train, valid in [(1, 0.75, 1.0), (2, 0.5, 0.8), (3, 0.25, 0.7)]:
         train_logger.log_stats({"epoch": epoch}, {"loss": train})
         train_logger.log_stats({"epoch": epoch}, None, {"loss": valid})
     found = [(row["epoch"], row.get("train_loss"), row.get("valid_loss")) for row in rows]
     assert found == [(2, None, 0.8), (3, 0.25, None), (3, None, 0.7)], found
+    other, rows = wandb_run("replaced", prefix)
+    other.experiment.summary.update({f"{prefix}epoch": 2})
+    LightningTrainLogger(other).log_stats({"epoch": 1}, {"loss": 0.75})
+    assert len(rows) == 1, rows
+    other.experiment.finish()
     logger.experiment.finish()
 
 
@@ -100,6 +106,7 @@ def mlflow() -> None:
         (whole, whole_logger), (killed, killed_logger) = new(prefix), new(prefix)
         train_and_test(reporting(whole_logger(), Path(f"{prefix}0")))
         killed_twice_and_resumed(killed_logger, Path(f"{prefix}1"))
+        train_and_test(reporting(killed_logger(), Path(f"{prefix}1", "save")))
         assert history(killed) == history(whole), history(killed)
         assert history(whole)[f"{prefix}-valid_WER" if prefix else "valid_WER"] == WERS
     media(new()[1]())
