@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from . import convert, doctor, recipe, verify
+from .console import show_information
 from .curve_plot import CurvePlot
 from .errors import (
     BrainTypeError,
@@ -159,13 +160,13 @@ def _verify(words: list[str]) -> int:
 def _doctor(words: list[str]) -> int:
     parser = _parser(
         "doctor",
-        "SCRIPT [--json]",
-        description="Reads a recipe, without running it, and says what works with it.",
+        "SCRIPT [HPARAMS] [--override=value] [--json] [--trainer.X=Y]",
+        description="Reads a recipe's script, without running it, and says what works with "
+        "it. What follows the script is for the other commands, and is not read.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("script", help="the recipe's script")
-    known = parser.parse_args(words)
-    report = doctor.examine(known.script)
+    known, rest = parser.parse_known_args(words)
+    report = doctor.examine(_script(parser, rest)[0])
     print(report.as_json() if known.json else report.as_text())  # noqa: T201
     return 0
 
@@ -173,7 +174,7 @@ def _doctor(words: list[str]) -> int:
 def _convert(words: list[str]) -> int:
     parser = _parser(
         "convert",
-        "SRC DST [--hparams=FILE]",
+        "SRC DST [--hparams=FILE] [--min_key=NAME | --max_key=NAME]",
         description="Turns a CKPT+ directory into a Lightning file (DST is x.ckpt) or a "
         "folder for SpeechBrain's from_hparams (any other name), and a Lightning file into a "
         "CKPT+ directory (DST is CKPT+x).",
@@ -181,8 +182,21 @@ def _convert(words: list[str]) -> int:
     parser.add_argument("source", metavar="SRC", help="a checkpoint, or a folder of them")
     parser.add_argument("target", metavar="DST", help="what to write; it must not be there")
     parser.add_argument("--hparams", metavar="FILE", help="the recipe's hyperparameters")
+    best = parser.add_mutually_exclusive_group()
+    best.add_argument(
+        "--min_key",
+        metavar="NAME",
+        help="of a folder of checkpoints the one with the lowest NAME in its meta, such as "
+        "error (default: the newest)",
+    )
+    best.add_argument("--max_key", metavar="NAME", help="the one with the highest")
+    # Which checkpoint it was, and what is left out; the standard output has the path alone.
+    show_information()
     known = parser.parse_args(words)
-    print(convert.convert(known.source, known.target, known.hparams))  # noqa: T201
+    written = convert.convert(
+        known.source, known.target, known.hparams, known.min_key, known.max_key
+    )
+    print(written)  # noqa: T201
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -12,45 +13,52 @@ import lightning
 from torch import Tensor
 
 from . import checkpoint_store as store
-from .checkpoint import Checkpoint, checkpoint_in, ckpt_recency
+from .checkpoint import Checkpoint, checkpoint_in, one_key, ranked
 from .checkpoint_hooks import load_state, write_state
 from .errors import CheckpointError, RecipeError
-from .inference import write_inference_yaml
+from .inference import Hyperparameters
 from .lightning_file import MODULES, read_files, write_files
 from .meta_yaml import dump_meta
 from .run_state import KEY
 
+logger = logging.getLogger(__name__)
 
-def convert(source: str, target: str, hparams: str | None = None) -> Path:
-    """Turns a checkpoint into what the name of the target says.
+
+def convert(
+    source: str,
+    target: str,
+    hparams: str | None = None,
+    min_key: str | None = None,
+    max_key: str | None = None,
+) -> Path:
+    """Turns a checkpoint into what the name of the target says; which one it was is logged.
 
     Args:
-        source: A ``CKPT+`` directory, a directory of such (the newest one is taken), or
-            a Lightning ``.ckpt`` file.
+        source: A ``CKPT+`` directory, a directory of such (the newest one is taken, unless
+            there is a key), or a Lightning ``.ckpt`` file.
         target: ``x.ckpt`` for a Lightning file, ``CKPT+x`` for a checkpoint directory;
             any other name is a folder for inference.
         hparams: The recipe's hyperparameters, for inference; by default the
             ``hyperparams.yaml`` that SpeechBrain wrote beside its ``save`` folder.
+        min_key: A name in ``meta``, as of ``find_checkpoint``: the lowest value is taken.
+        max_key: The same, for the highest value.
 
     Returns:
         What was written.
 
     Raises:
-        RecipeError: The target is there already, or a file is not.
+        RecipeError: The target is there already, or a file is not, or a key chooses nothing.
         CheckpointError: The source is no checkpoint, or is damaged.
+        ValueError: Both keys were given.
     """
     path = Path(target)
     if path.exists():
         raise RecipeError(f"{target} is there already: give another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if Path(source).is_file():
-        if not path.name.startswith(store.CKPT_PREFIX):
-            raise RecipeError(
-                f"{source} becomes a checkpoint directory: give a target such as "
-                f"{path.parent / 'CKPT+converted'}"
-            )
-        return from_lightning(Path(source), path)
-    checkpoint = _checkpoint(Path(source).resolve())
+        _refuse_keys(Path(source), min_key, max_key)
+        return _from_file(Path(source), path)
+    checkpoint = _checkpoint(Path(source).resolve(), min_key, max_key)
     store.check(checkpoint.path)
     if path.suffix == store.PARAMFILE_EXT:
         return to_lightning_file(checkpoint, path)
@@ -59,14 +67,66 @@ def convert(source: str, target: str, hparams: str | None = None) -> Path:
     return to_inference(checkpoint, path, hparams)
 
 
-def _checkpoint(source: Path) -> Checkpoint:
-    found = checkpoint_in(source) if source.is_dir() else None
-    if found is None and source.is_dir():
-        inside = (checkpoint_in(path) for path in store.in_force(source))
-        found = max((c for c in inside if c is not None), key=ckpt_recency, default=None)
-    if found is None:
+def _from_file(source: Path, path: Path) -> Path:
+    if not path.name.startswith(store.CKPT_PREFIX):
+        raise RecipeError(
+            f"{source} becomes a checkpoint directory: give a target such as "
+            f"{path.parent / 'CKPT+converted'}"
+        )
+    from_lightning(source, path)
+    written = checkpoint_in(path)
+    assert written is not None
+    logger.info("%s: %s", source, _in_a_line(written.meta))
+    return path
+
+
+def _refuse_keys(source: Path, *keys: str | None) -> None:
+    for key in keys:
+        if key is not None:
+            raise RecipeError(
+                f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
+                "key out, or give the folder that they are in"
+            )
+
+
+def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+    alone = checkpoint_in(source) if source.is_dir() else None
+    if alone is None:
+        return _chosen(source, min_key, max_key)
+    _refuse_keys(source, min_key, max_key)
+    logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
+    return alone
+
+
+def _chosen(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+    ranking = one_key(None, max_key, min_key)
+    paths = store.in_force(source) if source.is_dir() else []
+    inside = [c for c in map(checkpoint_in, paths) if c is not None]
+    if not inside:
         raise CheckpointError(f"{source} is no checkpoint, and holds none")
-    return found
+    best = next(iter(ranked(inside, ranking, None)), None)
+    why = _why(min_key, max_key)
+    if best is None:
+        names = ", ".join(sorted({name for c in inside for name in c.meta}))
+        raise RecipeError(
+            f"no checkpoint in {source} has {why}: what they say is {names}; choose one of "
+            "these, or leave the key out for the newest"
+        )
+    logger.info("%s, %s of %d: %s", best.path, why, len(inside), _in_a_line(best.meta))
+    return best
+
+
+def _why(min_key: str | None, max_key: str | None) -> str:
+    if min_key is not None:
+        return f"the lowest {min_key!r}"
+    return "the newest" if max_key is None else f"the highest {max_key!r}"
+
+
+def _in_a_line(meta: Mapping[str, Any]) -> str:
+    said = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in meta.items()}
+    # When it was saved is in its name, and of no use as a number of seconds.
+    shown = ", ".join(f"{name} {value}" for name, value in said.items() if name != "unixtime")
+    return " ".join(shown.split())
 
 
 def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
@@ -190,18 +250,40 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
         ``folder``.
 
     Raises:
-        RecipeError: There are no hyperparameters.
+        RecipeError: There are no hyperparameters, or inference could not load them.
     """
     yaml = Path(hparams or checkpoint.path.parent.parent / "hyperparams.yaml")
     if not yaml.is_file():
         raise RecipeError(f"{yaml} is not there: give the recipe's file with --hparams=FILE")
+    recipe = Hyperparameters(yaml)
     states, _ = read_files(checkpoint)
-    modules = [name for name, state in states.items() if _is_module(state)]
+    names = sorted(checkpoint.paramfiles)
+    # Weights whose object nobody names are asked for, not left out.
+    carried = [n for n in names if _has_weights(states.get(n)) or recipe.is_module(n)]
     temporary = store.new_directory(folder.parent)
     with store.removed_on_failure(temporary):
-        for name in modules:
+        for name in carried:
             shutil.copy(checkpoint.paramfiles[name], temporary)
-        text = write_inference_yaml(yaml.read_text(encoding="utf-8"), modules)
-        (temporary / "hyperparams.yaml").write_text(text, encoding="utf-8")
+        recipe.write(carried, temporary / "hyperparams.yaml")
         temporary.rename(folder)
+    _tell_what_is_left(names, carried, recipe.pretrained())
     return folder
+
+
+def _has_weights(state: Any) -> bool:
+    return bool(state) and _is_module(state)
+
+
+def _tell_what_is_left(names: list[str], carried: list[str], pretrained: set[str]) -> None:
+    left = [name for name in names if name not in carried]
+    logger.info("For inference: %s; left out: %s", _listed(carried), _listed(left))
+    if others := sorted(pretrained.difference(carried)):
+        logger.warning(
+            "The recipe's own pretrainer loads %s, of which the checkpoint has nothing: add "
+            "the files, and loadables for them, yourself",
+            _listed(others),
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch import Trainer
 
 from .brain import Brain
 from .hooks import MANUAL_HOOKS
@@ -33,6 +36,8 @@ ARGUMENTS = (
     "gradient_clip_algorithm", "deterministic", "benchmark", "profiler", "detect_anomaly",
     "barebones", "reload_dataloaders_every_n_epochs",
 )  # fmt: skip
+# Of the report's lines.
+WIDTH = 100
 REFUSED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
 
 
@@ -102,7 +107,7 @@ class Report:
         """For people."""
         if not self.brains:
             return f"{self.script}: no subclass of Brain"
-        return "\n\n".join("\n".join(_lines(self.script, brain)) for brain in self.brains)
+        return "\n\n".join(_text(self.script, brain) for brain in self.brains)
 
 
 def examine(script: str) -> Report:
@@ -251,15 +256,31 @@ def _all(places: Iterable[Place]) -> list[str]:
     return [_at(place) for place in sorted(set(places))]
 
 
-def _lines(script: str, brain: BrainReport) -> Iterator[str]:
-    yield f"{script}:{brain.line}: {brain.name}, a subclass of {brain.base}"
-    yield f"  updates     {brain.updates}: {brain.why}"
-    yield "  overrides   " + ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())
+def _text(script: str, brain: BrainReport) -> str:
+    first = f"{script}:{brain.line}: {brain.name}, a subclass of {brain.base}"
+    wrapped = (
+        line for head, says in _facts(brain) for line in _wrapped(f"  {head:<12}", says)
+    )
+    return "\n".join([first, *wrapped])
+
+
+def _wrapped(head: str, says: str) -> list[str]:
+    # Names are to be copied, and found: none is broken.
+    return textwrap.wrap(
+        says, WIDTH, initial_indent=head, subsequent_indent=" " * len(head),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _facts(brain: BrainReport) -> Iterator[tuple[str, str]]:
+    yield "updates", f"{brain.updates}: {brain.why}"
+    yield "overrides", ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())
     for name, places in brain.uses.items():
-        yield f"  uses        {name}: {', '.join(places)}"
-    yield f"  strategies  safe: {'; '.join(brain.strategies)}"
-    yield f"              refused: {REFUSED_STRATEGIES}"
-    yield f"  arguments   safe: {', '.join(brain.arguments)}"
-    yield f"  callbacks   safe: all of Lightning's but {'; '.join(brain.callbacks_refused)}"
+        yield "uses", f"{name}: {', '.join(places)}"
+    yield "strategies", f"safe: {'; '.join(brain.strategies)}"
+    yield "", f"refused: {REFUSED_STRATEGIES}"
+    others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
+    yield "arguments", f"safe: all of Lightning's but {', '.join(others)}"
+    yield "callbacks", f"safe: all of Lightning's but {'; '.join(brain.callbacks_refused)}"
     for remark in brain.remarks:
-        yield f"  change      line {remark.line}: {remark.about}: {remark.says}"
+        yield "change", f"line {remark.line}: {remark.about}: {remark.says}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import speechbrain
 import torch
+from lightning.pytorch import Trainer
 
 from brain_lightning import RunOptionError
 from brain_lightning._compat import accelerator
@@ -393,6 +396,37 @@ def test_doctor_has_nothing_to_say_about_a_plain_recipe(
     assert "compute_forward (toy.py:12)" in shown
     assert "ddp (each entry" in shown
     assert "change" not in shown
+
+
+def test_doctor_takes_what_the_other_commands_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor", TOY[0]]) == 0
+    alone = capsys.readouterr().out
+    rest = ["nowhere.yaml", "--lr=0.1", "--trainer.max_steps=2", "--debug", "--noprogressbar"]
+    assert main(["doctor", TOY[0], *rest]) == 0
+    assert capsys.readouterr().out == alone
+
+
+def test_doctor_lists_the_exceptions_in_lines_that_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script(tmp_path, BASE, "base.py")
+    path = script(tmp_path, GAN)
+    main(["doctor", path, "--json"])
+    safe = json.loads(capsys.readouterr().out)["brains"][0]["arguments"]
+    main(["doctor", path])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith("train.py:4: GAN, a subclass of SpeechBrain's Brain")
+    assert all(len(line) <= 100 for line in lines)
+    assert all(line.startswith("  ") for line in lines)
+    text = " ".join(" ".join(lines).split())
+    said = re.search(r"arguments safe: all of Lightning's but ([\w, ]+) callbacks ", text)
+    assert said is not None
+    others = set(said[1].split(", "))
+    assert {"precision", "gradient_clip_val", "strategy"} <= others
+    # Every argument is on one side, as in the JSON.
+    assert others == inspect.signature(Trainer).parameters.keys() - set(safe)
 
 
 AROUND = """\
