@@ -102,7 +102,7 @@ class LightningTrainLogger:
         train_stats: Mapping[str, Any] | None = None,
         valid_stats: Mapping[str, Any] | None = None,
         test_stats: Mapping[str, Any] | None = None,
-        verbose: bool = False,
+        verbose: bool = True,
     ) -> None:
         """Logs what is known at the end of an epoch.
 
@@ -112,7 +112,8 @@ class LightningTrainLogger:
                 dictionaries of them.
             valid_stats: Of VALID.
             test_stats: Of TEST; stand at the ``Epoch loaded``, or at the last epoch.
-            verbose: Whether to say it all in one line of Python's logging, too.
+            verbose: Whether to say it all in one line of Python's logging, too, as
+                SpeechBrain's FileTrainLogger does.
         """
         stats = {
             "train_stats": train_stats, "valid_stats": valid_stats, "test_stats": test_stats
