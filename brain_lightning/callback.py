@@ -9,6 +9,7 @@ from functools import partial
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from . import _loops
+from ._fit_loop import progress, set_progress
 from ._strategies import check_strategy, is_parallel, synchronize_nothing
 from .agreement import accumulate, agree, wraps_itself
 from .borrowed import Borrowed
@@ -53,6 +54,7 @@ class BrainCallback(Callback):
         self._for_the_epoch = Borrowed()
         # Lightning checks its arguments before any hook of a callback.
         self._for_the_check = Borrowed()
+        self._before_the_test: dict[str, int] | None = None
         check_strategy(trainer)
         refuse_callbacks(trainer, stages.brain)
         try:
@@ -120,9 +122,16 @@ class BrainCallback(Callback):
         _loops.start_validation(trainer, self.stages.is_shared_out(Stage.VALID))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the test run to the end of its loader."""
+        """Lets the test run to the end of its loader, and stand where the Brain is."""
         self._begin_log()
         _loops.start_validation(trainer, shared_out=False)
+        if trainer.global_step == 0:
+            # One that has trained nothing would log at the very beginning.
+            self._before_the_test = progress(trainer)
+            steps = self.stages.brain.optimizer_step
+            # Lightning's loggers count batches.
+            batches = steps * self.stages.brain.grad_accumulation_factor
+            set_progress(trainer, self._epochs_over(), steps, batches)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends an epoch that had no batch, and decides about the next one."""
@@ -158,12 +167,19 @@ class BrainCallback(Callback):
             together(checkpointer.wait) if several else checkpointer.wait()
 
     def _begin_log(self) -> None:
-        brain, state = self.stages.brain, self.stages.run_state
-        goes_on = state.resumed is not None or brain.optimizer_step > 0
-        position = getattr(self.stages.epochs.counter, "current", state.epochs)
-        begin_log(brain, goes_on, position if isinstance(position, int) else state.epochs)
+        brain = self.stages.brain
+        goes_on = self.stages.run_state.resumed is not None or brain.optimizer_step > 0
+        begin_log(brain, goes_on, self._epochs_over())
+
+    def _epochs_over(self) -> int:
+        epochs = self.stages.run_state.epochs
+        found = getattr(self.stages.epochs.counter, "current", epochs)
+        return found if isinstance(found, int) else epochs
 
     def _put_back(self, trainer: Trainer) -> None:
+        if self._before_the_test is not None:
+            set_progress(trainer, **self._before_the_test, batches=0)
+            self._before_the_test = None
         self.stages.close()
         self.stages.termination.put_back()
         _loops.detach(trainer)

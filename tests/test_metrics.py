@@ -222,3 +222,17 @@ def test_the_loss_of_a_step_is_its_own() -> None:
     brain.fit(range(1), loader(), trainer=arguments)
     found = [row["train_loss_step"] for _, row in listening.rows if "train_loss_step" in row]
     assert found == [brain.losses[1], brain.losses[3]]
+
+
+def test_a_test_is_logged_where_the_brain_is(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    brain = make(hparams={"trainer": {"logger": logger}})
+    brain.fit(EpochCounter(2), loader(), loader())
+    brain.evaluate(loader())
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    (tested,) = [row for row in rows if row["test_loss"]]
+    assert int(tested["step"]) == brain.optimizer_step == 10
+    assert {row["epoch"] for row in rows} == {"0", "1", tested["epoch"]}
+    trainer = trainer_with()
+    trainer.test(to_lightning(brain), loader(), verbose=False)
+    assert trainer.global_step == trainer.current_epoch == 0
