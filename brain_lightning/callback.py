@@ -142,7 +142,11 @@ class BrainCallback(Callback):
         self._for_the_epoch.put_back()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what a callback could not bring to its end."""
+        """Says what has ended the training, and what a callback could not bring to its end."""
+        for stopping in trainer.early_stopping_callbacks:
+            if stopping is not None and stopping.stopped_epoch:
+                said = "EarlyStopping(%r) ended the training after epoch %s."
+                logger.info(said, stopping.monitor, self.stages.epochs.current)
         check_averaging(trainer)
 
     def on_exception(

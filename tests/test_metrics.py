@@ -236,3 +236,11 @@ def test_a_test_is_logged_where_the_brain_is(tmp_path: Path) -> None:
     trainer = trainer_with()
     trainer.test(to_lightning(brain), loader(), verbose=False)
     assert trainer.global_step == trainer.current_epoch == 0
+
+
+def test_early_stopping_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    # The loss falls: the second epoch is no better.
+    stopping = EarlyStopping("valid_loss", mode="max", patience=1)
+    make().fit(EpochCounter(5), loader(), loader(), trainer={"callbacks": [stopping]})
+    assert "EarlyStopping('valid_loss') ended the training after epoch 2." in caplog.messages
