@@ -15,7 +15,7 @@ commands:
   run     SCRIPT HPARAMS [overrides]   run a recipe, its Brains on a Trainer
   verify  SCRIPT HPARAMS [overrides]   run it on SpeechBrain's loop too, and compare
   doctor  SCRIPT                       read it, and say what works with it
-  convert SRC DST                      a checkpoint for SpeechBrain, Lightning or inference
+  convert SRC DST [--min_key=WER]      a checkpoint for SpeechBrain, Lightning or inference
 
 examples:
   brain-lightning run train.py hparams.yaml --lr=0.01 --trainer.max_steps=1000
