@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from brain_lightning import BrainTypeError, Checkpointer, EpochCounter, LightningTrainLogger
 
 from .brains import Regression, loader, make
+from .test_cli import stub_path
 
 Row = dict[str, str]
 
@@ -185,7 +186,8 @@ def test_lists_dictionaries_and_what_is_no_number(caplog: pytest.LogCaptureFixtu
             {"confusions": torch.ones(2, 2), "empty": []},
         )
     assert stub.entries[1] == (2, {"Epoch": 2.0, "train_loss": 1.5, "train_asr_WER": 7.0})
-    told = sorted(record.getMessage().split("'")[1] for record in caplog.records)
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    told = sorted(message.split("'")[1] for message in warned)
     assert told == ["name", "valid_confusions", "valid_empty"]
 
 
@@ -301,7 +303,7 @@ def test_no_place_for_sounds_and_pictures_is_told_once(
     train_logger = LightningTrainLogger(Stub())
     media(train_logger)
     media(train_logger)
-    told = [record.getMessage() for record in caplog.records]
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert told == [
         "Stub has no place for audio ('voice').",
         "Stub has no place for figures ('spectrogram').",
@@ -361,8 +363,7 @@ def speechbrain_reporting(train_logger: Any) -> Any:
 
 
 def in_processes(*words: str, cwd: Path) -> None:
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), stub_path(cwd)])
     done = subprocess.run(
         [sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, timeout=240,
