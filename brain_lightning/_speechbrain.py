@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
+
 from ._compat import run_option_defaults
 from .borrowed import Borrowed
 from .errors import UnsupportedError
@@ -51,6 +53,8 @@ def adopt(brain: Any) -> None:
             "each device, with torchrun or --trainer.devices=2"
         )
     brain.stage_type = _loaded("core", "Stage")
+    # SpeechBrain's own has one from 1.1 on.
+    brain.device_type = torch.device(brain.device).type
     brain.gradient_clip_algorithm = "norm"
     brain.ends_window = False
     brain.shard_eval = False
