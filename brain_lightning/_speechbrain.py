@@ -62,7 +62,7 @@ def adopt(brain: Any) -> None:
     brain.progress = getattr(hparams, "progress", "auto")
     brain.progress_interval = getattr(hparams, "progress_interval", 10)
     brain.given_options = _given_options(brain)
-    brain.trainer_arguments = getattr(getattr(brain, "hparams", None), "trainer", None) or {}
+    brain.trainer_arguments = getattr(hparams, "trainer", None) or {}
     # There already where the command line gave some: see patch.py.
     brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
     brain.trainer_callbacks = getattr(brain, "trainer_callbacks", ())

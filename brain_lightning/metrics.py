@@ -123,7 +123,7 @@ def is_of_a_stage(name: str) -> bool:
     Args:
         name: What ``Metrics.take`` calls it.
     """
-    return name.startswith(tuple(f"{stage.name.lower()}_" for stage in Stage))
+    return name.startswith(tuple(staged(stage, "") for stage in Stage))
 
 
 class _Overheard:

@@ -18,7 +18,7 @@ from .borrowed import Borrowed
 from .distributed import on_any_rank, world_size
 from .epochs import Epochs
 from .interval import IntervalCheckpoints
-from .metrics import Metrics
+from .metrics import Metrics, staged
 from .place import add_place, calls_hooks
 from .progress import LossBar, LossLines, progress_bar
 from .protocol import BrainProtocol
@@ -287,7 +287,7 @@ class Stages:
             Nothing before its first batch.
         """
         average = self.brain.avg_train_loss if stage is Stage.TRAIN else self.average
-        return {f"{stage.name.lower()}_loss": average} if self.brain.step else {}
+        return {staged(stage, "loss"): average} if self.brain.step else {}
 
     def _bar(self, batches: Iterable[Any], stage: Stage) -> LossBar | LossLines:
         loss = functools.partial(self.running_loss, stage)
