@@ -4,25 +4,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .brain import Brain
-    from .callback import BrainCallback
-    from .checkpoint import Checkpoint, average_checkpoints
-    from .checkpoint_hooks import (
+    from .brain.brain import Brain
+    from .brain.patch import patch_speechbrain
+    from .callback.brain_callback import BrainCallback
+    from .checkpoints.checkpoint import Checkpoint, average_checkpoints
+    from .checkpoints.checkpointer import Checkpointer
+    from .checkpoints.hooks import (
         mark_as_loader,
         mark_as_saver,
         mark_as_transfer,
         register_checkpoint_hooks,
     )
-    from .checkpoints import Checkpointer
-    from .curve_plot import CurvePlot
-    from .distributed import (
+    from .data.samplers import DistributedSamplerWrapper, ReproducibleRandomSampler
+    from .distributed.communication import (
         ddp_barrier,
         ddp_broadcast,
         if_main_process,
         main_process_only,
         run_on_main,
     )
-    from .epochs import EpochCounter, EpochCounterWithStopper
     from .errors import (
         BrainTypeError,
         CheckpointError,
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
         UnequalDataError,
         UnsupportedError,
     )
-    from .generate import lightning_module_class, to_lightning
-    from .optimizers import OptimizerGroup
-    from .patch import patch_speechbrain
-    from .position import SaveableDataLoader
-    from .run_options import RunOptions, parse_arguments
-    from .samplers import DistributedSamplerWrapper, ReproducibleRandomSampler
+    from .loggers.curve_plot import CurvePlot
+    from .loggers.train_logger import LightningTrainLogger
+    from .module.to_lightning import lightning_module_class, to_lightning
+    from .options.run_options import RunOptions, parse_arguments
+    from .resume.data_position import SaveableDataLoader
     from .stage import Stage
-    from .train_logger import LightningTrainLogger
+    from .stages.epochs import EpochCounter, EpochCounterWithStopper
+    from .step.optimizers import OptimizerGroup
 
 __all__ = [
     "Brain",
@@ -85,43 +85,43 @@ __all__ = [
 
 # Where each is; loaded when it is asked for, so that `brain-lightning --help` need not wait.
 _FILES = {
-    "Brain": "brain",
-    "BrainCallback": "callback",
+    "Brain": "brain.brain",
+    "BrainCallback": "callback.brain_callback",
     "BrainTypeError": "errors",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "checkpoints.checkpoint",
     "CheckpointError": "errors",
     "CheckpointSaveError": "errors",
-    "Checkpointer": "checkpoints",
-    "CurvePlot": "curve_plot",
-    "DistributedSamplerWrapper": "samplers",
-    "EpochCounter": "epochs",
-    "EpochCounterWithStopper": "epochs",
+    "Checkpointer": "checkpoints.checkpointer",
+    "CurvePlot": "loggers.curve_plot",
+    "DistributedSamplerWrapper": "data.samplers",
+    "EpochCounter": "stages.epochs",
+    "EpochCounterWithStopper": "stages.epochs",
     "HookStoppedError": "errors",
-    "LightningTrainLogger": "train_logger",
+    "LightningTrainLogger": "loggers.train_logger",
     "MainProcessError": "errors",
     "NonFiniteLossError": "errors",
-    "OptimizerGroup": "optimizers",
-    "ReproducibleRandomSampler": "samplers",
+    "OptimizerGroup": "step.optimizers",
+    "ReproducibleRandomSampler": "data.samplers",
     "RunOptionError": "errors",
-    "RunOptions": "run_options",
-    "SaveableDataLoader": "position",
+    "RunOptions": "options.run_options",
+    "SaveableDataLoader": "resume.data_position",
     "Stage": "stage",
     "UnequalDataError": "errors",
     "UnsupportedError": "errors",
-    "average_checkpoints": "checkpoint",
-    "ddp_barrier": "distributed",
-    "ddp_broadcast": "distributed",
-    "if_main_process": "distributed",
-    "lightning_module_class": "generate",
-    "main_process_only": "distributed",
-    "mark_as_loader": "checkpoint_hooks",
-    "mark_as_saver": "checkpoint_hooks",
-    "mark_as_transfer": "checkpoint_hooks",
-    "parse_arguments": "run_options",
-    "patch_speechbrain": "patch",
-    "register_checkpoint_hooks": "checkpoint_hooks",
-    "run_on_main": "distributed",
-    "to_lightning": "generate",
+    "average_checkpoints": "checkpoints.checkpoint",
+    "ddp_barrier": "distributed.communication",
+    "ddp_broadcast": "distributed.communication",
+    "if_main_process": "distributed.communication",
+    "lightning_module_class": "module.to_lightning",
+    "main_process_only": "distributed.communication",
+    "mark_as_loader": "checkpoints.hooks",
+    "mark_as_saver": "checkpoints.hooks",
+    "mark_as_transfer": "checkpoints.hooks",
+    "parse_arguments": "options.run_options",
+    "patch_speechbrain": "brain.patch",
+    "register_checkpoint_hooks": "checkpoints.hooks",
+    "run_on_main": "distributed.communication",
+    "to_lightning": "module.to_lightning",
 }
 
 

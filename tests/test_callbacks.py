@@ -386,7 +386,7 @@ def test_a_recipes_own_annealing_survives(callback: Callable[[], Any]) -> None:
 def test_averaging_without_end_is_refused_by_old_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("brain_lightning.refusals.AVERAGES_WITHOUT_END", False)
+    monkeypatch.setattr("brain_lightning.callback.unsupported.AVERAGES_WITHOUT_END", False)
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2)
     with pytest.raises(UnsupportedError, match=r"Lightning 2\.6\.1.*give max_epochs"):
         make().fit(range(3), loader(), trainer={"callbacks": [averaging]})

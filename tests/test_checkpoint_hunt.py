@@ -23,8 +23,8 @@ from brain_lightning import (
     UnsupportedError,
     checkpoint_store,
 )
-from brain_lightning.background import Snapshots
-from brain_lightning.cli import main
+from brain_lightning.checkpoints.async_save import Snapshots
+from brain_lightning.cli.main import main
 
 from .brains import make
 from .checkpoint_kills import State

@@ -368,7 +368,7 @@ def test_what_dead_processes_left_is_removed_and_the_living_ones_is_not(
     state = saved(folder, 1)
     done = subprocess.run(
         [sys.executable, "-c", "from pathlib import Path\n"
-         "from brain_lightning.checkpoint_store import new_directory\n"
+         "from brain_lightning.checkpoints.atomic_directory import new_directory\n"
          f"print(new_directory(Path({str(folder)!r})).name)"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip

@@ -17,9 +17,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from brain_lightning import RunOptionError
-from brain_lightning._compat import accelerator
-from brain_lightning.cli import main
-from brain_lightning.recipe import processes_to_launch
+from brain_lightning.cli.main import main
+from brain_lightning.cli.script import processes_to_launch
+from brain_lightning.compat.versions import accelerator
 
 RECIPES = Path(__file__).parent / "recipes"
 TOY = [str(RECIPES / "toy.py"), str(RECIPES / "toy.yaml")]

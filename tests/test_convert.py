@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from brain_lightning import Brain, Checkpointer, EpochCounter, to_lightning
-from brain_lightning.cli import main
-from brain_lightning.convert import convert
+from brain_lightning.cli.convert import convert
+from brain_lightning.cli.main import main
 
 from .brains import Regression, loader, make, same_state, trainer_with
 

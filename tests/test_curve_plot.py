@@ -17,8 +17,8 @@ from brain_lightning import (
     UnsupportedError,
     to_lightning,
 )
-from brain_lightning.cli import main
-from brain_lightning.curves import draw, read_curves, write_curves
+from brain_lightning.cli.main import main
+from brain_lightning.loggers.curves import draw, read_curves, write_curves
 
 from .brains import Regression, loader, make, trainer_with
 from .test_cli import QUIET, TOY, in_a_process, script
@@ -117,7 +117,7 @@ def test_the_tests_are_drawn_until_training_goes_on(
 ) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(
-        "brain_lightning.curve_plot.write_curves",
+        "brain_lightning.loggers.curve_plot.write_curves",
         lambda path, history, tests: drawn.append(([*history], [*tests])),
     )
     brain = plotted(make(hparams={"output_folder": tmp_path}), CurvePlot())
@@ -292,7 +292,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_training(
     def full(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("brain_lightning.curve_plot.write_curves", full)
+    monkeypatch.setattr("brain_lightning.loggers.curve_plot.write_curves", full)
     brain = make()
     trainer_with(CurvePlot(tmp_path / "c.png")).fit(to_lightning(brain), loader(), loader())
     assert brain.optimizer_step == 10

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from brain_lightning.cli import main
-from brain_lightning.exit_status import EXPLANATION, of_process
+from brain_lightning.cli.exit_status import EXPLANATION, of_process
+from brain_lightning.cli.main import main
 
 RECIPE = str(Path(__file__).parent / "recipes" / "exits.py")
 RUN = [sys.executable, "-m", "brain_lightning", "run", RECIPE]

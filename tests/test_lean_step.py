@@ -19,7 +19,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from brain_lightning import stepping, to_lightning
+from brain_lightning import to_lightning
+from brain_lightning.module import automatic as stepping
 
 from .brains import Regression, all_equal, loader, make, trainer_with, weights
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnException
 from torch.utils.data import DataLoader
 
 from brain_lightning import CheckpointError, to_lightning
-from brain_lightning.cli import main
+from brain_lightning.cli.main import main
 
 from .brains import Regression, loader, make, trainer_with, weights
 from .test_resume import BATCHES, Cut, Noise, Noisy, assert_same, at, brain_in, seed

@@ -16,7 +16,7 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from brain_lightning import EpochCounter, Stage, to_lightning
-from brain_lightning.metrics import Metrics
+from brain_lightning.stages.metrics import Metrics
 
 from .brains import Regression, loader, make, trainer_with
 

@@ -13,7 +13,8 @@ from speechbrain.dataio.batch import PaddedBatch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from brain_lightning import HookStoppedError, _compat, patch_speechbrain, to_lightning
+from brain_lightning import HookStoppedError, patch_speechbrain, to_lightning
+from brain_lightning.compat import versions
 
 from .brains import Regression, loader, make, trainer_with
 
@@ -294,6 +295,6 @@ def test_python_3_10_has_no_notes_and_logs(caplog: pytest.LogCaptureFixture) -> 
 
     caplog.set_level(logging.ERROR)
     error = OldError("boom")
-    _compat.add_note(error, "in TRAIN")
+    versions.add_note(error, "in TRAIN")
     assert notes(error) == ["in TRAIN"]
     assert caplog.messages == ["OldError: in TRAIN"]

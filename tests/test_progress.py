@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from brain_lightning import EpochCounter, RunOptionError, parse_arguments, to_lightning
-from brain_lightning.console import abbreviated
-from brain_lightning.lightning_bars import last_epoch
+from brain_lightning.callback.progress_bars import last_epoch
+from brain_lightning.loggers.console import abbreviated
 
 from .brains import Regression, loader, make, trainer_with
 from .upstream import needs_lightning
@@ -250,7 +250,7 @@ ipython = types.ModuleType("IPython")
 ipython.get_ipython = lambda: shell
 sys.modules["IPython"] = ipython
 {ipywidgets}
-import brain_lightning.progress as progress
+import brain_lightning.stages.progress as progress
 print(progress.LossBar.__mro__[2].__module__, progress.is_watched())
 print(progress.LossLines.__mro__[2].__module__)
 """
@@ -387,7 +387,7 @@ COUNTS = """\
 @pytest.mark.parametrize(
     ("configuration", "prefix"),
     [
-        ("", "brain_lightning.brain_state - Brain Model Statistics:\n"),
+        ("", "brain_lightning.brain.base - Brain Model Statistics:\n"),
         # SpeechBrain's loggers let INFO pass by themselves, whatever the root's level.
         ("logging.basicConfig(format='mine: %(message)s')", "mine: Brain Model Statistics:\n"),
         ("import os; os.environ['SB_LOG_LEVEL'] = 'WARNING'", None),

@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from brain_lightning import RunOptionError, UnsupportedError, to_lightning
-from brain_lightning.agreement import agree
-from brain_lightning.borrowed import Borrowed
-from brain_lightning.ddp import wrap_modules
+from brain_lightning.callback.reconcile import agree
+from brain_lightning.distributed.ddp import wrap_modules
+from brain_lightning.temporary import Borrowed
 
 from .brains import loader, make, trainer_with
 
@@ -54,7 +54,7 @@ def test_the_strategys_arguments_reach_every_wrapper(monkeypatch: pytest.MonkeyP
             self.module = module
             calls.append((type(module).__name__, kwargs))
 
-    monkeypatch.setattr("brain_lightning.ddp.DistributedDataParallel", Wrapper)
+    monkeypatch.setattr("brain_lightning.distributed.ddp.DistributedDataParallel", Wrapper)
     brain, borrowed = make(), Borrowed()
     trainer = ddp(find_unused_parameters=True, gradient_as_bucket_view=True)
     agree(trainer, brain, borrowed)

@@ -225,7 +225,7 @@ def test_anything_but_a_logger_is_refused_in_words(logger: Any) -> None:
 def test_the_line_is_the_one_that_filetrainlogger_writes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "brain_lightning.train_logger")
+    caplog.set_level(logging.INFO, "brain_lightning.loggers.train_logger")
     stats: Any = [
         {"epoch": 3, "lr": 0.00123, "name": "a"}, {"loss": 250.0}, {"WER": 12.3456}, {"b": {}}
     ]  # fmt: skip

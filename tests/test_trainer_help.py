@@ -11,8 +11,8 @@ import pytest
 from lightning.pytorch import Trainer
 
 from brain_lightning import parse_arguments
-from brain_lightning.cli import main
-from brain_lightning.trainer_help import WIDTH, WITH_A_BRAIN, trainer_help
+from brain_lightning.cli.main import main
+from brain_lightning.options.trainer_arguments import WIDTH, WITH_A_BRAIN, trainer_help
 
 ARGUMENTS = list(inspect.signature(Trainer).parameters)
 

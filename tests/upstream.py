@@ -8,7 +8,7 @@ import pytest
 import speechbrain
 from torch.torch_version import TorchVersion
 
-from brain_lightning._compat import LIGHTNING
+from brain_lightning.compat.versions import LIGHTNING
 
 SPEECHBRAIN = TorchVersion(speechbrain.__version__)
 

@@ -87,7 +87,7 @@ def main(position: int) -> None:
 
 def _jump(folder: Path, at: int, workers: int) -> None:
     """Trains one batch, and saves as if it were the last of many."""
-    from brain_lightning.position import Position
+    from brain_lightning.resume.data_position import Position
 
     original = Position.state
 

@@ -395,18 +395,18 @@ class Heard(logging.Handler):
 
 def batchnorm_stays_local(side: Side, record: Record) -> Any:
     handler = Heard(record)
-    logging.getLogger("brain_lightning.ddp").addHandler(handler)
+    logging.getLogger("brain_lightning.distributed.ddp").addHandler(handler)
     model = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
     brain = make(side, record, {"model": model}, run_opts=GLOO)
     brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 4})
-    logging.getLogger("brain_lightning.ddp").removeHandler(handler)
+    logging.getLogger("brain_lightning.distributed.ddp").removeHandler(handler)
     return brain
 
 
 def called_around_its_wrapper(side: Side, record: Record) -> Any:
     modules = encoder_and_head(dropout=0.0)
     handler = Heard(record)
-    logging.getLogger("brain_lightning.ddp").addHandler(handler)
+    logging.getLogger("brain_lightning.distributed.ddp").addHandler(handler)
 
     def compute_forward(self: Any, batch: Any, stage: Any) -> Tensor:
         return self.modules.head(self.hparams.encoder(batch[0]))
@@ -416,7 +416,7 @@ def called_around_its_wrapper(side: Side, record: Record) -> Any:
         compute_forward=compute_forward,
     )  # fmt: skip
     brain.fit(side.EpochCounter(1), dataset(), train_loader_kwargs={"batch_size": 4})
-    logging.getLogger("brain_lightning.ddp").removeHandler(handler)
+    logging.getLogger("brain_lightning.distributed.ddp").removeHandler(handler)
     record.tensors.clear()
     return brain
 
@@ -486,10 +486,10 @@ class Stream(IterableDataset[Any]):
 
 def streams_of_different_lengths(side: Side, record: Record) -> Any:
     handler = Heard(record)
-    logging.getLogger("brain_lightning.stages").addHandler(handler)
+    logging.getLogger("brain_lightning.stages.run").addHandler(handler)
     brain = make(side, record, run_opts=GLOO)
     brain.fit(side.EpochCounter(2), DataLoader(Stream(brain.rank), 4), dataset())
-    logging.getLogger("brain_lightning.stages").removeHandler(handler)
+    logging.getLogger("brain_lightning.stages.run").removeHandler(handler)
     record.results.append(brain.optimizer_step)
     return brain
 
@@ -598,7 +598,7 @@ def counted_with_tensors(side: Side, record: Record) -> Any:
             record.results.append(self.lazy.summarize())
 
     handler = Heard(record)
-    logging.getLogger("brain_lightning.shards").addHandler(handler)
+    logging.getLogger("brain_lightning.stages.sharded_evaluation").addHandler(handler)
     for size, trainer in ((5, {}), (20, {}), (5, {"limit_val_batches": 3})):
         brain = make(
             side, record, run_opts={**GLOO, "shard_eval": True},
@@ -609,7 +609,7 @@ def counted_with_tensors(side: Side, record: Record) -> Any:
             range(1), dataset(), dataset(), train_loader_kwargs={"batch_size": 5},
             valid_loader_kwargs={"batch_size": size}, trainer=trainer,
         )  # fmt: skip
-    logging.getLogger("brain_lightning.shards").removeHandler(handler)
+    logging.getLogger("brain_lightning.stages.sharded_evaluation").removeHandler(handler)
     record.events.clear()
     record.tensors.clear()
     return brain

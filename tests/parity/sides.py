@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import brain_lightning
-from brain_lightning.recording import HOOKS
+from brain_lightning.cli.verify_recorder import HOOKS
 
 from ..conftest import seed_everything
 

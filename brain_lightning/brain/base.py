@@ -1,0 +1,263 @@
+"""What a Brain is made of before anything runs: options, modules, device and counters."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from torch.nn import Module, ModuleDict
+from torch.optim import Optimizer
+
+from brain_lightning.checkpoints.checkpointer import Checkpointer
+from brain_lightning.checkpoints.hooks import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from brain_lightning.compat import speechbrain
+from brain_lightning.errors import BrainTypeError, UnsupportedError
+from brain_lightning.loggers.console import abbreviated, show_information
+from brain_lightning.options.resolve import resolve_run_options
+from brain_lightning.options.run_options import RunOptions
+from brain_lightning.stage import Stage
+from brain_lightning.stages.epochs import EpochCounter, EpochCounterWithStopper
+from brain_lightning.step.precision import autocast, device_type, gradient_scaler, infer_device
+
+logger = logging.getLogger(__name__)
+
+
+@register_checkpoint_hooks
+class BrainState:
+    """The attributes of a Brain, and how they are saved.
+
+    Args:
+        modules: See ``Brain``.
+        opt_class: See ``Brain``.
+        hparams: See ``Brain``.
+        run_opts: See ``Brain``.
+        checkpointer: See ``Brain``.
+
+    Attributes:
+        modules: A ModuleDict on the device.
+        hparams: The hyperparameters, in dot notation.
+        device: The name of the device, ``cpu`` or ``cuda:0``.
+        rank: The number of this process, from 0.
+        world_size: The number of processes.
+        optimizer: The optimizer of the default ``init_optimizers``.
+        optimizers_dict: The optimizers that step together, by name.
+        step: Batches so far in the stage that runs.
+        optimizer_step: Updates so far, over all epochs.
+        avg_train_loss: Running average of the training loss in this epoch.
+        nonfinite_count: Losses of this epoch that were not finite.
+        train_sampler: Its ``set_epoch`` is called before each epoch.
+        training_ctx: Autocast of the training precision.
+        evaluation_ctx: Autocast of the evaluation precision.
+        scaler: The gradient scaler, on for fp16.
+    """
+
+    # Run options become attributes; these are the ones that Brain's own code reads.
+    device: str
+    precision: str
+    eval_precision: str
+    debug: bool
+    debug_batches: int
+    debug_epochs: int
+    debug_persistently: bool
+    max_grad_norm: float
+    skip_nonfinite_grads: bool
+    nonfinite_patience: int
+    noprogressbar: bool
+    progress: str
+    progress_interval: float
+    tqdm_barcolor: dict[str, str]
+    tqdm_colored_bar: bool
+    ckpt_interval_minutes: float
+    ckpt_interval_steps: int
+    async_save: bool
+    shard_eval: bool
+    grad_accumulation_factor: int
+    optimizer_step_limit: int | None
+    remove_vector_weight_decay: bool
+    compile: bool
+    compile_module_keys: list[str] | None
+    compile_mode: str
+    compile_using_fullgraph: bool
+    compile_using_dynamic_shape_tracing: bool
+    jit: bool
+    jit_module_keys: list[str] | None
+    profile_training: bool
+    profile_warmup: int
+    profile_steps: int
+    test_only: bool
+    distributed_launch: bool
+    distributed_backend: str
+    find_unused_parameters: bool
+
+    optimizer: Optimizer
+    # How max_grad_norm clips, and whether the batch in hand ends an accumulation window
+    # early: a Trainer may say so for the time of a run.
+    gradient_clip_algorithm = "norm"
+    ends_window = False
+    # Arguments of every Trainer; `brain-lightning run` gives some: see recipe.py.
+    trainer_overrides: Mapping[str, Any] = MappingProxyType({})
+    # Callbacks of every Trainer, beside those that it has.
+    trainer_callbacks: Sequence[Any] = ()
+    # What its hooks are told.
+    stage_type = Stage
+
+    def __init__(
+        self,
+        modules: Mapping[str, Module] | None = None,
+        opt_class: Any = None,
+        hparams: Mapping[str, Any] | None = None,
+        run_opts: RunOptions | Mapping[str, Any] | None = None,
+        checkpointer: Any = None,
+    ) -> None:
+        # Anything else is the recipe's own affair: GANs give a list and unpack it.
+        if isinstance(opt_class, Optimizer):
+            raise BrainTypeError(
+                "opt_class must make an optimizer of parameters, got an instance of "
+                f"{type(opt_class).__name__}: give torch.optim.Adam, a lambda, or in YAML "
+                "!name:torch.optim.Adam"
+            )
+        self.opt_class = opt_class
+        self.checkpointer = checkpointer
+        self.hparams = SimpleNamespace(**(hparams or {}))
+        if not isinstance(run_opts, RunOptions):
+            run_opts = RunOptions.from_dictionary(run_opts or {})
+        values, self.given_options = resolve_run_options(run_opts, hparams or {})
+        vars(self).update(values)
+        self.trainer_arguments: Any = (hparams or {}).get("trainer") or {}
+        self.trainer_overrides = {**self.trainer_overrides, **run_opts.trainer}
+        self.rank = int(os.environ["RANK"]) if self.distributed_launch else 0
+        self.world_size = (
+            int(os.environ.get("WORLD_SIZE", 1)) if self.distributed_launch else 1
+        )
+
+        self.device = self.device or infer_device()
+        self.device_type = device_type(self.device)
+        if self.device_type == "cuda":
+            torch.cuda.set_device(torch.device(self.device).index or 0)
+        self.modules = _on_device(modules or {}, self.device)
+
+        self.training_ctx: Any = autocast(self.device, self.precision)
+        self.evaluation_ctx: Any = autocast(self.device, self.eval_precision)
+        self.scaler = gradient_scaler(self.device, self.precision)
+
+        self.optimizers_dict: dict[str, Optimizer] | None = None
+        self.train_sampler: Any = None
+        self.step = 0
+        self.optimizer_step = 0
+        self.avg_train_loss = 0.0
+        self.nonfinite_count = 0
+
+        if not self.tqdm_colored_bar:
+            self.tqdm_barcolor = dict.fromkeys(self.tqdm_barcolor, "")
+        show_information()
+        self.print_trainable_parameters()
+        if checkpointer is not None:
+            self._join(checkpointer)
+        elif self.async_save:
+            raise UnsupportedError("async_save saves nothing: give the Brain a checkpointer")
+
+    def print_trainable_parameters(self) -> None:
+        """Logs how many parameters there are, and how many of them can be trained."""
+        total = sum(p.numel() for p in self.modules.parameters())
+        trainable = sum(p.numel() for p in self.modules.parameters() if p.requires_grad)
+        if not total:
+            logger.warning("The model has no parameters!")
+        elif not trainable:
+            logger.warning("The model has no trainable parameters!")
+        logger.info(
+            "%s Model Statistics:\n"
+            "* Total Number of Trainable Parameters: %s\n"
+            "* Total Number of Parameters: %s\n"
+            "* Trainable Parameters represent %.*f%% of the total size.",
+            type(self).__name__,
+            abbreviated(trainable),
+            abbreviated(total),
+            # SpeechBrain's wording, to the digit.
+            4 if total else 2,
+            100 * trainable / max(total, 1),
+        )
+
+    def _join(self, checkpointer: Any) -> None:
+        """Makes the Brain one of the things that the checkpointer recovers."""
+        if speechbrain.is_checkpointer(checkpointer):
+            speechbrain.register_checkpoint_hooks(
+                BrainState, EpochCounter, EpochCounterWithStopper
+            )
+        self._save_in_background(checkpointer)
+        if self.debug and not self.debug_persistently:
+            _move_to_temporary_directory(checkpointer)
+        if self.scaler.is_enabled():
+            checkpointer.add_recoverable("scaler", self.scaler, optional_load=True)
+        checkpointer.add_recoverable("brain", self)
+
+    def _save_in_background(self, checkpointer: Any) -> None:
+        if isinstance(checkpointer, Checkpointer):
+            checkpointer.async_save = checkpointer.async_save or self.async_save
+        elif self.async_save:
+            raise UnsupportedError(
+                f"async_save needs brain_lightning.Checkpointer, and the checkpointer is a "
+                f"{type(checkpointer).__name__}: its files and arguments are the same"
+            )
+
+    @mark_as_saver
+    def _save(self, path: str | PathLike[str]) -> None:
+        state = {
+            "step": self.step,
+            "avg_train_loss": self.avg_train_loss,
+            "optimizer_step": self.optimizer_step,
+        }
+        Path(path).write_text(yaml.dump(state), encoding="utf-8")
+
+    @mark_as_loader
+    def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
+        state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        self.step = state["step"]
+        self.avg_train_loss = state["avg_train_loss"]
+        # SpeechBrain before 1.0 saved no optimizer_step.
+        self.optimizer_step = state.get("optimizer_step", state["step"])
+
+
+def _on_device(modules: Mapping[str, Module], device: str) -> ModuleDict:
+    if not isinstance(modules, Mapping) or not all(
+        isinstance(m, Module) for m in modules.values()
+    ):
+        raise BrainTypeError(
+            "modules must be a dict of torch.nn.Module by name, "
+            f"got {_describe_modules(modules)}: Brain(modules={{'model': model}})"
+        )
+    on_device = ModuleDict(dict(modules)).to(device)
+    # A second time one by one: a module may override to() to move what is no parameter,
+    # as SpeechBrain's InputNormalization does.
+    for name in on_device:
+        on_device[name] = on_device[name].to(device)
+    return on_device
+
+
+def _describe_modules(modules: object) -> str:
+    if not isinstance(modules, Mapping):
+        return type(modules).__name__
+    return repr({name: type(module).__name__ for name, module in modules.items()})
+
+
+def _move_to_temporary_directory(checkpointer: Any) -> None:
+    """Debug mode must not write among the checkpoints of real runs."""
+    if not hasattr(checkpointer, "checkpoints_dir"):
+        return
+    directory = tempfile.mkdtemp(prefix="brain_lightning_debug_")
+    logger.info("Debug mode: checkpoints go to the temporary directory %s", directory)
+    checkpointer.checkpoints_dir = Path(directory)
+    weakref.finalize(checkpointer, shutil.rmtree, directory, ignore_errors=True)

@@ -1,0 +1,101 @@
+"""``fit`` and ``evaluate`` of a Brain, ours or SpeechBrain's, on a Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from brain_lightning.compat import speechbrain
+from brain_lightning.data import dataloaders as data
+from brain_lightning.errors import BrainTypeError
+from brain_lightning.module.to_lightning import to_lightning
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.stages.run import Stages
+
+from . import own_trainer as trainers
+
+logger = logging.getLogger(__name__)
+
+# Arguments of the Trainer that hold for a fit within a fit too, as MetricGAN does it several
+# times an epoch; the others, callbacks and limits among them, are meant for the outer one.
+OF_EVERY_RUN = (
+    "accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "deterministic",
+    "benchmark", "detect_anomaly",
+)  # fmt: skip
+
+
+def fit(
+    brain: BrainProtocol,
+    epoch_counter: Iterable[Any],
+    train_set: Any,
+    valid_set: Any = None,
+    progressbar: bool | None = None,
+    train_loader_kwargs: Mapping[str, Any] = {},
+    valid_loader_kwargs: Mapping[str, Any] = {},
+    *,
+    trainer: Trainer | Mapping[str, Any] | None = None,
+) -> None:
+    """``speechbrain.Brain.fit``: see ``Brain.fit``."""
+    if epoch_counter is None:
+        raise BrainTypeError("epoch_counter is None: use EpochCounter(limit=10) or range(10)")
+    if brain.test_only:
+        logger.info("Test only mode, skipping training and validation stages.")
+        return
+    running = _trainer_for(brain, trainer)
+    stage = brain.stage_type
+    if not data.is_loader(train_set):
+        train_set = brain.make_dataloader(train_set, stage=stage.TRAIN, **train_loader_kwargs)
+    if valid_set is not None and not data.is_loader(valid_set):
+        kwargs = {"ckpt_prefix": None, **valid_loader_kwargs}
+        valid_set = brain.make_dataloader(valid_set, stage=stage.VALID, **kwargs)
+    shows_bar = _shows_bar(brain, progressbar)
+    module = to_lightning(brain, epoch_counter=epoch_counter, progressbar=shows_bar)
+    trainers.fit(running, module, train_set, valid_set)
+
+
+def evaluate(
+    brain: BrainProtocol,
+    test_set: Any,
+    max_key: str | None = None,
+    min_key: str | None = None,
+    progressbar: bool | None = None,
+    test_loader_kwargs: Mapping[str, Any] = {},
+    *,
+    trainer: Trainer | Mapping[str, Any] | None = None,
+) -> float:
+    """``speechbrain.Brain.evaluate``: see ``Brain.evaluate``."""
+    running = _trainer_for(brain, trainer, together=False)
+    if not data.is_loader(test_set):
+        kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
+        test_set = brain.make_dataloader(test_set, brain.stage_type.TEST, **kwargs)
+    shows_bar = _shows_bar(brain, progressbar)
+    module = to_lightning(brain, progressbar=shows_bar, max_key=max_key, min_key=min_key)
+    return trainers.test(running, module, test_set)
+
+
+def _shows_bar(brain: BrainProtocol, progressbar: bool | None) -> bool:
+    return not brain.noprogressbar if progressbar is None else progressbar
+
+
+def _trainer_for(
+    brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None, together: bool = True
+) -> Trainer:
+    """The command line outranks the call, which takes the place of hparams.
+
+    Processes train together; each evaluates by itself, as SpeechBrain's do.
+    """
+    speechbrain.adopt(brain)
+    given = brain.trainer_arguments if trainer is None else trainer
+    if brain.trainer_overrides:
+        if not isinstance(given, Mapping):
+            name = next(iter(brain.trainer_overrides))
+            raise BrainTypeError(
+                f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
+            )
+        given = {**given, **brain.trainer_overrides}
+    if trainer is None and isinstance(given, Mapping) and Stages.is_running(brain):
+        given = {name: value for name, value in given.items() if name in OF_EVERY_RUN}
+    return trainers.make_trainer(given, brain, together)

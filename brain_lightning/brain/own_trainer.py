@@ -1,0 +1,302 @@
+"""From run options to a Trainer, and a run on it that behaves as a Brain's own loop."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerStatus
+
+from brain_lightning.callback.reconcile import agree_on_processes
+from brain_lightning.distributed.communication import is_distributed_initialized, is_launched
+from brain_lightning.errors import (
+    BrainTypeError,
+    HookStoppedError,
+    RunOptionError,
+    UnsupportedError,
+)
+from brain_lightning.lightning_internals.loaders import leave_signals_alone
+from brain_lightning.lightning_internals.strategies import check_strategy
+from brain_lightning.module.brain_module import BrainModule
+from brain_lightning.options.run_options import unknown
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.temporary import Borrowed
+
+logger = logging.getLogger(__name__)
+
+# What Lightning says about a Trainer that a user made is noise about one he did not.
+SILENT_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+)
+EXPECTED_WARNINGS = (
+    # A Brain may do without a valid_set.
+    r"You defined a `validation_step` but have no `val_dataloader`",
+    # A Brain's weights after its steps are what is wanted.
+    r"Using ModelCheckpoint with manual optimization",
+    # Each process evaluates by itself.
+    r"It is recommended to use `self.log\(.*sync_dist=True",
+    # The losses of steps are logged where there are enough of them, the epochs' always.
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    # --device=cpu on a machine with a GPU is a decision.
+    r"GPU available but not used",
+    # Lightning 2.6 on torch 2.13, in its own CombinedLoader.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+class OwnTrainer(Trainer):
+    """The Trainer that ``brain.fit`` makes: unheard, and without a hand in signals."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        with _silence():
+            super().__init__(**kwargs)
+        leave_signals_alone(self)
+
+
+# Arguments that say in how many processes to run.
+PROCESSES = ("devices", "num_nodes", "strategy")
+
+
+def own_trainer_arguments(brain: BrainProtocol, together: bool = True) -> dict[str, Any]:
+    """Arguments of the Trainer that ``brain.fit`` makes for itself.
+
+    Nothing is written anywhere, and nothing but the Brain's own bar is shown.
+
+    Args:
+        brain: Runs on its device.
+        together: Whether all processes that there are take part, or this one alone.
+
+    Returns:
+        Keyword arguments of ``Trainer``.
+    """
+    several = together and (is_launched() or is_distributed_initialized())
+    return {
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        **(_several_processes() if several else _one_process(brain.device)),
+        "accelerator": torch.device(brain.device).type,
+    }
+
+
+def _one_process(device: str) -> dict[str, Any]:
+    where = torch.device(device)
+    return {
+        "devices": 1 if where.index is None or where.type == "cpu" else [where.index],
+        # Also where the variables of SLURM or the like are set.
+        "plugins": [LightningEnvironment()],
+    }
+
+
+def _several_processes() -> dict[str, Any]:
+    """Those that torchrun started, over all nodes, or a Trainer before this one."""
+    if not is_launched():
+        processes = here = torch.distributed.get_world_size()
+        environment: ClusterEnvironment = LightningEnvironment()
+    else:
+        processes = int(os.environ["WORLD_SIZE"])
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        environment = TorchElasticEnvironment()
+    nodes = processes // here
+    return {
+        "devices": here,
+        "num_nodes": nodes,
+        "strategy": "ddp",
+        "plugins": [environment],
+    }
+
+
+def make_trainer(
+    trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtocol, together: bool = True
+) -> Trainer:
+    """The Trainer to run on; the Brain learns its rank and its device from it.
+
+    Args:
+        trainer: A Trainer of the user's, or arguments for one.
+        brain: The Brain.
+        together: Whether all processes that there are take part, where the user does
+            not say it.
+
+    Returns:
+        The user's Trainer as it is, or a new one.
+
+    Raises:
+        BrainTypeError: ``trainer`` is neither.
+        RunOptionError: An argument is unknown, or contradicts the Brain.
+        UnsupportedError: The Trainer is in the middle of another run, or has a
+            strategy that a Brain cannot run on.
+    """
+    if trainer is not None and not isinstance(trainer, (Trainer, Mapping)):
+        raise BrainTypeError(
+            f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, "
+            f"got {trainer!r}"
+        )
+    if not isinstance(trainer, Trainer):
+        trainer = OwnTrainer(**_own_and_given(brain, together, trainer or {}))
+    # Before Lightning starts the other processes, which would run the script as well.
+    check_strategy(trainer)
+    if trainer.state.status is TrainerStatus.RUNNING:
+        raise UnsupportedError(
+            "this Trainer is running already, and a Brain called fit or evaluate in a hook: "
+            "give a dict of Trainer arguments, of which each run makes a Trainer of its own"
+        )
+    agree_on_processes(trainer, brain, Borrowed())
+    return trainer
+
+
+def check_trainer_arguments(trainer: Mapping[str, Any]) -> None:
+    """Refuses what no Trainer understands.
+
+    Args:
+        trainer: Arguments by name.
+
+    Raises:
+        RunOptionError: One is unknown.
+    """
+    known = list(inspect.signature(Trainer).parameters)
+    for name in trainer:
+        if name not in known:
+            raise RunOptionError(unknown("Trainer argument", name, known))
+
+
+def _own_and_given(
+    brain: BrainProtocol, together: bool, trainer: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = _as_given(trainer)
+    together = together or any(name in given for name in PROCESSES)
+    own = own_trainer_arguments(brain, together)
+    strategy = given.get("strategy")
+    if isinstance(strategy, Strategy):
+        # A Trainer fills in what its strategy lacks; the next one would find it taken.
+        given["strategy"] = strategy = copy.copy(strategy)
+        if strategy.accelerator is not None:
+            del own["accelerator"]
+    elsewhere = getattr(strategy, "cluster_environment", None) is not None
+    several = any(name in given for name in PROCESSES)
+    if elsewhere or "num_nodes" in given or (several and _is_task_of_slurm()):
+        del own["plugins"]
+    return own | given
+
+
+def _is_task_of_slurm() -> bool:
+    """Whether srun started this process and others, which Lightning finds out about."""
+    started = SLURMEnvironment.detect() and not is_launched()
+    return started and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's arguments; where a callback shows a bar, it is let."""
+    check_trainer_arguments(trainer)
+    given = dict(trainer)
+    if given.get("num_sanity_val_steps"):
+        logger.warning(
+            "A Brain validates in its own order: num_sanity_val_steps has no effect"
+        )
+    callbacks = given.get("callbacks") or []
+    for callback in [callbacks] if isinstance(callbacks, Callback) else callbacks:
+        if isinstance(callback, ProgressBar):
+            given.setdefault("enable_progress_bar", True)
+        if isinstance(callback, Checkpoint):
+            given.setdefault("enable_checkpointing", True)
+    return given
+
+
+def fit(trainer: Trainer, module: BrainModule, train_set: Any, valid_set: Any) -> None:
+    """``Trainer.fit`` that leaves the process as a Brain's loop would.
+
+    Args:
+        trainer: What ``make_trainer`` returned.
+        module: The generated module.
+        train_set: The training loader.
+        valid_set: The validation loader, or None.
+    """
+    _run(trainer, module, lambda: trainer.fit(module, train_set, valid_set))
+
+
+def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:
+    """``Trainer.test`` that leaves the process as a Brain's loop would.
+
+    Args:
+        trainer: What ``make_trainer`` returned.
+        module: The generated module.
+        test_set: The test loader.
+
+    Returns:
+        The average loss.
+    """
+    _run(trainer, module, lambda: trainer.test(module, test_set, verbose=False))
+    return module.stages.average
+
+
+def _run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> None:
+    try:
+        with _as_a_brain_would(trainer, module):
+            start()
+    except HookStoppedError as error:
+        # The StopIteration of a hook reaches the caller.
+        raise (error.__cause__ or error) from None
+
+
+@contextmanager
+def _as_a_brain_would(trainer: Trainer, module: BrainModule) -> Iterator[None]:
+    with ExitStack() as stack:
+        if isinstance(trainer, OwnTrainer):
+            stack.enter_context(_silence())
+        # Lightning enables gradients for good; a fit may run inside an evaluation.
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        stack.enter_context(_keyboard_interrupts(module))
+        yield
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in SILENT_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _keyboard_interrupts(module: BrainModule) -> Iterator[None]:
+    """Lets Ctrl-C reach the caller; Lightning exits the process and stops listening to it."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
+    try:
+        yield
+    except SystemExit:
+        if module.stages.interrupt is None:
+            raise
+        raise module.stages.interrupt from None
+    finally:
+        # A handler that a hook has set stays.
+        if handler is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,1 @@
+"""BrainCallback: Trainer and Brain reconciled, refused, restored."""

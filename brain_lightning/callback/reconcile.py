@@ -1,0 +1,224 @@
+"""Trainer arguments meet run options: an explicit value beats a default.
+
+Two explicit values that differ are an error that names both.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import rank_zero_info
+
+from brain_lightning.compat.speechbrain import is_speechbrains
+from brain_lightning.distributed.ddp import wrap_modules
+from brain_lightning.errors import RunOptionError, UnsupportedError
+from brain_lightning.hooks import overrides, steps_itself
+from brain_lightning.lightning_internals.loaders import (
+    evaluation_loops,
+    keep_anomaly_detection,
+)
+from brain_lightning.lightning_internals.strategies import (
+    ddp_arguments,
+    is_parallel,
+    set_backend,
+    wrap_nothing,
+)
+from brain_lightning.options.run_options import is_given
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.step.precision import autocast, gradient_scaler
+from brain_lightning.temporary import Borrowed
+
+from .profiling import profile
+
+# Lightning's names of mixed precision, in SpeechBrain's words.
+DEFAULT_PRECISION = "32-true"
+MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
+
+
+def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    """Translates what the Trainer was told into the Brain's own options, for one run.
+
+    Args:
+        trainer: The Trainer, before it checks its configuration.
+        brain: The Brain that is going to run.
+        borrowed: Takes note of what is changed.
+
+    Raises:
+        RunOptionError: Trainer and Brain were told different things.
+    """
+    agree_on_processes(trainer, brain, borrowed)
+    if is_parallel(trainer):
+        _agree_on_wrapping(trainer, brain, borrowed)
+    _agree_on_clipping(trainer, brain, borrowed)
+    _agree_on_precision(trainer, brain, borrowed)
+    if trainer.accumulate_grad_batches != 1:
+        _check_accumulation(brain, trainer.accumulate_grad_batches)
+    if trainer.num_sanity_val_steps and trainer.training:
+        # Recipes read in VALID what their on_stage_start set.
+        rank_zero_info("A Brain validates in its own order: no sanity check.")
+        borrowed.set(trainer, "num_sanity_val_steps", 0)
+    if brain.profile_training and trainer.training:
+        profile(trainer, brain, borrowed)
+    keep_anomaly_detection(trainer, borrowed)
+    for loop in evaluation_loops(trainer):
+        # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
+        borrowed.set(loop, "inference_mode", False)
+
+
+def accumulate(
+    trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed, length: int | None
+) -> bool:
+    """Lets the Brain accumulate gradients as the Trainer was told, for one epoch.
+
+    The Trainer is left to ask for an update after each batch, and the Brain decides.
+
+    Args:
+        trainer: The Trainer at the start of a TRAIN stage, when a
+            GradientAccumulationScheduler has had its say.
+        brain: The Brain.
+        borrowed: Takes note of what is changed.
+        length: Batches in the epoch, or None where that is not known.
+
+    Returns:
+        Whether an incomplete window at the end makes an update: Lightning's rule
+        where the Trainer was told to accumulate, else it is dropped.
+
+    Raises:
+        RunOptionError: The Brain was told another number, or the end of the epoch
+            cannot be known in advance.
+    """
+    batches = trainer.accumulate_grad_batches
+    if batches == 1:
+        return False
+    _check_accumulation(brain, batches)
+    if length is None:
+        raise RunOptionError(
+            f"Trainer(accumulate_grad_batches={batches}) updates on the last batch, which is "
+            "not known for a set without a length: use the run option "
+            f"grad_accumulation_factor={batches}, which drops an incomplete window"
+        )
+    borrowed.set(brain, "grad_accumulation_factor", batches)
+    borrowed.set(trainer, "accumulate_grad_batches", 1)
+    return True
+
+
+def _check_accumulation(brain: BrainProtocol, batches: int) -> None:
+    said = f"accumulate_grad_batches={batches}"
+    _refuse_conflict(brain, "grad_accumulation_factor", batches, said)
+
+
+def agree_on_processes(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    """Gives the Brain its rank and its device; both stay, as its modules do.
+
+    Args:
+        trainer: The Trainer, before or after it has started its processes.
+        brain: The Brain that is going to run.
+        borrowed: Takes note of what is changed on the Trainer.
+
+    Raises:
+        RunOptionError: Trainer and Brain were told different things.
+    """
+    if is_parallel(trainer):
+        brain.distributed_launch = True
+        brain.rank, brain.world_size = trainer.global_rank, trainer.world_size
+        if is_given(brain, "distributed_backend"):
+            backend = set_backend(trainer, brain.distributed_backend, borrowed)
+            said = f"strategy=DDPStrategy(process_group_backend={backend!r})"
+            _refuse_conflict(brain, "distributed_backend", backend, said)
+    _agree_on_device(trainer, brain)
+
+
+def _agree_on_wrapping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    """Each entry of ``modules`` in a DDP of its own, made with the strategy's arguments."""
+    arguments = ddp_arguments(trainer)
+    if "find_unused_parameters" in arguments:
+        unused = arguments["find_unused_parameters"]
+        said = f"strategy=DDPStrategy(find_unused_parameters={unused})"
+        _refuse_conflict(brain, "find_unused_parameters", unused, said)
+        borrowed.set(brain, "find_unused_parameters", unused)
+    borrowed.shadow(brain, "ddp_arguments", arguments)
+    wrap_nothing(trainer, borrowed)
+    # Recipes that override on_fit_start call it by this name.
+    if wraps_itself(brain):
+        return
+    borrowed.shadow(brain, "_wrap_distributed", partial(wrap_modules, brain))
+
+
+def wraps_itself(brain: BrainProtocol) -> bool:
+    """Whether a recipe wraps its modules for several processes in a way of its own.
+
+    Args:
+        brain: The Brain, before or within a run.
+    """
+    own = vars(brain).get("_wrap_distributed")
+    in_force = isinstance(own, partial) and own.func is wrap_modules
+    return overrides(type(brain), "_wrap_distributed") or not (own is None or in_force)
+
+
+def _agree_on_device(trainer: Trainer, brain: BrainProtocol) -> None:
+    root, mine = trainer.strategy.root_device, torch.device(brain.device)
+    if mine.type == root.type and (root.index is None or mine.index in (None, root.index)):
+        return
+    _refuse_conflict(brain, "device", str(root), f"accelerator={root.type!r}")
+    brain.device, brain.device_type = str(root), root.type
+    brain.training_ctx = autocast(brain.device, brain.precision)
+    brain.evaluation_ctx = autocast(brain.device, brain.eval_precision)
+    brain.scaler = gradient_scaler(brain.device, brain.precision)
+
+
+def _agree_on_clipping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if algorithm is not None:
+        _check_algorithm(brain, algorithm)
+        borrowed.set(brain, "gradient_clip_algorithm", algorithm)
+    if value is None:
+        return
+    _refuse_conflict(brain, "max_grad_norm", float(value), f"gradient_clip_val={value}")
+    borrowed.set(brain, "max_grad_norm", float(value))
+    # Lightning refuses to clip for a module that steps by itself.
+    borrowed.set(trainer, "gradient_clip_val", None)
+
+
+def _check_algorithm(brain: BrainProtocol, algorithm: str) -> None:
+    """SpeechBrain's own optimizers_step, which a fit_batch may call, knows norms alone."""
+    if algorithm != "norm" and steps_itself(type(brain), brain) and is_speechbrains(brain):
+        raise UnsupportedError(
+            f"Trainer(gradient_clip_algorithm={algorithm!r}) has no effect on a fit_batch of "
+            f"{type(brain).__name__}'s own: leave it out, or give the recipe our Brain, from "
+            "brain_lightning import Brain"
+        )
+
+
+def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+    """Mixed precision is the Brain's: its fit_batch may use its scaler and contexts itself."""
+    plugin = trainer.precision_plugin
+    if type(plugin) is not MixedPrecision:
+        if plugin.precision != DEFAULT_PRECISION and brain.precision != "fp32":
+            _refuse_conflict(brain, "precision", None, f"precision={plugin.precision!r}")
+        return
+    precision, said = MIXED_PRECISIONS[plugin.precision], f"precision={plugin.precision!r}"
+    evaluation = brain.eval_precision if is_given(brain, "eval_precision") else precision
+    _refuse_conflict(brain, "precision", precision, said)
+    borrowed.set(brain, "precision", precision)
+    borrowed.set(brain, "eval_precision", evaluation)
+    borrowed.set(brain, "training_ctx", autocast(brain.device, precision))
+    borrowed.set(brain, "evaluation_ctx", autocast(brain.device, evaluation))
+    # The user's scaler, where the plugin was given or has made one.
+    scaler = plugin.scaler or gradient_scaler(brain.device, precision)
+    borrowed.set(brain, "scaler", scaler)
+    if scaler.is_enabled() and brain.checkpointer is not None:
+        brain.checkpointer.add_recoverable("scaler", scaler, optional_load=True)
+    borrowed.set(trainer.strategy, "precision_plugin", Precision())
+
+
+def _refuse_conflict(brain: BrainProtocol, option: str, value: Any, said: str) -> None:
+    chosen = getattr(brain, option)
+    if is_given(brain, option) and chosen != value:
+        raise RunOptionError(
+            f"run option {option}={chosen!r} and Trainer({said}) contradict each other: "
+            "leave one of them out"
+        )

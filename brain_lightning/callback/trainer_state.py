@@ -1,0 +1,118 @@
+"""What a Trainer needs to go on exactly: its counts, and the states of its callbacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+
+from brain_lightning.checkpoints.hooks import load_hook
+from brain_lightning.lightning_internals.loops import listens, progress, set_progress
+from brain_lightning.resume.epoch_statistics import NotPlainError, plain
+from brain_lightning.stages.run import Stages
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+
+# ModelCheckpoint finds it for fit(ckpt_path="last").
+WITHIN_EPOCH = "last-within-epoch.ckpt"
+
+
+def trainer_state(trainer: Trainer, stages: Stages) -> State:
+    """What there is to save of a Trainer beside a Brain.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+        stages: The stages of the run.
+    """
+    return {
+        "progress": {**progress(trainer), "batches": stages.batches},
+        "callbacks": _callback_states(trainer, stages.told),
+    }
+
+
+def _callback_states(trainer: Trainer, told: set[str]) -> State:
+    states = {}
+    # An attribute that Lightning's type hints do not show.
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        try:
+            state = plain(callback.state_dict())
+        except NotPlainError:
+            state, whole = {}, False
+        else:
+            whole = not listens(callback, "on_save_checkpoint")
+        if not whole and callback.state_key not in told:
+            told.add(callback.state_key)
+            logger.warning(
+                "Checkpoint directories do not hold all of the state of %s: it goes on from "
+                "Lightning's checkpoints, by fit(ckpt_path=...).",
+                type(callback).__name__,
+            )
+        if state:
+            states[callback.state_key] = state
+    return states
+
+
+def resume_trainer(trainer: Trainer, stages: Stages, resumed: State) -> None:
+    """Lets a Trainer go on from what a Brain has recovered.
+
+    Args:
+        trainer: The Trainer in ``on_fit_start``.
+        stages: The stages of the run that begins.
+        resumed: The state of the run that was saved.
+    """
+    in_epoch = resumed["epoch"] is not None
+    epochs = resumed["epochs"] - in_epoch
+    stages.run_state.epochs = epochs
+    recovered = getattr(stages.brain.checkpointer, "recoverables", {}).values()
+    remembers = any(each is stages.epochs.counter for each in recovered)
+    if stages.run_state.explicit:
+        remembers = load_hook(stages.epochs.counter) is not None
+    if not remembers and (in_epoch or stages.run_state.explicit):
+        stages.run_state.drawn = resumed["drawn"] - in_epoch
+        stages.epochs.skip(stages.run_state.drawn)
+    state = resumed["trainer"]
+    if not state:
+        return
+    stages.batches = state["progress"]["batches"]
+    set_progress(trainer, **state["progress"])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if callback.state_key in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][callback.state_key])
+
+
+def saves_between_batches(trainer: Trainer) -> bool:
+    """Whether a checkpoint may be saved when the next batch is drawn and not yet fitted.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+    """
+    on_exception = any(
+        isinstance(callback, OnExceptionCheckpoint)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
+    return on_exception or getattr(trainer, "val_check_interval", None) != 1.0
+
+
+def save_within_epoch(trainer: Trainer) -> None:
+    """Saves as the Trainer saves, in the place of the one before.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+    """
+    checkpoint = trainer.checkpoint_callback
+    folder = getattr(checkpoint, "dirpath", None)
+    folder = folder or os.path.join(trainer.default_root_dir, "checkpoints")
+    path = os.path.join(folder, WITHIN_EPOCH)
+    if "://" in folder:
+        trainer.save_checkpoint(path)
+        return
+    # Lightning may write to $TMPDIR first, and copy from there.
+    trainer.save_checkpoint(f"{path}.part")
+    if trainer.is_global_zero:
+        os.replace(f"{path}.part", path)
+    trainer.strategy.barrier("save_within_epoch")

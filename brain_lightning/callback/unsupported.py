@@ -1,0 +1,102 @@
+"""Lightning's callbacks that cannot do their work with a Brain, or only in part."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from brain_lightning.compat.versions import AVERAGES_WITHOUT_END
+from brain_lightning.errors import UnsupportedError
+from brain_lightning.protocol import BrainProtocol
+
+# Those that cannot at all, and why.
+REFUSED_CALLBACKS: dict[type[Callback], str] = {
+    LearningRateFinder: "it sets an attribute that no recipe reads, after a trial run that "
+    "would move the epoch counter; try learning rates with overrides, --lr=0.01",
+    BatchSizeFinder: "its trial runs would move the epoch counter and the checkpointer; "
+    "give batch_size in train_loader_kwargs",
+}
+
+
+def refuse_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
+    """Refuses the callbacks of a Trainer that cannot do their work with this Brain.
+
+    Args:
+        trainer: The Trainer, before it runs.
+        brain: The Brain that is going to run.
+
+    Raises:
+        UnsupportedError: There is one; it is named, with the reason.
+    """
+    for callback in _callbacks(trainer):
+        for cls, reason in REFUSED_CALLBACKS.items():
+            if isinstance(callback, cls):
+                raise UnsupportedError(f"{cls.__name__} does not work with a Brain: {reason}")
+        if isinstance(callback, StochasticWeightAveraging):
+            _refuse_averaging(trainer, brain)
+
+
+def _refuse_averaging(trainer: Trainer, brain: BrainProtocol) -> None:
+    if any(isinstance(module, _BatchNorm) for module in brain.modules.modules()):
+        raise UnsupportedError(
+            "StochasticWeightAveraging adds an epoch for BatchNorm, which an epoch counter "
+            "does not have: use WeightAveraging(use_buffers=True) or EMAWeightAveraging"
+        )
+    if trainer.max_epochs == -1 and not AVERAGES_WITHOUT_END:
+        raise UnsupportedError(
+            "StochasticWeightAveraging takes its average in the last of max_epochs, before "
+            "Lightning 2.6.1, and there is none: give max_epochs as many as the epoch counter"
+        )
+
+
+def check_averaging(trainer: Trainer) -> None:
+    """Says so where an average of weights was made for nothing.
+
+    Args:
+        trainer: The Trainer at the end of a training.
+    """
+    averaging = any(isinstance(c, StochasticWeightAveraging) for c in _callbacks(trainer))
+    if averaging and trainer.current_epoch < (trainer.max_epochs or 0):
+        rank_zero_warn(
+            f"StochasticWeightAveraging waited for epoch {trainer.max_epochs}, but the run "
+            f"ended after {trainer.current_epoch}: the weights are those of the last update. "
+            "Give Trainer(max_epochs=-1), and the average is taken whenever the run ends"
+        )
+
+
+def check_backbone(trainer: Trainer, brain: BrainProtocol, optimizer: Optimizer) -> None:
+    """Refuses to unfreeze a backbone that the optimizer has already.
+
+    BackboneFinetuning would skip its parameters with a warning, and then set the
+    learning rate of the last group, which is another one.
+
+    Args:
+        trainer: The Trainer.
+        brain: The Brain after ``init_optimizers``.
+        optimizer: Its optimizers.
+
+    Raises:
+        UnsupportedError: The backbone is in the optimizer.
+    """
+    if not any(isinstance(callback, BackboneFinetuning) for callback in _callbacks(trainer)):
+        return
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    backbone = brain.modules["backbone"].parameters() if "backbone" in brain.modules else ()
+    if any(id(p) in optimized for p in backbone):
+        raise UnsupportedError(
+            "BackboneFinetuning gives the optimizer the backbone's parameters itself, once it "
+            "unfreezes them: override init_optimizers and leave them out"
+        )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    # An attribute that Lightning's type hints do not show.
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]

@@ -1,0 +1,1 @@
+"""CKPT+ directories, which are whole or not there."""

@@ -1,0 +1,193 @@
+"""One checkpoint among others: how it is found, ranked and averaged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from brain_lightning.errors import CheckpointError
+
+from . import atomic_directory as store
+from .hooks import load_state
+from .meta_file import load_meta
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """A saved checkpoint.
+
+    Attributes:
+        path: Its directory.
+        meta: What was said about it, with ``unixtime`` and ``end-of-epoch``.
+        paramfiles: The file of each recoverable, by name.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    paramfiles: dict[str, Path]
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+
+Key = Callable[[Checkpoint], Any]
+Predicate = Callable[[Checkpoint], bool]
+
+
+def ckpt_recency(ckpt: Checkpoint) -> Any:
+    """When a checkpoint was saved, as a measure of its importance."""
+    return ckpt.meta["unixtime"]
+
+
+class Ranking(NamedTuple):
+    """How checkpoints are ranked, and which have a rank at all."""
+
+    key: Key
+    has_rank: Predicate = bool
+
+
+def by_meta(name: str, sign: int) -> Ranking:
+    """Ranks by a value in ``meta``.
+
+    Args:
+        name: The value's name; checkpoints without it have no rank.
+        sign: 1 where more is better, -1 where less is.
+    """
+
+    def key(checkpoint: Checkpoint) -> Any:
+        value = checkpoint.meta[name]
+        return -value if sign < 0 else value
+
+    return Ranking(key, lambda checkpoint: name in checkpoint.meta)
+
+
+def one_key(importance_key: Key | None, max_key: str | None, min_key: str | None) -> Ranking:
+    """The one key that was given, else recency.
+
+    Args:
+        importance_key: The highest value counts.
+        max_key: A name in ``meta``; the highest value counts.
+        min_key: A name in ``meta``; the lowest value counts.
+
+    Raises:
+        ValueError: More than one was given.
+    """
+    if sum(key is not None for key in (importance_key, max_key, min_key)) > 1:
+        raise ValueError(
+            f"importance_key={importance_key}, max_key={max_key!r} and min_key={min_key!r} "
+            "exclude each other: give one of them"
+        )
+    if max_key is not None:
+        return by_meta(max_key, 1)
+    if min_key is not None:
+        return by_meta(min_key, -1)
+    return Ranking(importance_key or ckpt_recency)
+
+
+def ranked(
+    checkpoints: Iterable[Checkpoint], ranking: Ranking, predicate: Predicate | None
+) -> list[Checkpoint]:
+    """Ranks checkpoints.
+
+    Args:
+        checkpoints: In any order.
+        ranking: By what.
+        predicate: Only those for which it is true are considered.
+
+    Returns:
+        Those that have a rank, the most important first.
+    """
+    chosen = [ckpt for ckpt in checkpoints if ranking.has_rank(ckpt)]
+    chosen = [ckpt for ckpt in chosen if predicate is None or predicate(ckpt)]
+    # By recency first: of two that are as important the newer one stays in front.
+    chosen.sort(key=ckpt_recency, reverse=True)
+    return sorted(chosen, key=ranking.key, reverse=True)
+
+
+def checkpoint_in(path: Path) -> Checkpoint | None:
+    """Reads what is said about a checkpoint.
+
+    Args:
+        path: Anything in a directory of checkpoints.
+
+    Returns:
+        The checkpoint; None for what is none, or cannot be read, which is logged.
+    """
+    if not (path / store.METAFNAME).exists():
+        return None
+    try:
+        store.check_meta(path)
+        meta = load_meta(path / store.METAFNAME)
+        files = {f.stem: f for f in path.iterdir() if f.suffix == store.PARAMFILE_EXT}
+    except FileNotFoundError:
+        # Deleted or replaced meanwhile.
+        return None
+    except (CheckpointError, OSError) as error:
+        logger.warning("%s is skipped: %s", path, error)
+        return None
+    return Checkpoint(path, meta, files)
+
+
+def passes(check: Callable[[Path], None], checkpoint: Checkpoint) -> bool:
+    """Whether a check finds nothing wrong with a checkpoint.
+
+    Args:
+        check: ``store.check``, which reads all of it, or ``store.check_sizes``, which
+            costs nothing.
+        checkpoint: The checkpoint.
+    """
+    try:
+        check(checkpoint.path)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def average_state_dicts(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several states; two of them are in memory at a time.
+
+    Args:
+        state_dicts: The states.
+
+    Returns:
+        Their mean.
+
+    Raises:
+        ValueError: There are none.
+    """
+    states = iter(state_dicts)
+    total = next(states, None)
+    if total is None:
+        raise ValueError("No state dicts to average.")
+    count = 1
+    for state in states:
+        count += 1
+        for name, value in state.items():
+            total[name] = total[name] + value
+    return {name: value / float(count) for name, value in total.items()}
+
+
+def average_checkpoints(
+    checkpoint_list: Iterable[Checkpoint],
+    recoverable_name: str,
+    parameter_loader: Callable[[Path], Any] = load_state,
+    averager: Callable[[Iterable[Any]], Any] = average_state_dicts,
+) -> Any:
+    """The mean of a recoverable over several checkpoints.
+
+    Args:
+        checkpoint_list: The checkpoints.
+        recoverable_name: The recoverable.
+        parameter_loader: Reads a file.
+        averager: Makes the mean of what was read.
+
+    Returns:
+        What ``averager`` returns: a state to load.
+    """
+    files = (checkpoint.paramfiles[recoverable_name] for checkpoint in checkpoint_list)
+    return averager(parameter_loader(path) for path in files)

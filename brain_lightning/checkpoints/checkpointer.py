@@ -1,0 +1,443 @@
+"""Saving and recovering an experiment: SpeechBrain's Checkpointer, its saves whole."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from brain_lightning.distributed.communication import ddp_broadcast, if_main_process, together
+from brain_lightning.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    NotInCheckpointError,
+)
+
+from . import atomic_directory as store
+from .async_save import BackgroundSaver, Snapshots
+from .checkpoint import (
+    Checkpoint,
+    Key,
+    Predicate,
+    Ranking,
+    by_meta,
+    checkpoint_in,
+    ckpt_recency,
+    one_key,
+    passes,
+    ranked,
+)
+from .hooks import Hook, write_state
+from .meta_file import dump_meta
+from .recoverables import Recoverables
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer(Recoverables):
+    """Saves recoverables by name, and recovers them (``speechbrain...Checkpointer``).
+
+    On disk as SpeechBrain's: each side loads the other's. A save is there whole or
+    not at all; a damaged checkpoint is skipped with a warning for the one before.
+
+    Args:
+        checkpoints_dir: Where checkpoints are; made if it is not there.
+        recoverables: Objects by name.
+        custom_load_hooks: By name, each called with the object, the path, and whether
+            it was the end of an epoch.
+        custom_save_hooks: By name, each called with the object and the path.
+        allow_partial_load: Whether a checkpoint may lack a recoverable.
+
+    Attributes:
+        async_save: Whether tensors are written in the background.
+    """
+
+    def __init__(
+        self,
+        checkpoints_dir: str | os.PathLike[str],
+        recoverables: Mapping[str, Any] | None = None,
+        custom_load_hooks: Mapping[str, Hook] | None = None,
+        custom_save_hooks: Mapping[str, Hook] | None = None,
+        allow_partial_load: bool = False,
+    ) -> None:
+        super().__init__(
+            recoverables, custom_load_hooks, custom_save_hooks, allow_partial_load
+        )
+        # Absolute: a script may change directory before a save is done.
+        self.checkpoints_dir = Path(checkpoints_dir).absolute()
+        self.async_save = False
+        self._saver = BackgroundSaver()
+        self._snapshots = Snapshots()
+        self._newest = 0.0
+        self._names: set[str] = set()
+        # Checkpoints that this process has written or read, and found whole.
+        self._whole: set[Path] = set()
+        os.makedirs(self.checkpoints_dir, exist_ok=True)
+        if if_main_process():
+            store.clean_up(self.checkpoints_dir)
+
+    # ------------------------------------------------------------------- saving
+
+    def save_checkpoint(
+        self,
+        meta: Mapping[str, Any] = {},
+        end_of_epoch: bool = True,
+        name: str | None = None,
+        verbosity: int = logging.INFO,
+    ) -> Checkpoint | None:
+        """Saves every recoverable.
+
+        Args:
+            meta: What to say about the checkpoint.
+            end_of_epoch: Whether an epoch has ended; what is recovered may depend on it.
+            name: A name in the place of time and number; one that is there is replaced.
+            verbosity: The level of the log message.
+
+        Returns:
+            The checkpoint, on the main process. None on the others, and where a
+            parameter is not finite: such a state is not saved beside a good one.
+
+        Raises:
+            CheckpointSaveError: It could not be written, or, in the background, the
+                one before.
+            CheckpointError: A recoverable has no way to be saved.
+        """
+        return self._save(meta, end_of_epoch, name, verbosity, lambda: None)
+
+    def save_and_keep_only(
+        self,
+        meta: Mapping[str, Any] = {},
+        end_of_epoch: bool = True,
+        name: str | None = None,
+        num_to_keep: int = 1,
+        keep_recent: bool = True,
+        importance_keys: Sequence[Key] = (),
+        max_keys: Sequence[str] = (),
+        min_keys: Sequence[str] = (),
+        ckpt_predicate: Predicate | None = None,
+        verbosity: int = logging.INFO,
+    ) -> None:
+        """Saves, and once that is durable deletes the least important checkpoints.
+
+        Args:
+            meta: See ``save_checkpoint``.
+            end_of_epoch: See ``save_checkpoint``.
+            name: See ``save_checkpoint``.
+            num_to_keep: How many to keep by each key.
+            keep_recent: Whether recency is one of the keys.
+            importance_keys: Functions of a checkpoint; the highest values are kept.
+            max_keys: Names in ``meta`` of which the highest values are kept.
+            min_keys: Names in ``meta`` of which the lowest values are kept.
+            ckpt_predicate: Only those for which it is true are considered at all.
+            verbosity: The level of the log messages.
+        """
+        keys = [*importance_keys, *([ckpt_recency] if keep_recent else [])]
+
+        def delete_others() -> None:
+            self._delete(num_to_keep, min_keys, max_keys, keys, ckpt_predicate, verbosity)
+
+        self._save(meta, end_of_epoch, name, verbosity, delete_others)
+
+    def _save(
+        self,
+        meta: Mapping[str, Any],
+        end_of_epoch: bool,
+        name: str | None,
+        verbosity: int,
+        afterwards: Callable[[], None],
+    ) -> Checkpoint | None:
+        together(self.wait)
+        if not ddp_broadcast(together(self.may_be_saved)):
+            return None
+        begun = together(lambda: self._begin(meta, end_of_epoch, name))
+        directory, saved = ddp_broadcast(begun)
+
+        def finish(states: Mapping[Path, Any]) -> Checkpoint:
+            with store.removed_on_failure(directory):
+                for path, state in states.items():
+                    write_state(state, path)
+                self._snapshots.give_back()
+                publish = store.publish if name is None else store.publish_in_place_of
+                path = publish(directory, saved.path)
+            kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
+            logger.log(verbosity, "Saved an %s checkpoint in %s", kind, path)
+            self._whole.add(path)
+            afterwards()
+            files = {name: path / file.name for name, file in saved.paramfiles.items()}
+            return Checkpoint(path, saved.meta, files)
+
+        left = self._write(directory)
+        if not self.async_save:
+            return together(lambda: finish(left) if if_main_process() else None)
+        if not if_main_process():
+            return None
+        self._saver.submit(lambda: finish(left))
+        return saved  # type: ignore[no-any-return]
+
+    def _write(self, directory: Path) -> dict[Path, Any]:
+        snapshots = self._snapshots if self.async_save else None
+        with ExitStack() as stack:
+            if if_main_process():
+                stack.enter_context(store.removed_on_failure(directory))
+            if if_main_process() and not self.async_save:
+                stack.enter_context(store.syncing(directory))
+            return together(lambda: self.write(directory, snapshots))
+
+    def _begin(
+        self, meta: Mapping[str, Any], end_of_epoch: bool, name: str | None
+    ) -> tuple[Path, Checkpoint] | None:
+        """The directory to write to, with the meta file in it, on the main process."""
+        if not if_main_process():
+            return None
+        if name is not None and Path(name).name != name:
+            raise CheckpointError(
+                f"name={name!r} is no name of a directory: leave out {os.sep}"
+            )
+        # A clock that was set back must not make the newest checkpoint an old one.
+        now = max(time.time(), self._newest + 1e-3, *self._times())
+        self._newest = now
+        final = self.checkpoints_dir / f"{store.CKPT_PREFIX}+{name or self._unused_name()}"
+        directory = store.new_directory(self.checkpoints_dir)
+        saved_meta = {"unixtime": now, "end-of-epoch": end_of_epoch, **meta}
+        with store.removed_on_failure(directory):
+            saved_meta = dump_meta(saved_meta, directory / store.METAFNAME)
+        files = {n: final / f"{n}{store.PARAMFILE_EXT}" for n in self.recoverables}
+        return directory, Checkpoint(final, saved_meta, files)
+
+    def _times(self) -> Iterable[float]:
+        # By one millisecond more than any that is there.
+        return (ckpt.meta["unixtime"] + 1e-3 for ckpt in self._listed())
+
+    def _unused_name(self) -> str:
+        stamp = time.strftime("%Y-%m-%d+%H-%M-%S")
+        number = 0
+        while self._is_taken(f"{stamp}+{number:02d}"):
+            number += 1
+        # One that is written in the background is not there yet.
+        self._names.add(f"{stamp}+{number:02d}")
+        return f"{stamp}+{number:02d}"
+
+    def _is_taken(self, name: str) -> bool:
+        there = (self.checkpoints_dir / f"{store.CKPT_PREFIX}+{name}").exists()
+        return there or name in self._names
+
+    def wait(self) -> None:
+        """Waits until every save is durable.
+
+        Raises:
+            CheckpointSaveError: One of them could not be written.
+        """
+        self._saver.wait()
+
+    # -------------------------------------------------------- finding and recovering
+
+    def find_checkpoint(
+        self,
+        importance_key: Key | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: Predicate | None = None,
+    ) -> Checkpoint | None:
+        """The most important checkpoint, by default the newest.
+
+        Args:
+            importance_key: The highest value counts.
+            max_key: A name in ``meta``; the highest value counts.
+            min_key: A name in ``meta``; the lowest value counts.
+            ckpt_predicate: Only those for which it is true are considered.
+
+        Returns:
+            The checkpoint, or None where there is none.
+        """
+        found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate, 1)
+        return found[0] if found else None
+
+    def find_checkpoints(
+        self,
+        importance_key: Key | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: Predicate | None = None,
+        max_num_checkpoints: int | None = None,
+    ) -> list[Checkpoint]:
+        """Checkpoints by importance, the most important first.
+
+        Args:
+            importance_key: See ``find_checkpoint``.
+            max_key: See ``find_checkpoint``.
+            min_key: See ``find_checkpoint``.
+            ckpt_predicate: See ``find_checkpoint``.
+            max_num_checkpoints: At most so many; None for all.
+
+        Returns:
+            The checkpoints; of two that are as important the newer comes first.
+
+        Raises:
+            ValueError: More than one key was given.
+        """
+        self.wait()
+        key = one_key(importance_key, max_key, min_key)
+        return ranked(self._listed(), key, ckpt_predicate)[:max_num_checkpoints]
+
+    def recover_if_possible(
+        self,
+        importance_key: Key | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: Predicate | None = None,
+    ) -> Checkpoint | None:
+        """Recovers from the most important checkpoint that is as it was saved.
+
+        Args:
+            importance_key: See ``find_checkpoint``.
+            max_key: See ``find_checkpoint``.
+            min_key: See ``find_checkpoint``.
+            ckpt_predicate: See ``find_checkpoint``.
+
+        Returns:
+            The checkpoint, or None where there is none.
+
+        Raises:
+            CheckpointError: There are some, but each is damaged.
+        """
+        found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate)
+        for position, checkpoint in enumerate(found):
+            if self._load_unless_damaged(checkpoint, found[position + 1 :]):
+                return checkpoint
+        if found or self._has_damaged_only():
+            raise CheckpointError(
+                f"every checkpoint in {self.checkpoints_dir} is damaged: move them away to "
+                "start anew"
+            )
+        logger.info("Would load a checkpoint here, but none found yet.")
+        return None
+
+    def _has_damaged_only(self) -> bool:
+        """Whether there are checkpoints, but not one of them can be listed."""
+        paths = store.in_force(self.checkpoints_dir)
+        return any((p / store.METAFNAME).exists() for p in paths) and not self._listed()
+
+    def _load_unless_damaged(self, checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
+        try:
+            self.load_checkpoint(checkpoint)
+        except DamagedCheckpointError as error:
+            logger.warning("%s is skipped: %s", checkpoint.path, error)
+            return False
+        except NotInCheckpointError as error:
+            # SpeechBrain, killed in a save, leaves a checkpoint without some of its files.
+            whole = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
+            if store.is_checked(checkpoint.path) or not whole:
+                raise
+            logger.warning("%s is skipped: %s", checkpoint.path, error)
+            return False
+        return True
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Recovers every recoverable, once the whole checkpoint was read and checked.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Raises:
+            DamagedCheckpointError: A file is not as it was saved.
+            CheckpointError: A recoverable is not in it, or has no way to be recovered.
+        """
+        try:
+            store.check(checkpoint.path)
+            found = self.read(checkpoint.paramfiles)
+        except (CheckpointError, OSError) as error:
+            raise DamagedCheckpointError(str(error)) from error
+        files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
+        logger.info("Loading a checkpoint from %s", checkpoint.path)
+        try:
+            self.load(files, found, checkpoint.meta["end-of-epoch"])
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if store.is_checked(checkpoint.path) or files.keys() <= found.keys():
+                raise
+            # Nothing says what SpeechBrain's other files should be; the next one, where
+            # there is one, overwrites everything.
+            raise DamagedCheckpointError(f"a file cannot be read: {error}") from error
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint, in no order; one whose meta cannot be read is left out."""
+        self.wait()
+        return self._listed()
+
+    def _listed(self) -> list[Checkpoint]:
+        if not self.checkpoints_dir.is_dir():
+            return []
+        found = (checkpoint_in(path) for path in store.in_force(self.checkpoints_dir))
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    # ------------------------------------------------------------------- deleting
+
+    def delete_checkpoints(
+        self,
+        *,
+        num_to_keep: int = 1,
+        min_keys: Sequence[str] | None = None,
+        max_keys: Sequence[str] | None = None,
+        importance_keys: Sequence[Key] = (ckpt_recency,),
+        ckpt_predicate: Predicate | None = None,
+        verbosity: int = logging.INFO,
+    ) -> None:
+        """Deletes the least important checkpoints.
+
+        Args:
+            num_to_keep: How many to keep by each key.
+            min_keys: See ``save_and_keep_only``.
+            max_keys: See ``save_and_keep_only``.
+            importance_keys: See ``save_and_keep_only``.
+            ckpt_predicate: See ``save_and_keep_only``.
+            verbosity: The level of the log messages.
+
+        Raises:
+            ValueError: ``num_to_keep`` is negative.
+        """
+        together(self.wait)
+        keys = (min_keys, max_keys, importance_keys)
+        together(lambda: self._delete(num_to_keep, *keys, ckpt_predicate, verbosity))
+
+    def _delete(
+        self,
+        num_to_keep: int,
+        min_keys: Sequence[str] | None,
+        max_keys: Sequence[str] | None,
+        importance_keys: Sequence[Key],
+        ckpt_predicate: Predicate | None,
+        verbosity: int,
+    ) -> None:
+        if num_to_keep < 0:
+            raise ValueError(f"num_to_keep={num_to_keep}: keep 0 or more checkpoints")
+        if not if_main_process():
+            return
+        keys = [by_meta(name, -1) for name in min_keys or ()]
+        keys += [by_meta(name, 1) for name in max_keys or ()]
+        keys += [Ranking(key) for key in importance_keys]
+        listed = self._listed()
+        doomed: set[Checkpoint] = set()
+        kept: set[Checkpoint] = set()
+        for key in keys:
+            found = ranked(listed, key, ckpt_predicate)
+            doomed.update(found)
+            # One that is damaged must not be kept in the place of a good one.
+            whole = (ckpt for ckpt in found if self._is_whole(ckpt))
+            kept.update(itertools.islice(whole, num_to_keep))
+        for checkpoint in doomed - kept:
+            store.delete(checkpoint.path)
+            logger.log(verbosity, "Deleted checkpoint in %s", checkpoint.path)
+
+    def _is_whole(self, checkpoint: Checkpoint) -> bool:
+        """Read once; that its files have their lengths is cheap to see every time."""
+        if checkpoint.path in self._whole:
+            return passes(store.check_sizes, checkpoint)
+        if passes(store.check, checkpoint):
+            self._whole.add(checkpoint.path)
+        return checkpoint.path in self._whole

@@ -1,0 +1,290 @@
+"""A checkpoint directory of SpeechBrain's form, a Lightning file, a folder for inference."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from brain_lightning.checkpoints import atomic_directory as store
+from brain_lightning.checkpoints.checkpoint import Checkpoint, checkpoint_in, one_key, ranked
+from brain_lightning.checkpoints.hooks import load_state, write_state
+from brain_lightning.checkpoints.meta_file import dump_meta
+from brain_lightning.errors import CheckpointError, RecipeError
+from brain_lightning.module.checkpoint_file import MODULES, read_files, write_files
+from brain_lightning.resume.run_state import KEY
+
+from .convert_hparams import Hyperparameters
+
+logger = logging.getLogger(__name__)
+
+
+def convert(
+    source: str,
+    target: str,
+    hparams: str | None = None,
+    min_key: str | None = None,
+    max_key: str | None = None,
+) -> Path:
+    """Turns a checkpoint into what the name of the target says; which one it was is logged.
+
+    Args:
+        source: A ``CKPT+`` directory, a directory of such (the newest one is taken, unless
+            there is a key), or a Lightning ``.ckpt`` file.
+        target: ``x.ckpt`` for a Lightning file, ``CKPT+x`` for a checkpoint directory;
+            any other name is a folder for inference.
+        hparams: The recipe's hyperparameters, for inference; by default the
+            ``hyperparams.yaml`` that SpeechBrain wrote beside its ``save`` folder.
+        min_key: A name in ``meta``, as of ``find_checkpoint``: the lowest value is taken.
+        max_key: The same, for the highest value.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RecipeError: The target is there already, or a file is not, or a key chooses nothing.
+        CheckpointError: The source is no checkpoint, or is damaged.
+        ValueError: Both keys were given.
+    """
+    path = Path(target)
+    if path.exists():
+        raise RecipeError(f"{target} is there already: give another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if Path(source).is_file():
+        _refuse_keys(Path(source), min_key, max_key)
+        return _from_file(Path(source), path)
+    checkpoint = _checkpoint(Path(source).resolve(), min_key, max_key)
+    store.check(checkpoint.path)
+    if path.suffix == store.PARAMFILE_EXT:
+        return to_lightning_file(checkpoint, path)
+    if path.name.startswith(store.CKPT_PREFIX):
+        raise RecipeError(f"{checkpoint.path} is a checkpoint directory already: copy it")
+    return to_inference(checkpoint, path, hparams)
+
+
+def _from_file(source: Path, path: Path) -> Path:
+    if not path.name.startswith(store.CKPT_PREFIX):
+        raise RecipeError(
+            f"{source} becomes a checkpoint directory: give a target such as "
+            f"{path.parent / 'CKPT+converted'}"
+        )
+    from_lightning(source, path)
+    written = checkpoint_in(path)
+    assert written is not None
+    logger.info("%s: %s", source, _in_a_line(written.meta))
+    return path
+
+
+def _refuse_keys(source: Path, *keys: str | None) -> None:
+    for key in keys:
+        if key is not None:
+            raise RecipeError(
+                f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
+                "key out, or give the folder that they are in"
+            )
+
+
+def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+    alone = checkpoint_in(source) if source.is_dir() else None
+    if alone is None:
+        return _chosen(source, min_key, max_key)
+    _refuse_keys(source, min_key, max_key)
+    logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
+    return alone
+
+
+def _chosen(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+    ranking = one_key(None, max_key, min_key)
+    paths = store.in_force(source) if source.is_dir() else []
+    inside = [c for c in map(checkpoint_in, paths) if c is not None]
+    if not inside:
+        raise CheckpointError(f"{source} is no checkpoint, and holds none")
+    best = next(iter(ranked(inside, ranking, None)), None)
+    why = _why(min_key, max_key)
+    if best is None:
+        names = ", ".join(sorted({name for c in inside for name in c.meta}))
+        raise RecipeError(
+            f"no checkpoint in {source} has {why}: what they say is {names}; choose one of "
+            "these, or leave the key out for the newest"
+        )
+    logger.info("%s, %s of %d: %s", best.path, why, len(inside), _in_a_line(best.meta))
+    return best
+
+
+def _why(min_key: str | None, max_key: str | None) -> str:
+    if min_key is not None:
+        return f"the lowest {min_key!r}"
+    return "the newest" if max_key is None else f"the highest {max_key!r}"
+
+
+def _in_a_line(meta: Mapping[str, Any]) -> str:
+    said = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in meta.items()}
+    # When it was saved is in its name, and of no use as a number of seconds.
+    shown = ", ".join(f"{name} {value}" for name, value in said.items() if name != "unixtime")
+    return " ".join(shown.split())
+
+
+def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
+    """Writes a Lightning file that holds all that a checkpoint directory holds.
+
+    Args:
+        checkpoint: The checkpoint.
+        path: The file.
+
+    Returns:
+        ``path``.
+    """
+    states, files = read_files(checkpoint)
+    modules = {name: state for name, state in states.items() if _is_module(state)}
+    optimizers = {name: state for name, state in states.items() if _is_optimizer(state)}
+    done = modules.keys() | optimizers.keys()
+    epoch = checkpoint.meta.get("epoch")
+    content = {
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": epoch if isinstance(epoch, int) else 0,
+        "global_step": 0,
+        "state_dict": {
+            f"{MODULES}.{name}.{key}": tensor
+            for name, state in modules.items()
+            for key, tensor in state.items()
+        },
+        "optimizer_states": [optimizers],
+        "lr_schedulers": [],
+        "callbacks": {},
+        KEY: {
+            # As its own text, which says everything that YAML can say.
+            "meta": (checkpoint.path / store.METAFNAME).read_text(encoding="utf-8"),
+            "modules": {name: _described(name, state) for name, state in modules.items()},
+            "states": {name: state for name, state in states.items() if name not in done},
+            "files": files,
+        },
+    }
+    temporary = path.with_name(f"{path.name}.part")
+    write_state(content, temporary)
+    return temporary.replace(path)
+
+
+def _described(name: str, state: Any) -> dict[str, Any]:
+    """Names may have dots; the version of each part is in an attribute of the state."""
+    keys = {key: f"{MODULES}.{name}.{key}" for key in state}
+    return {"keys": keys, "metadata": dict(getattr(state, "_metadata", {}))}
+
+
+def _is_module(state: Any) -> bool:
+    return isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
+
+
+def _is_optimizer(state: Any) -> bool:
+    return isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys()
+
+
+def from_lightning(source: Path, directory: Path) -> Path:
+    """Writes a checkpoint directory of what a Lightning file holds.
+
+    Args:
+        source: The file: one that ``to_lightning_file`` wrote, or that Lightning wrote of
+            a Brain's module; then each entry of the Brain's modules is a recoverable.
+        directory: The checkpoint directory.
+
+    Returns:
+        ``directory``.
+    """
+    saved = load_state(source)
+    own = saved.get(KEY, {})
+    states = _modules(saved["state_dict"], own.get("modules", {}))
+    names = {member: name for name, member in own.get("optimizers", {}).items()}
+    for optimizers in saved.get("optimizer_states", []):
+        states |= {_optimizer_name(name, names): state for name, state in optimizers.items()}
+    temporary = store.new_directory(directory.parent)
+    with store.removed_on_failure(temporary):
+        if "meta" in own:
+            (temporary / store.METAFNAME).write_text(own["meta"], encoding="utf-8")
+        else:
+            meta = {"unixtime": source.stat().st_mtime, "end-of-epoch": True}
+            dump_meta({**meta, "epoch": saved["epoch"]}, temporary / store.METAFNAME)
+        for name, state in states.items():
+            write_state(state, temporary / f"{name}{store.PARAMFILE_EXT}")
+        write_files(own, temporary)
+        return store.publish(temporary, directory)
+
+
+def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Any]:
+    """Recoverable modules; weights that are in none of them belong to their entry."""
+    known = {weight for each in described.values() for weight in each["keys"].values()}
+    others = [weight for weight in state if weight not in known]
+    modules: dict[str, Any] = {}
+    for name, each in {**_entries(others), **described}.items():
+        modules[name] = OrderedDict((key, state[w]) for key, w in each["keys"].items())
+        modules[name]._metadata = OrderedDict(each["metadata"])
+    return modules
+
+
+def _entries(weights: Iterable[str]) -> dict[str, Any]:
+    """The entries of the Brain's modules, from the names of their weights."""
+    entries: dict[str, Any] = {}
+    for key in weights:
+        name, _, rest = key.removeprefix(f"{MODULES}.").partition(".")
+        entries.setdefault(name, {"keys": {}, "metadata": {}})["keys"][rest] = key
+    return entries
+
+
+def _optimizer_name(name: str, names: Mapping[str, str]) -> str:
+    """That of the recoverable; the default ``init_optimizers`` has another for it."""
+    return names.get(name, "optimizer" if name == "opt_class" else name)
+
+
+def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> Path:
+    """Writes what SpeechBrain's ``from_hparams`` reads.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: The folder.
+        hparams: See ``convert``.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        RecipeError: There are no hyperparameters, or inference could not load them.
+    """
+    yaml = Path(hparams or checkpoint.path.parent.parent / "hyperparams.yaml")
+    if not yaml.is_file():
+        raise RecipeError(f"{yaml} is not there: give the recipe's file with --hparams=FILE")
+    recipe = Hyperparameters(yaml)
+    states, _ = read_files(checkpoint)
+    names = sorted(checkpoint.paramfiles)
+    # Weights whose object nobody names are asked for, not left out.
+    carried = [n for n in names if _has_weights(states.get(n)) or recipe.is_module(n)]
+    temporary = store.new_directory(folder.parent)
+    with store.removed_on_failure(temporary):
+        for name in carried:
+            shutil.copy(checkpoint.paramfiles[name], temporary)
+        recipe.write(carried, temporary / "hyperparams.yaml")
+        temporary.rename(folder)
+    _tell_what_is_left(names, carried, recipe.pretrained())
+    return folder
+
+
+def _has_weights(state: Any) -> bool:
+    return bool(state) and _is_module(state)
+
+
+def _tell_what_is_left(names: list[str], carried: list[str], pretrained: set[str]) -> None:
+    left = [name for name in names if name not in carried]
+    logger.info("For inference: %s; left out: %s", _listed(carried), _listed(left))
+    if others := sorted(pretrained.difference(carried)):
+        logger.warning(
+            "The recipe's own pretrainer loads %s, of which the checkpoint has nothing: add "
+            "the files, and loadables for them, yourself",
+            _listed(others),
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"

@@ -1,0 +1,287 @@
+"""What works with a recipe, told from its source: ``brain-lightning doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import Trainer
+
+from brain_lightning.brain.brain import Brain
+from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
+from brain_lightning.hooks import MANUAL_HOOKS
+
+from .doctor_source import BrainSource, Place, RecipeSource
+
+HOOKS = frozenset(
+    name for name in dir(Brain) if callable(getattr(Brain, name)) and not name.startswith("__")
+)
+# Attributes of SpeechBrain's Brain whose use says how a recipe steps.
+TELLING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
+CALLS = ("backward", "clip_grad_norm_")
+PARALLEL = "ddp (each entry of modules in a DistributedDataParallel of its own)"
+BACKBONE = "BackboneFinetuning unless init_optimizers leaves the backbone out"
+# What every Module has: no entry of a recipe's.
+OF_A_MODULE = frozenset(dir(torch.nn.ModuleDict))
+ARGUMENTS = (
+    "accelerator", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run",
+    "max_epochs", "min_epochs", "max_steps", "max_time", "limit_train_batches",
+    "limit_val_batches", "limit_test_batches", "overfit_batches", "val_check_interval",
+    "check_val_every_n_epoch", "log_every_n_steps", "enable_checkpointing",
+    "enable_progress_bar", "accumulate_grad_batches", "gradient_clip_val",
+    "gradient_clip_algorithm", "deterministic", "benchmark", "profiler", "detect_anomaly",
+    "barebones", "reload_dataloaders_every_n_epochs",
+)  # fmt: skip
+# Of the report's lines.
+WIDTH = 100
+REFUSED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What does not work, and what to change.
+
+    Attributes:
+        about: A Trainer argument, a strategy or a hook.
+        says: What happens, and what would make it work.
+        line: Where to change it.
+    """
+
+    about: str
+    says: str
+    line: int
+
+
+@dataclass(frozen=True)
+class BrainReport:
+    """What works with one Brain of a recipe.
+
+    Attributes:
+        name: Its class.
+        line: Where it begins.
+        base: What it is a Brain of.
+        overrides: Its hooks, and where they are.
+        updates: ``automatic`` or ``manual``.
+        why: Why so.
+        uses: What else it touches of a Brain, and on which lines.
+        strategies: Those that run it.
+        arguments: Arguments of the Trainer that do what they say.
+        remarks: What does not work.
+        callbacks_refused: Lightning's callbacks that it cannot have.
+    """
+
+    name: str
+    line: int
+    base: str
+    overrides: dict[str, str]
+    updates: str
+    why: str
+    uses: dict[str, list[str]]
+    strategies: list[str]
+    arguments: list[str]
+    remarks: list[Remark]
+    callbacks_refused: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What works with a recipe.
+
+    Attributes:
+        script: The script.
+        brains: One report for each Brain in it.
+    """
+
+    script: str
+    brains: Sequence[BrainReport]
+
+    def as_json(self) -> str:
+        """For scripts."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def as_text(self) -> str:
+        """For people."""
+        if not self.brains:
+            return f"{self.script}: no subclass of Brain"
+        return "\n\n".join(_text(self.script, brain) for brain in self.brains)
+
+
+def examine(script: str) -> Report:
+    """Reads a script, and the files beside it that its Brains come from.
+
+    Args:
+        script: The script.
+
+    Returns:
+        What works with it.
+
+    Raises:
+        RecipeError: It cannot be read, or is no Python.
+    """
+    source = RecipeSource(script)
+    return Report(script, [_examine(brain, source) for brain in source.brains])
+
+
+def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
+    overridden = {n: p for n, p in brain.methods.items() if n in HOOKS}
+    manual = [hook for hook in MANUAL_HOOKS if hook in overridden]
+    why = "neither fit_batch nor optimizers_step is overridden"
+    if manual:
+        why = " and ".join(
+            f"{hook} is overridden ({_at(overridden[hook])})" for hook in manual
+        )
+    refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
+    refused += ["StochasticWeightAveraging with BatchNorm", BACKBONE]
+    remarks = [*_loop_remarks(brain), *_process_remarks(brain, source)]
+    remarks += _manual_remarks(brain) if manual else []
+    spoiled = {remark.about for remark in remarks}
+    return BrainReport(
+        name=brain.name,
+        line=brain.place.line,
+        base=brain.base,
+        overrides={name: _at(place) for name, place in overridden.items()},
+        updates="manual" if manual else "automatic",
+        why=why,
+        uses={name: _all(places) for name, places in _uses(brain).items()},
+        strategies=["one device"] + ([] if "strategy=ddp" in spoiled else [PARALLEL]),
+        arguments=[name for name in ARGUMENTS if name not in spoiled],
+        remarks=remarks,
+        callbacks_refused=refused + (["GradientAccumulationScheduler"] if manual else []),
+    )
+
+
+def _uses(brain: BrainSource) -> dict[str, list[Place]]:
+    found = {f"self.{name}": brain.reads[name] for name in TELLING if name in brain.reads}
+    private = [n for n in brain.reads if n in HOOKS and n.startswith("_")]
+    found |= {f"self.{name} (private)": brain.reads[name] for name in private}
+    found |= {
+        f"super().{name} (private)": places
+        for name, places in brain.supers.items()
+        if name.startswith("_") and name in HOOKS
+    }
+    if brain.unwraps:
+        found[".module"] = brain.unwraps
+    return found | {f"{name}()": brain.calls[name] for name in CALLS if name in brain.calls}
+
+
+def _loop_remarks(brain: BrainSource) -> Iterator[Remark]:
+    if "fit" in brain.reads:
+        says = "a fit within a fit gets device, strategy and precision of the outer Trainer, "
+        says += "not its limits and callbacks"
+        yield Remark("fit", says, brain.reads["fit"][0].line)
+    if "_fit_train" in brain.methods:
+        says = "refused before training: the Trainer takes its place; use a hook or a callback"
+        yield Remark("_fit_train", says, brain.methods["_fit_train"].line)
+
+
+def _never_wrapped(brain: BrainSource) -> bool:
+    """Whether on_fit_start is overridden, and leaves the wrapping out."""
+    return "on_fit_start" in brain.methods and not (
+        "on_fit_start" in brain.supers or "_wrap_distributed" in brain.reads
+    )
+
+
+def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
+    if _never_wrapped(brain):
+        says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
+        yield Remark("strategy=ddp", says, brain.methods["on_fit_start"].line)
+    if brain.hparams_called and not brain.entries - OF_A_MODULE:
+        name, place = next(iter(brain.hparams_called.items()))
+        says = (
+            f"gradients would not be averaged if hparams.{name} is one of modules: call "
+            f"self.modules.{name}, for what is called in hparams has no wrapper"
+        )
+        yield Remark("strategy=ddp", says, place.line)
+    group = next((p for n, p in source.called.items() if n.endswith("ddp_init_group")), None)
+    speechbrains = brain.base.startswith("SpeechBrain")
+    if group is not None and not speechbrains:
+        says = (
+            "python train.py --trainer.devices=2 would wait for ever at SpeechBrain's "
+            "ddp_init_group: leave it out, or start the processes by torchrun"
+        )
+        yield Remark("devices", says, group.line)
+    if group is None and speechbrains:
+        says = (
+            "SpeechBrain's Brain wants sb.utils.distributed.ddp_init_group(run_opts) before "
+            "it is made"
+        )
+        made = source.called.get(brain.name, brain.place)
+        yield Remark("devices", says, made.line)
+
+
+def _manual_remarks(brain: BrainSource) -> Iterator[Remark]:
+    """Options that a step of one's own has to honour itself."""
+    step = next(brain.methods[hook] for hook in MANUAL_HOOKS if hook in brain.methods)
+    own_fit_batch = "fit_batch" in brain.methods and "fit_batch" not in brain.supers
+    steps = "optimizers_step" in brain.reads and "optimizers_step" not in brain.methods
+    if brain.base.startswith("SpeechBrain"):
+        says = "'value' is refused: SpeechBrain's own steps clip norms alone"
+        yield Remark("gradient_clip_algorithm", says, step.line)
+    elif own_fit_batch and not steps:
+        says = "has no effect: step by self.optimizers_step()"
+        yield Remark("gradient_clip_algorithm", says, step.line)
+    if own_fit_batch:
+        yield from _fit_batch_remarks(brain, steps, step.line)
+
+
+def _fit_batch_remarks(brain: BrainSource, steps: bool, line: int) -> Iterator[Remark]:
+    known = set(brain.reads)
+    if not steps and "max_grad_norm" not in known:
+        says = "has no effect: clip to self.max_grad_norm, or step by self.optimizers_step()"
+        yield Remark("gradient_clip_val", says, line)
+    if "grad_accumulation_factor" not in known:
+        says = "has no effect: step when self.step % self.grad_accumulation_factor == 0"
+        yield Remark("accumulate_grad_batches", says, line)
+    else:
+        says = "an incomplete last window makes no update, as in SpeechBrain"
+        yield Remark("accumulate_grad_batches", says, line)
+    casts = {"training_ctx", "precision"} & known or "autocast" in brain.calls
+    if not casts:
+        says = "mixed precision has no effect: compute the loss within self.training_ctx"
+        yield Remark("precision", says, line)
+    elif "scaler" not in known:
+        says = "16-mixed loses small gradients: scale the loss by self.scaler"
+        yield Remark("precision", says, line)
+
+
+def _at(place: Place) -> str:
+    return f"{place.file}:{place.line}"
+
+
+def _all(places: Iterable[Place]) -> list[str]:
+    return [_at(place) for place in sorted(set(places))]
+
+
+def _text(script: str, brain: BrainReport) -> str:
+    first = f"{script}:{brain.line}: {brain.name}, a subclass of {brain.base}"
+    wrapped = (
+        line for head, says in _facts(brain) for line in _wrapped(f"  {head:<12}", says)
+    )
+    return "\n".join([first, *wrapped])
+
+
+def _wrapped(head: str, says: str) -> list[str]:
+    # Names are to be copied, and found: none is broken.
+    return textwrap.wrap(
+        says, WIDTH, initial_indent=head, subsequent_indent=" " * len(head),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _facts(brain: BrainReport) -> Iterator[tuple[str, str]]:
+    yield "updates", f"{brain.updates}: {brain.why}"
+    yield "overrides", ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())
+    for name, places in brain.uses.items():
+        yield "uses", f"{name}: {', '.join(places)}"
+    yield "strategies", f"safe: {'; '.join(brain.strategies)}"
+    yield "", f"refused: {REFUSED_STRATEGIES}"
+    others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
+    yield "arguments", f"safe: all of Lightning's but {', '.join(others)}"
+    yield "callbacks", f"safe: all of Lightning's but {'; '.join(brain.callbacks_refused)}"
+    for remark in brain.remarks:
+        yield "change", f"line {remark.line}: {remark.about}: {remark.says}"

@@ -1,0 +1,263 @@
+"""One side of ``verify``: runs a recipe and writes down what its Brains did.
+
+A process of its own, ``python -m brain_lightning.cli.verify_recorder``, so that neither
+side finds what the other one left behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import random
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from brain_lightning.brain.patch import patch_speechbrain
+from brain_lightning.step.optimizers import parameters_of
+
+from .script import run_script
+
+# Every hook of a Brain that its loops call, but for fit_batch and optimizers_step: a Brain
+# that had them of its own would step by itself.
+HOOKS = (
+    "make_dataloader",
+    "on_fit_start",
+    "init_optimizers",
+    "on_stage_start",
+    "on_fit_batch_start",
+    "compute_forward",
+    "compute_objectives",
+    "check_loss_isfinite",
+    "freeze_optimizers",
+    "check_gradients",
+    "on_fit_batch_end",
+    "evaluate_batch",
+    "zero_grad",
+    "on_stage_end",
+    "on_evaluate_start",
+)
+SEED = 1234
+
+
+class Recorder:
+    """Writes down the events of all Brains, in their order.
+
+    Args:
+        steps: Training batches after which a Brain is to end its epoch and its
+            training; 0 lets it go on.
+
+    Attributes:
+        events: What happened, each as a dict with its ``kind`` and when it was.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._steps = steps
+        self._done: dict[int, int] = {}
+        self._brains: list[Any] = []
+        # A recipe may fit within a stage.
+        self._stages: list[tuple[str, Any]] = []
+
+    def watch(self, brain_class: Any) -> None:
+        """Attaches to every Brain that is made from now on, and to every optimizer.
+
+        Args:
+            brain_class: ``speechbrain.core.Brain``.
+        """
+        make = brain_class.__init__
+
+        @functools.wraps(make)
+        def __init__(brain: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            make(brain, *args, **kwargs)
+            self.attach(brain)
+
+        brain_class.__init__ = __init__
+        register_optimizer_step_pre_hook(self.before_step)
+        register_optimizer_step_post_hook(self.after_step)
+
+    def attach(self, brain: Any) -> None:
+        """Writes down the hooks of one Brain; its class stays as it is.
+
+        Args:
+            brain: The Brain.
+        """
+        self._brains.append(brain)
+        for name in HOOKS:
+            setattr(brain, name, self._told(brain, name, getattr(brain, name)))
+        brain.update_average = self._averaged(brain, brain.update_average)
+
+    def add(self, kind: str, **details: Any) -> None:
+        """Writes down one event.
+
+        Args:
+            kind: hook, objective, gradients, weights, loss, stage or error.
+            **details: What there is to say.
+        """
+        step = max((brain.step for brain in self._brains), default=0)
+        stage, epoch = self._stages[-1] if self._stages else ("", None)
+        when = {"stage": stage, "epoch": epoch, "step": step}
+        self.events.append({"kind": kind, **when, **details})
+
+    def _told(self, brain: Any, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            stages = [a.name for a in (*args, *kwargs.values()) if type(a).__name__ == "Stage"]
+            if name == "on_stage_start":
+                epoch = _plain(kwargs.get("epoch", (*args, None, None)[1]))
+                self._stages.append((stages[0], epoch))
+            self.add("hook", hook=f"{name}({', '.join(stages)})" if stages else name)
+            if name == "on_stage_end":
+                loss = kwargs.get("stage_loss", (*args, None)[1])
+                weights = _digests(brain.modules.state_dict().items())
+                self.add("stage", loss=_number(loss), weights=weights)
+            result = hook(*args, **kwargs)
+            if name == "on_stage_end" and self._stages:
+                self._stages.pop()
+            if name == "compute_objectives":
+                # Told before the gradients: what differs first is named.
+                self.add("objective", loss=_number(result))
+            return result
+
+        return told
+
+    def _averaged(self, brain: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def averaged(loss: Any, avg_loss: Any) -> Any:
+            self.add("loss", loss=_number(loss))
+            if self._stages and self._stages[-1][0] == "TRAIN":
+                self._count(brain)
+            return hook(loss, avg_loss)
+
+        return averaged
+
+    def _count(self, brain: Any) -> None:
+        """Debug mode ends an epoch and a training, on both sides at the same places."""
+        self._done[id(brain)] = self._done.get(id(brain), 0) + 1
+        if self._done[id(brain)] == self._steps:
+            brain.debug, brain.debug_batches = True, brain.step
+            brain.debug_epochs = self._stages[-1][1]
+
+    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Writes down what an optimizer is about to apply.
+
+        Args:
+            optimizer: The optimizer.
+        """
+        gradients = {n: p.grad for n, p in self._named(optimizer) if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm([g.detach() for g in gradients.values()])
+        self.add(
+            "gradients",
+            optimizer=type(optimizer).__name__,
+            rates=[_number(group["lr"]) for group in optimizer.param_groups],
+            norm=_number(norm),
+            tensors=_digests(gradients.items()),
+        )
+
+    def after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Writes down what an optimizer has changed.
+
+        Args:
+            optimizer: The optimizer.
+        """
+        self.add("weights", tensors=_digests(self._named(optimizer)))
+
+    def _named(self, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+        names = {
+            id(parameter): name
+            for brain in self._brains
+            for name, parameter in brain.modules.named_parameters()
+        }
+        return [
+            (names.get(id(parameter), f"parameter {index}"), parameter)
+            for index, parameter in enumerate(parameters_of(optimizer))
+        ]
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)
+
+
+def _number(value: Any) -> str:
+    """Exactly; JSON has no NaN, and a recipe may return anything."""
+    try:
+        return repr(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        return type(value).__name__
+
+
+def _digests(named: Iterable[tuple[str, Any]]) -> dict[str, int]:
+    return {name: _digest(tensor) for name, tensor in named if isinstance(tensor, Tensor)}
+
+
+def _digest(tensor: Tensor) -> int:
+    if is_lazy(tensor):
+        return 0
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes())
+
+
+def seed_everything() -> None:
+    """Gives both sides the same random numbers, and the same kernels."""
+    random.seed(SEED)
+    importlib.import_module("numpy").random.seed(SEED)
+    torch.manual_seed(SEED)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -> Recorder:
+    """Runs a recipe and writes down what it does.
+
+    Args:
+        side: ``speechbrain`` or ``trainer``: whose loops run.
+        script: The script.
+        words: Its command line.
+        steps: See ``Recorder``.
+        trainer: Arguments of the Trainer.
+
+    Returns:
+        What was written down; an error of the recipe is the last event.
+    """
+    seed_everything()
+    recorder = Recorder(steps)
+    recorder.watch(importlib.import_module("speechbrain.core").Brain)
+    seed_everything()
+    try:
+        with patch_speechbrain(trainer) if side == "trainer" else nullcontext():
+            run_script(script, words)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            recorder.add("error", error=f"exit status {end.code}")
+    except BaseException as error:  # noqa: BLE001  whatever the recipe raises
+        traceback.print_exc()
+        recorder.add("error", error=f"{type(error).__name__}: {error}")
+    return recorder
+
+
+def main(task: Mapping[str, Any]) -> None:
+    """Records and writes the events.
+
+    Args:
+        task: Arguments of ``record``, and ``out``, the file to write.
+    """
+    arguments = {name: value for name, value in task.items() if name != "out"}
+    events = record(**arguments).events
+    Path(task["out"]).write_text(json.dumps(events), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Versions of other packages, and SpeechBrain's classes, which are never imported."""

@@ -1,0 +1,1 @@
+"""DataLoaders and samplers as a Brain makes them."""

@@ -1,0 +1,126 @@
+"""DataLoaders as a Brain makes them: reproducible shuffling, padding, saveable positions."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from brain_lightning.compat import speechbrain
+from brain_lightning.errors import UnsupportedError
+from brain_lightning.resume.data_position import SaveableDataLoader
+
+from .samplers import DEFAULT_SEED, DistributedSamplerWrapper, ReproducibleRandomSampler
+
+logger = logging.getLogger(__name__)
+
+
+def is_loader(data: object) -> bool:
+    """Whether ``fit`` iterates ``data`` directly, rather than making a loader for it."""
+    return isinstance(data, DataLoader) or speechbrain.is_looped_loader(data)
+
+
+def shuffling_sampler(dataset: Any, loader_kwargs: Mapping[str, Any]) -> Any:
+    """The sampler that ``shuffle=True`` stands for.
+
+    Its seed is ``$SB_GLOBAL_SEED`` where that is set
+    (``speechbrain.Brain._train_loader_specifics``).
+
+    Args:
+        dataset: The dataset to shuffle.
+        loader_kwargs: Arguments of the loader.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        ValueError: There is a sampler already.
+    """
+    if loader_kwargs.get("sampler") is not None:
+        raise ValueError("Cannot specify both shuffle=True and a sampler in loader_kwargs")
+    seed = int(os.environ.get("SB_GLOBAL_SEED", DEFAULT_SEED))
+    return ReproducibleRandomSampler(dataset, seed=seed)
+
+
+def distributed_sampler(
+    dataset: Any, loader_kwargs: Mapping[str, Any], by_chance: bool, **shard: int
+) -> dict[str, Any]:
+    """The sampler that gives each process its part of the training set.
+
+    (``speechbrain.Brain._train_loader_specifics``.)
+
+    Args:
+        dataset: The dataset to share out.
+        loader_kwargs: Arguments of the loader.
+        by_chance: Whether examples, or batches of a batch sampler, are shuffled.
+        **shard: ``rank`` and ``num_replicas``.
+
+    Returns:
+        ``sampler`` or ``batch_sampler``; nothing for a stream, with a warning.
+    """
+    if isinstance(dataset, IterableDataset):
+        logger.warning(
+            "An IterableDataset is not shared out: every process trains on all of it, "
+            "unless the dataset itself looks at the rank."
+        )
+        return {}
+    drop_last = loader_kwargs.get("drop_last", False)
+    if loader_kwargs.get("sampler") is not None:
+        shuffle = loader_kwargs.get("shuffle", False)
+        sampler = loader_kwargs["sampler"]
+        wrapper = DistributedSamplerWrapper(
+            sampler, shuffle=shuffle, drop_last=drop_last, **shard
+        )
+        return {"sampler": wrapper}
+    if loader_kwargs.get("batch_sampler") is not None:
+        batches = loader_kwargs["batch_sampler"]
+        wrapper = DistributedSamplerWrapper(batches, shuffle=by_chance, **shard)
+        return {"batch_sampler": wrapper}
+    return {
+        "sampler": DistributedSampler(dataset, shuffle=by_chance, drop_last=drop_last, **shard)
+    }
+
+
+def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any) -> Any:
+    """Makes a loader, by SpeechBrain's own function where its objects are used.
+
+    Args:
+        dataset: A dataset; a SpeechBrain ``DynamicItemDataset`` is padded.
+        checkpointer: Gets a loader whose position it can save.
+        **loader_kwargs: Arguments of ``DataLoader``, and SpeechBrain's
+            ``looped_nominal_epoch``.
+
+    Returns:
+        The loader.
+
+    Raises:
+        UnsupportedError: ``looped_nominal_epoch`` without SpeechBrain.
+    """
+    looped = loader_kwargs.get("looped_nominal_epoch") is not None
+    maker = speechbrain.dataloader_maker(dataset, checkpointer, looped)
+    if maker is not None:
+        return maker(dataset, **loader_kwargs)
+    if looped:
+        raise UnsupportedError(
+            "looped_nominal_epoch makes SpeechBrain's LoopedLoader: build that loader "
+            "with speechbrain.dataio.dataloader.make_dataloader and give it to fit()"
+        )
+    loader_kwargs.pop("looped_nominal_epoch", None)
+    if loader_kwargs.get("shuffle"):
+        loader_kwargs["sampler"] = shuffling_sampler(dataset, loader_kwargs)
+        del loader_kwargs["shuffle"]
+    if checkpointer is None or isinstance(dataset, IterableDataset):
+        return DataLoader(dataset, **loader_kwargs)
+    return SaveableDataLoader(dataset, **loader_kwargs)
+
+
+def is_saveable(loader: object) -> bool:
+    """Whether a Checkpointer can save a loader's position in the data.
+
+    Args:
+        loader: Any loader.
+    """
+    return isinstance(loader, SaveableDataLoader) or speechbrain.is_saveable_loader(loader)

@@ -1,0 +1,1 @@
+"""Every private part of Lightning that is used."""

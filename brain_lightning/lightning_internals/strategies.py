@@ -1,0 +1,128 @@
+"""The only file that touches private parts of Lightning's strategies.
+
+``tests/test_strategies.py`` fails where a release of Lightning moves one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from brain_lightning.errors import UnsupportedError
+from brain_lightning.temporary import Borrowed
+
+# Arguments of DDPStrategy that speak of one DistributedDataParallel for the whole module.
+WHOLE_MODULE = (
+    "ddp_comm_hook",
+    "ddp_comm_state",
+    "ddp_comm_wrapper",
+    "model_averaging_period",
+)
+
+
+def is_parallel(trainer: Trainer) -> bool:
+    """Whether a Trainer wraps for several processes, be it for one alone.
+
+    Args:
+        trainer: The Trainer, before or after it has started its processes.
+    """
+    return isinstance(trainer.strategy, DDPStrategy)
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuses the strategies that a Brain cannot run on.
+
+    Args:
+        trainer: The Trainer, before it starts its processes.
+
+    Raises:
+        UnsupportedError: Its strategy is one of those, or has an argument that is.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, SingleDeviceStrategy):
+        return
+    name = type(strategy).__name__
+    if not isinstance(strategy, DDPStrategy):
+        raise UnsupportedError(
+            f"{name} cannot run a Brain: it wraps the whole LightningModule, and gradients of "
+            "a recipe's own loss.backward() would not be averaged. Use strategy='ddp', "
+            "'ddp_find_unused_parameters_true', DDPStrategy(...), or one device"
+        )
+    if strategy._start_method != "popen":
+        raise UnsupportedError(
+            f"{name}(start_method={strategy._start_method!r}) trains a copy of the Brain in "
+            "another process, and what it learns stays there: use strategy='ddp', or torchrun"
+        )
+    for argument in WHOLE_MODULE:
+        if getattr(strategy, f"_{argument}") is not None:
+            raise UnsupportedError(
+                f"{name}({argument}=...) is for one DistributedDataParallel, and a Brain has "
+                "one for each entry of its modules: leave it out"
+            )
+
+
+def ddp_arguments(trainer: Trainer) -> dict[str, Any]:
+    """What a user told the strategy to give to ``DistributedDataParallel``.
+
+    Args:
+        trainer: A Trainer whose strategy ``is_parallel``.
+    """
+    strategy = trainer.strategy
+    assert isinstance(strategy, DDPStrategy)
+    return strategy._ddp_kwargs
+
+
+def set_backend(trainer: Trainer, backend: str, borrowed: Borrowed) -> str:
+    """Chooses how processes communicate, unless the user's strategy says it.
+
+    Args:
+        trainer: A Trainer whose strategy ``is_parallel``, without a process group yet.
+        backend: nccl, gloo or mpi.
+        borrowed: Takes note of what is changed.
+
+    Returns:
+        The backend that the strategy has now.
+    """
+    strategy = trainer.strategy
+    assert isinstance(strategy, DDPStrategy)
+    chosen = strategy._process_group_backend
+    if chosen is None:
+        borrowed.set(strategy, "_process_group_backend", backend)
+    return chosen or backend
+
+
+def wrap_nothing(trainer: Trainer, borrowed: Borrowed) -> None:
+    """Leaves the wrapping to the Brain.
+
+    Args:
+        trainer: A Trainer whose strategy ``is_parallel``, before its ``setup``.
+        borrowed: Takes note of what is changed.
+    """
+    borrowed.shadow(trainer.strategy, "configure_ddp", lambda: None)
+
+
+def synchronize_nothing(module: LightningModule) -> None:
+    """Keeps the strategy from giving every process the first one's weights to evaluate.
+
+    A Brain's processes have the same ones, but for what is each process's own, such
+    as the running statistics of a normalization.
+
+    Args:
+        module: The module before the Trainer's ``setup``.
+    """
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(module, names)
+
+
+def shards_training_data(trainer: Trainer) -> bool:
+    """Whether the Trainer was let give each process its part of the training set.
+
+    Args:
+        trainer: The Trainer.
+    """
+    connector = trainer._accelerator_connector
+    return is_parallel(trainer) and connector.use_distributed_sampler

@@ -1,0 +1,83 @@
+"""What is logged, shown on the console where nobody has configured logging.
+
+SpeechBrain's loggers let INFO pass, whatever the root logger says, and its recipes show it
+through ``create_experiment_directory``. A script that does not call it would see nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from logging import WARNING
+
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+
+from brain_lightning.errors import RunOptionError
+
+# The logger above those of all files.
+PACKAGE = "brain_lightning"
+# As in SpeechBrain's log-config.yaml.
+FORMAT = "%(name)s - %(message)s"
+# Of thousands.
+UNITS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+
+
+class Console(logging.Handler):
+    """Writes between progress bars, as long as the root logger has no handler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter(FORMAT))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows on the standard error what nobody else does.
+
+        Args:
+            record: What was logged.
+        """
+        others = [*logging.getLogger().handlers, *logging.getLogger(PACKAGE).handlers]
+        if any(not isinstance(handler, Console) for handler in others):
+            return
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # noqa: BLE001  as every handler: a line is not worth a training
+            self.handleError(record)
+
+
+def show_information() -> None:
+    """Lets INFO of this package be seen as SpeechBrain's; a second call does nothing.
+
+    The first process speaks for all of them, as in SpeechBrain. ``$SB_LOG_LEVEL`` is its
+    variable for another level. A level that somebody has set stays.
+
+    Raises:
+        RunOptionError: The variable names no level.
+    """
+    package = logging.getLogger(PACKAGE)
+    if package.level == logging.NOTSET:
+        package.setLevel(_level() if not getattr(rank_zero_only, "rank", 0) else WARNING)
+    if not any(isinstance(handler, Console) for handler in package.handlers):
+        package.addHandler(Console())
+
+
+def _level() -> int:
+    name = os.environ.get("SB_LOG_LEVEL") or "INFO"
+    level = int(name) if name.isdecimal() else logging.getLevelName(name.upper())
+    if not isinstance(level, int):
+        raise RunOptionError(f"SB_LOG_LEVEL={name} is not one of DEBUG, INFO, WARNING, ERROR")
+    return level
+
+
+def abbreviated(number: int) -> str:
+    """A count as SpeechBrain writes it (``utils.logger.format_order_of_magnitude``).
+
+    Args:
+        number: 0 or more.
+
+    Returns:
+        ``123.5k`` for 123456.
+    """
+    power = min((len(str(number)) - 1) // 3, len(UNITS) - 1)
+    return f"{number / 1000**power:3.1f}{UNITS[power]}" if power else str(number)

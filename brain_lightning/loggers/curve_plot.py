@@ -1,0 +1,143 @@
+"""The curves of a training as a picture, which is there while it goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from brain_lightning.distributed.communication import if_main_process
+from brain_lightning.errors import RunOptionError, UnsupportedError
+from brain_lightning.step.optimizers import all_optimizers
+
+from .curves import History, is_rate, read_curves, write_curves
+
+logger = logging.getLogger(__name__)
+
+FILE = "curves.png"
+
+
+class CurvePlot(Callback):
+    """Draws the losses, and what a recipe reports, at each end of an epoch.
+
+    The picture holds its numbers: where a run goes on, so do the curves, with each epoch once,
+    whatever its checkpoints hold. Each Brain that a callback serves has a picture of its own:
+    ``curves.png``, ``curves-2.png``, … Only the main process writes.
+
+    Args:
+        path: The PNG; ``curves.png`` in the recipe's ``output_folder`` if not given, or in the
+            current folder where there is none.
+
+    Raises:
+        RunOptionError: ``path`` does not end in ``.png``.
+        UnsupportedError: matplotlib is not installed.
+    """
+
+    def __init__(self, path: str | PathLike[str] | None = None) -> None:
+        if path is not None and Path(path).suffix.lower() != ".png":
+            raise RunOptionError(f"curves are drawn as PNG: {str(path)!r} should end in .png")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UnsupportedError(
+                "curves are drawn by matplotlib, which is not here: pip install matplotlib"
+            )
+        self._path = None if path is None else Path(path)
+        self._taken: set[Path] = set()
+        self._curves: WeakKeyDictionary[Any, _Curves] = WeakKeyDictionary()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds out where to draw, before anything is trained."""
+        brain = pl_module.brain
+        if brain not in self._curves:
+            self._curves[brain] = _Curves(self._free_path(brain))
+        if stage == "fit":
+            self._curves[brain].begins = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the learning rates, before the VALID stage anneals them."""
+        self._curves[pl_module.brain].rates = _rates(pl_module.brain)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the learning rates of an epoch without a validation."""
+        self._curves[pl_module.brain].rates = _rates(pl_module.brain)
+
+    def add(self, brain: Any, epoch: Any, metrics: Mapping[str, float]) -> None:
+        """Draws what has been found; the generated module calls this.
+
+        Args:
+            brain: The Brain that runs.
+            epoch: Its epoch, a number; None in a test.
+            metrics: Numbers by name.
+        """
+        if not metrics or not if_main_process():
+            return
+        curves = self._curves[brain]
+        try:
+            curves.add_test(metrics) if epoch is None else curves.add_epoch(epoch, metrics)
+        except OSError as error:
+            # A picture is not worth a training; the next epoch tries again.
+            logger.warning("The curves could not be drawn: %s", error)
+
+    def _free_path(self, brain: Any) -> Path:
+        folder = getattr(getattr(brain, "hparams", None), "output_folder", "")
+        path = first = (self._path or Path(folder, FILE)).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while path in self._taken:
+            number += 1
+            path = first.with_stem(f"{first.stem}-{number}")
+        self._taken.add(path)
+        return path
+
+
+class _Curves:
+    """The curves of one Brain.
+
+    Args:
+        path: The PNG.
+
+    Attributes:
+        begins: Whether a run has begun of which there is no epoch yet.
+        rates: The learning rates, for recipes that do not report them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.begins = False
+        self.rates: dict[str, float] = {}
+        self._path = path
+        self._history: History = {}
+        self._tests: list[Mapping[str, float]] = []
+
+    def add_epoch(self, epoch: Any, metrics: Mapping[str, float]) -> None:
+        """Adds what was found in an epoch, which may come in parts."""
+        # A counter may give numbers of any kind, or none at all.
+        epoch = float(epoch) if hasattr(epoch, "__float__") else len(self._history) + 1.0
+        if self.begins:
+            known = self._history or read_curves(self._path)
+            # A run that was killed may have drawn epochs that it had not saved.
+            self._history = {number: known[number] for number in known if number < epoch}
+            self.begins = False
+        rates = {} if any(map(is_rate, metrics)) else self.rates
+        self._history[epoch] = {**self._history.get(epoch, {}), **metrics, **rates}
+        # They were of weights that are trained on.
+        self._tests.clear()
+        write_curves(self._path, self._history, self._tests)
+
+    def add_test(self, metrics: Mapping[str, float]) -> None:
+        """Adds what was found in a test; a recipe may have several test sets."""
+        self._history = self._history or read_curves(self._path)
+        self._tests.append({n: v for n, v in metrics.items() if n.startswith("test_")})
+        write_curves(self._path, self._history, self._tests)
+
+
+def _rates(brain: Any) -> dict[str, float]:
+    rates = {
+        f"lr_{name}": float(optimizer.param_groups[0]["lr"])
+        for name, optimizer in all_optimizers(brain).items()
+    }
+    return {"lr": rates.popitem()[1]} if len(rates) == 1 else rates

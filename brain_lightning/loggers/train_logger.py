@@ -1,0 +1,266 @@
+"""SpeechBrain's TrainLogger over Lightning's loggers."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lightning.pytorch.loggers import Logger
+
+from brain_lightning.distributed.communication import if_main_process
+from brain_lightning.errors import BrainTypeError
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.stages.metrics import STAGES_OF_STATS, leaves, numbers_in, staged
+from brain_lightning.temporary import Borrowed
+
+from .log_versions import Entry, Log, is_of_test, log_of
+from .media import log_audio, log_figure, spectrogram
+
+log = logging.getLogger(__name__)
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+# Names by which recipes say in stats_meta where an entry belongs, in any case.
+POSITIONS = ("epoch", "steps", "step")
+# What they say where a checkpoint is tested.
+TESTED = ("epoch loaded",)
+
+
+def _on_main_process(method: Method) -> Method:
+    """Unlike SpeechBrain's, does not wait for the others: one may be alone, in a test."""
+
+    @functools.wraps(method)
+    def on_main(*args: Any, **kwargs: Any) -> None:
+        if if_main_process():
+            method(*args, **kwargs)
+
+    return on_main  # type: ignore[return-value]
+
+
+class LightningTrainLogger:
+    """Hands what a recipe reports to Lightning's loggers.
+
+    Takes the place of any ``speechbrain.utils.train_logger``, in the recipe's YAML file:
+
+        train_logger: !new:brain_lightning.LightningTrainLogger
+            logger: !new:lightning.pytorch.loggers.CSVLogger
+                save_dir: !ref <output_folder>
+
+    Numbers have the names that a Trainer's metrics have, ``train_loss`` and ``valid_WER``, and
+    stand at their epoch. Only the main process writes.
+
+    A run that goes on with one of an earlier process does so in its log: in the version that
+    was asked for, else in the newest that a train logger has written. Each epoch is found
+    there once: what there is from the first one on that is logged again is superseded. A
+    finished run that is tested again replaces the test in a CSV file, leaves it out of W&B
+    and MLflow where it is equal, and adds to it in TensorBoard. Any other run has a new
+    version, or replaces the one that was asked for, and so has a run of SpeechBrain's own
+    loop: only a Trainer says that a run goes on.
+
+    A logger that the Trainer has, too, is fed by the Trainer and goes on as a Trainer's
+    loggers do: with a new version at each start.
+
+    Args:
+        logger: One of Lightning's loggers, or several.
+
+    Attributes:
+        loggers: All of them.
+        fed_by_trainer: Those that a Trainer gives the same numbers at this time.
+
+    Raises:
+        BrainTypeError: ``logger`` is something else.
+    """
+
+    def __init__(self, logger: Logger | Sequence[Logger]) -> None:
+        self.loggers = _checked(logger)
+        self.fed_by_trainer: Sequence[Logger] = ()
+        self._logs = [log_of(each, place) for place, each in enumerate(self.loggers)]
+        self._goes_on: bool | None = None
+        self._position = 0
+        self._told: set[str] = set()
+
+    def begin_run(self, goes_on: bool, position: int = 0) -> None:
+        """Says whether a run goes on with one of an earlier process; a Trainer does.
+
+        What is said first counts, and nothing is written yet.
+
+        Args:
+            goes_on: Whether something was recovered.
+            position: The last epoch that is over.
+        """
+        if self._goes_on is None:
+            self._goes_on = goes_on
+            self._position = max(self._position, position)
+
+    @_on_main_process
+    def log_stats(
+        self,
+        stats_meta: Mapping[str, Any],
+        train_stats: Mapping[str, Any] | None = None,
+        valid_stats: Mapping[str, Any] | None = None,
+        test_stats: Mapping[str, Any] | None = None,
+        verbose: bool = True,
+    ) -> None:
+        """Logs what is known at the end of an epoch.
+
+        Args:
+            stats_meta: Of the epoch: its number as ``epoch``, the learning rate, …
+            train_stats: Of TRAIN: numbers, lists of numbers, of which the mean is logged, and
+                dictionaries of them.
+            valid_stats: Of VALID.
+            test_stats: Of TEST; stand at the ``Epoch loaded``, or at the last epoch.
+            verbose: Whether to say it all in one line of Python's logging, too, as
+                SpeechBrain's FileTrainLogger does.
+        """
+        stats = {
+            "train_stats": train_stats, "valid_stats": valid_stats, "test_stats": test_stats
+        }  # fmt: skip
+        named = dict(_named(stats_meta, stats))
+        numbers = numbers_in(named)
+        self._tell_of_others(named, numbers)
+        entry = self._entry(numbers)
+        for each in self._opened():
+            if not self._is_fed(each) and not each.write(entry):
+                self._tell(f"{_kind(each)} leaves out what its run has already")
+        if verbose:
+            log.info(_line(stats_meta, stats))
+
+    @_on_main_process
+    def log_audio(self, name: str, value: Any, sample_rate: int) -> None:
+        """Logs a sound, at the epoch that was logged last.
+
+        Args:
+            name: Of the sound.
+            value: Its samples, between -1 and 1.
+            sample_rate: Samples in a second.
+        """
+        for each in self._opened():
+            if not log_audio(each.logger, name, value, sample_rate, self._position):
+                self._tell(f"{_kind(each)} has no place for audio ({name!r})")
+            each.logger.save()
+
+    @_on_main_process
+    def log_figure(self, name: str, value: Any) -> None:
+        """Logs a picture, at the epoch that was logged last.
+
+        Args:
+            name: Of the picture.
+            value: A spectrogram, or a figure of matplotlib's.
+        """
+        if importlib.util.find_spec("matplotlib") is None:
+            self._tell(f"figures ({name!r}) are not logged without matplotlib: install it")
+            return
+        for each in self._opened():
+            # A figure for each: TensorBoard closes it.
+            figure = value if hasattr(value, "savefig") else spectrogram(value)
+            if not log_figure(each.logger, name, figure, self._position):
+                self._tell(f"{_kind(each)} has no place for figures ({name!r})")
+            each.logger.save()
+
+    def _entry(self, numbers: dict[str, float]) -> Entry:
+        name, tested = _place(numbers, POSITIONS), _place(numbers, TESTED)
+        if name or tested:
+            self._position = int(numbers[name or tested or ""])
+        elif not is_of_test(numbers):
+            self._position += 1
+        return Entry(numbers, name, self._position)
+
+    def _opened(self) -> Iterator[Log]:
+        for each in self._logs:
+            each.open(goes_on=bool(self._goes_on))
+            yield each
+
+    def _is_fed(self, of: Log) -> bool:
+        return any(of.logger is each for each in self.fed_by_trainer)
+
+    def _tell_of_others(self, named: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+        for name in named.keys() - numbers.keys():
+            self._tell(f"log_stats: {name!r} is no number, and is not logged")
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            log.warning("%s.", message)
+
+
+def lend_loggers(brain: BrainProtocol, loggers: Sequence[Logger], borrowed: Borrowed) -> None:
+    """Keeps what a recipe reports from being logged twice by a logger that a Trainer has too.
+
+    Args:
+        brain: The Brain whose train logger may be a ``LightningTrainLogger``.
+        loggers: The Trainer's.
+        borrowed: Takes note of what is changed.
+    """
+    train_logger = _train_logger_of(brain)
+    if train_logger is not None:
+        borrowed.set(train_logger, "fed_by_trainer", loggers)
+
+
+def begin_log(brain: BrainProtocol, goes_on: bool, position: int) -> None:
+    """Says to a recipe's train logger whether it goes on, before training moves anything.
+
+    Args:
+        brain: The Brain whose train logger may be a ``LightningTrainLogger``.
+        goes_on: As for ``LightningTrainLogger.begin_run``.
+        position: As for ``LightningTrainLogger.begin_run``.
+    """
+    train_logger = _train_logger_of(brain)
+    if train_logger is not None:
+        train_logger.begin_run(goes_on, position)
+
+
+def _train_logger_of(brain: BrainProtocol) -> LightningTrainLogger | None:
+    found = getattr(getattr(brain, "hparams", None), "train_logger", None)
+    return found if isinstance(found, LightningTrainLogger) else None
+
+
+def _checked(logger: object) -> list[Logger]:
+    loggers = logger if isinstance(logger, (list, tuple)) else [logger]
+    for each in loggers:
+        if not isinstance(each, Logger):
+            raise BrainTypeError(
+                f"logger must be one of lightning.pytorch.loggers, such as CSVLogger, or a "
+                f"list of them, got {each!r}"
+            )
+    return list(loggers)
+
+
+def _named(stats_meta: Any, stats: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from leaves(stats_meta)
+    for argument, stage in STAGES_OF_STATS.items():
+        for name, value in leaves(stats[argument]):
+            yield staged(stage, name), value
+
+
+def _place(numbers: Mapping[str, float], known: Sequence[str]) -> str | None:
+    names = {name.lower(): name for name, number in numbers.items() if math.isfinite(number)}
+    return next((names[name] for name in known if name in names), None)
+
+
+def _kind(of: Log) -> str:
+    return type(of.logger).__name__
+
+
+def _line(stats_meta: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
+    """The line that SpeechBrain's FileTrainLogger writes."""
+    parts = [_words(stats_meta, "")]
+    parts += [
+        _words(stats[argument], f"{stage.name.lower()} ")
+        for argument, stage in STAGES_OF_STATS.items()
+        if stats[argument] is not None
+    ]
+    return " - ".join(parts)
+
+
+def _words(stats: Mapping[str, Any], before: str) -> str:
+    return ", ".join(f"{before}{name}: {_text(value)}" for name, value in stats.items())
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2f}" if 1.0 < value < 100.0 else f"{value:.2e}"

@@ -1,0 +1,1 @@
+"""The generated LightningModule, and what its .ckpt file holds."""

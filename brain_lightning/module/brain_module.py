@@ -1,0 +1,304 @@
+"""The LightningModule of a Brain: stages, evaluation and checkpoints; stepping.py trains."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn import ModuleDict
+from torch.optim import Optimizer
+
+from brain_lightning.callback.brain_callback import BrainCallback
+from brain_lightning.callback.profiling import end_when_profiled
+from brain_lightning.callback.unsupported import check_backbone
+from brain_lightning.compat import speechbrain
+from brain_lightning.distributed.ddp import unwrap_modules, without_wrapper
+from brain_lightning.hooks import check_hooks
+from brain_lightning.lightning_internals import loaders as _loops
+from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
+from brain_lightning.loggers.curve_plot import CurvePlot
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.resume.run_state import KEY, RunState, run_state
+from brain_lightning.stage import Stage
+from brain_lightning.stages.epochs import Epochs
+from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
+from brain_lightning.stages.run import Stages
+from brain_lightning.step.compile import without_compiled_prefix
+from brain_lightning.step.optimizers import OptimizerGroup
+
+from .checkpoint_file import check_content, content, recover
+
+
+class BrainModule(LightningModule):
+    """What both ways of stepping share: evaluation, stages and housekeeping.
+
+    Args:
+        brain: The Brain to run.
+        epoch_counter: Its epochs; ``hparams.epoch_counter`` if not given, and
+            where there is none 1, 2, … until the Trainer stops.
+        progressbar: Whether to show SpeechBrain's bar where the Trainer has none.
+        max_key: For ``on_evaluate_start``.
+        min_key: For ``on_evaluate_start``.
+
+    Attributes:
+        stages: The stages of the run that goes on or was last.
+    """
+
+    def __init__(
+        self,
+        brain: BrainProtocol,
+        *,
+        epoch_counter: Iterable[Any] | None = None,
+        progressbar: bool = False,
+        max_key: str | None = None,
+        min_key: str | None = None,
+    ) -> None:
+        super().__init__()
+        speechbrain.adopt(brain)
+        self.brain = brain
+        self.brain_modules = brain.modules
+        self.stages = Stages(brain, Epochs(()), RunState(brain))
+        self._epoch_counter = epoch_counter
+        self._explicit: dict[str, Any] | None = None
+        self._run_options: dict[str, Any] = {
+            "progressbar": progressbar,
+            "max_key": max_key,
+            "min_key": min_key,
+        }
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that runs, or has run, the Brain."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        LightningModule.trainer.__set__(self, trainer)  # type: ignore[attr-defined]
+        if trainer is not None:
+            # The only thing that Lightning tells a module before it looks at ckpt_path.
+            take_newest_for_last(trainer)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Begins a run: new stages over the same Brain, and the callback that runs them."""
+        if self.trainer.state.fn is TrainerFn.FITTING:
+            check_hooks(self.brain)
+        self._explicit = None
+        counter = self._epoch_counter
+        if counter is None:
+            hparams = getattr(self.brain, "hparams", None)
+            counter = getattr(hparams, "epoch_counter", None)
+        if counter is None:
+            counter = itertools.count(1)
+        fitting = self.trainer.state.fn is TrainerFn.FITTING
+        within = not fitting or Stages.is_running(self.brain)
+        state = RunState(self.brain) if within else run_state(self.brain)
+        self.stages = Stages(self.brain, Epochs(counter), state, **self._run_options)
+        return [BrainCallback(self.stages, self.trainer)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
+        """Copies the weights, for callbacks that average them, and shares everything else."""
+        brain = copy.copy(self.brain)
+        brain.modules = copy.deepcopy(self.brain.modules, memo)
+        return type(self)(brain, epoch_counter=self._epoch_counter, **self._run_options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds an entry of the Brain's modules: BackboneFinetuning wants ``backbone``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self._modules.get("brain_modules")
+            if isinstance(modules, ModuleDict) and name in modules:
+                return modules[name]
+            raise
+
+    def configure_optimizers(self) -> Optimizer:
+        """``on_fit_start`` of the Brain: compile, init_optimizers, recover.
+
+        Lightning calls this once the modules are on their device and the
+        process group is up.
+        """
+        unwrap_modules(self.brain)
+        self.brain.on_fit_start()
+        if self._explicit is not None:
+            # A callback that averages weights puts its average in the place of the state.
+            weights = self._explicit.get("current_model_state", self._explicit["state_dict"])
+            self.load_state_dict(weights)
+            recover(self._explicit, self.stages, self.state_dict(keep_vars=True))
+            self._explicit = None
+        group = OptimizerGroup(self.brain)
+        check_backbone(self.trainer, self.brain, group)
+        return group
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights by the names that they have where nothing is compiled or wrapped."""
+        state = super().state_dict(*args, **kwargs)
+        for name in list(state):
+            # In place, for the dictionary carries metadata of its own; all, to keep the order.
+            state[self._plain(name)] = state.pop(name)
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Takes what ``state_dict`` gave, whatever the modules are wrapped in by now."""
+        names = {self._plain(name): name for name in super().state_dict()}
+        renamed = {names.get(name, name): value for name, value in state_dict.items()}
+        return super().load_state_dict(renamed, strict, assign)
+
+    def _plain(self, name: str) -> str:
+        """The name of a weight where nothing is compiled or wrapped."""
+        before, found, rest = name.partition("brain_modules.")
+        return before + found + without_wrapper(without_compiled_prefix(rest), self.brain)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning has no place for, unless weights alone are saved."""
+        if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
+            checkpoint[KEY] = content(self.stages, self.state_dict(keep_vars=True))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps an explicit ``ckpt_path``: it wins over what a Checkpointer recovers."""
+        running = self._running()
+        if running is TrainerFn.FITTING:
+            check_content(checkpoint)
+            # Lightning would begin in the middle of its own loop, without a TRAIN stage.
+            checkpoint.pop("loops", None)
+        if running in (TrainerFn.FITTING, TrainerFn.TESTING):
+            self._explicit = checkpoint
+
+    def _running(self) -> TrainerFn | None:
+        # Without a Trainer, as in load_from_checkpoint, the property raises.
+        try:
+            return self.trainer.state.fn
+        except RuntimeError:
+            return None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Draws the next batch, as late as SpeechBrain does; without one TRAIN ends.
+
+        The last hook of a batch: every callback has seen it before.
+        """
+        self._log_running_loss()
+        end_when_profiled(self.trainer, self.brain, self.stages.batches)
+        self.draw_batch()
+
+    def draw_batch(self) -> bool:
+        """Draws the next batch; without one TRAIN ends.
+
+        Returns:
+            Whether there is one.
+        """
+        loader = self.stages.train_loader
+        cut = _loops.is_cut_short(self.trainer, loader.known_length())
+        last = cut or not self.stages.draw()
+        _loops.mark_last_batch(self.trainer, last)
+        if last:
+            self.stages.end_train()
+        return not last
+
+    def on_validation_model_eval(self) -> None:
+        """Begins the VALID stage: the hook first, then ``eval()``."""
+        self.stages.start_valid()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """``evaluate_batch`` at Stage.VALID."""
+        return self.stages.evaluate(batch, Stage.VALID)
+
+    def on_validation_epoch_end(self) -> None:
+        """Ends the VALID stage, before callbacks look at what it changed."""
+        self.stages.end_valid()
+        self._log_metrics()
+
+    def on_test_model_eval(self) -> None:
+        """Begins an evaluation: the best or an explicit checkpoint, then the TEST stage."""
+        self.stages.recover_best()
+        if self._explicit is not None:
+            self.load_state_dict(self._explicit["state_dict"])
+            self._explicit = None
+        self.stages.start_test()
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """``evaluate_batch`` at Stage.TEST."""
+        return self.stages.evaluate(batch, Stage.TEST)
+
+    def on_test_epoch_end(self) -> None:
+        """Ends the TEST stage."""
+        self.stages.end_test()
+        self._log_metrics()
+
+    def on_train_epoch_end(self) -> None:
+        """Hands over what no validation has, before callbacks that monitor look."""
+        self._log_metrics()
+
+    def _log_running_loss(self) -> None:
+        # Not self.log, which costs more than the whole loop where it runs at every step.
+        trainer, batches, loss = self.trainer, self.stages.batches, self.stages.train_loss
+        # An attribute that Lightning's type hints do not show.
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.loggers and every and not batches % every:
+            for logger in trainer.loggers:
+                # Counted as Lightning counts for its own metrics: batches, from 0.
+                logger.log_metrics(numbers_in({"train_loss_step": loss}), batches - 1)
+
+    def _log_metrics(self) -> None:
+        metrics = self.stages.metrics.take(self.trainer.world_size > 1)
+        self._plot(metrics)
+        if self.trainer.barebones:
+            return
+        # The same on all ranks already; Lightning warns where it is not told to look.
+        several = self.trainer.world_size > 1
+        for name, value in metrics.items():
+            # A bar has no room for a number by both of its names.
+            shown = is_of_a_stage(name)
+            self.log(name, value, prog_bar=shown, batch_size=1, sync_dist=several)
+
+    def _plot(self, metrics: Mapping[str, float]) -> None:
+        running = self._running()
+        if running not in (TrainerFn.FITTING, TrainerFn.TESTING):
+            return
+        epoch = self.stages.epochs.current if running is TrainerFn.FITTING else None
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CurvePlot):
+                callback.add(self.brain, epoch, metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """``compute_forward`` at Stage.TEST, in evaluation precision."""
+        with self.brain.evaluation_ctx:
+            return self.brain.compute_forward(batch, stage=self.brain.stage_type.TEST)
+
+    def on_predict_model_eval(self) -> None:
+        """Puts the modules in eval mode, as every evaluation of a Brain."""
+        self.brain.modules.eval()
+
+    def _believes_last(self, batch_idx: int) -> bool:
+        return batch_idx + 1 >= self.trainer.num_training_batches
+
+    def on_validation_model_train(self) -> None:
+        """Nothing: a Brain stays in eval mode until its next TRAIN stage."""
+
+    def on_test_model_train(self) -> None:
+        """Nothing: a Brain stays in eval mode after an evaluation."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: a Brain zeroes its gradients itself, but not those of frozen optimizers."""
+
+    def cpu(self) -> BrainModule:
+        """Nothing: a Brain stays on its device after a run."""
+        return self
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Moves a batch to the device; on the CPU every batch is there."""
+        if device.type == "cpu":
+            return batch
+        try:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        except Exception as error:
+            if not self.trainer.predicting:
+                self.stages.locate(error, batch, next_is="moving batch")
+            raise

@@ -1,0 +1,237 @@
+"""What a Lightning file holds of a Brain, beside its weights and optimizers."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import GradScaler
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from brain_lightning.checkpoints.atomic_directory import CHECKSUMS, METAFNAME, PARAMFILE_EXT
+from brain_lightning.checkpoints.checkpoint import Checkpoint, checkpoint_in
+from brain_lightning.checkpoints.hooks import load_hook, load_state, save_hook, write_state
+from brain_lightning.checkpoints.meta_file import dump_meta
+from brain_lightning.checkpoints.recoverables import Recoverables
+from brain_lightning.distributed.communication import if_main_process
+from brain_lightning.errors import CheckpointError
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.resume.epoch_statistics import hparams_of
+from brain_lightning.resume.run_state import KEY, RunState
+from brain_lightning.stages.run import Stages
+from brain_lightning.step.optimizers import all_optimizers
+
+Content = dict[str, Any]
+
+MODULES = "brain_modules"
+
+
+def content(stages: Stages, weights: Mapping[str, Any]) -> Content:
+    """What there is to save, as a checkpoint directory would hold it.
+
+    Args:
+        stages: The stages of the run.
+        weights: The parameters and buffers of the module, not detached, by their names
+            in the file.
+
+    Returns:
+        ``meta`` as YAML, ``modules`` and ``optimizers`` as references to what Lightning
+        saves, ``states`` and ``files`` of everything else by name; empty on other than
+        the main process.
+    """
+    objects = _recoverables(stages)
+    modules = _modules(objects.recoverables, weights)
+    optimizers = _optimizers(stages.brain, objects.recoverables)
+    for name in modules.keys() | optimizers.keys():
+        del objects.recoverables[name]
+    meta = {
+        "unixtime": time.time(),
+        "end-of-epoch": stages.run_state.is_between_epochs,
+        "epoch": stages.epochs.current,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        objects.write(Path(folder), None)
+        if not if_main_process():
+            return {}
+        dump_meta(meta, Path(folder, METAFNAME))
+        checkpoint = checkpoint_in(Path(folder))
+        assert checkpoint is not None
+        states, files = read_files(checkpoint)
+        text = Path(folder, METAFNAME).read_text(encoding="utf-8")
+    return {
+        "meta": text,
+        "modules": modules,
+        "optimizers": optimizers,
+        "states": states,
+        "files": files,
+    }
+
+
+def recover(checkpoint: Content, stages: Stages, weights: Mapping[str, Any]) -> None:
+    """Recovers everything but what Lightning loads itself.
+
+    Args:
+        checkpoint: The content of the file; the optimizers get the names that the
+            Brain has for them.
+        stages: The stages of the run that begins, after ``on_fit_start``.
+        weights: As for ``content``.
+
+    Raises:
+        CheckpointError: The file lacks something, or was not written of a Brain.
+    """
+    own = checkpoint[KEY]
+    objects = _recoverables(stages)
+    optimizers = _optimizers(stages.brain, objects.recoverables)
+    _rename_optimizers(checkpoint, optimizers)
+    for name in _modules(objects.recoverables, weights).keys() | optimizers.keys():
+        del objects.recoverables[name]
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(own, Path(folder))
+        Path(folder, METAFNAME).write_text(own["meta"], encoding="utf-8")
+        found = checkpoint_in(Path(folder))
+        if found is None:
+            raise CheckpointError("the checkpoint's meta cannot be read")
+        files = objects.files_to_load(Path("the checkpoint"), found.paramfiles)
+        objects.load(files, objects.read(files), found.meta["end-of-epoch"])
+    stages.run_state.explicit = True
+
+
+def check_content(checkpoint: Content) -> None:
+    """Refuses a file from which a run cannot go on.
+
+    Args:
+        checkpoint: The content of the file.
+
+    Raises:
+        CheckpointError: It was saved without what a Brain needs.
+    """
+    if KEY not in checkpoint:
+        raise CheckpointError(
+            "the checkpoint holds weights alone, or is not of a Brain: fit(ckpt_path=...) "
+            "goes on from what a Trainer saved of one, or brain-lightning convert wrote; "
+            "weights alone come with load_from_checkpoint(path, brain=brain)"
+        )
+
+
+def _recoverables(stages: Stages) -> Recoverables:
+    """What the Brain's Checkpointer recovers; without one what can be found."""
+    brain = stages.brain
+    checkpointer = brain.checkpointer
+    found: dict[str, Any] = {"brain": brain}
+    if hasattr(checkpointer, "recoverables"):
+        found |= checkpointer.recoverables
+    else:
+        hparams = hparams_of(brain)
+        found |= {n: o for n, o in hparams.items() if _is_recoverable(o) and not _is_frozen(o)}
+        found |= {n: o for n, o in vars(brain).items() if _is_recoverable(o)}
+        # Each entry is one.
+        del found["modules"]
+        if brain.scaler.is_enabled():
+            found["scaler"] = brain.scaler
+    known = {id(obj) for obj in found.values()}
+    counter = stages.epochs.counter
+    if id(counter) not in known and load_hook(counter) is not None:
+        found["epoch_counter"] = counter
+    return Recoverables(
+        {**found, KEY: stages.run_state},
+        {**getattr(checkpointer, "custom_load_hooks", {}), KEY: RunState.recover},
+        {**getattr(checkpointer, "custom_save_hooks", {}), KEY: RunState.save},
+        allow_partial_load=getattr(checkpointer, "allow_partial_load", False),
+    )
+
+
+def _is_recoverable(obj: object) -> bool:
+    """Also a module beside ``modules``, such as a teacher; the scaler may be off."""
+    if isinstance(obj, (type, GradScaler)):
+        return False
+    return save_hook(obj) is not None and load_hook(obj) is not None
+
+
+def _is_frozen(obj: object) -> bool:
+    """A pretrained model among the hyperparameters is there anyway."""
+    return isinstance(obj, Module) and not any(p.requires_grad for p in obj.parameters())
+
+
+def _modules(recoverables: Mapping[str, Any], weights: Mapping[str, Any]) -> Content:
+    """The recoverable modules that Lightning saves; each has the version of its parts."""
+    names = {id(tensor): name for name, tensor in weights.items()}
+    return {
+        name: {"keys": keys, "metadata": dict(getattr(obj.state_dict(), "_metadata", {}))}
+        for name, obj in recoverables.items()
+        if isinstance(obj, Module) and (keys := _keys(obj, names)) is not None
+    }
+
+
+def _keys(module: Module, names: Mapping[int, str]) -> dict[str, str] | None:
+    """The names in the file of a module's own, where Lightning saves all of it."""
+    tensors = module.state_dict(keep_vars=True)
+    if any(id(tensor) not in names for tensor in tensors.values()):
+        return None
+    return {key: names[id(tensor)] for key, tensor in tensors.items()}
+
+
+def _optimizers(brain: BrainProtocol, recoverables: Mapping[str, Any]) -> dict[str, str]:
+    """The names that recoverable optimizers have among those that step together."""
+    members = {id(member): name for name, member in all_optimizers(brain).items()}
+    return {
+        name: members[id(obj)]
+        for name, obj in recoverables.items()
+        if isinstance(obj, Optimizer) and id(obj) in members
+    }
+
+
+def _rename_optimizers(checkpoint: Content, members: Mapping[str, str]) -> None:
+    """A converted directory has the recoverables' names."""
+    for states in checkpoint["optimizer_states"]:
+        for name, member in members.items():
+            if name in states and member not in states:
+                states[member] = states.pop(name)
+
+
+def read_files(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What a checkpoint directory holds.
+
+    Args:
+        checkpoint: The directory.
+
+    Returns:
+        States by name, of files that torch can read safely, and the others as they are.
+    """
+    states: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    for path in sorted(checkpoint.path.rglob("*")):
+        name = str(path.relative_to(checkpoint.path))
+        state = _state_in(path) if path in checkpoint.paramfiles.values() else None
+        if state is not None:
+            states[path.stem] = state
+        elif path.is_file() and name not in (METAFNAME, CHECKSUMS):
+            files[name] = path.read_bytes()
+    return states, files
+
+
+def _state_in(path: Path) -> Any:
+    try:
+        return load_state(path) if zipfile.is_zipfile(path) else None
+    except CheckpointError:
+        # A hook of the recipe's own wrote it, and reads it.
+        return None
+
+
+def write_files(own: Content, folder: Path) -> None:
+    """Writes what ``read_files`` has read.
+
+    Args:
+        own: ``states`` and ``files`` by name.
+        folder: Where to write to.
+    """
+    for name, state in own.get("states", {}).items():
+        write_state(state, folder / f"{name}{PARAMFILE_EXT}")
+    for name, data in own.get("files", {}).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)

@@ -1,0 +1,83 @@
+"""From a Brain subclass to its LightningModule class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from brain_lightning.errors import BrainTypeError
+from brain_lightning.hooks import MANUAL_HOOKS, steps_itself
+from brain_lightning.protocol import BrainProtocol
+
+from .automatic import AutomaticModule, ManualModule
+from .brain_module import BrainModule
+
+
+def lightning_module_class(brain_class: type) -> type[BrainModule]:
+    """Generates the LightningModule class for a Brain class.
+
+    Args:
+        brain_class: A subclass of ``Brain``.
+
+    Returns:
+        A class named after it, ``ASRModule`` for ``ASR``: automatic
+        optimization unless ``fit_batch`` or ``optimizers_step`` is overridden.
+
+    Raises:
+        TypeError: ``brain_class`` is no Brain class.
+    """
+    missing = [hook for hook in MANUAL_HOOKS if not hasattr(brain_class, hook)]
+    if missing:
+        raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
+    return _module_class(
+        brain_class, ManualModule if steps_itself(brain_class) else AutomaticModule
+    )
+
+
+@cache
+def _module_class(brain_class: type, base: type[BrainModule]) -> type[BrainModule]:
+    return type(
+        f"{brain_class.__name__}Module",
+        (base,),
+        {
+            "__module__": brain_class.__module__,
+            "__doc__": base.__doc__,
+            "__init__": _constructor(base, brain_class),
+        },
+    )
+
+
+def _constructor(base: type[BrainModule], brain_class: type) -> Callable[..., None]:
+    """The constructor of ``base``, with the type that LightningCLI is to build a Brain of."""
+
+    def __init__(self: BrainModule, brain: Any, **kwargs: Any) -> None:  # noqa: N807
+        base.__init__(self, brain, **kwargs)
+
+    __init__.__annotations__["brain"] = brain_class
+    return __init__
+
+
+def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
+    """Turns a Brain into a LightningModule, for a Trainer of one's own.
+
+    Args:
+        brain: The Brain; its modules are shared, not copied.
+        **kwargs: ``epoch_counter``, by default ``hparams["epoch_counter"]``, else the
+            epochs are 1, 2, … until the Trainer stops; and others of ``BrainModule``.
+
+    Returns:
+        ``trainer.fit(to_lightning(brain), train_loader, valid_loader)`` gives the
+        Brain the same weights as ``brain.fit`` with the same loaders.
+
+    Raises:
+        BrainTypeError: ``brain`` is a class.
+    """
+    if isinstance(brain, type):
+        raise BrainTypeError(
+            f"to_lightning needs a Brain, got the class {brain.__name__}: make one of it, or "
+            f"use lightning_module_class({brain.__name__})"
+        )
+    if steps_itself(type(brain), brain):
+        return _module_class(type(brain), ManualModule)(brain, **kwargs)
+    return lightning_module_class(type(brain))(brain, **kwargs)

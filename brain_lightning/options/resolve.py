@@ -1,0 +1,123 @@
+"""Who decides about a run option: the command line, then hparams, then the default."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from brain_lightning.distributed.communication import is_launched
+from brain_lightning.errors import RunOptionError, UnsupportedError
+
+from .run_options import CHOICES, RunOptions
+
+logger = logging.getLogger(__name__)
+
+# Options that cannot be honoured, and what to do instead.
+UNSUPPORTED = {
+    "data_parallel_backend": "start one process for each device, with torchrun or "
+    "--trainer.devices=2",
+}
+DEPRECATED_PRECISIONS = {"auto_mix_prec": "fp16", "bfloat16_mix_prec": "bf16"}
+
+
+def resolve_run_options(
+    run_opts: RunOptions, hparams: Mapping[str, Any]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """The value of every run option (``speechbrain.Brain.__init__``).
+
+    Args:
+        run_opts: Those of the command line, or of a plain dict.
+        hparams: A key that names a run option sets it.
+
+    Returns:
+        Values by name, and the names of those that somebody chose.
+
+    Raises:
+        RunOptionError: The value of an option makes no sense.
+        UnsupportedError: An option cannot be honoured.
+    """
+    defaults = RunOptions()
+    on_command_line = run_opts.overridden_args
+    values = {
+        name: run_opts[name] if name in on_command_line else hparams.get(name, default)
+        for name, default in defaults.items()
+    }
+    given = on_command_line | {
+        name
+        for name in RunOptions.option_names()
+        # hparams.update(run_opts) brings every default along, with a record that it did:
+        # a default there was not asked for.
+        if name in hparams
+        and ("overridden_args" not in hparams or hparams[name] != defaults[name])
+    }
+    _refuse_unsupported(values)
+    _check_numbers(values)
+    given |= _translate_deprecated(values)
+    _check_values(values)
+    _choose_interval(values, given)
+    values["distributed_launch"] = is_launched()
+    return values, frozenset(given)
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """A YAML file may hold a text where a number should be."""
+    for name, default in RunOptions().items():
+        is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if (is_number or name == "optimizer_step_limit") and isinstance(values[name], str):
+            raise RunOptionError(
+                f"run option {name}={values[name]!r} is a text: give a number, without quotes"
+            )
+
+
+def _refuse_unsupported(values: Mapping[str, Any]) -> None:
+    for name, remedy in UNSUPPORTED.items():
+        if values[name]:
+            raise UnsupportedError(
+                f"run option {name}={values[name]!r} is not supported: {remedy}"
+            )
+
+
+def _translate_deprecated(values: dict[str, Any]) -> set[str]:
+    """Sets precision by its older flags; returns what was chosen that way."""
+    chosen = set()
+    for name, precision in DEPRECATED_PRECISIONS.items():
+        if values[name]:
+            logger.warning("--%s is deprecated: use --precision=%s", name, precision)
+            values["precision"] = precision
+            chosen.add("precision")
+    return chosen
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    for name, choices in CHOICES.items():
+        if values[name] is None and name.endswith("precision"):
+            values[name] = "fp32"
+        if values[name] not in choices:
+            raise RunOptionError(
+                f"run option {name}={values[name]!r} is not one of {', '.join(choices)}"
+            )
+    if not values["progress_interval"] >= 0:
+        raise RunOptionError(
+            f"run option progress_interval={values['progress_interval']!r} must be a number "
+            "of seconds, 0 or more: 0 shows a line after every batch"
+        )
+    factor = values["grad_accumulation_factor"]
+    if factor < 1 or factor != int(factor):
+        raise RunOptionError(
+            f"run option grad_accumulation_factor={factor!r} must be a whole number of 1 or "
+            "more: 1 updates after every batch"
+        )
+
+
+def _choose_interval(values: dict[str, Any], given: Collection[str]) -> None:
+    """Steps, where given, replace the default minutes; both given is a mistake."""
+    minutes = values["ckpt_interval_minutes"]
+    if values["ckpt_interval_steps"] <= 0 or minutes <= 0:
+        return
+    if "ckpt_interval_minutes" in given:
+        raise RunOptionError(
+            f"ckpt_interval_minutes={minutes} and ckpt_interval_steps="
+            f"{values['ckpt_interval_steps']} exclude each other: set one of them to 0"
+        )
+    values["ckpt_interval_minutes"] = 0

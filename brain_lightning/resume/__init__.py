@@ -1,0 +1,1 @@
+"""What makes a killed run go on bit for bit."""

@@ -1,0 +1,94 @@
+"""What changes in the samplers of a loader from one pass to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from .epoch_statistics import plain_values
+from .random_state import to_bytes, to_tensor
+from .worker_states import is_stateful
+
+State = dict[str, Any]
+
+
+class SamplerStates:
+    """The states of a loader's samplers, as they are before a pass.
+
+    A generator, what ``state_dict`` says, and else the attributes that have changed
+    since the first pass: SpeechBrain's DynamicBatchSampler shuffles its batches anew
+    after each.
+
+    Args:
+        loader: The loader, before its first pass.
+
+    Attributes:
+        loader: The loader.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self._first = [dict(_attributes(sampler)) for sampler in _samplers(loader)]
+
+    def now(self) -> list[State]:
+        """What there is to save now; cheap, for nothing is copied."""
+        return [
+            self._now(sampler, first)
+            for sampler, first in zip(_samplers(self.loader), self._first, strict=True)
+        ]
+
+    def _now(self, sampler: Any, first: State) -> State:
+        if is_stateful(sampler) and not isinstance(sampler, DataLoader):
+            return {"state": sampler.state_dict()}
+        generator = getattr(sampler, "generator", None)
+        state: State = {}
+        if isinstance(generator, torch.Generator):
+            state["generator"] = to_bytes(generator.get_state())
+        own = _attributes(sampler)
+        state["changed"] = {n: v for n, v in own.items() if first.get(n) is not v}
+        return state
+
+    def resume(self, states: list[State]) -> None:
+        """Gives the samplers their states back.
+
+        Args:
+            states: What ``plain_states`` made of those that were saved.
+        """
+        for sampler, state in zip(_samplers(self.loader), states, strict=False):
+            if "state" in state:
+                sampler.load_state_dict(state["state"])
+                continue
+            if "generator" in state:
+                sampler.generator.set_state(to_tensor(state["generator"]))
+            _attributes(sampler).update(state["changed"])
+
+
+def plain_states(states: list[State]) -> list[State]:
+    """States as they can be saved.
+
+    Args:
+        states: From ``SamplerStates.now``.
+    """
+    return [
+        {**state, "changed": plain_values(state["changed"])} if "changed" in state else state
+        for state in states
+    ]
+
+
+def _attributes(sampler: Any) -> State:
+    """Those of torch's own samplers do not change, but for what is in a generator."""
+    if type(sampler).__module__.startswith("torch.") or isinstance(sampler, DataLoader):
+        return {}
+    return getattr(sampler, "__dict__", {})
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    """The loader, and its samplers within samplers."""
+    while loader is not None:
+        yield loader
+        # Not by truth: an endless sampler has no length.
+        batches = getattr(loader, "batch_sampler", None)
+        loader = getattr(loader, "sampler", None) if batches is None else batches

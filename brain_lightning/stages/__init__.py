@@ -1,0 +1,1 @@
+"""SpeechBrain's order of events: one run, its TRAIN, VALID and TEST, its numbers."""

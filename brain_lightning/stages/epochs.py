@@ -1,0 +1,215 @@
+"""Who counts the epochs: SpeechBrain's counters, and the reading of any of them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from brain_lightning.checkpoints.hooks import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from brain_lightning.compat import speechbrain
+
+logger = logging.getLogger(__name__)
+
+# A score has to be better by this fraction to count as an improvement
+# (speechbrain.utils.epoch_loop.EpochCounterWithStopper).
+MIN_DELTA = 1e-6
+
+
+@register_checkpoint_hooks
+class EpochCounter:
+    """Counts epochs from 1 to ``limit`` and remembers where it was.
+
+    An iterator, not a sequence: a counter that was iterated to its end stays at
+    its end, and one that was recovered from a checkpoint goes on from there
+    (``speechbrain.utils.epoch_loop.EpochCounter``).
+
+    Args:
+        limit: The number of epochs.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.current = 0
+        self.limit = int(limit)
+        # SpeechBrain's Checkpointer may be asked to save it before there is a Brain.
+        speechbrain.register_checkpoint_hooks(EpochCounter, EpochCounterWithStopper)
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        if self.current >= self.limit:
+            raise StopIteration
+        self.current += 1
+        logger.info("Going into epoch %d", self.current)
+        return self.current
+
+    @mark_as_saver
+    def _save(self, path: str | PathLike[str]) -> None:
+        Path(path).write_text(str(self.current), encoding="utf-8")
+
+    @mark_as_loader
+    def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
+        saved = int(Path(path).read_text(encoding="utf-8"))
+        self._go_on_from(saved, end_of_epoch)
+
+    def _go_on_from(self, epoch: int, end_of_epoch: bool) -> None:
+        # An epoch that was cut short is counted again.
+        self.current = epoch if end_of_epoch else epoch - 1
+
+
+@register_checkpoint_hooks
+class EpochCounterWithStopper(EpochCounter):
+    """An ``EpochCounter`` that ends early when a metric stops improving.
+
+    Call ``update_metric`` once per validation stage
+    (``speechbrain.utils.epoch_loop.EpochCounterWithStopper``).
+
+    Args:
+        limit: The largest number of epochs.
+        limit_to_stop: Epochs without improvement after which to stop.
+        limit_warmup: Epochs at the start during which nothing is compared.
+        direction: ``"min"`` where a smaller metric is better, else ``"max"``.
+
+    Raises:
+        ValueError: ``limit_to_stop`` or ``limit_warmup`` is negative, or
+            ``direction`` is neither ``"min"`` nor ``"max"``.
+    """
+
+    def __init__(
+        self, limit: int, limit_to_stop: int, limit_warmup: int, direction: str
+    ) -> None:
+        super().__init__(limit)
+        for name, value in [("limit_to_stop", limit_to_stop), ("limit_warmup", limit_warmup)]:
+            if value < 0:
+                raise ValueError(f"Stopper {name!r} must be >= 0, got {value}")
+        if direction not in ("min", "max"):
+            raise ValueError(f"Stopper 'direction' must be 'min' or 'max', got {direction!r}")
+        self.limit_to_stop = limit_to_stop
+        self.limit_warmup = limit_warmup
+        self.direction = direction
+        self.should_stop = False
+        self.best_limit = 0
+        self.sign = 1 if direction == "min" else -1
+        self.best_score = self.sign * float("inf")
+
+    def __next__(self) -> int:
+        if self.should_stop:
+            raise StopIteration
+        return super().__next__()
+
+    def update_metric(self, current_metric: float) -> None:
+        """Compares the newest value with the best one and decides whether to stop.
+
+        Args:
+            current_metric: The metric of the epoch that is ending.
+        """
+        if self.current <= self.limit_warmup:
+            return
+        if self.sign * current_metric < self.sign * (1 - MIN_DELTA) * self.best_score:
+            self.best_limit = self.current
+            self.best_score = current_metric
+        waited = self.current - self.best_limit
+        self.should_stop = waited >= self.limit_to_stop
+        if self.should_stop:
+            logger.info(
+                "%d epochs without improvement.\nPatience of %d is exhausted, stopping.",
+                waited,
+                self.limit_to_stop,
+            )
+
+    @mark_as_saver
+    def _save(self, path: str | PathLike[str]) -> None:
+        state = {
+            "current_epoch": self.current,
+            "best_epoch": self.best_limit,
+            "best_score": self.best_score,
+            "should_stop": self.should_stop,
+        }
+        Path(path).write_text(yaml.dump(state), encoding="utf-8")
+
+    @mark_as_loader
+    def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
+        state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        self._go_on_from(state["current_epoch"], end_of_epoch)
+        self.best_limit = state["best_epoch"]
+        self.best_score = state["best_score"]
+        self.should_stop = state["should_stop"]
+
+
+class Epochs:
+    """Reads an epoch counter exactly when ``for epoch in epoch_counter`` would.
+
+    Lightning asks more than once whether a run is over; only the first question
+    after an epoch has ended may draw from the counter, because drawing is what
+    moves an ``EpochCounter``.
+
+    Args:
+        epoch_counter: Any iterable of epoch numbers.
+
+    Attributes:
+        counter: ``epoch_counter``.
+        current: What it gave last.
+
+    Raises:
+        TypeError: ``epoch_counter`` is not iterable.
+    """
+
+    def __init__(self, epoch_counter: Iterable[Any]) -> None:
+        # A counter may also be a sequence by __getitem__ alone, which iter() takes.
+        counts: Any = epoch_counter
+        if not isinstance(counts, Iterable) and not hasattr(counts, "__getitem__"):
+            raise TypeError(
+                f"epoch_counter must be iterable, got {epoch_counter!r}: use "
+                "EpochCounter(limit=10) or range(1, 11) for ten epochs"
+            )
+        # A counter that was moved before, or recovered, says where it is.
+        self.current: Any = getattr(epoch_counter, "current", None) or None
+        self.counter = epoch_counter
+        self._iterator: Iterator[Any] | None = None
+        self._drawn = False
+        self._over = False
+
+    def more(self) -> bool:
+        """Whether there is an epoch to run; draws it if none is waiting."""
+        if self._over or self._drawn:
+            return self._drawn
+        if self._iterator is None:
+            self._iterator = iter(self.counter)
+        try:
+            self.current = next(self._iterator)
+        except StopIteration:
+            self._over = True
+            return False
+        self._drawn = True
+        return True
+
+    def skip(self, epochs: int) -> None:
+        """Leaves out epochs that were done before, and that the counter does not remember.
+
+        Args:
+            epochs: How many.
+        """
+        self._iterator = itertools.islice(iter(self.counter), epochs, None)
+
+    def start(self) -> Any:
+        """Begins the epoch that was drawn.
+
+        Returns:
+            Its number, or whatever the counter gives.
+        """
+        self._drawn = False
+        return self.current
+
+    def stop(self) -> None:
+        """Ends the run after this epoch, as ``break`` would."""
+        self._over = True

@@ -1,0 +1,108 @@
+"""Checkpoints in the middle of an epoch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from brain_lightning.distributed.communication import ddp_broadcast
+from brain_lightning.options.run_options import is_given
+from brain_lightning.protocol import BrainProtocol
+
+# In a checkpoint's meta; SpeechBrain finds the ones to replace by it.
+INTRA_EPOCH_CKPT_FLAG = "brain_intra_epoch_ckpt"
+
+
+class IntervalCheckpoints:
+    """Saves every so many minutes or steps of one training stage.
+
+    Whether and how is asked of the Brain, whose recipe may override either.
+
+    Args:
+        brain: The Brain in training.
+        save_with_trainer: Saves where the Brain has no Checkpointer; None does not.
+    """
+
+    def __init__(
+        self, brain: BrainProtocol, save_with_trainer: Callable[[], None] | None
+    ) -> None:
+        self._brain = brain
+        self._save_with_trainer = save_with_trainer
+        self._restart()
+
+    def after_step(self) -> None:
+        """Saves if the interval is over; called once per batch."""
+        self._steps += 1
+        if self._is_due():
+            self.save()
+            self._restart()
+
+    def save(self) -> None:
+        """Saves now, with what there is to save with."""
+        if self._brain.checkpointer is not None:
+            self._brain._save_intra_epoch_ckpt()
+        elif self._save_with_trainer is not None:
+            self._save_with_trainer()
+
+    def _is_due(self) -> bool:
+        brain = self._brain
+        if brain.checkpointer is not None:
+            return brain._should_save_intra_epoch_ckpt(self._since, self._steps)
+        if self._save_with_trainer is None or not is_asked_for(brain):
+            return False
+        minutes, steps = brain.ckpt_interval_minutes, brain.ckpt_interval_steps
+        return is_due(minutes, steps, self._since, self._steps)
+
+    def _restart(self) -> None:
+        self._since = time.time()
+        self._steps = 0
+
+
+def is_asked_for(brain: BrainProtocol) -> bool:
+    """Whether somebody asked for such checkpoints; with a Checkpointer nobody has to.
+
+    Args:
+        brain: The Brain.
+    """
+    options = ("ckpt_interval_minutes", "ckpt_interval_steps")
+    return any(is_given(brain, option) and getattr(brain, option) > 0 for option in options)
+
+
+def is_due(minutes: float, steps: int, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
+    """Whether it is time to save (``speechbrain.Brain._should_save_intra_epoch_ckpt``).
+
+    Args:
+        minutes: The interval in minutes, or 0.
+        steps: The interval in steps, or 0.
+        last_ckpt_time: When the last one was saved, in seconds.
+        steps_since_ckpt: Batches since then.
+
+    Returns:
+        The same in every process: their clocks differ, and saving is done together.
+    """
+    if minutes <= 0 and steps <= 0:
+        return False
+    elapsed = (time.time() - last_ckpt_time) / 60
+    due = 0 < minutes < elapsed or 0 < steps <= steps_since_ckpt
+    return bool(ddp_broadcast(due))
+
+
+def save(checkpointer: Any) -> None:
+    """Saves, and keeps one such checkpoint (``speechbrain.Brain._save_intra_epoch_ckpt``).
+
+    Args:
+        checkpointer: What the Brain saves with.
+    """
+    checkpointer.save_and_keep_only(
+        end_of_epoch=False,
+        num_to_keep=1,
+        ckpt_predicate=_is_intra_epoch,
+        meta={INTRA_EPOCH_CKPT_FLAG: True},
+        verbosity=logging.DEBUG,
+    )
+
+
+def _is_intra_epoch(checkpoint: Any) -> bool:
+    return INTRA_EPOCH_CKPT_FLAG in checkpoint.meta

@@ -1,0 +1,202 @@
+"""The numbers of a run: each stage's loss, and what a recipe reports in its own words."""
+
+from __future__ import annotations
+
+import inspect
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+
+from brain_lightning.distributed.communication import gather
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.stage import Stage
+from brain_lightning.temporary import Borrowed
+
+# Arguments of SpeechBrain's TrainLogger.log_stats, with the stage each speaks of.
+STAGES_OF_STATS = {
+    "train_stats": Stage.TRAIN,
+    "valid_stats": Stage.VALID,
+    "test_stats": Stage.TEST,
+}
+# Lightning names files and axes by these, and counts them itself.
+LIGHTNINGS_OWN = {"epoch", "step"}
+
+
+class Metrics:
+    """Gathers numbers for ``monitor=`` and the Trainer's loggers, without an edit.
+
+    A recipe hands them to ``hparams.train_logger.log_stats`` and to the ``meta``
+    of its checkpoints. They are named after their stage, ``valid_WER``, and
+    without it, ``WER``; where several stages report a name, VALID has it.
+
+    Args:
+        stage: Gives the stage that is running, for a checkpoint does not say.
+
+    Attributes:
+        validated: Whether the run has a VALID stage.
+    """
+
+    def __init__(self, stage: Callable[[], Stage]) -> None:
+        self.validated = False
+        self._stage = stage
+        self._found: dict[Stage, dict[str, float]] = {each: {} for each in Stage}
+        self._plain: dict[str, float] = {}
+        # Names that are VALID's from its first report on.
+        self._valids: set[str] = set()
+
+    def watch(self, brain: BrainProtocol, borrowed: Borrowed) -> None:
+        """Listens to what the recipe reports, until everything borrowed is put back.
+
+        Args:
+            brain: The Brain whose train logger and checkpointer are listened to.
+            borrowed: Takes note of what is changed.
+        """
+        train_logger = getattr(getattr(brain, "hparams", None), "train_logger", None)
+        watched = [(train_logger, "log_stats", self._hear_stats)] + [
+            (brain.checkpointer, name, self._hear_meta)
+            for name in ("save_checkpoint", "save_and_keep_only")
+        ]
+        for owner, name, listener in watched:
+            # An object with slots has no place for a listener.
+            if hasattr(owner, name) and hasattr(owner, "__dict__"):
+                borrowed.shadow(owner, name, _Overheard(owner, name, listener))
+
+    def add(self, stage: Stage, numbers: Any) -> None:
+        """Takes what is a number.
+
+        Args:
+            stage: The stage they speak of.
+            numbers: Values by name; those that are no number are left out, and so
+                is anything but a mapping, for a recipe may report what it likes.
+        """
+        self._found[stage] |= numbers_in(numbers)
+
+    def tell_apart(self, stage: Stage, position: int) -> None:
+        """Numbers what a stage found, where several loaders each are a stage.
+
+        Args:
+            stage: The stage that has ended.
+            position: Of its loader among the others, from 0: ``valid_loss_0``.
+        """
+        found = self._found[stage]
+        self._plain |= {f"{staged(stage, name)}_{position}": v for name, v in found.items()}
+        found.clear()
+
+    def take(self, from_all_ranks: bool = False) -> dict[str, float]:
+        """What was found since the last call.
+
+        Args:
+            from_all_ranks: Whether every process asks at this time.
+
+        Returns:
+            Numbers by name, with and without their stage.
+        """
+        self._valids |= self._found[Stage.VALID].keys() | (
+            {"loss"} if self.validated else set()
+        )
+        taken = {n: v for n, v in self._plain.items() if n not in LIGHTNINGS_OWN}
+        for stage, found in self._found.items():
+            taken |= {staged(stage, name): value for name, value in found.items()}
+            # TEST's never stand for VALID's, which the next process may not have seen.
+            mine = set() if stage is Stage.TEST else found.keys() - LIGHTNINGS_OWN
+            mine -= set() if stage is Stage.VALID else self._valids
+            taken |= {name: found[name] for name in mine}
+            found.clear()
+        self._plain.clear()
+        return _known_to_all(taken) if from_all_ranks else taken
+
+    def _hear_stats(self, arguments: Mapping[str, Any]) -> None:
+        self._plain |= numbers_in(arguments.get("stats_meta"))
+        for name, stage in STAGES_OF_STATS.items():
+            self.add(stage, arguments.get(name))
+
+    def _hear_meta(self, arguments: Mapping[str, Any]) -> None:
+        self.add(self._stage(), arguments.get("meta"))
+
+
+def is_of_a_stage(name: str) -> bool:
+    """Whether a metric is named after its stage, ``valid_WER``.
+
+    Args:
+        name: What ``Metrics.take`` calls it.
+    """
+    return name.startswith(tuple(staged(stage, "") for stage in Stage))
+
+
+class _Overheard:
+    """A method whose arguments somebody listens to; its result and errors are its own."""
+
+    def __init__(
+        self, owner: Any, name: str, listener: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self._owner, self._name = owner, name
+        self._method = getattr(owner, name)
+        self._listener = listener
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._listener(inspect.signature(self._method).bind(*args, **kwargs).arguments)
+        return self._method(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Pickles as the method itself: nobody listens to a copy."""
+        return getattr, (self._owner, self._name)
+
+
+def _known_to_all(numbers: dict[str, float]) -> dict[str, float]:
+    """What any rank reports, for recipes report on the main process; the first one wins."""
+    return dict(ChainMap(*gather(numbers)))
+
+
+def staged(stage: Stage, name: str) -> str:
+    """The name of a number of one stage, ``valid_WER``.
+
+    Args:
+        stage: The stage.
+        name: What the recipe calls it.
+    """
+    return f"{stage.name.lower()}_{name}"
+
+
+def leaves(values: Any, within: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by name, those of a dictionary within another one by both names: ``asr_WER``.
+
+    Args:
+        values: What a recipe reports; anything but a mapping has none.
+        within: Stands before each name.
+
+    Yields:
+        Names and values.
+    """
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{within}{name}_")
+        else:
+            yield f"{within}{name}", value
+
+
+def numbers_in(values: Any) -> dict[str, float]:
+    """What is a number among the values that a recipe reports.
+
+    Args:
+        values: As for ``leaves``.
+    """
+    numbers = {name: _number(value) for name, value in leaves(values)}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _number(value: Any) -> float | None:
+    """A number; the mean of a list, which SpeechBrain's loggers take for one of each batch."""
+    if isinstance(value, (list, tuple)):
+        numbers = [_number(each) for each in value]
+        known = [number for number in numbers if number is not None]
+        return sum(known) / len(known) if known and len(known) == len(numbers) else None
+    return float(value) if _is_number(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)

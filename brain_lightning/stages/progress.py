@@ -1,0 +1,115 @@
+"""What a person watches: a bar, or in a log file whole lines now and then."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import TqdmWarning
+from tqdm import tqdm as text_bar
+
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.stage import Stage
+
+with warnings.catch_warnings():
+    # A notebook without ipywidgets gets lines, and no complaint. Not tqdm.auto, whose bar
+    # calls iter() before there is anything to iterate: workers would start too early.
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.autonotebook import tqdm as best_bar
+
+
+class _Loss(text_bar):  # type: ignore[type-arg]  # no generic at run time
+    """Shows the running loss, which is looked at when something is drawn.
+
+    Args:
+        loss: Gives what to show behind the bar.
+        count: Gives the batches that are done.
+        **kwargs: Arguments of tqdm.
+    """
+
+    def __init__(
+        self, loss: Callable[[], dict[str, float]], count: Callable[[], int], **kwargs: Any
+    ) -> None:
+        self._loss, self._count = loss, count
+        super().__init__(**kwargs)
+
+    @property
+    def format_dict(self) -> Any:
+        """What is shown; tqdm asks for it every tenth of a second."""
+        self.set_postfix(self._loss(), refresh=False)
+        return super().format_dict
+
+    def close(self) -> None:
+        """Ends with what was done: limits leave a pass in its middle, unknown to tqdm."""
+        if not getattr(self, "disable", True):
+            self.n = max(self.n, self._count())
+        super().close()
+
+
+class LossBar(_Loss, best_bar):  # type: ignore[type-arg]
+    """A bar with the running loss; finished, it sums the stage up."""
+
+
+class LossLines(_Loss):
+    """The same where nobody watches: a whole line every so many seconds, and a last one."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Writes a line, if one is due.
+
+        Args:
+            msg: Nothing else is ever written.
+            pos: Nor is it written anywhere else.
+        """
+        # Somebody's tqdm.write asks for it too, and after the last batch close() does.
+        if self.disable or self.last_print_n < self.n != self.total:
+            # close() ends the last line itself.
+            self.fp.write(f"{self}{'' if self.disable else chr(10)}")
+
+    def clear(self, *_: Any, **__: Any) -> None:
+        """Nothing: what is written stays."""
+
+
+def is_watched() -> bool:
+    """Whether there is a terminal, or a notebook with bars of its own."""
+    isatty = getattr(sys.stderr, "isatty", None)
+    return best_bar is not text_bar or bool(isatty and isatty())
+
+
+def progress_bar(
+    brain: BrainProtocol,
+    loader: Iterable[Any],
+    stage: Stage,
+    epoch: Any,
+    loss: Callable[[], dict[str, float]],
+    enable: bool,
+) -> LossBar | LossLines:
+    """SpeechBrain's bar over the batches of a stage, or lines where nobody watches.
+
+    Args:
+        brain: Says which, and gives the colour; a resumed training epoch starts at its
+            ``step``.
+        loader: The batches.
+        stage: The stage that is starting.
+        epoch: Its epoch, or None.
+        loss: Gives its running loss.
+        enable: Whether to show anything.
+
+    Returns:
+        The bar, which gives the batches when iterated.
+    """
+    about: dict[str, Any] = {
+        "loss": loss,
+        "count": lambda: brain.step,
+        "iterable": loader,
+        "desc": stage.name if epoch is None else f"{stage.name} epoch {epoch}",
+        "initial": brain.step if stage is Stage.TRAIN else 0,
+        "disable": not enable,
+    }
+    if brain.progress == "plain" or (brain.progress == "auto" and not is_watched()):
+        # No bar, and a look at the clock after each batch.
+        return LossLines(ncols=0, mininterval=brain.progress_interval, miniters=1, **about)
+    # None, for a notebook takes no empty colour.
+    colour = brain.tqdm_barcolor[stage.name.lower()] or None
+    return LossBar(dynamic_ncols=True, colour=colour, **about)

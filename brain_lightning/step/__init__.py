@@ -1,0 +1,1 @@
+"""One batch becomes one update: precision, gradients, optimizers, compiled modules."""

@@ -1,0 +1,71 @@
+"""Compiled modules: torch.compile, and torch.jit.script for what it cannot take."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from brain_lightning.brain.base import BrainState
+from brain_lightning.errors import RunOptionError
+
+logger = logging.getLogger(__name__)
+
+
+# What torch.compile puts into the names of a module's parameters.
+COMPILED_PREFIX = "_orig_mod."
+
+
+def compile_modules(brain: BrainState) -> None:
+    """Compiles the modules that the run options name (``speechbrain.Brain._compile``).
+
+    Where both compilers are asked for, ``torch.compile`` comes first.
+
+    Args:
+        brain: Its ``compile`` and ``jit`` options say what to compile.
+
+    Raises:
+        RunOptionError: A key names no module.
+    """
+    compile_keys = _keys(brain, "compile", brain.compile_module_keys) if brain.compile else []
+    jit_keys = _keys(brain, "jit", brain.jit_module_keys) if brain.jit else []
+    compiled = {name for name in compile_keys if _compile(brain, name)}
+    for name in jit_keys:
+        if name not in compiled:
+            brain.modules[name] = torch.jit.script(brain.modules[name]).to(brain.device)
+
+
+def _keys(brain: BrainState, option: str, keys: list[str] | None) -> list[str]:
+    if keys is None:
+        return list(brain.modules)
+    logger.warning("--%s compiles only those in --%s_module_keys: %s", option, option, keys)
+    for name in keys:
+        if name not in brain.modules:
+            raise RunOptionError(
+                f"{option}_module_keys names {name!r}, which is no entry of modules: "
+                f"the entries are {', '.join(brain.modules)}"
+            )
+    return list(keys)
+
+
+def _compile(brain: BrainState, name: str) -> bool:
+    # A module that was compiled for an earlier fit is compiled anew, not twice.
+    plain = getattr(brain.modules[name], "_orig_mod", brain.modules[name])
+    try:
+        module: Any = torch.compile(
+            plain,
+            mode=brain.compile_mode,
+            fullgraph=brain.compile_using_fullgraph,
+            dynamic=brain.compile_using_dynamic_shape_tracing,
+        )
+    except Exception as error:  # noqa: BLE001  any compiler may fail in any way
+        logger.warning("%r failed to compile and is left as it is: %s", name, error)
+        return False
+    brain.modules[name] = module.to(brain.device)
+    return True
+
+
+def without_compiled_prefix(name: str) -> str:
+    """The name that a parameter has where its module is not compiled."""
+    return name.replace(COMPILED_PREFIX, "")

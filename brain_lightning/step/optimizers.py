@@ -1,0 +1,189 @@
+"""A Brain's optimizers: which there are, clipping, and one group that steps them together."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+from brain_lightning.protocol import BrainProtocol
+
+CLIP_ALGORITHMS: dict[str, Callable[[list[Parameter], float], Any]] = {
+    "norm": torch.nn.utils.clip_grad_norm_,
+    "value": torch.nn.utils.clip_grad_value_,
+}
+
+
+def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
+    """Every optimizer of a Brain, looked up anew: recipes replace them while they run.
+
+    Args:
+        brain: The Brain after ``init_optimizers``.
+
+    Returns:
+        ``optimizers_dict``; where an older ``init_optimizers`` does not fill
+        it, ``optimizer`` alone (``speechbrain.Brain.optimizers_step``).
+    """
+    if brain.optimizers_dict is not None:
+        return brain.optimizers_dict
+    optimizer = getattr(brain, "optimizer", None)
+    if brain.opt_class is None or optimizer is None:
+        return {}
+    return {"optimizer": optimizer}
+
+
+def has_optimizer(brain: BrainProtocol) -> bool:
+    """Whether a Brain optimizes anything, be it by an optimizer that it alone knows.
+
+    Args:
+        brain: The Brain after ``init_optimizers``.
+    """
+    own = any(isinstance(value, Optimizer) for value in vars(brain).values())
+    return own or bool(all_optimizers(brain))
+
+
+def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
+    """The optimizers that ``freeze_optimizers`` leaves active now.
+
+    Args:
+        brain: The Brain after ``init_optimizers``.
+
+    Returns:
+        Optimizers by name, in the order in which they step.
+    """
+    if brain.optimizers_dict is not None:
+        return brain.freeze_optimizers(brain.optimizers_dict)
+    return all_optimizers(brain)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Parameter]:
+    """All parameters of an optimizer, over all its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def clip_gradients(
+    optimizers: Iterable[Optimizer], max_norm: float, algorithm: str = "norm"
+) -> None:
+    """Clips the gradients of each optimizer on its own.
+
+    One norm over everything could overflow (``speechbrain.Brain.optimizers_step``).
+    SpeechBrain clips the first parameter group only and climbs the gradient
+    where ``max_norm`` is negative; here all groups count, and 0 or less disables.
+
+    Args:
+        optimizers: The optimizers about to step.
+        max_norm: The largest norm to allow.
+        algorithm: ``"value"`` limits each number instead, as
+            ``Trainer(gradient_clip_algorithm="value")``.
+    """
+    if max_norm <= 0:
+        return
+    clip = CLIP_ALGORITHMS[algorithm]
+    for optimizer in optimizers:
+        clip(parameters_of(optimizer), max_norm)
+
+
+def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:
+    """Parameter groups in which vectors, such as biases and norms, do not decay.
+
+    Args:
+        modules: The modules to optimize.
+
+    Returns:
+        Two groups, the one without decay first
+        (``speechbrain.utils.optimizers.rm_vector_weight_decay``).
+    """
+    trainable = [p for p in modules.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.dim() != 1]},
+    ]
+
+
+class OptimizerGroup(Optimizer):
+    """A Brain's optimizers as the one optimizer of Lightning's automatic optimization.
+
+    Owns nothing: ``param_groups`` are views of the members' own groups, named
+    after the member for a LearningRateMonitor; members are looked up at each
+    use, and ``step`` steps those in ``active``, through the Brain's scaler. So a
+    recipe goes on using its own torch optimizers.
+
+    Args:
+        brain: The Brain whose optimizers these are.
+    """
+
+    def __init__(self, brain: BrainProtocol) -> None:
+        self._brain = brain
+        self.active: Mapping[str, Optimizer] = {}
+        # torch insists on a parameter group; an empty one is let go again below.
+        super().__init__([{"params": []}], {})
+
+    @property
+    def members(self) -> dict[str, Optimizer]:
+        """The optimizers by name."""
+        return all_optimizers(self._brain)
+
+    @property
+    def param_groups(self) -> list[Any]:
+        """The members' parameter groups; changing one changes the member."""
+        return [
+            ChainMap(group, {"name": name if not index else f"{name}/{index}"})
+            for name, member in self.members.items()
+            for index, group in enumerate(member.param_groups)
+        ]
+
+    @param_groups.setter
+    def param_groups(self, value: list[Any]) -> None:
+        """Ignores the empty list that ``Optimizer.__init__`` starts from."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Gives the last member another group, as BackboneFinetuning asks for.
+
+        Args:
+            param_group: Parameters, and options of that member.
+        """
+        if param_group["params"]:
+            list(self.members.values())[-1].add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps the active members.
+
+        Args:
+            closure: Called first, as torch's optimizers do; Lightning clips in it.
+
+        Returns:
+            What the closure returned.
+        """
+        result = None if closure is None else closure()
+        for member in self.active.values():
+            self._brain.scaler.step(member)
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zeroes the gradients of every member."""
+        for member in self.members.values():
+            member.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The members' states by name."""
+        return {name: member.state_dict() for name, member in self.members.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` gave.
+
+        Args:
+            state_dict: One state for each member.
+
+        Raises:
+            KeyError: A member has no state in it.
+        """
+        for name, member in self.members.items():
+            member.load_state_dict(state_dict[name])
+
+
+# torch would else call its global step hooks for the group too, besides each member.
+OptimizerGroup.step.hooked = True  # type: ignore[attr-defined]

@@ -1,0 +1,207 @@
+"""How one batch becomes one update: SpeechBrain's ``fit_batch`` and ``optimizers_step``.
+
+Written once, for two ways of doing it. ``RawUpdate`` calls torch, as SpeechBrain
+does; the generated module has another ``Update`` that goes through the Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from brain_lightning.distributed.communication import on_all_ranks
+from brain_lightning.errors import BrainTypeError
+from brain_lightning.hooks import has_own
+from brain_lightning.protocol import BrainProtocol
+
+from .optimizers import active_optimizers, clip_gradients
+
+
+class TrainingLoss(NamedTuple):
+    """What one training batch gave.
+
+    Attributes:
+        outputs: What ``compute_forward`` returned.
+        loss: What ``compute_objectives`` returned, one number.
+        scaled: The same, divided by the accumulation factor and scaled for fp16.
+        finite: Whether it may have a backward pass.
+    """
+
+    outputs: Any
+    loss: Tensor
+    scaled: Tensor
+    finite: bool
+
+
+class Update(Protocol):
+    """How gradients are computed and applied."""
+
+    def compute_gradients(self, batch: Any) -> TrainingLoss:
+        """Forward and backward pass of one batch."""
+
+    def step(self) -> None:
+        """One step of the active optimizers."""
+
+
+def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
+    """The forward pass of a training batch, and the check of its loss.
+
+    Args:
+        brain: The Brain in training.
+        batch: What the loader gave.
+
+    Returns:
+        The loss and what belongs to it.
+
+    Raises:
+        BrainTypeError: ``compute_objectives`` returned anything but one number
+            in a tensor.
+    """
+    stage = brain.stage_type.TRAIN
+    with brain.training_ctx:
+        outputs = brain.compute_forward(batch, stage)
+        loss = brain.compute_objectives(outputs, batch, stage)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise BrainTypeError(
+            f"{type(brain).__name__}.compute_objectives must return a tensor with one "
+            f"number to minimize, got {_describe(loss)}: reduce the loss, for example "
+            "with .mean(), or override fit_batch"
+        )
+    factor = brain.grad_accumulation_factor
+    scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
+    mine = torch.isfinite(scaled)
+    # A rank that has no gradients would keep the others waiting for ever.
+    finite = on_all_ranks(mine)
+    # Brain's own does nothing with a finite loss, but look at it once more.
+    if not finite or has_own(brain, "check_loss_isfinite"):
+        brain.check_loss_isfinite(scaled if finite or not mine else scaled * torch.nan)
+    return TrainingLoss(outputs, loss, scaled, finite)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def fit_batch(brain: BrainProtocol, batch: Any, update: Update) -> Tensor:
+    """Fits one batch (``speechbrain.Brain.fit_batch``).
+
+    A loss that is not finite has no backward pass, and the update that it alone
+    would have made is skipped; SpeechBrain would make every weight NaN.
+
+    Args:
+        brain: The Brain in training; its ``step`` counts this batch already.
+        batch: What the loader gave.
+        update: How gradients are computed and applied.
+
+    Returns:
+        The detached loss, on the CPU.
+    """
+    should_step = brain.step % brain.grad_accumulation_factor == 0 or brain.ends_window
+    brain.on_fit_batch_start(batch, should_step)
+    with brain.no_sync(not should_step):
+        result = update.compute_gradients(batch)
+    if not result.finite and brain.grad_accumulation_factor == 1:
+        should_step = False
+    if should_step:
+        update.step()
+    brain.on_fit_batch_end(batch, result.outputs, result.loss, should_step)
+    return result.loss.detach().cpu()
+
+
+def optimizers_step(
+    brain: BrainProtocol, apply: Callable[[Mapping[str, Optimizer]], None]
+) -> None:
+    """Steps the active optimizers once (``speechbrain.Brain.optimizers_step``).
+
+    Args:
+        brain: The Brain whose gradients are ready.
+        apply: Clips and steps the optimizers that it is given.
+    """
+    if brain.optimizers_dict is None and brain.opt_class is None:
+        return
+    optimizers = active_optimizers(brain)
+    for optimizer in optimizers.values():
+        brain.scaler.unscale_(optimizer)
+    apply(optimizers)
+    brain.scaler.update()
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    brain.optimizer_step += 1
+
+
+def prepare_gradients(brain: BrainProtocol, optimizers: Mapping[str, Optimizer]) -> None:
+    """Clips the unscaled gradients and drops those that are not finite.
+
+    Args:
+        brain: Its ``max_grad_norm`` and ``skip_nonfinite_grads`` say how.
+        optimizers: The optimizers about to step.
+    """
+    clip_gradients(optimizers.values(), brain.max_grad_norm, brain.gradient_clip_algorithm)
+    # A GradScaler that is on skips the whole step instead.
+    if brain.skip_nonfinite_grads and not brain.scaler.is_enabled():
+        brain.check_gradients()
+
+
+class RawUpdate:
+    """An update by torch alone: for ``fit_batch`` called by a recipe, or without a Trainer.
+
+    Args:
+        brain: The Brain to update.
+    """
+
+    def __init__(self, brain: BrainProtocol) -> None:
+        self._brain = brain
+
+    def compute_gradients(self, batch: Any) -> TrainingLoss:
+        """Forward and backward pass of one batch."""
+        result = training_loss(self._brain, batch)
+        if result.finite:
+            result.scaled.backward()  # type: ignore[no-untyped-call]
+        return result
+
+    def step(self) -> None:
+        """One step, through the Brain's hook, which a recipe may override."""
+        self._brain.optimizers_step()
+
+    def apply(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """Clips the gradients and steps each optimizer.
+
+        Args:
+            optimizers: The active optimizers by name.
+        """
+        prepare_gradients(self._brain, optimizers)
+        for optimizer in optimizers.values():
+            self._brain.scaler.step(optimizer)
+
+
+class DirectUpdate(RawUpdate):
+    """An update by torch alone of a Brain that leaves the stepping to us.
+
+    Args:
+        brain: The Brain to update.
+        computed: Called when the gradients of a batch are there.
+
+    Attributes:
+        result: What the batch gave.
+    """
+
+    def __init__(self, brain: BrainProtocol, computed: Callable[[], None]) -> None:
+        super().__init__(brain)
+        self._computed = computed
+        self.result: TrainingLoss | None = None
+
+    def compute_gradients(self, batch: Any) -> TrainingLoss:
+        """Forward and backward pass of one batch."""
+        self.result = super().compute_gradients(batch)
+        self._computed()
+        return self.result
+
+    def step(self) -> None:
+        """One step, as a Brain of ours does it, also of one of SpeechBrain's."""
+        optimizers_step(self._brain, self.apply)
