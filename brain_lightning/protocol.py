@@ -15,7 +15,48 @@ from torch.nn import ModuleDict
 from torch.optim import Optimizer
 
 
-class BrainProtocol(Protocol):
+class OptionValues(Protocol):
+    """The run options that a Brain has as attributes; ``RunOptions`` says what each means."""
+
+    test_only: bool
+    debug: bool
+    debug_batches: int
+    debug_epochs: int
+    debug_persistently: bool
+    device: str
+    distributed_backend: str
+    distributed_launch: bool
+    find_unused_parameters: bool
+    jit: bool
+    jit_module_keys: list[str] | None
+    compile: bool
+    compile_module_keys: list[str] | None
+    compile_mode: str
+    compile_using_fullgraph: bool
+    compile_using_dynamic_shape_tracing: bool
+    precision: str
+    eval_precision: str
+    max_grad_norm: float
+    skip_nonfinite_grads: bool
+    nonfinite_patience: int
+    noprogressbar: bool
+    progress: str
+    progress_interval: float
+    ckpt_interval_minutes: float
+    ckpt_interval_steps: int
+    shard_eval: bool
+    async_save: bool
+    grad_accumulation_factor: int
+    optimizer_step_limit: int | None
+    tqdm_colored_bar: bool
+    tqdm_barcolor: dict[str, str]
+    remove_vector_weight_decay: bool
+    profile_training: bool
+    profile_warmup: int
+    profile_steps: int
+
+
+class BrainProtocol(OptionValues, Protocol):
     """Attributes and methods of ``speechbrain.core.Brain`` that a Trainer run relies on."""
 
     stage_type: Any
@@ -26,38 +67,13 @@ class BrainProtocol(Protocol):
     modules: ModuleDict
     opt_class: Any
     checkpointer: Any
-    device: str
     device_type: str
     scaler: GradScaler
     optimizers_dict: dict[str, Optimizer] | None
     train_sampler: Any
     rank: int
     world_size: int
-    distributed_launch: bool
-    distributed_backend: str
-    find_unused_parameters: bool
-    shard_eval: bool
-
-    debug: bool
-    debug_batches: int
-    debug_epochs: int
-    precision: str
-    eval_precision: str
-    max_grad_norm: float
     gradient_clip_algorithm: str
-    skip_nonfinite_grads: bool
-    grad_accumulation_factor: int
-    optimizer_step_limit: int | None
-    ckpt_interval_minutes: float
-    ckpt_interval_steps: int
-    noprogressbar: bool
-    progress: str
-    progress_interval: float
-    test_only: bool
-    tqdm_barcolor: dict[str, str]
-    profile_training: bool
-    profile_warmup: int
-    profile_steps: int
 
     step: int
     optimizer_step: int

@@ -18,8 +18,7 @@ from speechbrain.utils import epoch_loop
 import brain_lightning
 from brain_lightning import Brain, RunOptions
 from brain_lightning.compat.versions import run_option_defaults
-
-from .upstream import needs_speechbrain
+from tests.support.upstream import needs_speechbrain
 
 PACKAGE = Path(brain_lightning.__file__).parent
 # SpeechBrain 1.1.2 has 0, SpeechBrain 1.0 had 15: see the field.

@@ -29,6 +29,7 @@ from brain_lightning.errors import BrainTypeError, UnsupportedError
 from brain_lightning.loggers.console import abbreviated, show_information
 from brain_lightning.options.resolve import resolve_run_options
 from brain_lightning.options.run_options import RunOptions
+from brain_lightning.protocol import OptionValues
 from brain_lightning.stage import Stage
 from brain_lightning.stages.epochs import EpochCounter, EpochCounterWithStopper
 from brain_lightning.step.precision import autocast, device_type, gradient_scaler, infer_device
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @register_checkpoint_hooks
-class BrainState:
+class BrainState(OptionValues):
     """The attributes of a Brain, and how they are saved.
 
     Args:
@@ -64,44 +65,6 @@ class BrainState:
         evaluation_ctx: Autocast of the evaluation precision.
         scaler: The gradient scaler, on for fp16.
     """
-
-    # Run options become attributes; these are the ones that Brain's own code reads.
-    device: str
-    precision: str
-    eval_precision: str
-    debug: bool
-    debug_batches: int
-    debug_epochs: int
-    debug_persistently: bool
-    max_grad_norm: float
-    skip_nonfinite_grads: bool
-    nonfinite_patience: int
-    noprogressbar: bool
-    progress: str
-    progress_interval: float
-    tqdm_barcolor: dict[str, str]
-    tqdm_colored_bar: bool
-    ckpt_interval_minutes: float
-    ckpt_interval_steps: int
-    async_save: bool
-    shard_eval: bool
-    grad_accumulation_factor: int
-    optimizer_step_limit: int | None
-    remove_vector_weight_decay: bool
-    compile: bool
-    compile_module_keys: list[str] | None
-    compile_mode: str
-    compile_using_fullgraph: bool
-    compile_using_dynamic_shape_tracing: bool
-    jit: bool
-    jit_module_keys: list[str] | None
-    profile_training: bool
-    profile_warmup: int
-    profile_steps: int
-    test_only: bool
-    distributed_launch: bool
-    distributed_backend: str
-    find_unused_parameters: bool
 
     optimizer: Optimizer
     # How max_grad_norm clips, and whether the batch in hand ends an accumulation window
@@ -144,7 +107,7 @@ class BrainState:
             int(os.environ.get("WORLD_SIZE", 1)) if self.distributed_launch else 1
         )
 
-        self.device = self.device or infer_device()
+        self.device: str = self.device or infer_device()
         self.device_type = device_type(self.device)
         if self.device_type == "cuda":
             torch.cuda.set_device(torch.device(self.device).index or 0)
@@ -162,7 +125,7 @@ class BrainState:
         self.nonfinite_count = 0
 
         if not self.tqdm_colored_bar:
-            self.tqdm_barcolor = dict.fromkeys(self.tqdm_barcolor, "")
+            self.tqdm_barcolor: dict[str, str] = dict.fromkeys(self.tqdm_barcolor, "")
         show_information()
         self.print_trainable_parameters()
         if checkpointer is not None:

@@ -1,6 +1,6 @@
 """What is private in Lightning's way from ``ckpt_path`` to a file.
 
-``tests/test_lightning_resume.py`` fails where a release of Lightning moves it.
+``tests/module/test_checkpoint_file.py`` fails where a release of Lightning moves it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is private in Lightning's loops; ``_fit_loop.py`` has the fit loop itself.
 
 Each function says which private part it needs and why nothing public serves;
-``tests/test_loops.py`` fails where a release of Lightning moves one of them.
+``tests/lightning_internals/test_loops.py`` fails where a release moves one of them.
 """
 
 from __future__ import annotations

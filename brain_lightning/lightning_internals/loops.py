@@ -1,6 +1,6 @@
 """Lightning's fit loop, with the epochs of a Brain and a beginning within an epoch.
 
-Private parts of Lightning: see ``_loops.py``, and ``tests/test_loops.py``.
+Private parts of Lightning: see ``_loops.py``, and ``tests/lightning_internals/test_loops.py``.
 """
 
 from __future__ import annotations

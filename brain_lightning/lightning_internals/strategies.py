@@ -1,6 +1,6 @@
 """The only file that touches private parts of Lightning's strategies.
 
-``tests/test_strategies.py`` fails where a release of Lightning moves one of them.
+``tests/lightning_internals/test_strategies.py`` fails where a release moves one of them.
 """
 
 from __future__ import annotations

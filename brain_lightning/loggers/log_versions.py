@@ -3,7 +3,7 @@
 A run that is killed after it has logged an epoch and before it has saved it logs that epoch
 again. Whether a version was asked for, and whether anything was written, Lightning's loggers
 keep to themselves: this is the only file that touches those private parts, and
-``tests/test_log_resume.py`` fails where a release moves one of them.
+``tests/loggers/test_log_versions.py`` fails where a release moves one of them.
 """
 
 from __future__ import annotations

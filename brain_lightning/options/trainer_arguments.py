@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 # At most the width of a terminal that nobody has made larger.
 WIDTH = 80
 # Where an argument does not do, or not only, what Lightning says; the tests of each are
-# in tests/test_trainer_arguments.py.
+# in tests/callback/test_reconcile.py.
 WITH_A_BRAIN = {
     "accelerator": "brain.fit follows the run option device",
     "accumulate_grad_batches": "translated into grad_accumulation_factor; an incomplete last "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, OptionValues
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ State = dict[str, Any]
 
 PLAIN = (type(None), bool, int, float, str, bytes)
 # What the run itself keeps, and saves elsewhere.
-OWN = frozenset(BrainProtocol.__annotations__)
+OWN = frozenset(BrainProtocol.__annotations__ | OptionValues.__annotations__)
 
 
 class NotPlainError(TypeError):

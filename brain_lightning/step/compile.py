@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from brain_lightning.brain.base import BrainState
 from brain_lightning.errors import RunOptionError
+from brain_lightning.protocol import BrainProtocol
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 COMPILED_PREFIX = "_orig_mod."
 
 
-def compile_modules(brain: BrainState) -> None:
+def compile_modules(brain: BrainProtocol) -> None:
     """Compiles the modules that the run options name (``speechbrain.Brain._compile``).
 
     Where both compilers are asked for, ``torch.compile`` comes first.
@@ -36,7 +36,7 @@ def compile_modules(brain: BrainState) -> None:
             brain.modules[name] = torch.jit.script(brain.modules[name]).to(brain.device)
 
 
-def _keys(brain: BrainState, option: str, keys: list[str] | None) -> list[str]:
+def _keys(brain: BrainProtocol, option: str, keys: list[str] | None) -> list[str]:
     if keys is None:
         return list(brain.modules)
     logger.warning("--%s compiles only those in --%s_module_keys: %s", option, option, keys)
@@ -49,7 +49,7 @@ def _keys(brain: BrainState, option: str, keys: list[str] | None) -> list[str]:
     return list(keys)
 
 
-def _compile(brain: BrainState, name: str) -> bool:
+def _compile(brain: BrainProtocol, name: str) -> bool:
     # A module that was compiled for an earlier fit is compiled anew, not twice.
     plain = getattr(brain.modules[name], "_orig_mod", brain.modules[name])
     try:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..conftest import seed_everything  # First: it makes SpeechBrain importable.
+from tests.conftest import seed_everything  # First: it makes SpeechBrain importable.
 
 KINDS = ("SpeechBrain", "synchronous", "background")
 

@@ -12,7 +12,7 @@ import time
 import warnings
 from pathlib import Path
 
-from ..examples.example import Example
+from tests.system.examples.example import Example
 
 
 def main(rounds: int) -> None:

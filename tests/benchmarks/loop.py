@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..conftest import seed_everything  # noqa: F401  First: it makes SpeechBrain importable.
+from tests.conftest import seed_everything  # noqa: F401  First: it makes SpeechBrain importable.
 
 # isort: split
 import speechbrain

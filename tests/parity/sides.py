@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader
 
 import brain_lightning
 from brain_lightning.cli.verify_recorder import HOOKS
-
-from ..conftest import seed_everything
+from tests.conftest import seed_everything
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from brain_lightning import HookStoppedError, to_lightning
+from tests.support.brains import Regression
+from tests.support.brains import loader as plain_loader
+from tests.support.brains import make as plain_make
 
-from ..brains import Regression
-from ..brains import loader as plain_loader
-from ..brains import make as plain_make
 from .recipes import loader, make, two_modules
 from .sides import OURS, SPEECHBRAIN, Record, Side, assert_equal, assert_moved, run
 

@@ -1,0 +1,129 @@
+"""Which strategies run a Brain, and how the others are refused; no process is started."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from brain_lightning import RunOptionError, UnsupportedError, to_lightning
+from brain_lightning.callback.reconcile import agree
+from brain_lightning.distributed.ddp import wrap_modules
+from brain_lightning.temporary import Borrowed
+from tests.support.brains import loader, make, trainer_with
+
+
+def ddp(**kwargs: Any) -> Any:
+    return trainer_with(devices=2, strategy=DDPStrategy(**kwargs))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        (ModelParallelStrategy, r"ModelParallelStrategy cannot run a Brain.*strategy='ddp'"),
+        (lambda: "ddp_spawn", r"start_method='spawn'.*use strategy='ddp', or torchrun"),
+        (lambda: "ddp_notebook", r"start_method='fork'"),
+        (lambda: DDPStrategy(ddp_comm_hook=print), r"ddp_comm_hook=\.\.\..*leave it out"),
+        (lambda: DDPStrategy(model_averaging_period=2), r"model_averaging_period=\.\.\."),
+    ],
+    ids=["model_parallel", "ddp_spawn", "ddp_notebook", "comm_hook", "model_averaging"],
+)
+def test_what_cannot_run_a_brain_is_refused(strategy: Callable[[], Any], words: str) -> None:
+    brain = make()
+    arguments = {"devices": 2, "strategy": strategy(), "accelerator": "cpu"}
+    with pytest.raises(UnsupportedError, match=words):
+        brain.fit(range(1), loader(), trainer=arguments)
+    module = to_lightning(brain)
+    module.trainer = trainer_with(**{**arguments, "strategy": strategy()})
+    with pytest.raises(UnsupportedError, match=words):
+        module.configure_callbacks()
+
+
+def test_the_strategys_arguments_reach_every_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module, **kwargs: Any) -> None:
+            super().__init__()
+            self.module = module
+            calls.append((type(module).__name__, kwargs))
+
+    monkeypatch.setattr("brain_lightning.distributed.ddp.DistributedDataParallel", Wrapper)
+    brain, borrowed = make(), Borrowed()
+    trainer = ddp(find_unused_parameters=True, gradient_as_bucket_view=True)
+    agree(trainer, brain, borrowed)
+    brain._wrap_distributed()
+    expected = {
+        "device_ids": None, "find_unused_parameters": True, "gradient_as_bucket_view": True
+    }  # fmt: skip
+    assert calls == [("Linear", expected)]
+    assert trainer.strategy.configure_ddp() is None
+    borrowed.put_back()
+    assert "_wrap_distributed" not in vars(brain)
+    assert "configure_ddp" not in vars(trainer.strategy)
+
+
+def test_a_recipes_own_wrapping_is_left_to_it() -> None:
+    class Own(type(make())):  # type: ignore[misc]
+        def _wrap_distributed(self) -> None:
+            self.wrapped = True
+
+    brain, borrowed = make(Own), Borrowed()
+    agree(ddp(), brain, borrowed)
+    brain._wrap_distributed()
+    borrowed.put_back()
+    assert brain.wrapped
+
+
+@pytest.mark.parametrize(
+    ("option", "kwargs"),
+    [
+        ({"find_unused_parameters": False}, {"find_unused_parameters": True}),
+        ({"distributed_backend": "nccl"}, {"process_group_backend": "gloo"}),
+    ],
+)
+def test_contradictions_are_errors_that_name_both(
+    option: dict[str, Any], kwargs: dict[str, Any]
+) -> None:
+    (name, value), (argument, other) = *option.items(), *kwargs.items()
+    with pytest.raises(RunOptionError, match=rf"{name}={value!r} and .*{argument}={other!r}"):
+        agree(ddp(**kwargs), make(**option), Borrowed())
+
+
+def test_the_backend_is_the_run_options_if_somebody_chose_it() -> None:
+    trainer, default = ddp(), ddp()
+    agree(trainer, make(distributed_backend="mpi"), Borrowed())
+    agree(default, make(), Borrowed())
+    assert trainer.strategy.process_group_backend == "mpi"
+    assert default.strategy.process_group_backend is None
+
+
+def test_a_synchronized_batchnorm_on_the_cpu_is_refused() -> None:
+    brain = make()
+    brain.modules = nn.ModuleDict({"norm": nn.SyncBatchNorm(2)})
+    with pytest.raises(UnsupportedError, match=r"'norm' has a SyncBatchNorm.*needs a GPU"):
+        wrap_modules(brain)
+
+
+def test_without_a_process_group_nothing_is_wrapped() -> None:
+    brain = make()
+    brain.on_fit_start()
+    assert type(brain.modules.model) is nn.Linear
+    with brain.no_sync():
+        brain.modules.model(torch.ones(1, 4)).sum().backward()
+    assert brain.modules.model.weight.grad is not None
+
+
+def test_the_private_parts_of_strategies_are_where_they_were() -> None:
+    strategy = DDPStrategy(bucket_cap_mb=7)
+    assert strategy._ddp_kwargs == {"bucket_cap_mb": 7}
+    assert (strategy._start_method, strategy._process_group_backend) == ("popen", None)
+    for name in inspect.signature(DDPStrategy).parameters:
+        if name.startswith(("ddp_comm", "model_averaging")):
+            assert getattr(strategy, f"_{name}") is None
+    assert trainer_with()._accelerator_connector.use_distributed_sampler is True

@@ -1,0 +1,287 @@
+"""The generated LightningModule, on brain.fit's own Trainer and on one of the user's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from brain_lightning import (
+    Brain,
+    BrainCallback,
+    BrainTypeError,
+    OptimizerGroup,
+    lightning_module_class,
+    to_lightning,
+)
+from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
+
+
+class Trace(Callback):
+    """Remembers which of Lightning's hooks were called, with the step counters at the time."""
+
+    def __init__(self) -> None:
+        self.hooks: list[str] = []
+        self.steps: list[tuple[int, int]] = []
+        self.gradients: list[bool] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.append("on_train_epoch_start")
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self.hooks.append("on_before_zero_grad")
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.hooks.append("on_before_backward")
+
+    def on_after_backward(self, *_: Any) -> None:
+        self.hooks.append("on_after_backward")
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self.hooks.append("on_before_optimizer_step")
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        self.gradients.append(all(g is not None for g in grads))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        self.hooks.append("on_train_batch_end")
+        self.steps.append((trainer.global_step, pl_module.brain.optimizer_step))
+
+
+class Manual(Regression):
+    def fit_batch(self, batch: Any) -> Any:
+        loss = self.compute_objectives(self.compute_forward(batch, None), batch, None)
+        loss.backward()
+        for _ in range(2):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+class OwnStep(Regression):
+    def optimizers_step(self) -> None:
+        super().optimizers_step()
+
+
+def test_the_class_is_named_after_the_brain_and_made_once() -> None:
+    cls = lightning_module_class(Regression)
+    assert cls.__name__ == "RegressionModule"
+    assert issubclass(cls, LightningModule)
+    assert lightning_module_class(Regression) is cls
+    assert type(to_lightning(make())) is cls
+
+
+@pytest.mark.parametrize(
+    ("brain_class", "automatic"),
+    [(Regression, True), (type("Sub", (Regression,), {}), True), (Manual, False),
+     (OwnStep, False), (type("Sub", (Manual,), {}), False)],
+)  # fmt: skip
+def test_what_is_overridden_decides_who_steps(
+    brain_class: type[Brain], automatic: bool
+) -> None:
+    assert to_lightning(make(brain_class)).automatic_optimization is automatic
+
+
+def test_a_class_that_is_no_brain_is_refused() -> None:
+    with pytest.raises(TypeError, match="no Brain class"):
+        lightning_module_class(torch.nn.Linear)
+
+
+@pytest.mark.parametrize("brain_class", [Regression, Manual, OwnStep])
+def test_a_trainer_of_the_users_gives_the_same_weights(brain_class: type[Brain]) -> None:
+    own, users = make(brain_class), make(brain_class)
+    own.fit(range(1, 3), loader(), loader())
+    trainer_with().fit(to_lightning(users), loader(), loader())
+    assert all_equal(weights(own), weights(users))
+    assert not all_equal(weights(own), weights(make()))
+    assert own.events == users.events
+    assert users.events[0] == ("start", "TRAIN", 1)
+
+
+def test_lightnings_hooks_fire_in_lightnings_order() -> None:
+    trace = Trace()
+    brain = make(grad_accumulation_factor=2)
+    brain.fit(range(1), loader(12), trainer={"callbacks": [trace]})
+    batch = ["on_before_zero_grad", "on_before_backward", "on_after_backward"]
+    step = [*batch, "on_before_optimizer_step", "on_train_batch_end"]
+    skip = [*batch, "on_train_batch_end"]
+    assert trace.hooks == ["on_train_epoch_start", *skip, *step, *skip]
+    assert trace.gradients == [True]
+
+
+def test_global_step_counts_what_the_brain_counts() -> None:
+    trace = Trace()
+    brain = make(grad_accumulation_factor=3)
+    brain.fit(range(2), loader(20, batch_size=2), trainer={"callbacks": [trace]})
+    assert [g for g, _ in trace.steps] == [o for _, o in trace.steps]
+    assert trace.steps[-1] == (6, 6)
+
+
+def test_global_step_counts_raw_steps() -> None:
+    trace = Trace()
+    make(Manual).fit(range(2), loader(), trainer={"callbacks": [trace]})
+    assert [g for g, _ in trace.steps] == [2 * (i + 1) for i in range(10)]
+
+
+def test_no_epoch_is_announced_that_does_not_come() -> None:
+    trace = Trace()
+    counter = iter([1, 2])
+    brain = make()
+    brain.fit(counter, loader(), trainer={"callbacks": [trace]})
+    brain.fit(counter, loader(), trainer={"callbacks": [trace]})
+    assert trace.hooks.count("on_train_epoch_start") == 2
+
+
+def test_max_epochs_leaves_the_counter_where_it_stopped() -> None:
+    from brain_lightning import EpochCounter
+
+    counter = EpochCounter(10)
+    make().fit(counter, loader(), trainer={"max_epochs": 3})
+    assert counter.current == 3
+
+
+def test_a_stop_asked_for_in_the_middle_ends_after_the_stage_hooks() -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 7
+
+    brain = make()
+    brain.fit(range(5), loader(), loader(), trainer={"callbacks": [Stop()]})
+    assert brain.optimizer_step == 7
+    assert brain.events[-3:] == [
+        ("end", "TRAIN", 1),
+        ("start", "VALID", 1),
+        ("end", "VALID", 1),
+    ]
+
+
+def test_the_trainer_is_given_back_as_it_was() -> None:
+    trainer = trainer_with(num_sanity_val_steps=2)
+    make().fit(range(1), loader(), loader(), trainer=trainer)
+    assert trainer.num_sanity_val_steps == 2
+    assert trainer.current_epoch == 1
+
+
+def test_the_callback_comes_with_the_module_and_goes_with_it() -> None:
+    class Looking(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            self.found = [c for c in trainer.callbacks if isinstance(c, BrainCallback)]
+
+    looking = Looking()
+    trainer = trainer_with(callbacks=[looking])
+    trainer.fit(to_lightning(make()), loader(), loader())
+    assert len(looking.found) == 1
+    assert trainer.callbacks == [looking]
+
+
+def test_the_epoch_counter_of_hparams_counts() -> None:
+    brain = make(hparams={"epoch_counter": range(7, 9)})
+    trainer_with(max_epochs=10).fit(to_lightning(brain), loader(), loader())
+    assert [e for name, stage, e in brain.events if (name, stage) == ("end", "VALID")] == [
+        7,
+        8,
+    ]
+
+
+def test_trainer_arguments_come_from_hparams_or_the_call() -> None:
+    brain = make(hparams={"trainer": {"max_epochs": 1}})
+    brain.fit(range(5), loader())
+    assert brain.optimizer_step == 5
+    brain.fit(range(5), loader(), trainer={"max_epochs": 2})
+    assert brain.optimizer_step == 15
+
+
+def test_a_trainer_must_be_one() -> None:
+    with pytest.raises(BrainTypeError, match="a dict of its arguments, got 'ddp'"):
+        make().fit(range(1), loader(), trainer="ddp")
+
+
+def test_a_class_is_not_a_brain() -> None:
+    with pytest.raises(BrainTypeError, match="got the class Regression: make one of it"):
+        to_lightning(Regression)
+
+
+def test_weights_are_in_the_modules_state() -> None:
+    brain = make()
+    names = set(to_lightning(brain).state_dict())
+    assert names == {"brain_modules.model.weight", "brain_modules.model.bias"}
+
+
+def test_the_group_shows_and_restores_its_members() -> None:
+    class Two(Regression):
+        def init_optimizers(self) -> None:
+            weight, bias = self.modules.model.parameters()
+            self.optimizers_dict = {
+                "weight": torch.optim.Adam([weight], 0.1),
+                "bias": torch.optim.SGD([bias], 0.2, momentum=0.9),
+            }
+
+    brain, other = make(Two), make(Two)
+    brain.fit(range(1), loader())
+    other.init_optimizers()
+    group, restored = OptimizerGroup(brain), OptimizerGroup(other)
+    assert [g["lr"] for g in group.param_groups] == [0.1, 0.2]
+    restored.load_state_dict(group.state_dict())
+    state = other.optimizers_dict["bias"].state_dict()["state"][0]["momentum_buffer"]
+    assert torch.equal(state, group.state_dict()["bias"]["state"][0]["momentum_buffer"])
+    group.param_groups[0]["lr"] = 0.5
+    assert brain.optimizers_dict["weight"].param_groups[0]["lr"] == 0.5
+
+
+def test_a_loss_that_is_not_one_number_is_refused() -> None:
+    class Unreduced(Regression):
+        def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+            return (predictions - batch[1]) ** 2
+
+    class NoTensor(Regression):
+        def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+            return {"loss": 1.0}
+
+    with pytest.raises(BrainTypeError, match=r"Unreduced.*a tensor of shape \(4, 2\): reduce"):
+        make(Unreduced).fit(range(1), loader())
+    with pytest.raises(BrainTypeError, match="got dict"):
+        make(NoTensor).fit(range(1), loader())
+
+
+def test_hooks_that_must_be_overridden_say_so() -> None:
+    class Empty(Brain):
+        pass
+
+    class Half(Brain):
+        compute_forward = Regression.compute_forward
+
+    for brain_class, hook in [(Empty, "compute_forward"), (Half, "compute_objectives")]:
+        brain = make(brain_class)
+        with pytest.raises(BrainTypeError, match=f"{brain_class.__name__} must define {hook}"):
+            brain.fit(range(1), loader())
+        assert brain.step == 0
+
+
+def test_a_brain_without_optimizer_says_that_nothing_changes(caplog: Any) -> None:
+    brain = make(opt_class=None)
+    brain.fit(range(1), loader())
+    assert "fit() will not change any parameter" in caplog.text
+    assert all_equal(weights(brain), weights(make()))
+
+
+def test_an_epoch_counter_must_be_iterable() -> None:
+    with pytest.raises(
+        TypeError, match=r"epoch_counter must be iterable, got 3: use EpochCounter"
+    ):
+        make().fit(3, loader())
+
+
+@pytest.mark.gpu
+def test_a_brain_on_a_gpu_trains_and_stays_there() -> None:
+    brain = make(device="cuda:0", precision="fp16")
+    before = weights(brain)
+    brain.fit(range(2), loader(), loader())
+    assert all(p.is_cuda for p in brain.modules.parameters())
+    assert not all_equal(before, weights(brain))
+    assert brain.evaluate(loader()) > 0

@@ -1,0 +1,186 @@
+"""Run options: read from a command line, a dict and hparams, and refused in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import speechbrain
+import torch
+from hyperpyyaml import load_hyperpyyaml
+
+from brain_lightning import (
+    Brain,
+    BrainTypeError,
+    RunOptionError,
+    RunOptions,
+    UnsupportedError,
+    parse_arguments,
+)
+from tests.support.brains import make
+from tests.support.upstream import needs_speechbrain
+
+COMMAND_LINES = [
+    ["hparams.yaml"],
+    ["hparams.yaml", "--device", "cuda:1", "--seed", "10"],
+    ["hparams.yaml", "--device=cpu", "--debug", "--lr=0.1", "--data_folder=/data/a b"],
+    ["hparams.yaml", "--max_grad_norm=-1.5", "--precision", "bf16", "--noprogressbar"],
+    ["hparams.yaml", "--channels=[8,", "16]", "--ckpt_interval_steps=5"],
+    ["hparams.yaml", "--jit_module_keys", "a", "b", "--batch_size=4"],
+    ["--debug_batches=3", "hparams.yaml", "--grad_accumulation_factor=2"],
+]
+
+
+@needs_speechbrain("1.1")
+@pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
+def test_a_command_line_means_what_it_means_to_speechbrain(words: list[str]) -> None:
+    file, theirs, their_overrides = speechbrain.parse_arguments(words)
+    hparams_file, ours, overrides = parse_arguments(words)
+    assert hparams_file == file
+    assert overrides == their_overrides
+    assert ours.overridden_args == theirs.overridden_args - {"param_file"}
+    for name in ours.overridden_args | {"param_file"}:
+        assert ours[name] == theirs[name]
+
+
+def test_values_are_typed_on_the_command_line() -> None:
+    words = ["--optimizer_step_limit=5", "--max_grad_norm=2", "--ckpt_interval_minutes=.5"]
+    opts = parse_arguments(["h.yaml", *words]).run_opts
+    assert opts.optimizer_step_limit == 5
+    assert isinstance(opts.max_grad_norm, float)
+    assert opts.ckpt_interval_minutes == 0.5
+
+
+def test_an_override_may_hold_an_equals_sign() -> None:
+    overrides = parse_arguments(["h.yaml", "--name=a=b", "--url", "http://x?y=z"]).overrides
+    assert load_hyperpyyaml("name: 1\nurl: 2", overrides) == {
+        "name": "a=b",
+        "url": "http://x?y=z",
+    }
+
+
+def test_a_flag_may_be_given_a_truth() -> None:
+    opts = parse_arguments(["h.yaml", "--debug=true", "--test_only=false"]).run_opts
+    assert (opts.debug, opts.test_only) == (True, False)
+    with pytest.raises(RunOptionError, match="--debug=3"):
+        parse_arguments(["h.yaml", "--debug=3"])
+
+
+def test_trainer_arguments_are_read_as_yaml() -> None:
+    words = ["--trainer.max_steps=5", "h.yaml", "--trainer.limit_val_batches", "0.5"]
+    opts = parse_arguments([*words, "--lr=1"]).run_opts
+    assert opts.trainer == {"max_steps": 5, "limit_val_batches": 0.5}
+    assert Brain(run_opts=opts).trainer_overrides == opts.trainer
+
+
+def test_a_trainer_argument_without_value_is_refused() -> None:
+    for words in (["h.yaml", "--trainer.devices"], ["h.yaml", "--trainer.=1"]):
+        with pytest.raises(RunOptionError, match="give it a value"):
+            parse_arguments(words)
+
+
+def test_the_command_line_outranks_hparams_which_outrank_defaults() -> None:
+    hparams = {"max_grad_norm": 1.0, "nonfinite_patience": 7, "trainer": {"max_steps": 1}}
+    opts = parse_arguments(["h.yaml", "--max_grad_norm=2", "--trainer.devices=1"]).run_opts
+    brain = Brain(hparams=hparams, run_opts=opts)
+    assert (brain.max_grad_norm, brain.nonfinite_patience, brain.debug_batches) == (2.0, 7, 2)
+    assert (brain.trainer_arguments, brain.trainer_overrides) == (
+        {"max_steps": 1},
+        {"devices": 1},
+    )
+
+
+def test_run_options_are_a_mapping() -> None:
+    opts = parse_arguments(["h.yaml", "--device=cpu", "--ckpt_interval_steps=3"]).run_opts
+    assert opts["device"] == "cpu"
+    assert opts.get("nothing", 5) == 5
+    assert "precision" in opts
+    assert "device" in list(opts.keys())
+    hparams: dict[str, Any] = {"precision": "bf16", "trainer": {"devices": 1}, "lr": 1}
+    hparams.update(opts)
+    # What that overwrites stays overwritten, as in SpeechBrain.
+    brain = Brain(hparams=hparams, run_opts=opts)
+    assert brain.precision == "fp32"
+    assert brain.trainer_arguments == {"devices": 1}
+    # The default minutes that came along do not stand against the steps.
+    assert (brain.ckpt_interval_minutes, brain.ckpt_interval_steps) == (0, 3)
+
+
+def test_an_unknown_option_is_named_with_a_guess() -> None:
+    with pytest.raises(RunOptionError, match="'max_grad_nrom': did you mean 'max_grad_norm'"):
+        Brain(run_opts={"max_grad_nrom": 1})
+    with pytest.raises(RunOptionError, match="'xyz': choose from test_only, debug"):
+        Brain(run_opts={"xyz": 1})
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "options"),
+    [
+        (RunOptionError, r"'fp8' is not one of fp32, fp16, bf16", {"precision": "fp8"}),
+        (RunOptionError, r"fp16.*not supported on the CPU.*bf16", {"precision": "fp16"}),
+        (RunOptionError, r"fp16.*not supported on the CPU", {"eval_precision": "fp16"}),
+        (RunOptionError, r"fp16.*not supported on the CPU", {"auto_mix_prec": True}),
+        (RunOptionError, r"1 or more", {"grad_accumulation_factor": 0}),
+        (RunOptionError, r"exclude each other",
+         {"ckpt_interval_minutes": 15, "ckpt_interval_steps": 5}),
+        (UnsupportedError, r"--trainer\.devices=2", {"data_parallel_backend": True}),
+        (RunOptionError, r"device 'cuda:99'", {"device": "cuda:99"}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_refused(
+    error: type[Exception], words: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(error, match=words):
+        make(**options)
+
+
+def test_both_intervals_in_hparams_exclude_each_other_too() -> None:
+    with pytest.raises(RunOptionError, match="exclude each other"):
+        Brain(hparams={"ckpt_interval_minutes": 30, "ckpt_interval_steps": 5})
+
+
+def test_deprecated_spellings_still_work(caplog: pytest.LogCaptureFixture) -> None:
+    brain = make(bfloat16_mix_prec=True)
+    assert brain.precision == "bf16"
+    assert "use --precision=bf16" in caplog.text
+
+
+def test_torchruns_variables_say_which_process_this_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    brain = make()
+    assert (brain.distributed_launch, brain.rank, brain.world_size) == (True, 1, 2)
+
+
+@pytest.mark.parametrize("modules", [[1], {"model": "linear"}, "model"])
+def test_modules_must_be_modules(modules: Any) -> None:
+    with pytest.raises(BrainTypeError, match=r"must be a dict of torch\.nn\.Module by name"):
+        Brain(modules=modules)
+
+
+def test_an_opt_class_must_make_optimizers() -> None:
+    with pytest.raises(BrainTypeError, match=r"an instance of SGD.*!name:torch\.optim\.Adam"):
+        make(opt_class=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1))
+
+
+def test_every_option_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    hidden = {"distributed_launch", "data_parallel_count", "tqdm_barcolor"}
+    for name in set(RunOptions.option_names()) - hidden:
+        assert f"--{name}" in shown
+
+
+@needs_speechbrain("1.1")
+def test_what_speechbrains_options_were_not_given_leaves_hparams_in_force() -> None:
+    """A recipe may go on using ``sb.parse_arguments``."""
+    words = ["hparams.yaml", "--device=cpu", "--max_grad_norm=2.5"]
+    _, run_opts, _ = speechbrain.parse_arguments(words)
+    hparams = {"grad_accumulation_factor": 2, "max_grad_norm": 9.0}
+    brain = Brain(hparams=hparams, run_opts=run_opts)
+    assert brain.grad_accumulation_factor == 2
+    assert brain.max_grad_norm == 2.5
+    assert brain.given_options == {"device", "grad_accumulation_factor", "max_grad_norm"}

@@ -1,0 +1,577 @@
+"""A run that was cut anywhere and resumed is the run that was never cut."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+)
+
+from brain_lightning import Checkpointer, EpochCounter
+from tests.support.brains import Regression, all_equal, loader, make, weights
+from tests.system.resume_kills import Setting, kill_trainings, quiet
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes"),
+]
+
+BATCHES = 12
+
+
+class Cut(RuntimeError):  # noqa: N818  no error of anybody's
+    """What ends a run in these tests."""
+
+
+class Noisy(Regression):
+    """Random in every step; notes what its hooks were told, and is cut where it is told."""
+
+    cut: Callable[[Noisy], bool] | None = None
+    nan_at: int | None = None
+
+    def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
+        # Not in an attribute, which would be restored as what the epoch has gathered.
+        self.hparams.events.append(("start", stage.name, epoch))
+
+    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        self.hparams.events.append(("end", stage.name, epoch))
+
+    def on_fit_start(self) -> None:
+        if self.checkpointer is not None:
+            self.checkpointer.add_recoverable("model", self.modules.model)
+        super().on_fit_start()
+
+    def compute_forward(self, batch: Any, stage: Any) -> Any:
+        x = batch[0]
+        if stage.name == "TRAIN":
+            x = torch.nn.functional.dropout(x, 0.3) * np.random.rand() + drawn()
+        return self.modules.model(x)
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        loss = super().compute_objectives(predictions, batch, stage)
+        return loss * torch.nan if self.step == self.nan_at else loss
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        self.hparams.events.append(("batch", self.step, should_step))
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        if self.cut is not None and self.cut(self):
+            raise Cut
+
+
+class Noise(Dataset[Any]):
+    """Examples that are random, and counted."""
+
+    loaded: list[int] | None = None
+
+    def __init__(self, items: int = 4 * BATCHES) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, index: int) -> Any:
+        if self.loaded is not None:
+            self.loaded.append(index)
+        x = torch.full((4,), index / self.items) + torch.rand(4) * np.random.rand()
+        return x + drawn(), x[:2]
+
+
+def seed(number: int) -> None:
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def drawn() -> float:
+    return random.random()  # noqa: S311
+
+
+def at(epoch: int, step: int) -> Callable[[Noisy], bool]:
+    return lambda brain: brain.hparams.epoch_counter.current == epoch and brain.step == step
+
+
+def brain_in(folder: Path | None, **options: Any) -> Noisy:
+    """A Brain, new as in a new process: nothing random is as it was."""
+    counter = EpochCounter(2)
+    checkpointer = None if folder is None else Checkpointer(folder, {"counter": counter})
+    hparams = {"epoch_counter": counter, "events": []}
+    brain: Noisy = make(Noisy, hparams=hparams, checkpointer=checkpointer, **options)
+    seed(999)
+    return brain
+
+
+def fit(brain: Noisy, train: Any, **kwargs: Any) -> Noisy:
+    brain.fit(brain.hparams.epoch_counter, train, loader(), **kwargs)
+    return brain
+
+
+def cut_and_resumed(
+    folder: Path,
+    make_train: Callable[[], Any],
+    cut: Callable[[Noisy], bool],
+    **options: Any,
+) -> tuple[Noisy, Noisy]:
+    """The run that was never cut, and the one that went on where another was cut."""
+    options = {"ckpt_interval_steps": 1, **options}
+    whole = fit(brain_in(folder / "whole", **options), make_train())
+    first = brain_in(folder / "cut", **options)
+    first.cut = cut
+    with pytest.raises(Cut):
+        fit(first, make_train())
+    second = brain_in(folder / "cut", **options)
+    seed(77)
+    return whole, fit(second, make_train())
+
+
+def assert_same(whole: Noisy, resumed: Noisy) -> None:
+    assert all_equal(weights(whole), weights(resumed))
+    assert whole.optimizer_step == resumed.optimizer_step
+    assert not all_equal(weights(whole), weights(make()))
+
+
+# ------------------------------------------------------------------------ kills
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(),
+        Setting(workers=2, accumulation=3),
+        Setting(workers=2, accumulation=3, augments="step", loader="speechbrain"),
+        Setting(workers=0, accumulation=3, loader="speechbrain", saver="speechbrain"),
+        Setting(workers=2, accumulation=3, saver="lightning"),
+        Setting(accumulation=1, loader="speechbrain", saver="lightning"),
+    ],
+    ids=lambda setting: " ".join(str(setting).split()),
+)
+def test_killed_anywhere(setting: Setting) -> None:
+    threads = torch.get_num_threads()
+    quiet()
+    try:
+        outcome = kill_trainings(setting, kills=3, seed=1)
+    finally:
+        logging.disable(logging.NOTSET)
+        torch.set_num_threads(threads)
+    assert outcome.kills == 3
+    assert outcome.clean, outcome
+
+
+# ------------------------------------------------------------------------- data
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "shuffled": lambda: DataLoader(Noise(), 4, shuffle=True),
+    "workers": lambda: DataLoader(Noise(), 4, shuffle=True, num_workers=2),
+    "three workers": lambda: DataLoader(Noise(), 4, num_workers=3, prefetch_factor=3),
+    "persistent workers": lambda: DataLoader(
+        Noise(), 4, shuffle=True, num_workers=2, persistent_workers=True
+    ),
+    "weighted": lambda: DataLoader(
+        Noise(), 4, sampler=WeightedRandomSampler([1.0 + i % 5 for i in range(48)], 48)
+    ),
+    "replacement": lambda: DataLoader(
+        Noise(), 4, sampler=RandomSampler(Noise(), replacement=True, num_samples=48)
+    ),
+    "generator": lambda: DataLoader(
+        Noise(), 4, shuffle=True, generator=torch.Generator().manual_seed(3)
+    ),
+    "batches of their own": lambda: DataLoader(
+        Noise(), batch_sampler=[list(range(i, i + 4)) for i in range(0, 48, 4)]
+    ),
+    "no batches": lambda: DataLoader(Noise(BATCHES), None, num_workers=2, shuffle=True),
+    "a list": lambda: list(DataLoader(Noise(), 4)),
+}
+
+
+@pytest.mark.parametrize("cut", [at(1, 6), at(2, 2), at(2, 12)], ids=["1-6", "2-2", "2-12"])
+@pytest.mark.parametrize("train", LOADERS)
+def test_every_loader_goes_on_where_it_was(
+    tmp_path: Path, train: str, cut: Callable[[Noisy], bool]
+) -> None:
+    if train == "a list":
+        # The same list for each run.
+        batches = LOADERS[train]()
+        whole, resumed = cut_and_resumed(tmp_path, lambda: batches, cut)
+    else:
+        torch.manual_seed(11)
+        whole, resumed = cut_and_resumed(tmp_path, LOADERS[train], cut)
+    assert_same(whole, resumed)
+
+
+def test_a_dynamic_batch_sampler_of_speechbrains(tmp_path: Path) -> None:
+    from speechbrain.dataio.sampler import DynamicBatchSampler
+
+    def train() -> Any:
+        lengths = [1.0 + (7 * i) % 5 for i in range(48)]
+        sampler = DynamicBatchSampler(
+            Noise(), 12, num_buckets=3, lengths_list=lengths, shuffle=True
+        )
+        return DataLoader(Noise(), batch_sampler=sampler, num_workers=2)
+
+    whole, resumed = cut_and_resumed(tmp_path, train, at(2, 3))
+    assert_same(whole, resumed)
+
+
+def test_a_dataset_for_which_the_brain_makes_the_loader(tmp_path: Path) -> None:
+    def run(folder: str, cut: Any) -> Noisy:
+        brain = brain_in(tmp_path / folder, ckpt_interval_steps=3, grad_accumulation_factor=4)
+        brain.cut = cut
+        return fit(brain, Noise(), train_loader_kwargs={"batch_size": 4, "shuffle": True})
+
+    whole = run("whole", None)
+    with pytest.raises(Cut):
+        run("cut", at(2, 8))
+    assert_same(whole, run("cut", None))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_skipped_example_is_loaded(tmp_path: Path, workers: int) -> None:
+    dataset = Noise(4 * 1000)
+    first = brain_in(tmp_path, ckpt_interval_steps=50)
+    first.cut = at(1, 951)
+    with pytest.raises(Cut):
+        fit(first, DataLoader(dataset, 4))
+    second = brain_in(tmp_path)
+    second.hparams.epoch_counter.limit = 1
+    dataset.loaded = []
+    train = DataLoader(dataset, 4, num_workers=workers)
+    seen = []
+    on_fit_batch_start = second.on_fit_batch_start
+    second.on_fit_batch_start = lambda *args: (
+        seen.append(second.step),
+        on_fit_batch_start(*args),
+    )
+    fit(second, train)
+    assert seen == list(range(951, 1001))
+    assert dataset.loaded == ([] if workers else list(range(3800, 4000)))
+
+
+class Stream(IterableDataset[Any]):
+    """Numbers, one after the other, by turns of the workers."""
+
+    def __iter__(self) -> Iterator[Any]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        for item in range(worker, 4 * BATCHES, workers):
+            yield torch.full((4,), item / 48) + torch.rand(4), torch.zeros(2)
+
+
+class StatefulStream(Stream):
+    """The same, with a position; what it leaves out draws nothing."""
+
+    done = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        mine = list(range(worker, 4 * BATCHES, workers))
+        for item in mine[self.done :]:
+            self.done += 1
+            yield torch.full((4,), item / 48) + torch.rand(4), torch.zeros(2)
+        self.done = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cut", [at(1, 6), at(2, 3), at(2, 12)], ids=["1-6", "2-3", "2-12"])
+def test_a_stream_with_a_position_goes_on(
+    tmp_path: Path, workers: int, cut: Callable[[Noisy], bool]
+) -> None:
+    def train() -> Any:
+        return DataLoader(StatefulStream(), 4, num_workers=workers)
+
+    assert_same(*cut_and_resumed(tmp_path, train, cut))
+
+
+def test_a_stream_without_a_position_begins_anew_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = brain_in(tmp_path, ckpt_interval_steps=1)
+    first.cut = at(1, 6)
+    with pytest.raises(Cut):
+        fit(first, DataLoader(Stream(), 4))
+    second = brain_in(tmp_path)
+    fit(second, DataLoader(Stream(), 4))
+    assert "Stream has no position that can be restored" in caplog.text
+    assert "after 5 batches" in caplog.text
+    steps = [event[1] for event in second.hparams.events if event[0] == "batch"]
+    assert steps == [*range(6, 6 + BATCHES), *range(1, BATCHES + 1)]
+
+
+def test_other_workers_than_before_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = brain_in(tmp_path, ckpt_interval_steps=1)
+    first.cut = at(1, 6)
+    with pytest.raises(Cut):
+        fit(first, DataLoader(Noise(), 4, num_workers=2))
+    fit(brain_in(tmp_path), DataLoader(Noise(), 4))
+    assert "saved with num_workers=2, and there are 0 now" in caplog.text
+
+
+# ------------------------------------------------------- the rest of the state
+
+
+@pytest.mark.parametrize("cut", [at(1, 2), at(1, 8), at(2, 5)])
+def test_a_window_that_is_not_full_goes_on(
+    tmp_path: Path, cut: Callable[[Noisy], bool]
+) -> None:
+    def train() -> Any:
+        return DataLoader(Noise(), 4, shuffle=True)
+
+    assert_same(*cut_and_resumed(tmp_path, train, cut, grad_accumulation_factor=3))
+
+
+def test_an_epoch_that_was_saved_at_its_end_goes_on_too(tmp_path: Path) -> None:
+    class SavesAtEnds(Noisy):
+        def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+            super().on_stage_end(stage, stage_loss, epoch)
+            if stage.name == "VALID":
+                self.checkpointer.save_and_keep_only()
+
+    def run(folder: str, cut: Any) -> Noisy:
+        brain = brain_in(tmp_path / folder, ckpt_interval_minutes=0)
+        brain.__class__ = SavesAtEnds
+        brain.cut = cut
+        return fit(brain, DataLoader(Noise(), 4, shuffle=True, num_workers=1))
+
+    whole = run("whole", None)
+    with pytest.raises(Cut):
+        run("cut", at(2, 5))
+    assert_same(whole, run("cut", None))
+
+
+def test_a_brain_that_lives_on_keeps_its_random_state(tmp_path: Path) -> None:
+    """As SpeechBrain's: a second fit is not resumed from the checkpoint of the first."""
+    brain = brain_in(tmp_path, ckpt_interval_minutes=0)
+    fit(brain, DataLoader(Noise(), 4, shuffle=True))
+    brain.checkpointer.save_and_keep_only()
+    torch.manual_seed(4)
+    expected = torch.get_rng_state()
+    brain.hparams.epoch_counter.limit += 1
+    states = []
+    brain.on_stage_start = lambda *_: states.append(torch.get_rng_state())
+    fit(brain, DataLoader(Noise(), 4))
+    assert torch.equal(states[0], expected)
+
+
+def test_the_whole_trace_of_a_resumed_run(tmp_path: Path) -> None:
+    first = brain_in(tmp_path, ckpt_interval_steps=4)
+    first.cut = at(1, 10)
+    with pytest.raises(Cut):
+        fit(first, DataLoader(Noise(), 4))
+    second = fit(brain_in(tmp_path), DataLoader(Noise(), 4))
+    assert second.hparams.events == [
+        ("start", "TRAIN", 1),
+        *(("batch", step, True) for step in range(9, 13)),
+        ("end", "TRAIN", 1),
+        ("start", "VALID", 1),
+        ("end", "VALID", 1),
+        ("start", "TRAIN", 2),
+        *(("batch", step, True) for step in range(1, 13)),
+        ("end", "TRAIN", 2),
+        ("start", "VALID", 2),
+        ("end", "VALID", 2),
+    ]
+
+
+def test_one_that_was_saved_after_its_last_batch_has_no_batch_left(tmp_path: Path) -> None:
+    first = brain_in(tmp_path, ckpt_interval_steps=1)
+
+    def on_stage_end(*_: Any) -> None:
+        raise Cut
+
+    first.on_stage_end = on_stage_end
+    with pytest.raises(Cut):
+        fit(first, DataLoader(Noise(), 4))
+    second = fit(brain_in(tmp_path), DataLoader(Noise(), 4))
+    assert second.hparams.events[:4] == [
+        ("start", "TRAIN", 1),
+        ("end", "TRAIN", 1),
+        ("start", "VALID", 1),
+        ("end", "VALID", 1),
+    ]
+    assert second.optimizer_step == 2 * BATCHES
+
+
+def test_what_an_epoch_has_gathered_is_restored(tmp_path: Path) -> None:
+    from speechbrain.utils.metric_stats import MetricStats
+
+    class Gathers(Noisy):
+        def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
+            super().on_stage_start(stage, epoch)
+            if stage.name == "TRAIN":
+                self.seen: list[Any] = []
+                self.stats = MetricStats(lambda x: x.flatten())
+                self.count = 0
+
+        def on_fit_batch_end(self, batch: Any, *args: Any) -> None:
+            self.seen.append((self.step, batch[0].mean()))
+            self.stats.append([str(self.step)], x=batch[0].mean())
+            self.hparams.stats.append([str(self.step)], x=batch[0].mean())
+            self.count += 1
+            super().on_fit_batch_end(batch, *args)
+
+        def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+            if stage.name == "TRAIN" and epoch == 1:
+                mine = [self.stats.summarize("average"), *self.hparams.stats.ids, self.count]
+                self.summary = [self.seen, mine, stage_loss]
+
+    def run(folder: str, cut: Any) -> Any:
+        brain: Any = brain_in(tmp_path / folder, ckpt_interval_steps=4)
+        brain.__class__ = Gathers
+        brain.hparams.stats = MetricStats(lambda x: x.flatten())
+        brain.cut = cut
+        fit(brain, DataLoader(Noise(), 4))
+        return brain.summary
+
+    whole = run("whole", None)
+    with pytest.raises(Cut):
+        run("cut", at(1, 7))
+    assert run("cut", None) == whole
+    assert [step for step, _ in whole[0]] == list(range(1, 13))
+
+
+def test_the_trainers_counts_and_callbacks_go_on(tmp_path: Path) -> None:
+    class Monitored(Noisy):
+        def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+            super().on_stage_end(stage, stage_loss, epoch)
+            if stage.name == "VALID":
+                self.checkpointer.save_and_keep_only()
+
+    def run(folder: str, cut: Any) -> tuple[Any, EarlyStopping, list[Any]]:
+        brain = brain_in(tmp_path / folder, ckpt_interval_steps=5)
+        brain.__class__ = Monitored
+        brain.cut = cut
+        brain.hparams.epoch_counter.limit = 9
+        # Nothing is ever better by so much: one epoch, and a patience of two.
+        stopper = EarlyStopping("valid_loss", min_delta=100.0, patience=2)
+        seen: list[Any] = []
+        brain.on_fit_batch_start = lambda *_: seen.append(trainer_of())
+
+        def trainer_of() -> Any:
+            trainer = brain.seen_trainer
+            return trainer.current_epoch, trainer.global_step, trainer.fit_loop.batch_idx
+
+        class Tells(type(stopper).__mro__[1]):  # type: ignore[misc]
+            def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+                brain.__dict__["seen_trainer"] = trainer
+
+        fit(brain, DataLoader(Noise(), 4), trainer={"callbacks": [stopper, Tells()]})
+        return brain, stopper, seen
+
+    whole, stopper, seen = run("whole", None)
+    with pytest.raises(Cut):
+        run("cut", at(2, 8))
+    resumed, resumed_stopper, resumed_seen = run("cut", None)
+    assert stopper.state_dict() == resumed_stopper.state_dict()
+    assert whole.hparams.epoch_counter.current == 3
+    assert resumed_seen == seen[BATCHES + 5 :]
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_save_right_after_a_batch_of_nan_is_finite(
+    tmp_path: Path, accumulation: int
+) -> None:
+    brain = brain_in(tmp_path, ckpt_interval_steps=1, grad_accumulation_factor=accumulation)
+    brain.nan_at, brain.cut = 3, at(1, 4)
+    with pytest.raises(Cut):
+        fit(brain, DataLoader(Noise(), 4))
+    assert brain.nonfinite_count == 1
+    assert all(torch.isfinite(p).all() for p in brain.modules.parameters())
+    saved = brain_in(tmp_path)
+    saved.on_fit_start()
+    assert saved.step == 3
+    assert all(torch.isfinite(p).all() for p in saved.modules.parameters())
+    resumed = brain_in(tmp_path)
+    resumed.cut = lambda resumed: resumed.nonfinite_count == 1
+    with pytest.raises(Cut):
+        fit(resumed, DataLoader(Noise(), 4))
+
+
+def test_a_failed_batch_of_a_living_brain_is_fitted_again(tmp_path: Path) -> None:
+    """After Ctrl-C in a notebook, say: weights and position are those of the checkpoint."""
+    whole = fit(brain_in(tmp_path / "whole"), DataLoader(Noise(), 4, shuffle=True))
+    brain = brain_in(tmp_path / "cut", ckpt_interval_steps=1)
+    brain.cut = at(1, 7)
+    train = DataLoader(Noise(), 4, shuffle=True)
+    with pytest.raises(Cut):
+        fit(brain, train)
+    brain.cut = None
+    assert_same(whole, fit(brain, train))
+
+
+# ---------------------------------------------------------------------- SIGTERM
+
+SCRIPT = """
+import os, signal, sys, torch
+from pathlib import Path
+from tests.resume.test_run_state import *
+from tests.resume.test_run_state import Noisy
+
+class Told(Noisy):
+    def on_fit_batch_start(self, *_):
+        if self.told == (self.hparams.epoch_counter.current, "TRAIN", self.step):
+            os.kill(os.getpid(), signal.SIGTERM)
+    def evaluate_batch(self, batch, stage):
+        if self.told == (self.hparams.epoch_counter.current, "VALID", self.step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().evaluate_batch(batch, stage)
+
+brain = brain_in(Path(sys.argv[1]), ckpt_interval_minutes=0, grad_accumulation_factor=4)
+brain.__class__ = Told
+brain.told = eval(sys.argv[2])
+fit(brain, DataLoader(Noise(), 4, shuffle=True, num_workers=2))
+torch.save([weights(brain), brain.optimizer_step], sys.argv[3])
+"""
+
+
+def run_script(folder: Path, told: object) -> tuple[int, Path]:
+    out = folder / "weights.pt"
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), repr(told), str(out)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 143), done.stderr
+    return done.returncode, out
+
+
+@pytest.mark.parametrize("told", [(1, "TRAIN", 6), (2, "VALID", 2)], ids=["TRAIN", "VALID"])
+def test_sigterm_saves_and_the_status_is_not_zero(tmp_path: Path, told: Any) -> None:
+    status, whole = run_script(tmp_path / "whole", None)
+    assert status == 0
+    status, out = run_script(tmp_path / "cut", told)
+    assert status == 128 + signal.SIGTERM
+    assert not out.exists()
+    (saved,) = (tmp_path / "cut").glob("CKPT*")
+    assert "end-of-epoch: false" in (saved / "CKPT.yaml").read_text()
+    status, out = run_script(tmp_path / "cut", None)
+    assert status == 0
+    (expected, updates), (found, found_updates) = torch.load(whole), torch.load(out)
+    assert all_equal(expected, found)
+    assert updates == found_updates

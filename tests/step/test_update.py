@@ -1,0 +1,119 @@
+"""A loss that is not finite: the weights stay finite, patience counts, then the run ends."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from brain_lightning import NonFiniteLossError
+from tests.support.brains import Regression, all_equal, dataset, loader, make, sgd, weights
+
+
+class NaNAt(Regression):
+    """Its loss is NaN in the batches that ``steps`` names, within each epoch."""
+
+    steps: tuple[int, ...] = ()
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        loss = super().compute_objectives(predictions, batch, stage)
+        return loss * float("nan") if self.step in self.steps else loss
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        self.stepped = [*getattr(self, "stepped", []), should_step]
+
+
+def nan_at(*steps: int) -> type[NaNAt]:
+    return type("NaN", (NaNAt,), {"steps": steps})
+
+
+def test_one_nan_batch_leaves_the_weights_as_if_it_had_not_been_there() -> None:
+    brain, without = make(nan_at(3)), make()
+    brain.fit(range(1), loader())
+    batches = [dataset()[i : i + 4] for i in (0, 4, 12, 16)]
+    without.fit(range(1), DataLoader(batches, batch_size=None))
+    assert all_equal(weights(brain), weights(without))
+    assert all(torch.isfinite(w).all() for w in weights(brain))
+    assert not all_equal(weights(brain), weights(make()))
+    assert brain.optimizer_step == 4
+    assert brain.stepped == [True, True, False, True, True]
+    assert brain.nonfinite_count == 1
+
+
+def test_the_average_leaves_it_out() -> None:
+    brain = make(nan_at(1, 2))
+    losses: list[float] = []
+    brain.on_stage_end = lambda stage, loss, epoch=None: losses.append(loss)
+    brain.fit(range(1), loader())
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_with_accumulation_only_that_micro_batch_is_dropped() -> None:
+    brain = make(nan_at(2), grad_accumulation_factor=3, max_grad_norm=0)
+    brain.fit(range(1), loader(12))
+
+    by_hand = make()
+    optimizer = sgd(by_hand.modules.parameters())
+    for start in (0, 8):
+        batch = dataset(12)[start : start + 4]
+        loss = by_hand.compute_objectives(by_hand.compute_forward(batch, None), batch, None)
+        (loss / 3).backward()
+    optimizer.step()
+    assert all_equal(weights(brain), weights(by_hand))
+    assert brain.optimizer_step == 1
+
+
+def test_the_fourth_raises_and_the_log_names_the_step(caplog: Any) -> None:
+    brain = make(nan_at(1, 2, 3, 5))
+    with (
+        caplog.at_level(logging.WARNING, "brain_lightning"),
+        pytest.raises(NonFiniteLossError, match=r"nan at step 5.*patience of 3 is exhausted"),
+    ):
+        brain.fit(range(1), loader())
+    told = [r.message for r in caplog.records if "Loss is nan" in r.message]
+    assert [m.split(":")[0] for m in told] == [f"Loss is nan at step {s}" for s in (1, 2, 3)]
+    assert all(torch.isfinite(w).all() for w in weights(brain))
+    assert brain.optimizer_step == 1
+
+
+def test_it_is_a_value_error_as_in_speechbrain() -> None:
+    with pytest.raises(ValueError, match="patience"):
+        make(nan_at(1), nonfinite_patience=0).fit(range(1), loader())
+
+
+def test_patience_begins_anew_in_each_epoch() -> None:
+    brain = make(nan_at(1, 2, 3))
+    brain.fit(range(3), loader())
+    assert brain.nonfinite_count == 3
+    assert brain.optimizer_step == 3 * 2
+
+
+def test_a_negative_norm_disables_clipping() -> None:
+    brain, without, plain = make(max_grad_norm=-1.0), make(max_grad_norm=0), make()
+    for each in (brain, without):
+        each.fit(range(2), loader())
+    plain.opt_class = None
+    optimizer = sgd(plain.modules.parameters())
+    for _ in range(2):
+        for batch in loader():
+            optimizer.zero_grad()
+            plain.compute_objectives(
+                plain.compute_forward(batch, None), batch, None
+            ).backward()
+            optimizer.step()
+    assert all_equal(weights(brain), weights(without))
+    assert all_equal(weights(brain), weights(plain))
+
+
+def test_clipping_is_over_all_parameter_groups() -> None:
+    def two_groups(parameters: Any) -> Any:
+        weight, bias = parameters
+        return torch.optim.SGD([{"params": [weight]}, {"params": [bias]}], lr=0.1)
+
+    brain, one_group = make(opt_class=two_groups, max_grad_norm=0.01), make(max_grad_norm=0.01)
+    for each in (brain, one_group):
+        each.fit(range(1), loader())
+    assert all_equal(weights(brain), weights(one_group))

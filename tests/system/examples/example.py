@@ -1,0 +1,77 @@
+"""An example, run here as a script runs, or on SpeechBrain with other imports alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+# What changes where a recipe runs on SpeechBrain.
+IMPORTS = {
+    "from brain_lightning import": "from speechbrain import",
+    "brain_lightning.distributed": "speechbrain.utils.distributed",
+    "brain_lightning.EpochCounter": "speechbrain.utils.epoch_loop.EpochCounter",
+}
+
+
+class Example:
+    """One folder of ``examples``, with overrides that make it short."""
+
+    def __init__(self, name: str, *overrides: str) -> None:
+        self.folder = EXAMPLES / name
+        self.overrides = overrides
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """The folder of the script is on the path, as where it is run."""
+        helpers = {path.stem for path in self.folder.glob("*.py")} - {"train"}
+        sys.path.insert(0, str(self.folder))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(self.folder))
+            for name in helpers:
+                sys.modules.pop(name, None)
+
+    def run(self, output: Path, folder: Path | None = None) -> Any:
+        """What its ``main`` returns."""
+        folder = folder or self.folder
+        arguments = [str(folder / "hparams.yaml"), *self.overrides, "--noprogressbar"]
+        spec = importlib.util.spec_from_file_location("train", folder / "train.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        with self.importable():
+            spec.loader.exec_module(module)
+            return module.main([*arguments, f"--output_folder={output}", "--device=cpu"])
+
+    def ported(self, folder: Path) -> Path:
+        """The recipe with other imports, in a folder of its own."""
+        folder.mkdir()
+        for name in ("train.py", "hparams.yaml"):
+            text = (self.folder / name).read_text()
+            for ours, theirs in IMPORTS.items():
+                text = text.replace(ours, theirs)
+            (folder / name).write_text(text)
+        return folder
+
+    def both_sides(self, tmp_path: Path) -> tuple[Any, Any]:
+        """What its ``main`` returns here and on SpeechBrain."""
+        theirs = self.run(tmp_path / "theirs", self.ported(tmp_path / "ported"))
+        return self.run(tmp_path / "ours"), theirs
+
+    def script(self, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+        """Runs it from a shell."""
+        files = [str(self.folder / name) for name in ("train.py", "hparams.yaml")]
+        return subprocess.run(
+            [sys.executable, *files, *self.overrides, *overrides],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
