@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         mark_as_transfer,
         register_checkpoint_hooks,
     )
+    from .data.dataloaders import SaveableDataLoader
     from .data.samplers import DistributedSamplerWrapper, ReproducibleRandomSampler
     from .distributed.communication import (
         ddp_barrier,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .loggers.train_logger import LightningTrainLogger
     from .module.to_lightning import lightning_module_class, to_lightning
     from .options.run_options import RunOptions, parse_arguments
-    from .resume.data_position import SaveableDataLoader
     from .stage import Stage
     from .stages.epochs import EpochCounter, EpochCounterWithStopper
     from .step.optimizers import OptimizerGroup
@@ -104,7 +104,7 @@ _FILES = {
     "ReproducibleRandomSampler": "data.samplers",
     "RunOptionError": "errors",
     "RunOptions": "options.run_options",
-    "SaveableDataLoader": "resume.data_position",
+    "SaveableDataLoader": "data.dataloaders",
     "Stage": "stage",
     "UnequalDataError": "errors",
     "UnsupportedError": "errors",

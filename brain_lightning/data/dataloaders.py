@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from brain_lightning.checkpoints.hooks import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 from brain_lightning.compat import speechbrain
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.resume.data_position import SaveableDataLoader
 
 from .samplers import DEFAULT_SEED, DistributedSamplerWrapper, ReproducibleRandomSampler
 
 logger = logging.getLogger(__name__)
+
+
+class _Position(Protocol):
+    fitted: int
+
+
+@register_checkpoint_hooks
+class SaveableDataLoader(DataLoader[Any]):
+    """A DataLoader whose position in the data is saved, as SpeechBrain's of the same name.
+
+    The file is SpeechBrain's: the number of batches. ``fit`` goes on after them.
+
+    Attributes:
+        position: Of the run that iterates it, which counts the batches that it has fitted.
+        recovered: Batches that the next pass leaves out.
+    """
+
+    position: _Position | None = None
+    recovered = 0
+
+    @mark_as_saver
+    def _save(self, path: str | PathLike[str]) -> None:
+        batches = None if self.position is None else self.position.fitted
+        Path(path).write_text(str(batches), encoding="utf-8")
+
+    @mark_as_loader
+    def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
+        saved = Path(path).read_text(encoding="utf-8")
+        # One that was iterated recovers the best checkpoint, to be evaluated.
+        if not (end_of_epoch or self.position or saved == str(None)):
+            self.recovered = int(saved)
+
+
+def twin(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """A copy of a loader, to be iterated in its place: the user's stays as it is.
+
+    Args:
+        loader: The loader.
+        **changes: Attributes that are others in the copy.
+    """
+    new = copy.copy(loader)
+    # DataLoader's __setattr__ refuses to change some of these.
+    vars(new).update(changes, _iterator=None)
+    return new
 
 
 def is_loader(data: object) -> bool:

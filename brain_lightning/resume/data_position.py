@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from brain_lightning.checkpoints.hooks import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
 from brain_lightning.compat import speechbrain
+from brain_lightning.data.dataloaders import SaveableDataLoader, twin
 
 from .random_state import random_state, set_random_state
 from .sampler_states import SamplerStates, plain_states
@@ -35,33 +28,6 @@ from .worker_states import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@register_checkpoint_hooks
-class SaveableDataLoader(DataLoader[Any]):
-    """A DataLoader whose position in the data is saved, as SpeechBrain's of the same name.
-
-    The file is SpeechBrain's: the number of batches. ``fit`` goes on after them.
-
-    Attributes:
-        position: Of the run that iterates it.
-        recovered: Batches that the next pass leaves out.
-    """
-
-    position: Position | None = None
-    recovered = 0
-
-    @mark_as_saver
-    def _save(self, path: str | PathLike[str]) -> None:
-        batches = None if self.position is None else self.position.fitted
-        Path(path).write_text(str(batches), encoding="utf-8")
-
-    @mark_as_loader
-    def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
-        saved = Path(path).read_text(encoding="utf-8")
-        # One that was iterated recovers the best checkpoint, to be evaluated.
-        if not (end_of_epoch or self.position or saved == str(None)):
-            self.recovered = int(saved)
 
 
 # Workers that persist belong to one loader for as long as it lives.
@@ -261,38 +227,37 @@ class Position:
 
     def _twins_iterator(self, loader: DataLoader[Any], resumed: State) -> Iterator[Any]:
         """A copy is iterated: the user's loader stays as it is."""
-        twin = None if resumed else _PERSISTENT.get(loader)
-        if twin is None:
-            twin = self._twin(loader, bool(resumed))
+        new = None if resumed else _PERSISTENT.get(loader)
+        if new is None:
+            new = self._twin(loader, bool(resumed))
         if loader.persistent_workers:
-            _PERSISTENT[loader] = twin
-        iterator = iter(twin)
-        for sampler in (twin.batch_sampler, twin.sampler):
+            _PERSISTENT[loader] = new
+        iterator = iter(new)
+        for sampler in (new.batch_sampler, new.sampler):
             if isinstance(sampler, IndicesFrom):
                 sampler.skip()
         speechbrain.follow_iterator(loader, iterator, self._drawn - self._next_worker)
         return iterator
 
     def _twin(self, loader: DataLoader[Any], resumed: bool) -> DataLoader[Any]:
-        twin = copy.copy(loader)
-        # DataLoader's __setattr__ refuses to change some of these.
-        own = vars(twin)
-        own["_iterator"] = None
-        speechbrain.forget_position(twin)
+        changes: dict[str, Any] = {}
         if loader.num_workers:
-            own["collate_fn"] = CarryingCollate(loader.collate_fn)
-            own["worker_init_fn"] = ResumingWorker(loader.worker_init_fn, dict(self._workers))
+            states = dict(self._workers)
+            changes["collate_fn"] = CarryingCollate(loader.collate_fn)
+            changes["worker_init_fn"] = ResumingWorker(loader.worker_init_fn, states)
         waiting, batched = self._next_worker, loader.batch_sampler is not None
         streamed = _is_stream(loader)
         if waiting:
-            own["dataset"] = WaitingDataset(loader.dataset, waiting)
+            changes["dataset"] = WaitingDataset(loader.dataset, waiting)
         before: list[Any] = [[PLACEHOLDER] if batched else PLACEHOLDER] * waiting
         name, skip = "batch_sampler" if batched else "sampler", 0 if streamed else self._drawn
         # Workers that persist begin a pass without the random number that new ones need.
         persisted = resumed and self._begun["workers_persisted"]
         random = self._begun["random"] if persisted else None
-        own[name] = IndicesFrom(own[name], skip, before, random)
-        return twin
+        changes[name] = IndicesFrom(getattr(loader, name), skip, before, random)
+        new = twin(loader, **changes)
+        speechbrain.forget_position(new)
+        return new
 
 
 def _told_position(loader: Any, position: Position) -> int:

@@ -6,7 +6,6 @@ process, each evaluated once: losses and rates are those of one process.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import math
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
+from brain_lightning.data.dataloaders import twin
 from brain_lightning.distributed.communication import gather, rank, world_size
 from brain_lightning.errors import UnequalDataError
 from brain_lightning.protocol import BrainProtocol
@@ -94,12 +94,9 @@ def _draws_indices(loader: DataLoader[Any]) -> bool:
 
 def _with_every_nth(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A copy that loads no batch of another process."""
-    twin = copy.copy(loader)
-    # DataLoader's __setattr__ refuses to change some of these.
-    own = vars(twin)
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    own |= {name: _EveryNth(own[name]), "persistent_workers": False, "_iterator": None}
-    return twin
+    shared = {name: _EveryNth(getattr(loader, name))}
+    return twin(loader, persistent_workers=False, **shared)
 
 
 class _EveryNth:
