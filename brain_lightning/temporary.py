@@ -7,7 +7,7 @@ from typing import Any
 _MISSING = object()
 
 
-class Borrowed:
+class TemporaryAttributes:
     """Remembers what it changes, on a user's Trainer or on a Brain, and undoes it."""
 
     def __init__(self) -> None:
@@ -19,23 +19,23 @@ class Borrowed:
         Args:
             owner: The object.
             name: The attribute.
-            value: Its value until ``put_back``.
+            value: Its value until ``restore``.
         """
         self._old.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
-    def shadow(self, owner: Any, name: str, value: Any) -> None:
+    def override(self, owner: Any, name: str, value: Any) -> None:
         """Puts something in front of an attribute of the class, such as a method.
 
         Args:
             owner: The object.
             name: The attribute.
-            value: What stands in its place until ``put_back``.
+            value: What stands in its place until ``restore``.
         """
         self._old.append((owner, name, vars(owner).get(name, _MISSING)))
         setattr(owner, name, value)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Undoes everything, the last change first; a second call does nothing."""
         while self._old:
             owner, name, value = self._old.pop()

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @register_checkpoint_hooks
-class BrainState(OptionValues):
+class BrainBase(OptionValues):
     """The attributes of a Brain, and how they are saved.
 
     Args:
@@ -98,7 +98,7 @@ class BrainState(OptionValues):
         self.hparams = SimpleNamespace(**(hparams or {}))
         if not isinstance(run_opts, RunOptions):
             run_opts = RunOptions.from_dictionary(run_opts or {})
-        values, self.given_options = resolve_run_options(run_opts, hparams or {})
+        values, self.explicit_options = resolve_run_options(run_opts, hparams or {})
         vars(self).update(values)
         self.trainer_arguments: Any = (hparams or {}).get("trainer") or {}
         self.trainer_overrides = {**self.trainer_overrides, **run_opts.trainer}
@@ -158,7 +158,7 @@ class BrainState(OptionValues):
         """Makes the Brain one of the things that the checkpointer recovers."""
         if speechbrain.is_checkpointer(checkpointer):
             speechbrain.register_checkpoint_hooks(
-                BrainState, EpochCounter, EpochCounterWithStopper
+                BrainBase, EpochCounter, EpochCounterWithStopper
             )
         self._save_in_background(checkpointer)
         if self.debug and not self.debug_persistently:

@@ -13,7 +13,7 @@ from brain_lightning.data import dataloaders as data
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.module.to_lightning import to_lightning
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.stages.run import Stages
+from brain_lightning.stages.run import Run
 
 from . import own_trainer as trainers
 
@@ -67,7 +67,7 @@ def evaluate(
     trainer: Trainer | Mapping[str, Any] | None = None,
 ) -> float:
     """``speechbrain.Brain.evaluate``: see ``Brain.evaluate``."""
-    running = _trainer_for(brain, trainer, together=False)
+    running = _trainer_for(brain, trainer, collective=False)
     if not data.is_loader(test_set):
         kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
         test_set = brain.make_dataloader(test_set, brain.stage_type.TEST, **kwargs)
@@ -81,7 +81,7 @@ def _shows_bar(brain: BrainProtocol, progressbar: bool | None) -> bool:
 
 
 def _trainer_for(
-    brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None, together: bool = True
+    brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None, collective: bool = True
 ) -> Trainer:
     """The command line outranks the call, which takes the place of hparams.
 
@@ -96,6 +96,6 @@ def _trainer_for(
                 f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
             )
         given = {**given, **brain.trainer_overrides}
-    if trainer is None and isinstance(given, Mapping) and Stages.is_running(brain):
+    if trainer is None and isinstance(given, Mapping) and Run.is_running(brain):
         given = {name: value for name, value in given.items() if name in OF_EVERY_RUN}
-    return trainers.make_trainer(given, brain, together)
+    return trainers.make_trainer(given, brain, collective)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from brain_lightning.stage import Stage
 
-from .base import BrainState
+from .base import BrainBase
 
 
-class BrainHooks(BrainState):
+class BrainHooks(BrainBase):
     """The hooks of ``speechbrain.core.Brain`` that compute nothing by themselves."""
 
     # --------------------------------------------------------- what to compute

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from brain_lightning.callback.reconcile import agree_on_processes
+from brain_lightning.callback.reconcile import reconcile_processes
 from brain_lightning.distributed.communication import is_distributed_initialized, is_launched
 from brain_lightning.errors import (
     BrainTypeError,
@@ -36,7 +36,7 @@ from brain_lightning.lightning_internals.strategies import check_strategy
 from brain_lightning.module.brain_module import BrainModule
 from brain_lightning.options.run_options import unknown
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +74,19 @@ class OwnTrainer(Trainer):
 PROCESSES = ("devices", "num_nodes", "strategy")
 
 
-def own_trainer_arguments(brain: BrainProtocol, together: bool = True) -> dict[str, Any]:
+def own_trainer_arguments(brain: BrainProtocol, collective: bool = True) -> dict[str, Any]:
     """Arguments of the Trainer that ``brain.fit`` makes for itself.
 
     Nothing is written anywhere, and nothing but the Brain's own bar is shown.
 
     Args:
         brain: Runs on its device.
-        together: Whether all processes that there are take part, or this one alone.
+        collective: Whether all processes that there are take part, or this one alone.
 
     Returns:
         Keyword arguments of ``Trainer``.
     """
-    several = together and (is_launched() or is_distributed_initialized())
+    several = collective and (is_launched() or is_distributed_initialized())
     return {
         "max_epochs": -1,
         "logger": False,
@@ -128,14 +128,14 @@ def _several_processes() -> dict[str, Any]:
 
 
 def make_trainer(
-    trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtocol, together: bool = True
+    trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtocol, collective: bool = True
 ) -> Trainer:
     """The Trainer to run on; the Brain learns its rank and its device from it.
 
     Args:
         trainer: A Trainer of the user's, or arguments for one.
         brain: The Brain.
-        together: Whether all processes that there are take part, where the user does
+        collective: Whether all processes that there are take part, where the user does
             not say it.
 
     Returns:
@@ -153,7 +153,7 @@ def make_trainer(
             f"got {trainer!r}"
         )
     if not isinstance(trainer, Trainer):
-        trainer = OwnTrainer(**_own_and_given(brain, together, trainer or {}))
+        trainer = OwnTrainer(**_own_and_given(brain, collective, trainer or {}))
     # Before Lightning starts the other processes, which would run the script as well.
     check_strategy(trainer)
     if trainer.state.status is TrainerStatus.RUNNING:
@@ -161,7 +161,7 @@ def make_trainer(
             "this Trainer is running already, and a Brain called fit or evaluate in a hook: "
             "give a dict of Trainer arguments, of which each run makes a Trainer of its own"
         )
-    agree_on_processes(trainer, brain, Borrowed())
+    reconcile_processes(trainer, brain, TemporaryAttributes())
     return trainer
 
 
@@ -181,11 +181,11 @@ def check_trainer_arguments(trainer: Mapping[str, Any]) -> None:
 
 
 def _own_and_given(
-    brain: BrainProtocol, together: bool, trainer: Mapping[str, Any]
+    brain: BrainProtocol, collective: bool, trainer: Mapping[str, Any]
 ) -> dict[str, Any]:
     given = _as_given(trainer)
-    together = together or any(name in given for name in PROCESSES)
-    own = own_trainer_arguments(brain, together)
+    collective = collective or any(name in given for name in PROCESSES)
+    own = own_trainer_arguments(brain, collective)
     strategy = given.get("strategy")
     if isinstance(strategy, Strategy):
         # A Trainer fills in what its strategy lacks; the next one would find it taken.
@@ -246,7 +246,7 @@ def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:
         The average loss.
     """
     _run(trainer, module, lambda: trainer.test(module, test_set, verbose=False))
-    return module.stages.average
+    return module.run.average
 
 
 def _run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> None:
@@ -293,9 +293,9 @@ def _keyboard_interrupts(module: BrainModule) -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        if module.stages.interrupt is None:
+        if module.run.interrupt is None:
             raise
-        raise module.stages.interrupt from None
+        raise module.run.interrupt from None
     finally:
         # A handler that a hook has set stays.
         if handler is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 from . import fit as brain_loops
 
@@ -19,7 +19,7 @@ class Patch:
     """What ``patch_speechbrain`` changed; leaving it as a context undoes that."""
 
     def __init__(self) -> None:
-        self._borrowed = Borrowed()
+        self._temporary = TemporaryAttributes()
 
     def apply(
         self, brain_class: Any, trainer: Mapping[str, Any], callbacks: Sequence[Callback]
@@ -31,14 +31,14 @@ class Patch:
             trainer: Arguments for every Trainer.
             callbacks: Callbacks for every Trainer.
         """
-        self._borrowed.shadow(brain_class, "fit", brain_loops.fit)
-        self._borrowed.shadow(brain_class, "evaluate", brain_loops.evaluate)
-        self._borrowed.shadow(brain_class, "trainer_overrides", dict(trainer))
-        self._borrowed.shadow(brain_class, "trainer_callbacks", tuple(callbacks))
+        self._temporary.override(brain_class, "fit", brain_loops.fit)
+        self._temporary.override(brain_class, "evaluate", brain_loops.evaluate)
+        self._temporary.override(brain_class, "trainer_overrides", dict(trainer))
+        self._temporary.override(brain_class, "trainer_callbacks", tuple(callbacks))
 
     def undo(self) -> None:
         """Gives SpeechBrain its own loops back; a second call does nothing."""
-        self._borrowed.put_back()
+        self._temporary.restore()
 
     def __enter__(self) -> Patch:
         return self

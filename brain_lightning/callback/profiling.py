@@ -11,7 +11,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchPr
 
 from brain_lightning.errors import RunOptionError
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class _TrainingProfiler(PyTorchProfiler):
     STEP_FUNCTIONS = {"training_step"}  # noqa: RUF012  Lightning's own name and type
 
 
-def profile(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+def profile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
     """Lets a Trainer profile the first training steps.
 
     The trace goes where SpeechBrain writes it, ``output_folder/profiler_logs``
@@ -31,7 +31,7 @@ def profile(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
     Args:
         trainer: The Trainer, before it sets up its profiler.
         brain: Its ``profile_warmup`` and ``profile_steps`` say which steps.
-        borrowed: Takes note of what is changed.
+        temporary: Records what is changed.
 
     Raises:
         RunOptionError: The Trainer has a profiler of its own, or there is no
@@ -60,7 +60,7 @@ def profile(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
         schedule=schedule,
         record_shapes=True,
     )
-    borrowed.set(trainer, "profiler", profiler)
+    temporary.set(trainer, "profiler", profiler)
 
 
 def end_when_profiled(trainer: Trainer, brain: BrainProtocol, batches: int) -> None:

@@ -11,17 +11,17 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from brain_lightning.stage import Stage
 from brain_lightning.stages.epochs import Epochs
-from brain_lightning.stages.run import Stages
-from brain_lightning.temporary import Borrowed
+from brain_lightning.stages.run import Run
+from brain_lightning.temporary import TemporaryAttributes
 
 
-def feed_bar(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
+def feed_bar(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
     """Lets the Trainer's bar show the running loss, which is looked at when it is drawn.
 
     Args:
         trainer: The Trainer in its ``setup``.
-        stages: The stages of the run.
-        borrowed: Takes note of what is changed.
+        run: The run.
+        temporary: Records what is changed.
     """
     bar = trainer.progress_bar_callback
     if bar is None:
@@ -29,10 +29,10 @@ def feed_bar(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
     own = bar.get_metrics
 
     def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        running = stages.running_loss(Stage.TRAIN) if stages.in_training else {}
+        running = run.running_loss(Stage.TRAIN) if run.in_training else {}
         return {**own(trainer, pl_module), **running}
 
-    borrowed.shadow(bar, "get_metrics", get_metrics)
+    temporary.override(bar, "get_metrics", get_metrics)
 
 
 def name_epoch(trainer: Trainer, epochs: Epochs) -> None:

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from brain_lightning.compat.speechbrain import is_speechbrains
 from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.errors import RunOptionError, UnsupportedError
-from brain_lightning.hooks import overrides, steps_itself
 from brain_lightning.lightning_internals.loaders import (
     evaluation_loops,
     keep_anomaly_detection,
@@ -27,10 +26,9 @@ from brain_lightning.lightning_internals.strategies import (
     set_backend,
     wrap_nothing,
 )
-from brain_lightning.options.run_options import is_given
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, is_explicit, overrides, steps_itself
 from brain_lightning.step.precision import autocast, gradient_scaler
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 from .profiling import profile
 
@@ -39,38 +37,38 @@ DEFAULT_PRECISION = "32-true"
 MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
 
-def agree(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
     """Translates what the Trainer was told into the Brain's own options, for one run.
 
     Args:
         trainer: The Trainer, before it checks its configuration.
         brain: The Brain that is going to run.
-        borrowed: Takes note of what is changed.
+        temporary: Records what is changed.
 
     Raises:
         RunOptionError: Trainer and Brain were told different things.
     """
-    agree_on_processes(trainer, brain, borrowed)
+    reconcile_processes(trainer, brain, temporary)
     if is_parallel(trainer):
-        _agree_on_wrapping(trainer, brain, borrowed)
-    _agree_on_clipping(trainer, brain, borrowed)
-    _agree_on_precision(trainer, brain, borrowed)
+        _reconcile_wrapping(trainer, brain, temporary)
+    _reconcile_clipping(trainer, brain, temporary)
+    _reconcile_precision(trainer, brain, temporary)
     if trainer.accumulate_grad_batches != 1:
         _check_accumulation(brain, trainer.accumulate_grad_batches)
     if trainer.num_sanity_val_steps and trainer.training:
         # Recipes read in VALID what their on_stage_start set.
         rank_zero_info("A Brain validates in its own order: no sanity check.")
-        borrowed.set(trainer, "num_sanity_val_steps", 0)
+        temporary.set(trainer, "num_sanity_val_steps", 0)
     if brain.profile_training and trainer.training:
-        profile(trainer, brain, borrowed)
-    keep_anomaly_detection(trainer, borrowed)
+        profile(trainer, brain, temporary)
+    keep_anomaly_detection(trainer, temporary)
     for loop in evaluation_loops(trainer):
         # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
-        borrowed.set(loop, "inference_mode", False)
+        temporary.set(loop, "inference_mode", False)
 
 
 def accumulate(
-    trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed, length: int | None
+    trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes, length: int | None
 ) -> bool:
     """Lets the Brain accumulate gradients as the Trainer was told, for one epoch.
 
@@ -80,7 +78,7 @@ def accumulate(
         trainer: The Trainer at the start of a TRAIN stage, when a
             GradientAccumulationScheduler has had its say.
         brain: The Brain.
-        borrowed: Takes note of what is changed.
+        temporary: Records what is changed.
         length: Batches in the epoch, or None where that is not known.
 
     Returns:
@@ -101,8 +99,8 @@ def accumulate(
             "not known for a set without a length: use the run option "
             f"grad_accumulation_factor={batches}, which drops an incomplete window"
         )
-    borrowed.set(brain, "grad_accumulation_factor", batches)
-    borrowed.set(trainer, "accumulate_grad_batches", 1)
+    temporary.set(brain, "grad_accumulation_factor", batches)
+    temporary.set(trainer, "accumulate_grad_batches", 1)
     return True
 
 
@@ -111,13 +109,15 @@ def _check_accumulation(brain: BrainProtocol, batches: int) -> None:
     _refuse_conflict(brain, "grad_accumulation_factor", batches, said)
 
 
-def agree_on_processes(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+def reconcile_processes(
+    trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
+) -> None:
     """Gives the Brain its rank and its device; both stay, as its modules do.
 
     Args:
         trainer: The Trainer, before or after it has started its processes.
         brain: The Brain that is going to run.
-        borrowed: Takes note of what is changed on the Trainer.
+        temporary: Records what is changed on the Trainer.
 
     Raises:
         RunOptionError: Trainer and Brain were told different things.
@@ -125,27 +125,29 @@ def agree_on_processes(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowe
     if is_parallel(trainer):
         brain.distributed_launch = True
         brain.rank, brain.world_size = trainer.global_rank, trainer.world_size
-        if is_given(brain, "distributed_backend"):
-            backend = set_backend(trainer, brain.distributed_backend, borrowed)
+        if is_explicit(brain, "distributed_backend"):
+            backend = set_backend(trainer, brain.distributed_backend, temporary)
             said = f"strategy=DDPStrategy(process_group_backend={backend!r})"
             _refuse_conflict(brain, "distributed_backend", backend, said)
-    _agree_on_device(trainer, brain)
+    _reconcile_device(trainer, brain)
 
 
-def _agree_on_wrapping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+def _reconcile_wrapping(
+    trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
+) -> None:
     """Each entry of ``modules`` in a DDP of its own, made with the strategy's arguments."""
     arguments = ddp_arguments(trainer)
     if "find_unused_parameters" in arguments:
         unused = arguments["find_unused_parameters"]
         said = f"strategy=DDPStrategy(find_unused_parameters={unused})"
         _refuse_conflict(brain, "find_unused_parameters", unused, said)
-        borrowed.set(brain, "find_unused_parameters", unused)
-    borrowed.shadow(brain, "ddp_arguments", arguments)
-    wrap_nothing(trainer, borrowed)
+        temporary.set(brain, "find_unused_parameters", unused)
+    temporary.override(brain, "ddp_arguments", arguments)
+    wrap_nothing(trainer, temporary)
     # Recipes that override on_fit_start call it by this name.
     if wraps_itself(brain):
         return
-    borrowed.shadow(brain, "_wrap_distributed", partial(wrap_modules, brain))
+    temporary.override(brain, "_wrap_distributed", partial(wrap_modules, brain))
 
 
 def wraps_itself(brain: BrainProtocol) -> bool:
@@ -159,7 +161,7 @@ def wraps_itself(brain: BrainProtocol) -> bool:
     return overrides(type(brain), "_wrap_distributed") or not (own is None or in_force)
 
 
-def _agree_on_device(trainer: Trainer, brain: BrainProtocol) -> None:
+def _reconcile_device(trainer: Trainer, brain: BrainProtocol) -> None:
     root, mine = trainer.strategy.root_device, torch.device(brain.device)
     if mine.type == root.type and (root.index is None or mine.index in (None, root.index)):
         return
@@ -170,17 +172,19 @@ def _agree_on_device(trainer: Trainer, brain: BrainProtocol) -> None:
     brain.scaler = gradient_scaler(brain.device, brain.precision)
 
 
-def _agree_on_clipping(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+def _reconcile_clipping(
+    trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
+) -> None:
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if algorithm is not None:
         _check_algorithm(brain, algorithm)
-        borrowed.set(brain, "gradient_clip_algorithm", algorithm)
+        temporary.set(brain, "gradient_clip_algorithm", algorithm)
     if value is None:
         return
     _refuse_conflict(brain, "max_grad_norm", float(value), f"gradient_clip_val={value}")
-    borrowed.set(brain, "max_grad_norm", float(value))
+    temporary.set(brain, "max_grad_norm", float(value))
     # Lightning refuses to clip for a module that steps by itself.
-    borrowed.set(trainer, "gradient_clip_val", None)
+    temporary.set(trainer, "gradient_clip_val", None)
 
 
 def _check_algorithm(brain: BrainProtocol, algorithm: str) -> None:
@@ -193,7 +197,9 @@ def _check_algorithm(brain: BrainProtocol, algorithm: str) -> None:
         )
 
 
-def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrowed) -> None:
+def _reconcile_precision(
+    trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
+) -> None:
     """Mixed precision is the Brain's: its fit_batch may use its scaler and contexts itself."""
     plugin = trainer.precision_plugin
     if type(plugin) is not MixedPrecision:
@@ -201,23 +207,23 @@ def _agree_on_precision(trainer: Trainer, brain: BrainProtocol, borrowed: Borrow
             _refuse_conflict(brain, "precision", None, f"precision={plugin.precision!r}")
         return
     precision, said = MIXED_PRECISIONS[plugin.precision], f"precision={plugin.precision!r}"
-    evaluation = brain.eval_precision if is_given(brain, "eval_precision") else precision
+    evaluation = brain.eval_precision if is_explicit(brain, "eval_precision") else precision
     _refuse_conflict(brain, "precision", precision, said)
-    borrowed.set(brain, "precision", precision)
-    borrowed.set(brain, "eval_precision", evaluation)
-    borrowed.set(brain, "training_ctx", autocast(brain.device, precision))
-    borrowed.set(brain, "evaluation_ctx", autocast(brain.device, evaluation))
+    temporary.set(brain, "precision", precision)
+    temporary.set(brain, "eval_precision", evaluation)
+    temporary.set(brain, "training_ctx", autocast(brain.device, precision))
+    temporary.set(brain, "evaluation_ctx", autocast(brain.device, evaluation))
     # The user's scaler, where the plugin was given or has made one.
     scaler = plugin.scaler or gradient_scaler(brain.device, precision)
-    borrowed.set(brain, "scaler", scaler)
+    temporary.set(brain, "scaler", scaler)
     if scaler.is_enabled() and brain.checkpointer is not None:
         brain.checkpointer.add_recoverable("scaler", scaler, optional_load=True)
-    borrowed.set(trainer.strategy, "precision_plugin", Precision())
+    temporary.set(trainer.strategy, "precision_plugin", Precision())
 
 
 def _refuse_conflict(brain: BrainProtocol, option: str, value: Any, said: str) -> None:
     chosen = getattr(brain, option)
-    if is_given(brain, option) and chosen != value:
+    if is_explicit(brain, option) and chosen != value:
         raise RunOptionError(
             f"run option {option}={chosen!r} and Trainer({said}) contradict each other: "
             "leave one of them out"

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.loops import listens, progress, set_progress
 from brain_lightning.resume.epoch_statistics import NotPlainError, plain
-from brain_lightning.stages.run import Stages
+from brain_lightning.stages.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +22,16 @@ State = dict[str, Any]
 WITHIN_EPOCH = "last-within-epoch.ckpt"
 
 
-def trainer_state(trainer: Trainer, stages: Stages) -> State:
+def trainer_state(trainer: Trainer, run: Run) -> State:
     """What there is to save of a Trainer beside a Brain.
 
     Args:
         trainer: The Trainer in ``fit``.
-        stages: The stages of the run.
+        run: The run.
     """
     return {
-        "progress": {**progress(trainer), "batches": stages.batches},
-        "callbacks": _callback_states(trainer, stages.told),
+        "progress": {**progress(trainer), "batches": run.batches},
+        "callbacks": _callback_states(trainer, run.told),
     }
 
 
@@ -57,28 +57,28 @@ def _callback_states(trainer: Trainer, told: set[str]) -> State:
     return states
 
 
-def resume_trainer(trainer: Trainer, stages: Stages, resumed: State) -> None:
+def resume_trainer(trainer: Trainer, run: Run, resumed: State) -> None:
     """Lets a Trainer go on from what a Brain has recovered.
 
     Args:
         trainer: The Trainer in ``on_fit_start``.
-        stages: The stages of the run that begins.
+        run: The run that begins.
         resumed: The state of the run that was saved.
     """
     in_epoch = resumed["epoch"] is not None
     epochs = resumed["epochs"] - in_epoch
-    stages.run_state.epochs = epochs
-    recovered = getattr(stages.brain.checkpointer, "recoverables", {}).values()
-    remembers = any(each is stages.epochs.counter for each in recovered)
-    if stages.run_state.explicit:
-        remembers = load_hook(stages.epochs.counter) is not None
-    if not remembers and (in_epoch or stages.run_state.explicit):
-        stages.run_state.drawn = resumed["drawn"] - in_epoch
-        stages.epochs.skip(stages.run_state.drawn)
+    run.run_state.epochs = epochs
+    recovered = getattr(run.brain.checkpointer, "recoverables", {}).values()
+    remembers = any(each is run.epochs.counter for each in recovered)
+    if run.run_state.explicit:
+        remembers = load_hook(run.epochs.counter) is not None
+    if not remembers and (in_epoch or run.run_state.explicit):
+        run.run_state.drawn = resumed["drawn"] - in_epoch
+        run.epochs.skip(run.run_state.drawn)
     state = resumed["trainer"]
     if not state:
         return
-    stages.batches = state["progress"]["batches"]
+    run.batches = state["progress"]["batches"]
     set_progress(trainer, **state["progress"])
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in state["callbacks"]:

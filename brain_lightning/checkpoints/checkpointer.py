@@ -11,7 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from brain_lightning.distributed.communication import ddp_broadcast, if_main_process, together
+from brain_lightning.distributed.communication import (
+    collectively,
+    ddp_broadcast,
+    if_main_process,
+)
 from brain_lightning.errors import (
     CheckpointError,
     DamagedCheckpointError,
@@ -151,10 +155,10 @@ class Checkpointer(Recoverables):
         verbosity: int,
         afterwards: Callable[[], None],
     ) -> Checkpoint | None:
-        together(self.wait)
-        if not ddp_broadcast(together(self.may_be_saved)):
+        collectively(self.wait)
+        if not ddp_broadcast(collectively(self.may_be_saved)):
             return None
-        begun = together(lambda: self._begin(meta, end_of_epoch, name))
+        begun = collectively(lambda: self._begin(meta, end_of_epoch, name))
         directory, saved = ddp_broadcast(begun)
 
         def finish(states: Mapping[Path, Any]) -> Checkpoint:
@@ -173,7 +177,7 @@ class Checkpointer(Recoverables):
 
         left = self._write(directory)
         if not self.async_save:
-            return together(lambda: finish(left) if if_main_process() else None)
+            return collectively(lambda: finish(left) if if_main_process() else None)
         if not if_main_process():
             return None
         self._saver.submit(lambda: finish(left))
@@ -186,7 +190,7 @@ class Checkpointer(Recoverables):
                 stack.enter_context(store.removed_on_failure(directory))
             if if_main_process() and not self.async_save:
                 stack.enter_context(store.syncing(directory))
-            return together(lambda: self.write(directory, snapshots))
+            return collectively(lambda: self.write(directory, snapshots))
 
     def _begin(
         self, meta: Mapping[str, Any], end_of_epoch: bool, name: str | None
@@ -401,9 +405,9 @@ class Checkpointer(Recoverables):
         Raises:
             ValueError: ``num_to_keep`` is negative.
         """
-        together(self.wait)
+        collectively(self.wait)
         keys = (min_keys, max_keys, importance_keys)
-        together(lambda: self._delete(num_to_keep, *keys, ckpt_predicate, verbosity))
+        collectively(lambda: self._delete(num_to_keep, *keys, ckpt_predicate, verbosity))
 
     def _delete(
         self,

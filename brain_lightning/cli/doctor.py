@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 
 from brain_lightning.brain.brain import Brain
 from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
-from brain_lightning.hooks import MANUAL_HOOKS
+from brain_lightning.protocol import MANUAL_HOOKS
 
 from .doctor_source import BrainSource, Place, RecipeSource
 

@@ -24,7 +24,7 @@ from brain_lightning.brain.patch import patch_speechbrain
 from brain_lightning.compat.versions import accelerator
 from brain_lightning.distributed.communication import is_launched
 from brain_lightning.errors import RecipeError
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 from .exit_status import of_process
 
@@ -56,10 +56,10 @@ def run_recipe(
     """
     check_trainer_arguments(trainer)
     with ExitStack() as stack:
-        borrowed = Borrowed()
-        stack.callback(borrowed.put_back)
-        borrowed.set(Brain, "trainer_overrides", dict(trainer))
-        borrowed.set(Brain, "trainer_callbacks", tuple(callbacks))
+        temporary = TemporaryAttributes()
+        stack.callback(temporary.restore)
+        temporary.set(Brain, "trainer_overrides", dict(trainer))
+        temporary.set(Brain, "trainer_callbacks", tuple(callbacks))
         if importlib.util.find_spec("speechbrain") is not None:
             stack.enter_context(_patched(trainer, callbacks))
         run_script(script, words)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 from .versions import run_option_defaults
 
@@ -62,7 +62,7 @@ def adopt(brain: Any) -> None:
     hparams = getattr(brain, "hparams", None)
     brain.progress = getattr(hparams, "progress", "auto")
     brain.progress_interval = getattr(hparams, "progress_interval", 10)
-    brain.given_options = _given_options(brain)
+    brain.explicit_options = _given_options(brain)
     brain.trainer_arguments = getattr(hparams, "trainer", None) or {}
     # There already where the command line gave some: see patch.py.
     brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
@@ -77,13 +77,13 @@ def _given_options(brain: Any) -> frozenset[str]:
     )
 
 
-def lend_validation(brain: object, borrowed: Borrowed) -> None:
+def lend_validation(brain: object, temporary: TemporaryAttributes) -> None:
     """Lets SpeechBrain's ``_fit_valid``, where a recipe's own calls it, be the Trainer's.
 
     Args:
         brain: A Brain with a ``_validate`` of its own for the run; nothing happens to
             the class of ours.
-        borrowed: Takes note of what is changed.
+        temporary: Records what is changed.
     """
     brain_class: Any = _loaded("core", "Brain")
     if brain_class is None or not isinstance(brain, brain_class):
@@ -95,7 +95,7 @@ def lend_validation(brain: object, borrowed: Borrowed) -> None:
         validate = vars(self).get("_validate")
         own(self, *args, **kwargs) if validate is None else validate()
 
-    borrowed.shadow(brain_class, "_fit_valid", _fit_valid)
+    temporary.override(brain_class, "_fit_valid", _fit_valid)
 
 
 def is_looped_loader(obj: object) -> bool:

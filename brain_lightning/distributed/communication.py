@@ -197,7 +197,7 @@ def on_any_rank(condition: bool, device: str) -> bool:
     return not on_all_ranks(torch.tensor(not condition, device=device))
 
 
-def together(action: Callable[[], Result]) -> Result:
+def collectively(action: Callable[[], Result]) -> Result:
     """Does something in every process; where one fails, all of them do.
 
     Args:

@@ -59,7 +59,7 @@ class Termination:
         """Takes note that what was heard has been done."""
         self._heard = False
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Stops listening; what was heard and not obeyed ends the process now."""
         if self._handler is None:
             return

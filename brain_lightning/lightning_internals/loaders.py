@@ -23,12 +23,12 @@ from torch.utils.data import DistributedSampler
 
 from brain_lightning.compat.speechbrain import lend_validation
 from brain_lightning.errors import RunOptionError, UnsupportedError
-from brain_lightning.hooks import overrides
+from brain_lightning.protocol import overrides
 from brain_lightning.stage import Stage
 from brain_lightning.stages.loader import StageLoader
-from brain_lightning.stages.run import Stages
+from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import share
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 from .loops import count, release_loops, rule_evaluation_loops, rule_fit_loop
 from .strategies import shards_training_data
@@ -44,15 +44,15 @@ class _StageSource(_DataLoaderSource):
         self,
         source: _DataLoaderSource,
         trainer: Trainer,
-        stages: Stages,
+        run: Run,
         stage: Stage,
-        borrowed: Borrowed,
+        temporary: TemporaryAttributes,
     ) -> None:
         super().__init__(source.instance, source.name)
         self.source = source
-        self._borrowed = borrowed
+        self._temporary = temporary
         self._trainer = trainer
-        self._stages = stages
+        self._run = run
         self._stage = stage
 
     def dataloader(self) -> Any:
@@ -65,7 +65,7 @@ class _StageSource(_DataLoaderSource):
         return self._wrap([loader])[0]
 
     def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
-        wrapped = self._stages.wrap(loaders, self._stage)
+        wrapped = self._run.wrap(loaders, self._stage)
         if any(loader.known_length() is None for loader in wrapped):
             _refuse_fractions(self._trainer, self._stage)
         return wrapped
@@ -95,7 +95,7 @@ class _StageSource(_DataLoaderSource):
         )
         loaders.flattened = shared
         if samplers:
-            self._borrowed.set(self._stages.brain, "train_sampler", samplers)
+            self._temporary.set(self._run.brain, "train_sampler", samplers)
 
     def _shared(self, loader: Any) -> Any:
         samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
@@ -114,7 +114,7 @@ class _StageSource(_DataLoaderSource):
         if shared is loader:
             rank_zero_warn(f"{type(loader).__name__}: every process trains on all of its data")
         else:
-            _recover_instead(self._stages.brain.checkpointer, loader, shared)
+            _recover_instead(self._run.brain.checkpointer, loader, shared)
         return shared
 
 
@@ -192,15 +192,15 @@ def is_lightnings_handler(handler: object) -> bool:
     return isinstance(handler, _HandlersCompose) and len(handler.signal_handlers) == 1
 
 
-def keep_anomaly_detection(trainer: Trainer, borrowed: Borrowed) -> None:
+def keep_anomaly_detection(trainer: Trainer, temporary: TemporaryAttributes) -> None:
     """Lets ``torch.autograd.detect_anomaly`` around a run stay in force within.
 
     Args:
         trainer: The Trainer, which would switch it off.
-        borrowed: Takes note of what is changed.
+        temporary: Records what is changed.
     """
     if torch.is_anomaly_enabled():
-        borrowed.set(trainer, "_detect_anomaly", True)
+        temporary.set(trainer, "_detect_anomaly", True)
 
 
 def evaluation_loops(trainer: Trainer) -> list[Any]:
@@ -208,39 +208,39 @@ def evaluation_loops(trainer: Trainer) -> list[Any]:
     return [trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
 
 
-def attach(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
+def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
     """Lets the stages of a Brain rule the Trainer's loops.
 
     Args:
         trainer: The Trainer in its ``setup``.
-        stages: The stages of the run.
-        borrowed: Takes note of what is changed and not left to ``detach``.
+        run: The run.
+        temporary: Records what is changed and not left to ``detach``.
     """
     if trainer.state.fn is TrainerFn.FITTING:
-        rule_fit_loop(trainer, stages)
-        if overrides(type(stages.brain), "_fit_valid"):
-            _validate_as_told(trainer, stages, borrowed)
+        rule_fit_loop(trainer, run)
+        if overrides(type(run.brain), "_fit_valid"):
+            _validate_as_told(trainer, run, temporary)
     rule_evaluation_loops(trainer)
     for loop, stage in _loops_with_stages(trainer):
-        loop._data_source = _StageSource(loop._data_source, trainer, stages, stage, borrowed)
+        loop._data_source = _StageSource(loop._data_source, trainer, run, stage, temporary)
 
 
-def _validate_as_told(trainer: Trainer, stages: Stages, borrowed: Borrowed) -> None:
+def _validate_as_told(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
     """Lets a recipe decide whether to validate, by its own ``_fit_valid``.
 
     Recipes override it to validate every few epochs, and call SpeechBrain's, which
     stands for Lightning's validation here. Lightning has no hook that could leave
     one out.
     """
-    loop, brain = trainer.fit_loop.epoch_loop.val_loop, stages.brain
-    borrowed.shadow(brain, "_validate", loop.run)
-    lend_validation(brain, borrowed)
+    loop, brain = trainer.fit_loop.epoch_loop.val_loop, run.brain
+    temporary.override(brain, "_validate", loop.run)
+    lend_validation(brain, temporary)
 
-    def run() -> None:
-        loader = stages.valid_loader()
-        brain._fit_valid(loader, stages.epochs.current, stages.progressbar)
+    def validate() -> None:
+        loader = run.valid_loader()
+        brain._fit_valid(loader, run.epochs.current, run.progressbar)
 
-    borrowed.shadow(loop, "run", run)
+    temporary.override(loop, "run", validate)
 
 
 def detach(trainer: Trainer) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from brain_lightning.compat.versions import BROADCASTS_SIGTERM
 from brain_lightning.stages.epochs import Epochs
-from brain_lightning.stages.run import Stages
+from brain_lightning.stages.run import Run
 
 
 class _BrainFitLoop(_FitLoop):
@@ -49,7 +49,7 @@ class _BrainEpochLoop(_TrainingEpochLoop):
     set, once Lightning has reset them.
     """
 
-    brain_stages: Stages
+    brain_run: Run
     # Callbacks that look at batches; None where Lightning's own steps are needed.
     brain_watchers: list[Callback] | None = None
 
@@ -57,13 +57,13 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         """Goes on where the epoch was left, and validates if that is what came next."""
         super().on_run_start(data_fetcher)
         self.brain_watchers = _watchers(self.trainer)
-        stages = self.brain_stages
-        resumed = stages.run_state.resumed_batches
-        if resumed is None and not stages.draws_together:
+        run = self.brain_run
+        resumed = run.run_state.resumed_batches
+        if resumed is None and not run.draws_together:
             return
         count(self.batch_progress.current, resumed or 0)
         drawn = self.trainer.lightning_module.draw_batch()
-        if not drawn or (resumed is not None and not stages.run_state.validated):
+        if not drawn or (resumed is not None and not run.run_state.validated):
             self.on_advance_end(data_fetcher)
             self._batches_that_stepped -= 1
 
@@ -76,11 +76,11 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         if self.brain_watchers is None:
             super().advance(data_fetcher)
             return
-        lightnings = BROADCASTS_SIGTERM and not self.brain_stages.termination.listens
+        lightnings = BROADCASTS_SIGTERM and not self.brain_run.termination.listens
         if lightnings and self.trainer.world_size > 1:
             # Lightning's handler of SIGTERM, in another process, waits for this answer.
             self._broadcast_sigterm_tensor()
-        batch = next(self.brain_stages.train_loader)
+        batch = next(self.brain_run.train_loader)
         if batch is not None and self.trainer.strategy.root_device.type != "cpu":
             batch = call._call_strategy_hook(self.trainer, "batch_to_device", batch)
         progress, batch_idx = self.batch_progress, self.batch_idx + 1
@@ -208,17 +208,17 @@ def listens(callback: Callback, hook: str) -> bool:
     return getattr(method, "__func__", None) is not getattr(Callback, hook)
 
 
-def rule_fit_loop(trainer: Trainer, stages: Stages) -> None:
+def rule_fit_loop(trainer: Trainer, run: Run) -> None:
     """Lets the stages of a Brain rule the fit loop.
 
     Args:
         trainer: The Trainer in its ``setup``.
-        stages: The stages of the run.
+        run: The run.
     """
     loop: Any = trainer.fit_loop
-    loop.__class__, loop.brain_epochs = _BrainFitLoop, stages.epochs
+    loop.__class__, loop.brain_epochs = _BrainFitLoop, run.epochs
     loop.epoch_loop.__class__ = _BrainEpochLoop
-    loop.epoch_loop.brain_stages = stages
+    loop.epoch_loop.brain_run = run
 
 
 def rule_evaluation_loops(trainer: Trainer) -> None:
@@ -243,7 +243,7 @@ def release_loops(trainer: Trainer) -> None:
     loop: Any = trainer.fit_loop
     if hasattr(loop, "brain_epochs"):
         loop.__class__, loop.epoch_loop.__class__ = _FitLoop, _TrainingEpochLoop
-        del loop.brain_epochs, loop.epoch_loop.brain_stages
+        del loop.brain_epochs, loop.epoch_loop.brain_run
         vars(loop.epoch_loop).pop("brain_watchers", None)
 
 

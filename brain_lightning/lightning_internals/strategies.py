@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 # Arguments of DDPStrategy that speak of one DistributedDataParallel for the whole module.
 WHOLE_MODULE = (
@@ -75,13 +75,13 @@ def ddp_arguments(trainer: Trainer) -> dict[str, Any]:
     return strategy._ddp_kwargs
 
 
-def set_backend(trainer: Trainer, backend: str, borrowed: Borrowed) -> str:
+def set_backend(trainer: Trainer, backend: str, temporary: TemporaryAttributes) -> str:
     """Chooses how processes communicate, unless the user's strategy says it.
 
     Args:
         trainer: A Trainer whose strategy ``is_parallel``, without a process group yet.
         backend: nccl, gloo or mpi.
-        borrowed: Takes note of what is changed.
+        temporary: Records what is changed.
 
     Returns:
         The backend that the strategy has now.
@@ -90,18 +90,18 @@ def set_backend(trainer: Trainer, backend: str, borrowed: Borrowed) -> str:
     assert isinstance(strategy, DDPStrategy)
     chosen = strategy._process_group_backend
     if chosen is None:
-        borrowed.set(strategy, "_process_group_backend", backend)
+        temporary.set(strategy, "_process_group_backend", backend)
     return chosen or backend
 
 
-def wrap_nothing(trainer: Trainer, borrowed: Borrowed) -> None:
+def wrap_nothing(trainer: Trainer, temporary: TemporaryAttributes) -> None:
     """Leaves the wrapping to the Brain.
 
     Args:
         trainer: A Trainer whose strategy ``is_parallel``, before its ``setup``.
-        borrowed: Takes note of what is changed.
+        temporary: Records what is changed.
     """
-    borrowed.shadow(trainer.strategy, "configure_ddp", lambda: None)
+    temporary.override(trainer.strategy, "configure_ddp", lambda: None)
 
 
 def synchronize_nothing(module: LightningModule) -> None:

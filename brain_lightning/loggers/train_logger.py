@@ -15,7 +15,7 @@ from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.stages.metrics import STAGES_OF_STATS, leaves, numbers_in, staged
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 from .log_versions import Entry, Log, is_of_test, log_of
 from .media import log_audio, log_figure, spectrogram
@@ -187,17 +187,19 @@ class LightningTrainLogger:
             log.warning("%s.", message)
 
 
-def lend_loggers(brain: BrainProtocol, loggers: Sequence[Logger], borrowed: Borrowed) -> None:
+def lend_loggers(
+    brain: BrainProtocol, loggers: Sequence[Logger], temporary: TemporaryAttributes
+) -> None:
     """Keeps what a recipe reports from being logged twice by a logger that a Trainer has too.
 
     Args:
         brain: The Brain whose train logger may be a ``LightningTrainLogger``.
         loggers: The Trainer's.
-        borrowed: Takes note of what is changed.
+        temporary: Records what is changed.
     """
     train_logger = _train_logger_of(brain)
     if train_logger is not None:
-        borrowed.set(train_logger, "fed_by_trainer", loggers)
+        temporary.set(train_logger, "fed_by_trainer", loggers)
 
 
 def begin_log(brain: BrainProtocol, goes_on: bool, position: int) -> None:

@@ -56,7 +56,7 @@ class AutomaticModule(BrainModule):
         batch, self._batch = self._batch, None
         last = self._believes_last(batch_idx)
         try:
-            self.stages.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
+            self.run.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
         finally:
             self._training_loss = None
         # Where nothing is optimized a batch counts: ModelCheckpoint goes by the steps.
@@ -90,9 +90,9 @@ class AutomaticModule(BrainModule):
             The loss, as Lightning hands it to callbacks.
         """
         brain, before = self.brain, self.brain.optimizer_step
-        update = DirectUpdate(brain, self.stages.run_state.use_batch)
+        update = DirectUpdate(brain, self.run.run_state.use_batch)
         last = self._believes_last(batch_idx)
-        self.stages.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
+        self.run.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
         if brain.optimizer_step != before or not has_optimizer(brain):
             _loops.count_step(self.trainer)
         # What training_step returns.
@@ -128,7 +128,7 @@ class _TrainerUpdate:
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Lightning's closure: ``training_step``, then the backward pass."""
         self._closure()
-        self._module.stages.run_state.use_batch()
+        self._module.run.run_state.use_batch()
         return self._module.training_loss
 
     def step(self) -> None:
@@ -158,7 +158,7 @@ class ManualModule(BrainModule):
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
         with self._watched_steps() as steps:
             last = self._believes_last(batch_idx)
-            loss = self.stages.fit(batch, self.brain.fit_batch, last)
+            loss = self.run.fit(batch, self.brain.fit_batch, last)
         _loops.count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
@@ -192,11 +192,11 @@ class ManualModule(BrainModule):
     def _after_step(self, optimizer: Optimizer, stepped: list[Optimizer]) -> None:
         if self._is_mine():
             stepped.append(optimizer)
-            self.stages.run_state.use_batch()
+            self.run.run_state.use_batch()
 
     def _is_mine(self) -> bool:
         # A recipe may fit another Brain within fit_batch.
-        return self.stages.is_innermost
+        return self.run.is_innermost
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._is_mine():

@@ -1,4 +1,4 @@
-"""The LightningModule of a Brain: stages, evaluation and checkpoints; stepping.py trains."""
+"""The LightningModule of a Brain: run, evaluation and checkpoints; stepping.py trains."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from brain_lightning.callback.profiling import end_when_profiled
 from brain_lightning.callback.unsupported import check_backbone
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.ddp import unwrap_modules, without_wrapper
-from brain_lightning.hooks import check_hooks
 from brain_lightning.lightning_internals import loaders as _loops
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.loggers.curve_plot import CurvePlot
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, check_hooks
 from brain_lightning.resume.run_state import KEY, RunState, run_state
 from brain_lightning.stage import Stage
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
-from brain_lightning.stages.run import Stages
+from brain_lightning.stages.run import Run
 from brain_lightning.step.compile import without_compiled_prefix
 from brain_lightning.step.optimizers import OptimizerGroup
 
@@ -46,7 +45,7 @@ class BrainModule(LightningModule):
         min_key: For ``on_evaluate_start``.
 
     Attributes:
-        stages: The stages of the run that goes on or was last.
+        run: The run that goes on or was last.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class BrainModule(LightningModule):
         speechbrain.adopt(brain)
         self.brain = brain
         self.brain_modules = brain.modules
-        self.stages = Stages(brain, Epochs(()), RunState(brain))
+        self.run = Run(brain, Epochs(()), RunState(brain))
         self._epoch_counter = epoch_counter
         self._explicit: dict[str, Any] | None = None
         self._run_options: dict[str, Any] = {
@@ -95,10 +94,10 @@ class BrainModule(LightningModule):
         if counter is None:
             counter = itertools.count(1)
         fitting = self.trainer.state.fn is TrainerFn.FITTING
-        within = not fitting or Stages.is_running(self.brain)
+        within = not fitting or Run.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
-        self.stages = Stages(self.brain, Epochs(counter), state, **self._run_options)
-        return [BrainCallback(self.stages, self.trainer)]
+        self.run = Run(self.brain, Epochs(counter), state, **self._run_options)
+        return [BrainCallback(self.run, self.trainer)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
         """Copies the weights, for callbacks that average them, and shares everything else."""
@@ -128,7 +127,7 @@ class BrainModule(LightningModule):
             # A callback that averages weights puts its average in the place of the state.
             weights = self._explicit.get("current_model_state", self._explicit["state_dict"])
             self.load_state_dict(weights)
-            recover(self._explicit, self.stages, self.state_dict(keep_vars=True))
+            recover(self._explicit, self.run, self.state_dict(keep_vars=True))
             self._explicit = None
         group = OptimizerGroup(self.brain)
         check_backbone(self.trainer, self.brain, group)
@@ -158,7 +157,7 @@ class BrainModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning has no place for, unless weights alone are saved."""
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
-            checkpoint[KEY] = content(self.stages, self.state_dict(keep_vars=True))
+            checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps an explicit ``ckpt_path``: it wins over what a Checkpointer recovers."""
@@ -183,7 +182,7 @@ class BrainModule(LightningModule):
         The last hook of a batch: every callback has seen it before.
         """
         self._log_running_loss()
-        end_when_profiled(self.trainer, self.brain, self.stages.batches)
+        end_when_profiled(self.trainer, self.brain, self.run.batches)
         self.draw_batch()
 
     def draw_batch(self) -> bool:
@@ -192,42 +191,42 @@ class BrainModule(LightningModule):
         Returns:
             Whether there is one.
         """
-        loader = self.stages.train_loader
+        loader = self.run.train_loader
         cut = _loops.is_cut_short(self.trainer, loader.known_length())
-        last = cut or not self.stages.draw()
+        last = cut or not self.run.draw()
         _loops.mark_last_batch(self.trainer, last)
         if last:
-            self.stages.end_train()
+            self.run.end_train()
         return not last
 
     def on_validation_model_eval(self) -> None:
         """Begins the VALID stage: the hook first, then ``eval()``."""
-        self.stages.start_valid()
+        self.run.start_valid()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``evaluate_batch`` at Stage.VALID."""
-        return self.stages.evaluate(batch, Stage.VALID)
+        return self.run.evaluate(batch, Stage.VALID)
 
     def on_validation_epoch_end(self) -> None:
         """Ends the VALID stage, before callbacks look at what it changed."""
-        self.stages.end_valid()
+        self.run.end_valid()
         self._log_metrics()
 
     def on_test_model_eval(self) -> None:
         """Begins an evaluation: the best or an explicit checkpoint, then the TEST stage."""
-        self.stages.recover_best()
+        self.run.recover_best()
         if self._explicit is not None:
             self.load_state_dict(self._explicit["state_dict"])
             self._explicit = None
-        self.stages.start_test()
+        self.run.start_test()
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``evaluate_batch`` at Stage.TEST."""
-        return self.stages.evaluate(batch, Stage.TEST)
+        return self.run.evaluate(batch, Stage.TEST)
 
     def on_test_epoch_end(self) -> None:
         """Ends the TEST stage."""
-        self.stages.end_test()
+        self.run.end_test()
         self._log_metrics()
 
     def on_train_epoch_end(self) -> None:
@@ -236,7 +235,7 @@ class BrainModule(LightningModule):
 
     def _log_running_loss(self) -> None:
         # Not self.log, which costs more than the whole loop where it runs at every step.
-        trainer, batches, loss = self.trainer, self.stages.batches, self.stages.train_loss
+        trainer, batches, loss = self.trainer, self.run.batches, self.run.train_loss
         # An attribute that Lightning's type hints do not show.
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.loggers and every and not batches % every:
@@ -245,7 +244,7 @@ class BrainModule(LightningModule):
                 logger.log_metrics(numbers_in({"train_loss_step": loss}), batches - 1)
 
     def _log_metrics(self) -> None:
-        metrics = self.stages.metrics.take(self.trainer.world_size > 1)
+        metrics = self.run.metrics.take(self.trainer.world_size > 1)
         self._plot(metrics)
         if self.trainer.barebones:
             return
@@ -260,7 +259,7 @@ class BrainModule(LightningModule):
         running = self._running()
         if running not in (TrainerFn.FITTING, TrainerFn.TESTING):
             return
-        epoch = self.stages.epochs.current if running is TrainerFn.FITTING else None
+        epoch = self.run.epochs.current if running is TrainerFn.FITTING else None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CurvePlot):
                 callback.add(self.brain, epoch, metrics)
@@ -300,5 +299,5 @@ class BrainModule(LightningModule):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         except Exception as error:
             if not self.trainer.predicting:
-                self.stages.locate(error, batch, next_is="moving batch")
+                self.run.locate(error, batch, next_is="moving batch")
             raise

@@ -20,10 +20,9 @@ from brain_lightning.checkpoints.meta_file import dump_meta
 from brain_lightning.checkpoints.recoverables import Recoverables
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import CheckpointError
-from brain_lightning.protocol import BrainProtocol
-from brain_lightning.resume.epoch_statistics import hparams_of
+from brain_lightning.protocol import BrainProtocol, hparams_of
 from brain_lightning.resume.run_state import KEY, RunState
-from brain_lightning.stages.run import Stages
+from brain_lightning.stages.run import Run
 from brain_lightning.step.optimizers import all_optimizers
 
 Content = dict[str, Any]
@@ -31,11 +30,11 @@ Content = dict[str, Any]
 MODULES = "brain_modules"
 
 
-def content(stages: Stages, weights: Mapping[str, Any]) -> Content:
+def content(run: Run, weights: Mapping[str, Any]) -> Content:
     """What there is to save, as a checkpoint directory would hold it.
 
     Args:
-        stages: The stages of the run.
+        run: The run.
         weights: The parameters and buffers of the module, not detached, by their names
             in the file.
 
@@ -44,15 +43,15 @@ def content(stages: Stages, weights: Mapping[str, Any]) -> Content:
         saves, ``states`` and ``files`` of everything else by name; empty on other than
         the main process.
     """
-    objects = _recoverables(stages)
+    objects = _recoverables(run)
     modules = _modules(objects.recoverables, weights)
-    optimizers = _optimizers(stages.brain, objects.recoverables)
+    optimizers = _optimizers(run.brain, objects.recoverables)
     for name in modules.keys() | optimizers.keys():
         del objects.recoverables[name]
     meta = {
         "unixtime": time.time(),
-        "end-of-epoch": stages.run_state.is_between_epochs,
-        "epoch": stages.epochs.current,
+        "end-of-epoch": run.run_state.is_between_epochs,
+        "epoch": run.epochs.current,
     }
     with tempfile.TemporaryDirectory() as folder:
         objects.write(Path(folder), None)
@@ -72,21 +71,21 @@ def content(stages: Stages, weights: Mapping[str, Any]) -> Content:
     }
 
 
-def recover(checkpoint: Content, stages: Stages, weights: Mapping[str, Any]) -> None:
+def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
     """Recovers everything but what Lightning loads itself.
 
     Args:
         checkpoint: The content of the file; the optimizers get the names that the
             Brain has for them.
-        stages: The stages of the run that begins, after ``on_fit_start``.
+        run: The run that begins, after ``on_fit_start``.
         weights: As for ``content``.
 
     Raises:
         CheckpointError: The file lacks something, or was not written of a Brain.
     """
     own = checkpoint[KEY]
-    objects = _recoverables(stages)
-    optimizers = _optimizers(stages.brain, objects.recoverables)
+    objects = _recoverables(run)
+    optimizers = _optimizers(run.brain, objects.recoverables)
     _rename_optimizers(checkpoint, optimizers)
     for name in _modules(objects.recoverables, weights).keys() | optimizers.keys():
         del objects.recoverables[name]
@@ -98,7 +97,7 @@ def recover(checkpoint: Content, stages: Stages, weights: Mapping[str, Any]) -> 
             raise CheckpointError("the checkpoint's meta cannot be read")
         files = objects.files_to_load(Path("the checkpoint"), found.paramfiles)
         objects.load(files, objects.read(files), found.meta["end-of-epoch"])
-    stages.run_state.explicit = True
+    run.run_state.explicit = True
 
 
 def check_content(checkpoint: Content) -> None:
@@ -118,9 +117,9 @@ def check_content(checkpoint: Content) -> None:
         )
 
 
-def _recoverables(stages: Stages) -> Recoverables:
+def _recoverables(run: Run) -> Recoverables:
     """What the Brain's Checkpointer recovers; without one what can be found."""
-    brain = stages.brain
+    brain = run.brain
     checkpointer = brain.checkpointer
     found: dict[str, Any] = {"brain": brain}
     if hasattr(checkpointer, "recoverables"):
@@ -134,11 +133,11 @@ def _recoverables(stages: Stages) -> Recoverables:
         if brain.scaler.is_enabled():
             found["scaler"] = brain.scaler
     known = {id(obj) for obj in found.values()}
-    counter = stages.epochs.counter
+    counter = run.epochs.counter
     if id(counter) not in known and load_hook(counter) is not None:
         found["epoch_counter"] = counter
     return Recoverables(
-        {**found, KEY: stages.run_state},
+        {**found, KEY: run.run_state},
         {**getattr(checkpointer, "custom_load_hooks", {}), KEY: RunState.recover},
         {**getattr(checkpointer, "custom_save_hooks", {}), KEY: RunState.save},
         allow_partial_load=getattr(checkpointer, "allow_partial_load", False),

@@ -7,8 +7,7 @@ from functools import cache
 from typing import Any
 
 from brain_lightning.errors import BrainTypeError
-from brain_lightning.hooks import MANUAL_HOOKS, steps_itself
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import MANUAL_HOOKS, BrainProtocol, steps_itself
 
 from .automatic import AutomaticModule, ManualModule
 from .brain_module import BrainModule

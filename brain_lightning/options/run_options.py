@@ -362,8 +362,3 @@ def _overrides_to_yaml(words: Sequence[str]) -> str:
         else:
             raise RunOptionError(f"{word!r} belongs to no option: overrides are --name=value")
     return "\n".join(lines)
-
-
-def is_given(brain: object, option: str) -> bool:
-    """Whether somebody chose the value of a run option, rather than left it at its default."""
-    return option in getattr(brain, "given_options", ())

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _PERSISTENT: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
 
 
-class Position:
+class DataPosition:
     """The position of a run in its training data.
 
     A pass that is resumed draws the same indices again without loading anything, from
@@ -260,7 +260,7 @@ class Position:
         return new
 
 
-def _told_position(loader: Any, position: Position) -> int:
+def _told_position(loader: Any, position: DataPosition) -> int:
     """The position of a loader that a Checkpointer has recovered."""
     if isinstance(loader, SaveableDataLoader):
         loader.position = position

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brain_lightning.protocol import BrainProtocol, OptionValues
+from brain_lightning.protocol import BrainProtocol, OptionValues, hparams_of, is_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _opened(value: Any) -> Any:
     return value
 
 
-def put_back(owner: Any, values: State) -> None:
+def restore_attributes(owner: Any, values: State) -> None:
     """Gives an object the values of attributes.
 
     Args:
@@ -101,7 +101,7 @@ def put_back(owner: Any, values: State) -> None:
             own[name] = value
 
 
-class Gathered:
+class EpochStatistics:
     """The attributes in which a Brain gathers statistics while it trains one epoch.
 
     These are what ``on_stage_start(TRAIN)`` has assigned, numbers that have changed
@@ -148,7 +148,7 @@ class Gathered:
         Args:
             state: What ``state`` returned.
         """
-        put_back(self._brain, state["values"])
+        restore_attributes(self._brain, state["values"])
         for owner, saved in [
             (vars(self._brain), state["brain"]),
             (hparams_of(self._brain), state["hparams"]),
@@ -156,7 +156,7 @@ class Gathered:
             for name, values in saved.items():
                 if _is_statistics(owner.get(name)):
                     for part, attributes in zip(_parts(owner[name]), values, strict=False):
-                        put_back(part, attributes)
+                        restore_attributes(part, attributes)
 
     def _tell(self, left_out: Collection[str]) -> None:
         """Once, of what ``on_stage_start`` made, and is neither plain nor statistics."""
@@ -174,15 +174,6 @@ class Gathered:
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float)
-
-
-def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
-    """The hyperparameters by name; SpeechBrain's Brain may have none.
-
-    Args:
-        brain: The Brain.
-    """
-    return getattr(getattr(brain, "hparams", None), "__dict__", {})
 
 
 def _statistics(owner: Mapping[str, Any]) -> State:
@@ -203,16 +194,3 @@ def _parts(statistics: Any) -> list[Any]:
 def _is_statistics(value: object) -> bool:
     of_speechbrain = is_statistics(value, "append", "summarize")
     return of_speechbrain or is_statistics(value, "update", "compute")
-
-
-def is_statistics(value: object, *methods: str) -> bool:
-    """Whether an object gathers statistics.
-
-    Args:
-        value: Anything.
-        *methods: Of the interface: SpeechBrain's ``append`` and ``summarize``, or
-            torchmetrics' ``update`` and ``compute``.
-    """
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return False
-    return all(callable(getattr(value, method, None)) for method in methods)

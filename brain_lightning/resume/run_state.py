@@ -16,8 +16,8 @@ from brain_lightning.distributed.communication import gather, if_main_process, r
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import all_optimizers, parameters_of
 
-from .data_position import Position
-from .epoch_statistics import Gathered
+from .data_position import DataPosition
+from .epoch_statistics import EpochStatistics
 from .random_state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class RunState:
 
     def begin(self) -> None:
         """Begins a run."""
-        self.position = Position()
+        self.position = DataPosition()
         self.of_trainer: Callable[[], State] = dict
         self.epochs = 0
         self.validated = False
@@ -67,8 +67,8 @@ class RunState:
         self.explicit = False
         # Epochs that the counter of this run has given.
         self.drawn = 0
-        self.validations: list[Position] = []
-        self._gathered = Gathered(self.brain)
+        self.validations: list[DataPosition] = []
+        self._gathered = EpochStatistics(self.brain)
         self._stage_random: State = {}
         self._in_training = False
         self._in_pass = False
@@ -98,7 +98,7 @@ class RunState:
             self.position.resume(position, loader)
             set_random_state(resumed["random"] if epoch is None else epoch["stage_random"])
         self._stage_random = random_state()
-        self._gathered = Gathered(self.brain)
+        self._gathered = EpochStatistics(self.brain)
         self.validated = False
         self._in_training = True
         self._in_pass = False
@@ -185,7 +185,7 @@ class RunState:
             The batches.
         """
         while len(self.validations) <= index:
-            self.validations.append(Position())
+            self.validations.append(DataPosition())
         if index in self._resumed_validations:
             self.validations[index].resume(self._resumed_validations.pop(index), loader)
         return self.validations[index].batches(loader)

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from brain_lightning.distributed.communication import ddp_broadcast
-from brain_lightning.options.run_options import is_given
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, is_explicit
 
 # In a checkpoint's meta; SpeechBrain finds the ones to replace by it.
 INTRA_EPOCH_CKPT_FLAG = "brain_intra_epoch_ckpt"
@@ -67,7 +66,7 @@ def is_asked_for(brain: BrainProtocol) -> bool:
         brain: The Brain.
     """
     options = ("ckpt_interval_minutes", "ckpt_interval_steps")
-    return any(is_given(brain, option) and getattr(brain, option) > 0 for option in options)
+    return any(is_explicit(brain, option) and getattr(brain, option) > 0 for option in options)
 
 
 def is_due(minutes: float, steps: int, last_ckpt_time: float, steps_since_ckpt: int) -> bool:

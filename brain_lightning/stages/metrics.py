@@ -13,7 +13,7 @@ import torch
 from brain_lightning.distributed.communication import gather
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.stage import Stage
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 # Arguments of SpeechBrain's TrainLogger.log_stats, with the stage each speaks of.
 STAGES_OF_STATS = {
@@ -47,12 +47,12 @@ class Metrics:
         # Names that are VALID's from its first report on.
         self._valids: set[str] = set()
 
-    def watch(self, brain: BrainProtocol, borrowed: Borrowed) -> None:
-        """Listens to what the recipe reports, until everything borrowed is put back.
+    def watch(self, brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
+        """Listens to what the recipe reports, until ``temporary`` is restored.
 
         Args:
             brain: The Brain whose train logger and checkpointer are listened to.
-            borrowed: Takes note of what is changed.
+            temporary: Records what is changed.
         """
         train_logger = getattr(getattr(brain, "hparams", None), "train_logger", None)
         watched = [(train_logger, "log_stats", self._hear_stats)] + [
@@ -62,7 +62,7 @@ class Metrics:
         for owner, name, listener in watched:
             # An object with slots has no place for a listener.
             if hasattr(owner, name) and hasattr(owner, "__dict__"):
-                borrowed.shadow(owner, name, _Overheard(owner, name, listener))
+                temporary.override(owner, name, _Overheard(owner, name, listener))
 
     def add(self, stage: Stage, numbers: Any) -> None:
         """Takes what is a number.

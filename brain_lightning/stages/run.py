@@ -19,7 +19,7 @@ from brain_lightning.distributed.termination import EXIT_STATUS, Termination
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.resume.run_state import RunState
 from brain_lightning.stage import Stage
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 
 from .epochs import Epochs
 from .error_context import add_place, calls_hooks
@@ -32,7 +32,7 @@ from .sharded_evaluation import Shard, SharedStatistics, shared_average, synchro
 logger = logging.getLogger(__name__)
 
 
-class Stages:
+class Run:
     """The stages of one run of a Brain: one ``fit`` or one ``evaluate``.
 
     Args:
@@ -58,9 +58,9 @@ class Stages:
     """
 
     # Runs whose batch is being fitted; a recipe may fit another Brain within.
-    _fitting: ClassVar[list[Stages]] = []
+    _fitting: ClassVar[list[Run]] = []
     # Runs that go on.
-    _running: ClassVar[list[Stages]] = []
+    _running: ClassVar[list[Run]] = []
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Stages:
         Args:
             brain: The Brain.
         """
-        return any(stages.brain is brain for stages in cls._running)
+        return any(run.brain is brain for run in cls._running)
 
     def begin(self) -> None:
         """Says that the run goes on, until ``close``."""
@@ -267,11 +267,11 @@ class Stages:
         brain = self.brain
         if not self.termination.is_requested(brain.device):
             return
-        borrowed = Borrowed()
+        temporary = TemporaryAttributes()
         for name, value in self.run_state.counts().items():
-            borrowed.set(brain, name, value)
+            temporary.set(brain, name, value)
         IntervalCheckpoints(brain, self.save_with_trainer).save()
-        borrowed.put_back()
+        temporary.restore()
         self.termination.obeyed()
         logger.warning(
             "SIGTERM: the run is saved, within epoch %s, and ends.", self.epochs.current

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from brain_lightning.data.dataloaders import twin
 from brain_lightning.distributed.communication import gather, rank, world_size
 from brain_lightning.errors import UnequalDataError
-from brain_lightning.protocol import BrainProtocol
-from brain_lightning.resume.epoch_statistics import OWN, hparams_of, is_statistics
+from brain_lightning.protocol import BrainProtocol, hparams_of, is_statistics
+from brain_lightning.resume.epoch_statistics import OWN
 
 logger = logging.getLogger(__name__)
 

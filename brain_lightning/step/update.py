@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 
 from brain_lightning.distributed.communication import on_all_ranks
 from brain_lightning.errors import BrainTypeError
-from brain_lightning.hooks import has_own
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, has_own
 
 from .optimizers import active_optimizers, clip_gradients
 

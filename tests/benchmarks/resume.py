@@ -87,18 +87,18 @@ def main(position: int) -> None:
 
 def _jump(folder: Path, at: int, workers: int) -> None:
     """Trains one batch, and saves as if it were the last of many."""
-    from brain_lightning.resume.data_position import Position
+    from brain_lightning.resume.data_position import DataPosition
 
-    original = Position.state
+    original = DataPosition.state
 
-    def state(self: Position, fitted: int, again: bool) -> Any:
+    def state(self: DataPosition, fitted: int, again: bool) -> Any:
         return {**original(self, fitted, again), "batches": at}
 
-    Position.state = state  # type: ignore[method-assign]
+    DataPosition.state = state  # type: ignore[method-assign]
     try:
         run(folder, 1, at + 100, workers)
     finally:
-        Position.state = original  # type: ignore[method-assign]
+        DataPosition.state = original  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from brain_lightning import RunOptionError, UnsupportedError, to_lightning
-from brain_lightning.callback.reconcile import agree
+from brain_lightning.callback.reconcile import reconcile
 from brain_lightning.distributed.ddp import wrap_modules
-from brain_lightning.temporary import Borrowed
+from brain_lightning.temporary import TemporaryAttributes
 from tests.support.brains import loader, make, trainer_with
 
 
@@ -54,16 +54,16 @@ def test_the_strategys_arguments_reach_every_wrapper(monkeypatch: pytest.MonkeyP
             calls.append((type(module).__name__, kwargs))
 
     monkeypatch.setattr("brain_lightning.distributed.ddp.DistributedDataParallel", Wrapper)
-    brain, borrowed = make(), Borrowed()
+    brain, temporary = make(), TemporaryAttributes()
     trainer = ddp(find_unused_parameters=True, gradient_as_bucket_view=True)
-    agree(trainer, brain, borrowed)
+    reconcile(trainer, brain, temporary)
     brain._wrap_distributed()
     expected = {
         "device_ids": None, "find_unused_parameters": True, "gradient_as_bucket_view": True
     }  # fmt: skip
     assert calls == [("Linear", expected)]
     assert trainer.strategy.configure_ddp() is None
-    borrowed.put_back()
+    temporary.restore()
     assert "_wrap_distributed" not in vars(brain)
     assert "configure_ddp" not in vars(trainer.strategy)
 
@@ -73,10 +73,10 @@ def test_a_recipes_own_wrapping_is_left_to_it() -> None:
         def _wrap_distributed(self) -> None:
             self.wrapped = True
 
-    brain, borrowed = make(Own), Borrowed()
-    agree(ddp(), brain, borrowed)
+    brain, temporary = make(Own), TemporaryAttributes()
+    reconcile(ddp(), brain, temporary)
     brain._wrap_distributed()
-    borrowed.put_back()
+    temporary.restore()
     assert brain.wrapped
 
 
@@ -92,13 +92,13 @@ def test_contradictions_are_errors_that_name_both(
 ) -> None:
     (name, value), (argument, other) = *option.items(), *kwargs.items()
     with pytest.raises(RunOptionError, match=rf"{name}={value!r} and .*{argument}={other!r}"):
-        agree(ddp(**kwargs), make(**option), Borrowed())
+        reconcile(ddp(**kwargs), make(**option), TemporaryAttributes())
 
 
 def test_the_backend_is_the_run_options_if_somebody_chose_it() -> None:
     trainer, default = ddp(), ddp()
-    agree(trainer, make(distributed_backend="mpi"), Borrowed())
-    agree(default, make(), Borrowed())
+    reconcile(trainer, make(distributed_backend="mpi"), TemporaryAttributes())
+    reconcile(default, make(), TemporaryAttributes())
     assert trainer.strategy.process_group_backend == "mpi"
     assert default.strategy.process_group_backend is None
 

@@ -183,4 +183,4 @@ def test_what_speechbrains_options_were_not_given_leaves_hparams_in_force() -> N
     brain = Brain(hparams=hparams, run_opts=run_opts)
     assert brain.grad_accumulation_factor == 2
     assert brain.max_grad_norm == 2.5
-    assert brain.given_options == {"device", "grad_accumulation_factor", "max_grad_norm"}
+    assert brain.explicit_options == {"device", "grad_accumulation_factor", "max_grad_norm"}

@@ -359,7 +359,7 @@ def test_the_last_epoch_is_the_counters_or_the_trainers(
 
     class Asking(Regression):
         def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
-            lasts.append(last_epoch(trainer, module.stages.epochs))
+            lasts.append(last_epoch(trainer, module.run.epochs))
 
     trainer = trainer_with(max_epochs=max_epochs)
     module = to_lightning(make(Asking), epoch_counter=counter)
