@@ -1,17 +1,17 @@
-"""Attributes that are changed for the time of a run and put back afterwards."""
+"""Attributes that are changed for the time of a run and restored afterwards."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
-_MISSING = object()
 
+class TemporaryAttributes(ExitStack):
+    """Records what it changes, on a user's Trainer or on a Brain, and undoes it.
 
-class TemporaryAttributes:
-    """Remembers what it changes, on a user's Trainer or on a Brain, and undoes it."""
-
-    def __init__(self) -> None:
-        self._old: list[tuple[Any, str, Any]] = []
+    Leaving it as a context restores everything; ``restore`` does so where the
+    changes outlive a block of code.
+    """
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Changes an attribute or a property.
@@ -21,25 +21,24 @@ class TemporaryAttributes:
             name: The attribute.
             value: Its value until ``restore``.
         """
-        self._old.append((owner, name, getattr(owner, name)))
+        self.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
     def override(self, owner: Any, name: str, value: Any) -> None:
-        """Puts something in front of an attribute of the class, such as a method.
+        """Overrides an attribute of the class, such as a method, on one object.
 
         Args:
             owner: The object.
             name: The attribute.
-            value: What stands in its place until ``restore``.
+            value: Its value until ``restore``.
         """
-        self._old.append((owner, name, vars(owner).get(name, _MISSING)))
+        own = vars(owner)
+        if name in own:
+            self.callback(setattr, owner, name, own[name])
+        else:
+            self.callback(delattr, owner, name)
         setattr(owner, name, value)
 
     def restore(self) -> None:
         """Undoes everything, the last change first; a second call does nothing."""
-        while self._old:
-            owner, name, value = self._old.pop()
-            if value is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+        self.close()

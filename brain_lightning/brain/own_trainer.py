@@ -246,7 +246,7 @@ def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:
         The average loss.
     """
     _run(trainer, module, lambda: trainer.test(module, test_set, verbose=False))
-    return module.run.average
+    return module.run.test.average
 
 
 def _run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> None:

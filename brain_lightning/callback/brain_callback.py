@@ -19,10 +19,9 @@ from brain_lightning.lightning_internals.strategies import (
     synchronize_nothing,
 )
 from brain_lightning.loggers.train_logger import begin_log, lend_loggers
-from brain_lightning.stage import Stage
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
-from brain_lightning.stages.sharded_evaluation import draws_together
+from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
 
 from .progress_bars import feed_bar, name_epoch
@@ -109,13 +108,14 @@ class BrainCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""
         name_epoch(trainer, self.run.epochs)
-        length = self.run.train_loader.known_length()
+        length = self.run.train.loader.known_length()
         _loops.start_train_epoch(trainer, length)
-        self.run.steps_on_last_batch = accumulate(
+        self.run.train.steps_on_last_batch = accumulate(
             trainer, self.run.brain, self._for_the_epoch, length
         )
-        self.run.draws_together = draws_together(_loops.limited_length(trainer, length))
-        self.run.start_train()
+        limited = _loops.limited_length(trainer, length)
+        self.run.train.fetches_collectively = fetches_collectively(limited)
+        self.run.train.start()
         brain = self.run.brain
         if is_parallel(trainer) and not wraps_itself(brain):
             # A callback, or the stage's start, may have unfrozen something.
@@ -124,7 +124,7 @@ class BrainCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the validation run to the end of its loader."""
         self.run.end_if_terminated()
-        _loops.start_validation(trainer, self.run.is_shared_out(Stage.VALID))
+        _loops.start_validation(trainer, self.run.valid.is_sharded)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the test run to the end of its loader, and stand where the Brain is."""
@@ -140,8 +140,8 @@ class BrainCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends an epoch that had no batch, and decides about the next one."""
-        if self.run.in_training:
-            self.run.end_train()
+        if self.run.train.is_running:
+            self.run.train.end()
             _loops.run_validation(trainer)
         self.run.end_epoch()
         self._for_the_epoch.restore()

@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from brain_lightning.stage import Stage
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.run import Run
 from brain_lightning.temporary import TemporaryAttributes
@@ -29,7 +28,7 @@ def feed_bar(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None
     own = bar.get_metrics
 
     def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        running = run.running_loss(Stage.TRAIN) if run.in_training else {}
+        running = run.train.running_loss() if run.train.is_running else {}
         return {**own(trainer, pl_module), **running}
 
     temporary.override(bar, "get_metrics", get_metrics)

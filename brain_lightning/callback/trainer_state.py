@@ -30,8 +30,8 @@ def trainer_state(trainer: Trainer, run: Run) -> State:
         run: The run.
     """
     return {
-        "progress": {**progress(trainer), "batches": run.batches},
-        "callbacks": _callback_states(trainer, run.told),
+        "progress": {**progress(trainer), "batches": run.train.batches},
+        "callbacks": _callback_states(trainer, run.warned),
     }
 
 
@@ -78,7 +78,7 @@ def resume_trainer(trainer: Trainer, run: Run, resumed: State) -> None:
     state = resumed["trainer"]
     if not state:
         return
-    run.batches = state["progress"]["batches"]
+    run.train.batches = state["progress"]["batches"]
     set_progress(trainer, **state["progress"])
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in state["callbacks"]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from brain_lightning.errors import UnsupportedError
+from brain_lightning.protocol import hparams_of
 from brain_lightning.temporary import TemporaryAttributes
 
 from .versions import run_option_defaults
@@ -59,11 +60,11 @@ def adopt(brain: Any) -> None:
     brain.gradient_clip_algorithm = "norm"
     brain.ends_window = False
     brain.shard_eval = False
-    hparams = getattr(brain, "hparams", None)
-    brain.progress = getattr(hparams, "progress", "auto")
-    brain.progress_interval = getattr(hparams, "progress_interval", 10)
+    hparams = hparams_of(brain)
+    brain.progress = hparams.get("progress", "auto")
+    brain.progress_interval = hparams.get("progress_interval", 10)
     brain.explicit_options = _given_options(brain)
-    brain.trainer_arguments = getattr(hparams, "trainer", None) or {}
+    brain.trainer_arguments = hparams.get("trainer") or {}
     # There already where the command line gave some: see patch.py.
     brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
     brain.trainer_callbacks = getattr(brain, "trainer_callbacks", ())

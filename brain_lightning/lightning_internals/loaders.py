@@ -27,7 +27,7 @@ from brain_lightning.protocol import overrides
 from brain_lightning.stage import Stage
 from brain_lightning.stages.loader import StageLoader
 from brain_lightning.stages.run import Run
-from brain_lightning.stages.sharded_evaluation import share
+from brain_lightning.stages.sharded_evaluation import shard_length
 from brain_lightning.temporary import TemporaryAttributes
 
 from .loops import count, release_loops, rule_evaluation_loops, rule_fit_loop
@@ -65,7 +65,7 @@ class _StageSource(_DataLoaderSource):
         return self._wrap([loader])[0]
 
     def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
-        wrapped = self._run.wrap(loaders, self._stage)
+        wrapped = self._run.stages[self._stage].wrap(loaders)
         if any(loader.known_length() is None for loader in wrapped):
             _refuse_fractions(self._trainer, self._stage)
         return wrapped
@@ -237,7 +237,7 @@ def _validate_as_told(trainer: Trainer, run: Run, temporary: TemporaryAttributes
     lend_validation(brain, temporary)
 
     def validate() -> None:
-        loader = run.valid_loader()
+        loader = run.valid.given()
         brain._fit_valid(loader, run.epochs.current, run.progressbar)
 
     temporary.override(loop, "run", validate)
@@ -323,7 +323,7 @@ def start_validation(trainer: Trainer, shared_out: bool) -> None:
     loop._max_batches = [_estimate(limit, length) for length in lengths]
     limits = [_limit(limit, length) for length in lengths]
     if shared_out:
-        limits = [share(all_of_them) for all_of_them in limits]
+        limits = [shard_length(all_of_them) for all_of_them in limits]
     combined._iterator.limits = limits  # type: ignore[union-attr]
     fetcher.length, fetcher.done = None, False
 

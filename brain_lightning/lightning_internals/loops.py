@@ -59,11 +59,11 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         self.brain_watchers = _watchers(self.trainer)
         run = self.brain_run
         resumed = run.run_state.resumed_batches
-        if resumed is None and not run.draws_together:
+        if resumed is None and not run.train.fetches_collectively:
             return
         count(self.batch_progress.current, resumed or 0)
-        drawn = self.trainer.lightning_module.draw_batch()
-        if not drawn or (resumed is not None and not run.run_state.validated):
+        fetched = self.trainer.lightning_module.fetch_batch()
+        if not fetched or (resumed is not None and not run.run_state.validated):
             self.on_advance_end(data_fetcher)
             self._batches_that_stepped -= 1
 
@@ -80,7 +80,7 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         if lightnings and self.trainer.world_size > 1:
             # Lightning's handler of SIGTERM, in another process, waits for this answer.
             self._broadcast_sigterm_tensor()
-        batch = next(self.brain_run.train_loader)
+        batch = next(self.brain_run.train.loader)
         if batch is not None and self.trainer.strategy.root_device.type != "cpu":
             batch = call._call_strategy_hook(self.trainer, "batch_to_device", batch)
         progress, batch_idx = self.batch_progress, self.batch_idx + 1

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import RunOptionError, UnsupportedError
+from brain_lightning.protocol import hparams_of
 from brain_lightning.step.optimizers import all_optimizers
 
 from .curves import History, is_rate, read_curves, write_curves
@@ -84,7 +85,7 @@ class CurvePlot(Callback):
             logger.warning("The curves could not be drawn: %s", error)
 
     def _free_path(self, brain: Any) -> Path:
-        folder = getattr(getattr(brain, "hparams", None), "output_folder", "")
+        folder = hparams_of(brain).get("output_folder", "")
         path = first = (self._path or Path(folder, FILE)).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         number = 1

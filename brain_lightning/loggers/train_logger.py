@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import BrainTypeError
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, hparams_of
 from brain_lightning.stages.metrics import STAGES_OF_STATS, leaves, numbers_in, staged
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -216,7 +216,7 @@ def begin_log(brain: BrainProtocol, goes_on: bool, position: int) -> None:
 
 
 def _train_logger_of(brain: BrainProtocol) -> LightningTrainLogger | None:
-    found = getattr(getattr(brain, "hparams", None), "train_logger", None)
+    found = hparams_of(brain).get("train_logger")
     return found if isinstance(found, LightningTrainLogger) else None
 
 

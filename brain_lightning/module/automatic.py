@@ -1,18 +1,13 @@
-"""How the LightningModule of a Brain fits a batch: by Lightning, or by its own hand."""
+"""The LightningModule of a Brain that leaves stepping to Lightning, and its update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from brain_lightning.lightning_internals import loaders as _loops
 from brain_lightning.protocol import BrainProtocol
@@ -30,7 +25,7 @@ from .brain_module import BrainModule
 
 
 class AutomaticModule(BrainModule):
-    """For a Brain that leaves the stepping alone: Lightning's automatic optimization."""
+    """For a Brain that does not override stepping: Lightning's automatic optimization."""
 
     def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
         super().__init__(brain, **kwargs)
@@ -38,7 +33,7 @@ class AutomaticModule(BrainModule):
         self._training_loss: TrainingLoss | None = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keeps the batch, for Lightning hands only a closure to ``optimizer_step``."""
+        """Keeps the batch: Lightning passes only a closure to ``optimizer_step``."""
         self._batch = batch
 
     def optimizer_step(
@@ -54,12 +49,12 @@ class AutomaticModule(BrainModule):
         assert optimizer_closure is not None
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
         batch, self._batch = self._batch, None
-        last = self._believes_last(batch_idx)
+        last = self._is_expected_last(batch_idx)
         try:
-            self.run.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
+            self.run.train.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
         finally:
             self._training_loss = None
-        # Where nothing is optimized a batch counts: ModelCheckpoint goes by the steps.
+        # Where nothing is optimized a batch counts as a step: ModelCheckpoint counts steps.
         if brain.optimizer_step == before and has_optimizer(brain):
             _loops.discount_step(self.trainer)
 
@@ -69,7 +64,7 @@ class AutomaticModule(BrainModule):
         return self._training_loss.scaled
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass, but for a loss that is not finite."""
+        """The backward pass, unless the loss is not finite."""
         if self.training_loss.finite:
             super().backward(loss, *args, **kwargs)
 
@@ -80,19 +75,11 @@ class AutomaticModule(BrainModule):
         return self._training_loss
 
     def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``fit_batch`` of SpeechBrain, where nobody needs Lightning's own steps.
-
-        Args:
-            batch: What the loader gave.
-            batch_idx: Its number in the epoch, from 0.
-
-        Returns:
-            The loss, as Lightning hands it to callbacks.
-        """
+        """``fit_batch`` of SpeechBrain without Lightning's hooks: see ``BrainModule``."""
         brain, before = self.brain, self.brain.optimizer_step
         update = DirectUpdate(brain, self.run.run_state.use_batch)
-        last = self._believes_last(batch_idx)
-        self.run.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
+        last = self._is_expected_last(batch_idx)
+        self.run.train.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
         if brain.optimizer_step != before or not has_optimizer(brain):
             _loops.count_step(self.trainer)
         # What training_step returns.
@@ -145,63 +132,3 @@ class _TrainerUpdate:
 def _no_closure() -> bool:
     # Not None: Lightning's mixed precision takes that for "skip this step".
     return True
-
-
-class ManualModule(BrainModule):
-    """For a Brain with its own ``fit_batch`` or ``optimizers_step``: it runs as it is."""
-
-    def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
-        super().__init__(brain, **kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
-        with self._watched_steps() as steps:
-            last = self._believes_last(batch_idx)
-            loss = self.run.fit(batch, self.brain.fit_batch, last)
-        _loops.count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
-        # A recipe may return anything; callbacks understand a tensor.
-        return loss if isinstance(loss, Tensor) else None
-
-    def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """The same, where nobody needs Lightning's own steps.
-
-        Args:
-            batch: What the loader gave.
-            batch_idx: Its number in the epoch, from 0.
-
-        Returns:
-            The loss, as Lightning hands it to callbacks.
-        """
-        loss = self.training_step(batch, batch_idx)
-        return {} if loss is None else {"loss": loss}
-
-    @contextmanager
-    def _watched_steps(self) -> Iterator[list[Optimizer]]:
-        """Gathers the optimizers that step within, whoever owns them."""
-        stepped: list[Optimizer] = []
-        with ExitStack() as stack:
-            before = register_optimizer_step_pre_hook(self._before_step)
-            after = register_optimizer_step_post_hook(
-                lambda optimizer, *_: self._after_step(optimizer, stepped)
-            )
-            stack.callback(before.remove)
-            stack.callback(after.remove)
-            yield stepped
-
-    def _after_step(self, optimizer: Optimizer, stepped: list[Optimizer]) -> None:
-        if self._is_mine():
-            stepped.append(optimizer)
-            self.run.run_state.use_batch()
-
-    def _is_mine(self) -> bool:
-        # A recipe may fit another Brain within fit_batch.
-        return self.run.is_innermost
-
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._is_mine():
-            trainer = self.trainer
-            # An attribute that Lightning's type hints do not show.
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                callback.on_before_optimizer_step(trainer, self, optimizer)
-            self.on_before_optimizer_step(optimizer)

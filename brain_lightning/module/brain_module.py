@@ -1,4 +1,4 @@
-"""The LightningModule of a Brain: run, evaluation and checkpoints; stepping.py trains."""
+"""What the LightningModules of all Brains share; ``automatic`` and ``manual`` fit batches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from brain_lightning.distributed.ddp import unwrap_modules, without_wrapper
 from brain_lightning.lightning_internals import loaders as _loops
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.loggers.curve_plot import CurvePlot
-from brain_lightning.protocol import BrainProtocol, check_hooks
+from brain_lightning.protocol import BrainProtocol, check_hooks, hparams_of
 from brain_lightning.resume.run_state import KEY, RunState, run_state
-from brain_lightning.stage import Stage
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
 from brain_lightning.stages.run import Run
@@ -34,7 +33,10 @@ from .checkpoint_file import check_content, content, recover
 
 
 class BrainModule(LightningModule):
-    """What both ways of stepping share: evaluation, stages and housekeeping.
+    """Calls the stages of a run from Lightning's hooks, and saves and loads checkpoints.
+
+    Subclasses have ``fit_batch(batch, batch_idx)``, which does one training step without
+    Lightning's hooks where no callback needs them, and returns what ``training_step`` would.
 
     Args:
         brain: The Brain to run.
@@ -45,7 +47,7 @@ class BrainModule(LightningModule):
         min_key: For ``on_evaluate_start``.
 
     Attributes:
-        run: The run that goes on or was last.
+        run: The current or last run.
     """
 
     def __init__(
@@ -79,21 +81,20 @@ class BrainModule(LightningModule):
     def trainer(self, trainer: Trainer | None) -> None:
         LightningModule.trainer.__set__(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
-            # The only thing that Lightning tells a module before it looks at ckpt_path.
+            # The only call that a module gets before Lightning looks at ckpt_path.
             take_newest_for_last(trainer)
 
     def configure_callbacks(self) -> list[Callback]:
         """Begins a run: new stages over the same Brain, and the callback that runs them."""
-        if self.trainer.state.fn is TrainerFn.FITTING:
+        fitting = self.trainer.state.fn is TrainerFn.FITTING
+        if fitting:
             check_hooks(self.brain)
         self._explicit = None
         counter = self._epoch_counter
         if counter is None:
-            hparams = getattr(self.brain, "hparams", None)
-            counter = getattr(hparams, "epoch_counter", None)
+            counter = hparams_of(self.brain).get("epoch_counter")
         if counter is None:
             counter = itertools.count(1)
-        fitting = self.trainer.state.fn is TrainerFn.FITTING
         within = not fitting or Run.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
         self.run = Run(self.brain, Epochs(counter), state, **self._run_options)
@@ -124,7 +125,7 @@ class BrainModule(LightningModule):
         unwrap_modules(self.brain)
         self.brain.on_fit_start()
         if self._explicit is not None:
-            # A callback that averages weights puts its average in the place of the state.
+            # A callback that averages weights replaces the state by its average.
             weights = self._explicit.get("current_model_state", self._explicit["state_dict"])
             self.load_state_dict(weights)
             recover(self._explicit, self.run, self.state_dict(keep_vars=True))
@@ -137,7 +138,7 @@ class BrainModule(LightningModule):
         """Weights by the names that they have where nothing is compiled or wrapped."""
         state = super().state_dict(*args, **kwargs)
         for name in list(state):
-            # In place, for the dictionary carries metadata of its own; all, to keep the order.
+            # In place: the dictionary carries metadata; all of them, to keep the order.
             state[self._plain(name)] = state.pop(name)
         return state
 
@@ -155,7 +156,7 @@ class BrainModule(LightningModule):
         return before + found + without_wrapper(without_compiled_prefix(rest), self.brain)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning has no place for, unless weights alone are saved."""
+        """Adds what Lightning does not save, unless weights alone are saved."""
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
             checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
 
@@ -177,78 +178,80 @@ class BrainModule(LightningModule):
             return None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Draws the next batch, as late as SpeechBrain does; without one TRAIN ends.
+        """Fetches the next batch, as late as SpeechBrain does; without one TRAIN ends.
 
-        The last hook of a batch: every callback has seen it before.
+        The last hook of a batch: the callbacks' come before.
         """
         self._log_running_loss()
-        end_when_profiled(self.trainer, self.brain, self.run.batches)
-        self.draw_batch()
+        end_when_profiled(self.trainer, self.brain, self.run.train.batches)
+        self.fetch_batch()
 
-    def draw_batch(self) -> bool:
-        """Draws the next batch; without one TRAIN ends.
+    def fetch_batch(self) -> bool:
+        """Fetches the next batch; without one TRAIN ends.
 
         Returns:
             Whether there is one.
         """
-        loader = self.run.train_loader
-        cut = _loops.is_cut_short(self.trainer, loader.known_length())
-        last = cut or not self.run.draw()
+        train = self.run.train
+        cut = _loops.is_cut_short(self.trainer, train.loader.known_length())
+        last = cut or not train.fetch()
         _loops.mark_last_batch(self.trainer, last)
         if last:
-            self.run.end_train()
+            train.end()
         return not last
 
     def on_validation_model_eval(self) -> None:
         """Begins the VALID stage: the hook first, then ``eval()``."""
-        self.run.start_valid()
+        self.run.valid.start()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``evaluate_batch`` at Stage.VALID."""
-        return self.run.evaluate(batch, Stage.VALID)
+        return self.run.valid.evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Ends the VALID stage, before callbacks look at what it changed."""
-        self.run.end_valid()
+        self.run.valid.end()
         self._log_metrics()
 
     def on_test_model_eval(self) -> None:
         """Begins an evaluation: the best or an explicit checkpoint, then the TEST stage."""
-        self.run.recover_best()
+        self.run.test.recover_best()
         if self._explicit is not None:
             self.load_state_dict(self._explicit["state_dict"])
             self._explicit = None
-        self.run.start_test()
+        self.run.test.start()
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``evaluate_batch`` at Stage.TEST."""
-        return self.run.evaluate(batch, Stage.TEST)
+        return self.run.test.evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         """Ends the TEST stage."""
-        self.run.end_test()
+        self.run.test.end()
         self._log_metrics()
 
     def on_train_epoch_end(self) -> None:
-        """Hands over what no validation has, before callbacks that monitor look."""
+        """Logs what no validation has logged, before callbacks that monitor read it."""
         self._log_metrics()
 
     def _log_running_loss(self) -> None:
         # Not self.log, which costs more than the whole loop where it runs at every step.
-        trainer, batches, loss = self.trainer, self.run.batches, self.run.train_loss
+        trainer, batches = self.trainer, self.run.train.batches
         # An attribute that Lightning's type hints do not show.
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.loggers and every and not batches % every:
             for logger in trainer.loggers:
                 # Counted as Lightning counts for its own metrics: batches, from 0.
-                logger.log_metrics(numbers_in({"train_loss_step": loss}), batches - 1)
+                logger.log_metrics(
+                    numbers_in({"train_loss_step": self.run.train.loss}), batches - 1
+                )
 
     def _log_metrics(self) -> None:
         metrics = self.run.metrics.take(self.trainer.world_size > 1)
         self._plot(metrics)
         if self.trainer.barebones:
             return
-        # The same on all ranks already; Lightning warns where it is not told to look.
+        # The same on all ranks already; Lightning warns without sync_dist.
         several = self.trainer.world_size > 1
         for name, value in metrics.items():
             # A bar has no room for a number by both of its names.
@@ -270,10 +273,10 @@ class BrainModule(LightningModule):
             return self.brain.compute_forward(batch, stage=self.brain.stage_type.TEST)
 
     def on_predict_model_eval(self) -> None:
-        """Puts the modules in eval mode, as every evaluation of a Brain."""
+        """Puts the modules in eval mode, as every evaluation of a Brain does."""
         self.brain.modules.eval()
 
-    def _believes_last(self, batch_idx: int) -> bool:
+    def _is_expected_last(self, batch_idx: int) -> bool:
         return batch_idx + 1 >= self.trainer.num_training_batches
 
     def on_validation_model_train(self) -> None:

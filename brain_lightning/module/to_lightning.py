@@ -9,8 +9,9 @@ from typing import Any
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.protocol import MANUAL_HOOKS, BrainProtocol, steps_itself
 
-from .automatic import AutomaticModule, ManualModule
+from .automatic import AutomaticModule
 from .brain_module import BrainModule
+from .manual import ManualModule
 
 
 def lightning_module_class(brain_class: type) -> type[BrainModule]:

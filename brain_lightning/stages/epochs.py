@@ -1,4 +1,4 @@
-"""Who counts the epochs: SpeechBrain's counters, and the reading of any of them."""
+"""Epoch counters: SpeechBrain's two, and when any of them is advanced."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MIN_DELTA = 1e-6
 
 @register_checkpoint_hooks
 class EpochCounter:
-    """Counts epochs from 1 to ``limit`` and remembers where it was.
+    """Counts epochs from 1 to ``limit``; its position is saved in checkpoints.
 
     An iterator, not a sequence: a counter that was iterated to its end stays at
-    its end, and one that was recovered from a checkpoint goes on from there
+    its end, and one that was recovered from a checkpoint continues from there
     (``speechbrain.utils.epoch_loop.EpochCounter``).
 
     Args:
@@ -60,9 +60,9 @@ class EpochCounter:
     @mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
         saved = int(Path(path).read_text(encoding="utf-8"))
-        self._go_on_from(saved, end_of_epoch)
+        self._resume_from(saved, end_of_epoch)
 
-    def _go_on_from(self, epoch: int, end_of_epoch: bool) -> None:
+    def _resume_from(self, epoch: int, end_of_epoch: bool) -> None:
         # An epoch that was cut short is counted again.
         self.current = epoch if end_of_epoch else epoch - 1
 
@@ -140,25 +140,24 @@ class EpochCounterWithStopper(EpochCounter):
     @mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        self._go_on_from(state["current_epoch"], end_of_epoch)
+        self._resume_from(state["current_epoch"], end_of_epoch)
         self.best_limit = state["best_epoch"]
         self.best_score = state["best_score"]
         self.should_stop = state["should_stop"]
 
 
 class Epochs:
-    """Reads an epoch counter exactly when ``for epoch in epoch_counter`` would.
+    """Advances an epoch counter exactly when ``for epoch in epoch_counter`` would.
 
     Lightning asks more than once whether a run is over; only the first question
-    after an epoch has ended may draw from the counter, because drawing is what
-    moves an ``EpochCounter``.
+    after an epoch has ended may call ``next()``, which advances an ``EpochCounter``.
 
     Args:
         epoch_counter: Any iterable of epoch numbers.
 
     Attributes:
         counter: ``epoch_counter``.
-        current: What it gave last.
+        current: The epoch it returned last.
 
     Raises:
         TypeError: ``epoch_counter`` is not iterable.
@@ -172,17 +171,17 @@ class Epochs:
                 f"epoch_counter must be iterable, got {epoch_counter!r}: use "
                 "EpochCounter(limit=10) or range(1, 11) for ten epochs"
             )
-        # A counter that was moved before, or recovered, says where it is.
+        # A counter that was advanced before, or recovered, has a position.
         self.current: Any = getattr(epoch_counter, "current", None) or None
         self.counter = epoch_counter
         self._iterator: Iterator[Any] | None = None
-        self._drawn = False
+        self._is_waiting = False
         self._over = False
 
     def more(self) -> bool:
-        """Whether there is an epoch to run; draws it if none is waiting."""
-        if self._over or self._drawn:
-            return self._drawn
+        """Whether there is an epoch to run; advances the counter unless one is waiting."""
+        if self._over or self._is_waiting:
+            return self._is_waiting
         if self._iterator is None:
             self._iterator = iter(self.counter)
         try:
@@ -190,11 +189,11 @@ class Epochs:
         except StopIteration:
             self._over = True
             return False
-        self._drawn = True
+        self._is_waiting = True
         return True
 
     def skip(self, epochs: int) -> None:
-        """Leaves out epochs that were done before, and that the counter does not remember.
+        """Skips epochs that were done before, and that the counter does not remember.
 
         Args:
             epochs: How many.
@@ -202,12 +201,12 @@ class Epochs:
         self._iterator = itertools.islice(iter(self.counter), epochs, None)
 
     def start(self) -> Any:
-        """Begins the epoch that was drawn.
+        """Begins the epoch that is waiting.
 
         Returns:
-            Its number, or whatever the counter gives.
+            Its number, or whatever the counter yields.
         """
-        self._drawn = False
+        self._is_waiting = False
         return self.current
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""Where an error comes from: its stage, its epoch, its step and its batch."""
+"""Where an error comes from: its stage, epoch, step and batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from reprlib import Repr
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from brain_lightning.compat.versions import add_note
 from brain_lightning.errors import HookStoppedError
@@ -15,7 +15,7 @@ from brain_lightning.stage import Stage
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 PREFIX = "brain_lightning: in "
-# No errors but ways to end a loop.
+# Not errors, but ways to end a loop.
 CONTROL_FLOW = (StopIteration, HookStoppedError)
 
 _short = Repr()
@@ -23,45 +23,38 @@ _short.maxlist = _short.maxtuple = 8
 _short.maxstring = _short.maxother = 80
 
 
-class Located(Protocol):
-    """Something that knows where it is."""
-
-    def locate(self, error: Exception, batch: Any = None) -> None:
-        """Adds the place to an error."""
-
-
-def calls_hooks(method: Method) -> Method:
-    """Names the place of an error of a Brain's hook, and lets no hook end Lightning's loop.
+def with_error_context(method: Method) -> Method:
+    """Adds to an error in a hook of the Brain where it comes from.
 
     Args:
-        method: A method of something that is ``Located``; what it takes first, if anything,
-            is the batch in hand.
+        method: A method of a stage of a run, whose first argument, if any, is the batch.
 
     Returns:
-        The method, in which a StopIteration is a ``HookStoppedError``.
+        The method; a StopIteration in it is a ``HookStoppedError``, for it would end
+        Lightning's loop.
     """
 
     @functools.wraps(method)
-    def guarded(self: Located, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except StopIteration as error:
             raise HookStoppedError("a hook of the Brain raised StopIteration") from error
         except Exception as error:
-            self.locate(error, *args[:1])
+            self.run.locate(error, *args[:1])
             raise
 
     return guarded  # type: ignore[return-value]
 
 
-def add_place(
+def add_context(
     error: Exception, stage: Stage, epoch: Any, step: Mapping[str, int], batch: Any
 ) -> None:
-    """Adds to an error where it comes from; from a fit within a fit, the inner one first.
+    """Adds a note to an error; in a fit within a fit, that of the inner one comes first.
 
     Args:
         error: The error; its type and its arguments stay as they are.
-        stage: The stage that runs.
+        stage: The stage that is running.
         epoch: Its epoch, or None.
         step: The number of the step, by what it is called; 0 where none was taken.
         batch: The batch in hand; ``batch.id``, as SpeechBrain's PaddedBatch has it, or
@@ -69,15 +62,15 @@ def add_place(
     """
     if isinstance(error, CONTROL_FLOW):
         return
-    place = [] if epoch is None else [f"epoch {epoch}"]
-    place += [f"{name} {number}" for name, number in step.items() if number]
+    context = [stage.name] + ([] if epoch is None else [f"epoch {epoch}"])
+    context += [f"{name} {number}" for name, number in step.items() if number]
     # An error may be of a class that takes no notes.
     with suppress(Exception):
-        add_note(error, PREFIX + ", ".join([stage.name, *place]) + _ids_of(batch))
+        add_note(error, PREFIX + ", ".join(context) + _ids_of(batch))
 
 
 def _ids_of(batch: Any) -> str:
-    # Whatever goes wrong here must not take the place of the error.
+    # Whatever goes wrong here must not hide the error.
     with suppress(Exception):
         ids = batch.get("id") if isinstance(batch, Mapping) else getattr(batch, "id", None)
         if ids is not None:

@@ -17,7 +17,7 @@ INTRA_EPOCH_CKPT_FLAG = "brain_intra_epoch_ckpt"
 class IntervalCheckpoints:
     """Saves every so many minutes or steps of one training stage.
 
-    Whether and how is asked of the Brain, whose recipe may override either.
+    The Brain decides whether and how: a recipe may override either.
 
     Args:
         brain: The Brain in training.
@@ -39,7 +39,7 @@ class IntervalCheckpoints:
             self._restart()
 
     def save(self) -> None:
-        """Saves now, with what there is to save with."""
+        """Saves now, with the Brain's Checkpointer or the Trainer."""
         if self._brain.checkpointer is not None:
             self._brain._save_intra_epoch_ckpt()
         elif self._save_with_trainer is not None:
@@ -60,7 +60,7 @@ class IntervalCheckpoints:
 
 
 def is_asked_for(brain: BrainProtocol) -> bool:
-    """Whether somebody asked for such checkpoints; with a Checkpointer nobody has to.
+    """Whether the user asked for such checkpoints; with a Checkpointer there is no need to.
 
     Args:
         brain: The Brain.
@@ -79,7 +79,7 @@ def is_due(minutes: float, steps: int, last_ckpt_time: float, steps_since_ckpt: 
         steps_since_ckpt: Batches since then.
 
     Returns:
-        The same in every process: their clocks differ, and saving is done together.
+        The same on every rank: their clocks differ, and a save is collective.
     """
     if minutes <= 0 and steps <= 0:
         return False

@@ -10,13 +10,13 @@ _NOTHING = object()
 
 
 class StageLoader:
-    """The batches of one stage, drawn at the very moment a Brain would draw them.
+    """The batches of one stage, fetched exactly when a Brain would fetch them.
 
     Lightning makes a training iterator before training starts, may make it
-    twice, prefetches where there is no length, and believes a length for as
-    long as it runs. Each would draw from the random number generator, start
-    workers or count batches at another time than SpeechBrain. So ``iter()``
-    has no effect here, and a pass begins with the first batch after ``start()``.
+    twice, prefetches where there is no length, and keeps a length for as long
+    as it runs. Each would use the random number generator, start workers or
+    count batches at another time than SpeechBrain. So ``iter()`` has no effect
+    here, and a pass begins with the first batch after ``start()``.
 
     Args:
         loader: What ``fit`` or ``evaluate`` was given.
@@ -34,8 +34,8 @@ class StageLoader:
     def __len__(self) -> int:
         """A guess that keeps Lightning from prefetching; exhaustion ends a pass.
 
-        Never 0, for Lightning leaves out a stage whose loader is empty, while
-        SpeechBrain runs its hooks.
+        Never 0: Lightning skips a stage whose loader is empty, while SpeechBrain
+        runs its hooks.
         """
         length = self.known_length()
         return sys.maxsize if length is None else max(1, length)
@@ -48,20 +48,19 @@ class StageLoader:
             return None
 
     def start(self) -> None:
-        """Begins a new pass; nothing is drawn yet."""
+        """Begins a new pass; nothing is fetched yet."""
         self.close()
         self._pass = iter(self._make_pass(self.loader))
 
     def close(self) -> None:
         """Ends the pass, and with it the loader's iterator and workers."""
-        close = getattr(self._pass, "close", None)
-        self._pass = iter(())
+        old, self._pass = self._pass, iter(())
         self._ahead = _NOTHING
-        if close is not None:
-            close()
+        if hasattr(old, "close"):
+            old.close()
 
-    def advance(self) -> bool:
-        """Draws the next batch unless one is waiting.
+    def fetch(self) -> bool:
+        """Fetches the next batch unless one is waiting.
 
         Returns:
             Whether there is one.
@@ -74,19 +73,19 @@ class StageLoader:
         return self
 
     def __next__(self) -> Any:
-        if not self.advance():
+        if not self.fetch():
             raise StopIteration
         batch, self._ahead = self._ahead, _NOTHING
         return batch
 
 
 class Pass:
-    """One pass over data, of which a bar wants to know the length.
+    """One pass over data, with the data's length for the progress bar.
 
     Args:
         loader: What ``fit`` was given.
         batches: Begins to iterate it.
-        failed: Told of an error of the loader's.
+        failed: Called with an error that the loader raised.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from brain_lightning.distributed.communication import gather
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, hparams_of
 from brain_lightning.stage import Stage
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -26,14 +26,14 @@ LIGHTNINGS_OWN = {"epoch", "step"}
 
 
 class Metrics:
-    """Gathers numbers for ``monitor=`` and the Trainer's loggers, without an edit.
+    """Collects numbers for ``monitor=`` and the Trainer's loggers; the recipe stays as it is.
 
-    A recipe hands them to ``hparams.train_logger.log_stats`` and to the ``meta``
+    A recipe passes them to ``hparams.train_logger.log_stats`` and to the ``meta``
     of its checkpoints. They are named after their stage, ``valid_WER``, and
     without it, ``WER``; where several stages report a name, VALID has it.
 
     Args:
-        stage: Gives the stage that is running, for a checkpoint does not say.
+        stage: Returns the stage that is running: a checkpoint's ``meta`` does not say it.
 
     Attributes:
         validated: Whether the run has a VALID stage.
@@ -44,28 +44,27 @@ class Metrics:
         self._stage = stage
         self._found: dict[Stage, dict[str, float]] = {each: {} for each in Stage}
         self._plain: dict[str, float] = {}
-        # Names that are VALID's from its first report on.
+        # Names that VALID has reported once, and has from then on.
         self._valids: set[str] = set()
 
     def watch(self, brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
-        """Listens to what the recipe reports, until ``temporary`` is restored.
+        """Records what the recipe reports, until ``temporary`` is restored.
 
         Args:
-            brain: The Brain whose train logger and checkpointer are listened to.
+            brain: The Brain whose train logger and checkpointer it reports to.
             temporary: Records what is changed.
         """
-        train_logger = getattr(getattr(brain, "hparams", None), "train_logger", None)
-        watched = [(train_logger, "log_stats", self._hear_stats)] + [
-            (brain.checkpointer, name, self._hear_meta)
-            for name in ("save_checkpoint", "save_and_keep_only")
-        ]
-        for owner, name, listener in watched:
-            # An object with slots has no place for a listener.
+        for owner, name, record in (
+            (hparams_of(brain).get("train_logger"), "log_stats", self._record_stats),
+            (brain.checkpointer, "save_checkpoint", self._record_meta),
+            (brain.checkpointer, "save_and_keep_only", self._record_meta),
+        ):
+            # A method of an object with slots cannot be overridden.
             if hasattr(owner, name) and hasattr(owner, "__dict__"):
-                temporary.override(owner, name, _Overheard(owner, name, listener))
+                temporary.override(owner, name, _Recorded(owner, name, record))
 
     def add(self, stage: Stage, numbers: Any) -> None:
-        """Takes what is a number.
+        """Adds what is a number.
 
         Args:
             stage: The stage they speak of.
@@ -74,8 +73,8 @@ class Metrics:
         """
         self._found[stage] |= numbers_in(numbers)
 
-    def tell_apart(self, stage: Stage, position: int) -> None:
-        """Numbers what a stage found, where several loaders each are a stage.
+    def number_by_loader(self, stage: Stage, position: int) -> None:
+        """Names what a stage found after its loader, where each of several is a stage.
 
         Args:
             stage: The stage that has ended.
@@ -108,12 +107,12 @@ class Metrics:
         self._plain.clear()
         return _known_to_all(taken) if from_all_ranks else taken
 
-    def _hear_stats(self, arguments: Mapping[str, Any]) -> None:
+    def _record_stats(self, arguments: Mapping[str, Any]) -> None:
         self._plain |= numbers_in(arguments.get("stats_meta"))
         for name, stage in STAGES_OF_STATS.items():
             self.add(stage, arguments.get(name))
 
-    def _hear_meta(self, arguments: Mapping[str, Any]) -> None:
+    def _record_meta(self, arguments: Mapping[str, Any]) -> None:
         self.add(self._stage(), arguments.get("meta"))
 
 
@@ -126,27 +125,27 @@ def is_of_a_stage(name: str) -> bool:
     return name.startswith(tuple(staged(stage, "") for stage in Stage))
 
 
-class _Overheard:
-    """A method whose arguments somebody listens to; its result and errors are its own."""
+class _Recorded:
+    """A method whose arguments are recorded; its result and errors stay as they are."""
 
     def __init__(
-        self, owner: Any, name: str, listener: Callable[[Mapping[str, Any]], None]
+        self, owner: Any, name: str, record: Callable[[Mapping[str, Any]], None]
     ) -> None:
         self._owner, self._name = owner, name
         self._method = getattr(owner, name)
-        self._listener = listener
+        self._record = record
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._listener(inspect.signature(self._method).bind(*args, **kwargs).arguments)
+        self._record(inspect.signature(self._method).bind(*args, **kwargs).arguments)
         return self._method(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """Pickles as the method itself: nobody listens to a copy."""
+        """Pickles as the method itself: a copy records nothing."""
         return getattr, (self._owner, self._name)
 
 
 def _known_to_all(numbers: dict[str, float]) -> dict[str, float]:
-    """What any rank reports, for recipes report on the main process; the first one wins."""
+    """What any rank reports, the first one first: recipes report on the main process."""
     return dict(ChainMap(*gather(numbers)))
 
 
@@ -188,7 +187,7 @@ def numbers_in(values: Any) -> dict[str, float]:
 
 
 def _number(value: Any) -> float | None:
-    """A number; the mean of a list, which SpeechBrain's loggers take for one of each batch."""
+    """A number; the mean of a list, in which SpeechBrain's loggers expect one per batch."""
     if isinstance(value, (list, tuple)):
         numbers = [_number(each) for each in value]
         known = [number for number in numbers if number is not None]

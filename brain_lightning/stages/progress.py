@@ -1,4 +1,4 @@
-"""What a person watches: a bar, or in a log file whole lines now and then."""
+"""The progress of a stage: a bar in a terminal, or from time to time a line in a log file."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from brain_lightning.protocol import BrainProtocol
 from brain_lightning.stage import Stage
 
 with warnings.catch_warnings():
-    # A notebook without ipywidgets gets lines, and no complaint. Not tqdm.auto, whose bar
+    # A notebook without ipywidgets gets lines, and no warning. Not tqdm.auto, whose bar
     # calls iter() before there is anything to iterate: workers would start too early.
     warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.autonotebook import tqdm as best_bar
 
 
 class _Loss(text_bar):  # type: ignore[type-arg]  # no generic at run time
-    """Shows the running loss, which is looked at when something is drawn.
+    """Shows the running loss, which is read when the bar is.
 
     Args:
-        loss: Gives what to show behind the bar.
-        count: Gives the batches that are done.
+        loss: Returns what to show behind the bar.
+        count: Returns the number of batches that are done.
         **kwargs: Arguments of tqdm.
     """
 
@@ -37,32 +37,32 @@ class _Loss(text_bar):  # type: ignore[type-arg]  # no generic at run time
 
     @property
     def format_dict(self) -> Any:
-        """What is shown; tqdm asks for it every tenth of a second."""
+        """What is shown; tqdm reads it every tenth of a second."""
         self.set_postfix(self._loss(), refresh=False)
         return super().format_dict
 
     def close(self) -> None:
-        """Ends with what was done: limits leave a pass in its middle, unknown to tqdm."""
+        """Ends at the batches that are done: tqdm does not see that a limit ended the pass."""
         if not getattr(self, "disable", True):
             self.n = max(self.n, self._count())
         super().close()
 
 
 class LossBar(_Loss, best_bar):  # type: ignore[type-arg]
-    """A bar with the running loss; finished, it sums the stage up."""
+    """A bar with the running loss; at its end it shows the average of the stage."""
 
 
 class LossLines(_Loss):
-    """The same where nobody watches: a whole line every so many seconds, and a last one."""
+    """The same where there is no terminal: a line every few seconds, and a last one."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Writes a line, if one is due.
 
         Args:
-            msg: Nothing else is ever written.
-            pos: Nor is it written anywhere else.
+            msg: Ignored.
+            pos: Ignored.
         """
-        # Somebody's tqdm.write asks for it too, and after the last batch close() does.
+        # tqdm.write calls it too, and after the last batch close() does.
         if self.disable or self.last_print_n < self.n != self.total:
             # close() ends the last line itself.
             self.fp.write(f"{self}{'' if self.disable else chr(10)}")
@@ -72,7 +72,7 @@ class LossLines(_Loss):
 
 
 def is_watched() -> bool:
-    """Whether there is a terminal, or a notebook with bars of its own."""
+    """Whether there is a terminal, or a notebook that shows bars."""
     isatty = getattr(sys.stderr, "isatty", None)
     return best_bar is not text_bar or bool(isatty and isatty())
 
@@ -85,19 +85,19 @@ def progress_bar(
     loss: Callable[[], dict[str, float]],
     enable: bool,
 ) -> LossBar | LossLines:
-    """SpeechBrain's bar over the batches of a stage, or lines where nobody watches.
+    """SpeechBrain's bar over the batches of a stage, or lines where there is no terminal.
 
     Args:
-        brain: Says which, and gives the colour; a resumed training epoch starts at its
-            ``step``.
+        brain: Its options say which, and in which colour; a resumed training epoch
+            starts at its ``step``.
         loader: The batches.
         stage: The stage that is starting.
         epoch: Its epoch, or None.
-        loss: Gives its running loss.
+        loss: Returns its running loss.
         enable: Whether to show anything.
 
     Returns:
-        The bar, which gives the batches when iterated.
+        The bar, which yields the batches.
     """
     about: dict[str, Any] = {
         "loss": loss,
@@ -108,8 +108,8 @@ def progress_bar(
         "disable": not enable,
     }
     if brain.progress == "plain" or (brain.progress == "auto" and not is_watched()):
-        # No bar, and a look at the clock after each batch.
+        # No bar, and the clock is read after each batch.
         return LossLines(ncols=0, mininterval=brain.progress_interval, miniters=1, **about)
-    # None, for a notebook takes no empty colour.
+    # None: a notebook does not take an empty colour.
     colour = brain.tqdm_barcolor[stage.name.lower()] or None
     return LossBar(dynamic_ncols=True, colour=colour, **about)

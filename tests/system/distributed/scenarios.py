@@ -485,10 +485,10 @@ class Stream(IterableDataset[Any]):
 
 def streams_of_different_lengths(side: Side, record: Record) -> Any:
     handler = Heard(record)
-    logging.getLogger("brain_lightning.stages.run").addHandler(handler)
+    logging.getLogger("brain_lightning.stages.train").addHandler(handler)
     brain = make(side, record, run_opts=GLOO)
     brain.fit(side.EpochCounter(2), DataLoader(Stream(brain.rank), 4), dataset())
-    logging.getLogger("brain_lightning.stages.run").removeHandler(handler)
+    logging.getLogger("brain_lightning.stages.train").removeHandler(handler)
     record.results.append(brain.optimizer_step)
     return brain
 

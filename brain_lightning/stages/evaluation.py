@@ -1,0 +1,208 @@
+"""The VALID and TEST stages of a run: ``speechbrain.Brain._fit_valid`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from brain_lightning.distributed.communication import world_size
+from brain_lightning.stage import Stage
+
+from .error_context import with_error_context
+from .run_stage import RunStage
+from .sharded_evaluation import (
+    Shard,
+    ShardedStatistics,
+    average_over_ranks,
+    synchronize_buffers,
+)
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class EvaluationStage(RunStage):
+    """VALID or TEST. Of several loaders, each is a stage.
+
+    Args:
+        run: The run.
+
+    Attributes:
+        average: The average loss of the stage that is running or ran last.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.average = 0.0
+        self._position = 0
+        # Lightning disables gradients before it calls the hook in which a stage starts.
+        self._grad_enabled = torch.is_grad_enabled()
+
+    @with_error_context
+    def start(self) -> None:
+        """Starts the stage, of the first loader where there are several."""
+        self._position = 0
+        self._start_loaders()
+        self._start()
+
+    @with_error_context
+    def end(self) -> None:
+        """Ends the stage, of the last loader where there are several."""
+        self._end()
+
+    @with_error_context
+    def evaluate(self, batch: Any) -> Any:
+        """Counts a batch, evaluates it and averages its loss.
+
+        Args:
+            batch: What the loader gave.
+
+        Returns:
+            The detached loss.
+        """
+        brain = self.brain
+        brain.step += 1
+        loss = brain.evaluate_batch(batch, stage=self.brain_stage)
+        self.average = brain.update_average(loss, self.average)
+        self._after_batch()
+        return loss
+
+    def _after_batch(self) -> None:
+        pass
+
+    def _start(self) -> None:
+        self.run.current = self
+        with torch.set_grad_enabled(self._grad_enabled):
+            self.brain.on_stage_start(self.brain_stage, self.epoch)
+        self.brain.modules.eval()
+        self.average = 0.0
+
+    def _end(self) -> None:
+        brain, metrics = self.brain, self.run.metrics
+        # A Trainer's limit leaves the pass unfinished, with its workers and its bar.
+        self.loaders[self._position].close()
+        # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
+        if self.kind is Stage.VALID:
+            brain.step = 0
+        brain.on_stage_end(self.brain_stage, self.average, self.epoch)
+        brain.step = 0
+        metrics.add(self.kind, {"loss": self.average})
+        if len(self.loaders) > 1:
+            metrics.number_by_loader(self.kind, self._position)
+
+    def _average(self) -> float:
+        return self.average
+
+    def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
+        """``for batch in valid_set`` of ``_fit_valid`` and ``evaluate``.
+
+        Lightning has no hook between two loaders, but fetches the first batch of the
+        second when it is done with the first.
+        """
+        if position:
+            self._end()
+            self._position = position
+            self._start()
+        brain = self.brain
+        with self._bar(*self._source(loader, position)) as bar:
+            for batch in bar:
+                yield batch
+                if brain.debug and brain.step == brain.debug_batches:
+                    return
+
+    def _source(
+        self, loader: Iterable[Any], position: int
+    ) -> tuple[Iterable[Any], Callable[[Any], Iterator[Any]]]:
+        """What is iterated, and how a pass over it begins."""
+        return loader, iter
+
+
+class ValidStage(EvaluationStage):
+    """VALID: after the TRAIN stage of an epoch, or in its middle."""
+
+    kind = Stage.VALID
+    _train_step = 0
+    _statistics: ShardedStatistics | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank has a part of the batches (``--shard_eval``)."""
+        return self.brain.shard_eval and world_size() > 1
+
+    def given(self) -> Any:
+        """What ``fit`` was given to validate on, or None before it was looked at."""
+        loaders = [loader.loader for loader in self.loaders]
+        return loaders[0] if len(loaders) == 1 else loaders or None
+
+    @with_error_context
+    def start(self) -> None:
+        """Starts the VALID stage, of the first loader where there are several."""
+        self.run_state.begin_validation()
+        if self.run.train.is_running:
+            # A Trainer may validate in the middle of an epoch: VALID counts from 0.
+            self._train_step, self.brain.step = self.brain.step, 0
+        super().start()
+
+    @with_error_context
+    def end(self) -> None:
+        """Ends the VALID stage, of the last loader where there are several."""
+        super().end()
+        self.run_state.end_validation()
+        if self.run.train.is_running:
+            self.run.current = self.run.train
+            self.brain.step = self._train_step
+            self.brain.modules.train()
+
+    def _start(self) -> None:
+        super()._start()
+        self._statistics = None
+        if self.is_sharded:
+            synchronize_buffers(self.brain)
+            self._statistics = ShardedStatistics(self.brain)
+
+    def _after_batch(self) -> None:
+        if self._statistics is not None:
+            self._statistics.after_batch()
+        if world_size() == 1:
+            # Several ranks may have different numbers of batches: they end before.
+            self.run.end_if_terminated()
+
+    def _end(self) -> None:
+        if self._statistics is not None:
+            self.average = average_over_ranks(self.average, self.brain.step)
+            self._statistics.merge()
+        super()._end()
+
+    def _source(
+        self, loader: Iterable[Any], position: int
+    ) -> tuple[Iterable[Any], Callable[[Any], Iterator[Any]]]:
+        if self.is_sharded:
+            return Shard(loader), iter
+        return loader, functools.partial(self.run_state.validation_batches, index=position)
+
+
+class TestStage(EvaluationStage):
+    """TEST: once, in ``evaluate``, with the best checkpoint.
+
+    Args:
+        run: The run.
+        **keys: Arguments of ``on_evaluate_start``.
+    """
+
+    kind = Stage.TEST
+    # Not of an epoch.
+    epoch = None
+
+    def __init__(self, run: Run, **keys: str | None) -> None:
+        super().__init__(run)
+        self._keys = keys
+
+    @with_error_context
+    def recover_best(self) -> None:
+        """Begins an evaluation with ``on_evaluate_start``."""
+        self.run.current = self
+        with torch.set_grad_enabled(self._grad_enabled):
+            self.brain.on_evaluate_start(**self._keys)

@@ -1,0 +1,88 @@
+"""One stage of a run: what TRAIN, VALID and TEST have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from brain_lightning.stage import Stage
+
+from .loader import Pass, StageLoader
+from .metrics import staged
+from .progress import LossBar, LossLines, progress_bar
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class RunStage:
+    """A stage of a run, which runs once or in each epoch.
+
+    Args:
+        run: The run.
+
+    Attributes:
+        kind: Which stage it is.
+        run: The run.
+        brain: The Brain that runs.
+        run_state: What is saved of the run.
+        brain_stage: ``kind`` in the Brain's own enumeration: a recipe may compare with ``is``.
+        loaders: The loaders, as the Trainer iterates them.
+    """
+
+    kind: ClassVar[Stage]
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.brain, self.run_state = run, run.brain, run.run_state
+        self.brain_stage: Any = run.brain.stage_type[self.kind.name]
+        self.loaders: list[StageLoader] = []
+
+    @property
+    def epoch(self) -> Any:
+        """The number of the epoch; None in TEST."""
+        return self.run.epochs.current
+
+    def wrap(self, loaders: Sequence[Iterable[Any]]) -> list[StageLoader]:
+        """Puts the loaders under the control of the stage.
+
+        Args:
+            loaders: What the Trainer was given for the stage.
+
+        Returns:
+            What the Trainer is to iterate.
+        """
+        self.loaders = [
+            StageLoader(loader, functools.partial(self._batches, position=position))
+            for position, loader in enumerate(loaders)
+        ]
+        return self.loaders
+
+    def close(self) -> None:
+        """Ends every pass: no worker process and no bar is left behind."""
+        for loader in self.loaders:
+            loader.close()
+
+    def running_loss(self) -> dict[str, float]:
+        """The average loss so far by its metric's name; nothing before the first batch."""
+        return {staged(self.kind, "loss"): self._average()} if self.brain.step else {}
+
+    def _average(self) -> float:
+        raise NotImplementedError
+
+    def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
+        """One pass over the loader at a position among the others."""
+        raise NotImplementedError
+
+    def _start_loaders(self) -> None:
+        for loader in self.loaders:
+            loader.start()
+
+    def _bar(
+        self, loader: Iterable[Any], begin: Callable[[Any], Iterator[Any]]
+    ) -> LossBar | LossLines:
+        failed = functools.partial(self.run.locate, next_is="fetching batch")
+        batches, shown = Pass(loader, begin, failed), self.run.progressbar
+        return progress_bar(
+            self.brain, batches, self.kind, self.epoch, self.running_loss, shown
+        )

@@ -1,0 +1,152 @@
+"""The TRAIN stages of a run: ``speechbrain.Brain._fit_train``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from brain_lightning.distributed.communication import on_any_rank
+from brain_lightning.stage import Stage
+
+from .error_context import with_error_context
+from .interval_checkpoints import IntervalCheckpoints
+from .loader import StageLoader
+from .run_stage import RunStage
+
+if TYPE_CHECKING:
+    from .run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class TrainStage(RunStage):
+    """TRAIN: once in each epoch.
+
+    Args:
+        run: The run.
+
+    Attributes:
+        is_running: Whether a TRAIN stage has started and not ended.
+        steps_on_last_batch: Whether an incomplete accumulation window makes an update.
+        fetches_collectively: Whether ranks may run out of data at different batches.
+        batches: Training batches so far, over all epochs.
+        loss: The loss of the last one.
+    """
+
+    kind = Stage.TRAIN
+    # Stages whose batch is being fitted; a recipe may fit another Brain within.
+    _fitting: ClassVar[list[TrainStage]] = []
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.is_running = False
+        self.steps_on_last_batch = False
+        self.fetches_collectively = False
+        self.batches = 0
+        self.loss: Any = None
+
+    @property
+    def loader(self) -> StageLoader:
+        """The training loader."""
+        return self.loaders[-1]
+
+    @property
+    def is_innermost(self) -> bool:
+        """Whether it is this run's batch that is being fitted, not one of a run within it."""
+        return self._fitting[-1] is self
+
+    @with_error_context
+    def start(self) -> None:
+        """Starts the TRAIN stage of the next epoch."""
+        brain, epoch = self.brain, self.run.epochs.start()
+        self.is_running = True
+        self.run.current = self
+        self.run_state.begin_epoch(self.loader.loader)
+        brain.on_stage_start(self.brain_stage, epoch)
+        brain.modules.train()
+        brain.zero_grad()
+        brain.nonfinite_count = 0
+        if hasattr(brain.train_sampler, "set_epoch"):
+            brain.train_sampler.set_epoch(epoch)
+        self._start_loaders()
+
+    @with_error_context
+    def fit(self, batch: Any, fit_batch: Callable[[Any], Any], last: bool) -> Any:
+        """Counts a batch, fits it and averages its loss.
+
+        Args:
+            batch: What the loader gave.
+            fit_batch: Does the work.
+            last: Whether the Trainer expects it to be the last of the epoch.
+
+        Returns:
+            The detached loss.
+        """
+        brain, state = self.brain, self.run_state
+        brain.step += 1
+        brain.ends_window = last and self.steps_on_last_batch
+        self._fitting.append(self)
+        state.begin_batch()
+        try:
+            loss = fit_batch(batch)
+        finally:
+            self._fitting.pop()
+        self.loss = loss
+        brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
+        state.end_batch()
+        self.batches += 1
+        return loss
+
+    def fetch(self) -> bool:
+        """Fetches the next batch.
+
+        Returns:
+            Whether there is one, here and on all other ranks.
+        """
+        fetched = self.loader.fetch()
+        if not self.fetches_collectively or not on_any_rank(not fetched, self.brain.device):
+            return fetched
+        if fetched:
+            logger.warning(
+                "Another process has no training batch left after %d: the epoch ends for all.",
+                self.run_state.position.fitted,
+            )
+        return False
+
+    @with_error_context
+    def end(self) -> None:
+        """Ends the TRAIN stage."""
+        brain = self.brain
+        self.loader.close()
+        brain.zero_grad(set_to_none=True)
+        self.run_state.end_training()
+        brain.on_stage_end(self.brain_stage, brain.avg_train_loss, self.epoch)
+        self.run.metrics.add(Stage.TRAIN, {"loss": brain.avg_train_loss})
+        brain.avg_train_loss = 0.0
+        brain.step = 0
+        brain.ends_window = False
+        self.is_running = False
+
+    def limit_reached(self) -> bool:
+        """Whether there were as many updates as ``optimizer_step_limit`` allows."""
+        limit = self.brain.optimizer_step_limit
+        return limit is not None and self.brain.optimizer_step >= limit
+
+    def _average(self) -> float:
+        return self.brain.avg_train_loss
+
+    def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
+        """``for batch in train_set`` of ``_fit_train``; the Trainer fits where it yields."""
+        brain, run = self.brain, self.run
+        checkpoints = IntervalCheckpoints(brain, run.save_with_trainer)
+        with self._bar(loader, self.run_state.batches) as bar:
+            for batch in bar:
+                if self.limit_reached():
+                    logger.info("Train iteration limit exceeded")
+                    return
+                yield batch
+                if brain.debug and brain.step == brain.debug_batches:
+                    return
+                checkpoints.after_step()
+                run.end_if_terminated()
