@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -24,13 +23,13 @@ from brain_lightning.step.compile import compile_modules
 from brain_lightning.step.optimizers import split_vectors_from_weight_decay
 from brain_lightning.step.update import RawUpdate, fit_batch, optimizers_step
 
-from . import fit as brain_loops
-from .hooks import BrainHooks
+from .base import BrainBase
+from .fit import FitAndEvaluate
 
 logger = logging.getLogger(__name__)
 
 
-class Brain(BrainHooks):
+class Brain(FitAndEvaluate, BrainBase):
     """Fits and evaluates a set of modules: subclass it and say how, as in SpeechBrain.
 
     Override ``compute_forward`` and ``compute_objectives``; where that is not
@@ -66,7 +65,74 @@ class Brain(BrainHooks):
         >>> brain.fit(range(1), [torch.rand(10, 10)], progressbar=False)
     """
 
-    # ------------------------------------------------------- beginning to fit
+    # --------------------------------------------------------- what to compute
+
+    def compute_forward(self, batch: Any, stage: Stage) -> Any:
+        """Computes predictions; must be overridden.
+
+        Args:
+            batch: What the loader yielded.
+            stage: TRAIN, VALID or TEST.
+
+        Returns:
+            Whatever ``compute_objectives`` needs.
+        """
+        raise NotImplementedError
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Stage) -> Tensor:
+        """Computes the loss; must be overridden.
+
+        Args:
+            predictions: What ``compute_forward`` returned.
+            batch: What the loader yielded.
+            stage: TRAIN, VALID or TEST.
+
+        Returns:
+            A tensor with one number, to minimize.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------- hooks
+
+    def on_stage_start(self, stage: Stage, epoch: Any = None) -> None:
+        """Called when a stage starts, before the modules change between train and eval.
+
+        Args:
+            stage: The stage.
+            epoch: Its epoch; None in TEST.
+        """
+
+    def on_stage_end(self, stage: Stage, stage_loss: float, epoch: Any = None) -> None:
+        """Called when a stage has ended, for statistics and checkpoints.
+
+        Args:
+            stage: The stage.
+            stage_loss: The average loss over its batches.
+            epoch: Its epoch; None in TEST.
+        """
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        """Called before the forward pass of a training batch, outside autocast.
+
+        Args:
+            batch: What the loader yielded.
+            should_step: Whether an update will follow.
+        """
+
+    def on_fit_batch_end(
+        self, batch: Any, outputs: Any, loss: Tensor, should_step: bool
+    ) -> None:
+        """Called after the update.
+
+        Args:
+            batch: What the loader yielded.
+            outputs: What ``compute_forward`` returned.
+            loss: What ``compute_objectives`` returned.
+            should_step: Whether there was an update; False where one was due
+                but skipped, for its only loss was not finite.
+        """
+
+    # -------------------------------------------- beginning to fit or to evaluate
 
     def on_fit_start(self) -> None:
         """Begins ``fit``: compiles, makes the optimizers, loads the latest checkpoint."""
@@ -75,6 +141,18 @@ class Brain(BrainHooks):
         self.init_optimizers()
         if self.checkpointer is not None:
             self.checkpointer.recover_if_possible()
+
+    def on_evaluate_start(
+        self, max_key: str | None = None, min_key: str | None = None
+    ) -> None:
+        """Begins ``evaluate``: loads the best checkpoint.
+
+        Args:
+            max_key: The metric of which more is better.
+            min_key: The metric of which less is better.
+        """
+        if self.checkpointer is not None:
+            self.checkpointer.recover_if_possible(max_key=max_key, min_key=min_key)
 
     def _compile(self) -> None:
         """Compiles the modules; recipes that override ``on_fit_start`` call it."""
@@ -91,7 +169,7 @@ class Brain(BrainHooks):
         """Fits one batch. Override it for more than one update a batch.
 
         Args:
-            batch: What the loader gave.
+            batch: What the loader yielded.
 
         Returns:
             The detached loss.
@@ -103,7 +181,7 @@ class Brain(BrainHooks):
         """Evaluates one batch.
 
         Args:
-            batch: What the loader gave.
+            batch: What the loader yielded.
             stage: VALID or TEST.
 
         Returns:
@@ -279,63 +357,6 @@ class Brain(BrainHooks):
         for self.train_sampler in sampler.values():
             loader_kwargs.pop("shuffle", None)
         return {**loader_kwargs, **sampler}
-
-    # -------------------------------------------------------- fit and evaluate
-
-    def fit(
-        self,
-        epoch_counter: Iterable[Any],
-        train_set: Any,
-        valid_set: Any = None,
-        progressbar: bool | None = None,
-        train_loader_kwargs: Mapping[str, Any] = {},
-        valid_loader_kwargs: Mapping[str, Any] = {},
-        *,
-        trainer: Trainer | Mapping[str, Any] | None = None,
-    ) -> None:
-        """Iterates epochs and datasets to improve the objective.
-
-        Args:
-            epoch_counter: Gives the number of each epoch.
-            train_set: A DataLoader, or a dataset to make one for.
-            valid_set: The same for validation; None validates nothing.
-            progressbar: Whether to show a bar; by default unless ``noprogressbar``.
-            train_loader_kwargs: Arguments of the training DataLoader.
-            valid_loader_kwargs: Arguments of the validation DataLoader.
-            trainer: A Trainer, or arguments for one; ``hparams["trainer"]`` if not
-                given. ``--trainer.X=Y`` of the command line outranks both.
-        """
-        brain_loops.fit(
-            self, epoch_counter, train_set, valid_set, progressbar,
-            train_loader_kwargs, valid_loader_kwargs, trainer=trainer,
-        )  # fmt: skip
-
-    def evaluate(
-        self,
-        test_set: Any,
-        max_key: str | None = None,
-        min_key: str | None = None,
-        progressbar: bool | None = None,
-        test_loader_kwargs: Mapping[str, Any] = {},
-        *,
-        trainer: Trainer | Mapping[str, Any] | None = None,
-    ) -> float:
-        """Evaluates on a dataset, by default with the best checkpoint.
-
-        Args:
-            test_set: A DataLoader, or a dataset to make one for.
-            max_key: For ``on_evaluate_start``.
-            min_key: For ``on_evaluate_start``.
-            progressbar: Whether to show a bar; by default unless ``noprogressbar``.
-            test_loader_kwargs: Arguments of the DataLoader.
-            trainer: As for ``fit``.
-
-        Returns:
-            The average loss.
-        """
-        return brain_loops.evaluate(
-            self, test_set, max_key, min_key, progressbar, test_loader_kwargs, trainer=trainer
-        )
 
     # -------------------------------------------- parts of SpeechBrain's own loops
 

@@ -27,53 +27,85 @@ OF_EVERY_RUN = (
 )  # fmt: skip
 
 
-def fit(
-    brain: BrainProtocol,
-    epoch_counter: Iterable[Any],
-    train_set: Any,
-    valid_set: Any = None,
-    progressbar: bool | None = None,
-    train_loader_kwargs: Mapping[str, Any] = {},
-    valid_loader_kwargs: Mapping[str, Any] = {},
-    *,
-    trainer: Trainer | Mapping[str, Any] | None = None,
-) -> None:
-    """``speechbrain.Brain.fit``: see ``Brain.fit``."""
-    if epoch_counter is None:
-        raise BrainTypeError("epoch_counter is None: use EpochCounter(limit=10) or range(10)")
-    if brain.test_only:
-        logger.info("Test only mode, skipping training and validation stages.")
-        return
-    running = _trainer_for(brain, trainer)
-    stage = brain.stage_type
-    if not data.is_loader(train_set):
-        train_set = brain.make_dataloader(train_set, stage=stage.TRAIN, **train_loader_kwargs)
-    if valid_set is not None and not data.is_loader(valid_set):
-        kwargs = {"ckpt_prefix": None, **valid_loader_kwargs}
-        valid_set = brain.make_dataloader(valid_set, stage=stage.VALID, **kwargs)
-    shows_bar = _shows_bar(brain, progressbar)
-    module = to_lightning(brain, epoch_counter=epoch_counter, progressbar=shows_bar)
-    trainers.fit(running, module, train_set, valid_set)
+class FitAndEvaluate:
+    """``speechbrain.Brain.fit`` and ``evaluate``, run by Lightning's Trainer."""
 
+    def fit(
+        self: BrainProtocol,
+        epoch_counter: Iterable[Any],
+        train_set: Any,
+        valid_set: Any = None,
+        progressbar: bool | None = None,
+        train_loader_kwargs: Mapping[str, Any] = {},
+        valid_loader_kwargs: Mapping[str, Any] = {},
+        *,
+        trainer: Trainer | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Iterates epochs and datasets to improve the objective.
 
-def evaluate(
-    brain: BrainProtocol,
-    test_set: Any,
-    max_key: str | None = None,
-    min_key: str | None = None,
-    progressbar: bool | None = None,
-    test_loader_kwargs: Mapping[str, Any] = {},
-    *,
-    trainer: Trainer | Mapping[str, Any] | None = None,
-) -> float:
-    """``speechbrain.Brain.evaluate``: see ``Brain.evaluate``."""
-    running = _trainer_for(brain, trainer, collective=False)
-    if not data.is_loader(test_set):
-        kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
-        test_set = brain.make_dataloader(test_set, brain.stage_type.TEST, **kwargs)
-    shows_bar = _shows_bar(brain, progressbar)
-    module = to_lightning(brain, progressbar=shows_bar, max_key=max_key, min_key=min_key)
-    return trainers.test(running, module, test_set)
+        Args:
+            epoch_counter: Yields the number of each epoch.
+            train_set: A DataLoader, or a dataset to make one for.
+            valid_set: The same for validation; None validates nothing.
+            progressbar: Whether to show a bar; by default unless ``noprogressbar``.
+            train_loader_kwargs: Arguments of the training DataLoader.
+            valid_loader_kwargs: Arguments of the validation DataLoader.
+            trainer: A Trainer, or arguments for one; ``hparams["trainer"]`` if not
+                given. ``--trainer.X=Y`` of the command line outranks both.
+
+        Raises:
+            BrainTypeError: ``epoch_counter`` is None, or ``trainer`` is neither of the two.
+        """
+        if epoch_counter is None:
+            raise BrainTypeError(
+                "epoch_counter is None: use EpochCounter(limit=10) or range(10)"
+            )
+        if self.test_only:
+            logger.info("Test only mode, skipping training and validation stages.")
+            return
+        running = _trainer_for(self, trainer)
+        stage = self.stage_type
+        if not data.is_loader(train_set):
+            train_set = self.make_dataloader(
+                train_set, stage=stage.TRAIN, **train_loader_kwargs
+            )
+        if valid_set is not None and not data.is_loader(valid_set):
+            kwargs = {"ckpt_prefix": None, **valid_loader_kwargs}
+            valid_set = self.make_dataloader(valid_set, stage=stage.VALID, **kwargs)
+        shows_bar = _shows_bar(self, progressbar)
+        module = to_lightning(self, epoch_counter=epoch_counter, progressbar=shows_bar)
+        trainers.fit(running, module, train_set, valid_set)
+
+    def evaluate(
+        self: BrainProtocol,
+        test_set: Any,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        progressbar: bool | None = None,
+        test_loader_kwargs: Mapping[str, Any] = {},
+        *,
+        trainer: Trainer | Mapping[str, Any] | None = None,
+    ) -> float:
+        """Evaluates on a dataset, by default with the best checkpoint.
+
+        Args:
+            test_set: A DataLoader, or a dataset to make one for.
+            max_key: For ``on_evaluate_start``.
+            min_key: For ``on_evaluate_start``.
+            progressbar: Whether to show a bar; by default unless ``noprogressbar``.
+            test_loader_kwargs: Arguments of the DataLoader.
+            trainer: As for ``fit``.
+
+        Returns:
+            The average loss.
+        """
+        running = _trainer_for(self, trainer, collective=False)
+        if not data.is_loader(test_set):
+            kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
+            test_set = self.make_dataloader(test_set, self.stage_type.TEST, **kwargs)
+        shows_bar = _shows_bar(self, progressbar)
+        module = to_lightning(self, progressbar=shows_bar, max_key=max_key, min_key=min_key)
+        return trainers.test(running, module, test_set)
 
 
 def _shows_bar(brain: BrainProtocol, progressbar: bool | None) -> bool:
@@ -83,9 +115,9 @@ def _shows_bar(brain: BrainProtocol, progressbar: bool | None) -> bool:
 def _trainer_for(
     brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None, collective: bool = True
 ) -> Trainer:
-    """The command line outranks the call, which takes the place of hparams.
+    """The Trainer to run on: the command line outranks the call, which outranks hparams.
 
-    Processes train together; each evaluates by itself, as SpeechBrain's do.
+    Ranks train together; each evaluates alone, as in SpeechBrain.
     """
     speechbrain.adopt(brain)
     given = brain.trainer_arguments if trainer is None else trainer

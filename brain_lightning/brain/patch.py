@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -12,44 +11,15 @@ from lightning.pytorch import Callback
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.temporary import TemporaryAttributes
 
-from . import fit as brain_loops
+from .fit import FitAndEvaluate
 
 
-class Patch:
+class Patch(TemporaryAttributes):
     """What ``patch_speechbrain`` changed; leaving it as a context undoes that."""
-
-    def __init__(self) -> None:
-        self._temporary = TemporaryAttributes()
-
-    def apply(
-        self, brain_class: Any, trainer: Mapping[str, Any], callbacks: Sequence[Callback]
-    ) -> None:
-        """Changes SpeechBrain's Brain, and with it all of its subclasses.
-
-        Args:
-            brain_class: ``speechbrain.core.Brain``.
-            trainer: Arguments for every Trainer.
-            callbacks: Callbacks for every Trainer.
-        """
-        self._temporary.override(brain_class, "fit", brain_loops.fit)
-        self._temporary.override(brain_class, "evaluate", brain_loops.evaluate)
-        self._temporary.override(brain_class, "trainer_overrides", dict(trainer))
-        self._temporary.override(brain_class, "trainer_callbacks", tuple(callbacks))
 
     def undo(self) -> None:
         """Gives SpeechBrain its own loops back; a second call does nothing."""
-        self._temporary.restore()
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.undo()
+        self.restore()
 
 
 def patch_speechbrain(
@@ -59,11 +29,11 @@ def patch_speechbrain(
 
     Args:
         trainer: Arguments for every Trainer; they outrank ``hparams["trainer"]``.
-        callbacks: Callbacks for every Trainer, beside those that it has.
+        callbacks: Callbacks for every Trainer, in addition to its own.
 
     Returns:
-        The patch, in force already. ``with patch_speechbrain(): ...`` undoes it at
-        the end.
+        The patch, which is effective already. ``with patch_speechbrain(): ...`` undoes
+        it at the end.
 
     Raises:
         UnsupportedError: SpeechBrain is not installed.
@@ -76,5 +46,9 @@ def patch_speechbrain(
             "recipe our Brain, from brain_lightning import Brain"
         ) from error
     patch = Patch()
-    patch.apply(core.Brain, trainer or {}, callbacks)
+    # On the class itself, and with it on all of its subclasses.
+    patch.override(core.Brain, "fit", FitAndEvaluate.fit)
+    patch.override(core.Brain, "evaluate", FitAndEvaluate.evaluate)
+    patch.override(core.Brain, "trainer_overrides", dict(trainer or {}))
+    patch.override(core.Brain, "trainer_callbacks", tuple(callbacks))
     return patch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,26 +20,16 @@ from .sharded_evaluation import (
     synchronize_buffers,
 )
 
-if TYPE_CHECKING:
-    from .run import Run
-
 
 class EvaluationStage(RunStage):
     """VALID or TEST. Of several loaders, each is a stage.
-
-    Args:
-        run: The run.
 
     Attributes:
         average: The average loss of the stage that is running or ran last.
     """
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self.average = 0.0
-        self._position = 0
-        # Lightning disables gradients before it calls the hook in which a stage starts.
-        self._grad_enabled = torch.is_grad_enabled()
+    average = 0.0
+    _position = 0
 
     @with_error_context
     def start(self) -> None:
@@ -75,7 +65,7 @@ class EvaluationStage(RunStage):
 
     def _start(self) -> None:
         self.run.current = self
-        with torch.set_grad_enabled(self._grad_enabled):
+        with torch.set_grad_enabled(self.run.grad_enabled):
             self.brain.on_stage_start(self.brain_stage, self.epoch)
         self.brain.modules.eval()
         self.average = 0.0
@@ -185,24 +175,15 @@ class ValidStage(EvaluationStage):
 
 
 class TestStage(EvaluationStage):
-    """TEST: once, in ``evaluate``, with the best checkpoint.
-
-    Args:
-        run: The run.
-        **keys: Arguments of ``on_evaluate_start``.
-    """
+    """TEST: once, in ``evaluate``, with the best checkpoint."""
 
     kind = Stage.TEST
     # Not of an epoch.
     epoch = None
 
-    def __init__(self, run: Run, **keys: str | None) -> None:
-        super().__init__(run)
-        self._keys = keys
-
     @with_error_context
     def recover_best(self) -> None:
         """Begins an evaluation with ``on_evaluate_start``."""
         self.run.current = self
-        with torch.set_grad_enabled(self._grad_enabled):
-            self.brain.on_evaluate_start(**self._keys)
+        with torch.set_grad_enabled(self.run.grad_enabled):
+            self.brain.on_evaluate_start(**self.run.best_keys)

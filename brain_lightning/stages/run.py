@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
+
 from brain_lightning.distributed.termination import EXIT_STATUS, Termination
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.resume.run_state import RunState
@@ -38,6 +40,8 @@ class Run:
         min_key: For ``on_evaluate_start``.
 
     Attributes:
+        best_keys: Arguments of ``on_evaluate_start``.
+        grad_enabled: Whether gradients were enabled when the run was made.
         train: Its TRAIN stage.
         valid: Its VALID stage.
         test: Its TEST stage.
@@ -67,9 +71,12 @@ class Run:
         self.epochs = epochs
         self.run_state = run_state
         self.progressbar = progressbar
+        self.best_keys = {"max_key": max_key, "min_key": min_key}
+        # Lightning disables gradients before it calls the hook in which a stage starts.
+        self.grad_enabled = torch.is_grad_enabled()
         self.train = TrainStage(self)
         self.valid = ValidStage(self)
-        self.test = TestStage(self, max_key=max_key, min_key=min_key)
+        self.test = TestStage(self)
         all_stages: list[RunStage] = [self.train, self.valid, self.test]
         self.stages = {stage.kind: stage for stage in all_stages}
         self.current: RunStage = self.train

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.stage import Stage
@@ -14,17 +14,11 @@ from .interval_checkpoints import IntervalCheckpoints
 from .loader import StageLoader
 from .run_stage import RunStage
 
-if TYPE_CHECKING:
-    from .run import Run
-
 logger = logging.getLogger(__name__)
 
 
 class TrainStage(RunStage):
     """TRAIN: once in each epoch.
-
-    Args:
-        run: The run.
 
     Attributes:
         is_running: Whether a TRAIN stage has started and not ended.
@@ -38,13 +32,11 @@ class TrainStage(RunStage):
     # Stages whose batch is being fitted; a recipe may fit another Brain within.
     _fitting: ClassVar[list[TrainStage]] = []
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self.is_running = False
-        self.steps_on_last_batch = False
-        self.fetches_collectively = False
-        self.batches = 0
-        self.loss: Any = None
+    is_running = False
+    steps_on_last_batch = False
+    fetches_collectively = False
+    batches = 0
+    loss: Any = None
 
     @property
     def loader(self) -> StageLoader:
