@@ -378,8 +378,7 @@ class Brain(FitAndEvaluate, BrainBase):
         """Whether to save now; recipes may override it."""
         if self.checkpointer is None:
             return False
-        minutes, steps = self.ckpt_interval_minutes, self.ckpt_interval_steps
-        return interval.is_due(minutes, steps, last_ckpt_time, steps_since_ckpt)
+        return interval.is_due(self, last_ckpt_time, steps_since_ckpt)
 
     def _save_intra_epoch_ckpt(self) -> None:
         """Saves within an epoch; recipes may override it."""

@@ -27,16 +27,15 @@ def lightning_module_class(brain_class: type) -> type[BrainModule]:
     Raises:
         TypeError: ``brain_class`` is no Brain class.
     """
-    missing = [hook for hook in MANUAL_HOOKS if not hasattr(brain_class, hook)]
-    if missing:
-        raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
-    return _module_class(
-        brain_class, ManualModule if steps_itself(brain_class) else AutomaticModule
-    )
+    return _module_class(brain_class, steps_itself(brain_class))
 
 
 @cache
-def _module_class(brain_class: type, base: type[BrainModule]) -> type[BrainModule]:
+def _module_class(brain_class: type, manual: bool) -> type[BrainModule]:
+    missing = [hook for hook in MANUAL_HOOKS if not hasattr(brain_class, hook)]
+    if missing:
+        raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
+    base = ManualModule if manual else AutomaticModule
     return type(
         f"{brain_class.__name__}Module",
         (base,),
@@ -78,6 +77,5 @@ def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
             f"to_lightning needs a Brain, got the class {brain.__name__}: make one of it, or "
             f"use lightning_module_class({brain.__name__})"
         )
-    if steps_itself(type(brain), brain):
-        return _module_class(type(brain), ManualModule)(brain, **kwargs)
-    return lightning_module_class(type(brain))(brain, **kwargs)
+    brain_class = type(brain)
+    return _module_class(brain_class, steps_itself(brain_class, brain))(brain, **kwargs)

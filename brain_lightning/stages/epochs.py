@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # A score has to be better by this fraction to count as an improvement
 # (speechbrain.utils.epoch_loop.EpochCounterWithStopper).
 MIN_DELTA = 1e-6
+_NONE_LEFT = object()
 
 
 @register_checkpoint_hooks
@@ -174,7 +175,8 @@ class Epochs:
         # A counter that was advanced before, or recovered, has a position.
         self.current: Any = getattr(epoch_counter, "current", None) or None
         self.counter = epoch_counter
-        self._iterator: Iterator[Any] | None = None
+        # Calls iter() on the counter only when the first epoch is asked for.
+        self._epochs: Iterator[Any] = itertools.chain(epoch_counter)
         self._is_waiting = False
         self._over = False
 
@@ -182,15 +184,12 @@ class Epochs:
         """Whether there is an epoch to run; advances the counter unless one is waiting."""
         if self._over or self._is_waiting:
             return self._is_waiting
-        if self._iterator is None:
-            self._iterator = iter(self.counter)
-        try:
-            self.current = next(self._iterator)
-        except StopIteration:
-            self._over = True
-            return False
-        self._is_waiting = True
-        return True
+        epoch = next(self._epochs, _NONE_LEFT)
+        self._over = epoch is _NONE_LEFT
+        self._is_waiting = not self._over
+        if self._is_waiting:
+            self.current = epoch
+        return self._is_waiting
 
     def skip(self, epochs: int) -> None:
         """Skips epochs that were done before, and that the counter does not remember.
@@ -198,7 +197,7 @@ class Epochs:
         Args:
             epochs: How many.
         """
-        self._iterator = itertools.islice(iter(self.counter), epochs, None)
+        self._epochs = itertools.islice(self._epochs, epochs, None)
 
     def start(self) -> Any:
         """Begins the epoch that is waiting.

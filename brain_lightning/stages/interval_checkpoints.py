@@ -51,8 +51,7 @@ class IntervalCheckpoints:
             return brain._should_save_intra_epoch_ckpt(self._since, self._steps)
         if self._save_with_trainer is None or not is_asked_for(brain):
             return False
-        minutes, steps = brain.ckpt_interval_minutes, brain.ckpt_interval_steps
-        return is_due(minutes, steps, self._since, self._steps)
+        return is_due(brain, self._since, self._steps)
 
     def _restart(self) -> None:
         self._since = time.time()
@@ -69,18 +68,18 @@ def is_asked_for(brain: BrainProtocol) -> bool:
     return any(is_explicit(brain, option) and getattr(brain, option) > 0 for option in options)
 
 
-def is_due(minutes: float, steps: int, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
+def is_due(brain: BrainProtocol, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
     """Whether it is time to save (``speechbrain.Brain._should_save_intra_epoch_ckpt``).
 
     Args:
-        minutes: The interval in minutes, or 0.
-        steps: The interval in steps, or 0.
+        brain: Its ``ckpt_interval_minutes`` and ``ckpt_interval_steps`` are the interval.
         last_ckpt_time: When the last one was saved, in seconds.
         steps_since_ckpt: Batches since then.
 
     Returns:
         The same on every rank: their clocks differ, and a save is collective.
     """
+    minutes, steps = brain.ckpt_interval_minutes, brain.ckpt_interval_steps
     if minutes <= 0 and steps <= 0:
         return False
     elapsed = (time.time() - last_ckpt_time) / 60

@@ -42,10 +42,7 @@ class StageLoader:
 
     def known_length(self) -> int | None:
         """The loader's own length, now, or None where it has none."""
-        try:
-            return len(self.loader)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError, AttributeError):
-            return None
+        return length_of(self.loader)
 
     def start(self) -> None:
         """Begins a new pass; nothing is fetched yet."""
@@ -79,31 +76,13 @@ class StageLoader:
         return batch
 
 
-class Pass:
-    """One pass over data, with the data's length for the progress bar.
+def length_of(loader: Any) -> int | None:
+    """The length of a loader, now, or None where it has none.
 
     Args:
-        loader: What ``fit`` was given.
-        batches: Begins to iterate it.
-        failed: Called with an error that the loader raised.
+        loader: Any iterable.
     """
-
-    def __init__(
-        self,
-        loader: Any,
-        batches: Callable[[Any], Iterator[Any]],
-        failed: Callable[[Exception], None],
-    ) -> None:
-        self._loader = loader
-        self._batches = batches
-        self._failed = failed
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self._batches(self._loader)
-        except Exception as error:
-            self._failed(error)
-            raise
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError, AttributeError):
+        return None

@@ -79,7 +79,8 @@ def is_watched() -> bool:
 
 def progress_bar(
     brain: BrainProtocol,
-    loader: Iterable[Any],
+    batches: Iterable[Any],
+    total: int | None,
     stage: Stage,
     epoch: Any,
     loss: Callable[[], dict[str, float]],
@@ -90,7 +91,8 @@ def progress_bar(
     Args:
         brain: Its options say which, and in which colour; a resumed training epoch
             starts at its ``step``.
-        loader: The batches.
+        batches: The batches.
+        total: How many there are, or None where that is not known.
         stage: The stage that is starting.
         epoch: Its epoch, or None.
         loss: Returns its running loss.
@@ -102,7 +104,8 @@ def progress_bar(
     about: dict[str, Any] = {
         "loss": loss,
         "count": lambda: brain.step,
-        "iterable": loader,
+        "iterable": batches,
+        "total": total,
         "desc": stage.name if epoch is None else f"{stage.name} epoch {epoch}",
         "initial": brain.step if stage is Stage.TRAIN else 0,
         "disable": not enable,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from brain_lightning.stage import Stage
 
-from .loader import Pass, StageLoader
+from .loader import StageLoader, length_of
 from .metrics import staged
 from .progress import LossBar, LossLines, progress_bar
 
@@ -81,8 +81,16 @@ class RunStage:
     def _bar(
         self, loader: Iterable[Any], begin: Callable[[Any], Iterator[Any]]
     ) -> LossBar | LossLines:
-        failed = functools.partial(self.run.locate, next_is="fetching batch")
-        batches, shown = Pass(loader, begin, failed), self.run.progressbar
         return progress_bar(
-            self.brain, batches, self.kind, self.epoch, self.running_loss, shown
-        )
+            self.brain, self._fetched(loader, begin), length_of(loader),
+            self.kind, self.epoch, self.running_loss, self.run.progressbar,
+        )  # fmt: skip
+
+    def _fetched(
+        self, loader: Iterable[Any], begin: Callable[[Any], Iterator[Any]]
+    ) -> Iterator[Any]:
+        try:
+            yield from begin(loader)
+        except Exception as error:
+            self.run.locate(error, next_is="fetching batch")
+            raise

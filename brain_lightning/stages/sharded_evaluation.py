@@ -25,6 +25,11 @@ from brain_lightning.resume.epoch_statistics import OWN
 
 logger = logging.getLogger(__name__)
 
+# The name of an object of statistics, and of its attribute.
+Key = tuple[str, str]
+
+# What statistics count in.
+COUNTED = (list, int, float, Tensor)
 # A tensor with as many elements is not used for counting.
 LARGE = 100
 
@@ -128,6 +133,7 @@ class ShardedStatistics:
 
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
+        self._names = self._objects().keys()
         # The numbers and the lengths of lists, at first and after each batch.
         self._seen = [self._sizes()]
         self._others = self._sizes_of_others()
@@ -139,14 +145,15 @@ class ShardedStatistics:
     def merge(self) -> None:
         """Gives every rank what all of them have."""
         self._warn_of_others()
+        own = {key: self._gained(key, value) for key, value in self._values().items()}
+        found = gather(own)
         objects = self._objects()
-        found = gather({name: self._gained(name, obj) for name, obj in objects.items()})
-        for name, obj in objects.items():
-            gained = [each.get(name, {}) for each in found]
-            # A rank without a batch may not have made all of them.
-            for attribute in dict.fromkeys(itertools.chain(*gained)):
-                parts = [each[attribute] for each in gained if attribute in each]
-                self._merge(vars(obj), attribute, self._before(name, attribute), parts)
+        # A rank without a batch may not have made all attributes.
+        for name, attribute in dict.fromkeys(itertools.chain(*found)):
+            if name in objects:
+                key = (name, attribute)
+                parts = [gained[key] for gained in found if key in gained]
+                self._merge(vars(objects[name]), attribute, self._seen[0].get(key, 0), parts)
 
     def _merge(
         self, own: dict[str, Any], attribute: str, before: Any, parts: list[Any]
@@ -160,27 +167,33 @@ class ShardedStatistics:
         elif any(torch.as_tensor(part).any() for part in parts):
             own[attribute] = sum((_on(device, part) for part in parts), before)
 
-    def _gained(self, name: str, obj: Any) -> dict[str, Any]:
-        """What each batch has added to a list, and all of them to a number."""
+    def _gained(self, key: Key, value: Any) -> Any:
+        """What all batches have added to a number, and each of them to a list."""
+        if not isinstance(value, list):
+            return _on("cpu", value - self._seen[0].get(key, 0))
+        values = [_on("cpu", each) for each in value]
+        ends = [sizes.get(key, 0) for sizes in self._seen]
+        return [values[start:end] for start, end in itertools.pairwise(ends)]
+
+    def _sizes(self) -> dict[Key, Any]:
+        return {key: _size(value) for key, value in self._values().items()}
+
+    def _values(self) -> dict[Key, Any]:
         return {
-            attribute: self._pieces(name, attribute, value)
-            if isinstance(value, list)
-            else _on("cpu", value - self._before(name, attribute))
+            (name, attribute): value
+            for name, obj in self._objects().items()
             for attribute, value in vars(obj).items()
             if type(value) in COUNTED
         }
 
-    def _before(self, name: str, attribute: str, batches: int = 0) -> Any:
-        """A number, or the length of a list, after some batches."""
-        return self._seen[batches].get(name, {}).get(attribute, 0)
-
-    def _pieces(self, name: str, attribute: str, values: list[Any]) -> list[list[Any]]:
-        ends = [self._before(name, attribute, batches) for batches in range(len(self._seen))]
-        values = [_on("cpu", value) for value in values]
-        return [values[start:end] for start, end in itertools.pairwise(ends)]
-
-    def _sizes(self) -> dict[str, dict[str, Any]]:
-        return {name: _sizes(vars(obj)) for name, obj in self._objects().items()}
+    def _objects(self) -> dict[str, Any]:
+        owners = {"brain": vars(self._brain), "hparams": hparams_of(self._brain)}
+        return {
+            f"{owner}.{name}": value
+            for owner, values in owners.items()
+            for name, value in values.items()
+            if is_statistics(value, "append", "summarize")
+        }
 
     def _warn_of_others(self) -> None:
         """What a recipe counts in another way would differ between ranks."""
@@ -199,40 +212,24 @@ class ShardedStatistics:
         objects = {
             name: _comparable_sizes(vars(value))
             for name, value in others.items()
-            if hasattr(value, "__dict__") and f"brain.{name}" not in self._seen[0]
+            if hasattr(value, "__dict__") and f"brain.{name}" not in self._names
         }
         return {**objects, **_comparable_sizes(others)}
 
-    def _objects(self) -> dict[str, Any]:
-        owners = {"brain": vars(self._brain), "hparams": hparams_of(self._brain)}
-        return {
-            f"{owner}.{name}": value
-            for owner, values in owners.items()
-            for name, value in values.items()
-            if is_statistics(value, "append", "summarize")
-        }
-
-
-# What statistics count in.
-COUNTED = (list, int, float, Tensor)
-
-
-def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers, and the lengths of the lists, among some values."""
-    return {
-        name: len(value) if type(value) is list else _on("cpu", value)
-        for name, value in values.items()
-        if type(value) in COUNTED
-    }
-
 
 def _comparable_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with small tensors as lists and without large ones, which are no count."""
+    """The sizes among some values, with small tensors as lists and without large ones."""
+    sizes = {name: _size(value) for name, value in values.items() if type(value) in COUNTED}
     return {
-        name: value.tolist() if isinstance(value, Tensor) else value
-        for name, value in _sizes(values).items()
-        if not isinstance(value, Tensor) or value.numel() < LARGE
+        name: size.tolist() if isinstance(size, Tensor) else size
+        for name, size in sizes.items()
+        if not isinstance(size, Tensor) or size.numel() < LARGE
     }
+
+
+def _size(value: Any) -> Any:
+    """The length of a list; a number as it is, on the CPU."""
+    return len(value) if type(value) is list else _on("cpu", value)
 
 
 def _on(device: str, value: Any) -> Any:

@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from brain_lightning import to_lightning
-from brain_lightning.module import automatic as stepping
+from brain_lightning.module.automatic import AutomaticModule
+from brain_lightning.module.manual import ManualModule
 from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -66,7 +67,7 @@ def fit(cls: Any, **arguments: Any) -> tuple[Any, Any]:
 def lean_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batches that were fitted without Lightning's own steps."""
     seen: list[int] = []
-    for cls in (stepping.AutomaticModule, stepping.ManualModule):
+    for cls in (AutomaticModule, ManualModule):
         original = cls.fit_batch
 
         def fit_batch(
