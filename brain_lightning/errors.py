@@ -1,4 +1,4 @@
-"""What a user can do wrong, each as a built-in error that recipes already catch."""
+"""What can go wrong, each a subclass of the built-in error that recipes catch already."""
 
 
 class RunOptionError(ValueError):
@@ -6,7 +6,7 @@ class RunOptionError(ValueError):
 
 
 class UnsupportedError(ValueError):
-    """An option or a setting that cannot be honoured: refused in words, never ignored."""
+    """An option or a setting that is not supported: refused, never ignored."""
 
 
 class RecipeError(ValueError):

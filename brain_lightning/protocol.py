@@ -1,7 +1,8 @@
-"""The waist: what the Trainer's side uses of a Brain, and how it looks at one.
+"""The waist: all that the Trainer's side uses of a Brain.
 
-Nothing above this line of the architecture needs our own ``Brain`` class, so
-a real ``speechbrain.Brain`` can go through the same engine.
+``BrainProtocol`` has its attributes and methods, and the functions below look at a Brain
+from outside. No folder but ``brain`` knows our own ``Brain`` class, so that a real
+``speechbrain.Brain`` runs in the same way.
 """
 
 from __future__ import annotations
@@ -118,26 +119,12 @@ class BrainProtocol(OptionValues, Protocol):
 
 # A subclass that overrides one of these does its own stepping.
 MANUAL_HOOKS = ("fit_batch", "optimizers_step")
-# What fit_batch calls, and has no default.
+# fit_batch calls these, and they have no default.
 REQUIRED_HOOKS = ("compute_forward", "compute_objectives")
 
 
-def steps_itself(brain_class: type, brain: BrainProtocol | None = None) -> bool:
-    """Whether a Brain does its own stepping.
-
-    Args:
-        brain_class: Its class.
-        brain: The Brain, which may have a hook of its own.
-
-    Returns:
-        True where one of ``MANUAL_HOOKS`` is overridden.
-    """
-    own = () if brain is None else vars(brain)
-    return any(overrides(brain_class, hook) or hook in own for hook in MANUAL_HOOKS)
-
-
 def overrides(brain_class: type, hook: str) -> bool:
-    """Whether a subclass of Brain has a hook of its own.
+    """Whether a subclass of Brain overrides a hook.
 
     Args:
         brain_class: The class of a Brain.
@@ -148,7 +135,7 @@ def overrides(brain_class: type, hook: str) -> bool:
 
 
 def has_own(brain: BrainProtocol, hook: str) -> bool:
-    """Whether a Brain has a hook of its own, by its class or by itself.
+    """Whether a Brain overrides a hook, by its class or by an attribute.
 
     Args:
         brain: The Brain.
@@ -157,11 +144,25 @@ def has_own(brain: BrainProtocol, hook: str) -> bool:
     return hook in vars(brain) or overrides(type(brain), hook)
 
 
-def check_hooks(brain: BrainProtocol) -> None:
-    """Tells of a hook that is missing, or never called, before a batch is loaded.
+def steps_itself(brain_class: type, brain: BrainProtocol | None = None) -> bool:
+    """Whether a Brain steps its optimizers itself.
 
     Args:
-        brain: The Brain that is going to train.
+        brain_class: Its class.
+        brain: The Brain, which may override a hook by an attribute.
+
+    Returns:
+        True where one of ``MANUAL_HOOKS`` is overridden.
+    """
+    own = () if brain is None else vars(brain)
+    return any(hook in own or overrides(brain_class, hook) for hook in MANUAL_HOOKS)
+
+
+def check_hooks(brain: BrainProtocol) -> None:
+    """Refuses a Brain that lacks a hook, or overrides one that is never called.
+
+    Args:
+        brain: The Brain that is going to train, before a batch is loaded.
 
     Raises:
         BrainTypeError: A hook without default is not overridden.
@@ -175,7 +176,7 @@ def check_hooks(brain: BrainProtocol) -> None:
             "on_fit_batch_end, or a Lightning callback"
         )
     for hook in () if overrides(brain_class, "fit_batch") else REQUIRED_HOOKS:
-        if not overrides(brain_class, hook) and hook not in vars(brain):
+        if not has_own(brain, hook):
             raise BrainTypeError(
                 f"{brain_class.__name__} must define {hook}, or override fit_batch"
             )
@@ -191,7 +192,7 @@ def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
 
 
 def is_explicit(brain: object, option: str) -> bool:
-    """Whether somebody chose the value of a run option, rather than left it at its default.
+    """Whether the user chose the value of a run option, rather than leave its default.
 
     Args:
         brain: The Brain.
@@ -201,11 +202,11 @@ def is_explicit(brain: object, option: str) -> bool:
 
 
 def is_statistics(value: object, *methods: str) -> bool:
-    """Whether an object gathers statistics.
+    """Whether an object collects statistics.
 
     Args:
-        value: Anything.
-        *methods: Of the interface: SpeechBrain's ``append`` and ``summarize``, or
+        value: Any object.
+        *methods: The interface: SpeechBrain's ``append`` and ``summarize``, or
             torchmetrics' ``update`` and ``compute``.
     """
     if isinstance(value, type) or not hasattr(value, "__dict__"):

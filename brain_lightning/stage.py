@@ -6,11 +6,10 @@ from enum import Enum, auto
 
 
 class Stage(Enum):
-    """What a batch is used for; handed to every hook that may care.
+    """What a batch is used for; an argument of every hook that depends on it.
 
-    Equal to SpeechBrain's stage of the same name: a recipe that changed its
-    Brain and kept ``if stage == sb.Stage.TRAIN`` would else take the wrong
-    branch without a word.
+    Equal to SpeechBrain's stage of the same name: a recipe that changed its Brain and
+    kept ``if stage == sb.Stage.TRAIN`` would otherwise take the wrong branch.
     """
 
     TRAIN = auto()

@@ -67,15 +67,15 @@ class BrainBase(OptionValues):
     """
 
     optimizer: Optimizer
-    # How max_grad_norm clips, and whether the batch in hand ends an accumulation window
-    # early: a Trainer may say so for the time of a run.
+    # How max_grad_norm clips, and whether the current batch ends an accumulation window
+    # early: a Trainer may change them for a run.
     gradient_clip_algorithm = "norm"
     ends_window = False
-    # Arguments of every Trainer; `brain-lightning run` gives some: see recipe.py.
+    # Arguments of every Trainer, from the command line: see cli/script.py.
     trainer_overrides: Mapping[str, Any] = MappingProxyType({})
-    # Callbacks of every Trainer, beside those that it has.
+    # Callbacks of every Trainer, in addition to its own.
     trainer_callbacks: Sequence[Any] = ()
-    # What its hooks are told.
+    # The class of the stages that its hooks get.
     stage_type = Stage
 
     def __init__(
@@ -86,7 +86,7 @@ class BrainBase(OptionValues):
         run_opts: RunOptions | Mapping[str, Any] | None = None,
         checkpointer: Any = None,
     ) -> None:
-        # Anything else is the recipe's own affair: GANs give a list and unpack it.
+        # Anything else is the recipe's to use: GANs give a list and unpack it.
         if isinstance(opt_class, Optimizer):
             raise BrainTypeError(
                 "opt_class must make an optimizer of parameters, got an instance of "
@@ -155,7 +155,7 @@ class BrainBase(OptionValues):
         )
 
     def _join(self, checkpointer: Any) -> None:
-        """Makes the Brain one of the things that the checkpointer recovers."""
+        """Adds the Brain to what the checkpointer recovers."""
         if speechbrain.is_checkpointer(checkpointer):
             speechbrain.register_checkpoint_hooks(
                 BrainBase, EpochCounter, EpochCounterWithStopper

@@ -1,4 +1,4 @@
-"""What a Lightning file holds of a Brain, beside its weights and optimizers."""
+"""What a Lightning ``.ckpt`` holds of a Brain, beside its weights and optimizers."""
 
 from __future__ import annotations
 
@@ -43,11 +43,7 @@ def content(run: Run, weights: Mapping[str, Any]) -> Content:
         saves, ``states`` and ``files`` of everything else by name; empty on other than
         the main process.
     """
-    objects = _recoverables(run)
-    modules = _modules(objects.recoverables, weights)
-    optimizers = _optimizers(run.brain, objects.recoverables)
-    for name in modules.keys() | optimizers.keys():
-        del objects.recoverables[name]
+    objects, modules, optimizers = _split(run, weights)
     meta = {
         "unixtime": time.time(),
         "end-of-epoch": run.run_state.is_between_epochs,
@@ -75,8 +71,8 @@ def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
     """Recovers everything but what Lightning loads itself.
 
     Args:
-        checkpoint: The content of the file; the optimizers get the names that the
-            Brain has for them.
+        checkpoint: The content of the file, in which the optimizers are renamed as the
+            Brain calls them.
         run: The run that begins, after ``on_fit_start``.
         weights: As for ``content``.
 
@@ -84,11 +80,8 @@ def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
         CheckpointError: The file lacks something, or was not written of a Brain.
     """
     own = checkpoint[KEY]
-    objects = _recoverables(run)
-    optimizers = _optimizers(run.brain, objects.recoverables)
+    objects, _, optimizers = _split(run, weights)
     _rename_optimizers(checkpoint, optimizers)
-    for name in _modules(objects.recoverables, weights).keys() | optimizers.keys():
-        del objects.recoverables[name]
     with tempfile.TemporaryDirectory() as folder:
         write_files(own, Path(folder))
         Path(folder, METAFNAME).write_text(own["meta"], encoding="utf-8")
@@ -101,7 +94,7 @@ def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
 
 
 def check_content(checkpoint: Content) -> None:
-    """Refuses a file from which a run cannot go on.
+    """Refuses a file from which a run cannot be resumed.
 
     Args:
         checkpoint: The content of the file.
@@ -112,13 +105,25 @@ def check_content(checkpoint: Content) -> None:
     if KEY not in checkpoint:
         raise CheckpointError(
             "the checkpoint holds weights alone, or is not of a Brain: fit(ckpt_path=...) "
-            "goes on from what a Trainer saved of one, or brain-lightning convert wrote; "
+            "resumes from what a Trainer saved of one, or brain-lightning convert wrote; "
             "weights alone come with load_from_checkpoint(path, brain=brain)"
         )
 
 
+def _split(
+    run: Run, weights: Mapping[str, Any]
+) -> tuple[Recoverables, Content, dict[str, str]]:
+    """What is saved here; and the modules and optimizers, which Lightning saves."""
+    objects = _recoverables(run)
+    modules = _modules(objects.recoverables, weights)
+    optimizers = _optimizers(run.brain, objects.recoverables)
+    for name in modules.keys() | optimizers.keys():
+        del objects.recoverables[name]
+    return objects, modules, optimizers
+
+
 def _recoverables(run: Run) -> Recoverables:
-    """What the Brain's Checkpointer recovers; without one what can be found."""
+    """What the Brain's Checkpointer recovers; without one, every recoverable of the Brain."""
     brain = run.brain
     checkpointer = brain.checkpointer
     found: dict[str, Any] = {"brain": brain}
@@ -145,14 +150,14 @@ def _recoverables(run: Run) -> Recoverables:
 
 
 def _is_recoverable(obj: object) -> bool:
-    """Also a module beside ``modules``, such as a teacher; the scaler may be off."""
+    """Also a module beside ``modules``, such as a teacher; not the scaler, which may be off."""
     if isinstance(obj, (type, GradScaler)):
         return False
     return save_hook(obj) is not None and load_hook(obj) is not None
 
 
 def _is_frozen(obj: object) -> bool:
-    """A pretrained model among the hyperparameters is there anyway."""
+    """A pretrained model among the hyperparameters, which need not be saved."""
     return isinstance(obj, Module) and not any(p.requires_grad for p in obj.parameters())
 
 
@@ -185,7 +190,7 @@ def _optimizers(brain: BrainProtocol, recoverables: Mapping[str, Any]) -> dict[s
 
 
 def _rename_optimizers(checkpoint: Content, members: Mapping[str, str]) -> None:
-    """A converted directory has the recoverables' names."""
+    """Renames them where the file is a converted directory, with the recoverables' names."""
     for states in checkpoint["optimizer_states"]:
         for name, member in members.items():
             if name in states and member not in states:
@@ -217,7 +222,7 @@ def _state_in(path: Path) -> Any:
     try:
         return load_state(path) if zipfile.is_zipfile(path) else None
     except CheckpointError:
-        # A hook of the recipe's own wrote it, and reads it.
+        # A hook of the recipe wrote it, and reads it.
         return None
 
 

@@ -58,7 +58,7 @@ def _constructor(base: type[BrainModule], brain_class: type) -> Callable[..., No
 
 
 def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
-    """Turns a Brain into a LightningModule, for a Trainer of one's own.
+    """Turns a Brain into a LightningModule, for a Trainer that you make.
 
     Args:
         brain: The Brain; its modules are shared, not copied.

@@ -1,1 +1,35 @@
-"""SpeechBrain's order of events: one run, its TRAIN, VALID and TEST, its numbers."""
+"""SpeechBrain's order of events, cut where Lightning calls.
+
+``run`` is one ``fit`` or ``evaluate``; its stages are in ``train`` and ``evaluation`` and
+share ``run_stage``. Each row is one step of SpeechBrain's loops, in their order, and the
+hook of Lightning in which it happens, of ``BrainCallback`` (C) or ``BrainModule`` (M):
+
+======================  ==========================  =======================================
+Brain                   here                        Lightning
+======================  ==========================  =======================================
+fit, evaluate           Run.begin                   C.setup
+on_fit_start            (the module calls it)       M.configure_optimizers
+on_stage_start(TRAIN)   run.train.start             C.on_train_epoch_start
+fit_batch               run.train.fit               M.optimizer_step where Lightning steps,
+                                                    M.training_step where the Brain does,
+                                                    M.fit_batch in our lean loop
+next(train_set)         run.train.fetch             M.on_train_batch_end
+on_stage_end(TRAIN)     run.train.end               M.on_train_batch_end of the last batch,
+                                                    C.on_train_epoch_end without any batch
+on_stage_start(VALID)   run.valid.start             M.on_validation_model_eval
+evaluate_batch(VALID)   run.valid.evaluate          M.validation_step
+on_stage_end(VALID)     run.valid.end               M.on_validation_epoch_end
+(another epoch?)        Run.end_epoch               C.on_train_epoch_end
+next(epoch_counter)     Epochs.more                 before C.on_train_epoch_start
+on_evaluate_start       run.test.recover_best       M.on_test_model_eval
+on_stage_start(TEST)    run.test.start              M.on_test_model_eval
+evaluate_batch(TEST)    run.test.evaluate           M.test_step
+on_stage_end(TEST)      run.test.end                M.on_test_epoch_end
+(the end, or an error)  Run.close                   C.teardown, C.on_exception
+======================  ==========================  =======================================
+
+``epochs`` has the epoch counters; ``loader`` what Lightning iterates; ``progress`` the bar;
+``metrics`` the numbers of the stages; ``interval_checkpoints`` saves within an epoch;
+``sharded_evaluation`` divides a validation among ranks; ``error_context`` adds to an error
+where it comes from.
+"""

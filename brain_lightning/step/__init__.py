@@ -1,1 +1,6 @@
-"""One batch becomes one update: precision, gradients, optimizers, compiled modules."""
+"""One batch becomes one update.
+
+``update`` has SpeechBrain's ``fit_batch`` and ``optimizers_step``; ``optimizers`` the
+optimizers of a Brain and the ``OptimizerGroup`` that stands for all of them in Lightning;
+``precision`` device, autocast and gradient scaler; ``compile`` compiled modules.
+"""

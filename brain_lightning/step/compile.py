@@ -13,7 +13,7 @@ from brain_lightning.protocol import BrainProtocol
 logger = logging.getLogger(__name__)
 
 
-# What torch.compile puts into the names of a module's parameters.
+# torch.compile puts it into the names of a module's parameters.
 COMPILED_PREFIX = "_orig_mod."
 
 
@@ -50,7 +50,7 @@ def _keys(brain: BrainProtocol, option: str, keys: list[str] | None) -> list[str
 
 
 def _compile(brain: BrainProtocol, name: str) -> bool:
-    # A module that was compiled for an earlier fit is compiled anew, not twice.
+    # A module that an earlier fit compiled is compiled again, not twice.
     plain = getattr(brain.modules[name], "_orig_mod", brain.modules[name])
     try:
         module: Any = torch.compile(

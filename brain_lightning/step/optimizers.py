@@ -1,4 +1,4 @@
-"""A Brain's optimizers: which there are, clipping, and one group that steps them together."""
+"""The optimizers of a Brain: which there are, clipping, and one group of all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLIP_ALGORITHMS: dict[str, Callable[[list[Parameter], float], Any]] = {
 
 
 def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
-    """Every optimizer of a Brain, looked up anew: recipes replace them while they run.
+    """Every optimizer of a Brain, as it is now: recipes replace them during a run.
 
     Args:
         brain: The Brain after ``init_optimizers``.
@@ -37,7 +37,7 @@ def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
 
 
 def has_optimizer(brain: BrainProtocol) -> bool:
-    """Whether a Brain optimizes anything, be it by an optimizer that it alone knows.
+    """Whether a Brain has an optimizer, if only as an attribute that it steps itself.
 
     Args:
         brain: The Brain after ``init_optimizers``.
@@ -107,10 +107,10 @@ def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:
 class OptimizerGroup(Optimizer):
     """A Brain's optimizers as the one optimizer of Lightning's automatic optimization.
 
-    Owns nothing: ``param_groups`` are views of the members' own groups, named
-    after the member for a LearningRateMonitor; members are looked up at each
-    use, and ``step`` steps those in ``active``, through the Brain's scaler. So a
-    recipe goes on using its own torch optimizers.
+    It has no state: ``param_groups`` are views of the members' groups, named after
+    the member for a LearningRateMonitor; members are looked up at each use, and
+    ``step`` steps those in ``active``, through the Brain's scaler. So a recipe uses
+    its torch optimizers as before.
 
     Args:
         brain: The Brain whose optimizers these are.
@@ -119,7 +119,7 @@ class OptimizerGroup(Optimizer):
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
         self.active: Mapping[str, Optimizer] = {}
-        # torch insists on a parameter group; an empty one is let go again below.
+        # torch requires a parameter group; the setter below ignores an empty one.
         super().__init__([{"params": []}], {})
 
     @property
@@ -185,5 +185,5 @@ class OptimizerGroup(Optimizer):
             member.load_state_dict(state_dict[name])
 
 
-# torch would else call its global step hooks for the group too, besides each member.
+# torch would otherwise call its global step hooks for the group too, after each member's.
 OptimizerGroup.step.hooked = True  # type: ignore[attr-defined]

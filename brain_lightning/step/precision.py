@@ -1,4 +1,4 @@
-"""Where a Brain lives: its device, and the precision it computes with there."""
+"""The device of a Brain, and the precision in which it computes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
 
     Returns:
         ``torch.autocast``; for fp32 a context without effect, so that a recipe's
-        own autocast around it stays in force.
+        own autocast around it remains effective.
 
     Raises:
         RunOptionError: ``precision`` is none of them, or fp16 on the CPU.

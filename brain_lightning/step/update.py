@@ -1,7 +1,7 @@
 """How one batch becomes one update: SpeechBrain's ``fit_batch`` and ``optimizers_step``.
 
-Written once, for two ways of doing it. ``RawUpdate`` calls torch, as SpeechBrain
-does; the generated module has another ``Update`` that goes through the Trainer.
+Both take an ``Update``, which computes and applies the gradients. ``RawUpdate`` calls
+torch, as SpeechBrain does; ``module.automatic`` has one that goes through the Trainer.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
     factor = brain.grad_accumulation_factor
     scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
     mine = torch.isfinite(scaled)
-    # A rank that has no gradients would keep the others waiting for ever.
+    # The others would wait forever for a rank that has no gradients.
     finite = on_all_ranks(mine)
-    # Brain's own does nothing with a finite loss, but look at it once more.
+    # The default would only check a finite loss a second time.
     if not finite or has_own(brain, "check_loss_isfinite"):
         brain.check_loss_isfinite(scaled if finite or not mine else scaled * torch.nan)
     return TrainingLoss(outputs, loss, scaled, finite)
@@ -120,7 +120,7 @@ def optimizers_step(
 
     Args:
         brain: The Brain whose gradients are ready.
-        apply: Clips and steps the optimizers that it is given.
+        apply: Clips the gradients of some optimizers and steps these.
     """
     if brain.optimizers_dict is None and brain.opt_class is None:
         return
@@ -180,11 +180,11 @@ class RawUpdate:
 
 
 class DirectUpdate(RawUpdate):
-    """An update by torch alone of a Brain that leaves the stepping to us.
+    """An update by torch alone of a Brain that does not override stepping.
 
     Args:
         brain: The Brain to update.
-        computed: Called when the gradients of a batch are there.
+        computed: Called when the gradients of a batch are computed.
 
     Attributes:
         result: What the batch gave.
