@@ -150,7 +150,7 @@ def _recoverables(run: Run) -> Recoverables:
 
 
 def _is_recoverable(obj: object) -> bool:
-    """Also a module beside ``modules``, such as a teacher; not the scaler, which may be off."""
+    """Also a module beside ``modules``, such as a teacher; not a scaler, which may be off."""
     if isinstance(obj, (type, GradScaler)):
         return False
     return save_hook(obj) is not None and load_hook(obj) is not None

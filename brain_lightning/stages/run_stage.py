@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from brain_lightning.stage import Stage
 
 from .loader import StageLoader, length_of
 from .metrics import staged
-from .progress import LossBar, LossLines, progress_bar
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from .run import Run
@@ -78,17 +79,23 @@ class RunStage:
         for loader in self.loaders:
             loader.start()
 
+    @contextmanager
     def _bar(
         self, loader: Iterable[Any], begin: Callable[[Any], Iterator[Any]]
-    ) -> LossBar | LossLines:
-        return progress_bar(
-            self.brain, self._fetched(loader, begin), length_of(loader),
-            self.kind, self.epoch, self.running_loss, self.run.progressbar,
-        )  # fmt: skip
+    ) -> Iterator[Iterable[Any]]:
+        """One pass over the loader, with a bar; left early, it ends with its workers."""
+        with (
+            closing(self._fetched(loader, begin)) as batches,
+            progress_bar(
+                self.brain, batches, length_of(loader),
+                self.kind, self.epoch, self.running_loss, self.run.progressbar,
+            ) as bar,
+        ):  # fmt: skip
+            yield bar
 
     def _fetched(
         self, loader: Iterable[Any], begin: Callable[[Any], Iterator[Any]]
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         try:
             yield from begin(loader)
         except Exception as error:
