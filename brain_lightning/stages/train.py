@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from brain_lightning.distributed.communication import on_any_rank
@@ -21,6 +21,7 @@ class TrainStage(RunStage):
     """TRAIN: once in each epoch.
 
     Attributes:
+        loader: The training loader, as the Trainer iterates it.
         is_running: Whether a TRAIN stage has started and not ended.
         steps_on_last_batch: Whether an incomplete accumulation window makes an update.
         fetches_collectively: Whether ranks may run out of data at different batches.
@@ -29,19 +30,19 @@ class TrainStage(RunStage):
     """
 
     kind = Stage.TRAIN
-    # Stages whose batch is being fitted; a recipe may fit another Brain within.
-    _fitting: ClassVar[list[TrainStage]] = []
-
+    loader: StageLoader
     is_running = False
     steps_on_last_batch = False
     fetches_collectively = False
     batches = 0
     loss: Any = None
+    # Stages whose batch is being fitted; a recipe may fit another Brain within.
+    _fitting: ClassVar[list[TrainStage]] = []
 
-    @property
-    def loader(self) -> StageLoader:
-        """The training loader."""
-        return self.loaders[-1]
+    def wrap(self, loaders: Sequence[Iterable[Any]]) -> list[StageLoader]:
+        """See ``RunStage.wrap``; there is one loader."""
+        (self.loader,) = super().wrap(loaders)
+        return self.loaders
 
     @property
     def is_innermost(self) -> bool:
