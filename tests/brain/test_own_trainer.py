@@ -62,7 +62,7 @@ def test_validate() -> None:
     ]  # fmt: skip
 
 
-def test_validate_tells_the_epoch_that_the_counter_is_at() -> None:
+def test_validate_reports_the_epoch_of_the_counter() -> None:
     counter = EpochCounter(5)
     next(counter)
     brain = make(hparams={"epoch_counter": counter})

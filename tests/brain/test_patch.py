@@ -194,7 +194,7 @@ def test_validation_of_every_other_epoch_is_lightnings_own_validation() -> None:
     assert "_validate" not in vars(brain)
 
 
-def test_a_training_loop_of_its_own_is_refused() -> None:
+def test_an_overridden_training_loop_is_refused() -> None:
     class OwnLoop(Regression):
         def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
             pass
@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_is_skipped_as_with_our_brain() -> None:
     assert all(weight.isfinite().all() for weight in weights(brain))
 
 
-def test_a_trainer_that_the_command_line_cannot_change_is_told() -> None:
+def test_a_trainer_that_the_command_line_cannot_change_is_refused() -> None:
     words = r"--trainer\.max_steps cannot change"
     with (
         patch_speechbrain(trainer={"max_steps": 3}),

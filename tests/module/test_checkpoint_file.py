@@ -157,7 +157,7 @@ WAYS: dict[str, tuple[Callbacks, Callable[[Any], bool], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_model_checkpoint_goes_on(tmp_path: Path, way: str) -> None:
+def test_a_model_checkpoint_resumes(tmp_path: Path, way: str) -> None:
     callbacks, cut, options = WAYS[way]
     whole, resumed, _ = whole_and_resumed(tmp_path, callbacks, cut, **options)
     assert_same(whole, resumed)
@@ -174,7 +174,7 @@ def test_save_checkpoint_in_a_window_that_is_not_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["compute_forward", "compute_objectives", "evaluate_batch"])
-def test_an_exception_leaves_a_checkpoint_that_goes_on(tmp_path: Path, where: str) -> None:
+def test_an_exception_leaves_a_checkpoint_that_resumes(tmp_path: Path, where: str) -> None:
     """The batch that failed is fitted again, a validation that failed begins again."""
     whole = brain_in(None, grad_accumulation_factor=2)
     fit(whole, [])
@@ -283,7 +283,7 @@ def test_epochs_without_a_counter_that_remembers(tmp_path: Path) -> None:
     assert len(resumed.events) == 4
 
 
-def test_a_directory_becomes_a_file_that_goes_on_and_back(tmp_path: Path) -> None:
+def test_a_directory_becomes_a_file_that_resumes_and_back(tmp_path: Path) -> None:
     whole = brain_in(None)
     fit(whole, [])
     first = brain_in(tmp_path / "save", ckpt_interval_steps=5)

@@ -124,13 +124,13 @@ def test_every_raw_step_is_announced_with_its_optimizer() -> None:
     assert steps.counted == [2, 4, 6, 8, 10]
 
 
-def test_the_modules_own_hook_hears_of_it_too() -> None:
-    heard = []
+def test_the_modules_own_hook_is_called_too() -> None:
+    called = []
     brain = gan_brain(OURS, Record())
     module = to_lightning(brain)
-    module.on_before_optimizer_step = heard.append
+    module.on_before_optimizer_step = called.append
     fit(module, max_epochs=1)
-    assert len(heard) == 10
+    assert len(called) == 10
 
 
 def test_after_a_run_nothing_is_counted() -> None:

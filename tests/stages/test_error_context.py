@@ -133,7 +133,7 @@ def notes(error: BaseException) -> list[str]:
         ("on_stage_end", "VALID", 0, "VALID, epoch 1"),
     ],
 )
-def test_an_error_names_its_place(
+def test_an_error_names_its_stage_and_batch(
     run: Any, hook: str, stage: str, at: int, place: str
 ) -> None:
     error, found = failed(run, hook=hook, stage=stage, at=at)
@@ -242,7 +242,7 @@ def test_an_error_of_the_transfer_names_the_batch() -> None:
     assert notes(caught.value) == [f"brain_lightning: in {place}"]
 
 
-def test_a_fit_within_a_fit_names_both_places() -> None:
+def test_a_fit_within_a_fit_names_both_stages() -> None:
     class Outer(Regression):
         def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
             inner = make(Failing)
@@ -255,7 +255,7 @@ def test_a_fit_within_a_fit_names_both_places() -> None:
     assert notes(caught.value) == [f"brain_lightning: in {place}" for place in places]
 
 
-def test_an_error_that_is_raised_again_names_the_new_place_too() -> None:
+def test_an_error_that_is_raised_again_names_the_new_location_too() -> None:
     error = MineError()
     found: list[str] = []
     for step in (2, 4):

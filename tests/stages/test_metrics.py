@@ -26,7 +26,7 @@ WER = [30.0, 20.0, 25.0, 22.0, 10.0]
 
 
 class Logging(Regression):
-    """Reports as recipes do, in words of its own."""
+    """Reports numbers as recipes do."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         super().on_stage_end(stage, stage_loss, epoch)
@@ -181,7 +181,7 @@ def test_brain_fit_logs_where_it_is_asked_to(tmp_path: Path) -> None:
     assert "valid_loss" in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
-def test_several_validation_loaders_are_told_apart() -> None:
+def test_several_validation_loaders_are_numbered() -> None:
     class TwoSets(Regression):
         def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
             super().on_stage_end(stage, stage_loss, epoch)
@@ -237,7 +237,7 @@ def test_a_test_is_logged_where_the_brain_is(tmp_path: Path) -> None:
     assert trainer.global_step == trainer.current_epoch == 0
 
 
-def test_early_stopping_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_early_stopping_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     # The loss falls: the second epoch is no better.
     stopping = EarlyStopping("valid_loss", mode="max", patience=1)

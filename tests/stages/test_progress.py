@@ -56,7 +56,7 @@ def with_bar(cls: Any = Remembering, **run_opts: Any) -> Any:
     return make(cls, noprogressbar=False, progress="bar", **run_opts)
 
 
-def drawn(text: str) -> list[str]:
+def lines_of(text: str) -> list[str]:
     """What a terminal has in its lines in the end."""
     return [line.split("\r")[-1] for line in text.split("\n") if line.strip()]
 
@@ -70,7 +70,7 @@ def test_each_bar_ends_with_the_average_loss_of_its_stage(
     brain = with_bar()
     brain.fit(range(1, 3), loader(), loader())
     brain.evaluate(loader())
-    lines = drawn(capfd.readouterr().err)
+    lines = lines_of(capfd.readouterr().err)
     assert len(lines) == len(brain.losses) == 5
     for line, (stage, epoch, loss) in zip(lines, brain.losses, strict=True):
         name = f"{stage}: 100%" if epoch is None else f"{stage} epoch {epoch}: 100%"
@@ -85,7 +85,7 @@ def test_a_pass_that_is_cut_short_shows_what_was_done(
     limits = {"limit_train_batches": 3, "limit_val_batches": 2}
     brain = make(Remembering, noprogressbar=False, progress=progress)
     brain.fit(range(1), loader(), loader(), trainer=limits)
-    train, valid = drawn(capfd.readouterr().err)
+    train, valid = lines_of(capfd.readouterr().err)
     assert "3/5" in train
     assert "2/5" in valid
     assert f"train_loss={brain.losses[0][2]:.3g}]" in train
@@ -121,7 +121,7 @@ def test_without_a_bar_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_bar_begins_no_pass(capfd: pytest.CaptureFixture[str]) -> None:
-    """Workers and seeds are drawn with the first batch, as without a bar."""
+    """Workers and seeds are made with the first batch, as without a bar."""
 
     class Counting(DataLoader[Any]):
         begun = 0
@@ -300,7 +300,7 @@ def lightnings(cls: Any, found: list[dict[str, Any]]) -> Any:
     [TQDMProgressBar, pytest.param(RichProgressBar, marks=needs_lightning("2.5.3"))],
 )
 @pytest.mark.parametrize("own_trainer", [True, False])
-def test_a_bar_of_lightnings_takes_the_place_and_shows_the_same(
+def test_a_bar_of_lightnings_replaces_ours_and_shows_the_same(
     bar_class: Any, own_trainer: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     brain = make(

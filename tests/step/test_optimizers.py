@@ -66,7 +66,7 @@ def test_statistics_are_speechbrains(inside: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual")  # see test_raw_steps
-def test_lightning_saves_it_as_often_as_it_is_told(tmp_path: Path) -> None:
+def test_lightning_saves_it_as_often_as_asked(tmp_path: Path) -> None:
     brain = statistics_brain(OURS, {"mean": Mean()})
     folder = tmp_path / "saved"
     saver = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
