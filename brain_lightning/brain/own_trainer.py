@@ -31,7 +31,7 @@ from brain_lightning.errors import (
     RunOptionError,
     UnsupportedError,
 )
-from brain_lightning.lightning_internals.loaders import leave_signals_alone
+from brain_lightning.lightning_internals.signals import disable_signal_handlers
 from brain_lightning.lightning_internals.strategies import check_strategy
 from brain_lightning.module.brain_module import BrainModule
 from brain_lightning.options.run_options import unknown
@@ -62,12 +62,12 @@ EXPECTED_WARNINGS = (
 
 
 class OwnTrainer(Trainer):
-    """The Trainer that ``brain.fit`` makes: unheard, and without a hand in signals."""
+    """The Trainer that ``brain.fit`` makes: it logs little and handles no signals."""
 
     def __init__(self, **kwargs: Any) -> None:
         with _silence():
             super().__init__(**kwargs)
-        leave_signals_alone(self)
+        disable_signal_handlers(self)
 
 
 # Arguments that say in how many processes to run.

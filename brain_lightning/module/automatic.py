@@ -14,7 +14,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from brain_lightning.lightning_internals import loaders as _loops
+from brain_lightning.lightning_internals.callbacks import callbacks_of
+from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import OptimizerGroup, has_optimizer
 from brain_lightning.step.update import (
@@ -61,7 +62,7 @@ class AutomaticModule(BrainModule):
             self._training_loss = None
         # Where nothing is optimized a batch counts: ModelCheckpoint goes by the steps.
         if brain.optimizer_step == before and has_optimizer(brain):
-            _loops.discount_step(self.trainer)
+            count_steps(self.trainer, -1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """``compute_forward`` and ``compute_objectives`` at Stage.TRAIN."""
@@ -94,7 +95,7 @@ class AutomaticModule(BrainModule):
         last = self._believes_last(batch_idx)
         self.run.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
         if brain.optimizer_step != before or not has_optimizer(brain):
-            _loops.count_step(self.trainer)
+            count_steps(self.trainer, 1)
         # What training_step returns.
         return {} if update.result is None else {"loss": update.result.scaled.detach()}
 
@@ -159,7 +160,7 @@ class ManualModule(BrainModule):
         with self._watched_steps() as steps:
             last = self._believes_last(batch_idx)
             loss = self.run.fit(batch, self.brain.fit_batch, last)
-        _loops.count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
+        count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 
@@ -201,7 +202,6 @@ class ManualModule(BrainModule):
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._is_mine():
             trainer = self.trainer
-            # An attribute that Lightning's type hints do not show.
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in callbacks_of(trainer):
                 callback.on_before_optimizer_step(trainer, self, optimizer)
             self.on_before_optimizer_step(optimizer)

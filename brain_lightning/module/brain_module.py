@@ -18,8 +18,9 @@ from brain_lightning.callback.profiling import end_when_profiled
 from brain_lightning.callback.unsupported import check_backbone
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.ddp import unwrap_modules, without_wrapper
-from brain_lightning.lightning_internals import loaders as _loops
+from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
+from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.loggers.curve_plot import CurvePlot
 from brain_lightning.protocol import BrainProtocol, check_hooks
 from brain_lightning.resume.run_state import KEY, RunState, run_state
@@ -177,27 +178,13 @@ class BrainModule(LightningModule):
             return None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Draws the next batch, as late as SpeechBrain does; without one TRAIN ends.
+        """Fetches the next batch, as late as SpeechBrain does; without one TRAIN ends.
 
         The last hook of a batch: every callback has seen it before.
         """
         self._log_running_loss()
         end_when_profiled(self.trainer, self.brain, self.run.batches)
-        self.draw_batch()
-
-    def draw_batch(self) -> bool:
-        """Draws the next batch; without one TRAIN ends.
-
-        Returns:
-            Whether there is one.
-        """
-        loader = self.run.train_loader
-        cut = _loops.is_cut_short(self.trainer, loader.known_length())
-        last = cut or not self.run.draw()
-        _loops.mark_last_batch(self.trainer, last)
-        if last:
-            self.run.end_train()
-        return not last
+        fit_loop_of(self.trainer).fetch_batch()
 
     def on_validation_model_eval(self) -> None:
         """Begins the VALID stage: the hook first, then ``eval()``."""
@@ -260,7 +247,7 @@ class BrainModule(LightningModule):
         if running not in (TrainerFn.FITTING, TrainerFn.TESTING):
             return
         epoch = self.run.epochs.current if running is TrainerFn.FITTING else None
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(self.trainer):
             if isinstance(callback, CurvePlot):
                 callback.add(self.brain, epoch, metrics)
 

@@ -53,4 +53,4 @@ def test_the_loops_are_lightnings_own_again_after_a_run() -> None:
     brain.fit(range(3), loader(), loader(), trainer=trainer)
     assert type(trainer.fit_loop) is _FitLoop
     assert [trainer.fit_loop._data_source, trainer.test_loop._data_source] == before
-    assert "brain_epochs" not in vars(trainer.fit_loop)
+    assert "brain_run" not in vars(trainer.fit_loop)

@@ -1,0 +1,76 @@
+"""A Trainer's loops and loaders ruled by a Brain, for one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import WarningCache  # type: ignore[attr-defined]
+
+from brain_lightning.compat.speechbrain import lend_validation
+from brain_lightning.protocol import overrides
+from brain_lightning.stage import Stage
+from brain_lightning.stages.run import Run
+from brain_lightning.temporary import TemporaryAttributes
+
+from .lean_loops import LeanEpochLoop, LeanEvaluationLoop
+from .loaders import StageSource
+from .loops import BrainFitLoop
+
+# BrainEpochLoop and BrainEvaluationLoop of loops.py do the same, slower.
+EPOCH_LOOP, EVALUATION_LOOP = LeanEpochLoop, LeanEvaluationLoop
+
+
+def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
+    """Lets the stages of a Brain rule the Trainer's loops.
+
+    Args:
+        trainer: The Trainer in its ``setup``.
+        run: The run.
+        temporary: Records what is changed.
+    """
+    fit: Any = trainer.fit_loop
+    evaluations = (fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+    for loop in evaluations:
+        _become(loop, EVALUATION_LOOP, temporary, brain_is_alone=False)
+    if trainer.state.fn is TrainerFn.FITTING:
+        _become(fit, BrainFitLoop, temporary, brain_run=run)
+        cache = WarningCache()
+        attributes = {"brain_run": run, "brain_watchers": None, "brain_warnings": cache}
+        _become(fit.epoch_loop, EPOCH_LOOP, temporary, **attributes)
+        if overrides(type(run.brain), "_fit_valid"):
+            _validate_by_recipe(fit.epoch_loop.val_loop, run, temporary)
+    stages = (Stage.TRAIN, Stage.VALID, Stage.VALID, Stage.TEST)
+    for loop, stage in zip((fit, *evaluations), stages, strict=True):
+        source = StageSource(loop._data_source, trainer, run, stage, temporary)
+        temporary.set(loop, "_data_source", source)
+        # None, and so again at the end: the loop would reuse the loaders of this run.
+        temporary.set(loop, "_combined_loader", None)
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
+        temporary.set(loop, "inference_mode", False)
+
+
+def _become(loop: Any, cls: type, temporary: TemporaryAttributes, **attributes: Any) -> None:
+    temporary.set(loop, "__class__", cls)
+    for name, value in attributes.items():
+        temporary.override(loop, name, value)
+
+
+def _validate_by_recipe(loop: Any, run: Run, temporary: TemporaryAttributes) -> None:
+    """Lets a recipe decide whether to validate, by its own ``_fit_valid``.
+
+    Recipes override it to validate every few epochs, and call SpeechBrain's, which
+    stands for Lightning's validation here. Lightning has no hook that could leave
+    one out.
+    """
+    brain = run.brain
+    temporary.override(brain, "_validate", loop.run)
+    lend_validation(brain, temporary)
+
+    def validate() -> None:
+        loader = run.valid_loader()
+        brain._fit_valid(loader, run.epochs.current, run.progressbar)
+
+    temporary.override(loop, "run", validate)
