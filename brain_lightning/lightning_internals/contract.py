@@ -97,7 +97,7 @@ LIGHTNING_PARTS = (
     Row(_FIT, "epoch_progress", "a Brain's checkpoint brings the count of epochs"),
     Row(_FIT, "_can_stop_early", "TRAIN ends with the batch in which a callback stops it"),
     Row(_FIT, "_warn_if_modules_in_eval_mode",
-        "a Brain is in eval mode until its TRAIN stage begins"),
+        "a Brain is in eval mode until its TRAIN stage begins", "2.5.5"),
     Row(_FIT, "_data_source", _FETCHED),
     Row(_FIT, "_combined_loader", "the loop would reuse the loaders of a run that is over"),
     Row(_FIT, "_data_fetcher", _EXHAUSTION),

@@ -20,6 +20,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from brain_lightning import to_lightning
+from brain_lightning.lightning_internals import attach
+from brain_lightning.lightning_internals.loops import BrainEpochLoop, BrainEvaluationLoop
 from brain_lightning.module import automatic as stepping
 from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
 
@@ -97,6 +99,18 @@ def test_where_somebody_listens_lightnings_own_steps_do_the_same(
     assert lean_trainer.global_step == trainer.global_step == 4
     assert lean_trainer.fit_loop.total_batch_idx == trainer.fit_loop.total_batch_idx == 9
     assert lean_trainer.callback_metrics == trainer.callback_metrics
+
+
+def test_without_the_lean_loops_everything_is_the_same(
+    lean_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean, _ = fit(Dropping)
+    monkeypatch.setattr(attach, "EPOCH_LOOP", BrainEpochLoop)
+    monkeypatch.setattr(attach, "EVALUATION_LOOP", BrainEvaluationLoop)
+    brain, _ = fit(Dropping)
+    assert len(lean_steps) == 10
+    assert all_equal(weights(lean), weights(brain))
+    assert lean.events == brain.events
 
 
 def test_a_recipe_that_steps_by_hand_is_lean_with_such_callbacks_too(

@@ -1,4 +1,4 @@
-"""The private parts of Lightning that ``_loops.py`` relies on: each moves here first."""
+"""What the loops rely on beyond the names in the contract, and that a run restores them."""
 
 from __future__ import annotations
 
