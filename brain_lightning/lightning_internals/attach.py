@@ -43,7 +43,8 @@ def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
             _validate_by_recipe(fit.epoch_loop.val_loop, run, temporary)
     stages = (Stage.TRAIN, Stage.VALID, Stage.VALID, Stage.TEST)
     for loop, stage in zip((fit, *evaluations), stages, strict=True):
-        source = StageSource(loop._data_source, trainer, run, stage, temporary)
+        given = loop._data_source
+        source = StageSource(given.instance, given.name, trainer, run, stage, temporary)
         temporary.set(loop, "_data_source", source)
         # None, and so again at the end: the loop would reuse the loaders of this run.
         temporary.set(loop, "_combined_loader", None)

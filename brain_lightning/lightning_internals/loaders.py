@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -24,51 +25,49 @@ from brain_lightning.temporary import TemporaryAttributes
 from .strategies import shards_training_data
 
 
+@dataclass
 class StageSource(_DataLoaderSource):
     """A source of loaders that puts each under the control of its stage.
 
     A user hands loaders to the Trainer, which keeps them in a private source.
+
+    Attributes:
+        trainer: The Trainer that runs.
+        run: The run.
+        stage: The stage.
+        temporary: Records what is changed.
     """
 
-    def __init__(
-        self,
-        source: _DataLoaderSource,
-        trainer: Trainer,
-        run: Run,
-        stage: Stage,
-        temporary: TemporaryAttributes,
-    ) -> None:
-        super().__init__(source.instance, source.name)
-        self._temporary = temporary
-        self._trainer = trainer
-        self._run = run
-        self._stage = stage
+    trainer: Trainer
+    run: Run
+    stage: Stage
+    temporary: TemporaryAttributes
 
     def dataloader(self) -> Any:
         """The loaders, wrapped: one for training, a list for evaluation."""
         combined = self._combined()
-        if self._stage is not Stage.TRAIN and combined._mode == "sequential":
+        if self.stage is not Stage.TRAIN and combined._mode == "sequential":
             return self._wrap(combined.flattened)
         one = combined.iterables is combined.flattened[0]
         loader = combined.flattened[0] if one else SeveralLoaders(combined)
         return self._wrap([loader])[0]
 
     def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
-        wrapped = self._run.wrap(loaders, self._stage)
+        wrapped = self.run.wrap(loaders, self.stage)
         if any(loader.known_length() is None for loader in wrapped):
-            _check_no_fraction(self._trainer, self._stage)
+            _check_no_fraction(self.trainer, self.stage)
         return wrapped
 
     def _combined(self) -> CombinedLoader:
         loaders = super().dataloader()
-        training = self._stage is Stage.TRAIN
+        training = self.stage is Stage.TRAIN
         if not isinstance(loaders, CombinedLoader):
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
-        fitting = self._trainer.state.fn is TrainerFn.FITTING
-        if training and shards_training_data(self._trainer):
+        fitting = self.trainer.state.fn is TrainerFn.FITTING
+        if training and shards_training_data(self.trainer):
             self._shard(loaders)
         # An attribute that Lightning's type hints do not show.
-        if fitting and self._trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        if fitting and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning looks for shuffling samplers, which it would not find in ours.
             running = RunningStage.TRAINING if training else RunningStage.VALIDATING
             _resolve_overfit_batches(loaders, running)
@@ -84,14 +83,14 @@ class StageSource(_DataLoaderSource):
         )
         loaders.flattened = sharded
         if samplers:
-            self._temporary.set(self._run.brain, "train_sampler", samplers)
+            self.temporary.set(self.run.brain, "train_sampler", samplers)
 
     def _sharded(self, loader: Any) -> Any:
         samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
         if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
             return loader
         try:
-            prepare = self._trainer._data_connector._prepare_dataloader
+            prepare = self.trainer._data_connector._prepare_dataloader
             sharded = prepare(loader, _is_dataloader_shuffled(loader), RunningStage.TRAINING)
         except TypeError as error:
             name = type(samplers[1]).__name__
@@ -103,7 +102,7 @@ class StageSource(_DataLoaderSource):
         if sharded is loader:
             rank_zero_warn(f"{type(loader).__name__}: every process trains on all of its data")
         else:
-            _recover_instead(self._run.brain.checkpointer, loader, sharded)
+            _recover_instead(self.run.brain.checkpointer, loader, sharded)
         return sharded
 
 

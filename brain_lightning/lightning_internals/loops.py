@@ -57,7 +57,8 @@ class BrainFitLoop(_FitLoop):
         Args:
             length: Batches of the training set, or None.
         """
-        return None if length is None else min(length, self._most_batches(length))
+        limit = self.trainer.limit_train_batches
+        return None if length is None else min(length, _limit(limit, length))
 
     def fetch_batch(self) -> bool:
         """Fetches the next training batch; without one TRAIN ends.
@@ -72,17 +73,15 @@ class BrainFitLoop(_FitLoop):
             run.end_train()
         return not last
 
-    def _most_batches(self, length: int | None) -> float:
-        return _limit(self.trainer.limit_train_batches, length)
-
     def _is_cut_short(self, length: int | None) -> bool:
         """By ``limit_train_batches``, ``max_steps``, or a callback that stops the run."""
         trainer = self.trainer
-        if self.epoch_loop.batch_progress.current.ready >= self._most_batches(length):
-            return True
-        if 0 <= trainer.max_steps <= trainer.global_step:
-            return True
-        return trainer.should_stop and self._can_stop_early
+        batches = self.epoch_loop.batch_progress.current.ready
+        return (
+            batches >= _limit(trainer.limit_train_batches, length)
+            or 0 <= trainer.max_steps <= trainer.global_step
+            or (trainer.should_stop and self._can_stop_early)
+        )
 
     def _mark_last_batch(self, last: bool) -> None:
         progress, fetcher = self.epoch_loop.batch_progress, self._data_fetcher

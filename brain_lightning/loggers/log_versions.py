@@ -21,12 +21,7 @@ from lightning.pytorch.loggers import (
 )
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from brain_lightning.lightning_internals.loggers import (
-    has_version,
-    is_open,
-    name_prefix,
-    set_version,
-)
+from brain_lightning.lightning_internals import loggers as internals
 
 Row = dict[str, str]
 
@@ -134,9 +129,9 @@ class _Versions(Log):
 
     def _begin(self, resumes: bool) -> bool:
         # Elsewhere, or where somebody else, such as a Trainer, writes: as Lightning has it.
-        if "://" in str(self.logger.save_dir) or is_open(self.logger):
+        if "://" in str(self.logger.save_dir) or internals.is_open(self.logger):
             return False
-        if resumes and not has_version(self.logger):
+        if resumes and not internals.has_version(self.logger):
             self._choose_version()
         self._take_over() if resumes else self._begin_anew()
         # Makes the folder; Lightning warns of one that is not empty, so the mark is last.
@@ -149,10 +144,10 @@ class _Versions(Log):
         new = self.logger.version
         assert isinstance(new, int)
         for version in range(new - 1, -1, -1):
-            set_version(self.logger, version)
+            internals.set_version(self.logger, version)
             if self._mark.exists():
                 return
-        set_version(self.logger, new)
+        internals.set_version(self.logger, new)
 
     def _take_over(self) -> None: ...
 
@@ -187,7 +182,7 @@ class _CSVLog(_Versions):
             self._keep(lambda row: float(row["step"]) < start)
 
     def _tests(self, row: Row) -> bool:
-        before = name_prefix(self.logger)
+        before = internals.name_prefix(self.logger)
         return is_of_test(name.removeprefix(before) for name, value in row.items() if value)
 
     def _keep(self, is_kept: Callable[[Row], bool]) -> None:
@@ -271,7 +266,8 @@ class _ServiceLog(Log):
         else:
             found = logger.experiment.get_run(logger.run_id).data.metrics
         return {
-            name.removeprefix(name_prefix(logger)): number for name, number in found.items()
+            name.removeprefix(internals.name_prefix(logger)): number
+            for name, number in found.items()
         }
 
     def _has(self, entry: Entry) -> bool:
