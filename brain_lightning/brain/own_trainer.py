@@ -70,7 +70,7 @@ class OwnTrainer(Trainer):
         disable_signal_handlers(self)
 
 
-# Arguments that say in how many processes to run.
+# Arguments that decide in how many processes to run.
 PROCESSES = ("devices", "num_nodes", "strategy")
 
 
@@ -135,8 +135,8 @@ def make_trainer(
     Args:
         trainer: A Trainer of the user's, or arguments for one.
         brain: The Brain.
-        collective: Whether all processes that there are take part, where the user does
-            not say it.
+        collective: Whether all processes that there are take part, where the arguments
+            leave it open.
 
     Returns:
         The user's Trainer as it is, or a new one.

@@ -171,7 +171,7 @@ class BrainCallback(Callback):
         if isinstance(exception, KeyboardInterrupt):
             self.run.interrupt = exception
         elif trainer.world_size > 1 and isinstance(exception, Exception):
-            # Now: the others are about to fail of this, each with an error of its own.
+            # Now: the others are about to fail of this, with errors that hide this one.
             message = "Rank %d failed, and the others end with it."
             logger.error(message, trainer.global_rank, exc_info=exception)
         self._restore(trainer)

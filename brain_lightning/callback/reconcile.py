@@ -18,7 +18,6 @@ from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.lightning_internals.strategies import (
     ddp_arguments,
-    disable_wrapping,
     is_parallel,
     set_backend,
 )
@@ -68,7 +67,7 @@ def reconcile_accumulation(
 
     Args:
         trainer: The Trainer at the start of a TRAIN stage, when a
-            GradientAccumulationScheduler has had its say.
+            GradientAccumulationScheduler has set its number.
         brain: The Brain.
         temporary: Records what is changed.
         length: Batches in the epoch, or None where that is not known.
@@ -135,7 +134,8 @@ def _reconcile_wrapping(
         _check_conflict(brain, "find_unused_parameters", unused, argument)
         temporary.set(brain, "find_unused_parameters", unused)
     temporary.override(brain, "ddp_arguments", arguments)
-    disable_wrapping(trainer, temporary)
+    # The strategy's own, around the whole module.
+    temporary.override(trainer.strategy, "configure_ddp", lambda: None)
     # Recipes that override on_fit_start call it by this name.
     if wraps_itself(brain):
         return

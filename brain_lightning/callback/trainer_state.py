@@ -36,7 +36,7 @@ def trainer_state(trainer: Trainer, run: Run) -> State:
     }
 
 
-def _callback_states(trainer: Trainer, told: set[str]) -> State:
+def _callback_states(trainer: Trainer, reported: set[str]) -> State:
     states = {}
     for callback in callbacks_of(trainer):
         try:
@@ -45,8 +45,8 @@ def _callback_states(trainer: Trainer, told: set[str]) -> State:
             state, whole = {}, False
         else:
             whole = not has_hook(callback, "on_save_checkpoint")
-        if not whole and callback.state_key not in told:
-            told.add(callback.state_key)
+        if not whole and callback.state_key not in reported:
+            reported.add(callback.state_key)
             logger.warning(
                 "Checkpoint directories do not hold all of the state of %s: it resumes from "
                 "Lightning's checkpoints, by fit(ckpt_path=...).",

@@ -1,7 +1,7 @@
 """What differs between the versions of other packages: the only file that knows.
 
-Each name says up to which version it is needed, and goes with the last of those
-versions. ``tests/system/versions.sh`` runs the tests on the oldest and the newest.
+Each name has the version with which it goes away. ``tests/system/versions.sh`` runs the
+tests on the oldest and the newest.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class BrainFitLoop(_FitLoop):
     """A fit loop that asks the epoch counter last, and ends an epoch by exhaustion.
 
     The next epoch moves an ``EpochCounter``, so it may only begin once every
-    callback has had its say about stopping. That is after ``on_train_epoch_end``
+    callback could stop the run. That is after ``on_train_epoch_end``
     and before ``on_train_epoch_start``, where Lightning has no hook.
     """
 

@@ -73,7 +73,7 @@ def ddp_arguments(trainer: Trainer) -> dict[str, Any]:
 
 
 def set_backend(trainer: Trainer, backend: str, temporary: TemporaryAttributes) -> str:
-    """Chooses how processes communicate, unless the user's strategy says it.
+    """Chooses how processes communicate, unless the user's strategy does.
 
     Args:
         trainer: A Trainer whose strategy ``is_parallel``, without a process group yet.
@@ -89,16 +89,6 @@ def set_backend(trainer: Trainer, backend: str, temporary: TemporaryAttributes) 
     if chosen is None:
         temporary.set(strategy, "_process_group_backend", backend)
     return chosen or backend
-
-
-def disable_wrapping(trainer: Trainer, temporary: TemporaryAttributes) -> None:
-    """Leaves the wrapping to the Brain.
-
-    Args:
-        trainer: A Trainer whose strategy ``is_parallel``, before its ``setup``.
-        temporary: Records what is changed.
-    """
-    temporary.override(trainer.strategy, "configure_ddp", lambda: None)
 
 
 def disable_synchronization(module: LightningModule) -> None:

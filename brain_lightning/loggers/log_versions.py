@@ -225,7 +225,7 @@ def _is_whole(row: dict[Any, Any]) -> bool:
 
 
 class _TensorBoardLog(_Versions):
-    """TensorBoard leaves out what stands before the beginning of a file, if that says so."""
+    """TensorBoard leaves out what a later file of events replaces, by its ``purge_step``."""
 
     logger: TensorBoardLogger
 

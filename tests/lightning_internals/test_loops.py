@@ -18,7 +18,7 @@ def test_the_fit_loop_asks_done_before_each_epoch() -> None:
     assert "while not self.done:" in run
 
 
-def test_lightning_says_nothing_about_a_brain_that_was_in_eval_mode() -> None:
+def test_lightning_does_not_warn_of_a_brain_that_was_in_eval_mode() -> None:
     brain = make()
     brain.modules.eval()
     before = weights(brain)
