@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import WarningCache  # type: ignore[attr-defined]
 
 from brain_lightning.compat.speechbrain import lend_validation
 from brain_lightning.protocol import overrides
@@ -14,12 +13,9 @@ from brain_lightning.stage import Stage
 from brain_lightning.stages.run import Run
 from brain_lightning.temporary import TemporaryAttributes
 
-from .lean_loops import LeanEpochLoop, LeanEvaluationLoop
+from .lean_loops import make_lean
 from .loaders import StageSource
-from .loops import BrainFitLoop
-
-# BrainEpochLoop and BrainEvaluationLoop of loops.py do the same, slower.
-EPOCH_LOOP, EVALUATION_LOOP = LeanEpochLoop, LeanEvaluationLoop
+from .loops import BrainEpochLoop, BrainEvaluationLoop, BrainFitLoop, become
 
 
 def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
@@ -33,14 +29,14 @@ def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
     fit: Any = trainer.fit_loop
     evaluations = (fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
     for loop in evaluations:
-        _become(loop, EVALUATION_LOOP, temporary, brain_is_alone=False)
+        become(loop, BrainEvaluationLoop, temporary)
     if trainer.state.fn is TrainerFn.FITTING:
-        _become(fit, BrainFitLoop, temporary, brain_run=run)
-        cache = WarningCache()
-        attributes = {"brain_run": run, "brain_watchers": None, "brain_warnings": cache}
-        _become(fit.epoch_loop, EPOCH_LOOP, temporary, **attributes)
+        become(fit, BrainFitLoop, temporary, brain_run=run)
+        become(fit.epoch_loop, BrainEpochLoop, temporary, brain_run=run)
         if overrides(type(run.brain), "_fit_valid"):
             _validate_by_recipe(fit.epoch_loop.val_loop, run, temporary)
+    # Without this line, and the file, everything is the same, but slower.
+    make_lean((fit.epoch_loop, *evaluations), temporary)
     stages = (Stage.TRAIN, Stage.VALID, Stage.VALID, Stage.TEST)
     for loop, stage in zip((fit, *evaluations), stages, strict=True):
         given = loop._data_source
@@ -51,12 +47,6 @@ def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
     for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
         temporary.set(loop, "inference_mode", False)
-
-
-def _become(loop: Any, cls: type, temporary: TemporaryAttributes, **attributes: Any) -> None:
-    temporary.set(loop, "__class__", cls)
-    for name, value in attributes.items():
-        temporary.override(loop, name, value)
 
 
 def _validate_by_recipe(loop: Any, run: Run, temporary: TemporaryAttributes) -> None:

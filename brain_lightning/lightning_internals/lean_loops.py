@@ -1,12 +1,13 @@
 """The loops without what no callback, profiler or logger needs: the same bits, in less time.
 
 Lightning's own way asks each of them at each hook, and sets attributes of the module around
-it: more than the work of a small model. To do without this file, see ``EPOCH_LOOP`` in
-``attach.py``; the ``fit_batch`` of the generated modules is then unused.
+it: more than the work of a small model. ``attach.py`` works without this file, if it does not
+call ``make_lean``; the ``fit_batch`` of the generated modules is then unused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -18,9 +19,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import WarningCache  # type: ignore[attr-defined]
 
 from brain_lightning.compat.versions import BROADCASTS_SIGTERM
+from brain_lightning.temporary import TemporaryAttributes
 
 from .callbacks import callbacks_of, has_hook
-from .loops import BrainEpochLoop, BrainEvaluationLoop
+from .loops import BrainEpochLoop, BrainEvaluationLoop, become
 
 # What a callback may do within a step, and what it may see of one.
 STEP_HOOKS = (
@@ -95,7 +97,7 @@ class LeanEpochLoop(BrainEpochLoop):
 class LeanEvaluationLoop(BrainEvaluationLoop):
     """An evaluation loop that leaves out the hooks of a batch where no callback has one."""
 
-    brain_is_alone = False
+    brain_is_alone: bool
 
     def on_run_start(self) -> None:
         """Looks whether a callback needs the hooks of a batch."""
@@ -126,6 +128,21 @@ class LeanEvaluationLoop(BrainEvaluationLoop):
         self._has_run = True
         if trainer.received_sigterm:
             raise SIGTERMException
+
+
+def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
+    """Makes the loops of a Brain lean.
+
+    Args:
+        loops: Those of ``loops.py``; others stay as they are.
+        temporary: Records what is changed.
+    """
+    for loop in loops:
+        if isinstance(loop, BrainEvaluationLoop):
+            become(loop, LeanEvaluationLoop, temporary, brain_is_alone=False)
+        elif isinstance(loop, BrainEpochLoop):
+            state = {"brain_watchers": None, "brain_warnings": WarningCache()}
+            become(loop, LeanEpochLoop, temporary, **state)
 
 
 def _watchers(trainer: Trainer) -> list[Callback] | None:

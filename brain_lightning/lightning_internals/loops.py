@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import share
+from brain_lightning.temporary import TemporaryAttributes
 
 from .counters import add
 
@@ -146,6 +147,20 @@ class BrainEvaluationLoop(_EvaluationLoop):
             limits = [share(all_of_them) for all_of_them in limits]
         combined._iterator.limits = limits  # type: ignore[union-attr]
         fetcher.length, fetcher.done = None, False
+
+
+def become(loop: Any, cls: type, temporary: TemporaryAttributes, **attributes: Any) -> None:
+    """Makes a loop of Lightning's one of ours, for one run.
+
+    Args:
+        loop: The loop.
+        cls: A subclass of its class.
+        temporary: Records what is changed.
+        **attributes: What the loop has then.
+    """
+    temporary.set(loop, "__class__", cls)
+    for name, value in attributes.items():
+        temporary.override(loop, name, value)
 
 
 def fit_loop_of(trainer: Trainer) -> BrainFitLoop:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from brain_lightning import to_lightning
 from brain_lightning.lightning_internals import attach
-from brain_lightning.lightning_internals.loops import BrainEpochLoop, BrainEvaluationLoop
 from brain_lightning.module import automatic as stepping
 from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
 
@@ -105,8 +104,7 @@ def test_without_the_lean_loops_everything_is_the_same(
     lean_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lean, _ = fit(Dropping)
-    monkeypatch.setattr(attach, "EPOCH_LOOP", BrainEpochLoop)
-    monkeypatch.setattr(attach, "EVALUATION_LOOP", BrainEvaluationLoop)
+    monkeypatch.setattr(attach, "make_lean", lambda loops, temporary: None)
     brain, _ = fit(Dropping)
     assert len(lean_steps) == 10
     assert all_equal(weights(lean), weights(brain))
