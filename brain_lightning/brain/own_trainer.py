@@ -1,4 +1,4 @@
-"""From run options to a Trainer, and a run on it that behaves as a Brain's own loop."""
+"""From run options to a Trainer, and a run on it that behaves as a Brain's loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from brain_lightning.errors import (
     RunOptionError,
     UnsupportedError,
 )
-from brain_lightning.lightning_internals.loaders import leave_signals_alone
+from brain_lightning.lightning_internals.signals import disable_signal_handlers
 from brain_lightning.lightning_internals.strategies import check_strategy
 from brain_lightning.module.brain_module import BrainModule
 from brain_lightning.options.run_options import unknown
@@ -40,7 +40,7 @@ from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
 
-# What Lightning says about a Trainer that a user made is noise about one he did not.
+# What Lightning logs of a Trainer that a user made is noise where brain.fit made it.
 SILENT_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.accelerators.cuda",
@@ -50,7 +50,7 @@ EXPECTED_WARNINGS = (
     r"You defined a `validation_step` but have no `val_dataloader`",
     # A Brain's weights after its steps are what is wanted.
     r"Using ModelCheckpoint with manual optimization",
-    # Each process evaluates by itself.
+    # Each process evaluates alone.
     r"It is recommended to use `self.log\(.*sync_dist=True",
     # The losses of steps are logged where there are enough of them, the epochs' always.
     r"The number of training batches \(\d+\) is smaller than the logging interval",
@@ -62,15 +62,15 @@ EXPECTED_WARNINGS = (
 
 
 class OwnTrainer(Trainer):
-    """The Trainer that ``brain.fit`` makes: unheard, and without a hand in signals."""
+    """The Trainer that ``brain.fit`` makes: it logs little and handles no signals."""
 
     def __init__(self, **kwargs: Any) -> None:
         with _silence():
             super().__init__(**kwargs)
-        leave_signals_alone(self)
+        disable_signal_handlers(self)
 
 
-# Arguments that say in how many processes to run.
+# Arguments that decide in how many processes to run.
 PROCESSES = ("devices", "num_nodes", "strategy")
 
 
@@ -135,8 +135,8 @@ def make_trainer(
     Args:
         trainer: A Trainer of the user's, or arguments for one.
         brain: The Brain.
-        collective: Whether all processes that there are take part, where the user does
-            not say it.
+        collective: Whether all processes that there are take part, where the arguments
+            leave it open.
 
     Returns:
         The user's Trainer as it is, or a new one.
@@ -206,7 +206,7 @@ def _is_task_of_slurm() -> bool:
 
 
 def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A user's arguments; where a callback shows a bar, it is let."""
+    """A user's arguments, with the switches that the callbacks in them need."""
     check_trainer_arguments(trainer)
     given = dict(trainer)
     if given.get("num_sanity_val_steps"):
@@ -251,7 +251,12 @@ def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:
 
 def _run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> None:
     try:
-        with _as_a_brain_would(trainer, module):
+        with ExitStack() as stack:
+            if isinstance(trainer, OwnTrainer):
+                stack.enter_context(_silence())
+            # Lightning enables gradients for good; a fit may run inside an evaluation.
+            stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+            stack.enter_context(_keyboard_interrupts(module))
             start()
     except HookStoppedError as error:
         # The StopIteration of a hook reaches the caller.
@@ -259,35 +264,19 @@ def _run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> Non
 
 
 @contextmanager
-def _as_a_brain_would(trainer: Trainer, module: BrainModule) -> Iterator[None]:
-    with ExitStack() as stack:
-        if isinstance(trainer, OwnTrainer):
-            stack.enter_context(_silence())
-        # Lightning enables gradients for good; a fit may run inside an evaluation.
-        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
-        stack.enter_context(_keyboard_interrupts(module))
+def _silence() -> Iterator[None]:
+    with warnings.catch_warnings(), ExitStack() as stack:
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        for logger in map(logging.getLogger, SILENT_LOGGERS):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
         yield
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in SILENT_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for message in EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message)
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextmanager
 def _keyboard_interrupts(module: BrainModule) -> Iterator[None]:
-    """Lets Ctrl-C reach the caller; Lightning exits the process and stops listening to it."""
+    """Lets Ctrl-C reach the caller; Lightning exits the process and ignores a second one."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
     try:

@@ -1,4 +1,4 @@
-"""When things happen in a run, and what is allowed: the Brain's semantics as a callback."""
+"""When things happen in a run, and what is allowed: a Brain's semantics as a callback."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from brain_lightning.checkpoints.checkpointer import Checkpointer
 from brain_lightning.distributed.communication import collectively
 from brain_lightning.distributed.ddp import wrap_modules
-from brain_lightning.lightning_internals import loaders as _loops
-from brain_lightning.lightning_internals.loops import progress, set_progress
+from brain_lightning.lightning_internals.attach import attach
+from brain_lightning.lightning_internals.callbacks import callbacks_of
+from brain_lightning.lightning_internals.contract import check_contract
+from brain_lightning.lightning_internals.counters import progress, set_progress
+from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
+from brain_lightning.lightning_internals.signals import is_lightning_handler
 from brain_lightning.lightning_internals.strategies import (
     check_strategy,
+    disable_synchronization,
     is_parallel,
-    synchronize_nothing,
 )
 from brain_lightning.loggers.train_logger import begin_log, lend_loggers
 from brain_lightning.stages.interval_checkpoints import is_asked_for
@@ -24,15 +29,15 @@ from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
 
-from .progress_bars import feed_bar, name_epoch
-from .reconcile import accumulate, reconcile, wraps_itself
+from .progress_bars import show_epoch, show_running_loss
+from .reconcile import reconcile, reconcile_accumulation, wraps_itself
 from .trainer_state import (
     resume_trainer,
     save_within_epoch,
     saves_between_batches,
     trainer_state,
 )
-from .unsupported import check_averaging, refuse_callbacks
+from .unsupported import check_callbacks, warn_of_unused_average
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +45,17 @@ logger = logging.getLogger(__name__)
 class BrainCallback(Callback):
     """Runs the stages of a Brain at the right moments of a Trainer.
 
-    The generated module brings it along (``configure_callbacks``); a user adds
-    nothing. What it changes on the Trainer it puts back when the run is over.
+    The generated module adds it (``configure_callbacks``); a user adds nothing. What it
+    changes on the Trainer it restores when the run is over.
 
     Args:
         run: The run.
-        trainer: The Trainer that is going to run them.
+        trainer: The Trainer of the run.
 
     Raises:
-        RunOptionError: Trainer and Brain were told different things.
-        UnsupportedError: A callback of the Trainer cannot do its work with a Brain.
+        RunOptionError: An argument of the Trainer contradicts a run option.
+        UnsupportedError: A callback of the Trainer cannot do its work with a Brain, or the
+            installed Lightning lacks a private part that is needed.
     """
 
     def __init__(self, run: Run, trainer: Trainer) -> None:
@@ -59,38 +65,39 @@ class BrainCallback(Callback):
         # Lightning checks its arguments before any hook of a callback.
         self._for_the_check = TemporaryAttributes()
         self._before_the_test: dict[str, int] | None = None
+        self._detects_anomalies = torch.is_anomaly_enabled()
+        check_contract()
         check_strategy(trainer)
-        refuse_callbacks(trainer, run.brain)
+        check_callbacks(trainer, run.brain)
         try:
             reconcile(trainer, run.brain, self._for_the_run)
         except BaseException:
             self._for_the_run.restore()
             raise
         self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
-        own: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        within = Run.is_running(run.brain)
-        self._beside = [] if within else _others(run.brain.trainer_callbacks, own)
-        # Lightning lets those that a module brings replace others of their class.
-        trainer.callbacks = [*own, *self._beside]  # type: ignore[attr-defined]
+        own, within = callbacks_of(trainer), Run.is_running(run.brain)
+        self._added = [] if within else _without(run.brain.trainer_callbacks, own)
+        # Those of configure_callbacks would replace others of their class.
+        trainer.callbacks = [*own, *self._added]  # type: ignore[attr-defined]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the loops, before any loader is looked at."""
         self._for_the_check.restore()
         self.run.begin()
         if is_parallel(trainer):
-            synchronize_nothing(pl_module)
+            disable_synchronization(pl_module)
         # On one process of several, evaluate() runs on a Trainer of that process alone.
         self.run.progressbar &= trainer.is_global_zero
         self.run.progressbar &= not getattr(self.run.brain, "rank", 0)
         self.run.progressbar &= trainer.progress_bar_callback is None
-        feed_bar(trainer, self.run, self._for_the_run)
+        show_running_loss(trainer, self.run, self._for_the_run)
         self.run.metrics.watch(self.run.brain, self._for_the_run)
         lend_loggers(self.run.brain, trainer.loggers, self._for_the_run)
         self.run.metrics.validated = trainer.enable_validation
-        _loops.attach(trainer, self.run, self._for_the_run)
+        attach(trainer, self.run, self._for_the_run)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on from what was recovered, where something was."""
+        """Resumes from what was recovered, if anything was."""
         state = self.run.run_state
         state.of_trainer = partial(trainer_state, trainer, self.run)
         state.position.notes_draws = saves_between_batches(trainer)
@@ -101,35 +108,37 @@ class BrainCallback(Callback):
             self.run.save_with_trainer = partial(save_within_epoch, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens to SIGTERM, where there is something to save with."""
+        """Handles SIGTERM, where there is something to save with."""
+        if self._detects_anomalies:
+            # By detect_anomaly around the run, which Lightning has just switched off.
+            torch.autograd.set_detect_anomaly(True)
         if self.run.brain.checkpointer is not None or self.run.save_with_trainer:
-            self.run.termination.listen(_loops.is_lightnings_handler)
+            self.run.termination.listen(is_lightning_handler)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""
-        name_epoch(trainer, self.run.epochs)
-        length = self.run.train.loader.known_length()
-        _loops.start_train_epoch(trainer, length)
-        self.run.train.steps_on_last_batch = accumulate(
-            trainer, self.run.brain, self._for_the_epoch, length
+        run, loop = self.run, fit_loop_of(trainer)
+        show_epoch(trainer, run.epochs)
+        length = run.train.loader.known_length()
+        loop.start_epoch(length)
+        run.train.steps_on_last_batch = reconcile_accumulation(
+            trainer, run.brain, self._for_the_epoch, length
         )
-        limited = _loops.limited_length(trainer, length)
-        self.run.train.fetches_collectively = fetches_collectively(limited)
-        self.run.train.start()
-        brain = self.run.brain
-        if is_parallel(trainer) and not wraps_itself(brain):
+        run.train.fetches_collectively = fetches_collectively(loop.limited_length(length))
+        run.train.start()
+        if is_parallel(trainer) and not wraps_itself(run.brain):
             # A callback, or the stage's start, may have unfrozen something.
-            wrap_modules(brain)
+            wrap_modules(run.brain)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the validation run to the end of its loader."""
         self.run.end_if_terminated()
-        _loops.start_validation(trainer, self.run.valid.is_sharded)
+        evaluation_loop_of(trainer).end_by_exhaustion(self.run.valid.is_sharded)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the test run to the end of its loader, and stand where the Brain is."""
+        """Lets the test run to the end of its loader, with the counts of the Brain."""
         self._begin_log()
-        _loops.start_validation(trainer, shared_out=False)
+        evaluation_loop_of(trainer).end_by_exhaustion(sharded=False)
         if trainer.global_step == 0:
             # One that has trained nothing would log at the very beginning.
             self._before_the_test = progress(trainer)
@@ -142,43 +151,43 @@ class BrainCallback(Callback):
         """Ends an epoch that had no batch, and decides about the next one."""
         if self.run.train.is_running:
             self.run.train.end()
-            _loops.run_validation(trainer)
+            fit_loop_of(trainer).run_validation()
         self.run.end_epoch()
         self._for_the_epoch.restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what has ended the training, and what a callback could not bring to its end."""
+        """Logs what has ended the training, and warns of an average that was not taken."""
         for stopping in trainer.early_stopping_callbacks:
             if stopping is not None and stopping.stopped_epoch:
-                said = "EarlyStopping(%r) ended the training after epoch %s."
-                logger.info(said, stopping.monitor, self.run.epochs.current)
-        check_averaging(trainer)
+                message = "EarlyStopping(%r) ended the training after epoch %s."
+                logger.info(message, stopping.monitor, self.run.epochs.current)
+        warn_of_unused_average(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Remembers a Ctrl-C, which Lightning turns into SystemExit, and tidies up."""
+        """Records a Ctrl-C, which Lightning makes a SystemExit, and restores the Trainer."""
         if isinstance(exception, KeyboardInterrupt):
             self.run.interrupt = exception
         elif trainer.world_size > 1 and isinstance(exception, Exception):
-            # Now: the others are about to fail of this, each with an error of its own.
-            failed = "Rank %d failed, and the others end with it."
-            logger.error(failed, trainer.global_rank, exc_info=exception)
+            # Now: the others are about to fail of this, with errors that hide this one.
+            message = "Rank %d failed, and the others end with it."
+            logger.error(message, trainer.global_rank, exc_info=exception)
         self._restore(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the Trainer back as it was, once the last checkpoint is durable."""
+        """Restores the Trainer, and waits until the last checkpoint is durable."""
         self._restore(trainer)
         checkpointer = self.run.brain.checkpointer
         if isinstance(checkpointer, Checkpointer):
-            # Before another process looks for it; each evaluates by itself.
+            # Before another process looks for it; each evaluates alone.
             several = trainer.world_size > 1
             collectively(checkpointer.wait) if several else checkpointer.wait()
 
     def _begin_log(self) -> None:
         brain = self.run.brain
-        goes_on = self.run.run_state.resumed is not None or brain.optimizer_step > 0
-        begin_log(brain, goes_on, self._epochs_over())
+        resumes = self.run.run_state.resumed is not None or brain.optimizer_step > 0
+        begin_log(brain, resumes, self._epochs_over())
 
     def _epochs_over(self) -> int:
         epochs = self.run.run_state.epochs
@@ -191,12 +200,12 @@ class BrainCallback(Callback):
             self._before_the_test = None
         self.run.close()
         self.run.termination.restore()
-        _loops.detach(trainer)
         for temporary in (self._for_the_epoch, self._for_the_check, self._for_the_run):
             temporary.restore()
         # The next module of this Trainer may be no Brain's.
-        trainer.callbacks = _others(trainer.callbacks, [self, *self._beside])  # type: ignore[attr-defined]
+        rest = _without(callbacks_of(trainer), [self, *self._added])
+        trainer.callbacks = rest  # type: ignore[attr-defined]
 
 
-def _others(callbacks: Sequence[Callback], known: Sequence[Callback]) -> list[Callback]:
-    return [callback for callback in callbacks if not any(callback is each for each in known)]
+def _without(callbacks: Sequence[Callback], removed: Sequence[Callback]) -> list[Callback]:
+    return [each for each in callbacks if not any(each is other for other in removed)]

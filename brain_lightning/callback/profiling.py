@@ -34,7 +34,7 @@ def profile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttribut
         temporary: Records what is changed.
 
     Raises:
-        RunOptionError: The Trainer has a profiler of its own, or there is no
+        RunOptionError: The Trainer has a profiler already, or there is no
             ``output_folder``.
     """
     # An attribute that Lightning's type hints do not show.
@@ -48,7 +48,7 @@ def profile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttribut
     folder = hparams_of(brain).get("output_folder")
     if folder is None:
         raise RunOptionError("profile_training writes to hparams['output_folder']: give it")
-    # One step more than asked for: where a schedule ends by itself, Lightning 2.6 on torch
+    # One step more than asked for: where a schedule ends first, Lightning 2.6 on torch
     # 2.13 finds no events and raises. The run ends first.
     schedule = torch.profiler.schedule(
         wait=0, warmup=brain.profile_warmup, active=brain.profile_steps + 1

@@ -1,4 +1,4 @@
-"""Lightning's progress bars, told what a Brain's own bar shows."""
+"""Lightning's progress bars, with what a Brain's own bar shows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from brain_lightning.stages.run import Run
 from brain_lightning.temporary import TemporaryAttributes
 
 
-def feed_bar(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
-    """Lets the Trainer's bar show the running loss, which is looked at when it is drawn.
+def show_running_loss(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
+    """Lets the Trainer's bar show the running loss, which it reads when it refreshes.
 
     Args:
         trainer: The Trainer in its ``setup``.
@@ -34,7 +34,7 @@ def feed_bar(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None
     temporary.override(bar, "get_metrics", get_metrics)
 
 
-def name_epoch(trainer: Trainer, epochs: Epochs) -> None:
+def show_epoch(trainer: Trainer, epochs: Epochs) -> None:
     """Shows the Brain's number of the epoch, where Lightning counts from 0.
 
     Args:

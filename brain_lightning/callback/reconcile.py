@@ -16,15 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from brain_lightning.compat.speechbrain import is_speechbrains
 from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.errors import RunOptionError, UnsupportedError
-from brain_lightning.lightning_internals.loaders import (
-    evaluation_loops,
-    keep_anomaly_detection,
-)
 from brain_lightning.lightning_internals.strategies import (
     ddp_arguments,
     is_parallel,
     set_backend,
-    wrap_nothing,
 )
 from brain_lightning.protocol import BrainProtocol, is_explicit, overrides, steps_itself
 from brain_lightning.step.precision import autocast, gradient_scaler
@@ -38,7 +33,7 @@ MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
 
 def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
-    """Translates what the Trainer was told into the Brain's own options, for one run.
+    """Translates the Trainer's arguments into the Brain's run options, for one run.
 
     Args:
         trainer: The Trainer, before it checks its configuration.
@@ -46,7 +41,7 @@ def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttrib
         temporary: Records what is changed.
 
     Raises:
-        RunOptionError: Trainer and Brain were told different things.
+        RunOptionError: An argument of the Trainer contradicts a run option.
     """
     reconcile_processes(trainer, brain, temporary)
     if is_parallel(trainer):
@@ -61,32 +56,28 @@ def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttrib
         temporary.set(trainer, "num_sanity_val_steps", 0)
     if brain.profile_training and trainer.training:
         profile(trainer, brain, temporary)
-    keep_anomaly_detection(trainer, temporary)
-    for loop in evaluation_loops(trainer):
-        # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
-        temporary.set(loop, "inference_mode", False)
 
 
-def accumulate(
+def reconcile_accumulation(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes, length: int | None
 ) -> bool:
-    """Lets the Brain accumulate gradients as the Trainer was told, for one epoch.
+    """Accumulates gradients in the Brain as the Trainer would, for one epoch.
 
-    The Trainer is left to ask for an update after each batch, and the Brain decides.
+    The Trainer asks for an update after each batch, and the Brain decides.
 
     Args:
         trainer: The Trainer at the start of a TRAIN stage, when a
-            GradientAccumulationScheduler has had its say.
+            GradientAccumulationScheduler has set its number.
         brain: The Brain.
         temporary: Records what is changed.
         length: Batches in the epoch, or None where that is not known.
 
     Returns:
         Whether an incomplete window at the end makes an update: Lightning's rule
-        where the Trainer was told to accumulate, else it is dropped.
+        where the Trainer has accumulate_grad_batches, else it is dropped.
 
     Raises:
-        RunOptionError: The Brain was told another number, or the end of the epoch
+        RunOptionError: The run option is another number, or the end of the epoch
             cannot be known in advance.
     """
     batches = trainer.accumulate_grad_batches
@@ -105,14 +96,14 @@ def accumulate(
 
 
 def _check_accumulation(brain: BrainProtocol, batches: int) -> None:
-    said = f"accumulate_grad_batches={batches}"
-    _refuse_conflict(brain, "grad_accumulation_factor", batches, said)
+    argument = f"accumulate_grad_batches={batches}"
+    _check_conflict(brain, "grad_accumulation_factor", batches, argument)
 
 
 def reconcile_processes(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
-    """Gives the Brain its rank and its device; both stay, as its modules do.
+    """Gives the Brain its rank and its device, which it keeps after the run.
 
     Args:
         trainer: The Trainer, before or after it has started its processes.
@@ -120,30 +111,31 @@ def reconcile_processes(
         temporary: Records what is changed on the Trainer.
 
     Raises:
-        RunOptionError: Trainer and Brain were told different things.
+        RunOptionError: An argument of the Trainer contradicts a run option.
     """
     if is_parallel(trainer):
         brain.distributed_launch = True
         brain.rank, brain.world_size = trainer.global_rank, trainer.world_size
         if is_explicit(brain, "distributed_backend"):
             backend = set_backend(trainer, brain.distributed_backend, temporary)
-            said = f"strategy=DDPStrategy(process_group_backend={backend!r})"
-            _refuse_conflict(brain, "distributed_backend", backend, said)
+            argument = f"strategy=DDPStrategy(process_group_backend={backend!r})"
+            _check_conflict(brain, "distributed_backend", backend, argument)
     _reconcile_device(trainer, brain)
 
 
 def _reconcile_wrapping(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
-    """Each entry of ``modules`` in a DDP of its own, made with the strategy's arguments."""
+    """Each entry of ``modules`` in its own DDP, made with the strategy's arguments."""
     arguments = ddp_arguments(trainer)
     if "find_unused_parameters" in arguments:
         unused = arguments["find_unused_parameters"]
-        said = f"strategy=DDPStrategy(find_unused_parameters={unused})"
-        _refuse_conflict(brain, "find_unused_parameters", unused, said)
+        argument = f"strategy=DDPStrategy(find_unused_parameters={unused})"
+        _check_conflict(brain, "find_unused_parameters", unused, argument)
         temporary.set(brain, "find_unused_parameters", unused)
     temporary.override(brain, "ddp_arguments", arguments)
-    wrap_nothing(trainer, temporary)
+    # The strategy's own, around the whole module.
+    temporary.override(trainer.strategy, "configure_ddp", lambda: None)
     # Recipes that override on_fit_start call it by this name.
     if wraps_itself(brain):
         return
@@ -151,21 +143,21 @@ def _reconcile_wrapping(
 
 
 def wraps_itself(brain: BrainProtocol) -> bool:
-    """Whether a recipe wraps its modules for several processes in a way of its own.
+    """Whether a recipe wraps its modules for several processes itself.
 
     Args:
         brain: The Brain, before or within a run.
     """
     own = vars(brain).get("_wrap_distributed")
-    in_force = isinstance(own, partial) and own.func is wrap_modules
-    return overrides(type(brain), "_wrap_distributed") or not (own is None or in_force)
+    ours = isinstance(own, partial) and own.func is wrap_modules
+    return overrides(type(brain), "_wrap_distributed") or not (own is None or ours)
 
 
 def _reconcile_device(trainer: Trainer, brain: BrainProtocol) -> None:
     root, mine = trainer.strategy.root_device, torch.device(brain.device)
     if mine.type == root.type and (root.index is None or mine.index in (None, root.index)):
         return
-    _refuse_conflict(brain, "device", str(root), f"accelerator={root.type!r}")
+    _check_conflict(brain, "device", str(root), f"accelerator={root.type!r}")
     brain.device, brain.device_type = str(root), root.type
     brain.training_ctx = autocast(brain.device, brain.precision)
     brain.evaluation_ctx = autocast(brain.device, brain.eval_precision)
@@ -181,9 +173,9 @@ def _reconcile_clipping(
         temporary.set(brain, "gradient_clip_algorithm", algorithm)
     if value is None:
         return
-    _refuse_conflict(brain, "max_grad_norm", float(value), f"gradient_clip_val={value}")
+    _check_conflict(brain, "max_grad_norm", float(value), f"gradient_clip_val={value}")
     temporary.set(brain, "max_grad_norm", float(value))
-    # Lightning refuses to clip for a module that steps by itself.
+    # Lightning refuses to clip for a module with manual optimization.
     temporary.set(trainer, "gradient_clip_val", None)
 
 
@@ -204,11 +196,11 @@ def _reconcile_precision(
     plugin = trainer.precision_plugin
     if type(plugin) is not MixedPrecision:
         if plugin.precision != DEFAULT_PRECISION and brain.precision != "fp32":
-            _refuse_conflict(brain, "precision", None, f"precision={plugin.precision!r}")
+            _check_conflict(brain, "precision", None, f"precision={plugin.precision!r}")
         return
-    precision, said = MIXED_PRECISIONS[plugin.precision], f"precision={plugin.precision!r}"
+    precision, argument = MIXED_PRECISIONS[plugin.precision], f"precision={plugin.precision!r}"
     evaluation = brain.eval_precision if is_explicit(brain, "eval_precision") else precision
-    _refuse_conflict(brain, "precision", precision, said)
+    _check_conflict(brain, "precision", precision, argument)
     temporary.set(brain, "precision", precision)
     temporary.set(brain, "eval_precision", evaluation)
     temporary.set(brain, "training_ctx", autocast(brain.device, precision))
@@ -221,10 +213,10 @@ def _reconcile_precision(
     temporary.set(trainer.strategy, "precision_plugin", Precision())
 
 
-def _refuse_conflict(brain: BrainProtocol, option: str, value: Any, said: str) -> None:
+def _check_conflict(brain: BrainProtocol, option: str, value: Any, argument: str) -> None:
     chosen = getattr(brain, option)
     if is_explicit(brain, option) and chosen != value:
         raise RunOptionError(
-            f"run option {option}={chosen!r} and Trainer({said}) contradict each other: "
+            f"run option {option}={chosen!r} and Trainer({argument}) contradict each other: "
             "leave one of them out"
         )

@@ -1,4 +1,4 @@
-"""What a Trainer needs to go on exactly: its counts, and the states of its callbacks."""
+"""What a Trainer needs to resume exactly: its counts, and the states of its callbacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from brain_lightning.checkpoints.hooks import load_hook
-from brain_lightning.lightning_internals.loops import listens, progress, set_progress
+from brain_lightning.lightning_internals.callbacks import callbacks_of, has_hook
+from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.resume.epoch_statistics import NotPlainError, plain
 from brain_lightning.stages.run import Run
 
@@ -35,20 +36,19 @@ def trainer_state(trainer: Trainer, run: Run) -> State:
     }
 
 
-def _callback_states(trainer: Trainer, told: set[str]) -> State:
+def _callback_states(trainer: Trainer, reported: set[str]) -> State:
     states = {}
-    # An attribute that Lightning's type hints do not show.
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         try:
             state = plain(callback.state_dict())
         except NotPlainError:
             state, whole = {}, False
         else:
-            whole = not listens(callback, "on_save_checkpoint")
-        if not whole and callback.state_key not in told:
-            told.add(callback.state_key)
+            whole = not has_hook(callback, "on_save_checkpoint")
+        if not whole and callback.state_key not in reported:
+            reported.add(callback.state_key)
             logger.warning(
-                "Checkpoint directories do not hold all of the state of %s: it goes on from "
+                "Checkpoint directories do not hold all of the state of %s: it resumes from "
                 "Lightning's checkpoints, by fit(ckpt_path=...).",
                 type(callback).__name__,
             )
@@ -58,7 +58,7 @@ def _callback_states(trainer: Trainer, told: set[str]) -> State:
 
 
 def resume_trainer(trainer: Trainer, run: Run, resumed: State) -> None:
-    """Lets a Trainer go on from what a Brain has recovered.
+    """Restores a Trainer from what a Brain has recovered.
 
     Args:
         trainer: The Trainer in ``on_fit_start``.
@@ -80,26 +80,23 @@ def resume_trainer(trainer: Trainer, run: Run, resumed: State) -> None:
         return
     run.train.batches = state["progress"]["batches"]
     set_progress(trainer, **state["progress"])
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if callback.state_key in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][callback.state_key])
 
 
 def saves_between_batches(trainer: Trainer) -> bool:
-    """Whether a checkpoint may be saved when the next batch is drawn and not yet fitted.
+    """Whether a checkpoint may be saved when the next batch is fetched and not yet fitted.
 
     Args:
         trainer: The Trainer in ``fit``.
     """
-    on_exception = any(
-        isinstance(callback, OnExceptionCheckpoint)
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
+    on_exception = any(isinstance(c, OnExceptionCheckpoint) for c in callbacks_of(trainer))
     return on_exception or getattr(trainer, "val_check_interval", None) != 1.0
 
 
 def save_within_epoch(trainer: Trainer) -> None:
-    """Saves as the Trainer saves, in the place of the one before.
+    """Saves as the Trainer saves, and replaces the save before.
 
     Args:
         trainer: The Trainer in ``fit``.

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from brain_lightning.compat.versions import AVERAGES_WITHOUT_END
 from brain_lightning.errors import UnsupportedError
+from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol
 
 # Those that cannot at all, and why.
@@ -26,7 +27,7 @@ REFUSED_CALLBACKS: dict[type[Callback], str] = {
 }
 
 
-def refuse_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
+def check_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
     """Refuses the callbacks of a Trainer that cannot do their work with this Brain.
 
     Args:
@@ -36,15 +37,15 @@ def refuse_callbacks(trainer: Trainer, brain: BrainProtocol) -> None:
     Raises:
         UnsupportedError: There is one; it is named, with the reason.
     """
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         for cls, reason in REFUSED_CALLBACKS.items():
             if isinstance(callback, cls):
                 raise UnsupportedError(f"{cls.__name__} does not work with a Brain: {reason}")
         if isinstance(callback, StochasticWeightAveraging):
-            _refuse_averaging(trainer, brain)
+            _check_averaging(trainer, brain)
 
 
-def _refuse_averaging(trainer: Trainer, brain: BrainProtocol) -> None:
+def _check_averaging(trainer: Trainer, brain: BrainProtocol) -> None:
     if any(isinstance(module, _BatchNorm) for module in brain.modules.modules()):
         raise UnsupportedError(
             "StochasticWeightAveraging adds an epoch for BatchNorm, which an epoch counter "
@@ -57,13 +58,13 @@ def _refuse_averaging(trainer: Trainer, brain: BrainProtocol) -> None:
         )
 
 
-def check_averaging(trainer: Trainer) -> None:
-    """Says so where an average of weights was made for nothing.
+def warn_of_unused_average(trainer: Trainer) -> None:
+    """Warns where an average of weights was made for nothing.
 
     Args:
         trainer: The Trainer at the end of a training.
     """
-    averaging = any(isinstance(c, StochasticWeightAveraging) for c in _callbacks(trainer))
+    averaging = any(isinstance(c, StochasticWeightAveraging) for c in callbacks_of(trainer))
     if averaging and trainer.current_epoch < (trainer.max_epochs or 0):
         rank_zero_warn(
             f"StochasticWeightAveraging waited for epoch {trainer.max_epochs}, but the run "
@@ -86,7 +87,7 @@ def check_backbone(trainer: Trainer, brain: BrainProtocol, optimizer: Optimizer)
     Raises:
         UnsupportedError: The backbone is in the optimizer.
     """
-    if not any(isinstance(callback, BackboneFinetuning) for callback in _callbacks(trainer)):
+    if not any(isinstance(callback, BackboneFinetuning) for callback in callbacks_of(trainer)):
         return
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     backbone = brain.modules["backbone"].parameters() if "backbone" in brain.modules else ()
@@ -95,8 +96,3 @@ def check_backbone(trainer: Trainer, brain: BrainProtocol, optimizer: Optimizer)
             "BackboneFinetuning gives the optimizer the backbone's parameters itself, once it "
             "unfreezes them: override init_optimizers and leave them out"
         )
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    # An attribute that Lightning's type hints do not show.
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]

@@ -1,13 +1,14 @@
 """What differs between the versions of other packages: the only file that knows.
 
-Each name says up to which version it is needed, and goes with the last of those
-versions. ``tests/system/versions.sh`` runs the tests on the oldest and the newest.
+Each name has the version with which it goes away. ``tests/system/versions.sh`` runs the
+tests on the oldest and the newest.
 """
 
 from __future__ import annotations
 
 import _codecs
 import logging
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,21 @@ from torch.torch_version import TorchVersion
 logger = logging.getLogger(__name__)
 
 LIGHTNING = TorchVersion(lightning.__version__)
+NEWEST_LIGHTNING = "2.6.6"
+TESTED_LIGHTNING = f"2.4 to {NEWEST_LIGHTNING}"
+
+
+def warn_of_untested_lightning() -> None:
+    """Warns where the installed Lightning is newer than the newest one that is tested."""
+    if LIGHTNING > NEWEST_LIGHTNING:
+        warnings.warn(
+            f"Lightning {LIGHTNING} is installed, and brain_lightning is tested with "
+            f"{TESTED_LIGHTNING}. A run is refused if a private part that it needs is gone.",
+            stacklevel=2,
+        )
+
+
+warn_of_untested_lightning()
 
 # From 2.5.2 on each process asks the others in each batch whether one got a SIGTERM.
 BROADCASTS_SIGTERM = LIGHTNING >= "2.5.2"

@@ -1,7 +1,4 @@
-"""What is private in Lightning's way from ``ckpt_path`` to a file.
-
-``tests/module/test_checkpoint_file.py`` fails where a release of Lightning moves it.
-"""
+"""``ckpt_path="last"`` where there is no last checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +9,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from .callbacks import callbacks_of
+
 
 def take_newest_for_last(trainer: Trainer) -> None:
-    """Lets ``ckpt_path="last"`` of the run that begins mean the newest, where no last is.
+    """Lets ``ckpt_path="last"`` of the next run mean the newest, where there is no last.
 
-    Lightning would begin anew, with a warning (``_parse_ckpt_path``), and has no hook
-    between the call of ``fit`` and its decision.
+    Lightning would start from scratch, with a warning (``_parse_ckpt_path``), and has no
+    hook between the call of ``fit`` and its decision.
 
     Args:
         trainer: The Trainer that has just been given a module.
@@ -36,8 +35,7 @@ def take_newest_for_last(trainer: Trainer) -> None:
 
 
 def _has_last(trainer: Trainer) -> bool:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    on_exception = [getattr(callback, "ckpt_path", None) for callback in callbacks]
+    on_exception = [getattr(callback, "ckpt_path", None) for callback in callbacks_of(trainer)]
     return any(path is not None and os.path.exists(path) for path in on_exception) or any(
         callback._find_last_checkpoints(trainer)
         for callback in trainer.checkpoint_callbacks

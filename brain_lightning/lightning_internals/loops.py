@@ -1,293 +1,200 @@
-"""Lightning's fit loop, with the epochs of a Brain and a beginning within an epoch.
-
-Private parts of Lightning: see ``_loops.py``, and ``tests/lightning_internals/test_loops.py``.
-"""
+"""Lightning's loops with a Brain's order of events."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.plugins import Precision
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.trainer.states import TrainerFn
 
-from brain_lightning.compat.versions import BROADCASTS_SIGTERM
-from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.run import Run
+from brain_lightning.stages.sharded_evaluation import shard_length
+from brain_lightning.temporary import TemporaryAttributes
+
+from .counters import add
 
 
-class _BrainFitLoop(_FitLoop):
-    """A fit loop that asks the epoch counter last.
+class BrainFitLoop(_FitLoop):
+    """A fit loop that asks the epoch counter last, and ends an epoch by exhaustion.
 
-    Drawing an epoch moves an ``EpochCounter``, so it may only happen once every
-    callback has had its say about stopping. That is after ``on_train_epoch_end``
+    The next epoch moves an ``EpochCounter``, so it may only begin once every
+    callback could stop the run. That is after ``on_train_epoch_end``
     and before ``on_train_epoch_start``, where Lightning has no hook.
     """
 
-    brain_epochs: Epochs
+    brain_run: Run
 
     @property
     def done(self) -> bool:
         """Whether the run is over, for Lightning or for the epoch counter."""
-        return super().done or not self.brain_epochs.more()
+        return super().done or not self.brain_run.epochs.more()
 
     def _warn_if_modules_in_eval_mode(self) -> None:
         """Nothing: a Brain stays in eval mode until its TRAIN stage begins with train()."""
 
+    def start_epoch(self, length: int | None) -> None:
+        """Makes an epoch end by exhaustion; a length is only for those who display it.
 
-class _BrainEpochLoop(_TrainingEpochLoop):
+        Lightning reads the length of the training set once, and validates where the
+        count of batches divides by it: with a length that changes, an epoch is cut
+        short or its validation left out.
+
+        Args:
+            length: Batches in the epoch, where that is known.
+        """
+        trainer = self.trainer
+        self.max_batches = _estimate(trainer.limit_train_batches, length)
+        # Not there where the interval is a time.
+        interval = getattr(trainer, "val_check_interval", None)
+        if isinstance(interval, float) and interval == 1.0:
+            trainer.val_check_batch = float("inf")
+
+    def limited_length(self, length: int | None) -> float | None:
+        """How many batches an epoch of training has, where that is known.
+
+        Args:
+            length: Batches of the training set, or None.
+        """
+        limit = self.trainer.limit_train_batches
+        return None if length is None else min(length, _limit(limit, length))
+
+    def fetch_batch(self) -> bool:
+        """Fetches the next training batch; without one TRAIN ends.
+
+        Returns:
+            Whether there is one.
+        """
+        run = self.brain_run
+        last = self._is_cut_short(run.train.loader.known_length()) or not run.train.fetch()
+        self._mark_last_batch(last)
+        if last:
+            run.train.end()
+        return not last
+
+    def _is_cut_short(self, length: int | None) -> bool:
+        """By ``limit_train_batches``, ``max_steps``, or a callback that stops the run."""
+        trainer = self.trainer
+        batches = self.epoch_loop.batch_progress.current.ready
+        return (
+            batches >= _limit(trainer.limit_train_batches, length)
+            or 0 <= trainer.max_steps <= trainer.global_step
+            or (trainer.should_stop and self._can_stop_early)
+        )
+
+    def _mark_last_batch(self, last: bool) -> None:
+        progress, fetcher = self.epoch_loop.batch_progress, self._data_fetcher
+        progress.is_last_batch = last
+        if not last and progress.current.ready >= self.max_batches:
+            self.max_batches = float("inf")
+        assert fetcher is not None
+        fetcher.length, fetcher.done = None, last
+
+    def run_validation(self) -> None:
+        """Validates after a training epoch in which there was no batch.
+
+        Lightning only validates after a batch (``_TrainingEpochLoop.on_advance_end``).
+        """
+        if self.epoch_loop._should_check_val_epoch():
+            self.trainer.validating = True
+            self.epoch_loop.val_loop.run()
+            self.trainer.training = True
+
+
+class BrainEpochLoop(_TrainingEpochLoop):
     """An epoch loop that can begin in the middle of an epoch.
 
-    Lightning's own restart leaves out ``on_train_epoch_start`` and draws a batch
+    Lightning's own restart leaves out ``on_train_epoch_start`` and fetches a batch
     before it validates, while a Brain begins its stage again; so the counters are
     set, once Lightning has reset them.
     """
 
     brain_run: Run
-    # Callbacks that look at batches; None where Lightning's own steps are needed.
-    brain_watchers: list[Callback] | None = None
 
     def on_run_start(self, data_fetcher: Any) -> None:
-        """Goes on where the epoch was left, and validates if that is what came next."""
+        """Resumes the epoch where it was left, with the validation if that came next."""
         super().on_run_start(data_fetcher)
-        self.brain_watchers = _watchers(self.trainer)
         run = self.brain_run
         resumed = run.run_state.resumed_batches
         if resumed is None and not run.train.fetches_collectively:
             return
-        count(self.batch_progress.current, resumed or 0)
-        fetched = self.trainer.lightning_module.fetch_batch()
+        add(self.batch_progress.current, resumed or 0)
+        fetched = fit_loop_of(self.trainer).fetch_batch()
         if not fetched or (resumed is not None and not run.run_state.validated):
             self.on_advance_end(data_fetcher)
             self._batches_that_stepped -= 1
 
-    def advance(self, data_fetcher: Any) -> None:
-        """One batch, without what nobody listens to.
 
-        Lightning's own way asks every callback, profiler and logger at each hook, and
-        sets attributes of the module around it: more than the work of a small model.
+class BrainEvaluationLoop(_EvaluationLoop):
+    """An evaluation loop that runs to the end of its loaders."""
+
+    def end_by_exhaustion(self, sharded: bool) -> None:
+        """Leaves no limit but one that the Trainer was given.
+
+        Args:
+            sharded: Whether this process has a part of the batches.
         """
-        if self.brain_watchers is None:
-            super().advance(data_fetcher)
-            return
-        lightnings = BROADCASTS_SIGTERM and not self.brain_run.termination.listens
-        if lightnings and self.trainer.world_size > 1:
-            # Lightning's handler of SIGTERM, in another process, waits for this answer.
-            self._broadcast_sigterm_tensor()
-        batch = next(self.brain_run.train.loader)
-        if batch is not None and self.trainer.strategy.root_device.type != "cpu":
-            batch = call._call_strategy_hook(self.trainer, "batch_to_device", batch)
-        progress, batch_idx = self.batch_progress, self.batch_idx + 1
-        progress.is_last_batch = False
-        progress.increment_ready()
-        output = self._fit(batch, batch_idx)
-        progress.increment_processed()
-        self.trainer.lightning_module.on_train_batch_end(output, batch, batch_idx)
-        if self.brain_watchers:
-            self.trainer._logger_connector.on_batch_end()
-        progress.increment_completed()
-        if self.brain_watchers:
-            self.trainer._logger_connector.update_train_step_metrics()
-
-    def _fit(self, batch: Any, batch_idx: int) -> Any:
-        trainer, watchers = self.trainer, self.brain_watchers
-        if watchers:
-            trainer._logger_connector.on_batch_start(batch)
-        output = None
-        if batch is None:
-            self._warning_cache.warn("train_dataloader yielded None: it is left out")
-        else:
-            if watchers:
-                call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
-            self.batch_progress.increment_started()
-            output = trainer.lightning_module.fit_batch(batch, batch_idx)
-        if watchers:
-            call._call_callback_hooks(trainer, "on_train_batch_end", output, batch, batch_idx)
-        return output
-
-    def on_advance_end(self, data_fetcher: Any) -> None:
-        """Validates, where it is time to, and counts the batch."""
-        trainer = self.trainer
-        ends = trainer.should_stop or trainer.received_sigterm
-        if self.brain_watchers is None or ends or self._should_check_val_fx(data_fetcher):
-            super().on_advance_end(data_fetcher)
-        else:
-            self._batches_that_stepped += 1
+        trainer, combined, fetcher = self.trainer, self._combined_loader, self._data_fetcher
+        assert combined is not None
+        assert fetcher is not None
+        limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+        lengths = [loader.known_length() for loader in combined.flattened]
+        self._max_batches = [_estimate(limit, length) for length in lengths]
+        limits = [_limit(limit, length) for length in lengths]
+        if sharded:
+            limits = [shard_length(all_of_them) for all_of_them in limits]
+        combined._iterator.limits = limits  # type: ignore[union-attr]
+        fetcher.length, fetcher.done = None, False
 
 
-# What a callback may do within a step, and what it may see of one.
-STEP_HOOKS = (
-    "on_before_zero_grad", "on_before_backward", "on_after_backward",
-    "on_before_optimizer_step",
-)  # fmt: skip
-BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
-
-
-def _watchers(trainer: Trainer) -> list[Callback] | None:
-    """The callbacks that look at batches; None where Lightning's own steps are needed."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    automatic = trainer.lightning_module.automatic_optimization
-    # One that steps by hand calls it as well, and what is logged there needs Lightning.
-    hooks = STEP_HOOKS if automatic else STEP_HOOKS[-1:]
-    within = any(listens(callback, hook) for callback in callbacks for hook in hooks)
-    # StochasticWeightAveraging brings a scheduler, which Lightning's own loop steps.
-    if within or trainer.lr_scheduler_configs or not _is_plain(trainer):
-        return None
-    return [c for c in callbacks if any(listens(c, hook) for hook in BATCH_HOOKS)]
-
-
-def _is_plain(trainer: Trainer) -> bool:
-    """Whether a batch is for the Brain alone: nothing converts it, moves it or times it."""
-    return (
-        type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy)
-        and type(trainer.precision_plugin) is Precision
-        and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
-        and trainer.datamodule is None  # type: ignore[attr-defined]
-    )
-
-
-class _BrainEvaluationLoop(_EvaluationLoop):
-    """An evaluation loop that leaves out what nobody listens to, as the epoch loop."""
-
-    brain_is_alone = False
-
-    def on_run_start(self) -> None:
-        """Looks for who listens."""
-        super().on_run_start()
-        kind = "test" if self.trainer.testing else "validation"
-        hooks = (f"on_{kind}_batch_start", f"on_{kind}_batch_end")
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        watched = any(listens(c, hook) for c in callbacks for hook in hooks)
-        self.brain_is_alone = _is_plain(self.trainer) and not watched
-
-    def _evaluation_step(
-        self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any
-    ) -> None:
-        if not self.brain_is_alone:
-            super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
-            return
-        trainer, module = self.trainer, self.trainer.lightning_module
-        if trainer.strategy.root_device.type != "cpu":
-            arguments = {"dataloader_idx": dataloader_idx}
-            batch = call._call_strategy_hook(trainer, "batch_to_device", batch, **arguments)
-        self.batch_progress.increment_ready()
-        self.batch_progress.increment_started()
-        step = module.test_step if trainer.testing else module.validation_step
-        step(batch, batch_idx, dataloader_idx)
-        self.batch_progress.increment_processed()
-        self.batch_progress.increment_completed()
-        # ModelCheckpoint asks, and complains of a metric that no validation has brought.
-        self._has_run = True
-        if trainer.received_sigterm:
-            raise SIGTERMException
-
-
-def _validations_and_tests(trainer: Trainer) -> list[Any]:
-    """The loops of validation and test, that of ``fit`` first.
+def become(loop: Any, cls: type, temporary: TemporaryAttributes, **attributes: Any) -> None:
+    """Makes a loop of Lightning's one of ours, for one run.
 
     Args:
-        trainer: Any Trainer.
+        loop: The loop.
+        cls: A subclass of its class.
+        temporary: Records what is changed.
+        **attributes: What the loop has then.
     """
-    return [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop]
+    temporary.set(loop, "__class__", cls)
+    for name, value in attributes.items():
+        temporary.override(loop, name, value)
 
 
-def listens(callback: Callback, hook: str) -> bool:
-    """Whether a callback has a hook of its own, be it of the instance.
+def fit_loop_of(trainer: Trainer) -> BrainFitLoop:
+    """The fit loop of a Trainer that fits a Brain.
 
     Args:
-        callback: The callback.
-        hook: A method of ``Callback``.
+        trainer: The Trainer after its ``setup``.
     """
-    method = getattr(callback, hook)
-    return getattr(method, "__func__", None) is not getattr(Callback, hook)
+    loop = trainer.fit_loop
+    assert isinstance(loop, BrainFitLoop)
+    return loop
 
 
-def rule_fit_loop(trainer: Trainer, run: Run) -> None:
-    """Lets the stages of a Brain rule the fit loop.
+def evaluation_loop_of(trainer: Trainer) -> BrainEvaluationLoop:
+    """The evaluation loop that runs.
 
     Args:
-        trainer: The Trainer in its ``setup``.
-        run: The run.
+        trainer: The Trainer of a Brain, in a validation or a test.
     """
-    loop: Any = trainer.fit_loop
-    loop.__class__, loop.brain_epochs = _BrainFitLoop, run.epochs
-    loop.epoch_loop.__class__ = _BrainEpochLoop
-    loop.epoch_loop.brain_run = run
+    loop = trainer.test_loop if trainer.testing else trainer.validate_loop
+    if trainer.state.fn is TrainerFn.FITTING:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+    assert isinstance(loop, BrainEvaluationLoop)
+    return loop
 
 
-def rule_evaluation_loops(trainer: Trainer) -> None:
-    """Lets validations and tests leave out what nobody listens to.
-
-    Args:
-        trainer: The Trainer in its ``setup``.
-    """
-    for loop in _validations_and_tests(trainer):
-        loop.__class__ = _BrainEvaluationLoop
+def _limit(limit: float, length: int | None) -> float:
+    """How many batches a ``limit_..._batches`` of the Trainer allows."""
+    if isinstance(limit, int):
+        return limit
+    # A fraction of an unknown length was refused before.
+    return float("inf") if limit == 1.0 or length is None else int(limit * length)
 
 
-def release_loops(trainer: Trainer) -> None:
-    """Gives the Trainer its own loops back.
-
-    Args:
-        trainer: The Trainer at the end of a run.
-    """
-    for evaluation_loop in _validations_and_tests(trainer):
-        evaluation_loop.__class__ = _EvaluationLoop
-        vars(evaluation_loop).pop("brain_is_alone", None)
-    loop: Any = trainer.fit_loop
-    if hasattr(loop, "brain_epochs"):
-        loop.__class__, loop.epoch_loop.__class__ = _FitLoop, _TrainingEpochLoop
-        del loop.brain_epochs, loop.epoch_loop.brain_run
-        vars(loop.epoch_loop).pop("brain_watchers", None)
-
-
-def count(tracker: Any, events: int) -> None:
-    """Adds to all that a tracker counts (its ``increment_by`` came with Lightning 2.5).
-
-    Args:
-        tracker: One of Lightning's progress trackers.
-        events: How many more have been made ready, started, processed and completed.
-    """
-    for name, so_far in vars(tracker).items():
-        setattr(tracker, name, so_far + events)
-
-
-def progress(trainer: Trainer) -> dict[str, int]:
-    """How far a Trainer is.
-
-    Args:
-        trainer: The Trainer in ``fit``.
-
-    Returns:
-        The epochs that are over, and the steps, as ``set_progress`` takes them.
-    """
-    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-    return {"epochs": epochs, "global_step": trainer.global_step}
-
-
-def set_progress(trainer: Trainer, epochs: int, global_step: int, batches: int) -> None:
-    """Sets the counts that Lightning keeps, before its loops begin.
-
-    Args:
-        trainer: The Trainer in ``on_fit_start``.
-        epochs: Epochs that are over.
-        global_step: Steps so far.
-        batches: Batches so far, over all epochs.
-    """
-    loop, epoch_progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress
-    for tracker in (epoch_progress.total, epoch_progress.current):
-        tracker.reset()
-        count(tracker, epochs)
-    loop.batch_progress.total.reset()
-    count(loop.batch_progress.total, batches)
-    loop._batches_that_stepped = batches
-    automatic = loop.automatic_optimization.optim_progress.optimizer.step.total
-    for steps in (automatic, loop.manual_optimization.optim_step_progress.total):
-        steps.reset()
-        count(steps, global_step)
+def _estimate(limit: float, length: int | None) -> float:
+    """For progress bars, and for who asks whether a batch is the last."""
+    return min(_limit(limit, length), float("inf") if length is None else max(1, length))

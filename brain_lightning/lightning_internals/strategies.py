@@ -1,7 +1,4 @@
-"""The only file that touches private parts of Lightning's strategies.
-
-``tests/lightning_internals/test_strategies.py`` fails where a release moves one of them.
-"""
+"""Which strategies run a Brain, and what of them is the Brain's to do."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from brain_lightning.temporary import TemporaryAttributes
 
 # Arguments of DDPStrategy that speak of one DistributedDataParallel for the whole module.
 WHOLE_MODULE = (
-    "ddp_comm_hook",
-    "ddp_comm_state",
-    "ddp_comm_wrapper",
-    "model_averaging_period",
+    "_ddp_comm_hook",
+    "_ddp_comm_state",
+    "_ddp_comm_wrapper",
+    "_model_averaging_period",
 )
 
 
 def is_parallel(trainer: Trainer) -> bool:
-    """Whether a Trainer wraps for several processes, be it for one alone.
+    """Whether a Trainer wraps modules for several processes, even if there is only one.
 
     Args:
         trainer: The Trainer, before or after it has started its processes.
@@ -57,15 +54,15 @@ def check_strategy(trainer: Trainer) -> None:
             "another process, and what it learns stays there: use strategy='ddp', or torchrun"
         )
     for argument in WHOLE_MODULE:
-        if getattr(strategy, f"_{argument}") is not None:
+        if getattr(strategy, argument) is not None:
             raise UnsupportedError(
-                f"{name}({argument}=...) is for one DistributedDataParallel, and a Brain has "
-                "one for each entry of its modules: leave it out"
+                f"{name}({argument[1:]}=...) is for one DistributedDataParallel, and a Brain "
+                "has one for each entry of its modules: leave it out"
             )
 
 
 def ddp_arguments(trainer: Trainer) -> dict[str, Any]:
-    """What a user told the strategy to give to ``DistributedDataParallel``.
+    """The arguments of the strategy that are for ``DistributedDataParallel``.
 
     Args:
         trainer: A Trainer whose strategy ``is_parallel``.
@@ -76,7 +73,7 @@ def ddp_arguments(trainer: Trainer) -> dict[str, Any]:
 
 
 def set_backend(trainer: Trainer, backend: str, temporary: TemporaryAttributes) -> str:
-    """Chooses how processes communicate, unless the user's strategy says it.
+    """Chooses how processes communicate, unless the user's strategy does.
 
     Args:
         trainer: A Trainer whose strategy ``is_parallel``, without a process group yet.
@@ -88,23 +85,13 @@ def set_backend(trainer: Trainer, backend: str, temporary: TemporaryAttributes) 
     """
     strategy = trainer.strategy
     assert isinstance(strategy, DDPStrategy)
-    chosen = strategy._process_group_backend
+    chosen = strategy.process_group_backend
     if chosen is None:
         temporary.set(strategy, "_process_group_backend", backend)
     return chosen or backend
 
 
-def wrap_nothing(trainer: Trainer, temporary: TemporaryAttributes) -> None:
-    """Leaves the wrapping to the Brain.
-
-    Args:
-        trainer: A Trainer whose strategy ``is_parallel``, before its ``setup``.
-        temporary: Records what is changed.
-    """
-    temporary.override(trainer.strategy, "configure_ddp", lambda: None)
-
-
-def synchronize_nothing(module: LightningModule) -> None:
+def disable_synchronization(module: LightningModule) -> None:
     """Keeps the strategy from giving every process the first one's weights to evaluate.
 
     A Brain's processes have the same ones, but for what is each process's own, such
@@ -119,7 +106,7 @@ def synchronize_nothing(module: LightningModule) -> None:
 
 
 def shards_training_data(trainer: Trainer) -> bool:
-    """Whether the Trainer was let give each process its part of the training set.
+    """Whether the Trainer gives each process its part of the training set.
 
     Args:
         trainer: The Trainer.

@@ -1,9 +1,7 @@
-"""A log that goes on where a run goes on, with each epoch in it once.
+"""A log that continues where a run resumes, with each epoch in it once.
 
 A run that is killed after it has logged an epoch and before it has saved it logs that epoch
-again. Whether a version was asked for, and whether anything was written, Lightning's loggers
-keep to themselves: this is the only file that touches those private parts, and
-``tests/loggers/test_log_versions.py`` fails where a release moves one of them.
+again.
 """
 
 from __future__ import annotations
@@ -22,6 +20,8 @@ from lightning.pytorch.loggers import (
     WandbLogger,
 )
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from brain_lightning.lightning_internals import loggers as internals
 
 Row = dict[str, str]
 
@@ -60,31 +60,31 @@ class Log:
 
     Args:
         logger: The logger.
-        place: Of the logger among those of its train logger.
+        index: Of the logger among those of its train logger.
 
     Attributes:
         logger: The logger.
     """
 
-    def __init__(self, logger: Logger, place: int) -> None:
+    def __init__(self, logger: Logger, index: int) -> None:
         self.logger = logger
-        self._place = place
+        self._index = index
         self._is_open = False
         # Of which an earlier process may have entries that are made again: epochs, tests.
         self._repeated: set[bool] = set()
 
-    def open(self, goes_on: bool) -> None:
+    def open(self, resumes: bool) -> None:
         """Finds what it adds to, before the first entry; later calls do nothing.
 
         Args:
-            goes_on: Whether this is a log of earlier processes.
+            resumes: Whether this is a log of earlier processes.
         """
-        if not self._is_open and self._begin(goes_on):
+        if not self._is_open and self._begin(resumes):
             self._repeated = {True, False}
         self._is_open = True
 
     def write(self, entry: Entry) -> bool:
-        """Logs an entry; the first one takes the place of what it repeats.
+        """Logs an entry; the first one replaces what it repeats.
 
         Args:
             entry: The entry.
@@ -101,7 +101,7 @@ class Log:
         self.logger.save()
         return True
 
-    def _begin(self, goes_on: bool) -> bool:
+    def _begin(self, resumes: bool) -> bool:
         """Whether there may be entries of earlier processes."""
         return False
 
@@ -125,29 +125,29 @@ class _Versions(Log):
 
     @property
     def _mark(self) -> Path:
-        return self._folder / f".train_log-{type(self.logger).__name__}-{self._place}"
+        return self._folder / f".train_log-{type(self.logger).__name__}-{self._index}"
 
-    def _begin(self, goes_on: bool) -> bool:
+    def _begin(self, resumes: bool) -> bool:
         # Elsewhere, or where somebody else, such as a Trainer, writes: as Lightning has it.
-        if "://" in str(self.logger.save_dir) or self.logger._experiment is not None:
+        if "://" in str(self.logger.save_dir) or internals.is_open(self.logger):
             return False
-        if goes_on and self.logger._version is None:
+        if resumes and not internals.has_version(self.logger):
             self._choose_version()
-        self._take_over() if goes_on else self._begin_anew()
+        self._take_over() if resumes else self._begin_anew()
         # Makes the folder; Lightning warns of one that is not empty, so the mark is last.
         self.logger.save()
         self._mark.touch()
-        return goes_on
+        return resumes
 
     def _choose_version(self) -> None:
         """The newest that has the mark, else a new one."""
         new = self.logger.version
         assert isinstance(new, int)
         for version in range(new - 1, -1, -1):
-            self.logger._version = version
+            internals.set_version(self.logger, version)
             if self._mark.exists():
                 return
-        self.logger._version = new
+        internals.set_version(self.logger, new)
 
     def _take_over(self) -> None: ...
 
@@ -182,7 +182,7 @@ class _CSVLog(_Versions):
             self._keep(lambda row: float(row["step"]) < start)
 
     def _tests(self, row: Row) -> bool:
-        before = _prefix(self.logger)
+        before = internals.name_prefix(self.logger)
         return is_of_test(name.removeprefix(before) for name, value in row.items() if value)
 
     def _keep(self, is_kept: Callable[[Row], bool]) -> None:
@@ -225,7 +225,7 @@ def _is_whole(row: dict[Any, Any]) -> bool:
 
 
 class _TensorBoardLog(_Versions):
-    """TensorBoard leaves out what stands before the beginning of a file, if that says so."""
+    """TensorBoard leaves out what a later file of events replaces, by its ``purge_step``."""
 
     logger: TensorBoardLogger
 
@@ -249,15 +249,15 @@ class _ServiceLog(Log):
 
     logger: WandbLogger | MLFlowLogger
 
-    def __init__(self, logger: Logger, place: int) -> None:
-        super().__init__(logger, place)
+    def __init__(self, logger: Logger, index: int) -> None:
+        super().__init__(logger, index)
         # The last number of each name, of earlier processes.
         self._last: dict[str, float] = {}
 
-    def _begin(self, goes_on: bool) -> bool:
-        if goes_on:
+    def _begin(self, resumes: bool) -> bool:
+        if resumes:
             self._last = self._last_numbers()
-        return goes_on
+        return resumes
 
     def _last_numbers(self) -> dict[str, float]:
         logger = self.logger
@@ -265,7 +265,10 @@ class _ServiceLog(Log):
             found = dict(logger.experiment.summary)
         else:
             found = logger.experiment.get_run(logger.run_id).data.metrics
-        return {name.removeprefix(_prefix(logger)): number for name, number in found.items()}
+        return {
+            name.removeprefix(internals.name_prefix(logger)): number
+            for name, number in found.items()
+        }
 
     def _has(self, entry: Entry) -> bool:
         """Of an epoch before the last one; else equal, for an epoch may have several."""
@@ -276,20 +279,16 @@ class _ServiceLog(Log):
         return numbers[name] < last[name] or (numbers[name] == last[name] and is_repeated)
 
 
-def _prefix(logger: Any) -> str:
-    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-
-
-def log_of(logger: Logger, place: int) -> Log:
+def log_of(logger: Logger, index: int) -> Log:
     """What a logger writes.
 
     Args:
         logger: The logger.
-        place: As for ``Log``.
+        index: As for ``Log``.
     """
     kinds: list[tuple[Any, type[Log]]] = [
         (CSVLogger, _CSVLog),
         (TensorBoardLogger, _TensorBoardLog),
         ((WandbLogger, MLFlowLogger), _ServiceLog),
     ]
-    return next((log for kind, log in kinds if isinstance(logger, kind)), Log)(logger, place)
+    return next((log for kind, log in kinds if isinstance(logger, kind)), Log)(logger, index)

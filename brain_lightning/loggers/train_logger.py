@@ -171,7 +171,7 @@ class LightningTrainLogger:
 
     def _opened(self) -> Iterator[Log]:
         for each in self._logs:
-            each.open(goes_on=bool(self._goes_on))
+            each.open(bool(self._goes_on))
             yield each
 
     def _is_fed(self, of: Log) -> bool:

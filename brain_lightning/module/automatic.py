@@ -9,7 +9,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from brain_lightning.lightning_internals import loaders as _loops
+from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import OptimizerGroup, has_optimizer
 from brain_lightning.step.update import (
@@ -56,7 +56,7 @@ class AutomaticModule(BrainModule):
             self._training_loss = None
         # Where nothing is optimized a batch counts as a step: ModelCheckpoint counts steps.
         if brain.optimizer_step == before and has_optimizer(brain):
-            _loops.discount_step(self.trainer)
+            count_steps(self.trainer, -1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """``compute_forward`` and ``compute_objectives`` at Stage.TRAIN."""
@@ -81,7 +81,7 @@ class AutomaticModule(BrainModule):
         last = self._is_expected_last(batch_idx)
         self.run.train.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
         if brain.optimizer_step != before or not has_optimizer(brain):
-            _loops.count_step(self.trainer)
+            count_steps(self.trainer, 1)
         # What training_step returns.
         return {} if update.result is None else {"loss": update.result.scaled.detach()}
 

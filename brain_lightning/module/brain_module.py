@@ -18,8 +18,9 @@ from brain_lightning.callback.profiling import end_when_profiled
 from brain_lightning.callback.unsupported import check_backbone
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.ddp import unwrap_modules, without_wrapper
-from brain_lightning.lightning_internals import loaders as _loops
+from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
+from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.loggers.curve_plot import CurvePlot
 from brain_lightning.protocol import BrainProtocol, check_hooks, hparams_of
 from brain_lightning.resume.run_state import KEY, RunState, run_state
@@ -184,21 +185,7 @@ class BrainModule(LightningModule):
         """
         self._log_running_loss()
         end_when_profiled(self.trainer, self.brain, self.run.train.batches)
-        self.fetch_batch()
-
-    def fetch_batch(self) -> bool:
-        """Fetches the next batch; without one TRAIN ends.
-
-        Returns:
-            Whether there is one.
-        """
-        train = self.run.train
-        cut = _loops.is_cut_short(self.trainer, train.loader.known_length())
-        last = cut or not train.fetch()
-        _loops.mark_last_batch(self.trainer, last)
-        if last:
-            train.end()
-        return not last
+        fit_loop_of(self.trainer).fetch_batch()
 
     def on_validation_model_eval(self) -> None:
         """Begins the VALID stage: the hook first, then ``eval()``."""
@@ -263,7 +250,7 @@ class BrainModule(LightningModule):
         if running not in (TrainerFn.FITTING, TrainerFn.TESTING):
             return
         epoch = self.run.epochs.current if running is TrainerFn.FITTING else None
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(self.trainer):
             if isinstance(callback, CurvePlot):
                 callback.add(self.brain, epoch, metrics)
 

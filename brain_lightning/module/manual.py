@@ -13,7 +13,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from brain_lightning.lightning_internals import loaders as _loops
+from brain_lightning.lightning_internals.callbacks import callbacks_of
+from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import has_optimizer
 
@@ -32,7 +33,7 @@ class ManualModule(BrainModule):
         with self._recorded_steps() as steps:
             last = self._is_expected_last(batch_idx)
             loss = self.run.train.fit(batch, self.brain.fit_batch, last)
-        _loops.count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
+        count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 
@@ -56,8 +57,7 @@ class ManualModule(BrainModule):
         # A recipe may fit another Brain within fit_batch.
         if self.run.train.is_innermost:
             trainer = self.trainer
-            # An attribute that Lightning's type hints do not show.
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in callbacks_of(trainer):
                 callback.on_before_optimizer_step(trainer, self, optimizer)
             self.on_before_optimizer_step(optimizer)
 

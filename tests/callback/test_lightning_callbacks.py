@@ -413,7 +413,7 @@ def test_averaging_ends_with_the_epoch_counter() -> None:
         assert torch.allclose(weight, expected, atol=1e-6)
 
 
-def test_an_average_that_was_not_taken_is_told() -> None:
+def test_an_average_that_was_not_taken_is_warned_of() -> None:
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=1)
     brain = make(hparams={"epoch_counter": range(2)})
     with pytest.warns(UserWarning, match=r"waited for epoch 5, but the run ended after 2"):

@@ -402,7 +402,7 @@ def test_two_explicit_values_that_differ_name_both(
             fit(hparams, **arguments)
 
 
-def test_two_explicit_values_that_agree_are_no_conflict() -> None:
+def test_two_equal_explicit_values_are_no_conflict() -> None:
     brain = make(max_grad_norm=1.0, grad_accumulation_factor=3, precision="bf16")
     fit(brain, gradient_clip_val=1.0, accumulate_grad_batches=3, precision="bf16-mixed")
     assert brain.optimizer_step == 4

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from brain_lightning import to_lightning
+from brain_lightning.lightning_internals import attach
 from brain_lightning.module.automatic import AutomaticModule
 from brain_lightning.module.manual import ManualModule
 from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
@@ -40,7 +41,7 @@ class ByHand(Dropping):
         return super().fit_batch(batch)
 
 
-class Listens(Callback):
+class NeedsHooks(Callback):
     """Within the step, where only Lightning's own loop calls."""
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -82,10 +83,10 @@ def lean_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"callbacks": [Listens()]}, {"profiler": "simple"}],
+    [{"callbacks": [NeedsHooks()]}, {"profiler": "simple"}],
     ids=["a callback within the step", "a profiler"],
 )
-def test_where_somebody_listens_lightnings_own_steps_do_the_same(
+def test_where_a_hook_is_needed_the_loop_of_lightning_does_the_same(
     lean_steps: list[int], arguments: dict[str, Any]
 ) -> None:
     lean, lean_trainer = fit(Dropping)
@@ -100,11 +101,22 @@ def test_where_somebody_listens_lightnings_own_steps_do_the_same(
     assert lean_trainer.callback_metrics == trainer.callback_metrics
 
 
+def test_without_the_lean_loops_everything_is_the_same(
+    lean_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean, _ = fit(Dropping)
+    monkeypatch.setattr(attach, "make_lean", lambda loops, temporary: None)
+    brain, _ = fit(Dropping)
+    assert len(lean_steps) == 10
+    assert all_equal(weights(lean), weights(brain))
+    assert lean.events == brain.events
+
+
 def test_a_recipe_that_steps_by_hand_is_lean_with_such_callbacks_too(
     lean_steps: list[int],
 ) -> None:
     lean, _ = fit(ByHand)
-    watched, _ = fit(ByHand, callbacks=[Listens()])
+    watched, _ = fit(ByHand, callbacks=[NeedsHooks()])
     assert len(lean_steps) == 20
     assert all_equal(weights(lean), weights(watched))
 
@@ -152,12 +164,12 @@ def test_who_looks_at_batches_sees_them(lean_steps: list[int], tmp_path: Any) ->
     assert "lr-" in text
 
 
-def test_a_hook_of_one_instance_is_heard(lean_steps: list[int]) -> None:
-    heard: list[int] = []
-    callback = LambdaCallback(on_before_zero_grad=lambda *_: heard.append(1))
+def test_a_hook_of_one_instance_is_called(lean_steps: list[int]) -> None:
+    called: list[int] = []
+    callback = LambdaCallback(on_before_zero_grad=lambda *_: called.append(1))
     fit(Dropping, callbacks=[callback])
     assert not lean_steps
-    assert len(heard) == 10
+    assert len(called) == 10
 
 
 def test_validations_and_tests_are_the_same(lean_steps: list[int]) -> None:
@@ -178,7 +190,7 @@ def test_validations_and_tests_are_the_same(lean_steps: list[int]) -> None:
 
 
 def test_a_scheduler_that_a_callback_brings_is_stepped(lean_steps: list[int]) -> None:
-    """StochasticWeightAveraging anneals the learning rate by one of its own."""
+    """StochasticWeightAveraging anneals the learning rate by its own one."""
     rates: dict[bool, list[float]] = {}
     for watched in (False, True):
         averaging = StochasticWeightAveraging(
@@ -193,7 +205,7 @@ def test_a_scheduler_that_a_callback_brings_is_stepped(lean_steps: list[int]) ->
             ) -> None:
                 found.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-        callbacks = [averaging, Rates(), *([Listens()] if watched else [])]
+        callbacks = [averaging, Rates(), *([NeedsHooks()] if watched else [])]
         brain = make(Dropping)
         trainer_with(*callbacks, max_epochs=6).fit(to_lightning(brain), loader(), loader())
     assert rates[True] == rates[False]
@@ -221,12 +233,12 @@ def test_never_is_a_number_of_steps_to_log_at(tmp_path: Any) -> None:
 
 
 def test_sigterm_ends_a_test_within_a_batch() -> None:
-    class Told(Dropping):
+    class Terminated(Dropping):
         def evaluate_batch(self, batch: Any, stage: Any) -> Any:
             signal.raise_signal(signal.SIGTERM)
             return super().evaluate_batch(batch, stage)
 
-    brain = make(Told)
+    brain = make(Terminated)
     with pytest.raises(SystemExit):
         trainer_with().test(to_lightning(brain), loader(), verbose=False)
     assert len([event for event in brain.events if event[0] == "TEST"]) == 1

@@ -1,4 +1,4 @@
-"""The private parts of Lightning that ``_loops.py`` relies on: each moves here first."""
+"""What the loops rely on beyond the names in the contract, and that a run restores them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_fit_loop_asks_done_before_each_epoch() -> None:
     assert "while not self.done:" in run
 
 
-def test_lightning_says_nothing_about_a_brain_that_was_in_eval_mode() -> None:
+def test_lightning_does_not_warn_of_a_brain_that_was_in_eval_mode() -> None:
     brain = make()
     brain.modules.eval()
     before = weights(brain)
@@ -53,4 +53,4 @@ def test_the_loops_are_lightnings_own_again_after_a_run() -> None:
     brain.fit(range(3), loader(), loader(), trainer=trainer)
     assert type(trainer.fit_loop) is _FitLoop
     assert [trainer.fit_loop._data_source, trainer.test_loop._data_source] == before
-    assert "brain_epochs" not in vars(trainer.fit_loop)
+    assert "brain_run" not in vars(trainer.fit_loop)

@@ -1,0 +1,76 @@
+"""The counts that Lightning keeps: epochs, batches and steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+def add(tracker: Any, events: int) -> None:
+    """Adds to all that a tracker counts (its ``increment_by`` came with Lightning 2.5).
+
+    Args:
+        tracker: One of Lightning's progress trackers.
+        events: How many more have been made ready, started, processed and completed.
+    """
+    for name, so_far in vars(tracker).items():
+        setattr(tracker, name, so_far + events)
+
+
+def count_steps(trainer: Trainer, steps: int) -> None:
+    """Makes ``trainer.global_step`` count what the Brain counts.
+
+    Lightning's automatic optimization counts each call of ``optimizer_step``, with an
+    update or without; its manual optimization the steps of its own wrappers only.
+
+    Args:
+        trainer: The Trainer in a training batch.
+        steps: Steps that Lightning has not counted; -1 for one too many.
+    """
+    automatic, by_hand = _steps(trainer)
+    steps_taken = automatic if trainer.lightning_module.automatic_optimization else by_hand
+    for tracker in (steps_taken.total, steps_taken.current):
+        add(tracker, steps)
+
+
+def progress(trainer: Trainer) -> dict[str, int]:
+    """The counts of a Trainer.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+
+    Returns:
+        The epochs that are over, and the steps, as ``set_progress`` takes them.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    return {"epochs": epochs, "global_step": trainer.global_step}
+
+
+def set_progress(trainer: Trainer, epochs: int, global_step: int, batches: int) -> None:
+    """Sets the counts of a Trainer, before its loops begin.
+
+    Args:
+        trainer: The Trainer in ``on_fit_start``.
+        epochs: Epochs that are over.
+        global_step: Steps so far.
+        batches: Batches so far, over all epochs.
+    """
+    loop, epoch_progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress
+    loop._batches_that_stepped = batches
+    for tracker, events in (
+        (epoch_progress.total, epochs),
+        (epoch_progress.current, epochs),
+        (loop.batch_progress.total, batches),
+        *((steps.total, global_step) for steps in _steps(trainer)),
+    ):
+        tracker.reset()
+        add(tracker, events)
+
+
+def _steps(trainer: Trainer) -> tuple[Any, Any]:
+    loop = trainer.fit_loop.epoch_loop
+    return (
+        loop.automatic_optimization.optim_progress.optimizer.step,
+        loop.manual_optimization.optim_step_progress,
+    )

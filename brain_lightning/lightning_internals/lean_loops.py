@@ -1,0 +1,168 @@
+"""The loops without what no callback, profiler or logger needs: the same bits, in less time.
+
+Lightning's own way asks each of them at each hook, and sets attributes of the module around
+it: more than the work of a small model. ``attach.py`` works without this file, if it does not
+call ``make_lean``; the ``fit_batch`` of the generated modules is then unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import WarningCache  # type: ignore[attr-defined]
+
+from brain_lightning.compat.versions import BROADCASTS_SIGTERM
+from brain_lightning.temporary import TemporaryAttributes
+
+from .callbacks import callbacks_of, has_hook
+from .loops import BrainEpochLoop, BrainEvaluationLoop, become
+
+# What a callback may do within a step, and what it may see of one.
+STEP_HOOKS = (
+    "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step",
+)  # fmt: skip
+BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
+
+
+class LeanEpochLoop(BrainEpochLoop):
+    """An epoch loop that calls the hooks that some callback has."""
+
+    # Callbacks that look at batches; None where Lightning's own steps are needed.
+    brain_watchers: list[Callback] | None
+    brain_warnings: WarningCache
+
+    def on_run_start(self, data_fetcher: Any) -> None:
+        """Finds out which hooks are needed."""
+        self.brain_watchers = _watchers(self.trainer)
+        super().on_run_start(data_fetcher)
+
+    def advance(self, data_fetcher: Any) -> None:
+        """Fits one batch."""
+        if self.brain_watchers is None:
+            super().advance(data_fetcher)
+            return
+        trainer, progress, run = self.trainer, self.batch_progress, self.brain_run
+        if BROADCASTS_SIGTERM and trainer.world_size > 1 and not run.termination.listens:
+            # Lightning's handler of SIGTERM, in another process, waits for this answer.
+            self._broadcast_sigterm_tensor()
+        batch = next(run.train.loader)
+        if batch is not None and trainer.strategy.root_device.type != "cpu":
+            batch = trainer.strategy.batch_to_device(batch)
+        batch_idx = self.batch_idx + 1
+        progress.is_last_batch = False
+        progress.increment_ready()
+        output = self._fit(batch, batch_idx)
+        progress.increment_processed()
+        trainer.lightning_module.on_train_batch_end(output, batch, batch_idx)
+        if self.brain_watchers:
+            trainer._logger_connector.on_batch_end()
+        progress.increment_completed()
+        if self.brain_watchers:
+            trainer._logger_connector.update_train_step_metrics()
+
+    def _fit(self, batch: Any, batch_idx: int) -> Any:
+        trainer, watchers = self.trainer, self.brain_watchers
+        if watchers:
+            trainer._logger_connector.on_batch_start(batch)
+        output = None
+        if batch is None:
+            self.brain_warnings.warn("train_dataloader yielded None: it is left out")
+        else:
+            if watchers:
+                call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
+            self.batch_progress.increment_started()
+            output = trainer.lightning_module.fit_batch(batch, batch_idx)
+        if watchers:
+            call._call_callback_hooks(trainer, "on_train_batch_end", output, batch, batch_idx)
+        return output
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Validates, where it is time to, and counts the batch."""
+        trainer = self.trainer
+        ends = trainer.should_stop or trainer.received_sigterm
+        if self.brain_watchers is None or ends or self._should_check_val_fx(data_fetcher):
+            super().on_advance_end(data_fetcher)
+        else:
+            self._batches_that_stepped += 1
+
+
+class LeanEvaluationLoop(BrainEvaluationLoop):
+    """An evaluation loop that leaves out the hooks of a batch where no callback has one."""
+
+    brain_is_alone: bool
+
+    def on_run_start(self) -> None:
+        """Looks whether a callback needs the hooks of a batch."""
+        super().on_run_start()
+        kind = "test" if self.trainer.testing else "validation"
+        hooks = (f"on_{kind}_batch_start", f"on_{kind}_batch_end")
+        watched = any(has_hook(c, hook) for c in callbacks_of(self.trainer) for hook in hooks)
+        self.brain_is_alone = _is_plain(self.trainer) and not watched
+
+    def _evaluation_step(
+        self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any
+    ) -> None:
+        if not self.brain_is_alone:
+            super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
+            return
+        trainer, module, progress = (
+            self.trainer, self.trainer.lightning_module, self.batch_progress
+        )  # fmt: skip
+        if trainer.strategy.root_device.type != "cpu":
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+        progress.increment_ready()
+        progress.increment_started()
+        step = module.test_step if trainer.testing else module.validation_step
+        step(batch, batch_idx, dataloader_idx)
+        progress.increment_processed()
+        progress.increment_completed()
+        # ModelCheckpoint asks, and complains of a metric that no validation has brought.
+        self._has_run = True
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+
+def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
+    """Makes the loops of a Brain lean.
+
+    Args:
+        loops: Those of ``loops.py``; others stay as they are.
+        temporary: Records what is changed.
+    """
+    for loop in loops:
+        if isinstance(loop, BrainEvaluationLoop):
+            become(loop, LeanEvaluationLoop, temporary, brain_is_alone=False)
+        elif isinstance(loop, BrainEpochLoop):
+            state = {"brain_watchers": None, "brain_warnings": WarningCache()}
+            become(loop, LeanEpochLoop, temporary, **state)
+
+
+def _watchers(trainer: Trainer) -> list[Callback] | None:
+    """The callbacks that look at batches; None where Lightning's own steps are needed."""
+    callbacks = callbacks_of(trainer)
+    automatic = trainer.lightning_module.automatic_optimization
+    # One that steps by hand calls it as well, and what is logged there needs Lightning.
+    hooks = STEP_HOOKS if automatic else STEP_HOOKS[-1:]
+    within = any(has_hook(callback, hook) for callback in callbacks for hook in hooks)
+    # StochasticWeightAveraging brings a scheduler, which Lightning's own loop steps.
+    if within or trainer.lr_scheduler_configs or not _is_plain(trainer):
+        return None
+    return [c for c in callbacks if any(has_hook(c, hook) for hook in BATCH_HOOKS)]
+
+
+def _is_plain(trainer: Trainer) -> bool:
+    """Whether a batch is for the Brain alone: nothing converts it, moves it or times it."""
+    return (
+        type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy)
+        and type(trainer.precision_plugin) is Precision
+        and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
+        and trainer.datamodule is None  # type: ignore[attr-defined]
+    )
