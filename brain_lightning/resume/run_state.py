@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from brain_lightning.checkpoints.hooks import load_state, write_state
+from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.distributed.communication import gather, if_main_process, rank, world_size
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import all_optimizers, parameters_of
