@@ -87,7 +87,7 @@ def _trainer_for(
 
     Processes train together; each evaluates by itself, as SpeechBrain's do.
     """
-    speechbrain.adopt(brain)
+    speechbrain.add_attributes(brain)
     given = brain.trainer_arguments if trainer is None else trainer
     if brain.trainer_overrides:
         if not isinstance(given, Mapping):

@@ -94,7 +94,7 @@ class BrainCallback(Callback):
         """Goes on from what was recovered, where something was."""
         state = self.run.run_state
         state.of_trainer = partial(trainer_state, trainer, self.run)
-        state.position.notes_draws = saves_between_batches(trainer)
+        state.position.records_fetches = saves_between_batches(trainer)
         if state.resumed is not None:
             resume_trainer(trainer, self.run, state.resumed)
         self._begin_log()
@@ -104,7 +104,7 @@ class BrainCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to SIGTERM, where there is something to save with."""
         if self.run.brain.checkpointer is not None or self.run.save_with_trainer:
-            self.run.termination.listen(_loops.is_lightnings_handler)
+            self.run.termination.install(_loops.is_lightnings_handler)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.loops import listens, progress, set_progress
-from brain_lightning.resume.epoch_statistics import NotPlainError, plain
+from brain_lightning.resume.plain_values import NotPlainError, plain
 from brain_lightning.stages.run import Run
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from torch.utils.data import DistributedSampler
 
-from brain_lightning.compat.speechbrain import lend_validation
+from brain_lightning.compat.speechbrain import redirect_validation
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.protocol import overrides
 from brain_lightning.stage import Stage
@@ -234,7 +234,7 @@ def _validate_as_told(trainer: Trainer, run: Run, temporary: TemporaryAttributes
     """
     loop, brain = trainer.fit_loop.epoch_loop.val_loop, run.brain
     temporary.override(brain, "_validate", loop.run)
-    lend_validation(brain, temporary)
+    redirect_validation(brain, temporary)
 
     def validate() -> None:
         loader = run.valid_loader()

@@ -76,7 +76,7 @@ class _BrainEpochLoop(_TrainingEpochLoop):
         if self.brain_watchers is None:
             super().advance(data_fetcher)
             return
-        lightnings = BROADCASTS_SIGTERM and not self.brain_run.termination.listens
+        lightnings = BROADCASTS_SIGTERM and not self.brain_run.termination.is_installed
         if lightnings and self.trainer.world_size > 1:
             # Lightning's handler of SIGTERM, in another process, waits for this answer.
             self._broadcast_sigterm_tensor()

@@ -272,7 +272,7 @@ class Run:
             temporary.set(brain, name, value)
         IntervalCheckpoints(brain, self.save_with_trainer).save()
         temporary.restore()
-        self.termination.obeyed()
+        self.termination.acknowledge()
         logger.warning(
             "SIGTERM: the run is saved, within epoch %s, and ends.", self.epochs.current
         )
