@@ -70,17 +70,16 @@ if hasattr(os, "register_at_fork"):
 
 def _is_abandoned(path: Path, descriptor: int, host: str) -> bool:
     """Whether no process writes a directory any more; if so, it is locked from now on."""
-    # Network file systems often keep locks within one host: of another host's, as where
-    # there are no locks at all, only what nobody has touched for a day is abandoned.
+    # Many network file systems keep locks within one host. What another host wrote, or
+    # where there are no locks, is abandoned when nobody has touched it for a day.
     if host == socket.gethostname():
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             return False
         except OSError:
             pass
-        else:
-            return True
     return time.time() - path.stat().st_mtime > A_DAY
 
 
@@ -90,11 +89,12 @@ def clean_up(parent: Path) -> None:
     Args:
         parent: The folder of checkpoints; one that may not be written to is left as it is.
     """
-    for path in parent.iterdir():
-        name = TEMPORARY_NAME.fullmatch(path.name)
-        if name is not None:
-            with suppress(OSError):
-                _remove_or_restore(path, name)
+    with suppress(OSError):
+        for path in parent.iterdir():
+            name = TEMPORARY_NAME.fullmatch(path.name)
+            if name is not None:
+                with suppress(OSError):
+                    _remove_or_restore(path, name)
 
 
 def _remove_or_restore(path: Path, name: re.Match[str]) -> None:
@@ -103,7 +103,7 @@ def _remove_or_restore(path: Path, name: re.Match[str]) -> None:
         if not _is_abandoned(path, descriptor, name["host"]):
             return
         if _is_without_successor(path, name):
-            os.rename(path, path.with_name(name["final"]))
+            os.rename(path, path.parent / name["final"])
         else:
             shutil.rmtree(path, ignore_errors=True)
     finally:
@@ -112,7 +112,7 @@ def _remove_or_restore(path: Path, name: re.Match[str]) -> None:
 
 def _is_without_successor(path: Path, name: re.Match[str]) -> bool:
     """Whether a checkpoint was moved away for another one that is not there."""
-    return name["kind"] == REPLACED and not path.with_name(name["final"]).exists()
+    return name["kind"] == REPLACED and not (path.parent / name["final"]).exists()
 
 
 def checkpoint_directories(parent: Path) -> list[Path]:
@@ -125,15 +125,14 @@ def checkpoint_directories(parent: Path) -> list[Path]:
         Those with a checkpoint's name, and those that were moved away for another
         checkpoint that is not there.
     """
-    found = []
-    for path in parent.iterdir():
-        name = TEMPORARY_NAME.fullmatch(path.name)
-        if name is None:
-            is_one = path.name.startswith(CKPT_PREFIX)
-        else:
-            is_one = _is_without_successor(path, name)
-        found += [path] if is_one else []
-    return found
+    return [path for path in parent.iterdir() if _may_be_checkpoint(path)]
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    name = TEMPORARY_NAME.fullmatch(path.name)
+    if name is None:
+        return path.name.startswith(CKPT_PREFIX)
+    return _is_without_successor(path, name)
 
 
 # ------------------------------------------------------------------------------ writing
@@ -280,10 +279,9 @@ def replace(directory: Path, final: Path) -> Path:
             rename(directory, final)
             break
         except OSError:
-            if old.exists() and not final.exists():
-                os.rename(old, final)
-                raise
             if not final.exists():
+                with suppress(FileNotFoundError):
+                    os.rename(old, final)
                 raise
             # Another process was faster: its own is the next to be replaced.
             shutil.rmtree(old, ignore_errors=True)

@@ -167,11 +167,10 @@ class Recoverables:
         Raises:
             CheckpointError: A file cannot be read, or would run code.
         """
-        known = {name: path for name, path in files.items() if name in self.recoverables}
         return {
             name: load_state(path)
-            for name, path in known.items()
-            if self._load_hook(name) is torch_recovery
+            for name, path in files.items()
+            if name in self.recoverables and self._load_hook(name) is torch_recovery
         }
 
     def load(
