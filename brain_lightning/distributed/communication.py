@@ -46,8 +46,8 @@ def if_main_process() -> bool:
     return rank() == 0
 
 
-# One entry for each running function that only the main process calls.
-_on_main_only: list[str] = []
+# The functions that only the main process calls, while it calls them.
+_on_main_only: list[Callable[..., Any]] = []
 
 
 def communicates() -> bool:
@@ -79,7 +79,7 @@ def main_process_only(function: Function) -> Function:
     def on_main(*args: Any, **kwargs: Any) -> Any:
         result, failed = None, None
         if if_main_process():
-            _on_main_only.append(function.__name__)
+            _on_main_only.append(function)
             try:
                 result = function(*args, **kwargs)
                 # Else the others would wait for what cannot be sent.
