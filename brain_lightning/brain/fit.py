@@ -119,7 +119,7 @@ def _trainer_for(
 
     Ranks train together; each evaluates alone, as in SpeechBrain.
     """
-    speechbrain.adopt(brain)
+    speechbrain.add_attributes(brain)
     given = brain.trainer_arguments if trainer is None else trainer
     if brain.trainer_overrides:
         if not isinstance(given, Mapping):

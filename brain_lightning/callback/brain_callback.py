@@ -100,7 +100,7 @@ class BrainCallback(Callback):
         """Resumes from what was recovered, if anything was."""
         state = self.run.run_state
         state.of_trainer = partial(trainer_state, trainer, self.run)
-        state.position.notes_draws = saves_between_batches(trainer)
+        state.position.records_fetches = saves_between_batches(trainer)
         if state.resumed is not None:
             resume_trainer(trainer, self.run, state.resumed)
         self._begin_log()
@@ -113,7 +113,7 @@ class BrainCallback(Callback):
             # By detect_anomaly around the run, which Lightning has just switched off.
             torch.autograd.set_detect_anomaly(True)
         if self.run.brain.checkpointer is not None or self.run.save_with_trainer:
-            self.run.termination.listen(is_lightning_handler)
+            self.run.termination.install(is_lightning_handler)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage."""

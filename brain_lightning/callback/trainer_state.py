@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.callbacks import callbacks_of, has_hook
 from brain_lightning.lightning_internals.counters import progress, set_progress
-from brain_lightning.resume.epoch_statistics import NotPlainError, plain
+from brain_lightning.resume.plain_values import NotPlainError, plain
 from brain_lightning.stages.run import Run
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Saving in the background: training waits only while tensors are copied."""
+"""Saving in the background: training waits only while tensors are copied to memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hooks import state_to_save
+from .state_files import state_to_save
 
 logger = logging.getLogger(__name__)
 
 
 class Snapshots:
-    """Copies of states, in memory that is used again.
+    """Copies of states, whose memory is used again for the next copies.
 
-    Memory that is new costs as much as the copy: each of its pages is made when it
-    is first written to.
+    New memory costs as much as the copy: each of its pages is made when it is first
+    written to.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class Snapshots:
         copies: dict[tuple[Any, ...], Tensor] = {}
         memo: dict[int, Tensor] = {}
         for tensor in _tensors_in(state):
-            where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if where not in copies:
-                copies[where] = self._copy(tensor)
-            memo[id(tensor)] = copies[where]
+            memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if memory not in copies:
+                copies[memory] = self._copy(tensor)
+            memo[id(tensor)] = copies[memory]
         return copy.deepcopy(state, memo)
 
-    def give_back(self) -> None:
-        """Takes the memory of the last copies, and lets that of earlier ones go."""
+    def recycle(self) -> None:
+        """Keeps the memory of the last copies for the next ones, and frees that of earlier."""
         self._free = defaultdict(list)
         for buffer in self._used:
             self._free[_kind(buffer)].append(buffer)
@@ -82,10 +82,9 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class BackgroundSaver:
-    """Runs a save while training goes on; Python ends only when it is done."""
+    """Runs a save while training continues; Python exits only when it is done."""
 
     def __init__(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[Any] | None = None
 
     def submit(self, save: Callable[[], Any]) -> None:
@@ -94,10 +93,10 @@ class BackgroundSaver:
         Args:
             save: Writes a checkpoint.
         """
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending = self._executor.submit(_told, save)
-        # Its thread ends with the save; nobody need come back for it.
-        self._executor.shutdown(wait=False)
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending = executor.submit(_log_failure, save)
+        # Its thread ends with the save.
+        executor.shutdown(wait=False)
 
     def wait(self) -> None:
         """Waits for the save, and raises its error if it failed."""
@@ -106,8 +105,8 @@ class BackgroundSaver:
             pending.result()
 
 
-def _told(save: Callable[[], Any]) -> None:
-    """An error is logged at once: the process may end before anybody waits."""
+def _log_failure(save: Callable[[], Any]) -> None:
+    """Logs an error at once: the process may end before anybody waits for the save."""
     try:
         save()
     except BaseException:

@@ -1,67 +1,145 @@
-"""Directories that are there whole or not at all, and a look at whether they still are.
+"""Directories that are there whole or not at all.
 
-A checkpoint is written beside its final place, made durable, and renamed. What a
-process that died has left behind is found by its name and cleaned up.
+A checkpoint is written beside its final name, made durable, and renamed. While it is
+written, the process holds a lock on the directory (``flock``), which the kernel releases
+when the process ends, however it ends. What nobody holds was left behind, and is cleaned up.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import socket
 import threading
 import time
 import uuid
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import yaml
+from brain_lightning.errors import CheckpointSaveError
 
-from brain_lightning.errors import CheckpointError, CheckpointSaveError
+from .integrity import write_checksums
+from .state_files import PARAMFILE_EXT
+
+with suppress(ImportError):
+    # Windows has none, nor can it open a directory to lock it.
+    import fcntl
 
 CKPT_PREFIX = "CKPT"
-METAFNAME = f"{CKPT_PREFIX}.yaml"
-PARAMFILE_EXT = ".ckpt"
-# What each file should be, to notice damage; SpeechBrain neither writes nor minds it.
-CHECKSUMS = "checksums.yaml"
-# Names of directories that are no checkpoint: yet, or any more.
+# Names of directories that are not a checkpoint, or not any more.
 WRITING, REPLACED, DELETED = ".writing", ".replaced", ".deleted"
-SEPARATOR = "~"
-# Seconds between two looks at what is to be made durable.
+# Version 0.1.0 had a process number and its start in them, and more than the host.
+TEMPORARY_NAME = re.compile(
+    r"(?P<kind>\.writing|\.replaced|\.deleted)~(?P<host>[^~]+)~(?:\d+~[^~]+~)?"
+    r"[0-9a-f]{8}~(?P<final>.*)"
+)
+# Seconds between two syncs of the files that are being written.
 SYNC_EVERY = 0.02
 A_DAY = 24 * 60 * 60
+
+# ---------------------------------------------------------------------------- ownership
+
+# The directories that this process writes, by open descriptors that hold their locks.
+_locks: dict[Path, int] = {}
+
+
+def _lock(directory: Path) -> None:
+    _locks[directory] = os.open(directory, os.O_RDONLY)
+    fcntl.flock(_locks[directory], fcntl.LOCK_EX)
+
+
+def _unlock(directory: Path) -> None:
+    descriptor = _locks.pop(directory, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _unlock_all() -> None:
+    for directory in list(_locks):
+        _unlock(directory)
+
+
+if hasattr(os, "register_at_fork"):
+    # A lock is held until every copy of its descriptor is closed: a DataLoader worker that is
+    # forked during a save, and outlives a killed trainer, must not keep one.
+    os.register_at_fork(after_in_child=_unlock_all)
+
+
+def _is_abandoned(path: Path, descriptor: int, host: str) -> bool:
+    """Whether no process writes a directory any more; if so, it is locked from now on."""
+    # Many network file systems keep locks within one host. What another host wrote, or
+    # where there are no locks, is abandoned when nobody has touched it for a day.
+    if host == socket.gethostname():
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+    return time.time() - path.stat().st_mtime > A_DAY
+
+
+def clean_up(parent: Path) -> None:
+    """Removes what dead processes have left behind, and restores what they moved away.
+
+    Args:
+        parent: The folder of checkpoints; one that may not be written to is left as it is.
+    """
+    with suppress(OSError):
+        for path in parent.iterdir():
+            name = TEMPORARY_NAME.fullmatch(path.name)
+            if name is not None:
+                with suppress(OSError):
+                    _remove_or_restore(path, name)
+
+
+def _remove_or_restore(path: Path, name: re.Match[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if not _is_abandoned(path, descriptor, name["host"]):
+            return
+        if _is_without_successor(path, name):
+            os.rename(path, path.parent / name["final"])
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _is_without_successor(path: Path, name: re.Match[str]) -> bool:
+    """Whether a checkpoint was moved away for another one that is not there."""
+    return name["kind"] == REPLACED and not (path.parent / name["final"]).exists()
+
+
+def checkpoint_directories(parent: Path) -> list[Path]:
+    """The directories that may be checkpoints.
+
+    Args:
+        parent: The folder of checkpoints.
+
+    Returns:
+        Those with a checkpoint's name, and those that were moved away for another
+        checkpoint that is not there.
+    """
+    return [path for path in parent.iterdir() if _may_be_checkpoint(path)]
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    name = TEMPORARY_NAME.fullmatch(path.name)
+    if name is None:
+        return path.name.startswith(CKPT_PREFIX)
+    return _is_without_successor(path, name)
 
 
 # ------------------------------------------------------------------------------ writing
 
 
-def _owned_name(kind: str, name: str = "") -> str:
-    """A name that says which process it belongs to; its start tells it from a later one."""
-    pid = os.getpid()
-    owner = (_machine(), str(pid), _start_of(pid))
-    return SEPARATOR.join([kind, *owner, uuid.uuid4().hex[:8], name])
-
-
-def _machine() -> str:
-    """Where a process number means something: a host, and the container in it."""
-    try:
-        container = os.readlink("/proc/self/ns/pid").strip("pid:[]")
-    except OSError:
-        container = ""
-    return f"{socket.gethostname()}.{container}"
-
-
-def _start_of(pid: int) -> str:
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return "?"
-    return status.rpartition(")")[2].split()[19]
+def _temporary_path(kind: str, parent: Path, final: str = "") -> Path:
+    return parent / f"{kind}~{socket.gethostname()}~{uuid.uuid4().hex[:8]}~{final}"
 
 
 def new_directory(parent: Path) -> Path:
@@ -71,12 +149,19 @@ def new_directory(parent: Path) -> Path:
         parent: Where the checkpoint will be: a rename cannot leave the file system.
 
     Returns:
-        An empty directory, which no reader takes for a checkpoint.
+        An empty directory, which no reader takes for a checkpoint, locked until it is
+        published or removed.
     """
-    path = parent / _owned_name(WRITING)
+    path = _temporary_path(WRITING, parent)
     with removed_on_failure(path):
         parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir()
+        # Another process may clean it up before it is locked.
+        while not path.exists():
+            _unlock(path)
+            path.mkdir()
+            # It is gone already, or the file system has no locks.
+            with suppress(OSError):
+                _lock(path)
     return path
 
 
@@ -94,15 +179,16 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
+        _unlock(directory)
         if isinstance(error, OSError) and not isinstance(error, CheckpointSaveError):
             raise CheckpointSaveError(
-                f"no checkpoint was saved in {directory.parent}{_free(directory.parent)}: "
-                f"{error}. The earlier ones are as they were"
+                f"no checkpoint was saved in {directory.parent}"
+                f"{_free_space(directory.parent)}: {error}. The earlier ones are as they were"
             ) from error
         raise
 
 
-def _free(directory: Path) -> str:
+def _free_space(directory: Path) -> str:
     try:
         return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free)"
     except OSError:
@@ -124,7 +210,7 @@ def syncing(directory: Path) -> Iterator[None]:
     def sync_until_done() -> None:
         while not done.wait(SYNC_EVERY):
             for path in directory.glob(f"*{PARAMFILE_EXT}"):
-                # What fails here fails again in `publish`, which tells.
+                # What fails here fails again in `publish`, which raises it.
                 with suppress(OSError):
                     _sync(path)
 
@@ -137,8 +223,19 @@ def syncing(directory: Path) -> Iterator[None]:
         thread.join()
 
 
+def rename(directory: Path, final: Path) -> None:
+    """Gives a directory its final name, in one step, and unlocks it.
+
+    Args:
+        directory: What ``new_directory`` made.
+        final: The name that it is to have.
+    """
+    os.rename(directory, final)
+    _unlock(directory)
+
+
 def publish(directory: Path, final: Path) -> Path:
-    """Makes a directory durable and gives it its name, in one step.
+    """Makes a directory durable and gives it its final name, in one step.
 
     Args:
         directory: What ``new_directory`` made, with everything in it.
@@ -150,7 +247,7 @@ def publish(directory: Path, final: Path) -> Path:
     _make_durable(directory)
     while True:
         try:
-            os.rename(directory, final)
+            rename(directory, final)
             break
         except OSError:
             if not final.exists():
@@ -160,8 +257,8 @@ def publish(directory: Path, final: Path) -> Path:
     return final
 
 
-def publish_in_place_of(directory: Path, final: Path) -> Path:
-    """As ``publish``, for a name of one's own that may be taken already.
+def replace(directory: Path, final: Path) -> Path:
+    """As ``publish``, for a name that another checkpoint may have already.
 
     Args:
         directory: What ``new_directory`` made, with everything in it.
@@ -172,18 +269,19 @@ def publish_in_place_of(directory: Path, final: Path) -> Path:
     """
     _make_durable(directory)
     while True:
-        old = final.parent / _owned_name(REPLACED, final.name)
+        # Not locked: a process that restores it too early makes the next rename fail.
+        old = _temporary_path(REPLACED, final.parent, final.name)
         with suppress(FileNotFoundError):
-            # Until the next rename the old one is found under this name: see `in_force`.
+            # Until the next rename the old one is found under this name: see
+            # `checkpoint_directories`.
             os.rename(final, old)
         try:
-            os.rename(directory, final)
+            rename(directory, final)
             break
         except OSError:
-            if old.exists() and not final.exists():
-                os.rename(old, final)
-                raise
             if not final.exists():
+                with suppress(FileNotFoundError):
+                    os.rename(old, final)
                 raise
             # Another process was faster: its own is the next to be replaced.
             shutil.rmtree(old, ignore_errors=True)
@@ -193,7 +291,7 @@ def publish_in_place_of(directory: Path, final: Path) -> Path:
 
 
 def _make_durable(directory: Path) -> None:
-    _write_checksums(directory)
+    write_checksums(directory)
     for path in [*directory.rglob("*"), directory]:
         _sync(path)
 
@@ -209,87 +307,14 @@ def delete(directory: Path) -> None:
     Args:
         directory: The checkpoint; one that is gone already is no error.
     """
-    doomed = directory.parent / _owned_name(DELETED)
+    renamed = _temporary_path(DELETED, directory.parent)
     try:
-        os.rename(directory, doomed)
+        os.rename(directory, renamed)
     except FileNotFoundError:
         return
-    if doomed.is_symlink():
-        doomed.unlink()
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def in_force(parent: Path) -> list[Path]:
-    """The directories that may be checkpoints.
-
-    Args:
-        parent: Where checkpoints are.
-
-    Returns:
-        Those of that name, and one that was moved away for another that has not come.
-    """
-    found = []
-    for path in parent.iterdir():
-        left = _left_behind(path)
-        if left is None:
-            is_one = path.name.startswith(CKPT_PREFIX)
-        else:
-            is_one = left.kind == REPLACED and not (parent / left.name).exists()
-        found += [path] if is_one else []
-    return found
-
-
-def clean_up(parent: Path) -> None:
-    """Removes what processes that are dead have left, and restores what they moved away.
-
-    Args:
-        parent: Where checkpoints are; one that may not be written to is left as it is.
-    """
-    with suppress(OSError):
-        for path in parent.iterdir():
-            left = _left_behind(path)
-            if left is None or _may_live(left, path):
-                continue
-            final = parent / left.name
-            if left.kind == REPLACED and not final.exists():
-                os.rename(path, final)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-class _Left(NamedTuple):
-    """What a name says that ``_owned_name`` made."""
-
-    kind: str
-    machine: str
-    pid: str
-    start: str
-    name: str
-
-
-def _left_behind(path: Path) -> _Left | None:
-    parts = path.name.split(SEPARATOR, 5)
-    if len(parts) != 6 or parts[0] not in (WRITING, REPLACED, DELETED):
-        return None
-    kind, machine, pid, start, _, name = parts
-    return _Left(kind, machine, pid, start, name) if pid.isdecimal() else None
-
-
-def _may_live(left: _Left, path: Path) -> bool:
-    if left.machine != _machine():
-        # Nobody here can tell: only what nobody has touched for a day is abandoned.
-        return time.time() - path.stat().st_mtime < A_DAY
-    return _lives(int(left.pid), left.start)
-
-
-def _lives(pid: int, start: str) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _start_of(pid) == start
+    if renamed.is_symlink():
+        renamed.unlink()
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -302,121 +327,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-# ----------------------------------------------------------------------------- checking
-
-
-def _write_checksums(directory: Path) -> None:
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    entries = {str(path.relative_to(directory)): _checksum(path) for path in files}
-    text = yaml.safe_dump(entries)
-    text += f"# {zlib.crc32(text.encode()):08x}\n"
-    (directory / CHECKSUMS).write_text(text, encoding="utf-8")
-
-
-def _checksum(path: Path) -> dict[str, Any]:
-    """Torch's files are zip archives, with a checksum of each part in them."""
-    if zipfile.is_zipfile(path):
-        return {"size": path.stat().st_size, "zip": True}
-    return {"size": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
-
-
-def check(directory: Path) -> None:
-    """Reads a checkpoint to see whether it is as it was written.
-
-    One that SpeechBrain wrote has no checksums but those within torch's files.
-
-    Args:
-        directory: The checkpoint.
-
-    Raises:
-        CheckpointError: A file is missing, cut short or changed.
-    """
-    check_sizes(directory)
-    checksums = _checksums(directory)
-    for name, entry in checksums.items():
-        _check_file(directory / name, entry)
-    for path in directory.glob(f"*{PARAMFILE_EXT}"):
-        if path.is_file():
-            _check_zip(path, known=bool(checksums))
-
-
-def check_sizes(directory: Path) -> None:
-    """A look that costs nothing: whether every file is there, in its length.
-
-    Args:
-        directory: The checkpoint.
-
-    Raises:
-        CheckpointError: One is not.
-    """
-    for name, entry in _checksums(directory).items():
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, and was saved with {entry['size']}"
-            )
-
-
-def check_meta(directory: Path) -> None:
-    """Whether the meta file of a checkpoint is as it was written.
-
-    Args:
-        directory: The checkpoint.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    entry = _checksums(directory).get(METAFNAME)
-    if entry is not None:
-        _check_file(directory / METAFNAME, entry)
-
-
-def is_checked(directory: Path) -> bool:
-    """Whether a checkpoint says what its files should be.
-
-    Args:
-        directory: The checkpoint; SpeechBrain's do not.
-    """
-    return (directory / CHECKSUMS).is_file()
-
-
-def _check_file(path: Path, entry: dict[str, Any]) -> None:
-    if "crc32" in entry and zlib.crc32(path.read_bytes()) != entry["crc32"]:
-        raise CheckpointError(f"{path} was changed since it was saved")
-
-
-def _checksums(directory: Path) -> dict[str, dict[str, Any]]:
-    path = directory / CHECKSUMS
-    if not path.is_file():
-        return {}
-    try:
-        text, _, own = path.read_text(encoding="utf-8").rpartition("# ")
-        intact = f"{zlib.crc32(text.encode()):08x}" == own.strip()
-    except UnicodeDecodeError:
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{path} was changed since it was saved")
-    return yaml.safe_load(text) or {}
-
-
-def _check_zip(path: Path, known: bool) -> None:
-    """Of one that SpeechBrain wrote, a file that a kill has cut short is told too."""
-    with path.open("rb") as content:
-        start = content.read(2)
-    if not known and not start:
-        raise CheckpointError(f"{path} is empty")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-        else:
-            broken = "it is cut short" if start == b"PK" else None
-    except Exception as error:
-        # A bit that is flipped makes zipfile raise almost anything.
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if broken is not None:
-        raise CheckpointError(f"{path} was changed since it was saved: {broken}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from brain_lightning.errors import CheckpointError
 
-from . import atomic_directory as store
-from .hooks import load_state
-from .meta_file import load_meta
+from .integrity import check_meta
+from .meta_file import METAFNAME, load_meta
+from .state_files import PARAMFILE_EXT, load_state
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         path: Its directory.
-        meta: What was said about it, with ``unixtime`` and ``end-of-epoch``.
+        meta: The values in its meta file, with ``unixtime`` and ``end-of-epoch``.
         paramfiles: The file of each recoverable, by name.
     """
 
@@ -89,6 +89,23 @@ def one_key(importance_key: Key | None, max_key: str | None, min_key: str | None
     return Ranking(importance_key or ckpt_recency)
 
 
+def all_keys(
+    importance_keys: Sequence[Key],
+    max_keys: Sequence[str] | None,
+    min_keys: Sequence[str] | None,
+) -> list[Ranking]:
+    """Every key that was given.
+
+    Args:
+        importance_keys: The highest value counts.
+        max_keys: Names in ``meta``; the highest value counts.
+        min_keys: Names in ``meta``; the lowest value counts.
+    """
+    lowest = [by_meta(name, -1) for name in min_keys or ()]
+    highest = [by_meta(name, 1) for name in max_keys or ()]
+    return [*lowest, *highest, *map(Ranking, importance_keys)]
+
+
 def ranked(
     checkpoints: Iterable[Checkpoint], ranking: Ranking, predicate: Predicate | None
 ) -> list[Checkpoint]:
@@ -110,7 +127,7 @@ def ranked(
 
 
 def checkpoint_in(path: Path) -> Checkpoint | None:
-    """Reads what is said about a checkpoint.
+    """Reads the meta file of a checkpoint.
 
     Args:
         path: Anything in a directory of checkpoints.
@@ -118,12 +135,12 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
     Returns:
         The checkpoint; None for what is none, or cannot be read, which is logged.
     """
-    if not (path / store.METAFNAME).exists():
+    if not (path / METAFNAME).exists():
         return None
     try:
-        store.check_meta(path)
-        meta = load_meta(path / store.METAFNAME)
-        files = {f.stem: f for f in path.iterdir() if f.suffix == store.PARAMFILE_EXT}
+        check_meta(path)
+        meta = load_meta(path / METAFNAME)
+        files = {f.stem: f for f in path.iterdir() if f.suffix == PARAMFILE_EXT}
     except FileNotFoundError:
         # Deleted or replaced meanwhile.
         return None
@@ -133,13 +150,13 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
     return Checkpoint(path, meta, files)
 
 
-def passes(check: Callable[[Path], None], checkpoint: Checkpoint) -> bool:
+def is_intact(checkpoint: Checkpoint, check: Callable[[Path], None]) -> bool:
     """Whether a check finds nothing wrong with a checkpoint.
 
     Args:
-        check: ``store.check``, which reads all of it, or ``store.check_sizes``, which
-            costs nothing.
         checkpoint: The checkpoint.
+        check: A function of ``integrity``: ``check``, which reads all of it, or
+            ``check_sizes``, which costs nothing.
     """
     try:
         check(checkpoint.path)

@@ -22,23 +22,24 @@ from brain_lightning.errors import (
     NotInCheckpointError,
 )
 
-from . import atomic_directory as store
+from . import atomic_directory, integrity
 from .async_save import BackgroundSaver, Snapshots
 from .checkpoint import (
     Checkpoint,
     Key,
     Predicate,
     Ranking,
-    by_meta,
+    all_keys,
     checkpoint_in,
     ckpt_recency,
+    is_intact,
     one_key,
-    passes,
     ranked,
 )
-from .hooks import Hook, write_state
-from .meta_file import dump_meta
+from .hooks import Hook
+from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
+from .state_files import PARAMFILE_EXT, write_state
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +80,11 @@ class Checkpointer(Recoverables):
         self._snapshots = Snapshots()
         self._newest = 0.0
         self._names: set[str] = set()
-        # Checkpoints that this process has written or read, and found whole.
-        self._whole: set[Path] = set()
+        # Checkpoints that this process has written, or has read and found intact.
+        self._intact: set[Path] = set()
         os.makedirs(self.checkpoints_dir, exist_ok=True)
         if if_main_process():
-            store.clean_up(self.checkpoints_dir)
+            atomic_directory.clean_up(self.checkpoints_dir)
 
     # ------------------------------------------------------------------- saving
 
@@ -97,9 +98,9 @@ class Checkpointer(Recoverables):
         """Saves every recoverable.
 
         Args:
-            meta: What to say about the checkpoint.
+            meta: Values to save in the checkpoint's meta file, for choosing among checkpoints.
             end_of_epoch: Whether an epoch has ended; what is recovered may depend on it.
-            name: A name in the place of time and number; one that is there is replaced.
+            name: A name instead of time and number; a checkpoint that has it is replaced.
             verbosity: The level of the log message.
 
         Returns:
@@ -141,9 +142,10 @@ class Checkpointer(Recoverables):
             verbosity: The level of the log messages.
         """
         keys = [*importance_keys, *([ckpt_recency] if keep_recent else [])]
+        rankings = all_keys(keys, max_keys, min_keys)
 
         def delete_others() -> None:
-            self._delete(num_to_keep, min_keys, max_keys, keys, ckpt_predicate, verbosity)
+            self._delete(num_to_keep, rankings, ckpt_predicate, verbosity)
 
         self._save(meta, end_of_epoch, name, verbosity, delete_others)
 
@@ -162,34 +164,36 @@ class Checkpointer(Recoverables):
         directory, saved = ddp_broadcast(begun)
 
         def finish(states: Mapping[Path, Any]) -> Checkpoint:
-            with store.removed_on_failure(directory):
+            with atomic_directory.removed_on_failure(directory):
                 for path, state in states.items():
                     write_state(state, path)
-                self._snapshots.give_back()
-                publish = store.publish if name is None else store.publish_in_place_of
-                path = publish(directory, saved.path)
+                self._snapshots.recycle()
+                if name is None:
+                    path = atomic_directory.publish(directory, saved.path)
+                else:
+                    path = atomic_directory.replace(directory, saved.path)
             kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
             logger.log(verbosity, "Saved an %s checkpoint in %s", kind, path)
-            self._whole.add(path)
+            self._intact.add(path)
             afterwards()
             files = {name: path / file.name for name, file in saved.paramfiles.items()}
             return Checkpoint(path, saved.meta, files)
 
-        left = self._write(directory)
+        deferred = self._write(directory)
         if not self.async_save:
-            return collectively(lambda: finish(left) if if_main_process() else None)
+            return collectively(lambda: finish(deferred) if if_main_process() else None)
         if not if_main_process():
             return None
-        self._saver.submit(lambda: finish(left))
+        self._saver.submit(lambda: finish(deferred))
         return saved  # type: ignore[no-any-return]
 
     def _write(self, directory: Path) -> dict[Path, Any]:
         snapshots = self._snapshots if self.async_save else None
         with ExitStack() as stack:
             if if_main_process():
-                stack.enter_context(store.removed_on_failure(directory))
+                stack.enter_context(atomic_directory.removed_on_failure(directory))
             if if_main_process() and not self.async_save:
-                stack.enter_context(store.syncing(directory))
+                stack.enter_context(atomic_directory.syncing(directory))
             return collectively(lambda: self.write(directory, snapshots))
 
     def _begin(
@@ -203,32 +207,26 @@ class Checkpointer(Recoverables):
                 f"name={name!r} is no name of a directory: leave out {os.sep}"
             )
         # A clock that was set back must not make the newest checkpoint an old one.
-        now = max(time.time(), self._newest + 1e-3, *self._times())
-        self._newest = now
-        final = self.checkpoints_dir / f"{store.CKPT_PREFIX}+{name or self._unused_name()}"
-        directory = store.new_directory(self.checkpoints_dir)
-        saved_meta = {"unixtime": now, "end-of-epoch": end_of_epoch, **meta}
-        with store.removed_on_failure(directory):
-            saved_meta = dump_meta(saved_meta, directory / store.METAFNAME)
-        files = {n: final / f"{n}{store.PARAMFILE_EXT}" for n in self.recoverables}
+        newest = max([self._newest, *(ckpt.meta["unixtime"] for ckpt in self._listed())])
+        self._newest = max(time.time(), newest + 1e-3)
+        final = self._path(name or self._unused_name())
+        directory = atomic_directory.new_directory(self.checkpoints_dir)
+        saved_meta = {"unixtime": self._newest, "end-of-epoch": end_of_epoch, **meta}
+        with atomic_directory.removed_on_failure(directory):
+            saved_meta = dump_meta(saved_meta, directory / METAFNAME)
+        files = {n: final / f"{n}{PARAMFILE_EXT}" for n in self.recoverables}
         return directory, Checkpoint(final, saved_meta, files)
 
-    def _times(self) -> Iterable[float]:
-        # By one millisecond more than any that is there.
-        return (ckpt.meta["unixtime"] + 1e-3 for ckpt in self._listed())
+    def _path(self, name: str) -> Path:
+        return self.checkpoints_dir / f"{atomic_directory.CKPT_PREFIX}+{name}"
 
     def _unused_name(self) -> str:
         stamp = time.strftime("%Y-%m-%d+%H-%M-%S")
-        number = 0
-        while self._is_taken(f"{stamp}+{number:02d}"):
-            number += 1
-        # One that is written in the background is not there yet.
-        self._names.add(f"{stamp}+{number:02d}")
-        return f"{stamp}+{number:02d}"
-
-    def _is_taken(self, name: str) -> bool:
-        there = (self.checkpoints_dir / f"{store.CKPT_PREFIX}+{name}").exists()
-        return there or name in self._names
+        names = (f"{stamp}+{number:02d}" for number in itertools.count())
+        # One that is written in the background has no directory yet.
+        name = next(n for n in names if n not in self._names and not self._path(n).exists())
+        self._names.add(name)
+        return name
 
     def wait(self) -> None:
         """Waits until every save is durable.
@@ -295,7 +293,7 @@ class Checkpointer(Recoverables):
         min_key: str | None = None,
         ckpt_predicate: Predicate | None = None,
     ) -> Checkpoint | None:
-        """Recovers from the most important checkpoint that is as it was saved.
+        """Recovers from the most important checkpoint that is intact.
 
         Args:
             importance_key: See ``find_checkpoint``.
@@ -323,19 +321,17 @@ class Checkpointer(Recoverables):
 
     def _has_damaged_only(self) -> bool:
         """Whether there are checkpoints, but not one of them can be listed."""
-        paths = store.in_force(self.checkpoints_dir)
-        return any((p / store.METAFNAME).exists() for p in paths) and not self._listed()
+        paths = atomic_directory.checkpoint_directories(self.checkpoints_dir)
+        return any((p / METAFNAME).exists() for p in paths) and not self._listed()
 
     def _load_unless_damaged(self, checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
         try:
             self.load_checkpoint(checkpoint)
-        except DamagedCheckpointError as error:
-            logger.warning("%s is skipped: %s", checkpoint.path, error)
-            return False
-        except NotInCheckpointError as error:
+        except (DamagedCheckpointError, NotInCheckpointError) as error:
             # SpeechBrain, killed in a save, leaves a checkpoint without some of its files.
             whole = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
-            if store.is_checked(checkpoint.path) or not whole:
+            cut_short = whole and not integrity.has_checksums(checkpoint.path)
+            if isinstance(error, NotInCheckpointError) and not cut_short:
                 raise
             logger.warning("%s is skipped: %s", checkpoint.path, error)
             return False
@@ -352,7 +348,7 @@ class Checkpointer(Recoverables):
             CheckpointError: A recoverable is not in it, or has no way to be recovered.
         """
         try:
-            store.check(checkpoint.path)
+            integrity.check(checkpoint.path)
             found = self.read(checkpoint.paramfiles)
         except (CheckpointError, OSError) as error:
             raise DamagedCheckpointError(str(error)) from error
@@ -363,10 +359,10 @@ class Checkpointer(Recoverables):
         except CheckpointError:
             raise
         except Exception as error:
-            if store.is_checked(checkpoint.path) or files.keys() <= found.keys():
+            if integrity.has_checksums(checkpoint.path) or files.keys() <= found.keys():
                 raise
-            # Nothing says what SpeechBrain's other files should be; the next one, where
-            # there is one, overwrites everything.
+            # SpeechBrain's other files have no checksums; the next checkpoint, where there
+            # is one, overwrites everything.
             raise DamagedCheckpointError(f"a file cannot be read: {error}") from error
 
     def list_checkpoints(self) -> list[Checkpoint]:
@@ -377,8 +373,8 @@ class Checkpointer(Recoverables):
     def _listed(self) -> list[Checkpoint]:
         if not self.checkpoints_dir.is_dir():
             return []
-        found = (checkpoint_in(path) for path in store.in_force(self.checkpoints_dir))
-        return [checkpoint for checkpoint in found if checkpoint is not None]
+        paths = atomic_directory.checkpoint_directories(self.checkpoints_dir)
+        return [found for found in map(checkpoint_in, paths) if found is not None]
 
     # ------------------------------------------------------------------- deleting
 
@@ -406,15 +402,13 @@ class Checkpointer(Recoverables):
             ValueError: ``num_to_keep`` is negative.
         """
         collectively(self.wait)
-        keys = (min_keys, max_keys, importance_keys)
-        collectively(lambda: self._delete(num_to_keep, *keys, ckpt_predicate, verbosity))
+        rankings = all_keys(importance_keys, max_keys, min_keys)
+        collectively(lambda: self._delete(num_to_keep, rankings, ckpt_predicate, verbosity))
 
     def _delete(
         self,
         num_to_keep: int,
-        min_keys: Sequence[str] | None,
-        max_keys: Sequence[str] | None,
-        importance_keys: Sequence[Key],
+        rankings: Iterable[Ranking],
         ckpt_predicate: Predicate | None,
         verbosity: int,
     ) -> None:
@@ -422,26 +416,23 @@ class Checkpointer(Recoverables):
             raise ValueError(f"num_to_keep={num_to_keep}: keep 0 or more checkpoints")
         if not if_main_process():
             return
-        keys = [by_meta(name, -1) for name in min_keys or ()]
-        keys += [by_meta(name, 1) for name in max_keys or ()]
-        keys += [Ranking(key) for key in importance_keys]
         listed = self._listed()
-        doomed: set[Checkpoint] = set()
+        considered: set[Checkpoint] = set()
         kept: set[Checkpoint] = set()
-        for key in keys:
-            found = ranked(listed, key, ckpt_predicate)
-            doomed.update(found)
-            # One that is damaged must not be kept in the place of a good one.
-            whole = (ckpt for ckpt in found if self._is_whole(ckpt))
-            kept.update(itertools.islice(whole, num_to_keep))
-        for checkpoint in doomed - kept:
-            store.delete(checkpoint.path)
+        for ranking in rankings:
+            found = ranked(listed, ranking, ckpt_predicate)
+            considered.update(found)
+            # One that is damaged must not be kept instead of a good one.
+            intact = (ckpt for ckpt in found if self._is_intact(ckpt))
+            kept.update(itertools.islice(intact, num_to_keep))
+        for checkpoint in considered - kept:
+            atomic_directory.delete(checkpoint.path)
             logger.log(verbosity, "Deleted checkpoint in %s", checkpoint.path)
 
-    def _is_whole(self, checkpoint: Checkpoint) -> bool:
-        """Read once; that its files have their lengths is cheap to see every time."""
-        if checkpoint.path in self._whole:
-            return passes(store.check_sizes, checkpoint)
-        if passes(store.check, checkpoint):
-            self._whole.add(checkpoint.path)
-        return checkpoint.path in self._whole
+    def _is_intact(self, checkpoint: Checkpoint) -> bool:
+        """Reads a checkpoint once; after that looks only at the lengths of its files."""
+        if checkpoint.path in self._intact:
+            return is_intact(checkpoint, integrity.check_sizes)
+        if is_intact(checkpoint, integrity.check):
+            self._intact.add(checkpoint.path)
+        return checkpoint.path in self._intact

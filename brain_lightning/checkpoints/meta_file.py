@@ -13,7 +13,8 @@ import yaml
 
 from brain_lightning.errors import CheckpointError
 
-# Says which lists were tensors, in a comment: no YAML reader of SpeechBrain's minds it.
+METAFNAME = "CKPT.yaml"
+# Names the lists that were tensors, in a comment, which SpeechBrain's reader ignores.
 TENSORS = "# tensors: "
 
 
@@ -40,7 +41,7 @@ def _plain(value: Any) -> Any:
 
 
 def dump_meta(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Writes what is said about a checkpoint.
+    """Writes the meta file of a checkpoint.
 
     Args:
         meta: Values by name.
@@ -70,7 +71,7 @@ def _with_tensors(meta: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def load_meta(path: Path) -> dict[str, Any]:
-    """Reads what is said about a checkpoint.
+    """Reads the meta file of a checkpoint.
 
     Args:
         path: The file.
@@ -84,8 +85,8 @@ def load_meta(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         meta = yaml.load(text, Loader=_Loader)  # noqa: S506  safe
-        said = re.search(f"^{TENSORS}(.*)$", text, re.MULTILINE)
-        tensors = json.loads(said[1]) if said else []
+        comment = re.search(f"^{TENSORS}(.*)$", text, re.MULTILINE)
+        tensors = json.loads(comment[1]) if comment else []
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(meta, dict) or not {"unixtime", "end-of-epoch"} <= meta.keys():

@@ -12,14 +12,12 @@ from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import CheckpointError, NotInCheckpointError
 
 from .async_save import Snapshots
-from .atomic_directory import PARAMFILE_EXT
-from .hooks import (
-    Hook,
+from .hooks import Hook, load_hook, save_hook
+from .state_files import (
+    PARAMFILE_EXT,
     apply_state,
     is_finite,
-    load_hook,
     load_state,
-    save_hook,
     torch_recovery,
     torch_save,
 )
@@ -108,34 +106,30 @@ class Recoverables:
 
         Args:
             directory: Where to write to.
-            snapshots: Copies the tensors that are left to somebody in the background;
-                None leaves nothing.
+            snapshots: Copies states to be written in the background; None has all of
+                them written now.
 
         Returns:
-            Copies of what is left, by the files that it belongs in.
+            Copies of the states that are still to be written, by their files.
 
         Raises:
             CheckpointError: A recoverable has no way to be saved.
         """
-        left: dict[Path, Any] = {}
+        deferred: dict[Path, Any] = {}
         for name, obj in self.recoverables.items():
             path = directory / f"{name}{PARAMFILE_EXT}"
             hook = self.custom_save_hooks.get(name) or save_hook(obj)
             if hook is None:
-                raise CheckpointError(
-                    f"no way to save {name!r}, a {type(obj).__name__}: give it a state_dict, "
-                    "register its class with register_checkpoint_hooks, or give "
-                    "add_recoverable a custom_save_hook"
-                )
+                raise _no_hook("save", name, obj, "state_dict", "custom_save_hook")
             if hook is not torch_save:
                 hook(obj, path)
             elif not if_main_process():
                 continue
             elif snapshots is not None:
-                left[path] = snapshots.take(obj)
+                deferred[path] = snapshots.take(obj)
             else:
                 torch_save(obj, path)
-        return left
+        return deferred
 
     def files_to_load(self, path: Path, found: Mapping[str, Path]) -> dict[str, Path]:
         """The file of each recoverable that is in a checkpoint.
@@ -173,13 +167,11 @@ class Recoverables:
         Raises:
             CheckpointError: A file cannot be read, or would run code.
         """
-        return {name: load_state(path) for name, path in files.items() if self._is_state(name)}
-
-    def _is_state(self, name: str) -> bool:
-        if name not in self.recoverables:
-            return False
-        hook = self.custom_load_hooks.get(name) or load_hook(self.recoverables[name])
-        return hook is torch_recovery
+        return {
+            name: load_state(path)
+            for name, path in files.items()
+            if name in self.recoverables and self._load_hook(name) is torch_recovery
+        }
 
     def load(
         self, files: Mapping[str, Path], states: Mapping[str, Any], end_of_epoch: bool
@@ -194,20 +186,24 @@ class Recoverables:
         Raises:
             CheckpointError: A recoverable has no way to be recovered.
         """
-        hooks = {name: self._load_hook(name) for name in files}
+        hooks: dict[str, Hook] = {}
+        for name in files:
+            hook, obj = self._load_hook(name), self.recoverables[name]
+            if hook is None:
+                raise _no_hook("recover", name, obj, "load_state_dict", "custom_load_hook")
+            hooks[name] = hook
         for name, path in files.items():
             if name in states:
                 apply_state(self.recoverables[name], states[name])
             else:
                 hooks[name](self.recoverables[name], path, end_of_epoch)
 
-    def _load_hook(self, name: str) -> Hook:
-        obj = self.recoverables[name]
-        hook = self.custom_load_hooks.get(name) or load_hook(obj)
-        if hook is None:
-            raise CheckpointError(
-                f"no way to recover {name!r}, a {type(obj).__name__}: give it a "
-                "load_state_dict, register its class with register_checkpoint_hooks, or give "
-                "add_recoverable a custom_load_hook"
-            )
-        return hook
+    def _load_hook(self, name: str) -> Hook | None:
+        return self.custom_load_hooks.get(name) or load_hook(self.recoverables[name])
+
+
+def _no_hook(verb: str, name: str, obj: Any, method: str, argument: str) -> CheckpointError:
+    return CheckpointError(
+        f"no way to {verb} {name!r}, a {type(obj).__name__}: give it a {method}, register its "
+        f"class with register_checkpoint_hooks, or give add_recoverable a {argument}"
+    )

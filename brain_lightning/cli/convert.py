@@ -13,9 +13,10 @@ import lightning
 from torch import Tensor
 
 from brain_lightning.checkpoints import atomic_directory as store
+from brain_lightning.checkpoints import integrity
 from brain_lightning.checkpoints.checkpoint import Checkpoint, checkpoint_in, one_key, ranked
-from brain_lightning.checkpoints.hooks import load_state, write_state
-from brain_lightning.checkpoints.meta_file import dump_meta
+from brain_lightning.checkpoints.meta_file import METAFNAME, dump_meta
+from brain_lightning.checkpoints.state_files import PARAMFILE_EXT, load_state, write_state
 from brain_lightning.errors import CheckpointError, RecipeError
 from brain_lightning.module.checkpoint_file import MODULES, read_files, write_files
 from brain_lightning.resume.run_state import KEY
@@ -60,8 +61,8 @@ def convert(
         _refuse_keys(Path(source), min_key, max_key)
         return _from_file(Path(source), path)
     checkpoint = _checkpoint(Path(source).resolve(), min_key, max_key)
-    store.check(checkpoint.path)
-    if path.suffix == store.PARAMFILE_EXT:
+    integrity.check(checkpoint.path)
+    if path.suffix == PARAMFILE_EXT:
         return to_lightning_file(checkpoint, path)
     if path.name.startswith(store.CKPT_PREFIX):
         raise RecipeError(f"{checkpoint.path} is a checkpoint directory already: copy it")
@@ -101,7 +102,7 @@ def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Check
 
 def _chosen(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
     ranking = one_key(None, max_key, min_key)
-    paths = store.in_force(source) if source.is_dir() else []
+    paths = store.checkpoint_directories(source) if source.is_dir() else []
     inside = [c for c in map(checkpoint_in, paths) if c is not None]
     if not inside:
         raise CheckpointError(f"{source} is no checkpoint, and holds none")
@@ -159,7 +160,7 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
         "callbacks": {},
         KEY: {
             # As its own text, which says everything that YAML can say.
-            "meta": (checkpoint.path / store.METAFNAME).read_text(encoding="utf-8"),
+            "meta": (checkpoint.path / METAFNAME).read_text(encoding="utf-8"),
             "modules": {name: _described(name, state) for name, state in modules.items()},
             "states": {name: state for name, state in states.items() if name not in done},
             "files": files,
@@ -204,12 +205,12 @@ def from_lightning(source: Path, directory: Path) -> Path:
     temporary = store.new_directory(directory.parent)
     with store.removed_on_failure(temporary):
         if "meta" in own:
-            (temporary / store.METAFNAME).write_text(own["meta"], encoding="utf-8")
+            (temporary / METAFNAME).write_text(own["meta"], encoding="utf-8")
         else:
             meta = {"unixtime": source.stat().st_mtime, "end-of-epoch": True}
-            dump_meta({**meta, "epoch": saved["epoch"]}, temporary / store.METAFNAME)
+            dump_meta({**meta, "epoch": saved["epoch"]}, temporary / METAFNAME)
         for name, state in states.items():
-            write_state(state, temporary / f"{name}{store.PARAMFILE_EXT}")
+            write_state(state, temporary / f"{name}{PARAMFILE_EXT}")
         write_files(own, temporary)
         return store.publish(temporary, directory)
 
@@ -266,7 +267,7 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
         for name in carried:
             shutil.copy(checkpoint.paramfiles[name], temporary)
         recipe.write(carried, temporary / "hyperparams.yaml")
-        temporary.rename(folder)
+        store.rename(temporary, folder)
     _tell_what_is_left(names, carried, recipe.pretrained())
     return folder
 

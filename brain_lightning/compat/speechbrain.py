@@ -29,7 +29,7 @@ def _is_a(obj: object, module: str, name: str) -> bool:
 
 
 def is_main_process_alone() -> bool:
-    """Whether the others wait for something that the main process does alone."""
+    """Whether the other processes wait for a function that only the main process calls."""
     return bool(_loaded("utils.distributed", "MAIN_PROC_ONLY"))
 
 
@@ -38,14 +38,14 @@ def is_speechbrains(brain: object) -> bool:
     return _is_a(brain, "core", "Brain")
 
 
-def adopt(brain: Any) -> None:
-    """Gives a SpeechBrain Brain what the Trainer's side asks for beyond it, once.
+def add_attributes(brain: Any) -> None:
+    """Gives a SpeechBrain Brain, once, the attributes that only ours has.
 
     Args:
         brain: Any Brain; nothing happens to ours.
 
     Raises:
-        UnsupportedError: It was told to use DataParallel.
+        UnsupportedError: It is to use DataParallel.
     """
     if not is_speechbrains(brain) or hasattr(brain, "stage_type"):
         return
@@ -55,7 +55,7 @@ def adopt(brain: Any) -> None:
             "each device, with torchrun or --trainer.devices=2"
         )
     brain.stage_type = _loaded("core", "Stage")
-    # SpeechBrain's own has one from 1.1 on.
+    # SpeechBrain's Brain has one from 1.1 on.
     brain.device_type = torch.device(brain.device).type
     brain.gradient_clip_algorithm = "norm"
     brain.ends_window = False
@@ -63,38 +63,38 @@ def adopt(brain: Any) -> None:
     hparams = hparams_of(brain)
     brain.progress = hparams.get("progress", "auto")
     brain.progress_interval = hparams.get("progress_interval", 10)
-    brain.explicit_options = _given_options(brain)
+    brain.explicit_options = _explicit_options(brain)
     brain.trainer_arguments = hparams.get("trainer") or {}
-    # There already where the command line gave some: see patch.py.
+    # Those of the command line are there already: see patch.py.
     brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
     brain.trainer_callbacks = getattr(brain, "trainer_callbacks", ())
 
 
-def _given_options(brain: Any) -> frozenset[str]:
-    """The run options that differ from their defaults: SpeechBrain remembers no more."""
+def _explicit_options(brain: Any) -> frozenset[str]:
+    """The run options that differ from their defaults, for SpeechBrain keeps no more."""
     defaults = run_option_defaults(sys.modules["speechbrain.core"])
     return frozenset(
         name for name, default in defaults.items() if getattr(brain, name, default) != default
     )
 
 
-def lend_validation(brain: object, temporary: TemporaryAttributes) -> None:
-    """Lets SpeechBrain's ``_fit_valid``, where a recipe's own calls it, be the Trainer's.
+def redirect_validation(brain: object, temporary: TemporaryAttributes) -> None:
+    """Makes SpeechBrain's ``_fit_valid``, which a recipe's override calls, the Trainer's.
 
     Args:
-        brain: A Brain with a ``_validate`` of its own for the run; nothing happens to
-            the class of ours.
+        brain: A Brain that has the attribute ``_validate`` during the run; nothing
+            happens to the class of ours.
         temporary: Records what is changed.
     """
-    brain_class: Any = _loaded("core", "Brain")
-    if brain_class is None or not isinstance(brain, brain_class):
+    if not is_speechbrains(brain):
         return
-    own = brain_class._fit_valid
+    brain_class: Any = _loaded("core", "Brain")
+    original = brain_class._fit_valid
 
     def _fit_valid(self: Any, *args: Any, **kwargs: Any) -> None:
-        # Another Brain may be in SpeechBrain's own loop meanwhile.
+        # Another Brain may be in SpeechBrain's loop at the same time.
         validate = vars(self).get("_validate")
-        own(self, *args, **kwargs) if validate is None else validate()
+        original(self, *args, **kwargs) if validate is None else validate()
 
     temporary.override(brain_class, "_fit_valid", _fit_valid)
 
@@ -109,8 +109,8 @@ def is_saveable_loader(obj: object) -> bool:
     return is_looped_loader(obj) or _is_a(obj, "dataio.dataloader", "SaveableDataLoader")
 
 
-def told_position(loader: Any) -> int:
-    """The batches that a SaveableDataLoader was told to leave out, by its Checkpointer.
+def recovered_position(loader: Any) -> int:
+    """The number of batches that a recovered SaveableDataLoader is to skip.
 
     Args:
         loader: Any loader.
@@ -118,8 +118,8 @@ def told_position(loader: Any) -> int:
     return getattr(loader, "_speechbrain_recovery_skip_to", None) or 0
 
 
-def forget_position(loader: Any) -> None:
-    """Keeps a SaveableDataLoader from leaving batches out by itself.
+def clear_position(loader: Any) -> None:
+    """Keeps a SaveableDataLoader from skipping batches when it is iterated.
 
     Args:
         loader: Any loader; nothing happens to others.
@@ -128,7 +128,7 @@ def forget_position(loader: Any) -> None:
         loader._speechbrain_recovery_skip_to = None
 
 
-def follow_iterator(loader: Any, iterator: Any, position: int) -> None:
+def track_iterator(loader: Any, iterator: Any, position: int) -> None:
     """Lets a SaveableDataLoader save the position of an iterator that it did not make.
 
     Args:
@@ -137,7 +137,7 @@ def follow_iterator(loader: Any, iterator: Any, position: int) -> None:
         position: Batches before the iterator's first.
     """
     if is_saveable_loader(loader) and not is_looped_loader(loader):
-        forget_position(loader)
+        clear_position(loader)
         loader._speechbrain_iterator = iterator
         iterator._num_yielded = position
 
@@ -168,16 +168,16 @@ def default_hooks(kind: str) -> dict[type, Any]:
     """The hooks that classes have registered with SpeechBrain's Checkpointer.
 
     Args:
-        kind: SAVE, LOAD or TRANSFER.
+        kind: SAVE or LOAD.
     """
     return _loaded("utils.checkpoints", f"DEFAULT_{kind}_HOOKS") or {}
 
 
 def register_checkpoint_hooks(*classes: Any) -> None:
-    """Teaches SpeechBrain's Checkpointer to save and recover our classes.
+    """Registers our classes with SpeechBrain's Checkpointer.
 
-    Does what ``speechbrain.utils.checkpoints.register_checkpoint_hooks`` does,
-    for classes that could not be decorated with it.
+    As ``speechbrain.utils.checkpoints.register_checkpoint_hooks``, for classes that
+    could not be decorated with it.
 
     Args:
         *classes: Each with ``_save(path)`` and ``_recover(path, end_of_epoch)``.

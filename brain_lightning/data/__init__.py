@@ -1,1 +1,6 @@
-"""DataLoaders and samplers as a Brain makes them."""
+"""DataLoaders and samplers as a Brain makes them from a dataset.
+
+``dataloaders`` makes loaders, chooses their samplers, and has the loader whose position a
+Checkpointer saves. ``samplers`` has SpeechBrain's two: one that shuffles reproducibly by
+epoch, and one that shards what another sampler yields among processes.
+"""

@@ -33,11 +33,11 @@ class _Position(Protocol):
 class SaveableDataLoader(DataLoader[Any]):
     """A DataLoader whose position in the data is saved, as SpeechBrain's of the same name.
 
-    The file is SpeechBrain's: the number of batches. ``fit`` goes on after them.
+    The file is SpeechBrain's: the number of batches, after which ``fit`` resumes.
 
     Attributes:
-        position: Of the run that iterates it, which counts the batches that it has fitted.
-        recovered: Batches that the next pass leaves out.
+        position: Of the run that iterates the loader; it counts the fitted batches.
+        recovered: The number of batches that the next pass skips.
     """
 
     position: _Position | None = None
@@ -51,17 +51,17 @@ class SaveableDataLoader(DataLoader[Any]):
     @mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
         saved = Path(path).read_text(encoding="utf-8")
-        # One that was iterated recovers the best checkpoint, to be evaluated.
+        # One that was iterated recovers the best checkpoint for an evaluation.
         if not (end_of_epoch or self.position or saved == str(None)):
             self.recovered = int(saved)
 
 
 def twin(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
-    """A copy of a loader, to be iterated in its place: the user's stays as it is.
+    """A copy of a loader, to be iterated instead: the user's stays as it is.
 
     Args:
         loader: The loader.
-        **changes: Attributes that are others in the copy.
+        **changes: Attributes that differ in the copy.
     """
     new = copy.copy(loader)
     # DataLoader's __setattr__ refuses to change some of these.
@@ -97,16 +97,16 @@ def shuffling_sampler(dataset: Any, loader_kwargs: Mapping[str, Any]) -> Any:
 
 
 def distributed_sampler(
-    dataset: Any, loader_kwargs: Mapping[str, Any], by_chance: bool, **shard: int
+    dataset: Any, loader_kwargs: Mapping[str, Any], shuffle: bool, **shard: int
 ) -> dict[str, Any]:
-    """The sampler that gives each process its part of the training set.
+    """The sampler that gives each process its shard of the training set.
 
     (``speechbrain.Brain._train_loader_specifics``.)
 
     Args:
-        dataset: The dataset to share out.
+        dataset: The dataset to shard.
         loader_kwargs: Arguments of the loader.
-        by_chance: Whether examples, or batches of a batch sampler, are shuffled.
+        shuffle: Whether examples, or batches of a batch sampler, are shuffled.
         **shard: ``rank`` and ``num_replicas``.
 
     Returns:
@@ -118,21 +118,14 @@ def distributed_sampler(
             "unless the dataset itself looks at the rank."
         )
         return {}
-    drop_last = loader_kwargs.get("drop_last", False)
-    if loader_kwargs.get("sampler") is not None:
-        shuffle = loader_kwargs.get("shuffle", False)
-        sampler = loader_kwargs["sampler"]
-        wrapper = DistributedSamplerWrapper(
-            sampler, shuffle=shuffle, drop_last=drop_last, **shard
-        )
-        return {"sampler": wrapper}
-    if loader_kwargs.get("batch_sampler") is not None:
-        batches = loader_kwargs["batch_sampler"]
-        wrapper = DistributedSamplerWrapper(batches, shuffle=by_chance, **shard)
-        return {"batch_sampler": wrapper}
-    return {
-        "sampler": DistributedSampler(dataset, shuffle=by_chance, drop_last=drop_last, **shard)
-    }
+    options: dict[str, Any] = {"drop_last": loader_kwargs.get("drop_last", False), **shard}
+    sampler, batches = loader_kwargs.get("sampler"), loader_kwargs.get("batch_sampler")
+    if sampler is not None:
+        options["shuffle"] = loader_kwargs.get("shuffle", False)
+        return {"sampler": DistributedSamplerWrapper(sampler, **options)}
+    if batches is not None:
+        return {"batch_sampler": DistributedSamplerWrapper(batches, shuffle=shuffle, **shard)}
+    return {"sampler": DistributedSampler(dataset, shuffle=shuffle, **options)}
 
 
 def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any) -> Any:
@@ -140,7 +133,7 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
 
     Args:
         dataset: A dataset; a SpeechBrain ``DynamicItemDataset`` is padded.
-        checkpointer: Gets a loader whose position it can save.
+        checkpointer: Where there is one, the position of the loader can be saved.
         **loader_kwargs: Arguments of ``DataLoader``, and SpeechBrain's
             ``looped_nominal_epoch``.
 

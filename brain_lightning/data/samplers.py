@@ -1,4 +1,4 @@
-"""Samplers that give the same order again when asked for the same epoch."""
+"""Samplers whose order depends on nothing but their seed and the epoch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ReproducibleRandomSampler(RandomSampler):
     (``speechbrain.dataio.sampler.ReproducibleRandomSampler``).
 
     Args:
-        data_source: The dataset to draw indices for.
+        data_source: The dataset whose indices to shuffle.
         seed: Added to the epoch to seed each pass.
         epoch: The epoch to start at.
         **kwargs: ``replacement`` and ``num_samples`` of ``RandomSampler``.
@@ -58,12 +58,12 @@ class ReproducibleRandomSampler(RandomSampler):
 
 
 class DistributedSamplerWrapper(DistributedSampler[Any]):
-    """Gives each process its part of what any sampler or batch sampler draws.
+    """Gives each process its shard of what any sampler or batch sampler yields.
 
     (``speechbrain.dataio.sampler.DistributedSamplerWrapper``.)
 
     Args:
-        sampler: Has a length, and draws the same in every process.
+        sampler: Has a length, and yields the same in every process.
         **kwargs: Of ``DistributedSampler``.
     """
 
@@ -73,11 +73,11 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[Any]:
-        drawn = list(self.sampler)
-        return iter([drawn[index] for index in super().__iter__()])
+        items = list(self.sampler)
+        return iter([items[index] for index in super().__iter__()])
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the next pass is shuffled for, here and within.
+        """Sets the epoch that the next pass is shuffled for, also in the inner sampler.
 
         Args:
             epoch: The epoch's number.

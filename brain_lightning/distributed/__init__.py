@@ -1,4 +1,10 @@
-"""Several processes: which one this is, what all agree on, wrapping per module, SIGTERM."""
+"""Several processes that train one Brain.
+
+``communication`` says which rank this is, and has the collectives (its public names are
+SpeechBrain's, from ``speechbrain.utils.distributed``). ``ddp`` wraps each entry of a
+Brain's modules. ``termination`` handles SIGTERM, so that all ranks stop after the same
+batch.
+"""
 
 from .communication import (
     ddp_barrier,

@@ -1,6 +1,6 @@
-"""Several processes that train one Brain: who this one is, and what all of them agree on.
+"""Which of several processes this one is, and collective operations of all of them.
 
-Each function has no effect where there is one process only
+Where there is one process only, a collective operation just returns this process's value
 (``speechbrain.utils.distributed``).
 """
 
@@ -46,16 +46,14 @@ def if_main_process() -> bool:
     return rank() == 0
 
 
-class _MainProcess:
-    """How many functions that the main process does alone are on their way."""
-
-    alone = 0
+# The functions that only the main process calls, while it calls them.
+_on_main_only: list[Callable[..., Any]] = []
 
 
 def communicates() -> bool:
-    """Whether there are others, and they are not waiting for the main process."""
-    alone = _MainProcess.alone or speechbrain.is_main_process_alone()
-    return is_distributed_initialized() and not alone
+    """Whether there are other processes, which do not wait for the main process."""
+    waited_for = _on_main_only or speechbrain.is_main_process_alone()
+    return is_distributed_initialized() and not waited_for
 
 
 def ddp_barrier() -> None:
@@ -65,7 +63,7 @@ def ddp_barrier() -> None:
 
 
 def main_process_only(function: Function) -> Function:
-    """Lets only the main process call a function; all get what it returned.
+    """Makes a function run on the main process only; every process gets its result.
 
     Args:
         function: What it returns can be pickled.
@@ -74,14 +72,14 @@ def main_process_only(function: Function) -> Function:
         The function.
 
     Raises:
-        MainProcessError: It failed on the main process; there its own error is raised.
+        MainProcessError: It failed on the main process, where its error is raised.
     """
 
     @functools.wraps(function)
     def on_main(*args: Any, **kwargs: Any) -> Any:
         result, failed = None, None
         if if_main_process():
-            _MainProcess.alone += 1
+            _on_main_only.append(function)
             try:
                 result = function(*args, **kwargs)
                 # Else the others would wait for what cannot be sent.
@@ -89,12 +87,12 @@ def main_process_only(function: Function) -> Function:
             except BaseException as error:  # noqa: BLE001  it is raised again below
                 result, failed = None, error
             finally:
-                _MainProcess.alone -= 1
-        result, told = ddp_broadcast((result, None if failed is None else repr(failed)))
+                _on_main_only.pop()
+        result, cause = ddp_broadcast((result, None if failed is None else repr(failed)))
         if failed is not None:
             raise failed
-        if told is not None:
-            raise MainProcessError(f"{function.__name__} failed on the main process: {told}")
+        if cause is not None:
+            raise MainProcessError(f"{function.__name__} failed on the main process: {cause}")
         return result
 
     return on_main  # type: ignore[return-value]
@@ -133,7 +131,7 @@ def run_on_main(
 
 
 def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
-    """Gives what one process has to all of them.
+    """Sends an object of one process to all of them.
 
     Args:
         communication_object: Anything that can be pickled.
@@ -150,7 +148,7 @@ def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process has, in the order of their ranks.
+    """The values of all processes, in the order of their ranks.
 
     Args:
         value: Anything that can be pickled.
@@ -198,13 +196,13 @@ def on_any_rank(condition: bool, device: str) -> bool:
 
 
 def collectively(action: Callable[[], Result]) -> Result:
-    """Does something in every process; where one fails, all of them do.
+    """Calls a function in every process; where one fails, all of them do.
 
     Args:
-        action: What to do here.
+        action: What to call in this process.
 
     Returns:
-        What it returned here.
+        What it returned in this process.
 
     Raises:
         CheckpointSaveError: It failed in another process.
@@ -214,9 +212,9 @@ def collectively(action: Callable[[], Result]) -> Result:
         result = action()
     except Exception as error:  # noqa: BLE001  it is raised again below
         failed = error
-    told = [text for text in gather(None if failed is None else str(failed)) if text]
+    causes = [text for text in gather(None if failed is None else str(failed)) if text]
     if failed is not None:
         raise failed
-    if told:
-        raise CheckpointSaveError(f"another process could not save: {told[0]}")
+    if causes:
+        raise CheckpointSaveError(f"another process could not save: {causes[0]}")
     return result

@@ -1,8 +1,8 @@
-"""Each entry of a Brain's modules in a DistributedDataParallel of its own, as in SpeechBrain.
+"""Wraps each entry of a Brain's modules in DistributedDataParallel, as SpeechBrain does.
 
-One for the whole LightningModule, which is Lightning's way, averages no gradient
-of a ``loss.backward()`` that a recipe calls itself, and does not know what a
-recipe means by ``self.modules.generator.module``.
+A single wrapper around the LightningModule, which is what Lightning makes, does not
+average the gradients of a recipe's own ``loss.backward()``, and gives a recipe's
+``self.modules.generator.module`` no meaning.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from brain_lightning.protocol import BrainProtocol
 
 logger = logging.getLogger(__name__)
 
-
-# The parameters that could be trained when they were wrapped: a wrapper averages no others.
+# The parameters that were trainable when they were wrapped: a wrapper averages no others.
 _wrapped: WeakKeyDictionary[Module, frozenset[int]] = WeakKeyDictionary()
 
 
@@ -29,7 +28,7 @@ def wrap_modules(brain: BrainProtocol) -> None:
     """Wraps each entry that can be trained (``speechbrain.Brain._wrap_distributed``).
 
     One that is wrapped already stays as it is, unless a parameter was frozen or
-    unfrozen since: the ranks would drift apart without a word.
+    unfrozen since: the ranks would diverge silently.
 
     Args:
         brain: The Brain, on its device, in a process group; compiled already. Its
@@ -48,7 +47,7 @@ def wrap_modules(brain: BrainProtocol) -> None:
 
 
 def unwrap_modules(brain: BrainProtocol) -> None:
-    """Takes the wrappers of an earlier run away, before anything is compiled anew.
+    """Removes the wrappers of an earlier run, before anything is compiled again.
 
     Args:
         brain: The Brain at the start of a training.
@@ -61,33 +60,36 @@ def _unwrapped(module: Module) -> Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-class _PassedBy:
-    """Tells of a module that is called around its wrapper, as ``hparams.model(...)``.
+class _BypassWarning:
+    """Warns once when a module is called without its wrapper, as ``hparams.model(...)``.
 
-    Its gradients are not averaged then, in SpeechBrain neither, and the ranks drift
-    apart without a word.
+    Its gradients are not averaged then, nor are they in SpeechBrain, and the ranks
+    diverge silently.
+
+    Args:
+        name: The entry of ``brain.modules``.
+        wrapper: What is there.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, wrapper: DistributedDataParallel) -> None:
         self._name = name
-        self._inside = False
-        self._told = False
-
-    def watch(self, wrapper: Module, module: Module) -> None:
+        self._is_in_wrapper = False
+        self._warned = False
         wrapper.register_forward_pre_hook(self._enter)
         wrapper.register_forward_hook(self._leave, always_call=True)
-        module.register_forward_pre_hook(self._called)
+        wrapper.module.register_forward_pre_hook(self._check)
 
     def _enter(self, *_: object) -> None:
-        self._inside = True
+        self._is_in_wrapper = True
 
     def _leave(self, *_: object) -> None:
-        self._inside = False
+        self._is_in_wrapper = False
 
-    def _called(self, module: Module, _: object) -> None:
-        if self._inside or self._told or not (module.training and torch.is_grad_enabled()):
+    def _check(self, module: Module, _: object) -> None:
+        averaged = self._is_in_wrapper or not (module.training and torch.is_grad_enabled())
+        if averaged or self._warned:
             return
-        self._told = True
+        self._warned = True
         logger.warning(
             "%r is called around its DistributedDataParallel: its gradients are not averaged "
             "over processes. Call self.modules.%s(...), not what it wraps, nor hparams",
@@ -97,27 +99,19 @@ class _PassedBy:
 
 
 def _wrap(brain: BrainProtocol, name: str, module: Module) -> Module:
-    wrapper = _wrapped_by(brain, name, module)
-    _PassedBy(name).watch(wrapper, wrapper.module)
+    index = next(module.parameters()).device.index
+    arguments = {"find_unused_parameters": brain.find_unused_parameters}
+    wrapper = DistributedDataParallel(
+        _with_batchnorm_for(brain.device_type, name, module),
+        device_ids=None if index is None else [index],
+        **{**arguments, **getattr(brain, "ddp_arguments", {})},
+    )
+    _BypassWarning(name, wrapper)
     return wrapper
 
 
-def _wrapped_by(brain: BrainProtocol, name: str, module: Module) -> DistributedDataParallel:
-    arguments = {"find_unused_parameters": brain.find_unused_parameters}
-    return DistributedDataParallel(
-        _with_batchnorm_for(brain.device_type, name, module),
-        device_ids=_device_ids(module),
-        **{**arguments, **getattr(brain, "ddp_arguments", {})},
-    )
-
-
-def _device_ids(module: Module) -> list[int] | None:
-    index = next(module.parameters()).device.index
-    return None if index is None else [index]
-
-
 def _with_batchnorm_for(device_type: str, name: str, module: Module) -> Module:
-    """SyncBatchNorm exists for GPUs alone, and SpeechBrain crashes without one."""
+    """SyncBatchNorm exists for GPUs only; SpeechBrain crashes on the CPU."""
     if device_type != "cpu":
         synchronized: Module = SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         return synchronized
@@ -135,8 +129,8 @@ def _with_batchnorm_for(device_type: str, name: str, module: Module) -> Module:
     return module
 
 
-def without_wrapper(name: str, brain: BrainProtocol) -> str:
-    """The name that a parameter of ``brain.modules`` has where nothing is wrapped.
+def unwrapped_name(name: str, brain: BrainProtocol) -> str:
+    """The name that a parameter of ``brain.modules`` has without a wrapper.
 
     Args:
         name: Such as ``model.module.weight``.

@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of training: heard, and obeyed where nothing is lost."""
+"""SIGTERM during training: recorded, and acted upon between two batches."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 from .communication import on_any_rank
 
-# What a shell says of a process that a signal has ended.
+# The exit status that a shell reports for a process that a signal has ended.
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class Termination:
-    """Hears SIGTERM for the time of a run; a second one ends the process at once."""
+    """Handles SIGTERM during a run: the first is recorded, a second ends the process."""
 
     def __init__(self) -> None:
-        self._heard = False
+        self._received = False
         self._process = 0
-        self._handler: Any = None
+        self._previous: Any = None
 
-    def listen(self, is_free: Callable[[Any], bool]) -> None:
-        """Begins to listen, unless the recipe does so itself.
+    def install(self, is_free: Callable[[Any], bool]) -> None:
+        """Installs the handler, unless the recipe has one.
 
         Args:
             is_free: Whether a handler may be replaced.
@@ -32,39 +32,39 @@ class Termination:
             return
         handler = signal.getsignal(signal.SIGTERM)
         if handler is signal.SIG_DFL or is_free(handler):
-            self._handler, self._process = handler, os.getpid()
-            signal.signal(signal.SIGTERM, self._hear)
+            self._previous, self._process = handler, os.getpid()
+            signal.signal(signal.SIGTERM, self._handle)
 
-    def _hear(self, *_: Any) -> None:
+    def _handle(self, *_: Any) -> None:
         # A process that a hook has forked has nothing to save.
-        if self._heard or os.getpid() != self._process:
+        if self._received or os.getpid() != self._process:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
-        self._heard = True
+        self._received = True
 
     @property
-    def listens(self) -> bool:
-        """Whether a SIGTERM is heard here."""
-        return self._handler is not None
+    def is_installed(self) -> bool:
+        """Whether SIGTERM is handled here."""
+        return self._previous is not None
 
     def is_requested(self, device: str) -> bool:
-        """Whether any process was told to end.
+        """Whether any process has received SIGTERM.
 
         Args:
             device: The device that processes communicate from.
         """
-        return self.listens and on_any_rank(self._heard, device)
+        return self.is_installed and on_any_rank(self._received, device)
 
-    def obeyed(self) -> None:
-        """Takes note that what was heard has been done."""
-        self._heard = False
+    def acknowledge(self) -> None:
+        """Records that the run has saved its state, and is about to end."""
+        self._received = False
 
     def restore(self) -> None:
-        """Stops listening; what was heard and not obeyed ends the process now."""
-        if self._handler is None:
+        """Restores the previous handler; a signal that was not acknowledged is raised now."""
+        if self._previous is None:
             return
-        if signal.getsignal(signal.SIGTERM) == self._hear:
-            signal.signal(signal.SIGTERM, self._handler)
-        self._handler = None
-        if self._heard:
+        if signal.getsignal(signal.SIGTERM) == self._handle:
+            signal.signal(signal.SIGTERM, self._previous)
+        self._previous = None
+        if self._received:
             signal.raise_signal(signal.SIGTERM)

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from brain_lightning.compat.speechbrain import lend_validation
+from brain_lightning.compat.speechbrain import redirect_validation
 from brain_lightning.protocol import overrides
 from brain_lightning.stage import Stage
 from brain_lightning.stages.run import Run
@@ -58,7 +58,7 @@ def _validate_by_recipe(loop: Any, run: Run, temporary: TemporaryAttributes) -> 
     """
     brain = run.brain
     temporary.override(brain, "_validate", loop.run)
-    lend_validation(brain, temporary)
+    redirect_validation(brain, temporary)
 
     def validate() -> None:
         loader = run.valid.given()

@@ -17,7 +17,7 @@ from brain_lightning.callback.brain_callback import BrainCallback
 from brain_lightning.callback.profiling import end_when_profiled
 from brain_lightning.callback.unsupported import check_backbone
 from brain_lightning.compat import speechbrain
-from brain_lightning.distributed.ddp import unwrap_modules, without_wrapper
+from brain_lightning.distributed.ddp import unwrap_modules, unwrapped_name
 from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.lightning_internals.loops import fit_loop_of
@@ -61,7 +61,7 @@ class BrainModule(LightningModule):
         min_key: str | None = None,
     ) -> None:
         super().__init__()
-        speechbrain.adopt(brain)
+        speechbrain.add_attributes(brain)
         self.brain = brain
         self.brain_modules = brain.modules
         self.run = Run(brain, Epochs(()), RunState(brain))
@@ -154,7 +154,7 @@ class BrainModule(LightningModule):
     def _plain(self, name: str) -> str:
         """The name of a weight where nothing is compiled or wrapped."""
         before, found, rest = name.partition("brain_modules.")
-        return before + found + without_wrapper(without_compiled_prefix(rest), self.brain)
+        return before + found + unwrapped_name(without_compiled_prefix(rest), self.brain)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning does not save, unless weights alone are saved."""

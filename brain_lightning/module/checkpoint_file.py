@@ -13,11 +13,12 @@ from torch import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from brain_lightning.checkpoints.atomic_directory import CHECKSUMS, METAFNAME, PARAMFILE_EXT
 from brain_lightning.checkpoints.checkpoint import Checkpoint, checkpoint_in
-from brain_lightning.checkpoints.hooks import load_hook, load_state, save_hook, write_state
-from brain_lightning.checkpoints.meta_file import dump_meta
+from brain_lightning.checkpoints.hooks import load_hook, save_hook
+from brain_lightning.checkpoints.integrity import CHECKSUMS
+from brain_lightning.checkpoints.meta_file import METAFNAME, dump_meta
 from brain_lightning.checkpoints.recoverables import Recoverables
+from brain_lightning.checkpoints.state_files import PARAMFILE_EXT, load_state, write_state
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import CheckpointError
 from brain_lightning.protocol import BrainProtocol, hparams_of

@@ -1,4 +1,4 @@
-"""Where training is in its data, and how a pass over the data begins there."""
+"""The position of training in its data, and how a pass over the data resumes there."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from brain_lightning.compat import speechbrain
 from brain_lightning.data.dataloaders import SaveableDataLoader, twin
 
+from .plain_values import State
 from .random_state import random_state, set_random_state
 from .sampler_states import SamplerStates, plain_states
 from .worker_states import (
     PLACEHOLDER,
-    Carried,
-    CarryingCollate,
-    IndicesFrom,
-    ResumingWorker,
-    State,
-    WaitingDataset,
+    CollateWithState,
+    PlaceholderDataset,
+    RestoreWorker,
+    SkippingSampler,
+    WorkerBatch,
+    dataset_state,
     is_placeholder,
     is_stateful,
 )
@@ -30,50 +31,51 @@ from .worker_states import (
 logger = logging.getLogger(__name__)
 
 
-# Workers that persist belong to one loader for as long as it lives.
+# Persistent workers belong to the copy of one loader, for as long as that loader exists.
 _PERSISTENT: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
 
 
 class DataPosition:
     """The position of a run in its training data.
 
-    A pass that is resumed draws the same indices again without loading anything, from
-    the random state that it had begun with, and goes on from the state that was saved.
+    A pass that is resumed first takes the same indices from the sampler again, with the
+    random state that the pass had begun with and without loading anything, and then
+    restores the state that was saved.
 
     Attributes:
-        fitted: Batches of this pass that training is done with.
-        notes_draws: Whether to remember the state before each batch is drawn. Needed
-            where a checkpoint may be saved between drawing a batch and fitting it.
+        fitted: Batches of this pass that have been fitted.
+        records_fetches: Whether to record the state before each batch is fetched. Needed
+            where a checkpoint may be saved between fetching a batch and fitting it.
     """
 
     def __init__(self) -> None:
         self.fitted = 0
-        self.notes_draws = False
-        self._drawn = 0
-        # Whether the pass has come to its end: a stream may begin anew where it is asked.
+        self.records_fetches = False
+        self._fetched = 0
+        # Whether the pass has ended: a stream that is asked again may start again.
         self._over = False
         self._loader: Any = None
         self._begun: State = {"samplers": []}
         self._samplers: SamplerStates | None = None
-        self._noted: State | None = None
+        self._before_fetch: State | None = None
         self._resumed: State | None = None
         self._workers: dict[int, State] = {}
         self._next_worker = 0
-        # The worker that made the last batch, with its state before.
+        # The worker that made the last batch, and its state before that.
         self._before: tuple[int, State | None] = (0, None)
 
     # ------------------------------------------------------------------ saving
 
-    def state(self, fitted: int, drawn: State | None) -> State:
-        """What it takes to go on.
+    def state(self, fitted: int, after_fetch: State | None) -> State:
+        """The state to resume from, within a pass.
 
         Args:
-            fitted: Batches after which to go on.
-            drawn: The random state in which to go on with the next batch, if that was
-                drawn already; None as drawing leaves it.
+            fitted: The number of batches after which to resume.
+            after_fetch: The random state with which to fit the next batch, if that was
+                fetched already; None for the state that fetching it leaves.
         """
-        ahead = self._drawn > fitted
-        draw = self._noted if ahead and self._noted is not None else self._now()
+        ahead = self._fetched > fitted
+        draw = self._before_fetch if ahead and self._before_fetch is not None else self._now()
         next_worker, workers = self._next_worker, dict(self._workers)
         if ahead and workers:
             next_worker, before = self._before
@@ -83,7 +85,7 @@ class DataPosition:
             "batches": fitted,
             "begun": {**self._begun, "samplers": plain_states(self._begun["samplers"])},
             "draw": draw,
-            "drawn": drawn if ahead else None,
+            "drawn": after_fetch if ahead else None,
             "over": self._over and not ahead,
             "workers_persisted": self._begun.get("workers_persisted", False),
             "workers": workers,
@@ -92,7 +94,7 @@ class DataPosition:
         }
 
     def state_between_passes(self) -> State:
-        """What it takes to begin the next pass as it would have begun."""
+        """The state to resume from before the next pass."""
         persistent = getattr(self._loader, "persistent_workers", False)
         return {
             "samplers": [] if self._samplers is None else plain_states(self._samplers.now()),
@@ -102,11 +104,11 @@ class DataPosition:
         }
 
     def resume(self, state: State, loader: Any) -> None:
-        """Lets the next pass begin where the state says.
+        """Restores a state, which takes effect in the next pass.
 
         Args:
             state: From ``state`` or ``state_between_passes``.
-            loader: What ``fit`` was given; its sampler is told the epoch later.
+            loader: What ``fit`` was given; the epoch of its sampler is set later.
         """
         self._resumed = state
         self._states_of(loader).resume(state.get("samplers", []))
@@ -122,7 +124,7 @@ class DataPosition:
     # --------------------------------------------------------------- iterating
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """One pass over the training data, from the position that was resumed.
+        """One pass over the training data, from the resumed position on.
 
         Args:
             loader: What ``fit`` was given.
@@ -130,29 +132,28 @@ class DataPosition:
         Yields:
             The batches.
         """
-        resumed, self._resumed = self._resumed, None
-        resumed = resumed or {}
+        resumed, self._resumed = self._resumed or {}, None
         iterator = self._begin(loader, resumed)
-        self._over, drawn = resumed.get("over", False), resumed.get("drawn")
+        self._over, after_fetch = resumed.get("over", False), resumed.get("drawn")
         while not self._over:
-            if self.notes_draws:
-                self._noted = self._now()
+            if self.records_fetches:
+                self._before_fetch = self._now()
             try:
-                batch = self._draw(iterator)
+                batch = self._fetch(iterator)
             except StopIteration:
                 self._over = True
                 return
-            if drawn is not None:
-                set_random_state(drawn)
-                drawn = None
+            if after_fetch is not None:
+                set_random_state(after_fetch)
+                after_fetch = None
             yield batch
 
-    def _draw(self, iterator: Iterator[Any]) -> Any:
+    def _fetch(self, iterator: Iterator[Any]) -> Any:
         item = next(iterator)
-        while isinstance(item, Carried) and is_placeholder(item.batch):
+        while isinstance(item, WorkerBatch) and is_placeholder(item.batch):
             item = next(iterator)
-        self._drawn += 1
-        if not isinstance(item, Carried):
+        self._fetched += 1
+        if not isinstance(item, WorkerBatch):
             return item
         self._before = (item.worker, self._workers.get(item.worker))
         self._workers[item.worker] = item.state
@@ -160,7 +161,7 @@ class DataPosition:
         return item.batch
 
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
-        self._loader, self._noted = loader, None
+        self._loader, self._before_fetch = loader, None
         samplers, begun = self._states_of(loader), resumed.get("begun")
         if begun is not None:
             set_random_state(begun["random"])
@@ -170,8 +171,8 @@ class DataPosition:
             "samplers": samplers.now(),
             "workers_persisted": resumed.get("workers_persisted", _persist(loader)),
         }
-        told = _told_position(loader, self)
-        self.fitted = self._drawn = resumed.get("batches", told)
+        recovered = _recovered_position(loader, self)
+        self.fitted = self._fetched = resumed.get("batches", recovered)
         iterator = self._iterator(loader, resumed)
         if "draw" in resumed:
             set_random_state(resumed["draw"]["random"])
@@ -187,28 +188,28 @@ class DataPosition:
         if not _is_data_loader(loader):
             return self._sequence(loader)
         if _is_stream(loader) and not is_stateful(loader.dataset):
-            self._tell_if_it_begins_anew(loader.dataset)
+            self._warn_if_it_restarts(loader.dataset)
         self._resume_workers(loader, resumed)
-        if self._drawn or loader.num_workers:
+        if self._fetched or loader.num_workers:
             return self._twins_iterator(loader, resumed)
         return iter(loader)
 
     def _sequence(self, loader: Any) -> Iterator[Any]:
         if isinstance(loader, Sequence):
-            return itertools.islice(loader, self._drawn, None)
-        self._tell_if_it_begins_anew(loader)
+            return itertools.islice(loader, self._fetched, None)
+        self._warn_if_it_restarts(loader)
         return iter(loader)
 
-    def _tell_if_it_begins_anew(self, data: Any) -> None:
-        if self._drawn:
+    def _warn_if_it_restarts(self, data: Any) -> None:
+        if self._fetched:
             logger.warning(
                 "%s has no position that can be restored: the resumed epoch begins with its "
                 "first item, after %d batches. Give it state_dict() and load_state_dict(), "
                 "or use a dataset with indices.",
                 type(data).__name__,
-                self._drawn,
+                self._fetched,
             )
-        self.fitted = self._drawn = 0
+        self.fitted = self._fetched = 0
 
     def _resume_workers(self, loader: DataLoader[Any], resumed: State) -> None:
         if not loader.persistent_workers:
@@ -223,10 +224,10 @@ class DataPosition:
             )
         elif resumed:
             self._workers = dict(resumed["workers"])
-            self._next_worker = resumed.get("next_worker", 0) if self._drawn else 0
+            self._next_worker = resumed.get("next_worker", 0) if self._fetched else 0
 
     def _twins_iterator(self, loader: DataLoader[Any], resumed: State) -> Iterator[Any]:
-        """A copy is iterated: the user's loader stays as it is."""
+        """Iterates a copy of the loader: the user's stays as it is."""
         new = None if resumed else _PERSISTENT.get(loader)
         if new is None:
             new = self._twin(loader, bool(resumed))
@@ -234,43 +235,43 @@ class DataPosition:
             _PERSISTENT[loader] = new
         iterator = iter(new)
         for sampler in (new.batch_sampler, new.sampler):
-            if isinstance(sampler, IndicesFrom):
+            if isinstance(sampler, SkippingSampler):
                 sampler.skip()
-        speechbrain.follow_iterator(loader, iterator, self._drawn - self._next_worker)
+        speechbrain.track_iterator(loader, iterator, self._fetched - self._next_worker)
         return iterator
 
     def _twin(self, loader: DataLoader[Any], resumed: bool) -> DataLoader[Any]:
         changes: dict[str, Any] = {}
         if loader.num_workers:
             states = dict(self._workers)
-            changes["collate_fn"] = CarryingCollate(loader.collate_fn)
-            changes["worker_init_fn"] = ResumingWorker(loader.worker_init_fn, states)
+            changes["collate_fn"] = CollateWithState(loader.collate_fn)
+            changes["worker_init_fn"] = RestoreWorker(loader.worker_init_fn, states)
         waiting, batched = self._next_worker, loader.batch_sampler is not None
-        streamed = _is_stream(loader)
         if waiting:
-            changes["dataset"] = WaitingDataset(loader.dataset, waiting)
+            changes["dataset"] = PlaceholderDataset(loader.dataset, waiting)
         before: list[Any] = [[PLACEHOLDER] if batched else PLACEHOLDER] * waiting
-        name, skip = "batch_sampler" if batched else "sampler", 0 if streamed else self._drawn
-        # Workers that persist begin a pass without the random number that new ones need.
+        name = "batch_sampler" if batched else "sampler"
+        skip = 0 if _is_stream(loader) else self._fetched
+        # Persistent workers begin a pass without the random number that new ones need.
         persisted = resumed and self._begun["workers_persisted"]
         random = self._begun["random"] if persisted else None
-        changes[name] = IndicesFrom(getattr(loader, name), skip, before, random)
+        changes[name] = SkippingSampler(getattr(loader, name), skip, before, random)
         new = twin(loader, **changes)
-        speechbrain.forget_position(new)
+        speechbrain.clear_position(new)
         return new
 
 
-def _told_position(loader: Any, position: DataPosition) -> int:
+def _recovered_position(loader: Any, position: DataPosition) -> int:
     """The position of a loader that a Checkpointer has recovered."""
     if isinstance(loader, SaveableDataLoader):
         loader.position = position
-        told, loader.recovered = loader.recovered, 0
-        return told
-    return speechbrain.told_position(loader)
+        recovered, loader.recovered = loader.recovered, 0
+        return recovered
+    return speechbrain.recovered_position(loader)
 
 
 def _is_data_loader(loader: Any) -> bool:
-    """Whether it iterates as DataLoader does, or as SpeechBrain's."""
+    """Whether an object is iterated as a DataLoader is, or as SpeechBrain's."""
     if not isinstance(loader, DataLoader):
         return False
     ours = type(loader).__iter__ is DataLoader.__iter__
@@ -278,7 +279,7 @@ def _is_data_loader(loader: Any) -> bool:
 
 
 def _persist(loader: Any) -> bool:
-    """Whether the workers of a loader are there, and stay for its next pass."""
+    """Whether the workers of a loader are running, and stay for its next pass."""
     return isinstance(loader, DataLoader) and loader in _PERSISTENT
 
 
@@ -287,11 +288,7 @@ def _is_stream(loader: DataLoader[Any]) -> bool:
 
 
 def _state_of_stream(loader: Any) -> State:
-    """Of what is not drawn by indices: the loader itself, or its dataset."""
+    """The state of data without indices: of the loader itself, or of its dataset."""
     if is_stateful(loader):
         return {"loader": loader.state_dict()}
-    dataset: Any = getattr(loader, "dataset", None)
-    in_workers = getattr(loader, "num_workers", 0)
-    if is_stateful(dataset) and not in_workers:
-        return {"dataset": dataset.state_dict()}
-    return {}
+    return {} if getattr(loader, "num_workers", 0) else dataset_state(loader)

@@ -11,7 +11,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The states of torch on all devices, numpy and python.
+    """The states of torch on all devices, numpy and Python.
 
     Returns:
         Bytes and numbers, which can be loaded without running code.
@@ -27,7 +27,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Gives every generator its state back.
+    """Restores the state of every generator.
 
     Args:
         state: What ``random_state`` returned.
@@ -56,7 +56,7 @@ def to_bytes(state: torch.Tensor) -> bytes:
 
 
 def to_tensor(state: bytes) -> torch.Tensor:
-    """What a torch generator takes back.
+    """The state of a torch generator, from bytes.
 
     Args:
         state: From ``to_bytes``.

@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly, beyond weights, optimizers and counters."""
+"""What a run needs to resume exactly, beyond weights, optimizers and counters."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from brain_lightning.checkpoints.hooks import load_state, write_state
+from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.distributed.communication import gather, if_main_process, rank, world_size
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import all_optimizers, parameters_of
 
 from .data_position import DataPosition
 from .epoch_statistics import EpochStatistics
+from .plain_values import State
 from .random_state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, Any]
 
 # The name of the recoverable, and the key in a Lightning file.
 KEY = "brain_lightning"
@@ -31,24 +30,24 @@ KEY = "brain_lightning"
 class RunState:
     """The state of a run of a Brain, saved with every checkpoint.
 
-    Holds the random states, the position in the data, gradients of an accumulation
-    window that is not full, and what was gathered in the epoch; of each process its
-    own. What is recovered takes effect when the next epoch begins, for the moments
-    of that epoch have to be gone through again.
+    Holds, for each process, the random states, the position in the data, the gradients
+    of an accumulation window that is not full, and the statistics of the epoch. What is
+    recovered takes effect when the next epoch begins, because the hooks before its first
+    batch are called again.
 
     Args:
         brain: The Brain that runs.
 
     Attributes:
         position: In the training data.
-        of_trainer: Gives the state of the Trainer.
-        epochs: Epochs that have begun.
-        drawn: Epochs that the counter has given in this run.
+        of_trainer: Returns the state of the Trainer.
+        epochs: The number of epochs that have begun.
+        drawn: The number of epochs that the epoch counter has yielded in this run.
         validations: The positions in the validation data.
         validated: Whether there was a validation after the last batch.
         resumed: What was recovered and has not taken effect yet.
-        explicit: Whether it is of a file that was asked for: then its epochs are over,
-            also where the counter does not remember them.
+        explicit: Whether it comes from a file that the user named: then its epochs are
+            over, even if the counter does not remember them.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -65,18 +64,17 @@ class RunState:
         self.resumed: State | None = None
         self._resumed_validations: dict[int, State] = {}
         self.explicit = False
-        # Epochs that the counter of this run has given.
         self.drawn = 0
         self.validations: list[DataPosition] = []
-        self._gathered = EpochStatistics(self.brain)
+        self._statistics = EpochStatistics(self.brain)
         self._stage_random: State = {}
         self._in_training = False
         self._in_pass = False
         self._in_batch = False
-        # Whether the gradients of the batch in hand are there, or were used.
+        # Whether the current batch has its gradients, or its update, already.
         self._batch_used = False
         self._batch_random: State | None = None
-        # What there was before a validation, until that is over.
+        # The state of the epoch before a validation, until the validation is over.
         self._before_validation: State | None = None
         self._recovers = True
 
@@ -98,13 +96,13 @@ class RunState:
             self.position.resume(position, loader)
             set_random_state(resumed["random"] if epoch is None else epoch["stage_random"])
         self._stage_random = random_state()
-        self._gathered = EpochStatistics(self.brain)
+        self._statistics = EpochStatistics(self.brain)
         self.validated = False
         self._in_training = True
         self._in_pass = False
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """The batches of the epoch that has begun, from the position on.
+        """The batches of the epoch that has begun, from its position on.
 
         Args:
             loader: What ``fit`` was given.
@@ -112,7 +110,7 @@ class RunState:
         Yields:
             The batches.
         """
-        self._gathered.begin()
+        self._statistics.begin()
         self._in_pass = True
         resumed, self.resumed = self.resumed, None
         if resumed is not None and resumed["epoch"] is not None:
@@ -122,22 +120,22 @@ class RunState:
     def begin_batch(self) -> None:
         """Called before a batch is fitted."""
         self._in_batch, self._batch_used = True, False
-        if self.position.notes_draws:
+        if self.position.records_fetches:
             self._batch_random = random_state()
 
     def use_batch(self) -> None:
-        """Called when a batch has given its gradients: to fit it again would count double."""
+        """Called once a batch has its gradients: to fit it again would count them twice."""
         self._batch_used = True
 
     def end_batch(self) -> None:
-        """Called once a batch was fitted."""
+        """Called after a batch was fitted."""
         self._in_batch = False
         self.position.fitted += 1
         self.validated = False
 
     @property
     def resumed_batches(self) -> int | None:
-        """Batches that were done in the epoch that is resumed; None where it is new."""
+        """The number of batches before those of a resumed epoch; None for a new epoch."""
         if self.resumed is None or self.resumed["epoch"] is None:
             return None
         batches: int = self.resumed["epoch"]["position"]["batches"]
@@ -149,7 +147,7 @@ class RunState:
         brain.nonfinite_count = epoch["nonfinite_count"]
         self.validated = epoch["validated"]
         if epoch["gathered"] is not None:
-            self._gathered.restore(epoch["gathered"])
+            self._statistics.restore(epoch["gathered"])
         for index, parameter in enumerate(_parameters(brain)):
             gradient = epoch["gradients"].get(index)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
@@ -175,11 +173,11 @@ class RunState:
         self._before_validation = None
 
     def validation_batches(self, loader: Any, index: int) -> Iterator[Any]:
-        """The batches of a validation, whose loader goes on as it was left, too.
+        """The batches of a validation, whose loader is resumed as well.
 
         Args:
             loader: What ``fit`` was given.
-            index: Its number, where there are several.
+            index: The number of the loader, where there are several.
 
         Returns:
             The batches.
@@ -191,7 +189,7 @@ class RunState:
         return self.validations[index].batches(loader)
 
     def counts(self) -> State:
-        """``step`` and ``avg_train_loss`` of the epoch; a validation has its own."""
+        """``step`` and ``avg_train_loss`` of the epoch, which a validation overwrites."""
         epoch = self._before_validation or vars(self.brain)
         return {name: epoch[name] for name in ("step", "avg_train_loss")}
 
@@ -220,24 +218,24 @@ class RunState:
             return self._epoch_to_begin()
         brain, fitted = self.brain, self.position.fitted
         parameters = enumerate(_parameters(brain))
-        # A batch in which something failed is fitted again, unless it was of use before.
+        # A batch in which something failed is fitted again, unless its gradients were used.
         again = self._in_batch and not self._batch_used
         if self._in_batch and not again:
             fitted += 1
-        drawn = self._batch_random if again else random_state()
+        after_fetch = self._batch_random if again else random_state()
         return {
             "stage_random": self._stage_random,
-            "position": self.position.state(fitted, drawn),
+            "position": self.position.state(fitted, after_fetch),
             "step": brain.step - again,
             "avg_train_loss": brain.avg_train_loss,
             "nonfinite_count": brain.nonfinite_count,
             "validated": self.validated,
-            "gathered": self._gathered.state(),
+            "gathered": self._statistics.state(),
             "gradients": {i: p.grad.cpu() for i, p in parameters if p.grad is not None},
         }
 
     def _epoch_to_begin(self) -> State:
-        """Of an epoch in whose ``on_stage_start`` something is saved, or fails."""
+        """The state of an epoch whose ``on_stage_start`` is not over: it saves, or fails."""
         resumed = self.resumed
         if resumed is not None and resumed["epoch"] is not None:
             epoch: State = resumed["epoch"]
@@ -265,10 +263,10 @@ class RunState:
             write_state({"processes": states}, str(path))
 
     def recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
-        """Recovers what the next epoch is going to need.
+        """Recovers what the next epoch needs.
 
-        A Brain that lives on since it saved the end of an epoch keeps the random state
-        that it has, as SpeechBrain's, and so does one that recovers in the middle of a run.
+        A Brain that recovers the end of an epoch that it saved itself keeps its current
+        random state, as SpeechBrain's does. One that recovers within a run keeps it too.
 
         Args:
             path: The file.
@@ -287,20 +285,20 @@ class RunState:
         state = states[rank() % len(states)]
         if end_of_epoch:
             state["epoch"] = None
-        lives_on = end_of_epoch and state["saved_by"] == self._saved_by
-        self.resumed = None if lives_on else state
-        validations = [] if lives_on else state["validations"]
+        is_own = end_of_epoch and state["saved_by"] == self._saved_by
+        self.resumed = None if is_own else state
+        validations = [] if is_own else state["validations"]
         self._resumed_validations = dict(enumerate(validations))
 
 
 def run_state(brain: BrainProtocol) -> RunState:
-    """The state of a run that begins, one of the recoverables of its Checkpointer.
+    """The state of a run that begins, a recoverable of the Brain's Checkpointer.
 
     Args:
-        brain: The Brain, of which no run goes on: its state would be the one to save.
+        brain: The Brain. It must not be within another run, whose state is to be saved.
 
     Returns:
-        That of the Brain's earlier runs, where it has one.
+        The object of the Brain's earlier runs, where it has one, begun again.
     """
     checkpointer = brain.checkpointer
     known = getattr(checkpointer, "recoverables", {}).get(KEY)
@@ -315,6 +313,6 @@ def run_state(brain: BrainProtocol) -> RunState:
 
 
 def _parameters(brain: BrainProtocol) -> list[Parameter]:
-    """Those of the modules, and what the optimizers have beside them, each once."""
+    """The parameters of the modules and of the optimizers, each once."""
     optimized = map(parameters_of, all_optimizers(brain).values())
     return list(dict.fromkeys(chain(brain.modules.parameters(), *optimized)))

@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .epoch_statistics import plain_values
+from .plain_values import State, plain_values
 from .random_state import to_bytes, to_tensor
 from .worker_states import is_stateful
-
-State = dict[str, Any]
 
 
 class SamplerStates:
     """The states of a loader's samplers, as they are before a pass.
 
-    A generator, what ``state_dict`` says, and else the attributes that have changed
-    since the first pass: SpeechBrain's DynamicBatchSampler shuffles its batches anew
-    after each.
+    Of each what ``state_dict`` returns, or else its generator and the attributes that
+    have changed since the first pass: SpeechBrain's DynamicBatchSampler shuffles its
+    batches after each pass.
 
     Args:
         loader: The loader, before its first pass.
@@ -34,7 +32,7 @@ class SamplerStates:
         self._first = [dict(_attributes(sampler)) for sampler in _samplers(loader)]
 
     def now(self) -> list[State]:
-        """What there is to save now; cheap, for nothing is copied."""
+        """The current states; cheap, for nothing is copied."""
         return [
             self._now(sampler, first)
             for sampler, first in zip(_samplers(self.loader), self._first, strict=True)
@@ -52,7 +50,7 @@ class SamplerStates:
         return state
 
     def resume(self, states: list[State]) -> None:
-        """Gives the samplers their states back.
+        """Restores the samplers.
 
         Args:
             states: What ``plain_states`` made of those that were saved.
@@ -67,7 +65,7 @@ class SamplerStates:
 
 
 def plain_states(states: list[State]) -> list[State]:
-    """States as they can be saved.
+    """Copies states as they can be saved.
 
     Args:
         states: From ``SamplerStates.now``.
@@ -79,7 +77,7 @@ def plain_states(states: list[State]) -> list[State]:
 
 
 def _attributes(sampler: Any) -> State:
-    """Those of torch's own samplers do not change, but for what is in a generator."""
+    """None of torch's samplers, which change nothing but the state of a generator."""
     if type(sampler).__module__.startswith("torch.") or isinstance(sampler, DataLoader):
         return {}
     return getattr(sampler, "__dict__", {})

@@ -1,7 +1,7 @@
-"""What the workers of a DataLoader do so that their random numbers can be resumed.
+"""The states of a DataLoader's workers: sent with each batch, restored when workers start.
 
-Each batch brings the state of the worker that made it along, for a worker is
-several batches ahead of the training.
+A worker is several batches ahead of the training, so its state at a batch is known only
+if the batch brings it along.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import get_worker_info
 
+from .plain_values import State
 from .random_state import random_state, set_random_state
 
-State = dict[str, Any]
 
-
-class Carried(NamedTuple):
+class WorkerBatch(NamedTuple):
     """A batch as a worker sends it.
 
     Attributes:
         batch: What the loader's ``collate_fn`` made; ``PLACEHOLDER`` for no batch.
         worker: The number of the worker.
-        state: The worker's state, once the batch was made.
+        state: The worker's state after it made the batch.
     """
 
     batch: Any
@@ -31,13 +30,13 @@ class Carried(NamedTuple):
     state: State
 
 
-# Sent by a worker that waits for its turn: batches come from the workers by turns, and the
-# first of a resumed pass may not be the first worker's.
+# Sent by a worker whose turn has not come: the workers take turns, and the first batch of a
+# resumed pass may not be the first worker's.
 PLACEHOLDER = "brain_lightning: no batch"
 
 
 def is_stateful(obj: object) -> bool:
-    """Whether an object can say where it is, and go back there.
+    """Whether an object can save its state and restore it.
 
     Args:
         obj: A loader, a dataset or a sampler.
@@ -45,36 +44,35 @@ def is_stateful(obj: object) -> bool:
     return hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
 
 
-def worker_state(dataset: Any) -> State:
-    """The state of this process, and of its copy of the dataset.
+class CollateWithState:
+    """A ``collate_fn`` that sends the state of the worker with each batch.
 
     Args:
-        dataset: The dataset that it reads.
-    """
-    state: State = {"random": random_state()}
-    if is_stateful(dataset):
-        state["dataset"] = dataset.state_dict()
-    return state
-
-
-class CarryingCollate:
-    """A ``collate_fn`` whose batches carry the state of their worker.
-
-    Args:
-        collate_fn: The loader's own.
+        collate_fn: The loader's.
     """
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self._collate_fn = collate_fn
 
-    def __call__(self, samples: Any) -> Carried:
+    def __call__(self, samples: Any) -> WorkerBatch:
         """Collates the samples of a batch, or passes a placeholder on."""
         worker = get_worker_info()
         assert worker is not None
         if is_placeholder(samples):
-            return Carried(PLACEHOLDER, worker.id, {})
+            return WorkerBatch(PLACEHOLDER, worker.id, {})
         batch = self._collate_fn(samples)
-        return Carried(batch, worker.id, worker_state(worker.dataset))
+        state = {"random": random_state(), **dataset_state(worker)}
+        return WorkerBatch(batch, worker.id, state)
+
+
+def dataset_state(owner: Any) -> State:
+    """The state of a dataset that has one.
+
+    Args:
+        owner: A loader, or what torch says of a worker.
+    """
+    dataset: Any = getattr(owner, "dataset", None)
+    return {"dataset": dataset.state_dict()} if is_stateful(dataset) else {}
 
 
 def is_placeholder(samples: Any) -> bool:
@@ -88,11 +86,11 @@ def is_placeholder(samples: Any) -> bool:
     return isinstance(samples, str) and samples == PLACEHOLDER
 
 
-class ResumingWorker:
-    """A ``worker_init_fn`` that gives each worker the state that it had.
+class RestoreWorker:
+    """A ``worker_init_fn`` that restores the state of each worker.
 
     Args:
-        worker_init_fn: The loader's own.
+        worker_init_fn: The loader's.
         states: By the number of the worker; one without is new.
     """
 
@@ -106,9 +104,9 @@ class ResumingWorker:
         """Prepares a worker that has just started."""
         info = get_worker_info()
         assert info is not None
-        if isinstance(info.dataset, WaitingDataset):
+        if isinstance(info.dataset, PlaceholderDataset):
             # A worker_init_fn may set attributes of its dataset; torch refuses assignments.
-            object.__setattr__(info, "dataset", info.dataset.waiting_dataset)
+            object.__setattr__(info, "dataset", info.dataset.dataset)
         if self._worker_init_fn is not None:
             self._worker_init_fn(worker)
         state = self._states.get(worker)
@@ -120,8 +118,8 @@ class ResumingWorker:
         set_random_state(state["random"])
 
 
-class WaitingDataset:
-    """A dataset whose first workers have a placeholder to send before their data.
+class PlaceholderDataset:
+    """A dataset whose first workers send a placeholder before their data.
 
     Args:
         dataset: The dataset.
@@ -129,16 +127,16 @@ class WaitingDataset:
     """
 
     def __init__(self, dataset: Any, waiting: int) -> None:
-        self.waiting_dataset = dataset
+        self.dataset = dataset
         self._waiting = waiting
 
     def __getitem__(self, index: Any) -> Any:
-        return index if isinstance(index, str) else self.waiting_dataset[index]
+        return index if isinstance(index, str) else self.dataset[index]
 
     @property
     def __getitems__(self) -> Any:
-        """Torch asks for it first, and does without where it is None."""
-        items = getattr(self.waiting_dataset, "__getitems__", None)
+        """Torch looks it up first, and does without it where it is None."""
+        items = getattr(self.dataset, "__getitems__", None)
         if items is None:
             return None
         return lambda indices: indices if is_placeholder(indices) else items(indices)
@@ -150,17 +148,19 @@ class WaitingDataset:
         self._waiting = 0
         if waits:
             yield PLACEHOLDER
-        yield from self.waiting_dataset
+        yield from self.dataset
 
 
-class IndicesFrom(Iterator[Any]):
-    """What a sampler draws from a position on, once; nothing is loaded before it.
+class SkippingSampler(Iterator[Any]):
+    """The indices of a sampler from a position on; the first pass over it only.
+
+    Nothing is loaded for the indices before the position.
 
     Args:
         sampler: A sampler or a batch sampler.
-        position: How many to leave out.
-        before: What to draw in their place.
-        random: The random state to draw them from, where it is not the one at hand.
+        position: How many indices, or batches of indices, to skip.
+        before: What to yield before those that follow.
+        random: The random state to begin with, where it is not the current one.
     """
 
     def __init__(
@@ -183,10 +183,13 @@ class IndicesFrom(Iterator[Any]):
         return len(self._sampler)  # type: ignore[arg-type]
 
     def skip(self) -> Iterator[Any]:
-        """Draws and drops what comes before the position.
+        """Skips what comes before the position, if that is still to be done.
 
-        A sampler draws random numbers when it is first asked, which is after the
-        DataLoader has drawn its own.
+        A sampler draws random numbers at its first index, which is after the DataLoader
+        has drawn its own.
+
+        Returns:
+            The indices that follow.
         """
         if self._indices is None:
             if self._random is not None:

@@ -129,7 +129,7 @@ class Run:
             for name, value in self.run_state.counts().items():
                 temporary.set(brain, name, value)
             IntervalCheckpoints(brain, self.save_with_trainer).save()
-        self.termination.obeyed()
+        self.termination.acknowledge()
         logger.warning(
             "SIGTERM: the run is saved, within epoch %s, and ends.", self.epochs.current
         )

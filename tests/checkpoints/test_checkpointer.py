@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from brain_lightning import (
     UnsupportedError,
     average_checkpoints,
 )
-from brain_lightning.checkpoints import atomic_directory, hooks
+from brain_lightning.checkpoints import atomic_directory, state_files
 from tests.support.brains import Regression, loader, make, weights
 from tests.system.checkpoint_kills import SETTINGS, State, kill_saves
 
@@ -184,7 +186,7 @@ class Prefixes:
 
 @pytest.mark.parametrize("name", [None, "latest"])
 def test_every_prefix_of_a_saves_operations_can_be_recovered(
-    tmp_path: Path, name: str | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str | None
 ) -> None:
     folder, copies = tmp_path / "save", tmp_path / "copies"
     copies.mkdir()
@@ -196,8 +198,7 @@ def test_every_prefix_of_a_saves_operations_can_be_recovered(
     prefixes.on = True
     state.checkpointer.save_and_keep_only(name=name)
     prefixes.on = False
-    # A process that is not this one finds them.
-    monkeypatch.setattr(atomic_directory, "_lives", lambda *_: False)
+    # As a process finds them after this one: nobody has a lock on the copies.
     found = [recovered(copy) for copy in sorted(copies.iterdir())]
     assert len(found) > 10
     assert found[0] == {1.0}
@@ -346,7 +347,7 @@ def test_numbers_whose_sum_overflows_are_finite() -> None:
     model = nn.Linear(2, 1)
     model.weight.data.fill_(3e38)
     model.register_buffer("mask", torch.tensor(-torch.inf))
-    assert hooks.is_finite(model)
+    assert state_files.is_finite(model)
 
 
 def test_a_clock_that_is_set_back_does_not_make_the_newest_an_old_one(
@@ -375,6 +376,41 @@ def test_what_dead_processes_left_is_removed_and_the_living_ones_is_not(
     assert recovered(folder) == {1.0}
     assert names(folder) == {"CKPT+1", mine}
     assert state.checkpointer.list_checkpoints()[0].path.name == "CKPT+1"
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # torch: a fork of a process with threads
+def test_the_directory_of_a_save_is_left_alone_by_other_processes(folder: Path) -> None:
+    saved(folder, 1)
+    mine = atomic_directory.new_directory(folder)
+    process = multiprocessing.get_context("fork").Process(target=recovered, args=(folder,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert names(folder) == {"CKPT+1", mine.name}
+    with pytest.raises(ZeroDivisionError), atomic_directory.removed_on_failure(mine):
+        raise ZeroDivisionError
+    assert mine not in atomic_directory._locks
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # torch: a fork of a process with threads
+def test_a_worker_that_outlives_its_trainer_keeps_no_lock(folder: Path) -> None:
+    saved(folder, 1)
+    reader, writer = os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        atomic_directory.new_directory(folder)
+        if os.fork():
+            os._exit(0)
+        # The worker: until the test closes its end.
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    os.waitpid(trainer, 0)
+    assert len(names(folder)) == 2
+    assert recovered(folder) == {1.0}
+    assert names(folder) == {"CKPT+1"}
+    os.close(writer)
+    os.close(reader)
 
 
 @pytest.mark.filterwarnings("ignore:This process")  # torch: a fork of a process with threads
@@ -497,7 +533,7 @@ def test_an_error_in_the_background_surfaces_at_the_next_save(
     state.checkpointer.async_save = True
     monkeypatch.setattr(torch, "save", fails_to_write)
     state.checkpointer.save_checkpoint()
-    state.checkpointer._saver._executor.shutdown(wait=True)
+    futures.wait([state.checkpointer._saver._pending])
     with pytest.raises(CheckpointSaveError, match="No space left"):
         state.checkpointer.save_checkpoint()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import random
+import socket
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -43,7 +45,7 @@ def model_only(folder: Path, model: nn.Module) -> Checkpointer:
 # ------------------------------------------------------------------------- fixed names
 
 
-@pytest.mark.parametrize("step", ["_write_checksums", "_sync"])
+@pytest.mark.parametrize("step", ["write_checksums", "_sync"])
 def test_a_fixed_name_is_still_there_where_the_disk_is_full(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -81,10 +83,41 @@ def test_what_another_host_left_goes_after_a_day(folder: Path) -> None:
     assert names(folder) == {"CKPT+1", new.name}
 
 
+def test_what_version_0_1_0_left_is_found_and_goes_after_a_day(folder: Path) -> None:
+    saved(folder, 1)
+    owner = f"{socket.gethostname()}.4026531836~4194305~1"
+    new, old = (folder / f"{kind}~{owner}~abcdef01~" for kind in (".writing", ".deleted"))
+    for path in (new, old):
+        path.mkdir()
+    os.utime(old, (1e9, 1e9))
+    moved = folder / f".replaced~{owner}~abcdef01~CKPT+a~b"
+    (folder / "CKPT+1").rename(moved)
+    assert recovered(folder) == {1.0}
+    assert names(folder) == {new.name, moved.name}
+    os.utime(moved, (1e9, 1e9))
+    assert recovered(folder) == {1.0}
+    assert names(folder) == {new.name, "CKPT+a~b"}
+
+
+def test_where_there_are_no_locks_only_what_is_old_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    saved(folder, 1)
+    new, old = (atomic_directory.new_directory(folder) for _ in range(2))
+    os.utime(old, (1e9, 1e9))
+    assert recovered(folder) == {1.0}
+    assert names(folder) == {"CKPT+1", new.name}
+    atomic_directory._unlock_all()
+
+
 def test_a_name_with_a_separator_in_it_comes_back(folder: Path) -> None:
     saved(folder, 1)
-    machine = atomic_directory._machine()
-    (folder / "CKPT+1").rename(folder / f".replaced~{machine}~4194305~1~ab~CKPT+a~b")
+    host = socket.gethostname()
+    (folder / "CKPT+1").rename(folder / f".replaced~{host}~abcdef01~CKPT+a~b")
     assert recovered(folder) == {1.0}
     assert names(folder) == {"CKPT+a~b"}
 
@@ -225,13 +258,13 @@ def test_shared_parameters_are_copied_once_and_memory_is_used_again() -> None:
     snapshots = Snapshots()
     for _ in range(4):
         state = snapshots.take(tied)
-        snapshots.give_back()
+        snapshots.recycle()
     assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr()
     held = sum(len(buffers) for buffers in snapshots._free.values())
     assert held == len({t.data_ptr() for t in tied.state_dict().values()})
     tied.register_buffer("larger", torch.zeros(9))
     snapshots.take(tied)
-    snapshots.give_back()
+    snapshots.recycle()
     assert sum(len(buffers) for buffers in snapshots._free.values()) == held + 1
 
 

@@ -1,0 +1,146 @@
+"""The files of objects with a ``state_dict``: written by torch, read without running code."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from brain_lightning.compat.versions import PLAIN_GLOBALS
+from brain_lightning.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+# What the name of a recoverable's file ends in.
+PARAMFILE_EXT = ".ckpt"
+# Parameters that SpeechBrain has renamed since, with and without their typing errors.
+KEYS_MAPPING = {
+    ".mutihead_attn": ".multihead_attn",
+    ".convs_intermedite": ".convs_intermediate",
+}
+
+
+def state_to_save(obj: Any) -> dict[str, Any]:
+    """What the default saver writes.
+
+    Args:
+        obj: Anything with a ``state_dict``.
+    """
+    state: dict[str, Any] = obj.state_dict()
+    if not state:
+        logger.warning("Saving an empty state_dict for %s.", type(obj).__name__)
+    # What refers to a method cannot be pickled: CyclicLR keeps one, and makes it anew.
+    unpicklable = {name for name, value in state.items() if inspect.ismethod(value)}
+    unpicklable |= {"_scale_fn_ref"} & state.keys()
+    # As it is where it can be: modules keep the version of each part in an attribute of it.
+    return {n: v for n, v in state.items() if n not in unpicklable} if unpicklable else state
+
+
+def torch_save(obj: Any, path: str | Path) -> None:
+    """Saves the ``state_dict`` of a module, an optimizer or a scheduler.
+
+    Args:
+        obj: The object.
+        path: The file.
+    """
+    write_state(state_to_save(obj), path)
+
+
+def write_state(state: Any, path: str | Path) -> None:
+    """Writes a state.
+
+    Args:
+        state: Tensors and plain values.
+        path: The file.
+
+    Raises:
+        OSError: It could not be written; torch has another error for each case.
+    """
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(f"torch could not write {path}: {error}") from error
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Reads a ``state_dict`` without running anything that is in it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The state, on the CPU; keys that SpeechBrain has renamed have their new names.
+
+    Raises:
+        CheckpointError: The file is damaged, or would run code.
+    """
+    torch.serialization.add_safe_globals(PLAIN_GLOBALS)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} would run code when loaded, or is damaged: only tensors and plain values "
+            f"are loaded ({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return _with_new_names(state) if isinstance(state, dict) else state
+
+
+def _with_new_names(state: dict[str, Any]) -> dict[str, Any]:
+    for old, new in KEYS_MAPPING.items():
+        for key in [key for key in state if isinstance(key, str) and old in key]:
+            state[key.replace(old, new)] = state.pop(key)
+    return state
+
+
+def apply_state(obj: Any, state: Mapping[str, Any]) -> None:
+    """Gives an object the state that was read.
+
+    Args:
+        obj: Anything with a ``load_state_dict``.
+        state: What ``load_state`` returned.
+    """
+    if isinstance(obj, torch.nn.Module):
+        obj.load_state_dict(state, strict=True)
+    else:
+        obj.load_state_dict(state)
+
+
+def torch_recovery(obj: Any, path: str | Path, end_of_epoch: bool) -> None:  # noqa: ARG001
+    """Recovers what ``torch_save`` has saved.
+
+    Args:
+        obj: The object.
+        path: The file.
+        end_of_epoch: Of no importance here.
+    """
+    apply_state(obj, load_state(path))
+
+
+def is_finite(obj: Any) -> bool:
+    """Whether every parameter that is trained is finite; others may hold what they like.
+
+    Args:
+        obj: Anything; what is no module is finite.
+    """
+    if not isinstance(obj, torch.nn.Module):
+        return True
+    return all(_is_finite(p.detach()) for p in obj.parameters() if p.requires_grad)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if is_lazy(tensor):
+        return True
+    if tensor.element_size() == 1:
+        # torch has no sum of 8-bit floats.
+        tensor = tensor.float()
+    # A sum is cheap, and suspicious where it is not finite: it may have overflowed.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -1,0 +1,94 @@
+"""Values that can be saved and loaded without running code: copied, and restored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What is saved, by names that are part of the file format.
+State = dict[str, Any]
+
+PLAIN = (type(None), bool, int, float, str, bytes)
+
+
+class NotPlainError(TypeError):
+    """A value cannot be saved without code to load it."""
+
+
+def plain(value: Any) -> Any:
+    """Copies a value that consists of tensors, numbers, texts, lists and dicts.
+
+    Args:
+        value: The value.
+
+    Returns:
+        The copy, with numbers of numpy as Python's.
+
+    Raises:
+        NotPlainError: It has something else in it.
+    """
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if type(value) is Tensor:
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(plain(each) for each in value)
+    if type(value) is dict:
+        return {plain(key): plain(each) for key, each in value.items()}
+    raise NotPlainError(type(value).__name__)
+
+
+def plain_values(values: Mapping[str, Any]) -> State:
+    """Copies those of several values that are plain, or containers of plain values.
+
+    Args:
+        values: By name.
+    """
+    found = {}
+    for name, value in values.items():
+        with contextlib.suppress(NotPlainError):
+            found[name] = plain(_content(value))
+    return found
+
+
+def _content(value: Any) -> Any:
+    """What is in a container, whose type is known where it is restored."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (list, set, deque)):
+        return list(value)
+    return value
+
+
+def restore_attributes(owner: Any, values: State) -> None:
+    """Restores the values of an object's attributes.
+
+    Args:
+        owner: The object. A container or an array that it has is filled, a tensor is
+            replaced on its device.
+        values: From ``plain_values``.
+    """
+    own = vars(owner)
+    for name, value in values.items():
+        current = own.get(name)
+        is_container = isinstance(current, (dict, set, list, deque))
+        if isinstance(current, np.ndarray):
+            current[...] = value.numpy()
+        elif isinstance(current, Tensor) and isinstance(value, Tensor):
+            own[name] = value.to(current.device)
+        elif is_container and type(current) is not type(value):
+            current.clear()
+            fill = current.extend if isinstance(current, (list, deque)) else current.update
+            fill(value)
+        else:
+            own[name] = value
