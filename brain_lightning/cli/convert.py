@@ -1,9 +1,10 @@
-"""A checkpoint directory of SpeechBrain's form, a Lightning file, a folder for inference."""
+"""``brain-lightning convert``: a CKPT+ directory, a Lightning file, a folder for inference."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+from argparse import ArgumentParser
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,12 +18,49 @@ from brain_lightning.checkpoints.checkpoint import Checkpoint, checkpoint_in, on
 from brain_lightning.checkpoints.hooks import load_state, write_state
 from brain_lightning.checkpoints.meta_file import dump_meta
 from brain_lightning.errors import CheckpointError, RecipeError
+from brain_lightning.loggers.console import show_information
 from brain_lightning.module.checkpoint_file import MODULES, read_files, write_files
 from brain_lightning.resume.run_state import KEY
 
 from .convert_hparams import Hyperparameters
 
 logger = logging.getLogger(__name__)
+
+
+def main(parser: ArgumentParser, words: list[str]) -> int:
+    """Converts a checkpoint, and prints the path of what was written.
+
+    Args:
+        parser: The parser of this command.
+        words: What follows the command.
+
+    Returns:
+        The exit status.
+    """
+    parser.usage = "%(prog)s SRC DST [--hparams=FILE] [--min_key=NAME | --max_key=NAME]"
+    parser.description = (
+        "Turns a CKPT+ directory into a Lightning file (DST is x.ckpt) or a folder for "
+        "SpeechBrain's from_hparams (any other name), and a Lightning file into a CKPT+ "
+        "directory (DST is CKPT+x)."
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint, or a folder of them")
+    parser.add_argument("target", metavar="DST", help="what to write; it must not be there")
+    parser.add_argument("--hparams", metavar="FILE", help="the recipe's hyperparameters")
+    best = parser.add_mutually_exclusive_group()
+    best.add_argument(
+        "--min_key", metavar="NAME",
+        help="of a folder of checkpoints the one with the lowest NAME in its meta, such as "
+        "error (default: the newest)",
+    )  # fmt: skip
+    best.add_argument("--max_key", metavar="NAME", help="the one with the highest")
+    # Which checkpoint it was, and what is left out; the standard output has the path alone.
+    show_information()
+    options = parser.parse_args(words)
+    written = convert(
+        options.source, options.target, options.hparams, options.min_key, options.max_key
+    )
+    print(written)  # noqa: T201
+    return 0
 
 
 def convert(

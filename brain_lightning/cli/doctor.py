@@ -1,4 +1,4 @@
-"""What works with a recipe, told from its source: ``brain-lightning doctor``."""
+"""``brain-lightning doctor``: what works with a recipe, read from its source."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import textwrap
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
 from brain_lightning.protocol import MANUAL_HOOKS
 
 from .doctor_source import BrainSource, Place, RecipeSource
+from .script import script_first
 
 HOOKS = frozenset(
     name for name in dir(Brain) if callable(getattr(Brain, name)) and not name.startswith("__")
@@ -40,6 +42,28 @@ ARGUMENTS = (
 # Of the report's lines.
 WIDTH = 100
 REFUSED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
+
+
+def main(parser: ArgumentParser, words: list[str]) -> int:
+    """Examines a recipe, and prints the report.
+
+    Args:
+        parser: The parser of this command.
+        words: What follows the command.
+
+    Returns:
+        The exit status.
+    """
+    parser.usage = "%(prog)s SCRIPT [HPARAMS] [--override=value] [--json] [--trainer.X=Y]"
+    parser.description = (
+        "Reads a recipe's script, without running it, and says what works with it. What "
+        "follows the script is for the other commands, and is not read."
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options, rest = parser.parse_known_args(words)
+    report = examine(script_first(parser, rest)[0])
+    print(report.as_json() if options.json else report.as_text())  # noqa: T201
+    return 0
 
 
 @dataclass(frozen=True)
