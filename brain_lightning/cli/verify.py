@@ -21,7 +21,7 @@ from .script import check_script, script_first
 from .verify_comparison import Comparison
 
 SIDES = ("speechbrain", "trainer")
-# Lines of a recipe's own output to show where it fails.
+# Lines of the recipe's output to show where it fails.
 TAIL = 15
 
 
@@ -79,20 +79,18 @@ def verify(
     if importlib.util.find_spec("speechbrain") is None:
         raise RecipeError("verify needs SpeechBrain: pip install speechbrain")
     check_script(script)
-    task = {"script": script, "steps": steps, "trainer": dict(trainer)}
+    task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
     with tempfile.TemporaryDirectory(prefix="brain_lightning_verify_") as folder:
-        sides = [_run_side({**task, "side": side}, words, Path(folder)) for side in SIDES]
+        sides = [_run_side(side, task, Path(folder)) for side in SIDES]
     return Comparison(*sides)
 
 
-def _run_side(
-    task: Mapping[str, Any], words: Sequence[str], folder: Path
-) -> list[dict[str, Any]]:
-    out = folder / f"{task['side']}.json"
-    words = _with_output_folder(words, folder / task["side"])
+def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    out = folder / f"{side}.json"
+    words = _with_output_folder(task["words"], folder / side)
     result = subprocess.run(  # noqa: S603  the user's own script
         [sys.executable, "-m", "brain_lightning.cli.verify_recorder",
-         json.dumps({**task, "words": words, "out": str(out)})],
+         json.dumps({**task, "side": side, "words": words, "out": str(out)})],
         env={**os.environ, "PYTHONHASHSEED": "0"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,
@@ -100,7 +98,7 @@ def _run_side(
     events = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     if not any(event["kind"] == "loss" for event in events):
         tail = "\n".join(result.stdout.splitlines()[-TAIL:])
-        raise RecipeError(f"no batch was run on the side of {task['side']}:\n{tail}")
+        raise RecipeError(f"no batch was run on the side of {side}:\n{tail}")
     return events
 
 
