@@ -70,7 +70,7 @@ def convert(
     min_key: str | None = None,
     max_key: str | None = None,
 ) -> Path:
-    """Turns a checkpoint into what the name of the target says; which one it was is logged.
+    """Converts a checkpoint to the form that the target's name asks for, and logs which one.
 
     Args:
         source: A ``CKPT+`` directory, a directory of such (the newest one is taken, unless
@@ -95,7 +95,7 @@ def convert(
         raise RecipeError(f"{target} is there already: give another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if Path(source).is_file():
-        _refuse_keys(Path(source), min_key, max_key)
+        _refuse_keys(source, min_key, max_key)
         return _from_file(Path(source), path)
     checkpoint = _checkpoint(Path(source).resolve(), min_key, max_key)
     store.check(checkpoint.path)
@@ -119,25 +119,24 @@ def _from_file(source: Path, path: Path) -> Path:
     return path
 
 
-def _refuse_keys(source: Path, *keys: str | None) -> None:
-    for key in keys:
-        if key is not None:
-            raise RecipeError(
-                f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
-                "key out, or give the folder that they are in"
-            )
+def _refuse_keys(source: str | Path, *keys: str | None) -> None:
+    for key in filter(None, keys):
+        raise RecipeError(
+            f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
+            "key out, or give the folder that they are in"
+        )
 
 
 def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
     alone = checkpoint_in(source) if source.is_dir() else None
     if alone is None:
-        return _chosen(source, min_key, max_key)
+        return _best(source, min_key, max_key)
     _refuse_keys(source, min_key, max_key)
     logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
     return alone
 
 
-def _chosen(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+def _best(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
     ranking = one_key(None, max_key, min_key)
     paths = store.in_force(source) if source.is_dir() else []
     inside = [c for c in map(checkpoint_in, paths) if c is not None]
@@ -162,10 +161,13 @@ def _why(min_key: str | None, max_key: str | None) -> str:
 
 
 def _in_a_line(meta: Mapping[str, Any]) -> str:
-    said = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in meta.items()}
     # When it was saved is in its name, and of no use as a number of seconds.
-    shown = ", ".join(f"{name} {value}" for name, value in said.items() if name != "unixtime")
-    return " ".join(shown.split())
+    shown = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in meta.items()
+        if name != "unixtime"
+    ]
+    return " ".join(", ".join(shown).split())
 
 
 def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
@@ -196,7 +198,7 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
         "lr_schedulers": [],
         "callbacks": {},
         KEY: {
-            # As its own text, which says everything that YAML can say.
+            # As text: nothing that YAML can express is lost.
             "meta": (checkpoint.path / store.METAFNAME).read_text(encoding="utf-8"),
             "modules": {name: _described(name, state) for name, state in modules.items()},
             "states": {name: state for name, state in states.items() if name not in done},
@@ -209,7 +211,7 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
 
 
 def _described(name: str, state: Any) -> dict[str, Any]:
-    """Names may have dots; the version of each part is in an attribute of the state."""
+    """A name may have dots; the version of each submodule is an attribute of the state."""
     keys = {key: f"{MODULES}.{name}.{key}" for key in state}
     return {"keys": keys, "metadata": dict(getattr(state, "_metadata", {}))}
 
@@ -297,7 +299,7 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
     recipe = Hyperparameters(yaml)
     states, _ = read_files(checkpoint)
     names = sorted(checkpoint.paramfiles)
-    # Weights whose object nobody names are asked for, not left out.
+    # Weights that no name leads to are asked for, not left out.
     carried = [n for n in names if _has_weights(states.get(n)) or recipe.is_module(n)]
     temporary = store.new_directory(folder.parent)
     with store.removed_on_failure(temporary):
@@ -305,7 +307,7 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
             shutil.copy(checkpoint.paramfiles[name], temporary)
         recipe.write(carried, temporary / "hyperparams.yaml")
         temporary.rename(folder)
-    _tell_what_is_left(names, carried, recipe.pretrained())
+    _log_left_out(names, carried, recipe.pretrained())
     return folder
 
 
@@ -313,7 +315,7 @@ def _has_weights(state: Any) -> bool:
     return bool(state) and _is_module(state)
 
 
-def _tell_what_is_left(names: list[str], carried: list[str], pretrained: set[str]) -> None:
+def _log_left_out(names: list[str], carried: list[str], pretrained: set[str]) -> None:
     left = [name for name in names if name not in carried]
     logger.info("For inference: %s; left out: %s", _listed(carried), _listed(left))
     if others := sorted(pretrained.difference(carried)):
