@@ -238,9 +238,11 @@ def from_lightning(source: Path, directory: Path) -> Path:
     saved = load_state(source)
     own = saved.get(KEY, {})
     states = _modules(saved["state_dict"], own.get("modules", {}))
-    names = {member: name for name, member in own.get("optimizers", {}).items()}
+    # The default init_optimizers registers its optimizer by another name.
+    names = {"opt_class": "optimizer"}
+    names |= {member: name for name, member in own.get("optimizers", {}).items()}
     for optimizers in saved.get("optimizer_states", []):
-        states |= {_optimizer_name(name, names): state for name, state in optimizers.items()}
+        states |= {names.get(name, name): state for name, state in optimizers.items()}
     temporary = store.new_directory(directory.parent)
     with store.removed_on_failure(temporary):
         if "meta" in own:
@@ -274,11 +276,6 @@ def _entries(weights: Iterable[str]) -> dict[str, Any]:
     return entries
 
 
-def _optimizer_name(name: str, names: Mapping[str, str]) -> str:
-    """That of the recoverable; the default ``init_optimizers`` has another for it."""
-    return names.get(name, "optimizer" if name == "opt_class" else name)
-
-
 def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> Path:
     """Writes what SpeechBrain's ``from_hparams`` reads.
 
@@ -300,7 +297,8 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
     states, _ = read_files(checkpoint)
     names = sorted(checkpoint.paramfiles)
     # Weights that no name leads to are asked for, not left out.
-    carried = [n for n in names if _has_weights(states.get(n)) or recipe.is_module(n)]
+    weights = {name for name, state in states.items() if _is_module(state) and state}
+    carried = [name for name in names if name in weights or recipe.is_module(name)]
     temporary = store.new_directory(folder.parent)
     with store.removed_on_failure(temporary):
         for name in carried:
@@ -309,10 +307,6 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
         temporary.rename(folder)
     _log_left_out(names, carried, recipe.pretrained())
     return folder
-
-
-def _has_weights(state: Any) -> bool:
-    return bool(state) and _is_module(state)
 
 
 def _log_left_out(names: list[str], carried: list[str], pretrained: set[str]) -> None:

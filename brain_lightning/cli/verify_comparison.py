@@ -54,10 +54,8 @@ class Comparison:
     @property
     def first_difference(self) -> str | None:
         """The first event that differs: with its epoch, its step and its tensor."""
-        for theirs, ours in zip_longest(self.theirs, self.ours):
-            if theirs != ours:
-                return describe(theirs, ours)
-        return None
+        pairs = zip_longest(self.theirs, self.ours)
+        return next((describe(theirs, ours) for theirs, ours in pairs if theirs != ours), None)
 
     def as_json(self) -> str:
         """For scripts: both sides' steps, stages and hooks, and the verdict."""

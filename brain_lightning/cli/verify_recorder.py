@@ -13,6 +13,7 @@ import random
 import sys
 import traceback
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,7 +69,7 @@ class Recorder:
     def __init__(self, steps: int) -> None:
         self.events: list[dict[str, Any]] = []
         self._steps = steps
-        self._done: dict[int, int] = {}
+        self._done: Counter[int] = Counter()
         self._brains: list[Any] = []
         # A recipe may fit within a stage.
         self._stages: list[tuple[str, Any]] = []
@@ -147,7 +148,7 @@ class Recorder:
 
     def _count(self, brain: Any) -> None:
         """Ends an epoch and a training by debug mode, on both sides after the same batch."""
-        self._done[id(brain)] = self._done.get(id(brain), 0) + 1
+        self._done[id(brain)] += 1
         if self._done[id(brain)] == self._steps:
             brain.debug, brain.debug_batches = True, brain.step
             brain.debug_epochs = self._stages[-1][1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
@@ -113,7 +113,11 @@ def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         SystemExit: ``--trainer.help`` is among them, and was shown.
     """
     if TRAINER_HELP in words:
-        _show_trainer_help()
+        # Lightning is needed here, and not for a command line.
+        from .trainer_arguments import trainer_help
+
+        print(trainer_help())  # noqa: T201
+        raise SystemExit(0)
     trainer: dict[str, Any] = {}
     rest: list[str] = []
     remaining = iter(words)
@@ -128,14 +132,6 @@ def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             raise RunOptionError(f"{word}: give it a value, as in --trainer.devices=2")
         trainer[name] = _from_yaml(word, value)
     return trainer, rest
-
-
-def _show_trainer_help() -> NoReturn:
-    # Lightning is needed here, and not for a command line.
-    from .trainer_arguments import trainer_help
-
-    print(trainer_help())  # noqa: T201
-    raise SystemExit(0)
 
 
 def _from_yaml(word: str, value: str) -> Any:
