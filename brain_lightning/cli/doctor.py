@@ -26,7 +26,7 @@ HOOKS = frozenset(
 # Attributes of SpeechBrain's Brain whose use shows how a recipe steps.
 STEPPING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
 CALLS = ("backward", "clip_grad_norm_")
-PARALLEL = "ddp (each entry of modules in a DistributedDataParallel of its own)"
+PARALLEL = "ddp (each entry of modules in its own DistributedDataParallel)"
 BACKBONE = "BackboneFinetuning unless init_optimizers leaves the backbone out"
 # Attributes of every Module, which are no entries.
 OF_A_MODULE = frozenset(dir(torch.nn.ModuleDict))
@@ -195,15 +195,9 @@ def _loop_remarks(brain: BrainSource) -> Iterator[Remark]:
         yield Remark("_fit_train", says, brain.methods["_fit_train"].line)
 
 
-def _never_wrapped(brain: BrainSource) -> bool:
-    """Whether on_fit_start is overridden, and leaves the wrapping out."""
-    return "on_fit_start" in brain.methods and not (
-        "on_fit_start" in brain.supers or "_wrap_distributed" in brain.reads
-    )
-
-
 def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
-    if _never_wrapped(brain):
+    wraps = "on_fit_start" in brain.supers or "_wrap_distributed" in brain.reads
+    if "on_fit_start" in brain.methods and not wraps:
         says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
         yield Remark("strategy=ddp", says, brain.methods["on_fit_start"].line)
     if brain.hparams_called and not brain.entries - OF_A_MODULE:

@@ -125,7 +125,7 @@ class _Curves:
         epoch = float(epoch) if hasattr(epoch, "__float__") else len(self._history) + 1.0
         if self.begins:
             known = self._history or read_curves(self._path)
-            # A run that was killed may have drawn epochs that it had not saved.
+            # A run that was killed may have plotted epochs that it had not saved.
             self._history = {number: known[number] for number in known if number < epoch}
             self.begins = False
         rates = {} if any(map(is_rate, metrics)) else self.rates

@@ -97,7 +97,6 @@ def _log_file(logger: Logger, write: Callable[[Path], None], *parts: str) -> boo
 
 def _write_wav(samples: torch.Tensor, sample_rate: int, path: Path) -> None:
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
+        # One channel, two bytes a sample; the number of samples is written at the end.
+        file.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
         file.writeframes((samples.clamp(-1, 1) * 32767).short().numpy().tobytes())

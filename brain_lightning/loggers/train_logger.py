@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
@@ -22,23 +21,10 @@ from .media import log_audio, log_figure, spectrogram
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-
 # Names, in any case, of the number in stats_meta at which an entry is logged.
 POSITIONS = ("epoch", "steps", "step")
 # The same where a checkpoint is tested.
 TESTED = ("epoch loaded",)
-
-
-def _on_main_process(method: Callable[P, None]) -> Callable[P, None]:
-    """Unlike SpeechBrain's, does not wait for the others: one may be alone, in a test."""
-
-    @functools.wraps(method)
-    def on_main(*args: P.args, **kwargs: P.kwargs) -> None:
-        if if_main_process():
-            method(*args, **kwargs)
-
-    return on_main
 
 
 class LightningTrainLogger:
@@ -94,7 +80,6 @@ class LightningTrainLogger:
             self._resumes = goes_on
             self._position = max(self._position, position)
 
-    @_on_main_process
     def log_stats(
         self,
         stats_meta: Mapping[str, Any],
@@ -114,6 +99,9 @@ class LightningTrainLogger:
             verbose: Whether to log it also as one line of Python's logging, as
                 SpeechBrain's FileTrainLogger does.
         """
+        # SpeechBrain's waits for the other processes; one may be alone, in a test.
+        if not if_main_process():
+            return
         stats = {
             "train_stats": train_stats, "valid_stats": valid_stats, "test_stats": test_stats
         }  # fmt: skip
@@ -129,7 +117,6 @@ class LightningTrainLogger:
         if verbose:
             log.info(_line(stats_meta, stats))
 
-    @_on_main_process
     def log_audio(self, name: str, value: Any, sample_rate: int) -> None:
         """Logs a sound, at the epoch that was logged last.
 
@@ -138,12 +125,13 @@ class LightningTrainLogger:
             value: Its samples, between -1 and 1.
             sample_rate: Samples in a second.
         """
+        if not if_main_process():
+            return
         for each in self._opened():
             if not log_audio(each.logger, name, value, sample_rate, self._position):
                 self._warn(f"{_kind(each)} does not log audio ({name!r})")
             each.logger.save()
 
-    @_on_main_process
     def log_figure(self, name: str, value: Any) -> None:
         """Logs a picture, at the epoch that was logged last.
 
@@ -151,6 +139,8 @@ class LightningTrainLogger:
             name: Of the picture.
             value: A spectrogram, or a figure of matplotlib's.
         """
+        if not if_main_process():
+            return
         if importlib.util.find_spec("matplotlib") is None:
             self._warn(f"figures ({name!r}) are not logged without matplotlib: install it")
             return

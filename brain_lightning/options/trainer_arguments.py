@@ -11,12 +11,12 @@ from lightning.pytorch import Trainer
 
 from .run_options import check_names
 
-# At most the width of a terminal that nobody has made larger.
+# Of a terminal, by default.
 WIDTH = 80
 INTRODUCTION = """\
 Arguments of Lightning's Trainer, --trainer.NAME=VALUE; the value is YAML, and what follows
 NAME here is the default. A line that begins with '>' says what is different with a Brain."""
-# Where an argument does not do, or not only, what Lightning says; the tests of each are
+# Where an argument does something else, or more, than Lightning documents; each is tested
 # in tests/callback/test_reconcile.py.
 WITH_A_BRAIN = {
     "accelerator": "brain.fit follows the run option device",
@@ -82,10 +82,10 @@ def _indented(text: str, first: str) -> list[str]:
 
 
 def _documentation() -> dict[str, str]:
-    """What the docstring of the Trainer says of each argument."""
+    """The text on each argument in the docstring of the Trainer."""
     documentation = inspect.getdoc(Trainer.__init__) or ""
     arguments = documentation.partition("Args:\n")[2]
-    # Names stand four columns in, what is said of them further in.
+    # Names are indented by four columns, their descriptions by more.
     return dict(re.findall(r"^ {4}(\w+): ?(.+?)(?=^ {0,4}\S|\Z)", arguments, re.M | re.S))
 
 
