@@ -1,4 +1,4 @@
-"""``--plot`` and ``CurvePlot``: curves after each epoch, which go on with a run."""
+"""``--plot`` and ``CurvePlot``: curves after each epoch, which a resumed run continues."""
 
 from __future__ import annotations
 
