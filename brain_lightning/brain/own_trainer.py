@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 import signal
@@ -25,16 +24,11 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from brain_lightning.callback.reconcile import reconcile_processes
 from brain_lightning.distributed.communication import is_distributed_initialized, is_launched
-from brain_lightning.errors import (
-    BrainTypeError,
-    HookStoppedError,
-    RunOptionError,
-    UnsupportedError,
-)
+from brain_lightning.errors import BrainTypeError, HookStoppedError, UnsupportedError
 from brain_lightning.lightning_internals.signals import disable_signal_handlers
 from brain_lightning.lightning_internals.strategies import check_strategy
 from brain_lightning.module.brain_module import BrainModule
-from brain_lightning.options.run_options import unknown
+from brain_lightning.options.trainer_arguments import check_trainer_arguments
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -163,21 +157,6 @@ def make_trainer(
         )
     reconcile_processes(trainer, brain, TemporaryAttributes())
     return trainer
-
-
-def check_trainer_arguments(trainer: Mapping[str, Any]) -> None:
-    """Refuses what no Trainer understands.
-
-    Args:
-        trainer: Arguments by name.
-
-    Raises:
-        RunOptionError: One is unknown.
-    """
-    known = list(inspect.signature(Trainer).parameters)
-    for name in trainer:
-        if name not in known:
-            raise RunOptionError(unknown("Trainer argument", name, known))
 
 
 def _own_and_given(

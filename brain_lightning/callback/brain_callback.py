@@ -23,7 +23,7 @@ from brain_lightning.lightning_internals.strategies import (
     disable_synchronization,
     is_parallel,
 )
-from brain_lightning.loggers.train_logger import begin_log, lend_loggers
+from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
@@ -92,7 +92,7 @@ class BrainCallback(Callback):
         self.run.progressbar &= trainer.progress_bar_callback is None
         show_running_loss(trainer, self.run, self._for_the_run)
         self.run.metrics.watch(self.run.brain, self._for_the_run)
-        lend_loggers(self.run.brain, trainer.loggers, self._for_the_run)
+        leave_to_trainer(self.run.brain, trainer.loggers, self._for_the_run)
         self.run.metrics.validated = trainer.enable_validation
         attach(trainer, self.run, self._for_the_run)
 

@@ -1,1 +1,8 @@
-"""The command line, brain-lightning."""
+"""``brain-lightning``, the command line.
+
+``main`` finds the command; ``run``, ``verify``, ``doctor`` and ``convert`` are the commands, a
+file each, whose ``main`` adds its options to the command's parser. ``script`` runs a recipe's
+script as ``python`` would; ``exit_status`` has what a shell sees of the end. Beside a command
+is its other half: ``verify_recorder`` records one side in a process, ``verify_comparison``
+compares two; ``doctor_source`` reads a recipe; ``convert_hparams`` its hyperparameters.
+"""

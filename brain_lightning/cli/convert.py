@@ -1,9 +1,10 @@
-"""A checkpoint directory of SpeechBrain's form, a Lightning file, a folder for inference."""
+"""``brain-lightning convert``: a CKPT+ directory, a Lightning file, a folder for inference."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+from argparse import ArgumentParser
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,12 +19,49 @@ from brain_lightning.checkpoints.checkpoint import Checkpoint, checkpoint_in, on
 from brain_lightning.checkpoints.meta_file import METAFNAME, dump_meta
 from brain_lightning.checkpoints.state_files import PARAMFILE_EXT, load_state, write_state
 from brain_lightning.errors import CheckpointError, RecipeError
+from brain_lightning.loggers.console import show_information
 from brain_lightning.module.checkpoint_file import MODULES, read_files, write_files
 from brain_lightning.resume.run_state import KEY
 
 from .convert_hparams import Hyperparameters
 
 logger = logging.getLogger(__name__)
+
+
+def main(parser: ArgumentParser, words: list[str]) -> int:
+    """Converts a checkpoint, and prints the path of what was written.
+
+    Args:
+        parser: The parser of this command.
+        words: What follows the command.
+
+    Returns:
+        The exit status.
+    """
+    parser.usage = "%(prog)s SRC DST [--hparams=FILE] [--min_key=NAME | --max_key=NAME]"
+    parser.description = (
+        "Turns a CKPT+ directory into a Lightning file (DST is x.ckpt) or a folder for "
+        "SpeechBrain's from_hparams (any other name), and a Lightning file into a CKPT+ "
+        "directory (DST is CKPT+x)."
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint, or a folder of them")
+    parser.add_argument("target", metavar="DST", help="what to write; it must not be there")
+    parser.add_argument("--hparams", metavar="FILE", help="the recipe's hyperparameters")
+    best = parser.add_mutually_exclusive_group()
+    best.add_argument(
+        "--min_key", metavar="NAME",
+        help="of a folder of checkpoints the one with the lowest NAME in its meta, such as "
+        "error (default: the newest)",
+    )  # fmt: skip
+    best.add_argument("--max_key", metavar="NAME", help="the one with the highest")
+    # Which checkpoint it was, and what is left out; the standard output has the path alone.
+    show_information()
+    options = parser.parse_args(words)
+    written = convert(
+        options.source, options.target, options.hparams, options.min_key, options.max_key
+    )
+    print(written)  # noqa: T201
+    return 0
 
 
 def convert(
@@ -33,7 +71,7 @@ def convert(
     min_key: str | None = None,
     max_key: str | None = None,
 ) -> Path:
-    """Turns a checkpoint into what the name of the target says; which one it was is logged.
+    """Converts a checkpoint to the form that the target's name asks for, and logs which one.
 
     Args:
         source: A ``CKPT+`` directory, a directory of such (the newest one is taken, unless
@@ -58,7 +96,7 @@ def convert(
         raise RecipeError(f"{target} is there already: give another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if Path(source).is_file():
-        _refuse_keys(Path(source), min_key, max_key)
+        _refuse_keys(source, min_key, max_key)
         return _from_file(Path(source), path)
     checkpoint = _checkpoint(Path(source).resolve(), min_key, max_key)
     integrity.check(checkpoint.path)
@@ -82,25 +120,24 @@ def _from_file(source: Path, path: Path) -> Path:
     return path
 
 
-def _refuse_keys(source: Path, *keys: str | None) -> None:
-    for key in keys:
-        if key is not None:
-            raise RecipeError(
-                f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
-                "key out, or give the folder that they are in"
-            )
+def _refuse_keys(source: str | Path, *keys: str | None) -> None:
+    for key in filter(None, keys):
+        raise RecipeError(
+            f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
+            "key out, or give the folder that they are in"
+        )
 
 
 def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
     alone = checkpoint_in(source) if source.is_dir() else None
     if alone is None:
-        return _chosen(source, min_key, max_key)
+        return _best(source, min_key, max_key)
     _refuse_keys(source, min_key, max_key)
     logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
     return alone
 
 
-def _chosen(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+def _best(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
     ranking = one_key(None, max_key, min_key)
     paths = store.checkpoint_directories(source) if source.is_dir() else []
     inside = [c for c in map(checkpoint_in, paths) if c is not None]
@@ -125,10 +162,13 @@ def _why(min_key: str | None, max_key: str | None) -> str:
 
 
 def _in_a_line(meta: Mapping[str, Any]) -> str:
-    said = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in meta.items()}
     # When it was saved is in its name, and of no use as a number of seconds.
-    shown = ", ".join(f"{name} {value}" for name, value in said.items() if name != "unixtime")
-    return " ".join(shown.split())
+    shown = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in meta.items()
+        if name != "unixtime"
+    ]
+    return " ".join(", ".join(shown).split())
 
 
 def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
@@ -159,7 +199,7 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
         "lr_schedulers": [],
         "callbacks": {},
         KEY: {
-            # As its own text, which says everything that YAML can say.
+            # As text: nothing that YAML can express is lost.
             "meta": (checkpoint.path / METAFNAME).read_text(encoding="utf-8"),
             "modules": {name: _described(name, state) for name, state in modules.items()},
             "states": {name: state for name, state in states.items() if name not in done},
@@ -172,7 +212,7 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
 
 
 def _described(name: str, state: Any) -> dict[str, Any]:
-    """Names may have dots; the version of each part is in an attribute of the state."""
+    """A name may have dots; the version of each submodule is an attribute of the state."""
     keys = {key: f"{MODULES}.{name}.{key}" for key in state}
     return {"keys": keys, "metadata": dict(getattr(state, "_metadata", {}))}
 
@@ -199,9 +239,11 @@ def from_lightning(source: Path, directory: Path) -> Path:
     saved = load_state(source)
     own = saved.get(KEY, {})
     states = _modules(saved["state_dict"], own.get("modules", {}))
-    names = {member: name for name, member in own.get("optimizers", {}).items()}
+    # The default init_optimizers registers its optimizer by another name.
+    names = {"opt_class": "optimizer"}
+    names |= {member: name for name, member in own.get("optimizers", {}).items()}
     for optimizers in saved.get("optimizer_states", []):
-        states |= {_optimizer_name(name, names): state for name, state in optimizers.items()}
+        states |= {names.get(name, name): state for name, state in optimizers.items()}
     temporary = store.new_directory(directory.parent)
     with store.removed_on_failure(temporary):
         if "meta" in own:
@@ -235,11 +277,6 @@ def _entries(weights: Iterable[str]) -> dict[str, Any]:
     return entries
 
 
-def _optimizer_name(name: str, names: Mapping[str, str]) -> str:
-    """That of the recoverable; the default ``init_optimizers`` has another for it."""
-    return names.get(name, "optimizer" if name == "opt_class" else name)
-
-
 def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> Path:
     """Writes what SpeechBrain's ``from_hparams`` reads.
 
@@ -260,23 +297,20 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
     recipe = Hyperparameters(yaml)
     states, _ = read_files(checkpoint)
     names = sorted(checkpoint.paramfiles)
-    # Weights whose object nobody names are asked for, not left out.
-    carried = [n for n in names if _has_weights(states.get(n)) or recipe.is_module(n)]
+    # Weights that no name leads to are asked for, not left out.
+    weights = {name for name, state in states.items() if _is_module(state) and state}
+    carried = [name for name in names if name in weights or recipe.is_module(name)]
     temporary = store.new_directory(folder.parent)
     with store.removed_on_failure(temporary):
         for name in carried:
             shutil.copy(checkpoint.paramfiles[name], temporary)
         recipe.write(carried, temporary / "hyperparams.yaml")
         store.rename(temporary, folder)
-    _tell_what_is_left(names, carried, recipe.pretrained())
+    _log_left_out(names, carried, recipe.pretrained())
     return folder
 
 
-def _has_weights(state: Any) -> bool:
-    return bool(state) and _is_module(state)
-
-
-def _tell_what_is_left(names: list[str], carried: list[str], pretrained: set[str]) -> None:
+def _log_left_out(names: list[str], carried: list[str], pretrained: set[str]) -> None:
     left = [name for name in names if name not in carried]
     logger.info("For inference: %s; left out: %s", _listed(carried), _listed(left))
     if others := sorted(pretrained.difference(carried)):

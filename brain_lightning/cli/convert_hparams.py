@@ -23,7 +23,7 @@ UNREADABLE = (YAMLError, OSError, ValueError, KeyError, RecursionError)
 
 
 class Hyperparameters:
-    """A recipe's HyperPyYAML, as a tree in which an alias is the very node it stands for.
+    """A recipe's HyperPyYAML, as a tree in which an alias is the node that it refers to.
 
     Args:
         path: The file; nothing that it names is made.
@@ -75,7 +75,7 @@ class Hyperparameters:
         kept = self._tree.copy()
         for name in [name for name in kept if name not in needed]:
             del kept[name]
-        # At the end, as a recipe's own one may stand before the modules.
+        # Last: the recipe's own pretrainer may come before the modules.
         kept.pop("pretrainer", None)
         kept["pretrainer"] = _yaml().load(PRETRAINER)
         kept["pretrainer"]["loadables"] = loadables
@@ -89,7 +89,7 @@ class Hyperparameters:
             with path.open(encoding="utf-8") as file:
                 resolved = _yaml().load(resolve_references(file))
             for node in _walk(resolved):
-                # One that leads to another is left where that one comes later, or is it.
+                # One is left where it refers to a reference that comes later, or to itself.
                 if _tag(node) in REFERENCES:
                     raise ValueError(f"{_tag(node)} {node.value} leads nowhere")
         except UNREADABLE as error:
@@ -109,9 +109,9 @@ class Hyperparameters:
         return node
 
     def _recoverable(self, name: str) -> Any:
-        """What the checkpointer says a recoverable is, else the entry of its name."""
-        said = self._entries("checkpointer", "recoverables").get(name)
-        return self._tree.get(name) if said is None else said
+        """A recoverable of the checkpointer, else the entry of its name."""
+        node = self._entries("checkpointer", "recoverables").get(name)
+        return self._tree.get(name) if node is None else node
 
     def _entries(self, owner: str, argument: str) -> Mapping[str, Any]:
         found = _mapping(self._target(self._tree.get(owner))).get(argument)
@@ -167,13 +167,13 @@ def _tag(node: Any) -> str:
 
 
 def _reference(node: Any) -> str | None:
-    """The text of a node that stands for another one as it is."""
+    """The text of a node that is nothing but a reference to another one."""
     whole = _tag(node) == "!ref" and re.fullmatch(r"<[^<>]+>", node.value)
     return whole[0] if whole else None
 
 
 def _references(node: Any) -> set[str]:
-    """The entries at the top that a reference begins at, ``a`` of ``<a[b]>``."""
+    """The top-level entries that a node refers to, ``a`` of ``<a[b]>``."""
     if _tag(node) not in REFERENCES:
         return set()
     return set(re.findall(r"<([^<>\[.]+)", node.value))

@@ -1,4 +1,4 @@
-"""What works with a recipe, told from its source: ``brain-lightning doctor``."""
+"""``brain-lightning doctor``: what works with a recipe, read from its source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +17,18 @@ from brain_lightning.brain.brain import Brain
 from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
 from brain_lightning.protocol import MANUAL_HOOKS
 
-from .doctor_source import BrainSource, Place, RecipeSource
+from .doctor_source import BrainSource, Location, RecipeSource
+from .script import script_first
 
 HOOKS = frozenset(
     name for name in dir(Brain) if callable(getattr(Brain, name)) and not name.startswith("__")
 )
-# Attributes of SpeechBrain's Brain whose use says how a recipe steps.
-TELLING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
+# Attributes of SpeechBrain's Brain whose use shows how a recipe steps.
+STEPPING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
 CALLS = ("backward", "clip_grad_norm_")
-PARALLEL = "ddp (each entry of modules in a DistributedDataParallel of its own)"
+PARALLEL = "ddp (each entry of modules in its own DistributedDataParallel)"
 BACKBONE = "BackboneFinetuning unless init_optimizers leaves the backbone out"
-# What every Module has: no entry of a recipe's.
+# Attributes of every Module, which are no entries.
 OF_A_MODULE = frozenset(dir(torch.nn.ModuleDict))
 ARGUMENTS = (
     "accelerator", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run",
@@ -37,9 +39,31 @@ ARGUMENTS = (
     "gradient_clip_algorithm", "deterministic", "benchmark", "profiler", "detect_anomaly",
     "barebones", "reload_dataloaders_every_n_epochs",
 )  # fmt: skip
-# Of the report's lines.
+# The report's.
 WIDTH = 100
 REFUSED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
+
+
+def main(parser: ArgumentParser, words: list[str]) -> int:
+    """Examines a recipe, and prints the report.
+
+    Args:
+        parser: The parser of this command.
+        words: What follows the command.
+
+    Returns:
+        The exit status.
+    """
+    parser.usage = "%(prog)s SCRIPT [HPARAMS] [--override=value] [--json] [--trainer.X=Y]"
+    parser.description = (
+        "Reads a recipe's script, without running it, and says what works with it. What "
+        "follows the script is for the other commands, and is not read."
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options, rest = parser.parse_known_args(words)
+    report = examine(script_first(parser, rest)[0])
+    print(report.as_json() if options.json else report.as_text())  # noqa: T201
+    return 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +94,7 @@ class BrainReport:
         why: Why so.
         uses: What else it touches of a Brain, and on which lines.
         strategies: Those that run it.
-        arguments: Arguments of the Trainer that do what they say.
+        arguments: Arguments of the Trainer that work as Lightning documents them.
         remarks: What does not work.
         callbacks_refused: Lightning's callbacks that it cannot have.
     """
@@ -128,45 +152,37 @@ def examine(script: str) -> Report:
 
 
 def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
-    overridden = {n: p for n, p in brain.methods.items() if n in HOOKS}
-    manual = [hook for hook in MANUAL_HOOKS if hook in overridden]
-    why = "neither fit_batch nor optimizers_step is overridden"
-    if manual:
-        why = " and ".join(
-            f"{hook} is overridden ({_at(overridden[hook])})" for hook in manual
-        )
+    overrides = {name: str(at) for name, at in brain.methods.items() if name in HOOKS}
+    manual = [hook for hook in MANUAL_HOOKS if hook in overrides]
+    why = [f"{hook} is overridden ({overrides[hook]})" for hook in manual]
     refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
     refused += ["StochasticWeightAveraging with BatchNorm", BACKBONE]
     remarks = [*_loop_remarks(brain), *_process_remarks(brain, source)]
     remarks += _manual_remarks(brain) if manual else []
-    spoiled = {remark.about for remark in remarks}
+    limited = {remark.about for remark in remarks}
     return BrainReport(
         name=brain.name,
-        line=brain.place.line,
+        line=brain.location.line,
         base=brain.base,
-        overrides={name: _at(place) for name, place in overridden.items()},
+        overrides=overrides,
         updates="manual" if manual else "automatic",
-        why=why,
-        uses={name: _all(places) for name, places in _uses(brain).items()},
-        strategies=["one device"] + ([] if "strategy=ddp" in spoiled else [PARALLEL]),
-        arguments=[name for name in ARGUMENTS if name not in spoiled],
+        why=" and ".join(why) or "neither fit_batch nor optimizers_step is overridden",
+        uses={name: [str(at) for at in sorted({*lines})] for name, lines in _uses(brain)},
+        strategies=["one device"] + ([] if "strategy=ddp" in limited else [PARALLEL]),
+        arguments=[name for name in ARGUMENTS if name not in limited],
         remarks=remarks,
         callbacks_refused=refused + (["GradientAccumulationScheduler"] if manual else []),
     )
 
 
-def _uses(brain: BrainSource) -> dict[str, list[Place]]:
-    found = {f"self.{name}": brain.reads[name] for name in TELLING if name in brain.reads}
-    private = [n for n in brain.reads if n in HOOKS and n.startswith("_")]
-    found |= {f"self.{name} (private)": brain.reads[name] for name in private}
-    found |= {
-        f"super().{name} (private)": places
-        for name, places in brain.supers.items()
-        if name.startswith("_") and name in HOOKS
-    }
+def _uses(brain: BrainSource) -> Iterator[tuple[str, list[Location]]]:
+    yield from ((f"self.{n}", brain.reads[n]) for n in STEPPING if n in brain.reads)
+    for owner, found in (("self", brain.reads), ("super()", brain.supers)):
+        private = [name for name in found if name in HOOKS and name.startswith("_")]
+        yield from ((f"{owner}.{name} (private)", found[name]) for name in private)
     if brain.unwraps:
-        found[".module"] = brain.unwraps
-    return found | {f"{name}()": brain.calls[name] for name in CALLS if name in brain.calls}
+        yield ".module", brain.unwraps
+    yield from ((f"{n}()", brain.calls[n]) for n in CALLS if n in brain.calls)
 
 
 def _loop_remarks(brain: BrainSource) -> Iterator[Remark]:
@@ -175,28 +191,22 @@ def _loop_remarks(brain: BrainSource) -> Iterator[Remark]:
         says += "not its limits and callbacks"
         yield Remark("fit", says, brain.reads["fit"][0].line)
     if "_fit_train" in brain.methods:
-        says = "refused before training: the Trainer takes its place; use a hook or a callback"
+        says = "refused before training: the Trainer replaces it; use a hook or a callback"
         yield Remark("_fit_train", says, brain.methods["_fit_train"].line)
 
 
-def _never_wrapped(brain: BrainSource) -> bool:
-    """Whether on_fit_start is overridden, and leaves the wrapping out."""
-    return "on_fit_start" in brain.methods and not (
-        "on_fit_start" in brain.supers or "_wrap_distributed" in brain.reads
-    )
-
-
 def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
-    if _never_wrapped(brain):
+    wraps = "on_fit_start" in brain.supers or "_wrap_distributed" in brain.reads
+    if "on_fit_start" in brain.methods and not wraps:
         says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
         yield Remark("strategy=ddp", says, brain.methods["on_fit_start"].line)
     if brain.hparams_called and not brain.entries - OF_A_MODULE:
-        name, place = next(iter(brain.hparams_called.items()))
+        name, location = next(iter(brain.hparams_called.items()))
         says = (
             f"gradients would not be averaged if hparams.{name} is one of modules: call "
             f"self.modules.{name}, for what is called in hparams has no wrapper"
         )
-        yield Remark("strategy=ddp", says, place.line)
+        yield Remark("strategy=ddp", says, location.line)
     group = next((p for n, p in source.called.items() if n.endswith("ddp_init_group")), None)
     speechbrains = brain.base.startswith("SpeechBrain")
     if group is not None and not speechbrains:
@@ -210,23 +220,23 @@ def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
             "SpeechBrain's Brain wants sb.utils.distributed.ddp_init_group(run_opts) before "
             "it is made"
         )
-        made = source.called.get(brain.name, brain.place)
+        made = source.called.get(brain.name, brain.location)
         yield Remark("devices", says, made.line)
 
 
 def _manual_remarks(brain: BrainSource) -> Iterator[Remark]:
-    """Options that a step of one's own has to honour itself."""
-    step = next(brain.methods[hook] for hook in MANUAL_HOOKS if hook in brain.methods)
+    """Options that a recipe's own step has to apply itself."""
+    line = next(brain.methods[hook].line for hook in MANUAL_HOOKS if hook in brain.methods)
     own_fit_batch = "fit_batch" in brain.methods and "fit_batch" not in brain.supers
     steps = "optimizers_step" in brain.reads and "optimizers_step" not in brain.methods
     if brain.base.startswith("SpeechBrain"):
         says = "'value' is refused: SpeechBrain's own steps clip norms alone"
-        yield Remark("gradient_clip_algorithm", says, step.line)
+        yield Remark("gradient_clip_algorithm", says, line)
     elif own_fit_batch and not steps:
         says = "has no effect: step by self.optimizers_step()"
-        yield Remark("gradient_clip_algorithm", says, step.line)
+        yield Remark("gradient_clip_algorithm", says, line)
     if own_fit_batch:
-        yield from _fit_batch_remarks(brain, steps, step.line)
+        yield from _fit_batch_remarks(brain, steps, line)
 
 
 def _fit_batch_remarks(brain: BrainSource, steps: bool, line: int) -> Iterator[Remark]:
@@ -234,14 +244,11 @@ def _fit_batch_remarks(brain: BrainSource, steps: bool, line: int) -> Iterator[R
     if not steps and "max_grad_norm" not in known:
         says = "has no effect: clip to self.max_grad_norm, or step by self.optimizers_step()"
         yield Remark("gradient_clip_val", says, line)
+    says = "an incomplete last window makes no update, as in SpeechBrain"
     if "grad_accumulation_factor" not in known:
         says = "has no effect: step when self.step % self.grad_accumulation_factor == 0"
-        yield Remark("accumulate_grad_batches", says, line)
-    else:
-        says = "an incomplete last window makes no update, as in SpeechBrain"
-        yield Remark("accumulate_grad_batches", says, line)
-    casts = {"training_ctx", "precision"} & known or "autocast" in brain.calls
-    if not casts:
+    yield Remark("accumulate_grad_batches", says, line)
+    if not ({"training_ctx", "precision"} & known or "autocast" in brain.calls):
         says = "mixed precision has no effect: compute the loss within self.training_ctx"
         yield Remark("precision", says, line)
     elif "scaler" not in known:
@@ -249,35 +256,22 @@ def _fit_batch_remarks(brain: BrainSource, steps: bool, line: int) -> Iterator[R
         yield Remark("precision", says, line)
 
 
-def _at(place: Place) -> str:
-    return f"{place.file}:{place.line}"
-
-
-def _all(places: Iterable[Place]) -> list[str]:
-    return [_at(place) for place in sorted(set(places))]
-
-
 def _text(script: str, brain: BrainReport) -> str:
-    first = f"{script}:{brain.line}: {brain.name}, a subclass of {brain.base}"
-    wrapped = (
-        line for head, says in _facts(brain) for line in _wrapped(f"  {head:<12}", says)
-    )
-    return "\n".join([first, *wrapped])
-
-
-def _wrapped(head: str, says: str) -> list[str]:
-    # Names are to be copied, and found: none is broken.
-    return textwrap.wrap(
-        says, WIDTH, initial_indent=head, subsequent_indent=" " * len(head),
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+    lines = [f"{script}:{brain.line}: {brain.name}, a subclass of {brain.base}"]
+    for head, text in _facts(brain):
+        # Names are to be copied, and found: none is broken.
+        lines += textwrap.wrap(
+            text, WIDTH, initial_indent=f"  {head:<12}", subsequent_indent=" " * 14,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    return "\n".join(lines)
 
 
 def _facts(brain: BrainReport) -> Iterator[tuple[str, str]]:
     yield "updates", f"{brain.updates}: {brain.why}"
     yield "overrides", ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())
-    for name, places in brain.uses.items():
-        yield "uses", f"{name}: {', '.join(places)}"
+    for name, locations in brain.uses.items():
+        yield "uses", f"{name}: {', '.join(locations)}"
     yield "strategies", f"safe: {'; '.join(brain.strategies)}"
     yield "", f"refused: {REFUSED_STRATEGIES}"
     others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]

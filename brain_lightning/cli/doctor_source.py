@@ -1,10 +1,9 @@
-"""What a recipe's source says about its Brains, without running it."""
+"""A recipe's Brains as they are written in its source, which is not run."""
 
 from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,17 @@ BRAINS = {
 }
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """A line of a file."""
 
     file: str
     line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+Locations = dict[str, list[Location]]
 
 
 @dataclass
@@ -33,9 +38,9 @@ class BrainSource:
 
     Attributes:
         name: Its name.
-        place: Where it begins.
+        location: Where it begins.
         base: What it is a Brain of.
-        methods: Methods of its own and of its bases within the recipe.
+        methods: Its methods, and those of its bases within the recipe.
         reads: Attributes of ``self`` that they use, and where.
         calls: Methods called on anything, and where: ``backward``, ``step``…
         supers: Methods called on ``super()``, and where.
@@ -45,15 +50,15 @@ class BrainSource:
     """
 
     name: str
-    place: Place
+    location: Location
     base: str
-    methods: dict[str, Place] = field(default_factory=dict)
-    reads: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
-    calls: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
-    supers: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
-    unwraps: list[Place] = field(default_factory=list)
+    methods: dict[str, Location] = field(default_factory=dict)
+    reads: Locations = field(default_factory=lambda: defaultdict(list))
+    calls: Locations = field(default_factory=lambda: defaultdict(list))
+    supers: Locations = field(default_factory=lambda: defaultdict(list))
+    unwraps: list[Location] = field(default_factory=list)
     entries: set[str] = field(default_factory=set)
-    hparams_called: dict[str, Place] = field(default_factory=dict)
+    hparams_called: dict[str, Location] = field(default_factory=dict)
 
 
 class RecipeSource:
@@ -80,20 +85,23 @@ class RecipeSource:
         found = (self._brain(node) for node in self._classes.values())
         self.brains = [brain for brain in found if brain is not None]
         self.called = {
-            self._resolve(node.func): Place(self._path.name, node.lineno)
+            self._resolve(node.func): self._location(node.lineno)
             for node in ast.walk(self._tree)
             if isinstance(node, ast.Call)
         }
 
+    def _location(self, line: int | None) -> Location:
+        return Location(self._path.name, line or 0)
+
     def _brain(self, node: ast.ClassDef) -> BrainSource | None:
-        """None for a class that is no Brain; what its bases say comes first."""
+        """None for a class that is no Brain; its bases are read first."""
         for base in node.bases:
             name = self._resolve(base)
             inherited = self._inherited(name)
             if name in BRAINS or inherited is not None:
-                place = Place(self._path.name, node.lineno)
-                brain = inherited or BrainSource(node.name, place, BRAINS.get(name, name))
-                brain.name, brain.place = node.name, place
+                location = self._location(node.lineno)
+                brain = inherited or BrainSource(node.name, location, BRAINS.get(name, name))
+                brain.name, brain.location = node.name, location
                 self._read(node, brain)
                 return brain
         return None
@@ -111,7 +119,7 @@ class RecipeSource:
     def _read(self, node: ast.ClassDef, brain: BrainSource) -> None:
         for statement in node.body:
             if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                brain.methods[statement.name] = Place(self._path.name, statement.lineno)
+                brain.methods[statement.name] = self._location(statement.lineno)
         for part in ast.walk(node):
             if isinstance(part, (ast.Attribute, ast.Subscript)) and _is_self(
                 part.value, "modules"
@@ -123,20 +131,19 @@ class RecipeSource:
                 self._read_call(part.func, brain)
 
     def _read_attribute(self, node: ast.Attribute, brain: BrainSource) -> None:
-        place = Place(self._path.name, node.lineno)
+        location = self._location(node.lineno)
         if isinstance(node.value, ast.Name) and node.value.id == "self":
-            brain.reads[node.attr].append(place)
+            brain.reads[node.attr].append(location)
         elif node.attr == "module":
-            brain.unwraps.append(place)
+            brain.unwraps.append(location)
 
     def _read_call(self, function: ast.Attribute, brain: BrainSource) -> None:
-        owner = function.value
+        owner, location = function.value, self._location(function.end_lineno)
         if _is_self(owner, "hparams"):
-            place = Place(self._path.name, function.end_lineno or 0)
-            brain.hparams_called.setdefault(function.attr, place)
+            brain.hparams_called.setdefault(function.attr, location)
         on_super = isinstance(owner, ast.Call) and self._resolve(owner.func) == "super"
         calls = brain.supers if on_super else brain.calls
-        calls[function.attr].append(Place(self._path.name, function.end_lineno or 0))
+        calls[function.attr].append(location)
 
     def _resolve(self, node: ast.expr) -> str:
         """The dotted name of an expression, its first part as it was imported."""
@@ -164,16 +171,14 @@ def _parse(path: Path) -> ast.Module:
 
 
 def _imports(tree: ast.Module) -> dict[str, str]:
-    return dict(pair for node in ast.walk(tree) for pair in _imported_by(node))
-
-
-def _imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
-    if isinstance(node, ast.Import):
-        for alias in node.names:
-            yield (
-                alias.asname or alias.name.split(".")[0],
-                (alias.name if alias.asname else alias.name.split(".")[0]),
-            )
-    if isinstance(node, ast.ImportFrom) and node.module:
-        for alias in node.names:
-            yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+    """What each imported name stands for; ``import a.b`` gives ``a``."""
+    imported: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.split(".")[0]
+                imported[alias.asname or first] = alias.name if alias.asname else first
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return imported

@@ -1,4 +1,4 @@
-"""What a shell sees of how a command ended."""
+"""The exit statuses of ``brain-lightning``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ exit status:
 
 
 def of_process(exit_code: int) -> int:
-    """What a shell says of a process.
+    """The status that a shell shows for a process.
 
     Args:
-        exit_code: As Python tells it: the number of a signal is negative.
+        exit_code: As Python has it: negative for a signal.
 
     Returns:
-        128 and the number of the signal, or the code itself.
+        128 plus the number of the signal, or the code itself.
     """
     return 128 - exit_code if exit_code < 0 else exit_code

@@ -1,32 +1,35 @@
-"""The command line, ``brain-lightning``; loads nothing before it knows what to do."""
+"""``brain-lightning``: finds the command, and turns a user's mistake into one line."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
-from .exit_status import EXPLANATION
+from .exit_status import EXPLANATION, MISTAKE
 
 DESCRIPTION = "SpeechBrain recipes on PyTorch Lightning's Trainer, not one line edited."
+# Each is a file of this folder, loaded when it is chosen: `--help` need not wait for torch.
+COMMANDS = {
+    "run": "run a recipe, its Brains on a Trainer",
+    "verify": "run it on SpeechBrain's loop too, and compare",
+    "doctor": "read its script, and say what works with it",
+    "convert": "a checkpoint for SpeechBrain, Lightning or inference",
+}
 EXAMPLES = """\
-commands:
-  run     SCRIPT HPARAMS [overrides]   run a recipe, its Brains on a Trainer
-  verify  SCRIPT HPARAMS [overrides]   run it on SpeechBrain's loop too, and compare
-  doctor  SCRIPT                       read it, and say what works with it
-  convert SRC DST [--min_key=WER]      a checkpoint for SpeechBrain, Lightning or inference
-
 examples:
   brain-lightning run train.py hparams.yaml --lr=0.01 --trainer.max_steps=1000
   brain-lightning run train.py hparams.yaml --trainer.devices=2 --trainer=callbacks.yaml
   brain-lightning verify train.py hparams.yaml --steps=20
+  brain-lightning doctor train.py
+  brain-lightning convert results/save last.ckpt --min_key=WER
 
 `brain-lightning run --help` lists run options, `brain-lightning run --trainer.help`
 the arguments of the Trainer.
 
 """
-COMMANDS = ("run", "verify", "doctor", "convert")
+TRACEBACK = "--debug-traceback"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,15 +42,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status, see ``exit_status.py``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        "brain-lightning",
-        usage="%(prog)s COMMAND ...",
-        description=DESCRIPTION,
-        epilog=EXAMPLES + EXPLANATION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
-    command = parser.parse_args(words[:1] or ["--help"]).command
-    commands = importlib.import_module(".commands", __package__)
-    status: int = commands.run_command(command, words[1:])
+    chosen = _parser().parse_args(words[:1] or ["--help"])
+    command = importlib.import_module(f".{chosen.command}", __package__)
+    try:
+        status: int = command.main(chosen.parser, [w for w in words[1:] if w != TRACEBACK])
+    except _mistakes() as error:
+        if TRACEBACK in words:
+            raise
+        print(f"brain-lightning: error: {error}", file=sys.stderr)  # noqa: T201
+        return MISTAKE
     return status
+
+
+def _parser() -> ArgumentParser:
+    """Knows the commands, each with a parser to which its file adds the options."""
+    parser = ArgumentParser(
+        "brain-lightning", "%(prog)s COMMAND ...", DESCRIPTION, EXAMPLES + EXPLANATION,
+        formatter_class=RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", prog=parser.prog, required=True
+    )
+    for name, summary in COMMANDS.items():
+        # No abbreviations: an override of the recipe may begin as one of our options does.
+        command = commands.add_parser(
+            name, help=summary, epilog=EXPLANATION, allow_abbrev=False,
+            formatter_class=RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        help_text = "show a traceback for every error"
+        command.add_argument(TRACEBACK, action="store_true", help=help_text)
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """A user's mistakes; anything else has a traceback."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from brain_lightning import errors
+
+    return (
+        errors.RunOptionError,
+        errors.UnsupportedError,
+        errors.BrainTypeError,
+        errors.RecipeError,
+        errors.CheckpointError,
+        errors.CheckpointSaveError,
+        MisconfigurationException,
+    )

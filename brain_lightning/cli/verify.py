@@ -1,4 +1,4 @@
-"""Proof of equality: a recipe on SpeechBrain's own loop and on a Trainer, compared."""
+"""``brain-lightning verify``: a recipe on SpeechBrain's loop and on a Trainer's, compared."""
 
 from __future__ import annotations
 
@@ -9,17 +9,51 @@ import re
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from brain_lightning.errors import RecipeError
+from brain_lightning.options.command_line import split_trainer
 
+from .script import check_script, script_first
 from .verify_comparison import Comparison
 
 SIDES = ("speechbrain", "trainer")
-# Lines of a recipe's own output to show where it fails.
+# Lines of the recipe's output to show where it fails.
 TAIL = 15
+
+
+def main(parser: ArgumentParser, words: list[str]) -> int:
+    """Verifies a recipe, and prints what both sides did.
+
+    Args:
+        parser: The parser of this command.
+        words: What follows the command.
+
+    Returns:
+        The exit status: 0 where everything is equal.
+    """
+    parser.usage = (
+        "%(prog)s SCRIPT [HPARAMS] [--override=value] [--steps=N] [--json] [--trainer.X=Y]"
+    )
+    parser.description = (
+        "Runs a recipe through SpeechBrain's loop and through a Trainer's, from the same "
+        "seed, and compares hooks, losses, learning rates, gradients and weights. The exit "
+        "status is 0 only where everything is equal."
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="N",
+        help="training batches of each Brain (default: %(default)s); 0: all of them",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    trainer, rest = split_trainer(words)
+    options, rest = parser.parse_known_args(rest)
+    script, *rest = script_first(parser, rest)
+    comparison = verify(script, rest, options.steps, trainer)
+    print(comparison.as_json() if options.json else comparison.as_text())  # noqa: T201
+    return 0 if comparison.equal else 1
 
 
 def verify(
@@ -27,9 +61,8 @@ def verify(
 ) -> Comparison:
     """Runs a recipe through both loops from the same seed.
 
-    Each side has a process, and an output folder, of its own. After ``steps``
-    training batches a Brain ends its epoch as in debug mode, with a validation of
-    no more batches.
+    Each side has its own process and its own output folder. After ``steps`` training batches a
+    Brain ends its epoch as in debug mode, with a validation of as many batches at most.
 
     Args:
         script: The script, on SpeechBrain's Brain.
@@ -45,22 +78,19 @@ def verify(
     """
     if importlib.util.find_spec("speechbrain") is None:
         raise RecipeError("verify needs SpeechBrain: pip install speechbrain")
-    if not Path(script).is_file():
-        raise RecipeError(f"there is no script {script!r} here, in {Path.cwd()}")
-    task = {"script": script, "steps": steps, "trainer": dict(trainer)}
+    check_script(script)
+    task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
     with tempfile.TemporaryDirectory(prefix="brain_lightning_verify_") as folder:
-        sides = [_run_side({**task, "side": side}, words, Path(folder)) for side in SIDES]
+        sides = [_run_side(side, task, Path(folder)) for side in SIDES]
     return Comparison(*sides)
 
 
-def _run_side(
-    task: Mapping[str, Any], words: Sequence[str], folder: Path
-) -> list[dict[str, Any]]:
-    out = folder / f"{task['side']}.json"
-    words = _with_output_folder(words, folder / task["side"])
+def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    out = folder / f"{side}.json"
+    words = _with_output_folder(task["words"], folder / side)
     result = subprocess.run(  # noqa: S603  the user's own script
         [sys.executable, "-m", "brain_lightning.cli.verify_recorder",
-         json.dumps({**task, "words": words, "out": str(out)})],
+         json.dumps({**task, "side": side, "words": words, "out": str(out)})],
         env={**os.environ, "PYTHONHASHSEED": "0"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,
@@ -68,17 +98,17 @@ def _run_side(
     events = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     if not any(event["kind"] == "loss" for event in events):
         tail = "\n".join(result.stdout.splitlines()[-TAIL:])
-        raise RecipeError(f"no batch was run on the side of {task['side']}:\n{tail}")
+        raise RecipeError(f"no batch was run on the side of {side}:\n{tail}")
     return events
 
 
 def _with_output_folder(words: Sequence[str], folder: Path) -> list[str]:
     """Neither side may find the other's checkpoints."""
-    files = [word for word in words[:1] if Path(word).is_file()]
-    if not any(
-        re.search(r"^output_folder\s*:", Path(name).read_text(encoding="utf-8"), re.MULTILINE)
-        for name in files
-    ):
+    file = Path(*words[:1])
+    has_folder = file.is_file() and re.search(
+        r"^output_folder\s*:", file.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    if not has_folder:
         return list(words)
     return [*_without_option(words, "--output_folder"), f"--output_folder={folder}"]
 

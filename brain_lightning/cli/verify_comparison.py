@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 Event = Mapping[str, Any]
-# Hooks to show before one that differs.
+# Hooks to show before one that differs, and after it.
 CONTEXT = 3
 
 
@@ -20,7 +20,7 @@ class Step(NamedTuple):
     Attributes:
         epoch: Its epoch.
         step: Its number in the epoch, from 1.
-        loss: What it gave.
+        loss: Its loss.
         rates: Learning rates, one for each parameter group of each update.
         norms: The norm of the gradients of each update, clipped.
         weights: A digest of the weights after the last update.
@@ -54,54 +54,48 @@ class Comparison:
     @property
     def first_difference(self) -> str | None:
         """The first event that differs: with its epoch, its step and its tensor."""
-        for theirs, ours in zip_longest(self.theirs, self.ours):
-            if theirs != ours:
-                return describe(theirs, ours)
-        return None
+        pairs = zip_longest(self.theirs, self.ours)
+        return next((describe(theirs, ours) for theirs, ours in pairs if theirs != ours), None)
 
     def as_json(self) -> str:
         """For scripts: both sides' steps, stages and hooks, and the verdict."""
-        sides = {"speechbrain": self.theirs, "trainer": self.ours}
         found = {
-            name: {
+            side: {
                 "steps": [step._asdict() for step in steps_of(events)],
-                "stages": [_stage(event) for event in events if event["kind"] == "stage"],
+                "stages": [_end(event) for event in _of_kind("stage", events)],
                 "hooks": hooks_of(events),
             }
-            for name, events in sides.items()
+            for side, events in (("speechbrain", self.theirs), ("trainer", self.ours))
         }
         verdict = {"equal": self.equal, "first_difference": self.first_difference}
         return json.dumps({**verdict, **found}, indent=1)
 
     def as_text(self) -> str:
         """For people: a row for each step and each stage, and the verdict."""
-        parts = [*self._steps(), "", *self._stages(), "", *self._hooks(), ""]
         verdict = "equal: every event is the same on both sides, bit for bit"
+        if not self.equal:
+            verdict = f"DIFFERENT: {self.first_difference}"
         return "\n".join(
-            [*parts, verdict if self.equal else f"DIFFERENT: {self.first_difference}"]
+            [*self._steps(), "", *self._stages(), "", *self._hooks(), "", verdict]
         )
 
     def _steps(self) -> Iterator[str]:
         yield _line(
-            "", "", "loss", "", "learning rate", "", "gradient norm", "", "weights", ""
+            ["", "", "loss", "", "learning rate", "", "gradient norm", "", "weights", ""]
         )
-        yield _line("epoch", "step", *["SpeechBrain", "Trainer"] * 4)
-        for theirs, ours in zip_longest(steps_of(self.theirs), steps_of(self.ours)):
-            some = theirs or ours
-            cells = [some.epoch, some.step]
-            for read in (_loss, _rates, _norms, _weights):
-                cells += [read(step) if step else "-" for step in (theirs, ours)]
-            yield _line(*cells, mark="" if theirs == ours else "  <-- differs")
+        yield _line(["epoch", "step", *["SpeechBrain", "Trainer"] * 4])
+        for pair in zip_longest(steps_of(self.theirs), steps_of(self.ours)):
+            some = pair[0] or pair[1]
+            numbers = [_numbers(step) if step else ["-"] * 4 for step in pair]
+            yield _row([some.epoch, some.step], numbers, pair)
 
     def _stages(self) -> Iterator[str]:
-        yield _line("end of", "epoch", "loss", "", "weights", "", "", "", "", "")
-        ends = [[e for e in side if e["kind"] == "stage"] for side in (self.theirs, self.ours)]
-        for pair in zip_longest(*ends):
-            some = _stage(pair[0] or pair[1])
-            cells = [some["stage"], "-" if some["epoch"] is None else some["epoch"]]
-            for name in ("loss", "weights"):
-                cells += [_short(_stage(event)[name]) if event else "-" for event in pair]
-            yield _line(*cells, mark="" if pair[0] == pair[1] else "  <-- differs")
+        yield _line(["end of", "epoch", "loss", "", "weights", "", "", "", "", ""])
+        for pair in zip_longest(_of_kind("stage", self.theirs), _of_kind("stage", self.ours)):
+            some, ends = pair[0] or pair[1], [_end(event) if event else None for event in pair]
+            numbers = [[_short(e["loss"]), e["weights"]] if e else ["-"] * 2 for e in ends]
+            epoch = "-" if some["epoch"] is None else some["epoch"]
+            yield _row([some["stage"], epoch], numbers, pair)
 
     def _hooks(self) -> Iterator[str]:
         theirs, ours = hooks_of(self.theirs), hooks_of(self.ours)
@@ -113,7 +107,7 @@ class Comparison:
         yield f"hooks: call {first + 1} differs"
         for index, (one, other) in enumerate(pairs[: first + CONTEXT + 1]):
             if index >= first - CONTEXT:
-                yield f"  {one:<40} {other:<40}{'  <-- differs' if one != other else ''}"
+                yield f"  {one:<40} {other:<40}{_mark(one, other)}"
 
 
 def steps_of(events: Sequence[Event]) -> list[Step]:
@@ -128,21 +122,15 @@ def steps_of(events: Sequence[Event]) -> list[Step]:
     steps: list[Step] = []
     updates: list[Event] = []
     for event in events:
-        if event["kind"] in ("gradients", "weights"):
-            updates.append(event)
+        updates.append(event)
         if event["kind"] == "loss" and event["stage"] == "TRAIN":
-            applied = [update for update in updates if update["kind"] == "gradients"]
-            changed = [update["tensors"] for update in updates if update["kind"] == "weights"]
-            steps.append(
-                Step(
-                    event["epoch"],
-                    event["step"],
-                    event["loss"],
-                    [rate for update in applied for rate in update["rates"]],
-                    [update["norm"] for update in applied],
-                    _digest(changed) if changed else "-",
-                )
-            )
+            applied = _of_kind("gradients", updates)
+            changed = [update["tensors"] for update in _of_kind("weights", updates)]
+            rates = [rate for update in applied for rate in update["rates"]]
+            norms = [update["norm"] for update in applied]
+            weights = _digest(changed) if changed else "-"
+            when = event["epoch"], event["step"]
+            steps.append(Step(*when, event["loss"], rates, norms, weights))
             updates = []
     return steps
 
@@ -154,13 +142,17 @@ def hooks_of(events: Sequence[Event]) -> list[str]:
         events: Of one side.
 
     Returns:
-        Their names, with the stage that they were told.
+        Their names, with the stage that they were passed.
     """
-    return [event["hook"] for event in events if event["kind"] == "hook"]
+    return [event["hook"] for event in _of_kind("hook", events)]
+
+
+def _of_kind(kind: str, events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if event["kind"] == kind]
 
 
 def describe(theirs: Event | None, ours: Event | None) -> str:
-    """Says how an event of one side differs from that of the other.
+    """Describes how an event of one side differs from that of the other.
 
     Args:
         theirs: On SpeechBrain's loop; None where that has ended.
@@ -170,11 +162,11 @@ def describe(theirs: Event | None, ours: Event | None) -> str:
         When it was, and what differs.
     """
     if theirs is None or ours is None:
-        goes_on, ended = (
-            ("SpeechBrain", "Trainer") if ours is None else ("Trainer", "SpeechBrain")
-        )
+        sides = ("SpeechBrain", "Trainer") if ours is None else ("Trainer", "SpeechBrain")
         event = theirs or ours or {}
-        return f"{_when(event)}: {goes_on} goes on with {_what(event)}, {ended} has ended"
+        return (
+            f"{_when(event)}: {sides[0]} continues with {_what(event)}, {sides[1]} has ended"
+        )
     if theirs["kind"] != ours["kind"] or theirs["kind"] == "hook":
         both = f"SpeechBrain {_what(theirs)}, Trainer {_what(ours)}"
         return f"{_when(theirs)}: {both} ({_when(ours)})"
@@ -227,33 +219,18 @@ DIFFERENCES: dict[str, Callable[[Event, Event], str]] = {
 }
 
 
-def _stage(event: Event) -> dict[str, Any]:
-    return {
-        "stage": event["stage"],
-        "epoch": event["epoch"],
-        "loss": event["loss"],
-        "weights": _digest([event["weights"]]),
-    }
+def _end(event: Event) -> dict[str, Any]:
+    """How a stage ended."""
+    shown = {name: event[name] for name in ("stage", "epoch", "loss")}
+    return {**shown, "weights": _digest([event["weights"]])}
 
 
 def _digest(tensors: Sequence[Mapping[str, int]]) -> str:
     return format(zlib.crc32(repr(tensors).encode()), "08x")
 
 
-def _loss(step: Step) -> str:
-    return _short(step.loss)
-
-
-def _rates(step: Step) -> str:
-    return _several(step.rates)
-
-
-def _norms(step: Step) -> str:
-    return _several(step.norms)
-
-
-def _weights(step: Step) -> str:
-    return step.weights
+def _numbers(step: Step) -> list[str]:
+    return [_short(step.loss), _several(step.rates), _several(step.norms), step.weights]
 
 
 def _several(numbers: Sequence[str]) -> str:
@@ -268,7 +245,17 @@ def _short(number: str) -> str:
         return number
 
 
-def _line(*cells: Any, mark: str = "") -> str:
+def _row(when: list[Any], sides: Sequence[Sequence[str]], pair: Sequence[Any]) -> str:
+    """Each number of both sides, one beside the other."""
+    cells = [cell for both in zip(*sides, strict=True) for cell in both]
+    return _line([*when, *cells]) + _mark(*pair)
+
+
+def _mark(theirs: object, ours: object) -> str:
+    return "" if theirs == ours else "  <-- differs"
+
+
+def _line(cells: Sequence[Any]) -> str:
     widths = (6, 5) + (13,) * (len(cells) - 2)
     padded = [f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True)]
-    return " ".join(padded).rstrip() + mark
+    return " ".join(padded).rstrip()

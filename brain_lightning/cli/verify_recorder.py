@@ -1,7 +1,7 @@
-"""One side of ``verify``: runs a recipe and writes down what its Brains did.
+"""One side of ``verify``: runs a recipe and records what its Brains did.
 
-A process of its own, ``python -m brain_lightning.cli.verify_recorder``, so that neither
-side finds what the other one left behind.
+Each side is a process, ``python -m brain_lightning.cli.verify_recorder``, so that neither
+finds what the other one left behind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import random
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from brain_lightning.step.optimizers import parameters_of
 
 from .script import run_script
 
-# Every hook of a Brain that its loops call, but for fit_batch and optimizers_step: a Brain
-# that had them of its own would step by itself.
+# Every hook of a Brain that its loops call, except fit_batch and optimizers_step: a Brain
+# that overrides them does its own stepping.
 HOOKS = (
     "make_dataloader",
     "on_fit_start",
@@ -55,11 +56,11 @@ SEED = 1234
 
 
 class Recorder:
-    """Writes down the events of all Brains, in their order.
+    """Records the events of all Brains, in their order.
 
     Args:
-        steps: Training batches after which a Brain is to end its epoch and its
-            training; 0 lets it go on.
+        steps: Training batches after which a Brain ends its epoch and its training;
+            0 for all of them.
 
     Attributes:
         events: What happened, each as a dict with its ``kind`` and when it was.
@@ -68,13 +69,13 @@ class Recorder:
     def __init__(self, steps: int) -> None:
         self.events: list[dict[str, Any]] = []
         self._steps = steps
-        self._done: dict[int, int] = {}
+        self._done: Counter[int] = Counter()
         self._brains: list[Any] = []
         # A recipe may fit within a stage.
         self._stages: list[tuple[str, Any]] = []
 
     def watch(self, brain_class: Any) -> None:
-        """Attaches to every Brain that is made from now on, and to every optimizer.
+        """Attaches to every Brain that is made after this call, and to every optimizer.
 
         Args:
             brain_class: ``speechbrain.core.Brain``.
@@ -91,31 +92,31 @@ class Recorder:
         register_optimizer_step_post_hook(self.after_step)
 
     def attach(self, brain: Any) -> None:
-        """Writes down the hooks of one Brain; its class stays as it is.
+        """Records the hooks of one Brain; its class stays as it is.
 
         Args:
             brain: The Brain.
         """
         self._brains.append(brain)
         for name in HOOKS:
-            setattr(brain, name, self._told(brain, name, getattr(brain, name)))
-        brain.update_average = self._averaged(brain, brain.update_average)
+            setattr(brain, name, self._recorded(brain, name, getattr(brain, name)))
+        brain.update_average = self._counted(brain, brain.update_average)
 
     def add(self, kind: str, **details: Any) -> None:
-        """Writes down one event.
+        """Records one event.
 
         Args:
             kind: hook, objective, gradients, weights, loss, stage or error.
-            **details: What there is to say.
+            **details: What it is about.
         """
         step = max((brain.step for brain in self._brains), default=0)
         stage, epoch = self._stages[-1] if self._stages else ("", None)
         when = {"stage": stage, "epoch": epoch, "step": step}
         self.events.append({"kind": kind, **when, **details})
 
-    def _told(self, brain: Any, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def _recorded(self, brain: Any, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(hook)
-        def told(*args: Any, **kwargs: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
             stages = [a.name for a in (*args, *kwargs.values()) if type(a).__name__ == "Stage"]
             if name == "on_stage_start":
                 epoch = _plain(kwargs.get("epoch", (*args, None, None)[1]))
@@ -129,31 +130,31 @@ class Recorder:
             if name == "on_stage_end" and self._stages:
                 self._stages.pop()
             if name == "compute_objectives":
-                # Told before the gradients: what differs first is named.
+                # Before the gradients: what differs first is named.
                 self.add("objective", loss=_number(result))
             return result
 
-        return told
+        return recorded
 
-    def _averaged(self, brain: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, brain: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(hook)
-        def averaged(loss: Any, avg_loss: Any) -> Any:
+        def counted(loss: Any, avg_loss: Any) -> Any:
             self.add("loss", loss=_number(loss))
             if self._stages and self._stages[-1][0] == "TRAIN":
                 self._count(brain)
             return hook(loss, avg_loss)
 
-        return averaged
+        return counted
 
     def _count(self, brain: Any) -> None:
-        """Debug mode ends an epoch and a training, on both sides at the same places."""
-        self._done[id(brain)] = self._done.get(id(brain), 0) + 1
+        """Ends an epoch and a training by debug mode, on both sides after the same batch."""
+        self._done[id(brain)] += 1
         if self._done[id(brain)] == self._steps:
             brain.debug, brain.debug_batches = True, brain.step
             brain.debug_epochs = self._stages[-1][1]
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Writes down what an optimizer is about to apply.
+        """Records what an optimizer is about to apply.
 
         Args:
             optimizer: The optimizer.
@@ -169,7 +170,7 @@ class Recorder:
         )
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Writes down what an optimizer has changed.
+        """Records what an optimizer has changed.
 
         Args:
             optimizer: The optimizer.
@@ -193,7 +194,7 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> str:
-    """Exactly; JSON has no NaN, and a recipe may return anything."""
+    """Every digit; as text, since JSON has no NaN and a recipe may return anything."""
     try:
         return repr(float(value))
     except (TypeError, ValueError, RuntimeError):
@@ -220,7 +221,7 @@ def seed_everything() -> None:
 
 
 def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -> Recorder:
-    """Runs a recipe and writes down what it does.
+    """Runs a recipe and records what it does.
 
     Args:
         side: ``speechbrain`` or ``trainer``: whose loops run.
@@ -230,7 +231,7 @@ def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -
         trainer: Arguments of the Trainer.
 
     Returns:
-        What was written down; an error of the recipe is the last event.
+        What was recorded; an error of the recipe is the last event.
     """
     seed_everything()
     recorder = Recorder(steps)
@@ -248,16 +249,7 @@ def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -
     return recorder
 
 
-def main(task: Mapping[str, Any]) -> None:
-    """Records and writes the events.
-
-    Args:
-        task: Arguments of ``record``, and ``out``, the file to write.
-    """
-    arguments = {name: value for name, value in task.items() if name != "out"}
-    events = record(**arguments).events
-    Path(task["out"]).write_text(json.dumps(events), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    arguments = json.loads(sys.argv[1])
+    out = Path(arguments.pop("out"))
+    out.write_text(json.dumps(record(**arguments).events), encoding="utf-8")

@@ -1,1 +1,7 @@
-"""What is written down of a run: train logger, curves, console."""
+"""What is recorded of a run: in Lightning's loggers, as a picture, on the console.
+
+``train_logger`` logs what a recipe reports to Lightning's loggers; ``log_versions`` finds the
+log that a resumed run continues, with each epoch in it once; ``media`` logs sounds and
+pictures. ``curve_plot`` is the callback that plots a training, ``curves`` the picture.
+``console`` shows this package's messages where nobody has configured logging.
+"""

@@ -1,7 +1,7 @@
-"""What is logged, shown on the console where nobody has configured logging.
+"""Shows what this package logs on the console, where nobody has configured logging.
 
-SpeechBrain's loggers let INFO pass, whatever the root logger says, and its recipes show it
-through ``create_experiment_directory``. A script that does not call it would see nothing.
+SpeechBrain's loggers pass INFO whatever the level of the root logger is, and its recipes show
+it through ``create_experiment_directory``. A script that does not call it would see nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from brain_lightning.errors import RunOptionError
 
-# The logger above those of all files.
+# The parent of every file's logger.
 PACKAGE = "brain_lightning"
 # As in SpeechBrain's log-config.yaml.
 FORMAT = "%(name)s - %(message)s"
-# Of thousands.
+# For powers of a thousand.
 UNITS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
@@ -32,7 +32,7 @@ class Console(logging.Handler):
         self.setFormatter(logging.Formatter(FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows on the standard error what nobody else does.
+        """Shows on the standard error what no other handler does.
 
         Args:
             record: What was logged.
@@ -47,10 +47,10 @@ class Console(logging.Handler):
 
 
 def show_information() -> None:
-    """Lets INFO of this package be seen as SpeechBrain's; a second call does nothing.
+    """Shows this package's INFO as SpeechBrain's is shown; a second call does nothing.
 
-    The first process speaks for all of them, as in SpeechBrain. ``$SB_LOG_LEVEL`` is its
-    variable for another level. A level that somebody has set stays.
+    Other processes than the first show warnings alone, as in SpeechBrain. ``$SB_LOG_LEVEL`` is
+    its variable for another level. A level that somebody has set stays.
 
     Raises:
         RunOptionError: The variable names no level.
@@ -74,7 +74,7 @@ def abbreviated(number: int) -> str:
     """A count as SpeechBrain writes it (``utils.logger.format_order_of_magnitude``).
 
     Args:
-        number: 0 or more.
+        number: A whole number, 0 or more.
 
     Returns:
         ``123.5k`` for 123456.

@@ -1,10 +1,11 @@
-"""The curves of a training as a picture, which is there while it goes on."""
+"""The callback that draws the curves of a training as a picture, after each epoch."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 from collections.abc import Mapping
+from itertools import chain, count
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ FILE = "curves.png"
 
 
 class CurvePlot(Callback):
-    """Draws the losses, and what a recipe reports, at each end of an epoch.
+    """Draws the losses, and what a recipe reports, at the end of each epoch.
 
-    The picture holds its numbers: where a run goes on, so do the curves, with each epoch once,
-    whatever its checkpoints hold. Each Brain that a callback serves has a picture of its own:
+    The picture holds its numbers: a resumed run continues the curves, with each epoch once,
+    whatever its checkpoints hold. Each Brain that runs with the callback has its own picture:
     ``curves.png``, ``curves-2.png``, … Only the main process writes.
 
     Args:
@@ -52,7 +53,7 @@ class CurvePlot(Callback):
         self._curves: WeakKeyDictionary[Any, _Curves] = WeakKeyDictionary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds out where to draw, before anything is trained."""
+        """Chooses the path of the picture, before anything is trained."""
         brain = pl_module.brain
         if brain not in self._curves:
             self._curves[brain] = _Curves(self._free_path(brain))
@@ -67,17 +68,24 @@ class CurvePlot(Callback):
         """Notes the learning rates of an epoch without a validation."""
         self._curves[pl_module.brain].rates = _rates(pl_module.brain)
 
-    def add(self, brain: Any, epoch: Any, metrics: Mapping[str, float]) -> None:
-        """Draws what has been found; the generated module calls this.
+    def on_brain_metrics(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        epoch: Any,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Draws the metrics of a stage; ``BrainModule`` calls this of any callback.
 
         Args:
-            brain: The Brain that runs.
-            epoch: Its epoch, a number; None in a test.
+            trainer: The Trainer.
+            pl_module: The module of the Brain that runs.
+            epoch: Its epoch, as its counter has it; None in a test.
             metrics: Numbers by name.
         """
         if not metrics or not if_main_process():
             return
-        curves = self._curves[brain]
+        curves = self._curves[pl_module.brain]
         try:
             curves.add_test(metrics) if epoch is None else curves.add_epoch(epoch, metrics)
         except OSError as error:
@@ -86,12 +94,10 @@ class CurvePlot(Callback):
 
     def _free_path(self, brain: Any) -> Path:
         folder = hparams_of(brain).get("output_folder", "")
-        path = first = (self._path or Path(folder, FILE)).resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while path in self._taken:
-            number += 1
-            path = first.with_stem(f"{first.stem}-{number}")
+        first = (self._path or Path(folder, FILE)).resolve()
+        first.parent.mkdir(parents=True, exist_ok=True)
+        others = (first.with_stem(f"{first.stem}-{number}") for number in count(2))
+        path = next(path for path in chain([first], others) if path not in self._taken)
         self._taken.add(path)
         return path
 
@@ -103,7 +109,7 @@ class _Curves:
         path: The PNG.
 
     Attributes:
-        begins: Whether a run has begun of which there is no epoch yet.
+        begins: Whether a run has begun, and has no epoch yet.
         rates: The learning rates, for recipes that do not report them.
     """
 
@@ -115,22 +121,22 @@ class _Curves:
         self._tests: list[Mapping[str, float]] = []
 
     def add_epoch(self, epoch: Any, metrics: Mapping[str, float]) -> None:
-        """Adds what was found in an epoch, which may come in parts."""
+        """Adds metrics of an epoch, which may come in parts."""
         # A counter may give numbers of any kind, or none at all.
         epoch = float(epoch) if hasattr(epoch, "__float__") else len(self._history) + 1.0
         if self.begins:
             known = self._history or read_curves(self._path)
-            # A run that was killed may have drawn epochs that it had not saved.
+            # A run that was killed may have plotted epochs that it had not saved.
             self._history = {number: known[number] for number in known if number < epoch}
             self.begins = False
         rates = {} if any(map(is_rate, metrics)) else self.rates
         self._history[epoch] = {**self._history.get(epoch, {}), **metrics, **rates}
-        # They were of weights that are trained on.
+        # They were of the weights before this epoch.
         self._tests.clear()
         write_curves(self._path, self._history, self._tests)
 
     def add_test(self, metrics: Mapping[str, float]) -> None:
-        """Adds what was found in a test; a recipe may have several test sets."""
+        """Adds metrics of a test; a recipe may have several test sets."""
         self._history = self._history or read_curves(self._path)
         self._tests.append({n: v for n, v in metrics.items() if n.startswith("test_")})
         write_curves(self._path, self._history, self._tests)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 Numbers = Mapping[str, float]
 History = dict[float, dict[str, float]]
 
-# Where the numbers are in the file: a picture and what it shows cannot part.
+# Of the numbers in the metadata of the PNG: the picture is their only file.
 KEY = "brain_lightning"
 COLORS = {Stage.TRAIN: "#4477aa", Stage.VALID: "#ee6677", Stage.TEST: "#228833"}
 NO_STAGE = "#555555"
 RATES = ("#555555", "#aa3377", "#66ccee", "#ccbb44")
-# They say where an entry belongs: see train_logger.py.
+# The numbers at which entries are logged: see train_logger.py.
 COUNTERS = {"epoch", "step", "steps", "epoch loaded"}
 COLUMNS = 3
 # A scale is logarithmic where numbers differ by more than this factor.
@@ -33,7 +33,7 @@ SPAN = 20
 
 
 def write_curves(path: Path, history: History, tests: Sequence[Numbers]) -> None:
-    """Writes the picture in the place of the one before, whole or not at all.
+    """Replaces the picture, whole or not at all.
 
     Args:
         path: The PNG.
@@ -72,7 +72,7 @@ def draw(history: History, tests: Sequence[Numbers]) -> Figure:
         tests: As for ``write_curves``.
 
     Returns:
-        The picture, of which pyplot knows nothing.
+        The picture, of which pyplot has no record.
     """
     from matplotlib.figure import Figure
 
@@ -80,7 +80,7 @@ def draw(history: History, tests: Sequence[Numbers]) -> Figure:
     panels = len(names) + bool(rates)
     columns = max(1, min(COLUMNS, panels))
     rows = max(1, ceil(panels / columns))
-    # A Figure by itself draws with Agg: no display is needed.
+    # A Figure without pyplot draws with Agg: no display is needed.
     figure = Figure(figsize=(4.5 * columns, 3.4 * rows), dpi=130, layout="constrained")
     for index, name in enumerate(names):
         _draw_panel(figure.add_subplot(rows, columns, index + 1), name, history, tests)
@@ -111,16 +111,16 @@ def _without_stage(name: str) -> str:
 
 
 def _draw_panel(axes: Axes, name: str, history: History, tests: Sequence[Numbers]) -> None:
-    curves = [(staged(stage, name), stage.name.lower(), COLORS[stage]) for stage in Stage]
-    drawn = [_curve(axes, history, *curve) for curve in curves]
+    drawn = [
+        _curve(axes, history, staged(stage, name), stage.name.lower(), COLORS[stage])
+        for stage in Stage
+    ]
     if not any(drawn):
         # With its stage a number is there twice: see metrics.py.
         _curve(axes, history, name, "", NO_STAGE)
-    values = [
-        numbers[test] for numbers in tests if (test := staged(Stage.TEST, name)) in numbers
-    ]
-    for value in values:
-        axes.axhline(value, ls="--", color=COLORS[Stage.TEST], label=f"test: {value:.4g}")
+    for numbers in tests:
+        if (value := numbers.get(staged(Stage.TEST, name))) is not None:
+            axes.axhline(value, ls="--", color=COLORS[Stage.TEST], label=f"test: {value:.4g}")
     _finish(axes, name)
 
 
@@ -131,6 +131,7 @@ def _draw_rates(axes: Axes, names: Sequence[str], history: History) -> None:
 
 
 def _curve(axes: Axes, history: History, name: str, label: str, color: str) -> bool:
+    """False where no epoch has the number."""
     points = [(epoch, numbers[name]) for epoch, numbers in history.items() if name in numbers]
     if points:
         # Points that are close together make a line thick.

@@ -1,11 +1,11 @@
-"""Sounds and pictures, each where a logger has a place for it."""
+"""Sounds and pictures, as each of Lightning's loggers takes them."""
 
 from __future__ import annotations
 
 import tempfile
 import wave
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ def log_audio(logger: Logger, name: str, value: Any, sample_rate: int, position:
         position: The epoch.
 
     Returns:
-        Whether there is a place for it.
+        False where the logger has no folder.
     """
     samples = torch.as_tensor(value).detach().cpu().float().flatten()
     if isinstance(logger, TensorBoardLogger):
@@ -35,10 +35,8 @@ def log_audio(logger: Logger, name: str, value: Any, sample_rate: int, position:
     elif isinstance(logger, WandbLogger):
         logger.log_audio(name, [samples.numpy()], position, sample_rate=[sample_rate])
     else:
-        with _file(logger, "audio", name, f"{position}.wav") as path:
-            if path is None:
-                return False
-            _write_wav(path, samples, sample_rate)
+        write = partial(_write_wav, samples, sample_rate)
+        return _log_file(logger, write, "audio", name, f"{position}.wav")
     return True
 
 
@@ -52,17 +50,14 @@ def log_figure(logger: Logger, name: str, figure: Figure, position: int) -> bool
         position: The epoch.
 
     Returns:
-        Whether there is a place for it.
+        False where the logger has no folder.
     """
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_figure(name, figure, position)
     elif isinstance(logger, WandbLogger):
         logger.log_image(name, [figure], position)
     else:
-        with _file(logger, "figures", name, f"{position}.png") as path:
-            if path is None:
-                return False
-            figure.savefig(path)
+        return _log_file(logger, figure.savefig, "figures", name, f"{position}.png")
     return True
 
 
@@ -73,7 +68,7 @@ def spectrogram(value: Any) -> Figure:
         value: Two dimensions that count, time being the last.
 
     Returns:
-        The picture, of which pyplot knows nothing.
+        The picture, of which pyplot has no record.
     """
     from matplotlib.figure import Figure
 
@@ -84,25 +79,24 @@ def spectrogram(value: Any) -> Figure:
     return figure
 
 
-@contextmanager
-def _file(logger: Logger, *parts: str) -> Iterator[Path | None]:
-    """Where to write a file that belongs to a log; None where there is no place."""
+def _log_file(logger: Logger, write: Callable[[Path], None], *parts: str) -> bool:
+    """Writes a file beside a log; False where the logger has no folder."""
     if isinstance(logger, MLFlowLogger):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, parts[-1])
-            yield path
+            write(path)
             logger.experiment.log_artifact(logger.run_id, str(path), "/".join(parts[:-1]))
-    elif logger.log_dir is None:
-        yield None
-    else:
-        path = Path(logger.log_dir, *parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
+        return True
+    if logger.log_dir is None:
+        return False
+    path = Path(logger.log_dir, *parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+    return True
 
 
-def _write_wav(path: Path, samples: torch.Tensor, sample_rate: int) -> None:
+def _write_wav(samples: torch.Tensor, sample_rate: int, path: Path) -> None:
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
+        # One channel, two bytes a sample; the number of samples is written at the end.
+        file.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
         file.writeframes((samples.clamp(-1, 1) * 32767).short().numpy().tobytes())

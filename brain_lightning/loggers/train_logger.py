@@ -1,13 +1,12 @@
-"""SpeechBrain's TrainLogger over Lightning's loggers."""
+"""The train logger of a recipe, over Lightning's loggers."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
@@ -22,54 +21,39 @@ from .media import log_audio, log_figure, spectrogram
 
 log = logging.getLogger(__name__)
 
-Method = TypeVar("Method", bound=Callable[..., None])
-
-# Names by which recipes say in stats_meta where an entry belongs, in any case.
+# Names, in any case, of the number in stats_meta at which an entry is logged.
 POSITIONS = ("epoch", "steps", "step")
-# What they say where a checkpoint is tested.
+# The same where a checkpoint is tested.
 TESTED = ("epoch loaded",)
 
 
-def _on_main_process(method: Method) -> Method:
-    """Unlike SpeechBrain's, does not wait for the others: one may be alone, in a test."""
-
-    @functools.wraps(method)
-    def on_main(*args: Any, **kwargs: Any) -> None:
-        if if_main_process():
-            method(*args, **kwargs)
-
-    return on_main  # type: ignore[return-value]
-
-
 class LightningTrainLogger:
-    """Hands what a recipe reports to Lightning's loggers.
+    """Logs what a recipe reports to Lightning's loggers.
 
-    Takes the place of any ``speechbrain.utils.train_logger``, in the recipe's YAML file:
+    Replaces any ``speechbrain.utils.train_logger``, in the recipe's YAML file:
 
         train_logger: !new:brain_lightning.LightningTrainLogger
             logger: !new:lightning.pytorch.loggers.CSVLogger
                 save_dir: !ref <output_folder>
 
-    Numbers have the names that a Trainer's metrics have, ``train_loss`` and ``valid_WER``, and
-    stand at their epoch. Only the main process writes.
+    Numbers have the names of a Trainer's metrics, ``train_loss`` and ``valid_WER``, and are
+    logged at their epoch. Only the main process writes.
 
-    A run that goes on with one of an earlier process does so in its log: in the version that
-    was asked for, else in the newest that a train logger has written. Each epoch is found
-    there once: what there is from the first one on that is logged again is superseded. A
-    finished run that is tested again replaces the test in a CSV file, leaves it out of W&B
-    and MLflow where it is equal, and adds to it in TensorBoard. Any other run has a new
-    version, or replaces the one that was asked for, and so has a run of SpeechBrain's own
-    loop: only a Trainer says that a run goes on.
+    A resumed run continues its log: the version that was asked for, else the newest that a
+    train logger has written. Each epoch is there once: the first epoch that is logged again
+    supersedes what is there from that epoch on. A finished run that is tested again replaces
+    the test in a CSV file, leaves it out of W&B and MLflow where it is equal, and adds to it
+    in TensorBoard. Any other run has a new version, or replaces the one that was asked for;
+    so does a run of SpeechBrain's own loop, since only a Trainer says that a run is resumed.
 
-    A logger that the Trainer has, too, is fed by the Trainer and goes on as a Trainer's
-    loggers do: with a new version at each start.
+    A logger that is the Trainer's too is fed by the Trainer, with a new version at each start.
 
     Args:
         logger: One of Lightning's loggers, or several.
 
     Attributes:
         loggers: All of them.
-        fed_by_trainer: Those that a Trainer gives the same numbers at this time.
+        fed_by_trainer: Those to which a Trainer logs the same numbers at this time.
 
     Raises:
         BrainTypeError: ``logger`` is something else.
@@ -78,25 +62,24 @@ class LightningTrainLogger:
     def __init__(self, logger: Logger | Sequence[Logger]) -> None:
         self.loggers = _checked(logger)
         self.fed_by_trainer: Sequence[Logger] = ()
-        self._logs = [log_of(each, place) for place, each in enumerate(self.loggers)]
-        self._goes_on: bool | None = None
+        self._logs = [log_of(each, index) for index, each in enumerate(self.loggers)]
+        self._resumes: bool | None = None
         self._position = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def begin_run(self, goes_on: bool, position: int = 0) -> None:
-        """Says whether a run goes on with one of an earlier process; a Trainer does.
+        """Says whether the run resumes that of an earlier process; a Trainer calls this.
 
-        What is said first counts, and nothing is written yet.
+        The first call counts. Nothing is written yet.
 
         Args:
             goes_on: Whether something was recovered.
             position: The last epoch that is over.
         """
-        if self._goes_on is None:
-            self._goes_on = goes_on
+        if self._resumes is None:
+            self._resumes = goes_on
             self._position = max(self._position, position)
 
-    @_on_main_process
     def log_stats(
         self,
         stats_meta: Mapping[str, Any],
@@ -112,24 +95,28 @@ class LightningTrainLogger:
             train_stats: Of TRAIN: numbers, lists of numbers, of which the mean is logged, and
                 dictionaries of them.
             valid_stats: Of VALID.
-            test_stats: Of TEST; stand at the ``Epoch loaded``, or at the last epoch.
-            verbose: Whether to say it all in one line of Python's logging, too, as
+            test_stats: Of TEST; logged at the ``Epoch loaded``, or at the last epoch.
+            verbose: Whether to log it also as one line of Python's logging, as
                 SpeechBrain's FileTrainLogger does.
         """
+        # SpeechBrain's waits for the other processes; one may be alone, in a test.
+        if not if_main_process():
+            return
         stats = {
             "train_stats": train_stats, "valid_stats": valid_stats, "test_stats": test_stats
         }  # fmt: skip
         named = dict(_named(stats_meta, stats))
         numbers = numbers_in(named)
-        self._tell_of_others(named, numbers)
+        for name in named.keys() - numbers.keys():
+            self._warn(f"log_stats: {name!r} is no number, and is not logged")
         entry = self._entry(numbers)
         for each in self._opened():
-            if not self._is_fed(each) and not each.write(entry):
-                self._tell(f"{_kind(each)} leaves out what its run has already")
+            is_fed = any(each.logger is fed for fed in self.fed_by_trainer)
+            if not is_fed and not each.write(entry):
+                self._warn(f"{_kind(each)} leaves out what its run has already")
         if verbose:
             log.info(_line(stats_meta, stats))
 
-    @_on_main_process
     def log_audio(self, name: str, value: Any, sample_rate: int) -> None:
         """Logs a sound, at the epoch that was logged last.
 
@@ -138,12 +125,13 @@ class LightningTrainLogger:
             value: Its samples, between -1 and 1.
             sample_rate: Samples in a second.
         """
+        if not if_main_process():
+            return
         for each in self._opened():
             if not log_audio(each.logger, name, value, sample_rate, self._position):
-                self._tell(f"{_kind(each)} has no place for audio ({name!r})")
+                self._warn(f"{_kind(each)} does not log audio ({name!r})")
             each.logger.save()
 
-    @_on_main_process
     def log_figure(self, name: str, value: Any) -> None:
         """Logs a picture, at the epoch that was logged last.
 
@@ -151,18 +139,20 @@ class LightningTrainLogger:
             name: Of the picture.
             value: A spectrogram, or a figure of matplotlib's.
         """
+        if not if_main_process():
+            return
         if importlib.util.find_spec("matplotlib") is None:
-            self._tell(f"figures ({name!r}) are not logged without matplotlib: install it")
+            self._warn(f"figures ({name!r}) are not logged without matplotlib: install it")
             return
         for each in self._opened():
             # A figure for each: TensorBoard closes it.
             figure = value if hasattr(value, "savefig") else spectrogram(value)
             if not log_figure(each.logger, name, figure, self._position):
-                self._tell(f"{_kind(each)} has no place for figures ({name!r})")
+                self._warn(f"{_kind(each)} does not log figures ({name!r})")
             each.logger.save()
 
     def _entry(self, numbers: dict[str, float]) -> Entry:
-        name, tested = _place(numbers, POSITIONS), _place(numbers, TESTED)
+        name, tested = _first_of(POSITIONS, numbers), _first_of(TESTED, numbers)
         if name or tested:
             self._position = int(numbers[name or tested or ""])
         elif not is_of_test(numbers):
@@ -171,48 +161,39 @@ class LightningTrainLogger:
 
     def _opened(self) -> Iterator[Log]:
         for each in self._logs:
-            each.open(bool(self._goes_on))
+            each.open(bool(self._resumes))
             yield each
 
-    def _is_fed(self, of: Log) -> bool:
-        return any(of.logger is each for each in self.fed_by_trainer)
-
-    def _tell_of_others(self, named: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
-        for name in named.keys() - numbers.keys():
-            self._tell(f"log_stats: {name!r} is no number, and is not logged")
-
-    def _tell(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             log.warning("%s.", message)
 
 
-def lend_loggers(
+def leave_to_trainer(
     brain: BrainProtocol, loggers: Sequence[Logger], temporary: TemporaryAttributes
 ) -> None:
-    """Keeps what a recipe reports from being logged twice by a logger that a Trainer has too.
+    """Keeps a recipe's train logger from logging twice to a logger that is the Trainer's too.
 
     Args:
         brain: The Brain whose train logger may be a ``LightningTrainLogger``.
         loggers: The Trainer's.
         temporary: Records what is changed.
     """
-    train_logger = _train_logger_of(brain)
-    if train_logger is not None:
+    if (train_logger := _train_logger_of(brain)) is not None:
         temporary.set(train_logger, "fed_by_trainer", loggers)
 
 
-def begin_log(brain: BrainProtocol, goes_on: bool, position: int) -> None:
-    """Says to a recipe's train logger whether it goes on, before training moves anything.
+def begin_log(brain: BrainProtocol, resumes: bool, position: int) -> None:
+    """Calls ``begin_run`` of a recipe's train logger, before training changes anything.
 
     Args:
         brain: The Brain whose train logger may be a ``LightningTrainLogger``.
-        goes_on: As for ``LightningTrainLogger.begin_run``.
-        position: As for ``LightningTrainLogger.begin_run``.
+        resumes: Whether something was recovered.
+        position: The last epoch that is over.
     """
-    train_logger = _train_logger_of(brain)
-    if train_logger is not None:
-        train_logger.begin_run(goes_on, position)
+    if (train_logger := _train_logger_of(brain)) is not None:
+        train_logger.begin_run(resumes, position)
 
 
 def _train_logger_of(brain: BrainProtocol) -> LightningTrainLogger | None:
@@ -238,7 +219,7 @@ def _named(stats_meta: Any, stats: Mapping[str, Any]) -> Iterator[tuple[str, Any
             yield staged(stage, name), value
 
 
-def _place(numbers: Mapping[str, float], known: Sequence[str]) -> str | None:
+def _first_of(known: Sequence[str], numbers: Mapping[str, float]) -> str | None:
     names = {name.lower(): name for name, number in numbers.items() if math.isfinite(number)}
     return next((names[name] for name in known if name in names), None)
 

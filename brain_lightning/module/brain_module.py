@@ -21,7 +21,6 @@ from brain_lightning.distributed.ddp import unwrap_modules, unwrapped_name
 from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.lightning_internals.loops import fit_loop_of
-from brain_lightning.loggers.curve_plot import CurvePlot
 from brain_lightning.protocol import BrainProtocol, check_hooks, hparams_of
 from brain_lightning.resume.run_state import KEY, RunState, run_state
 from brain_lightning.stages.epochs import Epochs
@@ -235,7 +234,7 @@ class BrainModule(LightningModule):
 
     def _log_metrics(self) -> None:
         metrics = self.run.metrics.take(self.trainer.world_size > 1)
-        self._plot(metrics)
+        self._report_metrics(metrics)
         if self.trainer.barebones:
             return
         # The same on all ranks already; Lightning warns without sync_dist.
@@ -245,14 +244,15 @@ class BrainModule(LightningModule):
             shown = is_of_a_stage(name)
             self.log(name, value, prog_bar=shown, batch_size=1, sync_dist=several)
 
-    def _plot(self, metrics: Mapping[str, float]) -> None:
+    def _report_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Calls ``on_brain_metrics`` of every callback that has it, such as CurvePlot."""
         running = self._running()
         if running not in (TrainerFn.FITTING, TrainerFn.TESTING):
             return
         epoch = self.run.epochs.current if running is TrainerFn.FITTING else None
         for callback in callbacks_of(self.trainer):
-            if isinstance(callback, CurvePlot):
-                callback.add(self.brain, epoch, metrics)
+            if hasattr(callback, "on_brain_metrics"):
+                callback.on_brain_metrics(self.trainer, self, epoch, metrics)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``compute_forward`` at Stage.TEST, in evaluation precision."""

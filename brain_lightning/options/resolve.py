@@ -1,4 +1,4 @@
-"""Who decides about a run option: the command line, then hparams, then the default."""
+"""The value of each run option: of the command line, else of hparams, else the default."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def resolve_run_options(
         hparams: A key that names a run option sets it.
 
     Returns:
-        Values by name, and the names of those that somebody chose.
+        Values by name, and the names of those that are explicit.
 
     Raises:
         RunOptionError: The value of an option makes no sense.
@@ -43,17 +43,17 @@ def resolve_run_options(
         name: run_opts[name] if name in on_command_line else hparams.get(name, default)
         for name, default in defaults.items()
     }
-    given = on_command_line | {
+    given = {*on_command_line} | {
         name
         for name in RunOptions.option_names()
-        # hparams.update(run_opts) brings every default along, with a record that it did:
-        # a default there was not asked for.
+        # hparams.update(run_opts) copies every default, with overridden_args as the record
+        # that it did: a default there is not explicit.
         if name in hparams
         and ("overridden_args" not in hparams or hparams[name] != defaults[name])
     }
     _refuse_unsupported(values)
     _check_numbers(values)
-    given |= _translate_deprecated(values)
+    _translate_deprecated(values, given)
     _check_values(values)
     _choose_interval(values, given)
     values["distributed_launch"] = is_launched()
@@ -61,7 +61,7 @@ def resolve_run_options(
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
-    """A YAML file may hold a text where a number should be."""
+    """Refuses a text where a number should be, as a YAML file may have it."""
     for name, default in RunOptions().items():
         is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
         if (is_number or name == "optimizer_step_limit") and isinstance(values[name], str):
@@ -78,15 +78,13 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
             )
 
 
-def _translate_deprecated(values: dict[str, Any]) -> set[str]:
-    """Sets precision by its older flags; returns what was chosen that way."""
-    chosen = set()
+def _translate_deprecated(values: dict[str, Any], given: set[str]) -> None:
+    """Sets precision by its older flags."""
     for name, precision in DEPRECATED_PRECISIONS.items():
         if values[name]:
             logger.warning("--%s is deprecated: use --precision=%s", name, precision)
             values["precision"] = precision
-            chosen.add("precision")
-    return chosen
+            given.add("precision")
 
 
 def _check_values(values: dict[str, Any]) -> None:
@@ -111,7 +109,7 @@ def _check_values(values: dict[str, Any]) -> None:
 
 
 def _choose_interval(values: dict[str, Any], given: Collection[str]) -> None:
-    """Steps, where given, replace the default minutes; both given is a mistake."""
+    """Explicit steps replace the default minutes; both explicit are an error."""
     minutes = values["ckpt_interval_minutes"]
     if values["ckpt_interval_steps"] <= 0 or minutes <= 0:
         return

@@ -1,4 +1,4 @@
-"""The run options of an experiment: what each means, and how it is read from a command line.
+"""The run options of an experiment: what each means, and its default.
 
 Names, meanings and defaults are those of ``speechbrain.utils.run_opts``; where
 a default differs the field says so.
@@ -7,14 +7,10 @@ a default differs the field says so.
 from __future__ import annotations
 
 import dataclasses
-import sys
-from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple, NoReturn, get_type_hints
-
-import yaml
+from typing import Any
 
 from brain_lightning.errors import RunOptionError
 
@@ -25,8 +21,8 @@ CHOICES = {
     "eval_precision": PRECISIONS,
     "progress": ("auto", "bar", "plain"),
 }
-TRAINER_PREFIX = "--trainer."
-TRAINER_HELP = f"{TRAINER_PREFIX}help"
+# SpeechBrain's own Brain has none of these.
+OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
 # Fields that are no option of the experiment but a record of how they were given.
 RECORDS = ("param_file", "overridden_args", "trainer")
 
@@ -162,10 +158,7 @@ class RunOptions(Mapping[str, Any]):
         Raises:
             RunOptionError: A key names no option.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
-        for key in args_dict:
-            if key not in names:
-                raise RunOptionError(unknown("run option", key, names))
+        check_names("run option", args_dict, [f.name for f in dataclasses.fields(cls)])
         # SpeechBrain's own RunOptions know which of theirs were given.
         given = frozenset(getattr(args_dict, "overridden_args", args_dict))
         given -= {"overridden_args"}
@@ -175,6 +168,12 @@ class RunOptions(Mapping[str, Any]):
     def option_names(cls) -> list[str]:
         """Names of the options, in the order of their fields."""
         return [f.name for f in dataclasses.fields(cls) if f.name not in RECORDS]
+
+    @classmethod
+    def on_command_line(cls) -> dict[str, str]:
+        """The help of each option that ``--name=value`` sets."""
+        fields = [f for f in dataclasses.fields(cls) if f.metadata.get("on_command_line")]
+        return {f.name: f.metadata["help"] for f in fields}
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dictionary with the same keys and values."""
@@ -193,172 +192,26 @@ class RunOptions(Mapping[str, Any]):
 
     def _keys(self) -> list[str]:
         # An empty `trainer` must not overwrite the one in hparams on hparams.update(run_opts).
-        records = ["param_file", "overridden_args"] + (["trainer"] if self.trainer else [])
-        return self.option_names() + records
+        return [
+            *self.option_names(), *(r for r in RECORDS if r != "trainer" or self.trainer)
+        ]  # fmt: skip
 
 
-def unknown(kind: str, name: str, names: Sequence[str]) -> str:
-    """Says that a name is not known, with a guess at what was meant.
-
-    Args:
-        kind: What it should have been a name of.
-        name: The name.
-        names: Those that are known.
-
-    Returns:
-        A message.
-    """
-    close = get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
-    return f"unknown {kind} {name!r}: {hint}"
-
-
-# SpeechBrain's own Brain has none of these.
-OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
-
-
-class Arguments(NamedTuple):
-    """What a command line says: see ``parse_arguments``."""
-
-    hparams_file: str
-    run_opts: RunOptions
-    overrides: str
-
-
-def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
-    """Reads a recipe's command line, as ``speechbrain.parse_arguments``.
-
-    ``--a=b`` and ``--a b`` are the same, and a flag may be given as ``--debug``
-    or ``--debug=true``. What names no run option is an override of the YAML
-    file; what starts with ``--trainer.`` is an argument of Lightning's Trainer,
-    its value read as YAML.
+def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuses a name that is not known, with a guess at what was meant.
 
     Args:
-        arg_list: The words of the command line; ``sys.argv[1:]`` if not given.
-
-    Returns:
-        The hyperparameters file, the run options, and the overrides as YAML
-        text for ``load_hyperpyyaml``.
-    """
-    words = list(sys.argv[1:] if arg_list is None else arg_list)
-    trainer, words = split_trainer(words)
-    parsed, rest = _parser().parse_known_args(_expand_flags(words))
-    given = vars(parsed)
-    hparams_file = given.pop("param_file")
-    run_opts = RunOptions(
-        **given,
-        param_file=hparams_file,
-        trainer=trainer,
-        overridden_args=frozenset(given) | ({"trainer"} if trainer else set()),
-    )
-    return Arguments(hparams_file, run_opts, _overrides_to_yaml(rest))
-
-
-def _parser() -> ArgumentParser:
-    # Options nobody gives stay out of the result: what is there was given.
-    parser = ArgumentParser(
-        description="Run a SpeechBrain experiment",
-        epilog=f"Arguments of Lightning's Trainer: {TRAINER_HELP} lists them.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("param_file", help="A hyperparameters file in HyperPyYAML.")
-    types = get_type_hints(RunOptions)
-    for f in dataclasses.fields(RunOptions):
-        if f.metadata.get("on_command_line"):
-            parser.add_argument(
-                f"--{f.name}",
-                default=SUPPRESS,
-                help=f.metadata["help"],
-                **_argument(f.name, types[f.name]),
-            )
-    return parser
-
-
-def _argument(name: str, hint: Any) -> dict[str, Any]:
-    if hint is bool:
-        return {"action": "store_true"}
-    if hint == list[str] | None:
-        return {"nargs": "*"}
-    if name in CHOICES:
-        return {"choices": CHOICES[name]}
-    return {"type": next(t for t in (int, float, str) if t is hint or hint == t | None)}
-
-
-def _expand_flags(words: Sequence[str]) -> list[str]:
-    """``--debug=true`` becomes ``--debug``, ``--debug=false`` nothing."""
-    flags = {f"--{n}" for n, hint in get_type_hints(RunOptions).items() if hint is bool}
-    expanded = []
-    for word in words:
-        name, has_value, value = word.partition("=")
-        if name not in flags or not has_value:
-            expanded.append(word)
-        elif _truth(name, value):
-            expanded.append(name)
-    return expanded
-
-
-def _truth(name: str, value: str) -> bool:
-    truth = _from_yaml(name, value)
-    if not isinstance(truth, bool):
-        raise RunOptionError(f"{name}={value}: a flag is true or false, or stands alone")
-    return truth
-
-
-def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Takes ``--trainer.devices=2`` and ``--trainer.devices 2`` out of a command line.
-
-    Args:
-        words: The words of the command line.
-
-    Returns:
-        Arguments of the Trainer, and the other words.
+        kind: What each should be a name of.
+        names: The names.
+        known: Those that there are.
 
     Raises:
-        RunOptionError: One has no value, or one that is not YAML.
-        SystemExit: ``--trainer.help`` is among them, and was shown.
+        RunOptionError: One is unknown.
     """
-    if TRAINER_HELP in words:
-        _show_trainer_help()
-    trainer: dict[str, Any] = {}
-    rest: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        if not word.startswith(TRAINER_PREFIX):
-            rest.append(word)
-            continue
-        name, has_value, value = word.removeprefix(TRAINER_PREFIX).partition("=")
-        if not has_value:
-            value = next(remaining, "")
-        if not name or not value or value.startswith("--"):
-            raise RunOptionError(f"{word}: give it a value, as in --trainer.devices=2")
-        trainer[name] = _from_yaml(word, value)
-    return trainer, rest
-
-
-def _show_trainer_help() -> NoReturn:
-    # Lightning is needed here, and not for a command line.
-    from .trainer_arguments import trainer_help
-
-    print(trainer_help())  # noqa: T201
-    raise SystemExit(0)
-
-
-def _from_yaml(word: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RunOptionError(f"{word}: {value!r} is not YAML: {error}") from error
-
-
-def _overrides_to_yaml(words: Sequence[str]) -> str:
-    """``--a=b`` and ``--a b`` become lines ``a: b`` (``RunOptions._convert_to_yaml``)."""
-    lines: list[str] = []
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            lines.append(f"{name}: {value}".rstrip())
-        elif lines:
-            lines[-1] += f" {word}"
-        else:
-            raise RunOptionError(f"{word!r} belongs to no option: overrides are --name=value")
-    return "\n".join(lines)
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = (
+                f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+            )
+            raise RunOptionError(f"unknown {kind} {name!r}: {hint}")

@@ -1,16 +1,22 @@
-"""``--trainer.help``: the arguments of Lightning's Trainer, and how each meets a Brain."""
+"""The arguments of Lightning's Trainer: which there are, and what each does with a Brain."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import textwrap
+from collections.abc import Iterable
 
 from lightning.pytorch import Trainer
 
-# At most the width of a terminal that nobody has made larger.
+from .run_options import check_names
+
+# Of a terminal, by default.
 WIDTH = 80
-# Where an argument does not do, or not only, what Lightning says; the tests of each are
+INTRODUCTION = """\
+Arguments of Lightning's Trainer, --trainer.NAME=VALUE; the value is YAML, and what follows
+NAME here is the default. A line that begins with '>' says what is different with a Brain."""
+# Where an argument does something else, or more, than Lightning documents; each is tested
 # in tests/callback/test_reconcile.py.
 WITH_A_BRAIN = {
     "accelerator": "brain.fit follows the run option device",
@@ -37,36 +43,36 @@ WITH_A_BRAIN = {
 }
 
 
+def check_trainer_arguments(names: Iterable[str]) -> None:
+    """Refuses what no Trainer understands.
+
+    Args:
+        names: Names of arguments.
+
+    Raises:
+        RunOptionError: One is unknown.
+    """
+    check_names("Trainer argument", names, list(inspect.signature(Trainer).parameters))
+
+
 def trainer_help() -> str:
     """What ``--trainer.help`` shows.
 
     Returns:
         Every argument with its default, Lightning's description of it in one sentence,
-        and how it meets a Brain where that differs.
+        and what is different with a Brain.
     """
     documented = _documentation()
-    parameters = inspect.signature(Trainer).parameters.values()
-    return "\n".join(
-        [
-            *textwrap.wrap(
-                "Arguments of Lightning's Trainer, --trainer.NAME=VALUE; the value is YAML, "
-                "and what follows NAME here is the default. A line that begins with '>' says "
-                "what is different with a Brain.",
-                WIDTH,
-            ),
-            *(
-                line
-                for parameter in parameters
-                for line in _entry(parameter, documented.get(parameter.name, ""))
-            ),
-        ]
-    )
+    lines = textwrap.wrap(INTRODUCTION, WIDTH)
+    for name, parameter in inspect.signature(Trainer).parameters.items():
+        lines += _entry(parameter, documented.get(name, ""))
+    return "\n".join(lines)
 
 
 def _entry(parameter: inspect.Parameter, documentation: str) -> list[str]:
-    # Many have None for a default that only the documentation tells.
-    told = re.search(r"Default: ``(.+?)``", documentation)
-    lines = ["", f"--trainer.{parameter.name}={told[1] if told else parameter.default}"]
+    # Many have None for a default that only the documentation gives.
+    default = re.search(r"Default: ``(.+?)``", documentation)
+    lines = ["", f"--trainer.{parameter.name}={default[1] if default else parameter.default}"]
     lines += _indented(_first_sentence(documentation), "    ")
     return lines + _indented(WITH_A_BRAIN.get(parameter.name, ""), "  > ")
 
@@ -76,10 +82,10 @@ def _indented(text: str, first: str) -> list[str]:
 
 
 def _documentation() -> dict[str, str]:
-    """What the docstring of the Trainer says of each argument."""
+    """The text on each argument in the docstring of the Trainer."""
     documentation = inspect.getdoc(Trainer.__init__) or ""
     arguments = documentation.partition("Args:\n")[2]
-    # Names stand four columns in, what is said of them further in.
+    # Names are indented by four columns, their descriptions by more.
     return dict(re.findall(r"^ {4}(\w+): ?(.+?)(?=^ {0,4}\S|\Z)", arguments, re.M | re.S))
 
 

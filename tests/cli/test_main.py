@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 
 from brain_lightning import RunOptionError
 from brain_lightning.cli.main import main
-from brain_lightning.cli.script import processes_to_launch
+from brain_lightning.cli.run import processes_to_launch
 from brain_lightning.compat.versions import accelerator
 
 RECIPES = Path(__file__).parents[1] / "support" / "recipes"

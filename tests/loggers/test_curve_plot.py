@@ -1,13 +1,15 @@
-"""``--plot`` and ``CurvePlot``: curves after each epoch, which go on with a run."""
+"""``--plot`` and ``CurvePlot``: curves after each epoch, which a resumed run continues."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from matplotlib.figure import Figure
 
 from brain_lightning import (
@@ -190,6 +192,25 @@ def test_validations_in_the_middle_of_an_epoch_are_one_point(tmp_path: Path) -> 
     assert [*read_curves(tmp_path / "curves.png")] == [1, 2]
 
 
+class Recording(Callback):
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, set[str]]] = []
+
+    def on_brain_metrics(
+        self, trainer: Any, pl_module: Any, epoch: Any, metrics: Mapping[str, float]
+    ) -> None:
+        self.calls.append((epoch, {*metrics}))
+
+
+def test_any_callback_may_ask_for_a_brains_metrics() -> None:
+    callback, brain = Recording(), make()
+    brain.trainer_arguments = {"callbacks": [callback]}
+    brain.fit(range(7, 8), loader(), loader())
+    brain.evaluate(loader())
+    shown = [(epoch, names) for epoch, names in callback.calls if names]
+    assert shown == [(7, {"train_loss", "valid_loss", "loss"}), (None, {"test_loss"})]
+
+
 # ------------------------------------------------------------------------------ mistakes
 
 
@@ -215,12 +236,12 @@ def test_without_matplotlib_nothing_is_trained(
 # ---------------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize("place", [0, 1, 2, 3])
+@pytest.mark.parametrize("position", [0, 1, 2, 3])
 def test_an_unedited_recipe_is_plotted_wherever_the_word_stands(
-    tmp_path: Path, place: int
+    tmp_path: Path, position: int
 ) -> None:
     words = [*TOY, *QUIET, f"--output_folder={tmp_path}"]
-    words.insert(place, "--plot")
+    words.insert(position, "--plot")
     assert main(["run", *words]) == 0
     assert len(read_curves(tmp_path / "curves.png")) == 3
 

@@ -51,7 +51,7 @@ class Killed(RuntimeError):  # noqa: N818  no error of anybody's
 
 
 class Reporting(Regression):
-    """Logs an epoch and saves it; is killed in between where it is told."""
+    """Logs an epoch and saves it; is killed in between if asked to."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         log_stats = self.hparams.train_logger.log_stats
@@ -186,8 +186,8 @@ def test_lists_dictionaries_and_what_is_no_number(caplog: pytest.LogCaptureFixtu
         )
     assert stub.entries[1] == (2, {"Epoch": 2.0, "train_loss": 1.5, "train_asr_WER": 7.0})
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    told = sorted(message.split("'")[1] for message in warned)
-    assert told == ["name", "valid_confusions", "valid_empty"]
+    names = sorted(message.split("'")[1] for message in warned)
+    assert names == ["name", "valid_confusions", "valid_empty"]
 
 
 def test_where_entries_stand_without_an_epoch() -> None:
@@ -296,17 +296,17 @@ def test_sounds_and_pictures_in_tensorboard(tmp_path: Path) -> None:
     assert [event.step for event in events.Images("attention")] == [3]
 
 
-def test_no_place_for_sounds_and_pictures_is_told_once(
+def test_a_logger_without_sounds_and_pictures_is_warned_about_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     train_logger = LightningTrainLogger(Stub())
     media(train_logger)
     media(train_logger)
-    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert told == [
-        "Stub has no place for audio ('voice').",
-        "Stub has no place for figures ('spectrogram').",
-        "Stub has no place for figures ('attention').",
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warned == [
+        "Stub does not log audio ('voice').",
+        "Stub does not log figures ('spectrogram').",
+        "Stub does not log figures ('attention').",
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import speechbrain
@@ -17,6 +17,7 @@ from brain_lightning import (
     UnsupportedError,
     parse_arguments,
 )
+from brain_lightning.protocol import OptionValues
 from tests.support.brains import make
 from tests.support.upstream import needs_speechbrain
 
@@ -106,6 +107,20 @@ def test_run_options_are_a_mapping() -> None:
     assert (brain.ckpt_interval_minutes, brain.ckpt_interval_steps) == (0, 3)
 
 
+def test_what_the_trainers_side_reads_of_a_brain_are_run_options_with_their_types() -> None:
+    # Refused or translated by the time that a Brain exists; log_config is the recipe's.
+    others = {
+        "data_parallel_backend", "data_parallel_count", "auto_mix_prec", "bfloat16_mix_prec",
+        "log_config",
+    }  # fmt: skip
+    names = [name for name in RunOptions.option_names() if name not in others]
+    declared = get_type_hints(RunOptions)
+    expected = {name: declared[name] for name in names}
+    # A Brain has found one where none was given.
+    expected["device"] = str
+    assert list(get_type_hints(OptionValues).items()) == list(expected.items())
+
+
 def test_an_unknown_option_is_named_with_a_guess() -> None:
     with pytest.raises(RunOptionError, match="'max_grad_nrom': did you mean 'max_grad_norm'"):
         Brain(run_opts={"max_grad_nrom": 1})
@@ -175,7 +190,7 @@ def test_every_option_explains_itself(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @needs_speechbrain("1.1")
-def test_what_speechbrains_options_were_not_given_leaves_hparams_in_force() -> None:
+def test_options_that_speechbrain_was_not_given_do_not_override_hparams() -> None:
     """A recipe may go on using ``sb.parse_arguments``."""
     words = ["hparams.yaml", "--device=cpu", "--max_grad_norm=2.5"]
     _, run_opts, _ = speechbrain.parse_arguments(words)

@@ -1,0 +1,149 @@
+"""``brain-lightning run``: a recipe on a Trainer, in as many processes as are asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from brain_lightning.compat.versions import accelerator
+from brain_lightning.distributed.communication import is_launched
+from brain_lightning.errors import RecipeError
+from brain_lightning.loggers.curve_plot import CurvePlot
+from brain_lightning.options.command_line import TRAINER_HELP, split_trainer
+from brain_lightning.options.run_options import OURS_ALONE, RunOptions
+
+from .exit_status import EXPLANATION, of_process
+from .script import load_trainer_file, run_recipe, script_first
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = f"""\
+run options (SpeechBrain's own Brain has none of {", ".join(f"--{n}" for n in OURS_ALONE)}):
+{{}}
+
+arguments of Lightning's Trainer:
+  --trainer.NAME=VALUE, as --trainer.max_steps=1000; {TRAINER_HELP} lists them
+
+Any other --name=value overrides the hyperparameters file, as in SpeechBrain.
+
+"""
+
+
+def main(parser: ArgumentParser, words: list[str]) -> int:
+    """Runs a recipe.
+
+    Args:
+        parser: The parser of this command.
+        words: What follows the command.
+
+    Returns:
+        The exit status.
+    """
+    _add_arguments(parser)
+    trainer, rest = split_trainer(words)
+    # Alone it takes no value: what follows may be the script.
+    rest = ["--plot=" if word == "--plot" else word for word in rest]
+    options, rest = parser.parse_known_args(rest)
+    if options.trainer is not None:
+        trainer = {**load_trainer_file(options.trainer), **trainer}
+    script, *rest = script_first(parser, rest)
+    callbacks = [] if options.plot is None else [CurvePlot(options.plot or None)]
+    processes = processes_to_launch(trainer)
+    if processes > 1:
+        return launch(processes, ["run", *words, *_backend(rest)])
+    run_recipe(script, rest, trainer, callbacks)
+    return 0
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.usage = (
+        "%(prog)s SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE] "
+        "[--plot[=FILE.png]]"
+    )
+    parser.description = "Runs a SpeechBrain recipe, its Brains on a Trainer."
+    options = [f"  --{name:<38}{text}" for name, text in RunOptions.on_command_line().items()]
+    parser.epilog = OPTIONS.format("\n".join(options)) + EXPLANATION
+    parser.add_argument(
+        "--trainer", metavar="FILE",
+        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them, "
+        "its paths in full; --trainer.X=Y outranks it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plot", metavar="=FILE.png", nargs="?",
+        help="draw curves of losses and metrics at each end of an epoch; --plot=FILE.png "
+        "says where (default: curves.png in the recipe's output_folder)",
+    )  # fmt: skip
+
+
+def _backend(words: Sequence[str]) -> list[str]:
+    """SpeechBrain's default, nccl, needs a GPU for each process."""
+    chosen = any(word.startswith("--distributed_backend") for word in words)
+    on_cpu = "--device=cpu" in words or not torch.cuda.is_available()
+    return ["--distributed_backend=gloo"] if on_cpu and not chosen else []
+
+
+def processes_to_launch(trainer: Mapping[str, Any]) -> int:
+    """How many processes a run needs to be started in.
+
+    Args:
+        trainer: Arguments for the Trainer.
+
+    Returns:
+        1 where this process is the only one, or was started by torchrun.
+
+    Raises:
+        RecipeError: Several nodes, or devices by name, are asked for.
+    """
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    if is_launched():
+        return 1
+    if nodes != 1:
+        raise RecipeError(
+            f"--trainer.num_nodes={nodes}: start each node yourself, with torchrun "
+            "--nnodes=... --nproc_per_node=... -m brain_lightning run ..."
+        )
+    if devices in ("auto", -1, "-1"):
+        return max(1, int(accelerator.device_count()))
+    if not str(devices).isdecimal():
+        raise RecipeError(
+            f"--trainer.devices={devices!r}: give a number, and choose which ones by "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return int(devices)
+
+
+def launch(processes: int, words: Sequence[str]) -> int:
+    """Runs this command line in several processes on this machine, as torchrun does.
+
+    Called here rather than started as a process, which a signal to this one would not reach,
+    and whose exit status is 1 whatever its processes' are.
+
+    Args:
+        processes: How many.
+        words: What follows ``brain-lightning``.
+
+    Returns:
+        The exit status: of the process that failed first, or of the signal.
+    """
+    # As torchrun does, which logs that at length.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    options = ["--standalone", f"--nproc_per_node={processes}", "-m", "brain_lightning"]
+    try:
+        arguments = torchrun.parse_args([*options, *words])  # type: ignore[no-untyped-call]
+        torchrun.run(arguments)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = of_process(failure.exitcode)
+        logger.error("Rank %d has failed, with status %d.", rank, status)
+        return status
+    except SignalException as error:
+        return of_process(-error.sigval)
+    return 0
