@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
 from brain_lightning import Brain, Checkpointer, EpochCounter, to_lightning
-from tests import conftest  # noqa: F401  It makes SpeechBrain importable.
+from tests.support import environment  # noqa: F401  It makes SpeechBrain importable.
 
 
 @dataclass(frozen=True)

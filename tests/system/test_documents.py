@@ -36,6 +36,8 @@ from tests.support.documents import (
 )
 
 PORTING = ROOT / "examples" / "porting"
+# Blocks leave files for those below them.
+pytestmark = pytest.mark.xdist_group("documents")
 BLOCKS = [block for document in documents() for block in blocks_of(document)]
 # What a block has in it that cannot run here, and why.
 CANNOT_RUN = {

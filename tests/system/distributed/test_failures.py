@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from .test_two_processes import REPOSITORY
+from tests.support.environment import free_port
+from tests.support.processes import ROOT, TORCHRUN
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # Lightning starts the second process.
 LAUNCHERS = {"torchrun": TORCHRUN, "Lightning": []}
 TRAINS = "tests.system.distributed.trains"
+pytestmark = pytest.mark.xdist_group("the same whole run")
 
 
 def run(
@@ -27,7 +28,7 @@ def run(
     script = ["-m", TRAINS, str(folder), what, str(rank)]
     return subprocess.run(
         [sys.executable, *launcher, *script],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -41,7 +42,7 @@ def run_together(commands: Iterable[tuple[list[str], dict[str, str]]]) -> None:
     started = [
         subprocess.Popen(
             command,
-            cwd=REPOSITORY,
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
             stderr=subprocess.PIPE,
             text=True,
@@ -104,7 +105,7 @@ def test_tasks_of_slurm(tmp_path: Path, whole: list[Any]) -> None:
     slurm = {
         "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29418",
+        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     script = [
         sys.executable,
@@ -125,7 +126,7 @@ def test_two_nodes_of_one_process_each(tmp_path: Path, whole: list[Any]) -> None
     """Two agents of torchrun, which meet on the loopback device."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-        "--rdzv_backend=static", "--master_addr=127.0.0.1", "--master_port=29417",
+        "--rdzv_backend=static", "--master_addr=127.0.0.1", f"--master_port={free_port()}",
     ]  # fmt: skip
     script = ["-m", TRAINS, str(tmp_path), "nothing", "1"]
     run_together(([*command, f"--node_rank={node}", *script], {}) for node in (0, 1))

@@ -17,6 +17,7 @@ from . import scenarios
 
 REPOSITORY = Path(__file__).parents[3]
 RANKS = (0, 1)
+pytestmark = pytest.mark.xdist_group("records of two processes")
 
 
 def start(*command: str) -> None:
