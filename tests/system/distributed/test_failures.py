@@ -105,7 +105,8 @@ def test_tasks_of_slurm(tmp_path: Path, whole: list[Any]) -> None:
     slurm = {
         "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     script = [
         sys.executable,
