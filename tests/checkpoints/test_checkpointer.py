@@ -28,7 +28,9 @@ from brain_lightning import (
 )
 from brain_lightning.checkpoints import atomic_directory, hooks
 from tests.support.brains import Regression, loader, make, weights
-from tests.system.checkpoint_kills import SETTINGS, State, kill_saves
+from tests.support.processes import check_python
+from tests.support.states import State, names, recovered, saved
+from tests.system.checkpoint_kills import SETTINGS, kill_saves
 
 GOLDEN = Path(__file__).parents[1] / "support" / "golden"
 
@@ -36,25 +38,6 @@ GOLDEN = Path(__file__).parents[1] / "support" / "golden"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "save"
-
-
-def saved(folder: Path, *values: int) -> State:
-    """A state that was saved with each of the values."""
-    state = State(folder, size=8)
-    for value in values:
-        state.set(value)
-        state.checkpointer.save_checkpoint(name=str(value))
-    return state
-
-
-def recovered(folder: Path) -> set[float]:
-    state = State(folder, size=8)
-    state.checkpointer.recover_if_possible()
-    return state.values()
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 # --------------------------------------------------------------------- SpeechBrain's files
@@ -88,10 +71,10 @@ def test_it_is_read_without_speechbrain() -> None:
         f"Checkpointer({str(GOLDEN / 'save')!r}, {{'model': model}}).recover_if_possible()\n"
         "print(model.bias.tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+    # It imports the package without it: a fork has both.
+    found = check_python("-c", code, real=True)
     expected = json.loads((GOLDEN / "expected.json").read_text())
-    assert json.loads(done.stdout) == expected["bias"]
+    assert json.loads(found) == expected["bias"]
 
 
 def test_speechbrain_reads_ours(folder: Path) -> None:
@@ -364,13 +347,12 @@ def test_what_dead_processes_left_is_removed_and_the_living_ones_is_not(
     folder: Path,
 ) -> None:
     state = saved(folder, 1)
-    done = subprocess.run(
-        [sys.executable, "-c", "from pathlib import Path\n"
-         "from brain_lightning.checkpoints.atomic_directory import new_directory\n"
-         f"print(new_directory(Path({str(folder)!r})).name)"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    dead, mine = done.stdout.strip(), atomic_directory.new_directory(folder).name
+    code = (
+        "from pathlib import Path\n"
+        "from brain_lightning.checkpoints.atomic_directory import new_directory\n"
+        f"print(new_directory(Path({str(folder)!r})).name)"
+    )
+    dead, mine = check_python("-c", code).strip(), atomic_directory.new_directory(folder).name
     assert {dead, mine} <= names(folder)
     assert recovered(folder) == {1.0}
     assert names(folder) == {"CKPT+1", mine}
@@ -429,7 +411,7 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path) -> None
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
-from tests.system.checkpoint_kills import State
+from tests.support.states import State
 folder = Path({str(tmp_path)!r}) / "small"
 state = State(folder, size=150_000)
 state.set(1)
@@ -524,7 +506,7 @@ def test_a_process_ends_when_its_last_save_is_durable(folder: Path) -> None:
         "checkpointer.async_save = True\n"
         "for value in range(3): checkpointer.save_checkpoint({'value': value})\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    check_python("-c", code)
     model = nn.Linear(2000, 500)
     found = Checkpointer(folder, {"model": model}).recover_if_possible()
     assert found is not None

@@ -15,6 +15,7 @@ from torch import nn
 
 from .recipes import (
     ChangingBatches,
+    CountsSaves,
     Noisy,
     Stream,
     dataset,
@@ -570,22 +571,6 @@ def validation_of_its_own(side: Side, record: Record) -> Any:
     train = loader(record, brain, shuffle=True)
     brain.fit(side.EpochCounter(3), train, loader(record, brain))
     return brain
-
-
-class CountsSaves:
-    """What a recipe's interval saves ask of a checkpointer."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-
-    def add_recoverable(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def recover_if_possible(self, **_: Any) -> None:
-        pass
-
-    def save_and_keep_only(self, **kwargs: Any) -> None:
-        self.record.results.append(sorted(kwargs))
 
 
 def interval_saves_of_its_own(side: Side, record: Record) -> Any:

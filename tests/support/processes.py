@@ -89,7 +89,7 @@ def variables(**more: str) -> dict[str, str]:
     return {**os.environ, **paths, **more}
 
 
-def run(
+def run_python(
     *words: str, cwd: Path | None = None, real: bool = False, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python with these words; it ends in any case, for a run that hangs is a failure.
@@ -107,8 +107,8 @@ def run(
     )  # fmt: skip
 
 
-def succeed(*words: str, cwd: Path | None = None, real: bool = False, **more: str) -> str:
+def check_python(*words: str, cwd: Path | None = None, real: bool = False, **more: str) -> str:
     """The same of what must end with status 0; returns what it printed."""
-    done = run(*words, cwd=cwd, real=real, **more)
+    done = run_python(*words, cwd=cwd, real=real, **more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -28,9 +28,8 @@ from brain_lightning import (
     run_on_main,
     to_lightning,
 )
-from tests.parity.recipes import CLASSES, FEATURES, adam, dataset, loader, make
+from tests.parity.recipes import CLASSES, FEATURES, CountsSaves, adam, dataset, loader, make
 from tests.parity.sides import OURS, Record, Side
-from tests.parity.test_fit import CountsSaves
 from tests.support.brains import trainer_with
 
 GLOO = {"distributed_backend": "gloo"}
