@@ -46,10 +46,11 @@ if status < 0:
     os.kill(os.getpid(), -status)
 os._exit(status)
 """
-# What scripts of the tests and the examples import.
+# What takes long to import: of the tests, the examples, and of torchrun.
 PRELOADED = (
-    "tests.support.environment", "lightning.pytorch", "brain_lightning",
-    "brain_lightning.cli.main",
+    "tests.support.environment", "lightning.pytorch.loggers", "torch.distributed.run",
+    "brain_lightning.module.to_lightning", "brain_lightning.brain.brain",
+    "brain_lightning.cli.main", "sklearn.datasets",
 )  # fmt: skip
 
 
