@@ -54,11 +54,11 @@ pytestmark = [
     ],
     ids=lambda setting: " ".join(str(setting).split()),
 )
-def test_killed_anywhere(setting: Setting) -> None:
+def test_killed_anywhere(setting: Setting, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     quiet()
     try:
-        outcome = kill_trainings(setting, kills=3, seed=1)
+        outcome = kill_trainings(setting, kills=3, seed=1, parent=tmp_path)
     finally:
         logging.disable(logging.NOTSET)
         torch.set_num_threads(threads)

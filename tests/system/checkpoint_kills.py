@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import select
 import signal
 import struct
 import sys
@@ -76,11 +77,12 @@ def _killed(folder: Path, start: int, delay: float, setting: dict[str, Any]) -> 
             # Never the parent's code.
             os._exit(1)
     os.close(writer)
-    first = os.read(reader, 4)
-    time.sleep(delay)
+    told = os.read(reader, 4)
+    end = time.monotonic() + delay
+    while (left := end - time.monotonic()) > 0 and select.select([reader], [], [], left)[0]:
+        told += os.read(reader, 4096)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    told = first
     while more := os.read(reader, 4096):
         told += more
     os.close(reader)
