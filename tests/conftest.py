@@ -3,54 +3,25 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import sys
 import threading
-import types
-import warnings
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
-
-def _import_torchaudio() -> None:
-    """Imports it, without its extensions where this build of torch cannot load them.
-
-    PyPI's torchaudio ships extensions that are built for one version of CUDA. Missing
-    ones count as "not built", so a stub in their place is enough.
-    """
-    try:
-        import torchaudio
-    except (ImportError, OSError, RuntimeError):
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
-            del sys.modules[name]
-        stub = types.ModuleType("torchaudio._extension")
-        stub._IS_TORCHAUDIO_EXT_AVAILABLE = False  # type: ignore[attr-defined]
-        stub._IS_ALIGN_AVAILABLE = False  # type: ignore[attr-defined]
-        stub.fail_if_no_align = lambda function: function  # type: ignore[attr-defined]
-        sys.modules["torchaudio._extension"] = stub
-        import torchaudio  # noqa: F401
+from tests.support.environment import seed_everything
 
 
-def _import_speechbrain() -> None:
-    """Imports it once, with its own warnings left out: they are not ours to mend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import speechbrain
-        import speechbrain.core
-        import speechbrain.utils.checkpoints  # noqa: F401
-
-
-# The tensors are tiny, and other processes share the machine.
-torch.set_num_threads(1)
-_import_torchaudio()
-_import_speechbrain()
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """As many as there are CPUs, of which each imports torch; none for a few named tests."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(os.cpu_count() or 1, 8) if everything else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What takes long comes first: the last tests keep all workers busy.
+    items.sort(key=lambda item: "system" not in item.path.parts)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
         for item in items:
@@ -61,12 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     seed_everything(1234)
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +73,11 @@ def process_is_left_as_found(
     ]
     assert not left, f"threads were left behind: {left}"
     changed = {k for k, v in os.environ.items() if environment.get(k) != v}
-    # Set by OpenMP, pytest, torch.compile and Lightning's look for a GPU.
-    own = ("KMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "PYTORCH_NVML_", "CUDA_")
+    # Set by OpenMP, pytest, torch.compile, Triton and Lightning's look for a GPU.
+    own = (
+        "KMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_NVML_",
+        "CUDA_",
+    )  # fmt: skip
     changed = {k for k in changed if not k.startswith(own)}
     assert not changed, f"environment variables were changed: {changed}"
 

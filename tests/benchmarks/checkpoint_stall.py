@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-from tests.conftest import seed_everything  # First: it makes SpeechBrain importable.
+from tests.support.environment import (
+    seed_everything,
+)  # First: it makes SpeechBrain importable.
 
 KINDS = ("SpeechBrain", "synchronous", "background")
 

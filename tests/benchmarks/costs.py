@@ -23,7 +23,7 @@ BASES = {"SpeechBrain": speechbrain.Brain, "brain.fit": brain_lightning.Brain}
 COMMANDS = {
     "import speechbrain": [
         "-c",
-        "from tests.conftest import seed_everything; import speechbrain",
+        "from tests.support.environment import seed_everything; import speechbrain",
     ],
     "import brain_lightning, its Brain": ["-c", "from brain_lightning import Brain"],
     "brain-lightning --help": ["-m", "brain_lightning", "--help"],

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.conftest import seed_everything  # noqa: F401  First: it makes SpeechBrain importable.
+from tests.support import environment  # noqa: F401  First: it makes SpeechBrain importable.
 
 # isort: split
 import speechbrain

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,10 +235,10 @@ def model_pruning(tmp_path: Path) -> None:
 
 
 @ROWS.row("Timer", "works")
-def timer(tmp_path: Path) -> None:
+def timer(tmp_path: Path, clock: Any) -> None:
     class Slow(Regression):
         def on_fit_batch_end(self, *_: Any) -> None:
-            time.sleep(0.2)
+            clock.now += 0.2
 
     brain = make(Slow)
     watch = callbacks.Timer(duration={"milliseconds": 100})

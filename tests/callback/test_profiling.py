@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from brain_lightning import RunOptionError, to_lightning
-from tests.module.test_brain_module import Manual
-from tests.support.brains import loader, make, trainer_with
+from tests.support.brains import Manual, loader, make, trainer_with
 
 OPTIONS = {"profile_training": True, "profile_warmup": 2, "profile_steps": 3}
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -180,10 +179,10 @@ def min_epochs() -> None:
 
 
 @ROWS.row("max_time", "honoured")
-def max_time() -> None:
+def max_time(clock: Any) -> None:
     class Slow(Regression):
         def on_fit_batch_end(self, *_: Any) -> None:
-            time.sleep(0.2)
+            clock.now += 0.2
 
     brain = make(Slow)
     fit(brain, max_time={"milliseconds": 100}, max_epochs=5)

@@ -28,9 +28,7 @@ from brain_lightning.checkpoints import atomic_directory
 from brain_lightning.checkpoints.async_save import Snapshots
 from brain_lightning.cli.main import main
 from tests.support.brains import make
-from tests.system.checkpoint_kills import State
-
-from .test_checkpointer import names, recovered, saved
+from tests.support.states import State, names, recovered, saved
 
 
 @pytest.fixture

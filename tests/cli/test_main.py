@@ -4,77 +4,32 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import speechbrain
-import torch
 from lightning.pytorch import Trainer
 
 from brain_lightning import RunOptionError
 from brain_lightning.cli.main import main
 from brain_lightning.cli.run import processes_to_launch
 from brain_lightning.compat.versions import accelerator
+from tests.support.processes import TORCHRUN, check_python, python, variables
+from tests.support.scripts import QUIET, TOY, result, same, script
 
-RECIPES = Path(__file__).parents[1] / "support" / "recipes"
-TOY = [str(RECIPES / "toy.py"), str(RECIPES / "toy.yaml")]
-QUIET = ["--device=cpu", "--noprogressbar"]
 # SpeechBrain's own.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def script(folder: Path, text: str, name: str = "train.py") -> str:
-    path = folder / name
-    path.write_text(text)
-    return str(path)
-
-
-def result(folder: Path, rank: int = 0) -> dict[str, Any]:
-    return torch.load(folder / f"rank{rank}.pt", weights_only=True)
-
-
-def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": stub_path(cwd), **env},
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-
-
-def stub_path(folder: Path) -> str:
-    """A torchaudio that can be imported where its extensions cannot: see conftest.py."""
-    site = folder / "site"
-    site.mkdir(exist_ok=True)
-    extension = sys.modules["torchaudio._extension"]
-    if not hasattr(extension, "__file__"):
-        (site / "sitecustomize.py").write_text(
-            "import sys, types\n"
-            "stub = types.ModuleType('torchaudio._extension')\n"
-            "stub._IS_TORCHAUDIO_EXT_AVAILABLE = stub._IS_ALIGN_AVAILABLE = False\n"
-            "stub.fail_if_no_align = lambda function: function\n"
-            "sys.modules['torchaudio._extension'] = stub\n"
-        )
-    return os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture
 def by_speechbrain(tmp_path: Path) -> dict[str, Any]:
     """What the toy recipe gives where it is run by itself."""
     folder = tmp_path / "speechbrain"
-    done = in_a_process(*TOY, *QUIET, f"--output_folder={folder}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    check_python(*TOY, *QUIET, f"--output_folder={folder}", cwd=tmp_path)
     return result(folder)
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    weights = zip(one["weights"].values(), other["weights"].values(), strict=True)
-    return one["loss"] == other["loss"] and all(torch.equal(a, b) for a, b in weights)
 
 
 def test_an_unedited_recipe_runs_on_a_trainer(
@@ -162,12 +117,9 @@ def test_a_recipe_on_our_brain_runs_too(tmp_path: Path) -> None:
 
 def test_several_processes_are_started_as_torchrun_would(tmp_path: Path) -> None:
     words = ["-m", "brain_lightning", "run", *TOY, *QUIET, "--trainer.devices=2"]
-    done = in_a_process(*words, f"--output_folder={tmp_path / 'ours'}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    check_python(*words, f"--output_folder={tmp_path / 'ours'}", cwd=tmp_path, real=True)
     gloo = ["--distributed_backend=gloo", f"--output_folder={tmp_path / 'theirs'}"]
-    done = in_a_process(*torchrun, *TOY, *QUIET, *gloo, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    check_python(*TORCHRUN, *TOY, *QUIET, *gloo, cwd=tmp_path, real=True)
     for rank in (0, 1):
         assert same(result(tmp_path / "ours", rank), result(tmp_path / "theirs", rank))
     assert result(tmp_path / "ours")["step"] == 9
@@ -255,8 +207,13 @@ def test_torchruns_processes_start_no_others(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PYTHONPATH", stub_path(tmp_path))
+def in_real_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", variables()["PYTHONPATH"])
+
+
+@pytest.fixture
+def in_forks(in_real_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", python())
 
 
 def verify(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -264,7 +221,7 @@ def verify(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[s
     return status, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.usefixtures("importable")
+@pytest.mark.usefixtures("in_real_processes")
 def test_a_recipe_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["verify", *TOY, *QUIET, "--steps=8"])
     shown = capsys.readouterr().out
@@ -277,7 +234,7 @@ def test_a_recipe_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
         assert stage in shown
 
 
-@pytest.mark.usefixtures("importable")
+@pytest.mark.usefixtures("in_forks")
 def test_a_dropout_that_is_reseeded_once_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,7 +253,7 @@ def test_a_dropout_that_is_reseeded_once_is_found(
     assert ours[3]["loss"] != theirs[3]["loss"] or ours[3]["weights"] != theirs[3]["weights"]
 
 
-@pytest.mark.usefixtures("importable")
+@pytest.mark.usefixtures("in_forks")
 def test_a_clip_of_another_value_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--loss_scale=4.0", "--dropout=0.0"]
     _, equal = verify(*TOY, *words, "--steps=6", capsys=capsys)
@@ -313,7 +270,7 @@ def _clipped(step: dict[str, Any], to: float) -> bool:
     return any(float(norm) > to for norm in step["norms"])
 
 
-@pytest.mark.usefixtures("importable")
+@pytest.mark.usefixtures("in_forks")
 def test_a_recipe_that_fails_by_itself_is_told_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,10 +21,10 @@ from brain_lightning import (
 )
 from brain_lightning.cli.main import main
 from brain_lightning.loggers.curves import draw, read_curves, write_curves
-from tests.cli.test_main import QUIET, TOY, in_a_process, script
 from tests.support.brains import Regression, loader, make, trainer_with
-
-from .test_train_logger import Killed, Stub, reporting, train_and_test
+from tests.support.processes import check_python
+from tests.support.reporting import Killed, Stub, reporting, train_and_test
+from tests.support.scripts import QUIET, TOY, script
 
 # SpeechBrain's own, and Lightning's advice.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -263,8 +263,7 @@ def test_where_to_plot_is_chosen_and_a_recipe_keeps_its_callbacks(
 
 def test_two_processes_plot_once(tmp_path: Path) -> None:
     words = [*TOY, *QUIET, f"--output_folder={tmp_path}", "--trainer.devices=2", "--plot"]
-    done = in_a_process("-m", "brain_lightning", "run", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    check_python("-m", "brain_lightning", "run", *words, cwd=tmp_path)
     assert [path.name for path in tmp_path.glob("*.png*")] == ["curves.png"]
     assert len(read_curves(tmp_path / "curves.png")) == 3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from brain_lightning import LightningTrainLogger
 from tests.support.brains import loader
-
-from .test_train_logger import (
+from tests.support.reporting import (
     Killed,
     csv_logger,
     killed,
@@ -93,7 +91,6 @@ def test_a_test_alone_is_added_to_the_newest_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make_logger", [csv_logger, tensorboard_logger])
 def test_a_resumed_process_may_test_before_it_trains(tmp_path: Path, make_logger: Any) -> None:
     killed(reporting(make_logger(tmp_path)(), tmp_path / "save", killed_in=3))
-    time.sleep(1.1)
     brain = reporting(make_logger(tmp_path)(), tmp_path / "save")
     brain.evaluate(loader(8))
     train(brain)
@@ -244,7 +241,6 @@ def test_a_tensorboard_version_that_is_asked_for_is_replaced_by_another_run(
 ) -> None:
     for epochs in (3, 2):
         train(reporting(tensorboard_logger(tmp_path, version=0)(), epochs=epochs))
-        time.sleep(1.1)
     scalars = scalars_in(tmp_path / "lightning_logs" / "version_0")
     assert [step for step, _ in scalars["valid_WER"]] == [1, 2]
 

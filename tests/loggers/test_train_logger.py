@@ -2,142 +2,36 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import logging
 import math
-import os
-import subprocess
-import sys
-import time
 import wave
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import speechbrain.utils.train_logger
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from matplotlib.figure import Figure
+from lightning.pytorch.loggers import CSVLogger
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from brain_lightning import BrainTypeError, Checkpointer, EpochCounter, LightningTrainLogger
-from tests.cli.test_main import stub_path
-from tests.support.brains import Regression, loader, make
-
-Row = dict[str, str]
-
-
-class Stub(Logger):
-    """Any other logger."""
-
-    name, version = "stub", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.entries.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-class Killed(RuntimeError):  # noqa: N818  no error of anybody's
-    """What ends a run in these tests."""
-
-
-class Reporting(Regression):
-    """Logs an epoch and saves it; is killed in between if asked to."""
-
-    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
-        log_stats = self.hparams.train_logger.log_stats
-        if stage.name == "TRAIN":
-            self.train_stats = {"loss": stage_loss, "accuracy": epoch / 8}
-        elif stage.name == "VALID":
-            valid = {"loss": stage_loss, "WER": 30.0 - epoch}
-            if getattr(self.hparams, "sounds", False):
-                sound = torch.full((80,), epoch / 10)
-                self.hparams.train_logger.log_audio("voice", sound, 8000)
-            log_stats({"epoch": epoch, "lr": 0.1}, self.train_stats, valid)
-            if epoch == self.hparams.killed_in:
-                raise Killed
-            if self.checkpointer is not None:
-                self.checkpointer.save_and_keep_only(meta={"loss": stage_loss})
-        else:
-            loaded = {"Epoch loaded": self.hparams.epoch_counter.current}
-            log_stats(loaded, test_stats={"loss": stage_loss, "WER": 5.0})
-
-
-def reporting(
-    train_logger: Any,
-    folder: Path | None = None,
-    epochs: int = 4,
-    killed_in: int = 0,
-    **more: Any,
-) -> Any:
-    counter = EpochCounter(epochs)
-    hparams = {
-        "train_logger": train_logger, "epoch_counter": counter, "killed_in": killed_in, **more
-    }  # fmt: skip
-    checkpointer = None if folder is None else Checkpointer(folder, {"counter": counter})
-    brain = make(Reporting, hparams=hparams, checkpointer=checkpointer)
-    if checkpointer is not None:
-        checkpointer.add_recoverable("model", brain.modules.model)
-    return brain
-
-
-def train(brain: Any) -> None:
-    brain.fit(brain.hparams.epoch_counter, loader(), loader(8))
-
-
-def train_and_test(brain: Any) -> None:
-    train(brain)
-    brain.evaluate(loader(12))
-
-
-def killed(brain: Any) -> None:
-    with pytest.raises(Killed):
-        train(brain)
-
-
-def killed_twice_and_resumed(
-    train_logger: Callable[[], Any], folder: Path, **more: Any
-) -> None:
-    """Each time in a process of its own, as far as objects go."""
-    for killed_in in (2, 3):
-        killed(reporting(train_logger(), folder / "save", killed_in=killed_in, **more))
-        # TensorBoard reads its files in the order of the seconds in their names.
-        time.sleep(1.1)
-    train_and_test(reporting(train_logger(), folder / "save", **more))
-
-
-def rows_in(folder: Path) -> list[Row]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def steps_in(folder: Path) -> list[str]:
-    return [row["step"] for row in rows_in(folder)]
-
-
-def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
-
-
-def csv_logger(folder: Path, **kwargs: Any) -> Callable[[], LightningTrainLogger]:
-    return lambda: LightningTrainLogger(CSVLogger(folder, **kwargs))
-
-
-def tensorboard_logger(folder: Path, **kwargs: Any) -> Callable[[], LightningTrainLogger]:
-    return lambda: LightningTrainLogger(TensorBoardLogger(folder, **kwargs))
-
+from brain_lightning import BrainTypeError, LightningTrainLogger
+from tests.support.brains import loader
+from tests.support.processes import TORCHRUN, check_python
+from tests.support.reporting import (
+    Stub,
+    csv_logger,
+    killed_twice_and_resumed,
+    media,
+    reporting,
+    rows_in,
+    scalars_in,
+    speechbrain_reporting,
+    tensorboard_logger,
+    train,
+    train_and_test,
+)
 
 # ---------------------------------------------------------------------- what is logged
 
@@ -269,13 +163,6 @@ def test_a_logger_that_is_the_trainers_too_has_it_once(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ sounds and pictures
 
 
-def media(train_logger: LightningTrainLogger) -> None:
-    train_logger.log_stats({"epoch": 3}, {"loss": 1.0})
-    train_logger.log_audio("voice", torch.linspace(-1.5, 1.5, 800).reshape(1, -1), 8000)
-    train_logger.log_figure("spectrogram", torch.rand(1, 8, 5, requires_grad=True))
-    train_logger.log_figure("attention", Figure())
-
-
 def test_sounds_and_pictures_are_files_beside_a_csv_log(tmp_path: Path) -> None:
     media(csv_logger(tmp_path, version=0)())
     folder = tmp_path / "lightning_logs" / "version_0"
@@ -344,42 +231,21 @@ def test_speechbrains_tensorboardlogger_writes_the_same_scalars(tmp_path: Path) 
     assert [value for _, value in ours["WER/valid"]] == [29.0, 28.0, 27.0, 26.0]
 
 
-def speechbrain_reporting(train_logger: Any) -> Any:
-    """The same Brain on SpeechBrain's loop."""
-    namespace = {
-        name: vars(cls)[name]
-        for cls in (Regression, Reporting)
-        for name in ("compute_forward", "compute_objectives", "on_stage_end")
-        if name in vars(cls)
-    }
-    cls = type("SpeechBrainReporting", (speechbrain.Brain,), namespace)
-    counter = speechbrain.utils.epoch_loop.EpochCounter(4)
-    hparams = {"train_logger": train_logger, "epoch_counter": counter, "killed_in": 0}
-    return make(cls, hparams=hparams)
-
-
 # --------------------------------------------------------------- processes of their own
-
-
-def in_processes(*words: str, cwd: Path) -> None:
-    path = os.pathsep.join([str(Path(__file__).parents[2]), stub_path(cwd)])
-    done = subprocess.run(
-        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("service", ["wandb", "mlflow"])
 def test_in_a_service_each_epoch_is_found_once(service: str, tmp_path: Path) -> None:
-    in_processes("-m", "tests.support.log_services", service, cwd=tmp_path)
+    check_python("-m", "tests.support.log_services", service, cwd=tmp_path)
 
 
 TWO = """
 import sys
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from tests.loggers.test_train_logger import LightningTrainLogger, loader, reporting
+from brain_lightning import LightningTrainLogger
+from tests.support.brains import loader
+from tests.support.reporting import reporting
 
 brain = reporting(LightningTrainLogger(CSVLogger(sys.argv[1])), epochs=2)
 brain.distributed_backend = "gloo"
@@ -395,7 +261,6 @@ torch.distributed.destroy_process_group()
 def test_two_processes_log_once(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TWO)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    in_processes(*torchrun, str(script), str(tmp_path / "logs"), cwd=tmp_path)
+    check_python(*TORCHRUN, str(script), str(tmp_path / "logs"), cwd=tmp_path)
     (log,) = (tmp_path / "logs").rglob("metrics.csv")
     assert [row["step"] for row in rows_in(log.parent)] == ["1", "2", "2", "1"]

@@ -17,7 +17,15 @@ from brain_lightning import (
     lightning_module_class,
     to_lightning,
 )
-from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
+from tests.support.brains import (
+    Manual,
+    Regression,
+    all_equal,
+    loader,
+    make,
+    trainer_with,
+    weights,
+)
 
 
 class Trace(Callback):
@@ -52,16 +60,6 @@ class Trace(Callback):
     ) -> None:
         self.hooks.append("on_train_batch_end")
         self.steps.append((trainer.global_step, pl_module.brain.optimizer_step))
-
-
-class Manual(Regression):
-    def fit_batch(self, batch: Any) -> Any:
-        loss = self.compute_objectives(self.compute_forward(batch, None), batch, None)
-        loss.backward()
-        for _ in range(2):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
 
 
 class OwnStep(Regression):

@@ -9,24 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
-from torch.utils.data import DataLoader
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from brain_lightning import CheckpointError, to_lightning
 from brain_lightning.cli.main import main
-from tests.resume.test_run_state import (
+from tests.support.brains import Regression, loader, make, trainer_with, weights
+from tests.support.resuming import (
     BATCHES,
+    Callbacks,
     Cut,
-    Noise,
     Noisy,
     assert_same,
     at,
     brain_in,
     seed,
+    whole_and_resumed,
 )
-from tests.support.brains import Regression, loader, make, trainer_with, weights
-from tests.support.upstream import weights_only
+from tests.support.resuming import fit_with_trainer as fit
+from tests.support.resuming import shuffled_by_workers as train_set
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -38,8 +39,6 @@ pytestmark = [
         r".*fit\(ckpt_path=None\)` was called without a model",
     )
 ]
-
-Callbacks = Callable[[Path], list[Callback]]
 
 
 class SavesAfter(Callback):
@@ -66,60 +65,6 @@ class ByHand(Noisy):
         self.optimizer_step += 2
         self.on_fit_batch_end(batch, predictions, loss, True)
         return loss.detach()
-
-
-def train_set() -> DataLoader[Any]:
-    return DataLoader(Noise(), 4, shuffle=True, num_workers=2)
-
-
-def fit(
-    brain: Noisy,
-    callbacks: list[Callback],
-    ckpt_path: Any = None,
-    **arguments: Any,
-) -> Trainer:
-    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    trainer = trainer_with(*callbacks, max_epochs=-1, enable_checkpointing=saves, **arguments)
-    module = to_lightning(brain)
-    trainer.fit(module, train_set(), loader(), ckpt_path=ckpt_path, **weights_only(True))
-    return trainer
-
-
-def whole_and_resumed(
-    folder: Path,
-    callbacks: Callbacks,
-    cut: Callable[[Any], bool],
-    ckpt_path: str = "last",
-    cls: type[Noisy] = Noisy,
-    arguments: dict[str, Any] | None = None,
-    **options: Any,
-) -> tuple[Noisy, Noisy, Trainer]:
-    """As in ``test_resume``, with a Trainer's checkpoints."""
-    arguments = arguments or {}
-
-    def brain() -> Noisy:
-        new = brain_in(None, **options)
-        new.__class__ = cls
-        return new
-
-    whole = brain()
-    expected = fit(whole, callbacks(folder / "whole"), **arguments)
-    first = brain()
-    first.cut = cut
-    with pytest.raises(Cut):
-        fit(first, callbacks(folder / "cut"), **arguments)
-    second = brain()
-    seed(77)
-    path = ckpt_path if ckpt_path == "last" else folder / "cut" / ckpt_path
-    found = fit(second, callbacks(folder / "cut"), path, **arguments)
-    assert (found.global_step, found.current_epoch) == (
-        expected.global_step,
-        expected.current_epoch,
-    )
-    whole_events, events = whole.hparams.events, second.hparams.events
-    assert events[0][:2] == ("start", "TRAIN")
-    assert events[1:] == whole_events[len(whole_events) - len(events) + 1 :]
-    return whole, second, found
 
 
 def every(steps: int, **kwargs: Any) -> Callbacks:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
-import sys
 
 import pytest
 from lightning.pytorch import Trainer
@@ -13,6 +11,7 @@ from lightning.pytorch import Trainer
 from brain_lightning import parse_arguments
 from brain_lightning.cli.main import main
 from brain_lightning.options.trainer_arguments import WIDTH, WITH_A_BRAIN, trainer_help
+from tests.support.processes import check_python
 
 ARGUMENTS = list(inspect.signature(Trainer).parameters)
 
@@ -67,10 +66,9 @@ def test_a_command_shows_it_before_it_looks_at_anything(
 
 def test_a_script_of_ones_own_shows_it_too() -> None:
     script = "from brain_lightning import parse_arguments; parse_arguments(); print('built')"
-    words = [sys.executable, "-c", script, "nowhere.yaml", "--trainer.help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == trainer_help() + "\n"
+    assert (
+        check_python("-c", script, "nowhere.yaml", "--trainer.help") == trainer_help() + "\n"
+    )
 
 
 def test_the_help_of_a_script_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:

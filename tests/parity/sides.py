@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import brain_lightning
 from brain_lightning.cli.verify_recorder import HOOKS
-from tests.conftest import seed_everything
+from tests.support.environment import seed_everything
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,10 @@ def assert_equal(ours: Record, theirs: Record, random: bool = True) -> None:
 def assert_moved(record: Record) -> None:
     """Some weight is not what it was when the Brain was made."""
     first = record.tensors[0]
-    # The names change where a module is wrapped for several processes.
-    last = {n.replace(".module.", "."): tensor for n, tensor in record.tensors[-1].items()}
+    # The names change where a module is wrapped for several processes, or compiled.
+    last = {
+        name.replace(".module.", ".").replace("._orig_mod.", "."): tensor
+        for name, tensor in record.tensors[-1].items()
+    }
     moved = [name for name, weight in first.items() if not torch.equal(weight, last[name])]
     assert moved, "no weight moved"

@@ -16,12 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from brain_lightning import Checkpointer, EpochCounter, to_lightning
-from tests.module.test_checkpoint_file import fit as fit_with_trainer
-from tests.module.test_checkpoint_file import whole_and_resumed
 from tests.support.brains import Regression, loader, make, trainer_with
-from tests.support.upstream import needs_lightning
-
-from .test_run_state import (
+from tests.support.resuming import (
     BATCHES,
     Cut,
     Noise,
@@ -32,8 +28,11 @@ from .test_run_state import (
     brain_in,
     cut_and_resumed,
     fit,
+    fit_with_trainer,
     seed,
+    whole_and_resumed,
 )
+from tests.support.upstream import needs_lightning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

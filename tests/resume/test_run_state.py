@@ -3,149 +3,41 @@
 from __future__ import annotations
 
 import logging
-import os
-import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import (
     DataLoader,
-    Dataset,
-    IterableDataset,
     RandomSampler,
     WeightedRandomSampler,
 )
 
-from brain_lightning import Checkpointer, EpochCounter
-from tests.support.brains import Regression, all_equal, loader, make, weights
+from tests.support.brains import all_equal
+from tests.support.processes import run_python
+from tests.support.resuming import (
+    BATCHES,
+    Cut,
+    Noise,
+    Noisy,
+    StatefulStream,
+    Stream,
+    assert_same,
+    at,
+    brain_in,
+    cut_and_resumed,
+    fit,
+)
 from tests.system.resume_kills import Setting, kill_trainings, quiet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes"),
 ]
-
-BATCHES = 12
-
-
-class Cut(RuntimeError):  # noqa: N818  no error of anybody's
-    """What ends a run in these tests."""
-
-
-class Noisy(Regression):
-    """Random in every step; notes what its hooks were told, and is cut where it is told."""
-
-    cut: Callable[[Noisy], bool] | None = None
-    nan_at: int | None = None
-
-    def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
-        # Not in an attribute, which would be restored as what the epoch has gathered.
-        self.hparams.events.append(("start", stage.name, epoch))
-
-    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
-        self.hparams.events.append(("end", stage.name, epoch))
-
-    def on_fit_start(self) -> None:
-        if self.checkpointer is not None:
-            self.checkpointer.add_recoverable("model", self.modules.model)
-        super().on_fit_start()
-
-    def compute_forward(self, batch: Any, stage: Any) -> Any:
-        x = batch[0]
-        if stage.name == "TRAIN":
-            x = torch.nn.functional.dropout(x, 0.3) * np.random.rand() + drawn()
-        return self.modules.model(x)
-
-    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
-        loss = super().compute_objectives(predictions, batch, stage)
-        return loss * torch.nan if self.step == self.nan_at else loss
-
-    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
-        self.hparams.events.append(("batch", self.step, should_step))
-
-    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
-        if self.cut is not None and self.cut(self):
-            raise Cut
-
-
-class Noise(Dataset[Any]):
-    """Examples that are random, and counted."""
-
-    loaded: list[int] | None = None
-
-    def __init__(self, items: int = 4 * BATCHES) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return self.items
-
-    def __getitem__(self, index: int) -> Any:
-        if self.loaded is not None:
-            self.loaded.append(index)
-        x = torch.full((4,), index / self.items) + torch.rand(4) * np.random.rand()
-        return x + drawn(), x[:2]
-
-
-def seed(number: int) -> None:
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
-
-
-def drawn() -> float:
-    return random.random()  # noqa: S311
-
-
-def at(epoch: int, step: int) -> Callable[[Noisy], bool]:
-    return lambda brain: brain.hparams.epoch_counter.current == epoch and brain.step == step
-
-
-def brain_in(folder: Path | None, **options: Any) -> Noisy:
-    """A Brain, new as in a new process: nothing random is as it was."""
-    counter = EpochCounter(2)
-    checkpointer = None if folder is None else Checkpointer(folder, {"counter": counter})
-    hparams = {"epoch_counter": counter, "events": []}
-    brain: Noisy = make(Noisy, hparams=hparams, checkpointer=checkpointer, **options)
-    seed(999)
-    return brain
-
-
-def fit(brain: Noisy, train: Any, **kwargs: Any) -> Noisy:
-    brain.fit(brain.hparams.epoch_counter, train, loader(), **kwargs)
-    return brain
-
-
-def cut_and_resumed(
-    folder: Path,
-    make_train: Callable[[], Any],
-    cut: Callable[[Noisy], bool],
-    **options: Any,
-) -> tuple[Noisy, Noisy]:
-    """The run that was never cut, and the one that went on where another was cut."""
-    options = {"ckpt_interval_steps": 1, **options}
-    whole = fit(brain_in(folder / "whole", **options), make_train())
-    first = brain_in(folder / "cut", **options)
-    first.cut = cut
-    with pytest.raises(Cut):
-        fit(first, make_train())
-    second = brain_in(folder / "cut", **options)
-    seed(77)
-    return whole, fit(second, make_train())
-
-
-def assert_same(whole: Noisy, resumed: Noisy) -> None:
-    assert all_equal(weights(whole), weights(resumed))
-    assert whole.optimizer_step == resumed.optimizer_step
-    assert not all_equal(weights(whole), weights(make()))
-
 
 # ------------------------------------------------------------------------ kills
 
@@ -162,11 +54,11 @@ def assert_same(whole: Noisy, resumed: Noisy) -> None:
     ],
     ids=lambda setting: " ".join(str(setting).split()),
 )
-def test_killed_anywhere(setting: Setting) -> None:
+def test_killed_anywhere(setting: Setting, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     quiet()
     try:
-        outcome = kill_trainings(setting, kills=3, seed=1)
+        outcome = kill_trainings(setting, kills=3, seed=1, parent=tmp_path)
     finally:
         logging.disable(logging.NOTSET)
         torch.set_num_threads(threads)
@@ -261,37 +153,6 @@ def test_no_skipped_example_is_loaded(tmp_path: Path, workers: int) -> None:
     fit(second, train)
     assert seen == list(range(951, 1001))
     assert dataset.loaded == ([] if workers else list(range(3800, 4000)))
-
-
-class Stream(IterableDataset[Any]):
-    """Numbers, one after the other, by turns of the workers."""
-
-    def __iter__(self) -> Iterator[Any]:
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        for item in range(worker, 4 * BATCHES, workers):
-            yield torch.full((4,), item / 48) + torch.rand(4), torch.zeros(2)
-
-
-class StatefulStream(Stream):
-    """The same, with a position; what it leaves out draws nothing."""
-
-    done = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        mine = list(range(worker, 4 * BATCHES, workers))
-        for item in mine[self.done :]:
-            self.done += 1
-            yield torch.full((4,), item / 48) + torch.rand(4), torch.zeros(2)
-        self.done = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = state["done"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -529,8 +390,8 @@ def test_a_failed_batch_of_a_living_brain_is_fitted_again(tmp_path: Path) -> Non
 SCRIPT = """
 import os, signal, sys, torch
 from pathlib import Path
-from tests.resume.test_run_state import *
-from tests.resume.test_run_state import Noisy
+from tests.support.brains import weights
+from tests.support.resuming import *
 
 class Told(Noisy):
     def on_fit_batch_start(self, *_):
@@ -551,12 +412,7 @@ torch.save([weights(brain), brain.optimizer_step], sys.argv[3])
 
 def run_script(folder: Path, told: object) -> tuple[int, Path]:
     out = folder / "weights.pt"
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), repr(told), str(out)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_python("-W", "ignore", "-c", SCRIPT, str(folder), repr(told), str(out))
     assert done.returncode in (0, 143), done.stderr
     return done.returncode, out
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-import subprocess
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ from brain_lightning import EpochCounter, RunOptionError, parse_arguments, to_li
 from brain_lightning.callback.progress_bars import last_epoch
 from brain_lightning.loggers.console import abbreviated
 from tests.support.brains import Regression, loader, make, trainer_with
+from tests.support.processes import run_python
 from tests.support.upstream import needs_lightning
 
 RATE = r"\[[\d:]+<[\d:]+, +[\d.]+it/s, "
@@ -273,8 +273,8 @@ sys.modules |= {"ipywidgets": widgets, "IPython.display": display}
 )
 def test_a_notebook_has_its_own_bar(ipywidgets: str, bar: str) -> None:
     code = NOTEBOOK.format(ipywidgets=ipywidgets)
-    words = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    # It imports what others have imported already in a fork.
+    done = run_python("-W", "error::UserWarning", "-c", code, real=True)
     assert done.stdout.split("\n")[:2] == [bar, "tqdm.std"], done.stderr
     assert "IProgress" not in done.stderr
 
@@ -396,9 +396,7 @@ COUNTS = """\
 )
 def test_a_person_sees_the_parameter_counts_once(configuration: str, prefix: str) -> None:
     script = PLAIN_SCRIPT.format(configuration=configuration)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", script)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ("" if prefix is None else prefix + COUNTS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,12 @@ from tests.support.brains import Regression, all_equal, loader, make, weights
 
 # torch's own, while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules are traced and wrapped as ever; no code is generated for them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 def trained(side: Any, **run_opts: Any) -> Any:
@@ -85,6 +92,7 @@ def test_a_module_that_cannot_be_compiled_is_scripted_instead(
     assert "no compiler" in caplog.text
 
 
+@pytest.mark.usefixtures("eager")
 def test_modules_are_compiled_once_where_a_brain_is_fitted_twice() -> None:
     brain = make(compile=True)
     for _ in range(2):

@@ -10,12 +10,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
-LAUNCHERS = Path(__file__).parent / "launchers"
+import torch
+from hyperpyyaml import load_hyperpyyaml
+
+from .brains import Regression, dataset, sgd
+from .processes import LAUNCHERS, ROOT, programs, variables
+
 # The least that every example can learn from.
 SMALL = {
     "porting/before/hparams.yaml": {"number_of_epochs": 2, "train": 32, "valid": 24},
@@ -75,12 +80,10 @@ class Scratch:
 
     Args:
         folder: Where to copy them.
-        python_path: What the processes have in ``PYTHONPATH``.
     """
 
-    def __init__(self, folder: Path, python_path: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._python_path = python_path
         self._done: dict[Block, subprocess.CompletedProcess[str]] = {}
         left_out = shutil.ignore_patterns("results", "__pycache__")
         shutil.copytree(ROOT / "examples", folder / "examples", ignore=left_out)
@@ -104,14 +107,9 @@ class Scratch:
         return self._done[block]
 
     def _environment(self) -> dict[str, str]:
-        path = [str(LAUNCHERS), str(Path(sys.executable).parent), os.environ["PATH"]]
-        return {
-            **os.environ,
-            **CLUSTER,
-            "PATH": os.pathsep.join(path),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), self._python_path]),
-            "OMP_NUM_THREADS": "1",
-        }
+        # What a reader's shell finds: here `python` forks a process.
+        path = [str(programs()), str(LAUNCHERS), os.environ["PATH"]]
+        return variables(**CLUSTER, PATH=os.pathsep.join(path))
 
 
 def _change(hparams: Path, values: dict[str, int]) -> None:
@@ -137,3 +135,37 @@ def missing(shown: str, real: str) -> list[str]:
     rest = iter(shape(real))
     lines = [line for line in shape(shown) if line not in ("", "...")]
     return [line for line in lines if line not in rest]
+
+
+# ----------------------------------------------------------------------- of YAML
+
+
+class Reporter(Regression):
+    """Says what the documents' callbacks monitor."""
+
+    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        if stage.name == "VALID":
+            numbers = {"error": stage_loss, "WER": stage_loss}
+            self.hparams.train_logger.log_stats({"epoch": epoch}, valid_stats=numbers)
+
+
+class TrainLogger:
+    def log_stats(self, stats_meta: Any, valid_stats: Any) -> None:
+        """What a Trainer listens to."""
+
+
+def trains(yaml: str, folder: str) -> None:
+    """Trains a Brain with these hyperparameters."""
+    out = os.path.join(folder, "out")
+    os.makedirs(out)
+    known = "" if "output_folder:" in yaml else f"output_folder: {out}\n"
+    hparams = load_hyperpyyaml(known + yaml, {"output_folder": out})
+    assert hparams.keys() & {"trainer", "train_logger"}
+    hparams = {"train_logger": TrainLogger(), **hparams}
+    run_opts = {"device": "cpu", "noprogressbar": True}
+    brain = Reporter({"model": torch.nn.Linear(4, 2)}, sgd, hparams, run_opts)
+    loader_kwargs = {"batch_size": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        brain.fit(range(2), dataset(), dataset(), None, loader_kwargs, loader_kwargs)
+    assert brain.optimizer_step > 0

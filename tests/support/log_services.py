@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 from brain_lightning import LightningTrainLogger
-from tests.loggers.test_train_logger import (
+from tests.support.reporting import (
     killed_twice_and_resumed,
     media,
     reporting,

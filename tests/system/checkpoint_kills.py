@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import select
 import signal
 import struct
 import sys
@@ -20,12 +21,7 @@ from typing import Any
 
 import torch
 
-from brain_lightning import (
-    Checkpointer,
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
+from tests.support.states import State
 
 # Settings: how saves are named, and where they are written.
 SETTINGS = {
@@ -34,43 +30,6 @@ SETTINGS = {
     "background": {"async_save": True},
     "background, fixed name": {"name": "latest", "async_save": True},
 }
-
-
-@register_checkpoint_hooks
-class Counter:
-    """An object with a file of its own kind."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    @mark_as_saver
-    def save(self, path: Path) -> None:
-        Path(path).write_text(str(self.value))
-
-    @mark_as_loader
-    def load(self, path: Path, end_of_epoch: bool) -> None:
-        self.value = int(Path(path).read_text())
-
-
-class State:
-    """Three recoverables that say the same number, so that a mixture is seen."""
-
-    def __init__(self, folder: Path, size: int = 30_000) -> None:
-        self.model = torch.nn.Linear(size, 1, bias=False)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
-        self.counter = Counter()
-        self.checkpointer = Checkpointer(
-            folder, {"model": self.model, "optimizer": self.optimizer, "counter": self.counter}
-        )
-
-    def set(self, value: int) -> None:
-        self.model.weight.data.fill_(value)
-        self.optimizer.param_groups[0]["lr"] = float(value)
-        self.counter.value = value
-
-    def values(self) -> set[float]:
-        weights = set(self.model.weight.detach().unique().tolist())
-        return {*weights, self.optimizer.param_groups[0]["lr"], float(self.counter.value)}
 
 
 @dataclass
@@ -118,11 +77,12 @@ def _killed(folder: Path, start: int, delay: float, setting: dict[str, Any]) -> 
             # Never the parent's code.
             os._exit(1)
     os.close(writer)
-    first = os.read(reader, 4)
-    time.sleep(delay)
+    told = os.read(reader, 4)
+    end = time.monotonic() + delay
+    while (left := end - time.monotonic()) > 0 and select.select([reader], [], [], left)[0]:
+        told += os.read(reader, 4096)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    told = first
     while more := os.read(reader, 4096):
         told += more
     os.close(reader)

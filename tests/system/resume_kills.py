@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import random
+import select
 import signal
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
 from brain_lightning import Brain, Checkpointer, EpochCounter, to_lightning
-from tests import conftest  # noqa: F401  It makes SpeechBrain importable.
+from tests.support import environment  # noqa: F401  It makes SpeechBrain importable.
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def settings() -> list[Setting]:
 
 
 EPOCHS, BATCHES, INTERVAL = 2, 22, 4
+# /tmp may be in memory.
+DISK = Path("/var/tmp")  # noqa: S108
 
 
 class Examples(Dataset[Any]):
@@ -216,22 +219,22 @@ class Outcome:
         return not (self.crashes or self.different)
 
 
-def kill_trainings(setting: Setting, kills: int, seed: int) -> Outcome:
+def kill_trainings(setting: Setting, kills: int, seed: int, parent: Path = DISK) -> Outcome:
     """Kills a training again and again, lets it end, and compares; until it was enough."""
     rng = random.Random(seed)  # noqa: S311
     outcome = Outcome()
     started = time.perf_counter()
-    alone = _run_alone(setting)
+    alone = _run_alone(setting, parent)
     duration = time.perf_counter() - started
     while outcome.kills < kills:
-        with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
             limit = min(kills - outcome.kills, 5)
             _kill_one(setting, Path(folder), limit, duration, rng, outcome, alone)
     return outcome
 
 
-def _run_alone(setting: Setting) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+def _run_alone(setting: Setting, parent: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         assert _run(setting, Path(folder), None, None) == 0
         return torch.load(Path(folder, "final.pt"))
 
@@ -268,6 +271,7 @@ def _kill_one(
 
 def _run(setting: Setting, folder: Path, delay: float | None, dies_at: int | None) -> int:
     """Trains in a process of its own; the signal that ended it is negative."""
+    lives, held = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
@@ -281,9 +285,12 @@ def _run(setting: Setting, folder: Path, delay: float | None, dies_at: int | Non
         finally:
             # Never the parent's code.
             os._exit(status)
+    os.close(held)
     if delay is not None:
-        time.sleep(delay)
+        # Until it has ended, and no longer.
+        select.select([lives], [], [], delay)
         os.kill(child, signal.SIGKILL)
+    os.close(lives)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

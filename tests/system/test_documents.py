@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,14 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from hyperpyyaml import load_hyperpyyaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import brain_lightning
 from brain_lightning import Brain
-from tests.cli.test_main import stub_path
-from tests.loggers.test_train_logger import in_processes
-from tests.support.brains import Regression, dataset, sgd
 from tests.support.documents import (
     OUTPUT,
     ROOT,
@@ -33,9 +28,13 @@ from tests.support.documents import (
     documents,
     missing,
     table,
+    trains,
 )
+from tests.support.processes import check_python
 
 PORTING = ROOT / "examples" / "porting"
+# Blocks leave files for those below them.
+pytestmark = pytest.mark.xdist_group("documents")
 BLOCKS = [block for document in documents() for block in blocks_of(document)]
 # What a block has in it that cannot run here, and why.
 CANNOT_RUN = {
@@ -56,8 +55,7 @@ def skip_what_cannot_run(block: Block) -> None:
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Scratch:
-    folder = tmp_path_factory.mktemp("scratch")
-    return Scratch(folder, stub_path(folder))
+    return Scratch(tmp_path_factory.mktemp("scratch"))
 
 
 def run(scratch: Scratch, block: Block) -> str:
@@ -106,20 +104,6 @@ def test_an_output_may_differ_in_its_numbers_alone() -> None:
     assert missing("epoch 8 error 1.2", real) == ["epoch # error #"]
 
 
-class Reporter(Regression):
-    """Says what the documents' callbacks monitor."""
-
-    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
-        if stage.name == "VALID":
-            numbers = {"error": stage_loss, "WER": stage_loss}
-            self.hparams.train_logger.log_stats({"epoch": epoch}, valid_stats=numbers)
-
-
-class TrainLogger:
-    def log_stats(self, stats_meta: Any, valid_stats: Any) -> None:
-        """What a Trainer listens to."""
-
-
 # They leave threads, and variables of the environment, behind.
 SERVICES = {"WandbLogger": {"WANDB_MODE": "offline"}, "MLFlowLogger": {}}
 
@@ -132,27 +116,12 @@ def test_yaml_is_of_a_brain_that_trains(
         if service in block.text:
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
-            code = f"from {__name__} import *; trains(BLOCKS[int(sys.argv[1])], '.')"
-            number = str(BLOCKS.index(block))
-            in_processes("-c", f"import sys, tests.conftest; {code}", number, cwd=tmp_path)
+            code = (
+                "import sys; from tests.support.documents import trains; trains(*sys.argv[1:])"
+            )
+            check_python("-c", code, block.text, ".", cwd=tmp_path)
             return
-    trains(block, str(tmp_path))
-
-
-def trains(block: Block, folder: str) -> None:
-    out = os.path.join(folder, "out")
-    os.makedirs(out)
-    known = "" if "output_folder:" in block.text else f"output_folder: {out}\n"
-    hparams = load_hyperpyyaml(known + block.text, {"output_folder": out})
-    assert hparams.keys() & {"trainer", "train_logger"}
-    hparams = {"train_logger": TrainLogger(), **hparams}
-    run_opts = {"device": "cpu", "noprogressbar": True}
-    brain = Reporter({"model": torch.nn.Linear(4, 2)}, sgd, hparams, run_opts)
-    loader_kwargs = {"batch_size": 4}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        brain.fit(range(2), dataset(), dataset(), None, loader_kwargs, loader_kwargs)
-    assert brain.optimizer_step > 0
+    trains(block.text, str(tmp_path))
 
 
 @of("diff")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import seed_everything  # First: it makes SpeechBrain importable.
+from tests.support.environment import (
+    seed_everything,
+)  # First: it makes SpeechBrain importable.
 
 FOLDER = Path(__file__).parent
 

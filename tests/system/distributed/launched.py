@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from tests.conftest import seed_everything  # noqa: F401  First: it makes SpeechBrain importable.
 from tests.parity.recipes import dataset, make
 from tests.parity.sides import OURS, Record, Side, run
 

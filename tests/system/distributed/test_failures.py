@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -12,41 +11,29 @@ from typing import Any
 import pytest
 import torch
 
-from .test_two_processes import REPOSITORY
+from tests.support.environment import free_port
+from tests.support.processes import ROOT, TORCHRUN, python, run_python, variables
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # Lightning starts the second process.
-LAUNCHERS = {"torchrun": TORCHRUN, "Lightning": []}
+LAUNCHERS = {"torchrun": TORCHRUN, "Lightning": ()}
 TRAINS = "tests.system.distributed.trains"
+pytestmark = pytest.mark.xdist_group("the same whole run")
 
 
 def run(
-    launcher: list[str], folder: Path, what: str = "nothing", rank: int = 1
+    launcher: Iterable[str], folder: Path, what: str = "nothing", rank: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    """Ends in any case: a run that hangs is a failure after two minutes."""
     script = ["-m", TRAINS, str(folder), what, str(rank)]
-    return subprocess.run(
-        [sys.executable, *launcher, *script],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_python(*launcher, *script)
 
 
 def run_together(commands: Iterable[tuple[list[str], dict[str, str]]]) -> None:
     """Starts each with its own variables; all of them have to succeed."""
     started = [
         subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-            stderr=subprocess.PIPE,
-            text=True,
+            command, cwd=ROOT, env=variables(**more), stderr=subprocess.PIPE, text=True
         )
-        for command, variables in commands
+        for command, more in commands
     ]
     for process in started:
         _, told = process.communicate(timeout=120)
@@ -104,16 +91,10 @@ def test_tasks_of_slurm(tmp_path: Path, whole: list[Any]) -> None:
     slurm = {
         "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29418",
+        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
     }  # fmt: skip
-    script = [
-        sys.executable,
-        "-m",
-        TRAINS,
-        str(tmp_path),
-        "nothing",
-        "1",
-    ]
+    script = [sys.executable, "-m", TRAINS, str(tmp_path), "nothing", "1"]
     run_together(
         (script, {**slurm, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
         for task in (0, 1)
@@ -124,8 +105,8 @@ def test_tasks_of_slurm(tmp_path: Path, whole: list[Any]) -> None:
 def test_two_nodes_of_one_process_each(tmp_path: Path, whole: list[Any]) -> None:
     """Two agents of torchrun, which meet on the loopback device."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-        "--rdzv_backend=static", "--master_addr=127.0.0.1", "--master_port=29417",
+        python(), "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+        "--rdzv_backend=static", "--master_addr=127.0.0.1", f"--master_port={free_port()}",
     ]  # fmt: skip
     script = ["-m", TRAINS, str(tmp_path), "nothing", "1"]
     run_together(([*command, f"--node_rank={node}", *script], {}) for node in (0, 1))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +9,19 @@ import pytest
 import torch
 
 from tests.parity.sides import Record, assert_equal, assert_moved
+from tests.support.processes import TORCHRUN, check_python
 
 from . import scenarios
 
-REPOSITORY = Path(__file__).parents[3]
 RANKS = (0, 1)
-
-
-def start(*command: str) -> None:
-    result = subprocess.run(
-        [sys.executable, *command],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+pytestmark = pytest.mark.xdist_group("records of two processes")
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each rank did, by side and scenario."""
     folder = tmp_path_factory.mktemp("records")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    start(*torchrun, "-m", "tests.system.distributed.worker", str(folder))
+    check_python(*TORCHRUN, "-m", "tests.system.distributed.worker", str(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in RANKS]
 
 
@@ -66,8 +50,9 @@ def test_same_bits_in_same_order_on_every_rank(records: Any, scenario: Any) -> N
 
 @pytest.mark.gpu
 def test_batchnorm_is_synchronized_on_gpus(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
-    start(*torchrun, "-m", "tests.system.distributed.worker", str(tmp_path), "nccl")
+    torchrun = (*TORCHRUN[:-1], "--nproc_per_node=1")
+    worker = ("-m", "tests.system.distributed.worker", str(tmp_path), "nccl")
+    check_python(*torchrun, *worker, real=True)
     records = torch.load(tmp_path / "rank0.pt", weights_only=False)
     name = scenarios.batchnorm_on_a_gpu.__name__
     assert_equal(records["brain_lightning", name], records["speechbrain", name])
@@ -254,7 +239,7 @@ def test_a_limit_is_a_remedy_for_different_lengths(records: Any) -> None:
 
 
 def test_processes_that_lightning_starts_do_the_same(records: Any, tmp_path: Path) -> None:
-    start("-m", "tests.system.distributed.launched", str(tmp_path))
+    check_python("-m", "tests.system.distributed.launched", str(tmp_path), real=True)
     for rank, torchruns in enumerate(of(records, scenarios.one_module)):
         launched = torch.load(tmp_path / f"launched{rank}.pt", weights_only=False)
         assert_equal(launched, torchruns)

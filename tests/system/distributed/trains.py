@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from brain_lightning import Brain, Checkpointer, EpochCounter
-from tests.conftest import seed_everything  # noqa: F401  First: it makes SpeechBrain importable.
 from tests.parity.recipes import CLASSES, FEATURES, dataset
 
 STEP = 3

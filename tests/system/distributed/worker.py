@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from tests.conftest import seed_everything  # First: it makes SpeechBrain importable.
 from tests.parity.sides import OURS, SPEECHBRAIN, Record, run
+from tests.support.environment import (
+    seed_everything,
+)  # First: it makes SpeechBrain importable.
 
 from .scenarios import ON_A_GPU, OWN, SHARED
 

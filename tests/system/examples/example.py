@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import run_python
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 # What changes where a recipe runs on SpeechBrain.
 IMPORTS = {
@@ -65,13 +67,9 @@ class Example:
         theirs = self.run(tmp_path / "theirs", self.ported(tmp_path / "ported"))
         return self.run(tmp_path / "ours"), theirs
 
-    def script(self, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    def script(
+        self, folder: Path, *overrides: str, real: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         """Runs it from a shell."""
         files = [str(self.folder / name) for name in ("train.py", "hparams.yaml")]
-        return subprocess.run(
-            [sys.executable, *files, *self.overrides, *overrides],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return run_python(*files, *self.overrides, *overrides, cwd=folder, real=real)

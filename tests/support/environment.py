@@ -1,0 +1,59 @@
+"""What every process of the tests begins with: SpeechBrain importable, seeds, a free port."""
+
+from __future__ import annotations
+
+import random
+import socket
+import sys
+import types
+import warnings
+
+import numpy as np
+import torch
+
+
+def import_torchaudio() -> None:
+    """Imports it, without its extensions where this build of torch cannot load them.
+
+    PyPI's torchaudio ships extensions that are built for one version of CUDA. Missing
+    ones count as "not built", so a stub in their place is enough.
+    """
+    try:
+        import torchaudio
+    except (ImportError, OSError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+            del sys.modules[name]
+        stub = types.ModuleType("torchaudio._extension")
+        stub._IS_TORCHAUDIO_EXT_AVAILABLE = False  # type: ignore[attr-defined]
+        stub._IS_ALIGN_AVAILABLE = False  # type: ignore[attr-defined]
+        stub.fail_if_no_align = lambda function: function  # type: ignore[attr-defined]
+        sys.modules["torchaudio._extension"] = stub
+        import torchaudio  # noqa: F401
+
+
+def import_speechbrain() -> None:
+    """Imports it once, with its own warnings left out: they are not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import speechbrain
+        import speechbrain.core
+        import speechbrain.utils.checkpoints  # noqa: F401
+
+
+# The tensors are tiny, and other processes share the machine.
+torch.set_num_threads(1)
+import_torchaudio()
+import_speechbrain()
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def free_port() -> int:
+    """A port that no process listens on; the system gives another one to who asks next."""
+    with socket.socket() as asking:
+        asking.bind(("127.0.0.1", 0))
+        return int(asking.getsockname()[1])
