@@ -25,7 +25,6 @@ from tests.support.processes import (
 # Lightning starts the second process.
 STARTED_BY = {"torchrun": TORCHRUN, "Lightning": ()}
 TRAINS = "tests.system.distributed.trains"
-pytestmark = pytest.mark.xdist_group("the same whole run")
 
 
 def run(
