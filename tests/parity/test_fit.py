@@ -656,13 +656,7 @@ def by_speechbrain(scenario: Any) -> tuple[Record, Any]:
 
 
 @pytest.mark.parametrize("side", [OURS, PATCHED], ids=lambda side: side.name)
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        pytest.param(s, id=s.__name__, marks=pytest.mark.xdist_group(s.__name__))
-        for s in SCENARIOS
-    ],
-)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_same_bits_in_same_order(scenario: Any, side: Side) -> None:
     theirs, their_brain = by_speechbrain(scenario)
     ours, our_brain = run(side, scenario)

@@ -1,9 +1,8 @@
-"""What every process of the tests begins with: SpeechBrain importable, seeds, a free port."""
+"""What every process of the tests begins with: SpeechBrain importable, and seeds."""
 
 from __future__ import annotations
 
 import random
-import socket
 import sys
 import types
 import warnings
@@ -50,10 +49,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def free_port() -> int:
-    """A port that no process listens on; the system gives another one to who asks next."""
-    with socket.socket() as asking:
-        asking.bind(("127.0.0.1", 0))
-        return int(asking.getsockname()[1])

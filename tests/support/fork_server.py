@@ -226,7 +226,8 @@ def run_as_main(words: list[str]) -> None:
         code = compile(rest[0], "<string>", "exec")
     else:
         assert not kind.startswith("-"), f"{kind}: an option that no test has had yet"
-        sys.path[0] = str(Path(kind).resolve().parent)
-        main.__dict__["__file__"] = kind
-        code = compile(Path(kind).read_bytes(), kind, "exec")
+        path = Path(kind).absolute()
+        sys.path[0] = str(path.resolve().parent)
+        main.__dict__["__file__"] = str(path)
+        code = compile(path.read_bytes(), str(path), "exec")
     exec(code, main.__dict__)  # noqa: S102

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,3 +69,7 @@ def recovered(folder: Path) -> set[float]:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def fails_to_write(*_: Any) -> None:
+    raise OSError(28, "No space left on device")

@@ -33,8 +33,6 @@ from tests.support.documents import (
 from tests.support.processes import check_python
 
 PORTING = ROOT / "examples" / "porting"
-# Blocks leave files for those below them.
-pytestmark = pytest.mark.xdist_group("documents")
 BLOCKS = [block for document in documents() for block in blocks_of(document)]
 # What a block has in it that cannot run here, and why.
 CANNOT_RUN = {

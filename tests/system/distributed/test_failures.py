@@ -11,13 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.environment import free_port
-from tests.support.processes import ROOT, TORCHRUN, python, run_python, variables
+from tests.support.ports import free_port
+from tests.support.processes import (
+    LAUNCHERS,
+    ROOT,
+    TORCHRUN,
+    check_python,
+    python,
+    run_python,
+    variables,
+)
 
 # Lightning starts the second process.
-LAUNCHERS = {"torchrun": TORCHRUN, "Lightning": ()}
+STARTED_BY = {"torchrun": TORCHRUN, "Lightning": ()}
 TRAINS = "tests.system.distributed.trains"
-pytestmark = pytest.mark.xdist_group("the same whole run")
 
 
 def run(
@@ -25,19 +32,6 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     script = ["-m", TRAINS, str(folder), what, str(rank)]
     return run_python(*launcher, *script)
-
-
-def run_together(commands: Iterable[tuple[list[str], dict[str, str]]]) -> None:
-    """Starts each with its own variables; all of them have to succeed."""
-    started = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=variables(**more), stderr=subprocess.PIPE, text=True
-        )
-        for command, more in commands
-    ]
-    for process in started:
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 0, told
 
 
 def learned(folder: Path) -> list[Any]:
@@ -66,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_an_error_on_one_rank_ends_all_and_is_told_first(
     tmp_path: Path, launcher: str, rank: int
 ) -> None:
-    done = run(LAUNCHERS[launcher], tmp_path, "error", rank)
+    done = run(STARTED_BY[launcher], tmp_path, "error", rank)
     assert done.returncode != 0
     first = done.stderr.index("LookupError: no such word")
     for other in ("Connection closed by peer", "Connection reset by peer"):
@@ -88,17 +82,9 @@ def test_what_was_cut_goes_on_as_if_nothing_had_happened(
 
 def test_tasks_of_slurm(tmp_path: Path, whole: list[Any]) -> None:
     """As srun starts them: each says in SLURM's own variables who it is."""
-    slurm = {
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-        "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
+    srun = [str(LAUNCHERS / "srun"), "--ntasks-per-node=2"]
     script = [sys.executable, "-m", TRAINS, str(tmp_path), "nothing", "1"]
-    run_together(
-        (script, {**slurm, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
-        for task in (0, 1)
-    )
+    check_python(*srun, *script, real=True)
     assert_same(whole, learned(tmp_path))
 
 
@@ -109,5 +95,14 @@ def test_two_nodes_of_one_process_each(tmp_path: Path, whole: list[Any]) -> None
         "--rdzv_backend=static", "--master_addr=127.0.0.1", f"--master_port={free_port()}",
     ]  # fmt: skip
     script = ["-m", TRAINS, str(tmp_path), "nothing", "1"]
-    run_together(([*command, f"--node_rank={node}", *script], {}) for node in (0, 1))
+    agents = [
+        subprocess.Popen(
+            [*command, f"--node_rank={node}", *script],
+            cwd=ROOT, env=variables(), stderr=subprocess.PIPE, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    for agent in agents:
+        _, told = agent.communicate(timeout=120)
+        assert agent.returncode == 0, told
     assert_same(whole, learned(tmp_path))

@@ -14,7 +14,6 @@ from tests.support.processes import TORCHRUN, check_python
 from . import scenarios
 
 RANKS = (0, 1)
-pytestmark = pytest.mark.xdist_group("records of two processes")
 
 
 @pytest.fixture(scope="module")

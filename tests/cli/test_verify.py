@@ -1,0 +1,91 @@
+"""``brain-lightning verify``: both loops are run, and the first difference is found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brain_lightning.cli.main import main
+from tests.support.processes import python, variables
+from tests.support.scripts import QUIET, TOY, script
+
+# SpeechBrain's own.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def in_real_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", variables()["PYTHONPATH"])
+
+
+@pytest.fixture
+def in_forks(in_real_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", python())
+
+
+def verify(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    status = main(["verify", *words, *QUIET, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("in_real_processes")
+def test_a_recipe_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["verify", *TOY, *QUIET, "--steps=8"])
+    shown = capsys.readouterr().out
+    assert status == 0, shown
+    assert "equal: every event is the same on both sides, bit for bit" in shown
+    # Six batches an epoch: two of the second one.
+    assert shown.count("\n1      ") == 6
+    assert shown.count("\n2      ") == 2
+    for stage in ("TRAIN  1", "VALID  1", "TRAIN  2", "VALID  2", "TEST   -"):
+        assert stage in shown
+
+
+@pytest.mark.usefixtures("in_forks")
+def test_a_dropout_that_is_reseeded_once_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted = Path(TOY[0]).read_text().replace(
+        "        return self.modules.model(batch[0])",
+        "        from speechbrain.core import Brain\n"
+        "        if Brain.fit.__module__.startswith('brain_lightning') and self.step == 4:\n"
+        "            torch.manual_seed(0)\n"
+        "        return self.modules.model(batch[0])",
+    )  # fmt: skip
+    status, found = verify(script(tmp_path, planted), TOY[1], "--steps=6", capsys=capsys)
+    assert status == 1
+    assert found["first_difference"].startswith("TRAIN, epoch 1, step 4: the loss is ")
+    ours, theirs = found["trainer"]["steps"], found["speechbrain"]["steps"]
+    assert ours[:3] == theirs[:3]
+    assert ours[3]["loss"] != theirs[3]["loss"] or ours[3]["weights"] != theirs[3]["weights"]
+
+
+@pytest.mark.usefixtures("in_forks")
+def test_a_clip_of_another_value_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--loss_scale=4.0", "--dropout=0.0"]
+    _, equal = verify(*TOY, *words, "--steps=6", capsys=capsys)
+    clipped = [step["step"] for step in equal["trainer"]["steps"] if _clipped(step, 4.9)]
+    assert clipped, "nothing is clipped: the test would find nothing"
+    arguments = [*words, "--steps=6", "--trainer.gradient_clip_val=4.9"]
+    status, found = verify(*TOY, *arguments, capsys=capsys)
+    assert status == 1
+    expected = f"TRAIN, epoch 1, step {clipped[0]}: gradient of 'model.0.weight' differs, of 4"
+    assert found["first_difference"].startswith(expected)
+
+
+def _clipped(step: dict[str, Any], to: float) -> bool:
+    return any(float(norm) > to for norm in step["norms"])
+
+
+@pytest.mark.usefixtures("in_forks")
+def test_a_recipe_that_fails_by_itself_is_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", script(tmp_path, "raise KeyError('wav')")]) == 2
+    error = capsys.readouterr().err
+    assert "no batch was run on the side of speechbrain" in error
+    assert "KeyError: 'wav'" in error
