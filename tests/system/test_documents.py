@@ -65,8 +65,8 @@ def run(scratch: Scratch, block: Block) -> str:
 
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
-    # test_surface.py reads the layers.
-    tested = {"python", "yaml", "diff", "layers", *SHELL, *OUTPUT}
+    # test_layout.py reads the tree and the way of a batch.
+    tested = {"python", "yaml", "diff", "tree", "batch", *SHELL, *OUTPUT}
     assert {block.language for block in BLOCKS} <= tested
     for text in CANNOT_RUN:
         assert any(text in block.text for block in BLOCKS), f"{text!r} is in no block any more"
