@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
@@ -12,12 +11,10 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.callbacks import callbacks_of, has_hook
 from brain_lightning.lightning_internals.counters import progress, set_progress
-from brain_lightning.resume.plain_values import NotPlainError, plain
+from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.stages.run import Run
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, Any]
 
 # ModelCheckpoint finds it for fit(ckpt_path="last").
 WITHIN_EPOCH = "last-within-epoch.ckpt"
@@ -39,12 +36,11 @@ def trainer_state(trainer: Trainer, run: Run) -> State:
 def _callback_states(trainer: Trainer, reported: set[str]) -> State:
     states = {}
     for callback in callbacks_of(trainer):
+        state, whole = {}, not has_hook(callback, "on_save_checkpoint")
         try:
             state = plain(callback.state_dict())
         except NotPlainError:
-            state, whole = {}, False
-        else:
-            whole = not has_hook(callback, "on_save_checkpoint")
+            whole = False
         if not whole and callback.state_key not in reported:
             reported.add(callback.state_key)
             logger.warning(
