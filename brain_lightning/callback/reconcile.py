@@ -24,7 +24,6 @@ from brain_lightning.temporary import TemporaryAttributes
 from .profiling import profile
 
 # Lightning's names of mixed precision, in SpeechBrain's words.
-DEFAULT_PRECISION = "32-true"
 MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
 
@@ -186,7 +185,7 @@ def _reconcile_precision(
     """Mixed precision is the Brain's: its fit_batch may use its scaler and contexts itself."""
     plugin = trainer.precision_plugin
     if type(plugin) is not MixedPrecision:
-        if plugin.precision != DEFAULT_PRECISION and brain.precision != "fp32":
+        if plugin.precision != "32-true" and brain.precision != "fp32":
             _check_conflict(brain, "precision", None, f"precision={plugin.precision!r}")
         return
     precision, argument = MIXED_PRECISIONS[plugin.precision], f"precision={plugin.precision!r}"

@@ -16,9 +16,6 @@ from brain_lightning.stages.run import Run
 
 logger = logging.getLogger(__name__)
 
-# ModelCheckpoint finds it for fit(ckpt_path="last").
-WITHIN_EPOCH = "last-within-epoch.ckpt"
-
 
 def trainer_state(trainer: Trainer, run: Run) -> State:
     """What there is to save of a Trainer beside a Brain.
@@ -97,10 +94,10 @@ def save_within_epoch(trainer: Trainer) -> None:
     Args:
         trainer: The Trainer in ``fit``.
     """
-    checkpoint = trainer.checkpoint_callback
-    folder = getattr(checkpoint, "dirpath", None)
-    folder = folder or os.path.join(trainer.default_root_dir, "checkpoints")
-    path = os.path.join(folder, WITHIN_EPOCH)
+    default = os.path.join(trainer.default_root_dir, "checkpoints")
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or default
+    # ModelCheckpoint finds it for fit(ckpt_path="last").
+    path = os.path.join(folder, "last-within-epoch.ckpt")
     if "://" in folder:
         trainer.save_checkpoint(path)
         return

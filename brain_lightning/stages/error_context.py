@@ -14,8 +14,6 @@ from brain_lightning.stage import Stage
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-PREFIX = "brain_lightning: in "
-
 _short = Repr()
 _short.maxlist = _short.maxtuple = 8
 _short.maxstring = _short.maxother = 80
@@ -59,10 +57,11 @@ def add_context(error: Exception, stage: Stage, epoch: Any, step: str, batch: An
     # Not errors, but ways to end a loop.
     if isinstance(error, (StopIteration, HookStoppedError)):
         return
-    context = [stage.name, "" if epoch is None else f"epoch {epoch}", step]
+    context = (stage.name, "" if epoch is None else f"epoch {epoch}", step)
     # An error may be of a class that takes no notes.
     with suppress(Exception):
-        add_note(error, PREFIX + ", ".join(filter(None, context)) + _ids_of(batch))
+        where = ", ".join(filter(None, context))
+        add_note(error, f"brain_lightning: in {where}{_ids_of(batch)}")
 
 
 def _ids_of(batch: Any) -> str:

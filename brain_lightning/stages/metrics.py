@@ -32,7 +32,8 @@ class Metrics:
         stage: Returns the stage that is running: a checkpoint's ``meta`` does not say it.
 
     Attributes:
-        valids: The names that VALID has: from when it reports them, or begins to.
+        valids: The names that are VALID's, once it has reported them; ``loss`` is from the
+            beginning, where the run validates.
     """
 
     def __init__(self, stage: Callable[[], Stage]) -> None:
