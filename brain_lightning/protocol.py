@@ -144,18 +144,16 @@ def has_own(brain: BrainProtocol, hook: str) -> bool:
     return hook in vars(brain) or overrides(type(brain), hook)
 
 
-def steps_itself(brain_class: type, brain: BrainProtocol | None = None) -> bool:
+def steps_itself(brain: BrainProtocol) -> bool:
     """Whether a Brain steps its optimizers itself.
 
     Args:
-        brain_class: Its class.
-        brain: The Brain, which may override a hook by an attribute.
+        brain: The Brain.
 
     Returns:
         True where one of ``MANUAL_HOOKS`` is overridden.
     """
-    own = () if brain is None else vars(brain)
-    return any(hook in own or overrides(brain_class, hook) for hook in MANUAL_HOOKS)
+    return any(has_own(brain, hook) for hook in MANUAL_HOOKS)
 
 
 def check_hooks(brain: BrainProtocol) -> None:

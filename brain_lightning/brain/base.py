@@ -18,12 +18,8 @@ import yaml
 from torch.nn import Module, ModuleDict
 from torch.optim import Optimizer
 
+from brain_lightning.checkpoints import hooks
 from brain_lightning.checkpoints.checkpointer import Checkpointer
-from brain_lightning.checkpoints.hooks import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
 from brain_lightning.compat import speechbrain
 from brain_lightning.errors import BrainTypeError, UnsupportedError
 from brain_lightning.loggers.console import abbreviated, show_information
@@ -37,7 +33,7 @@ from brain_lightning.step.precision import autocast, device_type, gradient_scale
 logger = logging.getLogger(__name__)
 
 
-@register_checkpoint_hooks
+@hooks.register_checkpoint_hooks
 class BrainBase(OptionValues):
     """The attributes of a Brain, and how they are saved.
 
@@ -160,14 +156,6 @@ class BrainBase(OptionValues):
             speechbrain.register_checkpoint_hooks(
                 BrainBase, EpochCounter, EpochCounterWithStopper
             )
-        self._save_in_background(checkpointer)
-        if self.debug and not self.debug_persistently:
-            _move_to_temporary_directory(checkpointer)
-        if self.scaler.is_enabled():
-            checkpointer.add_recoverable("scaler", self.scaler, optional_load=True)
-        checkpointer.add_recoverable("brain", self)
-
-    def _save_in_background(self, checkpointer: Any) -> None:
         if isinstance(checkpointer, Checkpointer):
             checkpointer.async_save = checkpointer.async_save or self.async_save
         elif self.async_save:
@@ -175,17 +163,19 @@ class BrainBase(OptionValues):
                 f"async_save needs brain_lightning.Checkpointer, and the checkpointer is a "
                 f"{type(checkpointer).__name__}: its files and arguments are the same"
             )
+        if self.debug and not self.debug_persistently:
+            _move_to_temporary_directory(checkpointer)
+        if self.scaler.is_enabled():
+            checkpointer.add_recoverable("scaler", self.scaler, optional_load=True)
+        checkpointer.add_recoverable("brain", self)
 
-    @mark_as_saver
+    @hooks.mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
-        state = {
-            "step": self.step,
-            "avg_train_loss": self.avg_train_loss,
-            "optimizer_step": self.optimizer_step,
-        }
+        names = ("step", "avg_train_loss", "optimizer_step")
+        state = {name: getattr(self, name) for name in names}
         Path(path).write_text(yaml.dump(state), encoding="utf-8")
 
-    @mark_as_loader
+    @hooks.mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         self.step = state["step"]
@@ -194,13 +184,13 @@ class BrainBase(OptionValues):
         self.optimizer_step = state.get("optimizer_step", state["step"])
 
 
-def _on_device(modules: Mapping[str, Module], device: str) -> ModuleDict:
-    if not isinstance(modules, Mapping) or not all(
-        isinstance(m, Module) for m in modules.values()
-    ):
+def _on_device(modules: Any, device: str) -> ModuleDict:
+    is_mapping = isinstance(modules, Mapping)
+    if not is_mapping or not all(isinstance(m, Module) for m in modules.values()):
+        types = {n: type(m).__name__ for n, m in modules.items()} if is_mapping else None
         raise BrainTypeError(
             "modules must be a dict of torch.nn.Module by name, "
-            f"got {_describe_modules(modules)}: Brain(modules={{'model': model}})"
+            f"got {types or type(modules).__name__}: Brain(modules={{'model': model}})"
         )
     on_device = ModuleDict(dict(modules)).to(device)
     # A second time one by one: a module may override to() to move what is no parameter,
@@ -208,12 +198,6 @@ def _on_device(modules: Mapping[str, Module], device: str) -> ModuleDict:
     for name in on_device:
         on_device[name] = on_device[name].to(device)
     return on_device
-
-
-def _describe_modules(modules: object) -> str:
-    if not isinstance(modules, Mapping):
-        return type(modules).__name__
-    return repr({name: type(module).__name__ for name, module in modules.items()})
 
 
 def _move_to_temporary_directory(checkpointer: Any) -> None:

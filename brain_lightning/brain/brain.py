@@ -241,7 +241,12 @@ class Brain(FitAndEvaluate, BrainBase):
     def init_optimizers(self) -> None:
         """Makes the optimizers. Override it for several, and fill ``optimizers_dict``."""
         if self.opt_class is None:
-            self._say_that_nothing_is_optimized()
+            trainable = any(p.requires_grad for p in self.modules.parameters())
+            logger.log(
+                logging.WARNING if trainable else logging.INFO,
+                "No `opt_class` was provided, skipping optimizer initialization%s.",
+                ": fit() will not change any parameter" if trainable else "",
+            )
             return
         parameters: Any = self.modules.parameters()
         if self.remove_vector_weight_decay:
@@ -250,14 +255,6 @@ class Brain(FitAndEvaluate, BrainBase):
         self.optimizers_dict = {"opt_class": self.optimizer}
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
-
-    def _say_that_nothing_is_optimized(self) -> None:
-        trainable = any(p.requires_grad for p in self.modules.parameters())
-        logger.log(
-            logging.WARNING if trainable else logging.INFO,
-            "No `opt_class` was provided, skipping optimizer initialization%s.",
-            ": fit() will not change any parameter" if trainable else "",
-        )
 
     def freeze_optimizers(self, optimizers: dict[str, Optimizer]) -> Mapping[str, Optimizer]:
         """Chooses the optimizers that step. Override it to freeze some.
@@ -304,10 +301,9 @@ class Brain(FitAndEvaluate, BrainBase):
             None
         """
         with ExitStack() as stack:
-            if use:
-                for module in self.modules.values():
-                    if isinstance(module, DistributedDataParallel):
-                        stack.enter_context(module.no_sync())
+            for module in self.modules.values() if use else ():
+                if isinstance(module, DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
             yield
 
     # ------------------------------------------------------------------- data
@@ -334,12 +330,9 @@ class Brain(FitAndEvaluate, BrainBase):
         if stage == Stage.TRAIN:
             loader_kwargs = self._train_loader_specifics(dataset, loader_kwargs)
         loader = data.make_dataloader(dataset, self.checkpointer, **loader_kwargs)
-        if (
-            self.checkpointer is not None
-            and ckpt_prefix is not None
-            and data.is_saveable(loader)
-        ):
-            self.checkpointer.add_recoverable(ckpt_prefix + stage.name, loader)
+        is_saved = ckpt_prefix is not None and data.is_saveable(loader)
+        if is_saved and self.checkpointer is not None:
+            self.checkpointer.add_recoverable(f"{ckpt_prefix}{stage.name}", loader)
         return loader
 
     def _train_loader_specifics(

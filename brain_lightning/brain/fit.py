@@ -74,7 +74,7 @@ class FitAndEvaluate:
             valid_set = self.make_dataloader(valid_set, stage=stage.VALID, **kwargs)
         shows_bar = _shows_bar(self, progressbar)
         module = to_lightning(self, epoch_counter=epoch_counter, progressbar=shows_bar)
-        trainers.fit(running, module, train_set, valid_set)
+        trainers.run(running, module, lambda: running.fit(module, train_set, valid_set))
 
     def evaluate(
         self: BrainProtocol,
@@ -105,7 +105,8 @@ class FitAndEvaluate:
             test_set = self.make_dataloader(test_set, self.stage_type.TEST, **kwargs)
         shows_bar = _shows_bar(self, progressbar)
         module = to_lightning(self, progressbar=shows_bar, max_key=max_key, min_key=min_key)
-        return trainers.test(running, module, test_set)
+        trainers.run(running, module, lambda: running.test(module, test_set, verbose=False))
+        return module.run.test.average
 
 
 def _shows_bar(brain: BrainProtocol, progressbar: bool | None) -> bool:

@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,16 +113,11 @@ def _several_processes() -> dict[str, Any]:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         environment = TorchElasticEnvironment()
     nodes = processes // here
-    return {
-        "devices": here,
-        "num_nodes": nodes,
-        "strategy": "ddp",
-        "plugins": [environment],
-    }
+    return {"devices": here, "num_nodes": nodes, "strategy": "ddp", "plugins": [environment]}
 
 
 def make_trainer(
-    trainer: Trainer | Mapping[str, Any] | None, brain: BrainProtocol, collective: bool = True
+    trainer: Trainer | Mapping[str, Any], brain: BrainProtocol, collective: bool
 ) -> Trainer:
     """The Trainer to run on; the Brain learns its rank and its device from it.
 
@@ -141,13 +136,13 @@ def make_trainer(
         UnsupportedError: The Trainer is in the middle of another run, or has a
             strategy that a Brain cannot run on.
     """
-    if trainer is not None and not isinstance(trainer, (Trainer, Mapping)):
+    if isinstance(trainer, Mapping):
+        trainer = OwnTrainer(**_own_and_given(brain, collective, trainer))
+    elif not isinstance(trainer, Trainer):
         raise BrainTypeError(
             f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, "
             f"got {trainer!r}"
         )
-    if not isinstance(trainer, Trainer):
-        trainer = OwnTrainer(**_own_and_given(brain, collective, trainer or {}))
     # Before Lightning starts the other processes, which would run the script as well.
     check_strategy(trainer)
     if trainer.state.status is TrainerStatus.RUNNING:
@@ -201,41 +196,19 @@ def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def fit(trainer: Trainer, module: BrainModule, train_set: Any, valid_set: Any) -> None:
-    """``Trainer.fit`` that leaves the process as a Brain's loop would.
+def run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> None:
+    """A run of a Trainer that leaves the process as a Brain's loop would.
 
     Args:
         trainer: What ``make_trainer`` returned.
         module: The generated module.
-        train_set: The training loader.
-        valid_set: The validation loader, or None.
+        start: Calls ``fit`` or ``test`` of the Trainer.
     """
-    _run(trainer, module, lambda: trainer.fit(module, train_set, valid_set))
-
-
-def test(trainer: Trainer, module: BrainModule, test_set: Any) -> float:
-    """``Trainer.test`` that leaves the process as a Brain's loop would.
-
-    Args:
-        trainer: What ``make_trainer`` returned.
-        module: The generated module.
-        test_set: The test loader.
-
-    Returns:
-        The average loss.
-    """
-    _run(trainer, module, lambda: trainer.test(module, test_set, verbose=False))
-    return module.run.test.average
-
-
-def _run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> None:
     try:
-        with ExitStack() as stack:
-            if isinstance(trainer, OwnTrainer):
-                stack.enter_context(_silence())
-            # Lightning enables gradients for good; a fit may run inside an evaluation.
-            stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
-            stack.enter_context(_keyboard_interrupts(module))
+        quiet = _silence() if isinstance(trainer, OwnTrainer) else nullcontext()
+        # Lightning enables gradients for good; a fit may run inside an evaluation.
+        grad_mode = torch.set_grad_enabled(torch.is_grad_enabled())
+        with quiet, grad_mode, _keyboard_interrupts(module):
             start()
     except HookStoppedError as error:
         # The StopIteration of a hook reaches the caller.

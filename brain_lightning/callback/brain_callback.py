@@ -12,17 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from brain_lightning.checkpoints.checkpointer import Checkpointer
 from brain_lightning.distributed.communication import collectively
 from brain_lightning.distributed.ddp import wrap_modules
+from brain_lightning.lightning_internals import strategies
 from brain_lightning.lightning_internals.attach import attach
 from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.lightning_internals.contract import check_contract
 from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
 from brain_lightning.lightning_internals.signals import is_lightning_handler
-from brain_lightning.lightning_internals.strategies import (
-    check_strategy,
-    disable_synchronization,
-    is_parallel,
-)
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
@@ -60,20 +56,17 @@ class BrainCallback(Callback):
 
     def __init__(self, run: Run, trainer: Trainer) -> None:
         self.run = run
-        self._for_the_run = TemporaryAttributes()
         self._for_the_epoch = TemporaryAttributes()
         # Lightning checks its arguments before any hook of a callback.
         self._for_the_check = TemporaryAttributes()
-        self._before_the_test: dict[str, int] | None = None
         self._detects_anomalies = torch.is_anomaly_enabled()
         check_contract()
-        check_strategy(trainer)
+        strategies.check_strategy(trainer)
         check_callbacks(trainer, run.brain)
-        try:
-            reconcile(trainer, run.brain, self._for_the_run)
-        except BaseException:
-            self._for_the_run.restore()
-            raise
+        with TemporaryAttributes() as temporary:
+            reconcile(trainer, run.brain, temporary)
+            # Where that fails, everything is restored here.
+            self._for_the_run = temporary.pop_all()
         self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
         own, within = callbacks_of(trainer), Run.is_running(run.brain)
         self._added = [] if within else _without(run.brain.trainer_callbacks, own)
@@ -84,16 +77,16 @@ class BrainCallback(Callback):
         """Takes over the loops, before any loader is looked at."""
         self._for_the_check.restore()
         self.run.begin()
-        if is_parallel(trainer):
-            disable_synchronization(pl_module)
+        if strategies.is_parallel(trainer):
+            strategies.disable_synchronization(pl_module)
         # On one process of several, evaluate() runs on a Trainer of that process alone.
-        self.run.progressbar &= trainer.is_global_zero
-        self.run.progressbar &= not getattr(self.run.brain, "rank", 0)
-        self.run.progressbar &= trainer.progress_bar_callback is None
+        is_first = trainer.is_global_zero and not getattr(self.run.brain, "rank", 0)
+        self.run.progressbar &= is_first and trainer.progress_bar_callback is None
         show_running_loss(trainer, self.run, self._for_the_run)
         self.run.metrics.watch(self.run.brain, self._for_the_run)
         leave_to_trainer(self.run.brain, trainer.loggers, self._for_the_run)
-        self.run.metrics.validated = trainer.enable_validation
+        if trainer.enable_validation:
+            self.run.metrics.valids.add("loss")
         attach(trainer, self.run, self._for_the_run)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,13 +113,13 @@ class BrainCallback(Callback):
         run, loop = self.run, fit_loop_of(trainer)
         show_epoch(trainer, run.epochs)
         length = run.train.loader.known_length()
-        loop.start_epoch(length)
+        limited = loop.start_epoch(length)
         run.train.steps_on_last_batch = reconcile_accumulation(
             trainer, run.brain, self._for_the_epoch, length
         )
-        run.train.fetches_collectively = fetches_collectively(loop.limited_length(length))
+        run.train.fetches_collectively = fetches_collectively(limited)
         run.train.start()
-        if is_parallel(trainer) and not wraps_itself(run.brain):
+        if strategies.is_parallel(trainer) and not wraps_itself(run.brain):
             # A callback, or the stage's start, may have unfrozen something.
             wrap_modules(run.brain)
 
@@ -141,7 +134,8 @@ class BrainCallback(Callback):
         evaluation_loop_of(trainer).end_by_exhaustion(sharded=False)
         if trainer.global_step == 0:
             # One that has trained nothing would log at the very beginning.
-            self._before_the_test = progress(trainer)
+            before = progress(trainer)
+            self._for_the_run.callback(set_progress, trainer, **before, batches=0)
             steps = self.run.brain.optimizer_step
             # Lightning's loggers count batches.
             batches = steps * self.run.brain.grad_accumulation_factor
@@ -195,9 +189,6 @@ class BrainCallback(Callback):
         return found if isinstance(found, int) else epochs
 
     def _restore(self, trainer: Trainer) -> None:
-        if self._before_the_test is not None:
-            set_progress(trainer, **self._before_the_test, batches=0)
-            self._before_the_test = None
         self.run.close()
         self.run.termination.restore()
         for temporary in (self._for_the_epoch, self._for_the_check, self._for_the_run):

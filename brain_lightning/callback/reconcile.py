@@ -16,11 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from brain_lightning.compat.speechbrain import is_speechbrains
 from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.errors import RunOptionError, UnsupportedError
-from brain_lightning.lightning_internals.strategies import (
-    ddp_arguments,
-    is_parallel,
-    set_backend,
-)
+from brain_lightning.lightning_internals import strategies
 from brain_lightning.protocol import BrainProtocol, is_explicit, overrides, steps_itself
 from brain_lightning.step.precision import autocast, gradient_scaler
 from brain_lightning.temporary import TemporaryAttributes
@@ -28,7 +24,6 @@ from brain_lightning.temporary import TemporaryAttributes
 from .profiling import profile
 
 # Lightning's names of mixed precision, in SpeechBrain's words.
-DEFAULT_PRECISION = "32-true"
 MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
 
@@ -44,7 +39,7 @@ def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttrib
         RunOptionError: An argument of the Trainer contradicts a run option.
     """
     reconcile_processes(trainer, brain, temporary)
-    if is_parallel(trainer):
+    if strategies.is_parallel(trainer):
         _reconcile_wrapping(trainer, brain, temporary)
     _reconcile_clipping(trainer, brain, temporary)
     _reconcile_precision(trainer, brain, temporary)
@@ -113,11 +108,11 @@ def reconcile_processes(
     Raises:
         RunOptionError: An argument of the Trainer contradicts a run option.
     """
-    if is_parallel(trainer):
+    if strategies.is_parallel(trainer):
         brain.distributed_launch = True
         brain.rank, brain.world_size = trainer.global_rank, trainer.world_size
         if is_explicit(brain, "distributed_backend"):
-            backend = set_backend(trainer, brain.distributed_backend, temporary)
+            backend = strategies.set_backend(trainer, brain.distributed_backend, temporary)
             argument = f"strategy=DDPStrategy(process_group_backend={backend!r})"
             _check_conflict(brain, "distributed_backend", backend, argument)
     _reconcile_device(trainer, brain)
@@ -127,7 +122,7 @@ def _reconcile_wrapping(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
     """Each entry of ``modules`` in its own DDP, made with the strategy's arguments."""
-    arguments = ddp_arguments(trainer)
+    arguments = strategies.ddp_arguments(trainer)
     if "find_unused_parameters" in arguments:
         unused = arguments["find_unused_parameters"]
         argument = f"strategy=DDPStrategy(find_unused_parameters={unused})"
@@ -136,10 +131,9 @@ def _reconcile_wrapping(
     temporary.override(brain, "ddp_arguments", arguments)
     # The strategy's own, around the whole module.
     temporary.override(trainer.strategy, "configure_ddp", lambda: None)
-    # Recipes that override on_fit_start call it by this name.
-    if wraps_itself(brain):
-        return
-    temporary.override(brain, "_wrap_distributed", partial(wrap_modules, brain))
+    if not wraps_itself(brain):
+        # Recipes that override on_fit_start call it by this name.
+        temporary.override(brain, "_wrap_distributed", partial(wrap_modules, brain))
 
 
 def wraps_itself(brain: BrainProtocol) -> bool:
@@ -169,7 +163,13 @@ def _reconcile_clipping(
 ) -> None:
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if algorithm is not None:
-        _check_algorithm(brain, algorithm)
+        # SpeechBrain's own optimizers_step, which a fit_batch may call, knows norms alone.
+        if algorithm != "norm" and steps_itself(brain) and is_speechbrains(brain):
+            raise UnsupportedError(
+                f"Trainer(gradient_clip_algorithm={algorithm!r}) has no effect on a fit_batch "
+                f"of {type(brain).__name__}'s own: leave it out, or give the recipe our "
+                "Brain, from brain_lightning import Brain"
+            )
         temporary.set(brain, "gradient_clip_algorithm", algorithm)
     if value is None:
         return
@@ -179,23 +179,13 @@ def _reconcile_clipping(
     temporary.set(trainer, "gradient_clip_val", None)
 
 
-def _check_algorithm(brain: BrainProtocol, algorithm: str) -> None:
-    """SpeechBrain's own optimizers_step, which a fit_batch may call, knows norms alone."""
-    if algorithm != "norm" and steps_itself(type(brain), brain) and is_speechbrains(brain):
-        raise UnsupportedError(
-            f"Trainer(gradient_clip_algorithm={algorithm!r}) has no effect on a fit_batch of "
-            f"{type(brain).__name__}'s own: leave it out, or give the recipe our Brain, from "
-            "brain_lightning import Brain"
-        )
-
-
 def _reconcile_precision(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
     """Mixed precision is the Brain's: its fit_batch may use its scaler and contexts itself."""
     plugin = trainer.precision_plugin
     if type(plugin) is not MixedPrecision:
-        if plugin.precision != DEFAULT_PRECISION and brain.precision != "fp32":
+        if plugin.precision != "32-true" and brain.precision != "fp32":
             _check_conflict(brain, "precision", None, f"precision={plugin.precision!r}")
         return
     precision, argument = MIXED_PRECISIONS[plugin.precision], f"precision={plugin.precision!r}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
@@ -12,15 +11,10 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.callbacks import callbacks_of, has_hook
 from brain_lightning.lightning_internals.counters import progress, set_progress
-from brain_lightning.resume.plain_values import NotPlainError, plain
+from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.stages.run import Run
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, Any]
-
-# ModelCheckpoint finds it for fit(ckpt_path="last").
-WITHIN_EPOCH = "last-within-epoch.ckpt"
 
 
 def trainer_state(trainer: Trainer, run: Run) -> State:
@@ -39,12 +33,11 @@ def trainer_state(trainer: Trainer, run: Run) -> State:
 def _callback_states(trainer: Trainer, reported: set[str]) -> State:
     states = {}
     for callback in callbacks_of(trainer):
+        state, whole = {}, not has_hook(callback, "on_save_checkpoint")
         try:
             state = plain(callback.state_dict())
         except NotPlainError:
-            state, whole = {}, False
-        else:
-            whole = not has_hook(callback, "on_save_checkpoint")
+            whole = False
         if not whole and callback.state_key not in reported:
             reported.add(callback.state_key)
             logger.warning(
@@ -101,10 +94,10 @@ def save_within_epoch(trainer: Trainer) -> None:
     Args:
         trainer: The Trainer in ``fit``.
     """
-    checkpoint = trainer.checkpoint_callback
-    folder = getattr(checkpoint, "dirpath", None)
-    folder = folder or os.path.join(trainer.default_root_dir, "checkpoints")
-    path = os.path.join(folder, WITHIN_EPOCH)
+    default = os.path.join(trainer.default_root_dir, "checkpoints")
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or default
+    # ModelCheckpoint finds it for fit(ckpt_path="last").
+    path = os.path.join(folder, "last-within-epoch.ckpt")
     if "://" in folder:
         trainer.save_checkpoint(path)
         return

@@ -17,6 +17,7 @@ from brain_lightning.compat.versions import AVERAGES_WITHOUT_END
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.step.optimizers import parameters_of
 
 # Those that cannot at all, and why.
 REFUSED_CALLBACKS: dict[type[Callback], str] = {
@@ -89,7 +90,7 @@ def check_backbone(trainer: Trainer, brain: BrainProtocol, optimizer: Optimizer)
     """
     if not any(isinstance(callback, BackboneFinetuning) for callback in callbacks_of(trainer)):
         return
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimized = {id(p) for p in parameters_of(optimizer)}
     backbone = brain.modules["backbone"].parameters() if "backbone" in brain.modules else ()
     if any(id(p) in optimized for p in backbone):
         raise UnsupportedError(

@@ -181,7 +181,8 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
     Returns:
         ``path``.
     """
-    states, files = read_files(checkpoint)
+    own = read_files(checkpoint.path)
+    states = own.pop("states")
     modules = {name: state for name, state in states.items() if _is_module(state)}
     optimizers = {name: state for name, state in states.items() if _is_optimizer(state)}
     done = modules.keys() | optimizers.keys()
@@ -199,11 +200,9 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
         "lr_schedulers": [],
         "callbacks": {},
         KEY: {
-            # As text: nothing that YAML can express is lost.
-            "meta": (checkpoint.path / METAFNAME).read_text(encoding="utf-8"),
+            **own,
             "modules": {name: _described(name, state) for name, state in modules.items()},
             "states": {name: state for name, state in states.items() if name not in done},
-            "files": files,
         },
     }
     temporary = path.with_name(f"{path.name}.part")
@@ -246,9 +245,7 @@ def from_lightning(source: Path, directory: Path) -> Path:
         states |= {names.get(name, name): state for name, state in optimizers.items()}
     temporary = store.new_directory(directory.parent)
     with store.removed_on_failure(temporary):
-        if "meta" in own:
-            (temporary / METAFNAME).write_text(own["meta"], encoding="utf-8")
-        else:
+        if "meta" not in own:
             meta = {"unixtime": source.stat().st_mtime, "end-of-epoch": True}
             dump_meta({**meta, "epoch": saved["epoch"]}, temporary / METAFNAME)
         for name, state in states.items():
@@ -295,7 +292,7 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
     if not yaml.is_file():
         raise RecipeError(f"{yaml} is not there: give the recipe's file with --hparams=FILE")
     recipe = Hyperparameters(yaml)
-    states, _ = read_files(checkpoint)
+    states = read_files(checkpoint.path)["states"]
     names = sorted(checkpoint.paramfiles)
     # Weights that no name leads to are asked for, not left out.
     weights = {name for name, state in states.items() if _is_module(state) and state}

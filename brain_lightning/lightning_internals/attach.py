@@ -9,7 +9,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from brain_lightning.compat.speechbrain import redirect_validation
 from brain_lightning.protocol import overrides
-from brain_lightning.stage import Stage
 from brain_lightning.stages.run import Run
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -37,10 +36,10 @@ def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
             _validate_by_recipe(fit.epoch_loop.val_loop, run, temporary)
     # Without this line, and the file, everything is the same, but slower.
     make_lean((fit.epoch_loop, *evaluations), temporary)
-    stages = (Stage.TRAIN, Stage.VALID, Stage.VALID, Stage.TEST)
+    stages = (run.train, run.valid, run.valid, run.test)
     for loop, stage in zip((fit, *evaluations), stages, strict=True):
         given = loop._data_source
-        source = StageSource(given.instance, given.name, trainer, run, stage, temporary)
+        source = StageSource(given.instance, given.name, trainer, stage, temporary)
         temporary.set(loop, "_data_source", source)
         # None, and so again at the end: the loop would reuse the loaders of this run.
         temporary.set(loop, "_combined_loader", None)

@@ -113,13 +113,12 @@ class LeanEvaluationLoop(BrainEvaluationLoop):
         if not self.brain_is_alone:
             super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
             return
-        trainer, module, progress = (
-            self.trainer, self.trainer.lightning_module, self.batch_progress
-        )  # fmt: skip
+        trainer, progress = self.trainer, self.batch_progress
         if trainer.strategy.root_device.type != "cpu":
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         progress.increment_ready()
         progress.increment_started()
+        module = trainer.lightning_module
         step = module.test_step if trainer.testing else module.validation_step
         step(batch, batch_idx, dataloader_idx)
         progress.increment_processed()

@@ -19,7 +19,7 @@ from torch.utils.data import DistributedSampler
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.stage import Stage
 from brain_lightning.stages.loader import StageLoader
-from brain_lightning.stages.run import Run
+from brain_lightning.stages.run_stage import RunStage
 from brain_lightning.temporary import TemporaryAttributes
 
 from .strategies import shards_training_data
@@ -33,34 +33,32 @@ class StageSource(_DataLoaderSource):
 
     Attributes:
         trainer: The Trainer that runs.
-        run: The run.
-        stage: The stage.
+        stage: The stage of the run.
         temporary: Records what is changed.
     """
 
     trainer: Trainer
-    run: Run
-    stage: Stage
+    stage: RunStage
     temporary: TemporaryAttributes
 
     def dataloader(self) -> Any:
         """The loaders, wrapped: one for training, a list for evaluation."""
         combined = self._combined()
-        if self.stage is not Stage.TRAIN and combined._mode == "sequential":
+        if self.stage.kind is not Stage.TRAIN and combined._mode == "sequential":
             return self._wrap(combined.flattened)
         one = combined.iterables is combined.flattened[0]
         loader = combined.flattened[0] if one else SeveralLoaders(combined)
         return self._wrap([loader])[0]
 
     def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
-        wrapped = self.run.stages[self.stage].wrap(loaders)
+        wrapped = self.stage.wrap(loaders)
         if any(loader.known_length() is None for loader in wrapped):
-            _check_no_fraction(self.trainer, self.stage)
+            _check_no_fraction(self.trainer, self.stage.kind)
         return wrapped
 
     def _combined(self) -> CombinedLoader:
         loaders = super().dataloader()
-        training = self.stage is Stage.TRAIN
+        training = self.stage.kind is Stage.TRAIN
         if not isinstance(loaders, CombinedLoader):
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
         fitting = self.trainer.state.fn is TrainerFn.FITTING
@@ -83,7 +81,7 @@ class StageSource(_DataLoaderSource):
         )
         loaders.flattened = sharded
         if samplers:
-            self.temporary.set(self.run.brain, "train_sampler", samplers)
+            self.temporary.set(self.stage.brain, "train_sampler", samplers)
 
     def _sharded(self, loader: Any) -> Any:
         samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
@@ -102,7 +100,7 @@ class StageSource(_DataLoaderSource):
         if sharded is loader:
             rank_zero_warn(f"{type(loader).__name__}: every process trains on all of its data")
         else:
-            _recover_instead(self.run.brain.checkpointer, loader, sharded)
+            _recover_instead(self.stage.brain.checkpointer, loader, sharded)
         return sharded
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.loggers import (
-    CSVLogger,
-    MLFlowLogger,
-    TensorBoardLogger,
-    WandbLogger,
-)
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 
 def is_open(logger: CSVLogger | TensorBoardLogger) -> bool:

@@ -35,7 +35,7 @@ class BrainFitLoop(_FitLoop):
     def _warn_if_modules_in_eval_mode(self) -> None:
         """Nothing: a Brain stays in eval mode until its TRAIN stage begins with train()."""
 
-    def start_epoch(self, length: int | None) -> None:
+    def start_epoch(self, length: int | None) -> float | None:
         """Makes an epoch end by exhaustion; a length is only for those who display it.
 
         Lightning reads the length of the training set once, and validates where the
@@ -43,22 +43,17 @@ class BrainFitLoop(_FitLoop):
         short or its validation left out.
 
         Args:
-            length: Batches in the epoch, where that is known.
+            length: Batches of the training set, or None.
+
+        Returns:
+            How many batches the epoch has, where that is known.
         """
-        trainer = self.trainer
-        self.max_batches = _estimate(trainer.limit_train_batches, length)
+        trainer, limit = self.trainer, self.trainer.limit_train_batches
+        self.max_batches = _estimate(limit, length)
         # Not there where the interval is a time.
         interval = getattr(trainer, "val_check_interval", None)
         if isinstance(interval, float) and interval == 1.0:
             trainer.val_check_batch = float("inf")
-
-    def limited_length(self, length: int | None) -> float | None:
-        """How many batches an epoch of training has, where that is known.
-
-        Args:
-            length: Batches of the training set, or None.
-        """
-        limit = self.trainer.limit_train_batches
         return None if length is None else min(length, _limit(limit, length))
 
     def fetch_batch(self) -> bool:

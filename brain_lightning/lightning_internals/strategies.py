@@ -111,5 +111,4 @@ def shards_training_data(trainer: Trainer) -> bool:
     Args:
         trainer: The Trainer.
     """
-    connector = trainer._accelerator_connector
-    return is_parallel(trainer) and connector.use_distributed_sampler
+    return is_parallel(trainer) and trainer._accelerator_connector.use_distributed_sampler

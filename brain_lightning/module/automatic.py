@@ -11,15 +11,8 @@ from torch.optim import Optimizer
 
 from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.step import update as updates
 from brain_lightning.step.optimizers import OptimizerGroup, has_optimizer
-from brain_lightning.step.update import (
-    DirectUpdate,
-    TrainingLoss,
-    fit_batch,
-    optimizers_step,
-    prepare_gradients,
-    training_loss,
-)
 
 from .brain_module import BrainModule
 
@@ -30,7 +23,7 @@ class AutomaticModule(BrainModule):
     def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
         super().__init__(brain, **kwargs)
         self._batch: Any = None
-        self._training_loss: TrainingLoss | None = None
+        self._training_loss: updates.TrainingLoss | None = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Keeps the batch: Lightning passes only a closure to ``optimizer_step``."""
@@ -44,23 +37,27 @@ class AutomaticModule(BrainModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """``fit_batch`` of SpeechBrain, with Lightning doing the passes and the step."""
-        brain, before = self.brain, self.brain.optimizer_step
         assert isinstance(optimizer, LightningOptimizer)
         assert optimizer_closure is not None
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
         batch, self._batch = self._batch, None
-        last = self._is_expected_last(batch_idx)
         try:
-            self.run.train.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
+            is_step = self._fit_and_count(batch, batch_idx, update)
         finally:
             self._training_loss = None
-        # Where nothing is optimized a batch counts as a step: ModelCheckpoint counts steps.
-        if brain.optimizer_step == before and has_optimizer(brain):
+        if not is_step:
             count_steps(self.trainer, -1)
+
+    def _fit_and_count(self, batch: Any, batch_idx: int, update: updates.RawUpdate) -> bool:
+        """Fits a batch, and says whether it counts as a step."""
+        brain, before = self.brain, self.brain.optimizer_step
+        self._fit(batch, batch_idx, lambda batch: updates.fit_batch(brain, batch, update))
+        # Where nothing is optimized a batch counts as a step: ModelCheckpoint counts steps.
+        return brain.optimizer_step != before or not has_optimizer(brain)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """``compute_forward`` and ``compute_objectives`` at Stage.TRAIN."""
-        self._training_loss = training_loss(self.brain, batch)
+        self._training_loss = updates.training_loss(self.brain, batch)
         return self._training_loss.scaled
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -69,21 +66,18 @@ class AutomaticModule(BrainModule):
             super().backward(loss, *args, **kwargs)
 
     @property
-    def training_loss(self) -> TrainingLoss:
+    def training_loss(self) -> updates.TrainingLoss:
         """What ``training_step`` found in this batch."""
         assert self._training_loss is not None
         return self._training_loss
 
     def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``fit_batch`` of SpeechBrain without Lightning's hooks: see ``BrainModule``."""
-        brain, before = self.brain, self.brain.optimizer_step
-        update = DirectUpdate(brain, self.run.run_state.use_batch)
-        last = self._is_expected_last(batch_idx)
-        self.run.train.fit(batch, lambda batch: fit_batch(brain, batch, update), last)
-        if brain.optimizer_step != before or not has_optimizer(brain):
+        update = updates.DirectUpdate(self.brain, self.run.run_state.use_batch)
+        if self._fit_and_count(batch, batch_idx, update):
             count_steps(self.trainer, 1)
         # What training_step returns.
-        return {} if update.result is None else {"loss": update.result.scaled.detach()}
+        return {"loss": update.result.scaled.detach()}
 
     def configure_gradient_clipping(
         self,
@@ -93,13 +87,13 @@ class AutomaticModule(BrainModule):
     ) -> None:
         """Clips as the Brain does: each active optimizer on its own."""
         assert isinstance(optimizer, OptimizerGroup)
-        prepare_gradients(self.brain, optimizer.active)
+        updates.prepare_gradients(self.brain, optimizer.active)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Nothing: the Brain zeroes what has stepped."""
 
 
-class _TrainerUpdate:
+class _TrainerUpdate(updates.DirectUpdate):
     """An update that goes through the Trainer: its strategy, precision and callbacks."""
 
     def __init__(
@@ -108,27 +102,19 @@ class _TrainerUpdate:
         optimizer: LightningOptimizer,
         closure: Callable[[], Any],
     ) -> None:
-        self._module = module
-        self._optimizer = optimizer
-        self._closure = closure
+        super().__init__(module.brain, module.run.run_state.use_batch)
+        self._module, self._optimizer, self._closure = module, optimizer, closure
 
-    def compute_gradients(self, batch: Any) -> TrainingLoss:
+    def compute_gradients(self, batch: Any) -> updates.TrainingLoss:
         """Lightning's closure: ``training_step``, then the backward pass."""
         self._closure()
-        self._module.run.run_state.use_batch()
+        self._computed()
         return self._module.training_loss
 
-    def step(self) -> None:
-        """One step of the group, in Lightning's order of hooks."""
-        optimizers_step(self._module.brain, self._apply)
-
-    def _apply(self, optimizers: Mapping[str, Optimizer]) -> None:
+    def apply(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """Steps the group; Lightning calls ``configure_gradient_clipping`` before."""
         group = self._optimizer.optimizer
         assert isinstance(group, OptimizerGroup)
         group.active = optimizers
-        self._optimizer.step(closure=_no_closure)
-
-
-def _no_closure() -> bool:
-    # Not None: Lightning's mixed precision takes that for "skip this step".
-    return True
+        # Not None: Lightning's mixed precision takes that for "skip this step".
+        self._optimizer.step(closure=lambda: True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from brain_lightning.resume.run_state import KEY, RunState, run_state
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
 from brain_lightning.stages.run import Run
-from brain_lightning.step.compile import without_compiled_prefix
+from brain_lightning.step.compile import COMPILED_PREFIX
 from brain_lightning.step.optimizers import OptimizerGroup
 
 from .checkpoint_file import check_content, content, recover
@@ -66,11 +66,8 @@ class BrainModule(LightningModule):
         self.run = Run(brain, Epochs(()), RunState(brain))
         self._epoch_counter = epoch_counter
         self._explicit: dict[str, Any] | None = None
-        self._run_options: dict[str, Any] = {
-            "progressbar": progressbar,
-            "max_key": max_key,
-            "min_key": min_key,
-        }
+        self._progressbar = progressbar
+        self._best_keys = {"max_key": max_key, "min_key": min_key}
 
     @property
     def trainer(self) -> Trainer:
@@ -90,21 +87,21 @@ class BrainModule(LightningModule):
         if fitting:
             check_hooks(self.brain)
         self._explicit = None
-        counter = self._epoch_counter
-        if counter is None:
-            counter = hparams_of(self.brain).get("epoch_counter")
-        if counter is None:
-            counter = itertools.count(1)
+        counters = (self._epoch_counter, hparams_of(self.brain).get("epoch_counter"))
+        counter = next((each for each in counters if each is not None), itertools.count(1))
         within = not fitting or Run.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
-        self.run = Run(self.brain, Epochs(counter), state, **self._run_options)
+        self.run = Run(self.brain, Epochs(counter), state, self._progressbar, self._best_keys)
         return [BrainCallback(self.run, self.trainer)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
         """Copies the weights, for callbacks that average them, and shares everything else."""
         brain = copy.copy(self.brain)
         brain.modules = copy.deepcopy(self.brain.modules, memo)
-        return type(self)(brain, epoch_counter=self._epoch_counter, **self._run_options)
+        counter, shows_bar = self._epoch_counter, self._progressbar
+        return type(self)(
+            brain, epoch_counter=counter, progressbar=shows_bar, **self._best_keys
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Finds an entry of the Brain's modules: BackboneFinetuning wants ``backbone``."""
@@ -153,7 +150,7 @@ class BrainModule(LightningModule):
     def _plain(self, name: str) -> str:
         """The name of a weight where nothing is compiled or wrapped."""
         before, found, rest = name.partition("brain_modules.")
-        return before + found + unwrapped_name(without_compiled_prefix(rest), self.brain)
+        return before + found + unwrapped_name(rest.replace(COMPILED_PREFIX, ""), self.brain)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning does not save, unless weights alone are saved."""
@@ -176,6 +173,10 @@ class BrainModule(LightningModule):
             return self.trainer.state.fn
         except RuntimeError:
             return None
+
+    def _fit(self, batch: Any, batch_idx: int, fit_batch: Callable[[Any], Any]) -> Any:
+        is_last = batch_idx + 1 >= self.trainer.num_training_batches
+        return self.run.train.fit(batch, fit_batch, is_last)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Fetches the next batch, as late as SpeechBrain does; without one TRAIN ends.
@@ -226,22 +227,21 @@ class BrainModule(LightningModule):
         # An attribute that Lightning's type hints do not show.
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.loggers and every and not batches % every:
+            loss = numbers_in({"train_loss_step": self.run.train.loss})
             for logger in trainer.loggers:
                 # Counted as Lightning counts for its own metrics: batches, from 0.
-                logger.log_metrics(
-                    numbers_in({"train_loss_step": self.run.train.loss}), batches - 1
-                )
+                logger.log_metrics(loss, batches - 1)
 
     def _log_metrics(self) -> None:
-        metrics = self.run.metrics.take(self.trainer.world_size > 1)
+        several = self.trainer.world_size > 1
+        metrics = self.run.metrics.take(several)
         self._report_metrics(metrics)
         if self.trainer.barebones:
             return
-        # The same on all ranks already; Lightning warns without sync_dist.
-        several = self.trainer.world_size > 1
         for name, value in metrics.items():
             # A bar has no room for a number by both of its names.
             shown = is_of_a_stage(name)
+            # The same on all ranks already; Lightning warns without sync_dist.
             self.log(name, value, prog_bar=shown, batch_size=1, sync_dist=several)
 
     def _report_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -262,9 +262,6 @@ class BrainModule(LightningModule):
     def on_predict_model_eval(self) -> None:
         """Puts the modules in eval mode, as every evaluation of a Brain does."""
         self.brain.modules.eval()
-
-    def _is_expected_last(self, batch_idx: int) -> bool:
-        return batch_idx + 1 >= self.trainer.num_training_batches
 
     def on_validation_model_train(self) -> None:
         """Nothing: a Brain stays in eval mode until its next TRAIN stage."""

@@ -13,7 +13,7 @@ from torch import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from brain_lightning.checkpoints.checkpoint import Checkpoint, checkpoint_in
+from brain_lightning.checkpoints.checkpoint import checkpoint_in
 from brain_lightning.checkpoints.hooks import load_hook, save_hook
 from brain_lightning.checkpoints.integrity import CHECKSUMS
 from brain_lightning.checkpoints.meta_file import METAFNAME, dump_meta
@@ -44,7 +44,7 @@ def content(run: Run, weights: Mapping[str, Any]) -> Content:
         saves, ``states`` and ``files`` of everything else by name; empty on other than
         the main process.
     """
-    objects, modules, optimizers = _split(run, weights)
+    objects, saved_by_lightning = _split(run, weights)
     meta = {
         "unixtime": time.time(),
         "end-of-epoch": run.run_state.is_between_epochs,
@@ -55,17 +55,7 @@ def content(run: Run, weights: Mapping[str, Any]) -> Content:
         if not if_main_process():
             return {}
         dump_meta(meta, Path(folder, METAFNAME))
-        checkpoint = checkpoint_in(Path(folder))
-        assert checkpoint is not None
-        states, files = read_files(checkpoint)
-        text = Path(folder, METAFNAME).read_text(encoding="utf-8")
-    return {
-        "meta": text,
-        "modules": modules,
-        "optimizers": optimizers,
-        "states": states,
-        "files": files,
-    }
+        return {**saved_by_lightning, **read_files(Path(folder))}
 
 
 def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
@@ -81,11 +71,10 @@ def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
         CheckpointError: The file lacks something, or was not written of a Brain.
     """
     own = checkpoint[KEY]
-    objects, _, optimizers = _split(run, weights)
-    _rename_optimizers(checkpoint, optimizers)
+    objects, saved_by_lightning = _split(run, weights)
+    _rename_optimizers(checkpoint, saved_by_lightning["optimizers"])
     with tempfile.TemporaryDirectory() as folder:
         write_files(own, Path(folder))
-        Path(folder, METAFNAME).write_text(own["meta"], encoding="utf-8")
         found = checkpoint_in(Path(folder))
         if found is None:
             raise CheckpointError("the checkpoint's meta cannot be read")
@@ -111,16 +100,14 @@ def check_content(checkpoint: Content) -> None:
         )
 
 
-def _split(
-    run: Run, weights: Mapping[str, Any]
-) -> tuple[Recoverables, Content, dict[str, str]]:
+def _split(run: Run, weights: Mapping[str, Any]) -> tuple[Recoverables, Content]:
     """What is saved here; and the modules and optimizers, which Lightning saves."""
     objects = _recoverables(run)
     modules = _modules(objects.recoverables, weights)
     optimizers = _optimizers(run.brain, objects.recoverables)
     for name in modules.keys() | optimizers.keys():
         del objects.recoverables[name]
-    return objects, modules, optimizers
+    return objects, {"modules": modules, "optimizers": optimizers}
 
 
 def _recoverables(run: Run) -> Recoverables:
@@ -165,19 +152,17 @@ def _is_frozen(obj: object) -> bool:
 def _modules(recoverables: Mapping[str, Any], weights: Mapping[str, Any]) -> Content:
     """The recoverable modules that Lightning saves; each has the version of its parts."""
     names = {id(tensor): name for name, tensor in weights.items()}
+    modules = {name: obj for name, obj in recoverables.items() if isinstance(obj, Module)}
+    states = {name: module.state_dict(keep_vars=True) for name, module in modules.items()}
     return {
-        name: {"keys": keys, "metadata": dict(getattr(obj.state_dict(), "_metadata", {}))}
-        for name, obj in recoverables.items()
-        if isinstance(obj, Module) and (keys := _keys(obj, names)) is not None
+        name: {
+            # The names that the tensors have in the file.
+            "keys": {key: names[id(tensor)] for key, tensor in state.items()},
+            "metadata": dict(getattr(state, "_metadata", {})),
+        }
+        for name, state in states.items()
+        if all(id(tensor) in names for tensor in state.values())
     }
-
-
-def _keys(module: Module, names: Mapping[int, str]) -> dict[str, str] | None:
-    """The names in the file of a module's own, where Lightning saves all of it."""
-    tensors = module.state_dict(keep_vars=True)
-    if any(id(tensor) not in names for tensor in tensors.values()):
-        return None
-    return {key: names[id(tensor)] for key, tensor in tensors.items()}
 
 
 def _optimizers(brain: BrainProtocol, recoverables: Mapping[str, Any]) -> dict[str, str]:
@@ -198,25 +183,27 @@ def _rename_optimizers(checkpoint: Content, members: Mapping[str, str]) -> None:
                 states[member] = states.pop(name)
 
 
-def read_files(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
+def read_files(directory: Path) -> Content:
     """What a checkpoint directory holds.
 
     Args:
-        checkpoint: The directory.
+        directory: The directory.
 
     Returns:
-        States by name, of files that torch can read safely, and the others as they are.
+        ``meta`` as text, so that nothing that YAML can express is lost; ``states`` by name,
+        of files that torch can read safely; and the other ``files`` as they are.
     """
     states: dict[str, Any] = {}
     files: dict[str, bytes] = {}
-    for path in sorted(checkpoint.path.rglob("*")):
-        name = str(path.relative_to(checkpoint.path))
-        state = _state_in(path) if path in checkpoint.paramfiles.values() else None
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        state = _state_in(path) if name == f"{path.stem}{PARAMFILE_EXT}" else None
         if state is not None:
             states[path.stem] = state
         elif path.is_file() and name not in (METAFNAME, CHECKSUMS):
             files[name] = path.read_bytes()
-    return states, files
+    meta = (directory / METAFNAME).read_text(encoding="utf-8")
+    return {"meta": meta, "states": states, "files": files}
 
 
 def _state_in(path: Path) -> Any:
@@ -231,9 +218,11 @@ def write_files(own: Content, folder: Path) -> None:
     """Writes what ``read_files`` has read.
 
     Args:
-        own: ``states`` and ``files`` by name.
+        own: ``meta``, ``states`` and ``files``, as far as they are there.
         folder: Where to write to.
     """
+    if "meta" in own:
+        (folder / METAFNAME).write_text(own["meta"], encoding="utf-8")
     for name, state in own.get("states", {}).items():
         write_state(state, folder / f"{name}{PARAMFILE_EXT}")
     for name, data in own.get("files", {}).items():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -30,10 +28,13 @@ class ManualModule(BrainModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
-        with self._recorded_steps() as steps:
-            last = self._is_expected_last(batch_idx)
-            loss = self.run.train.fit(batch, self.brain.fit_batch, last)
-        count_steps(self.trainer, len(steps) if has_optimizer(self.brain) else 1)
+        self._optimizer_steps = 0
+        # Of every optimizer that steps within, whoever owns it.
+        before = register_optimizer_step_pre_hook(self._before_step)
+        after = register_optimizer_step_post_hook(self._after_step)
+        with before, after:
+            loss = self._fit(batch, batch_idx, self.brain.fit_batch)
+        count_steps(self.trainer, self._optimizer_steps if has_optimizer(self.brain) else 1)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 
@@ -41,17 +42,6 @@ class ManualModule(BrainModule):
         """``training_step`` without Lightning's hooks: see ``BrainModule``."""
         loss = self.training_step(batch, batch_idx)
         return {} if loss is None else {"loss": loss}
-
-    @contextmanager
-    def _recorded_steps(self) -> Iterator[list[Optimizer]]:
-        """Records the optimizers that step within, whoever owns them."""
-        stepped: list[Optimizer] = []
-        before = register_optimizer_step_pre_hook(self._before_step)
-        after = register_optimizer_step_post_hook(
-            lambda optimizer, *_: self._after_step(optimizer, stepped)
-        )
-        with before, after:
-            yield stepped
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         # A recipe may fit another Brain within fit_batch.
@@ -61,7 +51,7 @@ class ManualModule(BrainModule):
                 callback.on_before_optimizer_step(trainer, self, optimizer)
             self.on_before_optimizer_step(optimizer)
 
-    def _after_step(self, optimizer: Optimizer, stepped: list[Optimizer]) -> None:
+    def _after_step(self, *_: Any) -> None:
         if self.run.train.is_innermost:
-            stepped.append(optimizer)
+            self._optimizer_steps += 1
             self.run.run_state.use_batch()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from brain_lightning.errors import BrainTypeError
-from brain_lightning.protocol import MANUAL_HOOKS, BrainProtocol, steps_itself
+from brain_lightning.protocol import MANUAL_HOOKS, BrainProtocol, overrides, steps_itself
 
 from .automatic import AutomaticModule
 from .brain_module import BrainModule
@@ -27,7 +26,8 @@ def lightning_module_class(brain_class: type) -> type[BrainModule]:
     Raises:
         TypeError: ``brain_class`` is no Brain class.
     """
-    return _module_class(brain_class, steps_itself(brain_class))
+    manual = any(overrides(brain_class, hook) for hook in MANUAL_HOOKS)
+    return _module_class(brain_class, manual)
 
 
 @cache
@@ -35,26 +35,15 @@ def _module_class(brain_class: type, manual: bool) -> type[BrainModule]:
     missing = [hook for hook in MANUAL_HOOKS if not hasattr(brain_class, hook)]
     if missing:
         raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
-    base = ManualModule if manual else AutomaticModule
-    return type(
-        f"{brain_class.__name__}Module",
-        (base,),
-        {
-            "__module__": brain_class.__module__,
-            "__doc__": base.__doc__,
-            "__init__": _constructor(base, brain_class),
-        },
-    )
-
-
-def _constructor(base: type[BrainModule], brain_class: type) -> Callable[..., None]:
-    """The constructor of ``base``, with the type that LightningCLI is to build a Brain of."""
+    base: type[BrainModule] = ManualModule if manual else AutomaticModule
 
     def __init__(self: BrainModule, brain: Any, **kwargs: Any) -> None:  # noqa: N807
         base.__init__(self, brain, **kwargs)
 
+    # What LightningCLI is to build a Brain of.
     __init__.__annotations__["brain"] = brain_class
-    return __init__
+    own = {"__module__": brain_class.__module__, "__doc__": base.__doc__, "__init__": __init__}
+    return type(f"{brain_class.__name__}Module", (base,), own)
 
 
 def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
@@ -77,5 +66,4 @@ def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
             f"to_lightning needs a Brain, got the class {brain.__name__}: make one of it, or "
             f"use lightning_module_class({brain.__name__})"
         )
-    brain_class = type(brain)
-    return _module_class(brain_class, steps_itself(brain_class, brain))(brain, **kwargs)
+    return _module_class(type(brain), steps_itself(brain))(brain, **kwargs)

@@ -11,11 +11,7 @@ from typing import Any
 
 import yaml
 
-from brain_lightning.checkpoints.hooks import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
+from brain_lightning.checkpoints import hooks
 from brain_lightning.compat import speechbrain
 
 logger = logging.getLogger(__name__)
@@ -23,10 +19,9 @@ logger = logging.getLogger(__name__)
 # A score has to be better by this fraction to count as an improvement
 # (speechbrain.utils.epoch_loop.EpochCounterWithStopper).
 MIN_DELTA = 1e-6
-_NONE_LEFT = object()
 
 
-@register_checkpoint_hooks
+@hooks.register_checkpoint_hooks
 class EpochCounter:
     """Counts epochs from 1 to ``limit``; its position is saved in checkpoints.
 
@@ -54,11 +49,11 @@ class EpochCounter:
         logger.info("Going into epoch %d", self.current)
         return self.current
 
-    @mark_as_saver
+    @hooks.mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
         Path(path).write_text(str(self.current), encoding="utf-8")
 
-    @mark_as_loader
+    @hooks.mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
         saved = int(Path(path).read_text(encoding="utf-8"))
         self._resume_from(saved, end_of_epoch)
@@ -68,7 +63,7 @@ class EpochCounter:
         self.current = epoch if end_of_epoch else epoch - 1
 
 
-@register_checkpoint_hooks
+@hooks.register_checkpoint_hooks
 class EpochCounterWithStopper(EpochCounter):
     """An ``EpochCounter`` that ends early when a metric stops improving.
 
@@ -128,7 +123,7 @@ class EpochCounterWithStopper(EpochCounter):
                 self.limit_to_stop,
             )
 
-    @mark_as_saver
+    @hooks.mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
         state = {
             "current_epoch": self.current,
@@ -138,7 +133,7 @@ class EpochCounterWithStopper(EpochCounter):
         }
         Path(path).write_text(yaml.dump(state), encoding="utf-8")
 
-    @mark_as_loader
+    @hooks.mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
         state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         self._resume_from(state["current_epoch"], end_of_epoch)
@@ -178,17 +173,13 @@ class Epochs:
         # Calls iter() on the counter only when the first epoch is asked for.
         self._epochs: Iterator[Any] = itertools.chain(epoch_counter)
         self._is_waiting = False
-        self._over = False
 
     def more(self) -> bool:
         """Whether there is an epoch to run; advances the counter unless one is waiting."""
-        if self._over or self._is_waiting:
-            return self._is_waiting
-        epoch = next(self._epochs, _NONE_LEFT)
-        self._over = epoch is _NONE_LEFT
-        self._is_waiting = not self._over
-        if self._is_waiting:
-            self.current = epoch
+        if not self._is_waiting:
+            for epoch in self._epochs:
+                self.current, self._is_waiting = epoch, True
+                break
         return self._is_waiting
 
     def skip(self, epochs: int) -> None:
@@ -210,4 +201,4 @@ class Epochs:
 
     def stop(self) -> None:
         """Ends the run after this epoch, as ``break`` would."""
-        self._over = True
+        self._epochs = iter(())

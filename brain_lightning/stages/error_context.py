@@ -14,10 +14,6 @@ from brain_lightning.stage import Stage
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-PREFIX = "brain_lightning: in "
-# Not errors, but ways to end a loop.
-CONTROL_FLOW = (StopIteration, HookStoppedError)
-
 _short = Repr()
 _short.maxlist = _short.maxtuple = 8
 _short.maxstring = _short.maxother = 80
@@ -47,26 +43,25 @@ def with_error_context(method: Method) -> Method:
     return guarded  # type: ignore[return-value]
 
 
-def add_context(
-    error: Exception, stage: Stage, epoch: Any, step: Mapping[str, int], batch: Any
-) -> None:
+def add_context(error: Exception, stage: Stage, epoch: Any, step: str, batch: Any) -> None:
     """Adds a note to an error; in a fit within a fit, that of the inner one comes first.
 
     Args:
         error: The error; its type and its arguments stay as they are.
         stage: The stage that is running.
         epoch: Its epoch, or None.
-        step: The number of the step, by what it is called; 0 where none was taken.
+        step: The number of the step and what it is called, or nothing.
         batch: The batch in hand; ``batch.id``, as SpeechBrain's PaddedBatch has it, or
             ``batch["id"]`` is shown, cut short.
     """
-    if isinstance(error, CONTROL_FLOW):
+    # Not errors, but ways to end a loop.
+    if isinstance(error, (StopIteration, HookStoppedError)):
         return
-    context = [stage.name] + ([] if epoch is None else [f"epoch {epoch}"])
-    context += [f"{name} {number}" for name, number in step.items() if number]
+    context = (stage.name, "" if epoch is None else f"epoch {epoch}", step)
     # An error may be of a class that takes no notes.
     with suppress(Exception):
-        add_note(error, PREFIX + ", ".join(context) + _ids_of(batch))
+        where = ", ".join(filter(None, context))
+        add_note(error, f"brain_lightning: in {where}{_ids_of(batch)}")
 
 
 def _ids_of(batch: Any) -> str:

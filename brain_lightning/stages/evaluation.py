@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,14 +10,9 @@ import torch
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.stage import Stage
 
+from . import sharded_evaluation as sharding
 from .error_context import with_error_context
 from .run_stage import RunStage
-from .sharded_evaluation import (
-    Shard,
-    ShardedStatistics,
-    average_over_ranks,
-    synchronize_buffers,
-)
 
 
 class EvaluationStage(RunStage):
@@ -35,7 +29,8 @@ class EvaluationStage(RunStage):
     def start(self) -> None:
         """Starts the stage, of the first loader where there are several."""
         self._position = 0
-        self._start_loaders()
+        for loader in self.loaders:
+            loader.start()
         self._start()
 
     @with_error_context
@@ -97,17 +92,11 @@ class EvaluationStage(RunStage):
             self._position = position
             self._start()
         brain = self.brain
-        with self._bar(*self._source(loader, position)) as bar:
+        with self._bar(loader, position) as bar:
             for batch in bar:
                 yield batch
                 if brain.debug and brain.step == brain.debug_batches:
                     return
-
-    def _source(
-        self, loader: Iterable[Any], position: int
-    ) -> tuple[Iterable[Any], Callable[[Any], Iterator[Any]]]:
-        """What is iterated, and how a pass over it begins."""
-        return loader, iter
 
 
 class ValidStage(EvaluationStage):
@@ -115,7 +104,7 @@ class ValidStage(EvaluationStage):
 
     kind = Stage.VALID
     _train_step = 0
-    _statistics: ShardedStatistics | None = None
+    _statistics: sharding.ShardedStatistics | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -150,8 +139,8 @@ class ValidStage(EvaluationStage):
         super()._start()
         self._statistics = None
         if self.is_sharded:
-            synchronize_buffers(self.brain)
-            self._statistics = ShardedStatistics(self.brain)
+            sharding.synchronize_buffers(self.brain)
+            self._statistics = sharding.ShardedStatistics(self.brain)
 
     def _after_batch(self) -> None:
         if self._statistics is not None:
@@ -162,16 +151,18 @@ class ValidStage(EvaluationStage):
 
     def _end(self) -> None:
         if self._statistics is not None:
-            self.average = average_over_ranks(self.average, self.brain.step)
+            self.average = sharding.average_over_ranks(self.average, self.brain.step)
             self._statistics.merge()
         super()._end()
 
-    def _source(
-        self, loader: Iterable[Any], position: int
-    ) -> tuple[Iterable[Any], Callable[[Any], Iterator[Any]]]:
+    def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
+        source = sharding.Shard(loader) if self.is_sharded else loader
+        return super()._batches(source, position)
+
+    def _iterate(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
         if self.is_sharded:
-            return Shard(loader), iter
-        return loader, functools.partial(self.run_state.validation_batches, index=position)
+            return iter(loader)
+        return self.run_state.validation_batches(loader, position)
 
 
 class TestStage(EvaluationStage):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from brain_lightning.distributed.communication import ddp_broadcast
 from brain_lightning.protocol import BrainProtocol, is_explicit
+
+if TYPE_CHECKING:
+    from .run import Run
 
 # In a checkpoint's meta; SpeechBrain finds the ones to replace by it.
 INTRA_EPOCH_CKPT_FLAG = "brain_intra_epoch_ckpt"
@@ -20,36 +22,25 @@ class IntervalCheckpoints:
     The Brain decides whether and how: a recipe may override either.
 
     Args:
-        brain: The Brain in training.
-        save_with_trainer: Saves where the Brain has no Checkpointer; None does not.
+        run: The run that trains.
     """
 
-    def __init__(
-        self, brain: BrainProtocol, save_with_trainer: Callable[[], None] | None
-    ) -> None:
-        self._brain = brain
-        self._save_with_trainer = save_with_trainer
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._restart()
 
     def after_step(self) -> None:
         """Saves if the interval is over; called once per batch."""
         self._steps += 1
         if self._is_due():
-            self.save()
+            self._run.save_within_epoch()
             self._restart()
 
-    def save(self) -> None:
-        """Saves now, with the Brain's Checkpointer or the Trainer."""
-        if self._brain.checkpointer is not None:
-            self._brain._save_intra_epoch_ckpt()
-        elif self._save_with_trainer is not None:
-            self._save_with_trainer()
-
     def _is_due(self) -> bool:
-        brain = self._brain
+        brain = self._run.brain
         if brain.checkpointer is not None:
             return brain._should_save_intra_epoch_ckpt(self._since, self._steps)
-        if self._save_with_trainer is None or not is_asked_for(brain):
+        if self._run.save_with_trainer is None or not is_asked_for(brain):
             return False
         return is_due(brain, self._since, self._steps)
 
@@ -96,11 +87,7 @@ def save(checkpointer: Any) -> None:
     checkpointer.save_and_keep_only(
         end_of_epoch=False,
         num_to_keep=1,
-        ckpt_predicate=_is_intra_epoch,
+        ckpt_predicate=lambda checkpoint: INTRA_EPOCH_CKPT_FLAG in checkpoint.meta,
         meta={INTRA_EPOCH_CKPT_FLAG: True},
         verbosity=logging.DEBUG,
     )
-
-
-def _is_intra_epoch(checkpoint: Any) -> bool:
-    return INTRA_EPOCH_CKPT_FLAG in checkpoint.meta

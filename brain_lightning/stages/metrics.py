@@ -15,12 +15,8 @@ from brain_lightning.protocol import BrainProtocol, hparams_of
 from brain_lightning.stage import Stage
 from brain_lightning.temporary import TemporaryAttributes
 
-# Arguments of SpeechBrain's TrainLogger.log_stats, with the stage each speaks of.
-STAGES_OF_STATS = {
-    "train_stats": Stage.TRAIN,
-    "valid_stats": Stage.VALID,
-    "test_stats": Stage.TEST,
-}
+# Arguments of SpeechBrain's TrainLogger.log_stats, such as valid_stats, and their stages.
+STAGES_OF_STATS = {f"{stage.name.lower()}_stats": stage for stage in Stage}
 # Lightning names files and axes by these, and counts them itself.
 LIGHTNINGS_OWN = {"epoch", "step"}
 
@@ -36,16 +32,15 @@ class Metrics:
         stage: Returns the stage that is running: a checkpoint's ``meta`` does not say it.
 
     Attributes:
-        validated: Whether the run has a VALID stage.
+        valids: The names that are VALID's, once it has reported them; ``loss`` is from the
+            beginning, where the run validates.
     """
 
     def __init__(self, stage: Callable[[], Stage]) -> None:
-        self.validated = False
+        self.valids: set[str] = set()
         self._stage = stage
         self._found: dict[Stage, dict[str, float]] = {each: {} for each in Stage}
         self._plain: dict[str, float] = {}
-        # Names that VALID has reported once, and has from then on.
-        self._valids: set[str] = set()
 
     def watch(self, brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
         """Records what the recipe reports, until ``temporary`` is restored.
@@ -93,19 +88,18 @@ class Metrics:
         Returns:
             Numbers by name, with and without their stage.
         """
-        self._valids |= self._found[Stage.VALID].keys() | (
-            {"loss"} if self.validated else set()
-        )
+        self.valids |= self._found[Stage.VALID].keys()
         taken = {n: v for n, v in self._plain.items() if n not in LIGHTNINGS_OWN}
         for stage, found in self._found.items():
             taken |= {staged(stage, name): value for name, value in found.items()}
             # TEST's never stand for VALID's, which the next process may not have seen.
             mine = set() if stage is Stage.TEST else found.keys() - LIGHTNINGS_OWN
-            mine -= set() if stage is Stage.VALID else self._valids
+            mine -= set() if stage is Stage.VALID else self.valids
             taken |= {name: found[name] for name in mine}
             found.clear()
         self._plain.clear()
-        return _known_to_all(taken) if from_all_ranks else taken
+        # What any rank reports, the first one first: recipes report on the main process.
+        return dict(ChainMap(*gather(taken))) if from_all_ranks else taken
 
     def _record_stats(self, arguments: Mapping[str, Any]) -> None:
         self._plain |= numbers_in(arguments.get("stats_meta"))
@@ -142,11 +136,6 @@ class _Recorded:
     def __reduce__(self) -> Any:
         """Pickles as the method itself: a copy records nothing."""
         return getattr, (self._owner, self._name)
-
-
-def _known_to_all(numbers: dict[str, float]) -> dict[str, float]:
-    """What any rank reports, the first one first: recipes report on the main process."""
-    return dict(ChainMap(*gather(numbers)))
 
 
 def staged(stage: Stage, name: str) -> str:
@@ -189,13 +178,10 @@ def numbers_in(values: Any) -> dict[str, float]:
 def _number(value: Any) -> float | None:
     """A number; the mean of a list, in which SpeechBrain's loggers expect one per batch."""
     if isinstance(value, (list, tuple)):
-        numbers = [_number(each) for each in value]
-        known = [number for number in numbers if number is not None]
-        return sum(known) / len(known) if known and len(known) == len(numbers) else None
-    return float(value) if _is_number(value) else None
-
-
-def _is_number(value: Any) -> bool:
+        numbers: list[Any] = [_number(each) for each in value]
+        return None if None in numbers or not numbers else sum(numbers) / len(numbers)
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, Real) and not isinstance(value, bool)
+        is_number = value.numel() == 1 and not value.is_complex()
+    else:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return float(value) if is_number else None

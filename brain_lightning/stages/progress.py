@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from tqdm import TqdmWarning
 from tqdm import tqdm as text_bar
 
-from brain_lightning.protocol import BrainProtocol
 from brain_lightning.stage import Stage
+
+if TYPE_CHECKING:
+    from .run_stage import RunStage
 
 with warnings.catch_warnings():
     # A notebook without ipywidgets gets lines, and no warning. Not tqdm.auto, whose bar
@@ -24,27 +26,24 @@ class _Loss(text_bar):  # type: ignore[type-arg]  # no generic at run time
     """Shows the running loss, which is read when the bar is.
 
     Args:
-        loss: Returns what to show behind the bar.
-        count: Returns the number of batches that are done.
+        stage: The stage that runs.
         **kwargs: Arguments of tqdm.
     """
 
-    def __init__(
-        self, loss: Callable[[], dict[str, float]], count: Callable[[], int], **kwargs: Any
-    ) -> None:
-        self._loss, self._count = loss, count
+    def __init__(self, stage: RunStage, **kwargs: Any) -> None:
+        self._stage = stage
         super().__init__(**kwargs)
 
     @property
     def format_dict(self) -> Any:
         """What is shown; tqdm reads it every tenth of a second."""
-        self.set_postfix(self._loss(), refresh=False)
+        self.set_postfix(self._stage.running_loss(), refresh=False)
         return super().format_dict
 
     def close(self) -> None:
         """Ends at the batches that are done: tqdm does not see that a limit ended the pass."""
         if not getattr(self, "disable", True):
-            self.n = max(self.n, self._count())
+            self.n = max(self.n, self._stage.brain.step)
         super().close()
 
 
@@ -78,41 +77,31 @@ def is_watched() -> bool:
 
 
 def progress_bar(
-    brain: BrainProtocol,
-    batches: Iterable[Any],
-    total: int | None,
-    stage: Stage,
-    epoch: Any,
-    loss: Callable[[], dict[str, float]],
-    enable: bool,
+    stage: RunStage, batches: Iterable[Any], total: int | None
 ) -> LossBar | LossLines:
     """SpeechBrain's bar over the batches of a stage, or lines where there is no terminal.
 
     Args:
-        brain: Its options say which, and in which colour; a resumed training epoch
-            starts at its ``step``.
+        stage: The stage that is starting. The options of its Brain say which, and in
+            which colour; a resumed training epoch starts at the Brain's ``step``.
         batches: The batches.
         total: How many there are, or None where that is not known.
-        stage: The stage that is starting.
-        epoch: Its epoch, or None.
-        loss: Returns its running loss.
-        enable: Whether to show anything.
 
     Returns:
         The bar, which yields the batches.
     """
+    brain, name = stage.brain, stage.kind.name
     about: dict[str, Any] = {
-        "loss": loss,
-        "count": lambda: brain.step,
+        "stage": stage,
         "iterable": batches,
         "total": total,
-        "desc": stage.name if epoch is None else f"{stage.name} epoch {epoch}",
-        "initial": brain.step if stage is Stage.TRAIN else 0,
-        "disable": not enable,
+        "desc": name if stage.epoch is None else f"{name} epoch {stage.epoch}",
+        "initial": brain.step if stage.kind is Stage.TRAIN else 0,
+        "disable": not stage.run.progressbar,
     }
     if brain.progress == "plain" or (brain.progress == "auto" and not is_watched()):
         # No bar, and the clock is read after each batch.
         return LossLines(ncols=0, mininterval=brain.progress_interval, miniters=1, **about)
     # None: a notebook does not take an empty colour.
-    colour = brain.tqdm_barcolor[stage.name.lower()] or None
+    colour = brain.tqdm_barcolor[name.lower()] or None
     return LossBar(dynamic_ncols=True, colour=colour, **about)

@@ -7,7 +7,7 @@ Read together, ``train.py`` and ``evaluation.py`` are ``speechbrain.Brain._fit_t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,6 @@ from brain_lightning.temporary import TemporaryAttributes
 from .epochs import Epochs
 from .error_context import add_context
 from .evaluation import TestStage, ValidStage
-from .interval_checkpoints import IntervalCheckpoints
 from .metrics import Metrics
 from .run_stage import RunStage
 from .train import TrainStage
@@ -36,16 +35,13 @@ class Run:
         epochs: Its epochs.
         run_state: What is saved of the run.
         progressbar: Whether to show SpeechBrain's bar.
-        max_key: For ``on_evaluate_start``.
-        min_key: For ``on_evaluate_start``.
+        best_keys: Arguments of ``on_evaluate_start``.
 
     Attributes:
-        best_keys: Arguments of ``on_evaluate_start``.
         grad_enabled: Whether gradients were enabled when the run was made.
         train: Its TRAIN stage.
         valid: Its VALID stage.
         test: Its TEST stage.
-        stages: The three, by kind.
         current: The stage that is running or ran last.
         save_with_trainer: Saves within an epoch where the Brain has no Checkpointer.
         termination: Handles SIGTERM.
@@ -62,23 +58,19 @@ class Run:
         brain: BrainProtocol,
         epochs: Epochs,
         run_state: RunState,
-        *,
         progressbar: bool = False,
-        max_key: str | None = None,
-        min_key: str | None = None,
+        best_keys: Mapping[str, str | None] = {},
     ) -> None:
         self.brain = brain
         self.epochs = epochs
         self.run_state = run_state
         self.progressbar = progressbar
-        self.best_keys = {"max_key": max_key, "min_key": min_key}
+        self.best_keys = best_keys
         # Lightning disables gradients before it calls the hook in which a stage starts.
         self.grad_enabled = torch.is_grad_enabled()
         self.train = TrainStage(self)
         self.valid = ValidStage(self)
         self.test = TestStage(self)
-        all_stages: list[RunStage] = [self.train, self.valid, self.test]
-        self.stages = {stage.kind: stage for stage in all_stages}
         self.current: RunStage = self.train
         self.metrics = Metrics(lambda: self.current.kind)
         self.save_with_trainer: Callable[[], None] | None = None
@@ -105,7 +97,7 @@ class Run:
         """Ends the run, and every pass over data."""
         if self in self._running:
             self._running.remove(self)
-        for stage in self.stages.values():
+        for stage in (self.train, self.valid, self.test):
             stage.close()
 
     def end_epoch(self) -> None:
@@ -115,6 +107,13 @@ class Run:
         debugged = brain.debug and self.epochs.current == brain.debug_epochs
         if debugged or self.train.limit_reached():
             self.epochs.stop()
+
+    def save_within_epoch(self) -> None:
+        """Saves now, with the Brain's Checkpointer or the Trainer."""
+        if self.brain.checkpointer is not None:
+            self.brain._save_intra_epoch_ckpt()
+        elif self.save_with_trainer is not None:
+            self.save_with_trainer()
 
     def end_if_terminated(self) -> None:
         """Saves and ends the process after a SIGTERM; called between two batches.
@@ -128,7 +127,7 @@ class Run:
         with TemporaryAttributes() as temporary:
             for name, value in self.run_state.counts().items():
                 temporary.set(brain, name, value)
-            IntervalCheckpoints(brain, self.save_with_trainer).save()
+            self.save_within_epoch()
         self.termination.acknowledge()
         logger.warning(
             "SIGTERM: the run is saved, within epoch %s, and ends.", self.epochs.current
@@ -146,5 +145,6 @@ class Run:
         if id(error) == self._located:
             return
         self._located = id(error)
-        stage, step = self.current, self.brain.step + bool(next_is)
-        add_context(error, stage.kind, stage.epoch, {next_is or "step": step}, batch)
+        stage, number = self.current, self.brain.step + bool(next_is)
+        step = f"{next_is or 'step'} {number}" if number else ""
+        add_context(error, stage.kind, stage.epoch, step, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -75,29 +75,22 @@ class RunStage:
         """One pass over the loader at a position among the others."""
         raise NotImplementedError
 
-    def _start_loaders(self) -> None:
-        for loader in self.loaders:
-            loader.start()
+    def _iterate(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
+        """Begins to iterate the loader."""
+        return iter(loader)
 
     @contextmanager
-    def _bar(
-        self, loader: Iterable[Any], begin: Callable[[Any], Iterator[Any]]
-    ) -> Iterator[Iterable[Any]]:
+    def _bar(self, loader: Iterable[Any], position: int) -> Iterator[Iterable[Any]]:
         """One pass over the loader, with a bar; left early, it ends with its workers."""
         with (
-            closing(self._fetched(loader, begin)) as batches,
-            progress_bar(
-                self.brain, batches, length_of(loader),
-                self.kind, self.epoch, self.running_loss, self.run.progressbar,
-            ) as bar,
-        ):  # fmt: skip
+            closing(self._fetched(loader, position)) as batches,
+            progress_bar(self, batches, length_of(loader)) as bar,
+        ):
             yield bar
 
-    def _fetched(
-        self, loader: Iterable[Any], begin: Callable[[Any], Iterator[Any]]
-    ) -> Generator[Any, None, None]:
+    def _fetched(self, loader: Iterable[Any], position: int) -> Generator[Any, None, None]:
         try:
-            yield from begin(loader)
+            yield from self._iterate(loader, position)
         except Exception as error:
             self.run.locate(error, next_is="fetching batch")
             raise

@@ -219,11 +219,11 @@ class ShardedStatistics:
 
 def _comparable_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes among some values, with small tensors as lists and without large ones."""
-    sizes = {name: _size(value) for name, value in values.items() if type(value) in COUNTED}
+    counted = {name: value for name, value in values.items() if type(value) in COUNTED}
     return {
-        name: size.tolist() if isinstance(size, Tensor) else size
-        for name, size in sizes.items()
-        if not isinstance(size, Tensor) or size.numel() < LARGE
+        name: value.tolist() if isinstance(value, Tensor) else _size(value)
+        for name, value in counted.items()
+        if not isinstance(value, Tensor) or value.numel() < LARGE
     }
 
 

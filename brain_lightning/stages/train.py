@@ -62,7 +62,7 @@ class TrainStage(RunStage):
         brain.nonfinite_count = 0
         if hasattr(brain.train_sampler, "set_epoch"):
             brain.train_sampler.set_epoch(epoch)
-        self._start_loaders()
+        self.loader.start()
 
     @with_error_context
     def fit(self, batch: Any, fit_batch: Callable[[Any], Any], last: bool) -> Any:
@@ -129,11 +129,14 @@ class TrainStage(RunStage):
     def _average(self) -> float:
         return self.brain.avg_train_loss
 
+    def _iterate(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
+        return self.run_state.batches(loader)
+
     def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
         """``for batch in train_set`` of ``_fit_train``; the Trainer fits where it yields."""
         brain, run = self.brain, self.run
-        checkpoints = IntervalCheckpoints(brain, run.save_with_trainer)
-        with self._bar(loader, self.run_state.batches) as bar:
+        checkpoints = IntervalCheckpoints(run)
+        with self._bar(loader, position) as bar:
             for batch in bar:
                 if self.limit_reached():
                     logger.info("Train iteration limit exceeded")

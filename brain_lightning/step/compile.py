@@ -64,8 +64,3 @@ def _compile(brain: BrainProtocol, name: str) -> bool:
         return False
     brain.modules[name] = module.to(brain.device)
     return True
-
-
-def without_compiled_prefix(name: str) -> str:
-    """The name that a parameter has where its module is not compiled."""
-    return name.replace(COMPILED_PREFIX, "")

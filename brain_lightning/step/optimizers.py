@@ -6,16 +6,11 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch.nn import Module, Parameter
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from brain_lightning.protocol import BrainProtocol
-
-CLIP_ALGORITHMS: dict[str, Callable[[list[Parameter], float], Any]] = {
-    "norm": torch.nn.utils.clip_grad_norm_,
-    "value": torch.nn.utils.clip_grad_value_,
-}
 
 
 def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
@@ -82,9 +77,9 @@ def clip_gradients(
     """
     if max_norm <= 0:
         return
-    clip = CLIP_ALGORITHMS[algorithm]
+    clips: dict[str, Any] = {"norm": clip_grad_norm_, "value": clip_grad_value_}
     for optimizer in optimizers:
-        clip(parameters_of(optimizer), max_norm)
+        clips[algorithm](parameters_of(optimizer), max_norm)
 
 
 def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:

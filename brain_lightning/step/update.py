@@ -1,13 +1,13 @@
 """How one batch becomes one update: SpeechBrain's ``fit_batch`` and ``optimizers_step``.
 
-Both take an ``Update``, which computes and applies the gradients. ``RawUpdate`` calls
+``fit_batch`` takes an update, which computes and applies the gradients. ``RawUpdate`` calls
 torch, as SpeechBrain does; ``module.automatic`` has one that goes through the Trainer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,16 +34,6 @@ class TrainingLoss(NamedTuple):
     loss: Tensor
     scaled: Tensor
     finite: bool
-
-
-class Update(Protocol):
-    """How gradients are computed and applied."""
-
-    def compute_gradients(self, batch: Any) -> TrainingLoss:
-        """Forward and backward pass of one batch."""
-
-    def step(self) -> None:
-        """One step of the active optimizers."""
 
 
 def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
@@ -87,7 +77,7 @@ def _describe(value: object) -> str:
     return f"{type(value).__name__} {value!r:.80}"
 
 
-def fit_batch(brain: BrainProtocol, batch: Any, update: Update) -> Tensor:
+def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
     """Fits one batch (``speechbrain.Brain.fit_batch``).
 
     A loss that is not finite has no backward pass, and the update that it alone
@@ -180,7 +170,7 @@ class RawUpdate:
 
 
 class DirectUpdate(RawUpdate):
-    """An update by torch alone of a Brain that does not override stepping.
+    """An update of a Brain that does not override stepping, by torch alone.
 
     Args:
         brain: The Brain to update.
@@ -193,7 +183,7 @@ class DirectUpdate(RawUpdate):
     def __init__(self, brain: BrainProtocol, computed: Callable[[], None]) -> None:
         super().__init__(brain)
         self._computed = computed
-        self.result: TrainingLoss | None = None
+        self.result: TrainingLoss
 
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Forward and backward pass of one batch."""
