@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -214,13 +215,19 @@ class Broken(Dataset[Any]):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("at", "batch"), [(0, 1), (9, 3)])
-def test_an_error_of_the_loaders_names_the_batch(workers: int, at: int, batch: int) -> None:
+def test_an_error_of_the_loaders_names_the_batch(
+    workers: int, at: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = DataLoader(Broken(at), batch_size=4, num_workers=workers)
     error, found = failed(by_fit, Failing, data)
     assert "bad example" in str(error)
     assert found == [f"brain_lightning: in TRAIN, epoch 1, fetching batch {batch}"]
     _, found = failed(by_evaluate, Failing, data)
     assert found == [f"brain_lightning: in TEST, fetching batch {batch}"]
+    # For so long torch waits for the workers of an iterator that is garbage in a cycle.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    del error
+    gc.collect()
 
 
 def test_an_error_of_the_transfer_names_the_batch() -> None:

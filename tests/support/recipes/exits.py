@@ -8,7 +8,8 @@ import brain_lightning
 
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if sys.argv[1] == "waits":
-    print("ready", os.getpid(), flush=True)
+    # In one piece: another process says it too.
+    print(f"ready {os.getpid()}\n", end="", flush=True)
     signal.pause()
 if sys.argv[1] == "all is well":
     sys.exit()
