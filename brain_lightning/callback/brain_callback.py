@@ -14,18 +14,18 @@ from brain_lightning.distributed.communication import collectively
 from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.lightning_internals import strategies
 from brain_lightning.lightning_internals.attach import attach
-from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.lightning_internals.contract import check_contract
 from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
 from brain_lightning.lightning_internals.signals import is_lightning_handler
+from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
 
-from .progress_bars import show_epoch, show_running_loss
+from .lightning_bars import show_epoch, show_running_loss
 from .reconcile import reconcile, reconcile_accumulation, wraps_itself
 from .trainer_state import (
     resume_trainer,

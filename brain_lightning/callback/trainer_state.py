@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from brain_lightning.checkpoints.hooks import load_hook
-from brain_lightning.lightning_internals.callbacks import callbacks_of, has_hook
 from brain_lightning.lightning_internals.counters import progress, set_progress
+from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.stages.run import Run
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from brain_lightning.compat.versions import AVERAGES_WITHOUT_END
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.lightning_internals.callbacks import callbacks_of
+from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import parameters_of
 

@@ -1,4 +1,4 @@
-"""What differs between versions of other packages, and SpeechBrain's classes.
+"""Versions of other packages; SpeechBrain's classes, looked up and never imported.
 
 ``versions`` is the only file that compares versions, and warns of a Lightning that is not
 tested. ``speechbrain`` is the only file that knows SpeechBrain's classes, which it looks up

@@ -1,4 +1,4 @@
-"""Several processes that train one Brain.
+"""Several processes that train one Brain: ranks, collectives, DDP, SIGTERM.
 
 ``communication`` says which rank this is, and has the collectives (its public names are
 SpeechBrain's, from ``speechbrain.utils.distributed``). ``ddp`` wraps each entry of a

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from .callbacks import callbacks_of
+from .trainer_callbacks import callbacks_of
 
 
 def take_newest_for_last(trainer: Trainer) -> None:

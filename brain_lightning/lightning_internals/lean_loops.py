@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.rank_zero import WarningCache  # type: ignore[a
 from brain_lightning.compat.versions import BROADCASTS_SIGTERM
 from brain_lightning.temporary import TemporaryAttributes
 
-from .callbacks import callbacks_of, has_hook
 from .loops import BrainEpochLoop, BrainEvaluationLoop, become
+from .trainer_callbacks import callbacks_of, has_hook
 
 # What a callback may do within a step, and what it may see of one.
 STEP_HOOKS = (

@@ -18,8 +18,8 @@ from torch.utils.data import DistributedSampler
 
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.stage import Stage
+from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.loader import StageLoader
-from brain_lightning.stages.run_stage import RunStage
 from brain_lightning.temporary import TemporaryAttributes
 
 from .strategies import shards_training_data

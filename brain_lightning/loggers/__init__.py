@@ -1,4 +1,4 @@
-"""What is recorded of a run: in Lightning's loggers, as a picture, on the console.
+"""What is recorded of a run: in loggers, as a picture, on the console.
 
 ``train_logger`` logs what a recipe reports to Lightning's loggers; ``log_versions`` finds the
 log that a resumed run continues, with each epoch in it once; ``media`` logs sounds and

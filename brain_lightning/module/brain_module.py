@@ -18,9 +18,9 @@ from brain_lightning.callback.profiling import end_when_profiled
 from brain_lightning.callback.unsupported import check_backbone
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.ddp import unwrap_modules, unwrapped_name
-from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.lightning_internals.loops import fit_loop_of
+from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol, check_hooks, hparams_of
 from brain_lightning.resume.run_state import KEY, RunState, run_state
 from brain_lightning.stages.epochs import Epochs

@@ -11,8 +11,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from brain_lightning.lightning_internals.callbacks import callbacks_of
 from brain_lightning.lightning_internals.counters import count_steps
+from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import has_optimizer
 

@@ -1,7 +1,7 @@
-"""SpeechBrain's order of events, cut where Lightning calls.
+"""SpeechBrain's order of events: one run, its stages, its numbers, its progress bar.
 
 ``run`` is one ``fit`` or ``evaluate``; its stages are in ``train`` and ``evaluation`` and
-share ``run_stage``. Each row is one step of SpeechBrain's loops, in their order, and the
+share ``base``. Each row is one step of SpeechBrain's loops, in their order, and the
 hook of Lightning in which it happens, of ``BrainCallback`` (C) or ``BrainModule`` (M):
 
 ======================  ==========================  =======================================

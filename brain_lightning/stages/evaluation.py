@@ -11,8 +11,8 @@ from brain_lightning.distributed.communication import world_size
 from brain_lightning.stage import Stage
 
 from . import sharded_evaluation as sharding
+from .base import RunStage
 from .error_context import with_error_context
-from .run_stage import RunStage
 
 
 class EvaluationStage(RunStage):

@@ -13,7 +13,7 @@ from tqdm import tqdm as text_bar
 from brain_lightning.stage import Stage
 
 if TYPE_CHECKING:
-    from .run_stage import RunStage
+    from .base import RunStage
 
 with warnings.catch_warnings():
     # A notebook without ipywidgets gets lines, and no warning. Not tqdm.auto, whose bar

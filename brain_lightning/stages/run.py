@@ -17,11 +17,11 @@ from brain_lightning.protocol import BrainProtocol
 from brain_lightning.resume.run_state import RunState
 from brain_lightning.temporary import TemporaryAttributes
 
+from .base import RunStage
 from .epochs import Epochs
 from .error_context import add_context
 from .evaluation import TestStage, ValidStage
 from .metrics import Metrics
-from .run_stage import RunStage
 from .train import TrainStage
 
 logger = logging.getLogger(__name__)

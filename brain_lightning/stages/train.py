@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.stage import Stage
 
+from .base import RunStage
 from .error_context import with_error_context
 from .interval_checkpoints import IntervalCheckpoints
 from .loader import StageLoader
-from .run_stage import RunStage
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
-"""One batch becomes one update.
+"""One batch becomes one update: precision, gradients, clipping, optimizers, compile.
 
-``update`` has SpeechBrain's ``fit_batch`` and ``optimizers_step``; ``optimizers`` the
-optimizers of a Brain and the ``OptimizerGroup`` that stands for all of them in Lightning;
-``precision`` device, autocast and gradient scaler; ``compile`` compiled modules.
+``update`` has SpeechBrain's ``fit_batch`` and ``optimizers_step``, with the clipping;
+``optimizers`` the optimizers of a Brain and the ``OptimizerGroup`` that stands for all of them
+in Lightning; ``precision`` device, autocast and gradient scaler; ``compile`` compiled modules.
 """

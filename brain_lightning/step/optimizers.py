@@ -1,13 +1,12 @@
-"""The optimizers of a Brain: which there are, clipping, and one group of all of them."""
+"""The optimizers of a Brain: which there are, and one group of all of them."""
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.nn import Module, Parameter
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from brain_lightning.protocol import BrainProtocol
@@ -58,28 +57,6 @@ def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
 def parameters_of(optimizer: Optimizer) -> list[Parameter]:
     """All parameters of an optimizer, over all its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def clip_gradients(
-    optimizers: Iterable[Optimizer], max_norm: float, algorithm: str = "norm"
-) -> None:
-    """Clips the gradients of each optimizer on its own.
-
-    One norm over everything could overflow (``speechbrain.Brain.optimizers_step``).
-    SpeechBrain clips the first parameter group only and climbs the gradient
-    where ``max_norm`` is negative; here all groups count, and 0 or less disables.
-
-    Args:
-        optimizers: The optimizers about to step.
-        max_norm: The largest norm to allow.
-        algorithm: ``"value"`` limits each number instead, as
-            ``Trainer(gradient_clip_algorithm="value")``.
-    """
-    if max_norm <= 0:
-        return
-    clips: dict[str, Any] = {"norm": clip_grad_norm_, "value": clip_grad_value_}
-    for optimizer in optimizers:
-        clips[algorithm](parameters_of(optimizer), max_norm)
 
 
 def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:

@@ -6,18 +6,19 @@ torch, as SpeechBrain does; ``module.automatic`` has one that goes through the T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from brain_lightning.distributed.communication import on_all_ranks
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.protocol import BrainProtocol, has_own
 
-from .optimizers import active_optimizers, clip_gradients
+from .optimizers import active_optimizers, parameters_of
 
 
 class TrainingLoss(NamedTuple):
@@ -135,6 +136,28 @@ def prepare_gradients(brain: BrainProtocol, optimizers: Mapping[str, Optimizer])
     # A GradScaler that is on skips the whole step instead.
     if brain.skip_nonfinite_grads and not brain.scaler.is_enabled():
         brain.check_gradients()
+
+
+def clip_gradients(
+    optimizers: Iterable[Optimizer], max_norm: float, algorithm: str = "norm"
+) -> None:
+    """Clips the gradients of each optimizer on its own.
+
+    One norm over everything could overflow (``speechbrain.Brain.optimizers_step``).
+    SpeechBrain clips the first parameter group only and climbs the gradient
+    where ``max_norm`` is negative; here all groups count, and 0 or less disables.
+
+    Args:
+        optimizers: The optimizers about to step.
+        max_norm: The largest norm to allow.
+        algorithm: ``"value"`` limits each number instead, as
+            ``Trainer(gradient_clip_algorithm="value")``.
+    """
+    if max_norm <= 0:
+        return
+    clips: dict[str, Any] = {"norm": clip_grad_norm_, "value": clip_grad_value_}
+    for optimizer in optimizers:
+        clips[algorithm](parameters_of(optimizer), max_norm)
 
 
 class RawUpdate:

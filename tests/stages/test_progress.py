@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from brain_lightning import EpochCounter, RunOptionError, parse_arguments, to_lightning
-from brain_lightning.callback.progress_bars import last_epoch
+from brain_lightning.callback.lightning_bars import last_epoch
 from brain_lightning.loggers.console import abbreviated
 from tests.support.brains import Regression, loader, make, trainer_with
 from tests.support.processes import run_python
