@@ -46,11 +46,6 @@ A_DAY = 24 * 60 * 60
 _locks: dict[Path, int] = {}
 
 
-def _lock(directory: Path) -> None:
-    _locks[directory] = os.open(directory, os.O_RDONLY)
-    fcntl.flock(_locks[directory], fcntl.LOCK_EX)
-
-
 def _unlock(directory: Path) -> None:
     descriptor = _locks.pop(directory, None)
     if descriptor is not None:
@@ -161,7 +156,8 @@ def new_directory(parent: Path) -> Path:
             path.mkdir()
             # It is gone already, or the file system has no locks.
             with suppress(OSError):
-                _lock(path)
+                _locks[path] = os.open(path, os.O_RDONLY)
+                fcntl.flock(_locks[path], fcntl.LOCK_EX)
     return path
 
 
@@ -180,19 +176,14 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         _unlock(directory)
-        if isinstance(error, OSError) and not isinstance(error, CheckpointSaveError):
-            raise CheckpointSaveError(
-                f"no checkpoint was saved in {directory.parent}"
-                f"{_free_space(directory.parent)}: {error}. The earlier ones are as they were"
-            ) from error
-        raise
-
-
-def _free_space(directory: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free)"
-    except OSError:
-        return ""
+        if not isinstance(error, OSError) or isinstance(error, CheckpointSaveError):
+            raise
+        where = str(directory.parent)
+        with suppress(OSError):
+            where += f" ({shutil.disk_usage(where).free / 2**20:.0f} MiB free)"
+        raise CheckpointSaveError(
+            f"no checkpoint was saved in {where}: {error}. The earlier ones are as they were"
+        ) from error
 
 
 @contextmanager
@@ -252,7 +243,8 @@ def publish(directory: Path, final: Path) -> Path:
         except OSError:
             if not final.exists():
                 raise
-            final = _after(final)
+            stem, _, number = final.name.rpartition("+")
+            final = final.with_name(f"{stem}+{int(number) + 1:02d}")
     _sync(final.parent)
     return final
 
@@ -296,11 +288,6 @@ def _make_durable(directory: Path) -> None:
         _sync(path)
 
 
-def _after(final: Path) -> Path:
-    stem, _, number = final.name.rpartition("+")
-    return final.with_name(f"{stem}+{int(number) + 1:02d}")
-
-
 def delete(directory: Path) -> None:
     """Deletes a checkpoint: it stops being one before the first of its files goes.
 
@@ -308,10 +295,8 @@ def delete(directory: Path) -> None:
         directory: The checkpoint; one that is gone already is no error.
     """
     renamed = _temporary_path(DELETED, directory.parent)
-    try:
+    with suppress(FileNotFoundError):
         os.rename(directory, renamed)
-    except FileNotFoundError:
-        return
     if renamed.is_symlink():
         renamed.unlink()
     shutil.rmtree(renamed, ignore_errors=True)

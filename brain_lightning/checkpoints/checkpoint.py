@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brain_lightning.errors import CheckpointError
 
+from .atomic_directory import checkpoint_directories
 from .integrity import check_meta
 from .meta_file import METAFNAME, load_meta
 from .state_files import PARAMFILE_EXT, load_state
@@ -45,10 +46,10 @@ def ckpt_recency(ckpt: Checkpoint) -> Any:
 
 
 class Ranking(NamedTuple):
-    """How checkpoints are ranked, and which have a rank at all."""
+    """How checkpoints are ranked, and which have a rank at all; None for all of them."""
 
     key: Key
-    has_rank: Predicate = bool
+    has_rank: Predicate | None = None
 
 
 def by_meta(name: str, sign: int) -> Ranking:
@@ -119,11 +120,20 @@ def ranked(
     Returns:
         Those that have a rank, the most important first.
     """
-    chosen = [ckpt for ckpt in checkpoints if ranking.has_rank(ckpt)]
-    chosen = [ckpt for ckpt in chosen if predicate is None or predicate(ckpt)]
+    chosen = filter(predicate, filter(ranking.has_rank, checkpoints))
     # By recency first: of two that are as important the newer one stays in front.
-    chosen.sort(key=ckpt_recency, reverse=True)
-    return sorted(chosen, key=ranking.key, reverse=True)
+    newest_first = sorted(chosen, key=ckpt_recency, reverse=True)
+    return sorted(newest_first, key=ranking.key, reverse=True)
+
+
+def checkpoints_in(folder: Path) -> list[Checkpoint]:
+    """Every checkpoint in a folder, in no order; one that cannot be read is left out.
+
+    Args:
+        folder: The folder; there are none in one that does not exist.
+    """
+    paths = checkpoint_directories(folder) if folder.is_dir() else []
+    return [found for found in map(checkpoint_in, paths) if found is not None]
 
 
 def checkpoint_in(path: Path) -> Checkpoint | None:
@@ -148,21 +158,6 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
         logger.warning("%s is skipped: %s", path, error)
         return None
     return Checkpoint(path, meta, files)
-
-
-def is_intact(checkpoint: Checkpoint, check: Callable[[Path], None]) -> bool:
-    """Whether a check finds nothing wrong with a checkpoint.
-
-    Args:
-        checkpoint: The checkpoint.
-        check: A function of ``integrity``: ``check``, which reads all of it, or
-            ``check_sizes``, which costs nothing.
-    """
-    try:
-        check(checkpoint.path)
-    except (CheckpointError, OSError):
-        return False
-    return True
 
 
 def average_state_dicts(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
