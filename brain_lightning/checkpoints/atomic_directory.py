@@ -36,9 +36,6 @@ TEMPORARY_NAME = re.compile(
     r"(?P<kind>\.writing|\.replaced|\.deleted)~(?P<host>[^~]+)~(?:\d+~[^~]+~)?"
     r"[0-9a-f]{8}~(?P<final>.*)"
 )
-# Seconds between two syncs of the files that are being written.
-SYNC_EVERY = 0.02
-A_DAY = 24 * 60 * 60
 
 # ---------------------------------------------------------------------------- ownership
 
@@ -75,7 +72,7 @@ def _is_abandoned(path: Path, descriptor: int, host: str) -> bool:
             return False
         except OSError:
             pass
-    return time.time() - path.stat().st_mtime > A_DAY
+    return time.time() - path.stat().st_mtime > 24 * 60 * 60
 
 
 def clean_up(parent: Path) -> None:
@@ -110,20 +107,16 @@ def _is_without_successor(path: Path, name: re.Match[str]) -> bool:
     return name["kind"] == REPLACED and not (path.parent / name["final"]).exists()
 
 
-def checkpoint_directories(parent: Path) -> list[Path]:
-    """The directories that may be checkpoints.
+def may_be_checkpoint(path: Path) -> bool:
+    """Whether a directory may be a checkpoint.
 
     Args:
-        parent: The folder of checkpoints.
+        path: Anything in a folder of checkpoints.
 
     Returns:
-        Those with a checkpoint's name, and those that were moved away for another
-        checkpoint that is not there.
+        True where it has a checkpoint's name, or was moved away for another checkpoint
+        that is not there.
     """
-    return [path for path in parent.iterdir() if _may_be_checkpoint(path)]
-
-
-def _may_be_checkpoint(path: Path) -> bool:
     name = TEMPORARY_NAME.fullmatch(path.name)
     if name is None:
         return path.name.startswith(CKPT_PREFIX)
@@ -199,7 +192,7 @@ def syncing(directory: Path) -> Iterator[None]:
     done = threading.Event()
 
     def sync_until_done() -> None:
-        while not done.wait(SYNC_EVERY):
+        while not done.wait(timeout=0.02):
             for path in directory.glob(f"*{PARAMFILE_EXT}"):
                 # What fails here fails again in `publish`, which raises it.
                 with suppress(OSError):
@@ -265,7 +258,7 @@ def replace(directory: Path, final: Path) -> Path:
         old = _temporary_path(REPLACED, final.parent, final.name)
         with suppress(FileNotFoundError):
             # Until the next rename the old one is found under this name: see
-            # `checkpoint_directories`.
+            # `may_be_checkpoint`.
             os.rename(final, old)
         try:
             rename(directory, final)

@@ -25,17 +25,7 @@ from brain_lightning.errors import (
 
 from . import atomic_directory, integrity
 from .async_save import Snapshots, run_in_background
-from .checkpoint import (
-    Checkpoint,
-    Key,
-    Predicate,
-    Ranking,
-    all_keys,
-    checkpoints_in,
-    ckpt_recency,
-    one_key,
-    ranked,
-)
+from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved_in
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
@@ -143,7 +133,7 @@ class Checkpointer(Recoverables):
             verbosity: The level of the log messages.
         """
         keys = [*importance_keys, *([ckpt_recency] if keep_recent else [])]
-        rankings = all_keys(keys, max_keys, min_keys)
+        rankings = Ranking.by_each(keys, max_keys or (), min_keys or ())
 
         def delete_others() -> None:
             self._delete(num_to_keep, rankings, ckpt_predicate, verbosity)
@@ -163,7 +153,6 @@ class Checkpointer(Recoverables):
             return None
         begun = collectively(lambda: self._begin(meta, end_of_epoch, name))
         directory, saved = ddp_broadcast(begun)
-
         deferred = self._write(directory)
         publish = atomic_directory.publish if name is None else atomic_directory.replace
 
@@ -192,8 +181,8 @@ class Checkpointer(Recoverables):
         with ExitStack() as stack:
             if if_main_process():
                 stack.enter_context(atomic_directory.removed_on_failure(directory))
-            if if_main_process() and not self.async_save:
-                stack.enter_context(atomic_directory.syncing(directory))
+                if not self.async_save:
+                    stack.enter_context(atomic_directory.syncing(directory))
             return collectively(lambda: self.write(directory, snapshots))
 
     def _begin(
@@ -207,7 +196,7 @@ class Checkpointer(Recoverables):
                 f"name={name!r} is no name of a directory: leave out {os.sep}"
             )
         # A clock that was set back must not make the newest checkpoint an old one.
-        listed = checkpoints_in(self.checkpoints_dir)
+        listed = saved_in(self.checkpoints_dir)
         newest = max([self._newest, *(ckpt.meta["unixtime"] for ckpt in listed)])
         self._newest = max(time.time(), newest + 1e-3)
         final = self._path(name or self._unused_name())
@@ -286,8 +275,8 @@ class Checkpointer(Recoverables):
             ValueError: More than one key was given.
         """
         listed = self.list_checkpoints()
-        key = one_key(importance_key, max_key, min_key)
-        return ranked(listed, key, ckpt_predicate)[:max_num_checkpoints]
+        ranking = Ranking.by_one(importance_key, max_key, min_key)
+        return ranking.ranked(listed, ckpt_predicate)[:max_num_checkpoints]
 
     def recover_if_possible(
         self,
@@ -324,7 +313,7 @@ class Checkpointer(Recoverables):
 
     def _has_damaged_only(self) -> bool:
         """Whether there are checkpoints, but not one of them can be listed."""
-        paths = atomic_directory.checkpoint_directories(self.checkpoints_dir)
+        paths = filter(atomic_directory.may_be_checkpoint, self.checkpoints_dir.iterdir())
         return any((p / METAFNAME).exists() for p in paths) and not self.list_checkpoints()
 
     def _load_unless_damaged(self, checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
@@ -359,10 +348,9 @@ class Checkpointer(Recoverables):
         logger.info("Loading a checkpoint from %s", checkpoint.path)
         try:
             self.load(files, found, checkpoint.meta["end-of-epoch"])
-        except CheckpointError:
-            raise
         except Exception as error:
-            if integrity.has_checksums(checkpoint.path) or files.keys() <= found.keys():
+            checked = integrity.has_checksums(checkpoint.path) or files.keys() <= found.keys()
+            if checked or isinstance(error, CheckpointError):
                 raise
             # SpeechBrain's other files have no checksums; the next checkpoint, where there
             # is one, overwrites everything.
@@ -371,7 +359,7 @@ class Checkpointer(Recoverables):
     def list_checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint, in no order; one whose meta cannot be read is left out."""
         self.wait()
-        return checkpoints_in(self.checkpoints_dir)
+        return saved_in(self.checkpoints_dir)
 
     # ------------------------------------------------------------------- deleting
 
@@ -399,7 +387,7 @@ class Checkpointer(Recoverables):
             ValueError: ``num_to_keep`` is negative.
         """
         collectively(self.wait)
-        rankings = all_keys(importance_keys, max_keys, min_keys)
+        rankings = Ranking.by_each(importance_keys, max_keys or (), min_keys or ())
         collectively(lambda: self._delete(num_to_keep, rankings, ckpt_predicate, verbosity))
 
     def _delete(
@@ -413,23 +401,18 @@ class Checkpointer(Recoverables):
             raise ValueError(f"num_to_keep={num_to_keep}: keep 0 or more checkpoints")
         if not if_main_process():
             return
-        listed = checkpoints_in(self.checkpoints_dir)
-        considered: set[Checkpoint] = set()
-        kept: set[Checkpoint] = set()
-        for ranking in rankings:
-            found = ranked(listed, ranking, ckpt_predicate)
-            considered.update(found)
-            # One that is damaged must not be kept instead of a good one.
-            intact = (ckpt for ckpt in found if self._is_intact(ckpt))
-            kept.update(itertools.islice(intact, num_to_keep))
-        for checkpoint in considered - kept:
+        listed = saved_in(self.checkpoints_dir)
+        considered = [ranking.ranked(listed, ckpt_predicate) for ranking in rankings]
+        # One that is damaged must not be kept instead of a good one.
+        intact = [filter(self._is_intact, each) for each in considered]
+        kept = {ckpt for each in intact for ckpt in itertools.islice(each, num_to_keep)}
+        for checkpoint in set(itertools.chain(*considered)) - kept:
             atomic_directory.delete(checkpoint.path)
             logger.log(verbosity, "Deleted checkpoint in %s", checkpoint.path)
 
     def _is_intact(self, checkpoint: Checkpoint) -> bool:
         """Reads a checkpoint once; after that looks only at the lengths of its files."""
-        known = checkpoint.path in self._intact
-        check = integrity.check_sizes if known else integrity.check
+        check = integrity.check_sizes if checkpoint.path in self._intact else integrity.check
         try:
             check(checkpoint.path)
         except (CheckpointError, OSError):
