@@ -25,8 +25,9 @@ class Snapshots:
     """
 
     def __init__(self) -> None:
+        # By shape and type.
         self._free: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        self._used: list[Tensor] = []
+        self._used: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
 
     def take(self, obj: Any) -> Any:
         """Copies an object's state, so that training may change it.
@@ -50,59 +51,39 @@ class Snapshots:
 
     def recycle(self) -> None:
         """Keeps the memory of the last copies for the next ones, and frees that of earlier."""
-        self._free = defaultdict(list)
-        for buffer in self._used:
-            self._free[_kind(buffer)].append(buffer)
-        self._used = []
+        self._free, self._used = self._used, defaultdict(list)
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        free = self._free[_kind(tensor)]
+        kind = (tensor.shape, tensor.dtype)
+        free = self._free[kind]
         # A user may save in inference mode, and later out of it.
         with torch.inference_mode(False), torch.no_grad():
             buffer = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype)
             buffer.copy_(tensor)
-        self._used.append(buffer)
+        self._used[kind].append(buffer)
         return buffer
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.shape, tensor.dtype)
-
-
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.layout == torch.strided:
-            yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors_in(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for each in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors_in(each)
 
 
-class BackgroundSaver:
-    """Runs a save while training continues; Python exits only when it is done."""
+def run_in_background(save: Callable[[], Any]) -> Future[Any]:
+    """Runs a save while training continues; Python exits only when it is done.
 
-    def __init__(self) -> None:
-        self._pending: Future[Any] | None = None
-
-    def submit(self, save: Callable[[], Any]) -> None:
-        """Runs a save; call ``wait`` before, for there is memory for one copy only.
-
-        Args:
-            save: Writes a checkpoint.
-        """
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending = executor.submit(_log_failure, save)
-        # Its thread ends with the save.
-        executor.shutdown(wait=False)
-
-    def wait(self) -> None:
-        """Waits for the save, and raises its error if it failed."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+    Args:
+        save: Writes a checkpoint. There is memory for one copy only: the save before must
+            have ended.
+    """
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    pending = executor.submit(_log_failure, save)
+    # Its thread ends with the save.
+    executor.shutdown(wait=False)
+    return pending
 
 
 def _log_failure(save: Callable[[], Any]) -> None:

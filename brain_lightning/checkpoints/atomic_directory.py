@@ -36,19 +36,11 @@ TEMPORARY_NAME = re.compile(
     r"(?P<kind>\.writing|\.replaced|\.deleted)~(?P<host>[^~]+)~(?:\d+~[^~]+~)?"
     r"[0-9a-f]{8}~(?P<final>.*)"
 )
-# Seconds between two syncs of the files that are being written.
-SYNC_EVERY = 0.02
-A_DAY = 24 * 60 * 60
 
 # ---------------------------------------------------------------------------- ownership
 
 # The directories that this process writes, by open descriptors that hold their locks.
 _locks: dict[Path, int] = {}
-
-
-def _lock(directory: Path) -> None:
-    _locks[directory] = os.open(directory, os.O_RDONLY)
-    fcntl.flock(_locks[directory], fcntl.LOCK_EX)
 
 
 def _unlock(directory: Path) -> None:
@@ -80,7 +72,7 @@ def _is_abandoned(path: Path, descriptor: int, host: str) -> bool:
             return False
         except OSError:
             pass
-    return time.time() - path.stat().st_mtime > A_DAY
+    return time.time() - path.stat().st_mtime > 24 * 60 * 60
 
 
 def clean_up(parent: Path) -> None:
@@ -115,20 +107,16 @@ def _is_without_successor(path: Path, name: re.Match[str]) -> bool:
     return name["kind"] == REPLACED and not (path.parent / name["final"]).exists()
 
 
-def checkpoint_directories(parent: Path) -> list[Path]:
-    """The directories that may be checkpoints.
+def may_be_checkpoint(path: Path) -> bool:
+    """Whether a directory may be a checkpoint.
 
     Args:
-        parent: The folder of checkpoints.
+        path: Anything in a folder of checkpoints.
 
     Returns:
-        Those with a checkpoint's name, and those that were moved away for another
-        checkpoint that is not there.
+        True where it has a checkpoint's name, or was moved away for another checkpoint
+        that is not there.
     """
-    return [path for path in parent.iterdir() if _may_be_checkpoint(path)]
-
-
-def _may_be_checkpoint(path: Path) -> bool:
     name = TEMPORARY_NAME.fullmatch(path.name)
     if name is None:
         return path.name.startswith(CKPT_PREFIX)
@@ -161,7 +149,8 @@ def new_directory(parent: Path) -> Path:
             path.mkdir()
             # It is gone already, or the file system has no locks.
             with suppress(OSError):
-                _lock(path)
+                _locks[path] = os.open(path, os.O_RDONLY)
+                fcntl.flock(_locks[path], fcntl.LOCK_EX)
     return path
 
 
@@ -180,19 +169,14 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         _unlock(directory)
-        if isinstance(error, OSError) and not isinstance(error, CheckpointSaveError):
-            raise CheckpointSaveError(
-                f"no checkpoint was saved in {directory.parent}"
-                f"{_free_space(directory.parent)}: {error}. The earlier ones are as they were"
-            ) from error
-        raise
-
-
-def _free_space(directory: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free)"
-    except OSError:
-        return ""
+        if not isinstance(error, OSError) or isinstance(error, CheckpointSaveError):
+            raise
+        where = str(directory.parent)
+        with suppress(OSError):
+            where += f" ({shutil.disk_usage(where).free / 2**20:.0f} MiB free)"
+        raise CheckpointSaveError(
+            f"no checkpoint was saved in {where}: {error}. The earlier ones are as they were"
+        ) from error
 
 
 @contextmanager
@@ -208,7 +192,7 @@ def syncing(directory: Path) -> Iterator[None]:
     done = threading.Event()
 
     def sync_until_done() -> None:
-        while not done.wait(SYNC_EVERY):
+        while not done.wait(timeout=0.02):
             for path in directory.glob(f"*{PARAMFILE_EXT}"):
                 # What fails here fails again in `publish`, which raises it.
                 with suppress(OSError):
@@ -252,7 +236,8 @@ def publish(directory: Path, final: Path) -> Path:
         except OSError:
             if not final.exists():
                 raise
-            final = _after(final)
+            stem, _, number = final.name.rpartition("+")
+            final = final.with_name(f"{stem}+{int(number) + 1:02d}")
     _sync(final.parent)
     return final
 
@@ -273,7 +258,7 @@ def replace(directory: Path, final: Path) -> Path:
         old = _temporary_path(REPLACED, final.parent, final.name)
         with suppress(FileNotFoundError):
             # Until the next rename the old one is found under this name: see
-            # `checkpoint_directories`.
+            # `may_be_checkpoint`.
             os.rename(final, old)
         try:
             rename(directory, final)
@@ -296,11 +281,6 @@ def _make_durable(directory: Path) -> None:
         _sync(path)
 
 
-def _after(final: Path) -> Path:
-    stem, _, number = final.name.rpartition("+")
-    return final.with_name(f"{stem}+{int(number) + 1:02d}")
-
-
 def delete(directory: Path) -> None:
     """Deletes a checkpoint: it stops being one before the first of its files goes.
 
@@ -308,10 +288,8 @@ def delete(directory: Path) -> None:
         directory: The checkpoint; one that is gone already is no error.
     """
     renamed = _temporary_path(DELETED, directory.parent)
-    try:
+    with suppress(FileNotFoundError):
         os.rename(directory, renamed)
-    except FileNotFoundError:
-        return
     if renamed.is_symlink():
         renamed.unlink()
     shutil.rmtree(renamed, ignore_errors=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brain_lightning.errors import CheckpointError
 
+from .atomic_directory import may_be_checkpoint
 from .integrity import check_meta
 from .meta_file import METAFNAME, load_meta
 from .state_files import PARAMFILE_EXT, load_state
@@ -45,85 +46,92 @@ def ckpt_recency(ckpt: Checkpoint) -> Any:
 
 
 class Ranking(NamedTuple):
-    """How checkpoints are ranked, and which have a rank at all."""
+    """How checkpoints are ranked, and which have a rank at all; None for all of them."""
 
     key: Key
-    has_rank: Predicate = bool
+    has_rank: Predicate | None = None
+
+    @classmethod
+    def by_meta(cls, name: str, sign: int) -> Ranking:
+        """By a value in ``meta``.
+
+        Args:
+            name: The value's name; checkpoints without it have no rank.
+            sign: 1 where more is better, -1 where less is.
+        """
+
+        def key(checkpoint: Checkpoint) -> Any:
+            value = checkpoint.meta[name]
+            return -value if sign < 0 else value
+
+        return cls(key, lambda checkpoint: name in checkpoint.meta)
+
+    @classmethod
+    def by_one(
+        cls, importance_key: Key | None, max_key: str | None, min_key: str | None
+    ) -> Ranking:
+        """By the one key that was given, else by recency.
+
+        Args:
+            importance_key: The highest value counts.
+            max_key: A name in ``meta``; the highest value counts.
+            min_key: A name in ``meta``; the lowest value counts.
+
+        Raises:
+            ValueError: More than one was given.
+        """
+        if sum(key is not None for key in (importance_key, max_key, min_key)) > 1:
+            raise ValueError(
+                f"importance_key={importance_key}, max_key={max_key!r} and "
+                f"min_key={min_key!r} exclude each other: give one of them"
+            )
+        if max_key is not None:
+            return cls.by_meta(max_key, 1)
+        if min_key is not None:
+            return cls.by_meta(min_key, -1)
+        return cls(importance_key or ckpt_recency)
+
+    @classmethod
+    def by_each(
+        cls, importance_keys: Sequence[Key], max_keys: Sequence[str], min_keys: Sequence[str]
+    ) -> list[Ranking]:
+        """One by every key that was given.
+
+        Args:
+            importance_keys: The highest value counts.
+            max_keys: Names in ``meta``; the highest value counts.
+            min_keys: Names in ``meta``; the lowest value counts.
+        """
+        lowest = [cls.by_meta(name, -1) for name in min_keys]
+        highest = [cls.by_meta(name, 1) for name in max_keys]
+        return [*lowest, *highest, *map(cls, importance_keys)]
+
+    def ranked(
+        self, checkpoints: Iterable[Checkpoint], predicate: Predicate | None
+    ) -> list[Checkpoint]:
+        """Ranks checkpoints.
+
+        Args:
+            checkpoints: In any order.
+            predicate: Only those for which it is true are considered.
+
+        Returns:
+            Those that have a rank, the most important first.
+        """
+        chosen = filter(predicate, filter(self.has_rank, checkpoints))
+        # By recency first: of two that are as important the newer one stays in front.
+        newest_first = sorted(chosen, key=ckpt_recency, reverse=True)
+        return sorted(newest_first, key=self.key, reverse=True)
 
 
-def by_meta(name: str, sign: int) -> Ranking:
-    """Ranks by a value in ``meta``.
+def saved_in(folder: Path) -> list[Checkpoint]:
+    """Every checkpoint in a folder, in no order; one that cannot be read is left out.
 
     Args:
-        name: The value's name; checkpoints without it have no rank.
-        sign: 1 where more is better, -1 where less is.
+        folder: The folder; there are none in one that does not exist.
     """
-
-    def key(checkpoint: Checkpoint) -> Any:
-        value = checkpoint.meta[name]
-        return -value if sign < 0 else value
-
-    return Ranking(key, lambda checkpoint: name in checkpoint.meta)
-
-
-def one_key(importance_key: Key | None, max_key: str | None, min_key: str | None) -> Ranking:
-    """The one key that was given, else recency.
-
-    Args:
-        importance_key: The highest value counts.
-        max_key: A name in ``meta``; the highest value counts.
-        min_key: A name in ``meta``; the lowest value counts.
-
-    Raises:
-        ValueError: More than one was given.
-    """
-    if sum(key is not None for key in (importance_key, max_key, min_key)) > 1:
-        raise ValueError(
-            f"importance_key={importance_key}, max_key={max_key!r} and min_key={min_key!r} "
-            "exclude each other: give one of them"
-        )
-    if max_key is not None:
-        return by_meta(max_key, 1)
-    if min_key is not None:
-        return by_meta(min_key, -1)
-    return Ranking(importance_key or ckpt_recency)
-
-
-def all_keys(
-    importance_keys: Sequence[Key],
-    max_keys: Sequence[str] | None,
-    min_keys: Sequence[str] | None,
-) -> list[Ranking]:
-    """Every key that was given.
-
-    Args:
-        importance_keys: The highest value counts.
-        max_keys: Names in ``meta``; the highest value counts.
-        min_keys: Names in ``meta``; the lowest value counts.
-    """
-    lowest = [by_meta(name, -1) for name in min_keys or ()]
-    highest = [by_meta(name, 1) for name in max_keys or ()]
-    return [*lowest, *highest, *map(Ranking, importance_keys)]
-
-
-def ranked(
-    checkpoints: Iterable[Checkpoint], ranking: Ranking, predicate: Predicate | None
-) -> list[Checkpoint]:
-    """Ranks checkpoints.
-
-    Args:
-        checkpoints: In any order.
-        ranking: By what.
-        predicate: Only those for which it is true are considered.
-
-    Returns:
-        Those that have a rank, the most important first.
-    """
-    chosen = [ckpt for ckpt in checkpoints if ranking.has_rank(ckpt)]
-    chosen = [ckpt for ckpt in chosen if predicate is None or predicate(ckpt)]
-    # By recency first: of two that are as important the newer one stays in front.
-    chosen.sort(key=ckpt_recency, reverse=True)
-    return sorted(chosen, key=ranking.key, reverse=True)
+    paths = filter(may_be_checkpoint, folder.iterdir()) if folder.is_dir() else []
+    return [found for found in map(checkpoint_in, paths) if found is not None]
 
 
 def checkpoint_in(path: Path) -> Checkpoint | None:
@@ -141,28 +149,13 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
         check_meta(path)
         meta = load_meta(path / METAFNAME)
         files = {f.stem: f for f in path.iterdir() if f.suffix == PARAMFILE_EXT}
+        return Checkpoint(path, meta, files)
     except FileNotFoundError:
         # Deleted or replaced meanwhile.
         return None
     except (CheckpointError, OSError) as error:
         logger.warning("%s is skipped: %s", path, error)
         return None
-    return Checkpoint(path, meta, files)
-
-
-def is_intact(checkpoint: Checkpoint, check: Callable[[Path], None]) -> bool:
-    """Whether a check finds nothing wrong with a checkpoint.
-
-    Args:
-        checkpoint: The checkpoint.
-        check: A function of ``integrity``: ``check``, which reads all of it, or
-            ``check_sizes``, which costs nothing.
-    """
-    try:
-        check(checkpoint.path)
-    except (CheckpointError, OSError):
-        return False
-    return True
 
 
 def average_state_dicts(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,8 @@ from brain_lightning.errors import (
 )
 
 from . import atomic_directory, integrity
-from .async_save import BackgroundSaver, Snapshots
-from .checkpoint import (
-    Checkpoint,
-    Key,
-    Predicate,
-    Ranking,
-    all_keys,
-    checkpoint_in,
-    ckpt_recency,
-    is_intact,
-    one_key,
-    ranked,
-)
+from .async_save import Snapshots, run_in_background
+from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved_in
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
@@ -76,7 +66,8 @@ class Checkpointer(Recoverables):
         # Absolute: a script may change directory before a save is done.
         self.checkpoints_dir = Path(checkpoints_dir).absolute()
         self.async_save = False
-        self._saver = BackgroundSaver()
+        # The save that runs in the background.
+        self._pending: Future[Any] | None = None
         self._snapshots = Snapshots()
         self._newest = 0.0
         self._names: set[str] = set()
@@ -142,7 +133,7 @@ class Checkpointer(Recoverables):
             verbosity: The level of the log messages.
         """
         keys = [*importance_keys, *([ckpt_recency] if keep_recent else [])]
-        rankings = all_keys(keys, max_keys, min_keys)
+        rankings = Ranking.by_each(keys, max_keys or (), min_keys or ())
 
         def delete_others() -> None:
             self._delete(num_to_keep, rankings, ckpt_predicate, verbosity)
@@ -162,16 +153,15 @@ class Checkpointer(Recoverables):
             return None
         begun = collectively(lambda: self._begin(meta, end_of_epoch, name))
         directory, saved = ddp_broadcast(begun)
+        deferred = self._write(directory)
+        publish = atomic_directory.publish if name is None else atomic_directory.replace
 
-        def finish(states: Mapping[Path, Any]) -> Checkpoint:
+        def finish() -> Checkpoint:
             with atomic_directory.removed_on_failure(directory):
-                for path, state in states.items():
+                for path, state in deferred.items():
                     write_state(state, path)
                 self._snapshots.recycle()
-                if name is None:
-                    path = atomic_directory.publish(directory, saved.path)
-                else:
-                    path = atomic_directory.replace(directory, saved.path)
+                path = publish(directory, saved.path)
             kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
             logger.log(verbosity, "Saved an %s checkpoint in %s", kind, path)
             self._intact.add(path)
@@ -179,12 +169,11 @@ class Checkpointer(Recoverables):
             files = {name: path / file.name for name, file in saved.paramfiles.items()}
             return Checkpoint(path, saved.meta, files)
 
-        deferred = self._write(directory)
         if not self.async_save:
-            return collectively(lambda: finish(deferred) if if_main_process() else None)
+            return collectively(lambda: finish() if if_main_process() else None)
         if not if_main_process():
             return None
-        self._saver.submit(lambda: finish(deferred))
+        self._pending = run_in_background(finish)
         return saved  # type: ignore[no-any-return]
 
     def _write(self, directory: Path) -> dict[Path, Any]:
@@ -192,8 +181,8 @@ class Checkpointer(Recoverables):
         with ExitStack() as stack:
             if if_main_process():
                 stack.enter_context(atomic_directory.removed_on_failure(directory))
-            if if_main_process() and not self.async_save:
-                stack.enter_context(atomic_directory.syncing(directory))
+                if not self.async_save:
+                    stack.enter_context(atomic_directory.syncing(directory))
             return collectively(lambda: self.write(directory, snapshots))
 
     def _begin(
@@ -207,7 +196,8 @@ class Checkpointer(Recoverables):
                 f"name={name!r} is no name of a directory: leave out {os.sep}"
             )
         # A clock that was set back must not make the newest checkpoint an old one.
-        newest = max([self._newest, *(ckpt.meta["unixtime"] for ckpt in self._listed())])
+        listed = saved_in(self.checkpoints_dir)
+        newest = max([self._newest, *(ckpt.meta["unixtime"] for ckpt in listed)])
         self._newest = max(time.time(), newest + 1e-3)
         final = self._path(name or self._unused_name())
         directory = atomic_directory.new_directory(self.checkpoints_dir)
@@ -234,7 +224,9 @@ class Checkpointer(Recoverables):
         Raises:
             CheckpointSaveError: One of them could not be written.
         """
-        self._saver.wait()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     # -------------------------------------------------------- finding and recovering
 
@@ -282,9 +274,9 @@ class Checkpointer(Recoverables):
         Raises:
             ValueError: More than one key was given.
         """
-        self.wait()
-        key = one_key(importance_key, max_key, min_key)
-        return ranked(self._listed(), key, ckpt_predicate)[:max_num_checkpoints]
+        listed = self.list_checkpoints()
+        ranking = Ranking.by_one(importance_key, max_key, min_key)
+        return ranking.ranked(listed, ckpt_predicate)[:max_num_checkpoints]
 
     def recover_if_possible(
         self,
@@ -321,8 +313,8 @@ class Checkpointer(Recoverables):
 
     def _has_damaged_only(self) -> bool:
         """Whether there are checkpoints, but not one of them can be listed."""
-        paths = atomic_directory.checkpoint_directories(self.checkpoints_dir)
-        return any((p / METAFNAME).exists() for p in paths) and not self._listed()
+        paths = filter(atomic_directory.may_be_checkpoint, self.checkpoints_dir.iterdir())
+        return any((p / METAFNAME).exists() for p in paths) and not self.list_checkpoints()
 
     def _load_unless_damaged(self, checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
         try:
@@ -356,10 +348,9 @@ class Checkpointer(Recoverables):
         logger.info("Loading a checkpoint from %s", checkpoint.path)
         try:
             self.load(files, found, checkpoint.meta["end-of-epoch"])
-        except CheckpointError:
-            raise
         except Exception as error:
-            if integrity.has_checksums(checkpoint.path) or files.keys() <= found.keys():
+            checked = integrity.has_checksums(checkpoint.path) or files.keys() <= found.keys()
+            if checked or isinstance(error, CheckpointError):
                 raise
             # SpeechBrain's other files have no checksums; the next checkpoint, where there
             # is one, overwrites everything.
@@ -368,13 +359,7 @@ class Checkpointer(Recoverables):
     def list_checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint, in no order; one whose meta cannot be read is left out."""
         self.wait()
-        return self._listed()
-
-    def _listed(self) -> list[Checkpoint]:
-        if not self.checkpoints_dir.is_dir():
-            return []
-        paths = atomic_directory.checkpoint_directories(self.checkpoints_dir)
-        return [found for found in map(checkpoint_in, paths) if found is not None]
+        return saved_in(self.checkpoints_dir)
 
     # ------------------------------------------------------------------- deleting
 
@@ -402,7 +387,7 @@ class Checkpointer(Recoverables):
             ValueError: ``num_to_keep`` is negative.
         """
         collectively(self.wait)
-        rankings = all_keys(importance_keys, max_keys, min_keys)
+        rankings = Ranking.by_each(importance_keys, max_keys or (), min_keys or ())
         collectively(lambda: self._delete(num_to_keep, rankings, ckpt_predicate, verbosity))
 
     def _delete(
@@ -416,23 +401,21 @@ class Checkpointer(Recoverables):
             raise ValueError(f"num_to_keep={num_to_keep}: keep 0 or more checkpoints")
         if not if_main_process():
             return
-        listed = self._listed()
-        considered: set[Checkpoint] = set()
-        kept: set[Checkpoint] = set()
-        for ranking in rankings:
-            found = ranked(listed, ranking, ckpt_predicate)
-            considered.update(found)
-            # One that is damaged must not be kept instead of a good one.
-            intact = (ckpt for ckpt in found if self._is_intact(ckpt))
-            kept.update(itertools.islice(intact, num_to_keep))
-        for checkpoint in considered - kept:
+        listed = saved_in(self.checkpoints_dir)
+        considered = [ranking.ranked(listed, ckpt_predicate) for ranking in rankings]
+        # One that is damaged must not be kept instead of a good one.
+        intact = [filter(self._is_intact, each) for each in considered]
+        kept = {ckpt for each in intact for ckpt in itertools.islice(each, num_to_keep)}
+        for checkpoint in set(itertools.chain(*considered)) - kept:
             atomic_directory.delete(checkpoint.path)
             logger.log(verbosity, "Deleted checkpoint in %s", checkpoint.path)
 
     def _is_intact(self, checkpoint: Checkpoint) -> bool:
         """Reads a checkpoint once; after that looks only at the lengths of its files."""
-        if checkpoint.path in self._intact:
-            return is_intact(checkpoint, integrity.check_sizes)
-        if is_intact(checkpoint, integrity.check):
-            self._intact.add(checkpoint.path)
-        return checkpoint.path in self._intact
+        check = integrity.check_sizes if checkpoint.path in self._intact else integrity.check
+        try:
+            check(checkpoint.path)
+        except (CheckpointError, OSError):
+            return False
+        self._intact.add(checkpoint.path)
+        return True

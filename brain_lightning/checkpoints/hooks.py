@@ -54,14 +54,12 @@ def load_hook(obj: Any) -> Hook | None:
 
 def _registered(obj: Any, ours: Mapping[type, Hook], kind: str) -> Hook | None:
     """The hook of an object's class, or of the first of its bases that has one."""
-    theirs = {
-        cls: hook
-        for cls, hook in default_hooks(kind).items()
-        # Its hooks for torch's own classes do what ours do, but run what they load.
-        if not cls.__module__.startswith("torch.")
-    }
-    hooks = {**theirs, **ours}
-    return next((hooks[cls] for cls in type(obj).__mro__ if cls in hooks), None)
+    theirs = default_hooks(kind)
+    for cls in type(obj).__mro__:
+        # SpeechBrain's for torch's own classes do what ours do, but run what they load.
+        if cls in ours or (cls in theirs and not cls.__module__.startswith("torch.")):
+            return ours.get(cls) or theirs[cls]
+    return None
 
 
 def mark_as_saver(method: Method) -> Method:

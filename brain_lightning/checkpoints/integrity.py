@@ -86,9 +86,7 @@ def check_meta(directory: Path) -> None:
     Raises:
         CheckpointError: It is not.
     """
-    entry = _checksums(directory).get(METAFNAME)
-    if entry is not None:
-        _check_file(directory / METAFNAME, entry)
+    _check_file(directory / METAFNAME, _checksums(directory).get(METAFNAME, {}))
 
 
 def has_checksums(directory: Path) -> bool:

@@ -11,16 +11,9 @@ from typing import Any
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import CheckpointError, NotInCheckpointError
 
+from . import state_files
 from .async_save import Snapshots
 from .hooks import Hook, load_hook, save_hook
-from .state_files import (
-    PARAMFILE_EXT,
-    apply_state,
-    is_finite,
-    load_state,
-    torch_recovery,
-    torch_save,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +85,7 @@ class Recoverables:
 
     def may_be_saved(self) -> bool:
         """Whether every parameter that is trained is finite; where not, it is logged."""
-        broken = [name for name, obj in self.recoverables.items() if not is_finite(obj)]
+        broken = [n for n, obj in self.recoverables.items() if not state_files.is_finite(obj)]
         if broken:
             logger.error(
                 "No checkpoint is saved: %s has a parameter that is not finite. The earlier "
@@ -117,18 +110,16 @@ class Recoverables:
         """
         deferred: dict[Path, Any] = {}
         for name, obj in self.recoverables.items():
-            path = directory / f"{name}{PARAMFILE_EXT}"
+            path = directory / f"{name}{state_files.PARAMFILE_EXT}"
             hook = self.custom_save_hooks.get(name) or save_hook(obj)
             if hook is None:
                 raise _no_hook("save", name, obj, "state_dict", "custom_save_hook")
-            if hook is not torch_save:
-                hook(obj, path)
-            elif not if_main_process():
+            if hook is state_files.torch_save and not if_main_process():
                 continue
-            elif snapshots is not None:
+            if hook is state_files.torch_save and snapshots is not None:
                 deferred[path] = snapshots.take(obj)
             else:
-                torch_save(obj, path)
+                hook(obj, path)
         return deferred
 
     def files_to_load(self, path: Path, found: Mapping[str, Path]) -> dict[str, Path]:
@@ -144,9 +135,8 @@ class Recoverables:
         Raises:
             NotInCheckpointError: One that is needed is not there.
         """
-        for name in self.recoverables.keys() - found.keys():
-            if self.allow_partial_load:
-                continue
+        needed = {} if self.allow_partial_load else self.recoverables
+        for name in needed.keys() - found.keys():
             missing = f"{path} has no file for {name!r}"
             if "dataloader" not in name and not self.optional_recoverables.get(name):
                 raise NotInCheckpointError(
@@ -168,9 +158,10 @@ class Recoverables:
             CheckpointError: A file cannot be read, or would run code.
         """
         return {
-            name: load_state(path)
+            name: state_files.load_state(path)
             for name, path in files.items()
-            if name in self.recoverables and self._load_hook(name) is torch_recovery
+            if name in self.recoverables
+            and self._load_hook(name) is state_files.torch_recovery
         }
 
     def load(
@@ -194,7 +185,7 @@ class Recoverables:
             hooks[name] = hook
         for name, path in files.items():
             if name in states:
-                apply_state(self.recoverables[name], states[name])
+                state_files.apply_state(self.recoverables[name], states[name])
             else:
                 hooks[name](self.recoverables[name], path, end_of_epoch)
 

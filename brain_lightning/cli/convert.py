@@ -15,7 +15,7 @@ from torch import Tensor
 
 from brain_lightning.checkpoints import atomic_directory as store
 from brain_lightning.checkpoints import integrity
-from brain_lightning.checkpoints.checkpoint import Checkpoint, checkpoint_in, one_key, ranked
+from brain_lightning.checkpoints.checkpoint import Checkpoint, Ranking, checkpoint_in, saved_in
 from brain_lightning.checkpoints.meta_file import METAFNAME, dump_meta
 from brain_lightning.checkpoints.state_files import PARAMFILE_EXT, load_state, write_state
 from brain_lightning.errors import CheckpointError, RecipeError
@@ -138,12 +138,11 @@ def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Check
 
 
 def _best(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
-    ranking = one_key(None, max_key, min_key)
-    paths = store.checkpoint_directories(source) if source.is_dir() else []
-    inside = [c for c in map(checkpoint_in, paths) if c is not None]
+    ranking = Ranking.by_one(None, max_key, min_key)
+    inside = saved_in(source)
     if not inside:
         raise CheckpointError(f"{source} is no checkpoint, and holds none")
-    best = next(iter(ranked(inside, ranking, None)), None)
+    best = next(iter(ranking.ranked(inside, None)), None)
     why = _why(min_key, max_key)
     if best is None:
         names = ", ".join(sorted({name for c in inside for name in c.meta}))

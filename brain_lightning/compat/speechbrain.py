@@ -24,8 +24,7 @@ def _loaded(module: str, name: str) -> Any:
 
 
 def _is_a(obj: object, module: str, name: str) -> bool:
-    cls = _loaded(module, name)
-    return cls is not None and isinstance(obj, cls)
+    return isinstance(obj, _loaded(module, name) or ())
 
 
 def is_main_process_alone() -> bool:
@@ -63,19 +62,15 @@ def add_attributes(brain: Any) -> None:
     hparams = hparams_of(brain)
     brain.progress = hparams.get("progress", "auto")
     brain.progress_interval = hparams.get("progress_interval", 10)
-    brain.explicit_options = _explicit_options(brain)
+    # SpeechBrain keeps no more of them than the values.
+    defaults = run_option_defaults(sys.modules["speechbrain.core"])
+    brain.explicit_options = frozenset(
+        name for name, default in defaults.items() if getattr(brain, name, default) != default
+    )
     brain.trainer_arguments = hparams.get("trainer") or {}
     # Those of the command line are there already: see patch.py.
     brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
     brain.trainer_callbacks = getattr(brain, "trainer_callbacks", ())
-
-
-def _explicit_options(brain: Any) -> frozenset[str]:
-    """The run options that differ from their defaults, for SpeechBrain keeps no more."""
-    defaults = run_option_defaults(sys.modules["speechbrain.core"])
-    return frozenset(
-        name for name, default in defaults.items() if getattr(brain, name, default) != default
-    )
 
 
 def redirect_validation(brain: object, temporary: TemporaryAttributes) -> None:
@@ -169,6 +164,9 @@ def default_hooks(kind: str) -> dict[type, Any]:
 
     Args:
         kind: SAVE or LOAD.
+
+    Returns:
+        SpeechBrain's own table, or an empty one where nobody loaded it.
     """
     return _loaded("utils.checkpoints", f"DEFAULT_{kind}_HOOKS") or {}
 
@@ -182,10 +180,6 @@ def register_checkpoint_hooks(*classes: Any) -> None:
     Args:
         *classes: Each with ``_save(path)`` and ``_recover(path, end_of_epoch)``.
     """
-    saving = _loaded("utils.checkpoints", "DEFAULT_SAVE_HOOKS")
-    loading = _loaded("utils.checkpoints", "DEFAULT_LOAD_HOOKS")
-    if saving is None or loading is None:
-        return
     for cls in classes:
-        saving.setdefault(cls, cls._save)
-        loading.setdefault(cls, cls._recover)
+        default_hooks("SAVE").setdefault(cls, cls._save)
+        default_hooks("LOAD").setdefault(cls, cls._recover)

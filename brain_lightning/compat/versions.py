@@ -23,17 +23,12 @@ NEWEST_LIGHTNING = "2.6.6"
 TESTED_LIGHTNING = f"2.4 to {NEWEST_LIGHTNING}"
 
 
-def warn_of_untested_lightning() -> None:
-    """Warns where the installed Lightning is newer than the newest one that is tested."""
-    if LIGHTNING > NEWEST_LIGHTNING:
-        warnings.warn(
-            f"Lightning {LIGHTNING} is installed, and brain_lightning is tested with "
-            f"{TESTED_LIGHTNING}. A run is refused if a private part that it needs is gone.",
-            stacklevel=2,
-        )
-
-
-warn_of_untested_lightning()
+if LIGHTNING > NEWEST_LIGHTNING:
+    warnings.warn(
+        f"Lightning {LIGHTNING} is installed, and brain_lightning is tested with "
+        f"{TESTED_LIGHTNING}. A run is refused if a private part that it needs is gone.",
+        stacklevel=1,
+    )
 
 # From 2.5.2 on each process asks the others in each batch whether one got a SIGTERM.
 BROADCASTS_SIGTERM = LIGHTNING >= "2.5.2"
@@ -44,15 +39,12 @@ AVERAGES_WITHOUT_END = LIGHTNING >= "2.6.1"
 # What bytes are pickled as; torch loads it as a plain value from 2.6 on.
 PLAIN_GLOBALS: list[Any] = [] if torch.__version__ >= "2.6" else [_codecs.encode]
 
-accelerator: Any
-if torch.__version__ >= "2.6":
-    accelerator = torch.accelerator
-else:
-    accelerator = SimpleNamespace(
-        is_available=torch.cuda.is_available,
-        current_accelerator=lambda: torch.device("cuda"),
-        device_count=torch.cuda.device_count,
-    )
+# torch has it from 2.6 on.
+accelerator: Any = getattr(torch, "accelerator", None) or SimpleNamespace(
+    is_available=torch.cuda.is_available,
+    current_accelerator=lambda: torch.device("cuda"),
+    device_count=torch.cuda.device_count,
+)
 
 
 def run_option_defaults(core: Any) -> dict[str, Any]:

@@ -12,11 +12,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from brain_lightning.checkpoints.hooks import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
+from brain_lightning.checkpoints import hooks
 from brain_lightning.compat import speechbrain
 from brain_lightning.errors import UnsupportedError
 
@@ -29,7 +25,7 @@ class _Position(Protocol):
     fitted: int
 
 
-@register_checkpoint_hooks
+@hooks.register_checkpoint_hooks
 class SaveableDataLoader(DataLoader[Any]):
     """A DataLoader whose position in the data is saved, as SpeechBrain's of the same name.
 
@@ -43,12 +39,12 @@ class SaveableDataLoader(DataLoader[Any]):
     position: _Position | None = None
     recovered = 0
 
-    @mark_as_saver
+    @hooks.mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
         batches = None if self.position is None else self.position.fitted
         Path(path).write_text(str(batches), encoding="utf-8")
 
-    @mark_as_loader
+    @hooks.mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
         saved = Path(path).read_text(encoding="utf-8")
         # One that was iterated recovers the best checkpoint for an evaluation.
@@ -153,9 +149,8 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
             "with speechbrain.dataio.dataloader.make_dataloader and give it to fit()"
         )
     loader_kwargs.pop("looped_nominal_epoch", None)
-    if loader_kwargs.get("shuffle"):
+    if loader_kwargs.pop("shuffle", False):
         loader_kwargs["sampler"] = shuffling_sampler(dataset, loader_kwargs)
-        del loader_kwargs["shuffle"]
     if checkpointer is None or isinstance(dataset, IterableDataset):
         return DataLoader(dataset, **loader_kwargs)
     return SaveableDataLoader(dataset, **loader_kwargs)

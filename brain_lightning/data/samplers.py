@@ -29,11 +29,7 @@ class ReproducibleRandomSampler(RandomSampler):
     """
 
     def __init__(
-        self,
-        data_source: Sized,
-        seed: int = DEFAULT_SEED,
-        epoch: int = 0,
-        **kwargs: Any,
+        self, data_source: Sized, seed: int = DEFAULT_SEED, epoch: int = 0, **kwargs: Any
     ) -> None:
         if "generator" in kwargs:
             raise ValueError(

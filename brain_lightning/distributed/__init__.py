@@ -6,20 +6,9 @@ Brain's modules. ``termination`` handles SIGTERM, so that all ranks stop after t
 batch.
 """
 
-from .communication import (
-    ddp_barrier,
-    ddp_broadcast,
-    if_main_process,
-    is_distributed_initialized,
-    main_process_only,
-    run_on_main,
-)
-
-__all__ = [
-    "ddp_barrier",
-    "ddp_broadcast",
-    "if_main_process",
-    "is_distributed_initialized",
-    "main_process_only",
-    "run_on_main",
-]
+from .communication import ddp_barrier as ddp_barrier
+from .communication import ddp_broadcast as ddp_broadcast
+from .communication import if_main_process as if_main_process
+from .communication import is_distributed_initialized as is_distributed_initialized
+from .communication import main_process_only as main_process_only
+from .communication import run_on_main as run_on_main

@@ -207,14 +207,12 @@ def collectively(action: Callable[[], Result]) -> Result:
     Raises:
         CheckpointSaveError: It failed in another process.
     """
-    failed: Exception | None = None
     try:
         result = action()
-    except Exception as error:  # noqa: BLE001  it is raised again below
-        failed = error
-    causes = [text for text in gather(None if failed is None else str(failed)) if text]
-    if failed is not None:
-        raise failed
+    except Exception as error:
+        gather(str(error))
+        raise
+    causes = list(filter(None, gather("")))
     if causes:
         raise CheckpointSaveError(f"another process could not save: {causes[0]}")
     return result

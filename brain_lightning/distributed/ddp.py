@@ -113,8 +113,7 @@ def _wrap(brain: BrainProtocol, name: str, module: Module) -> Module:
 def _with_batchnorm_for(device_type: str, name: str, module: Module) -> Module:
     """SyncBatchNorm exists for GPUs only; SpeechBrain crashes on the CPU."""
     if device_type != "cpu":
-        synchronized: Module = SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        return synchronized
+        return SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-any-return, no-untyped-call]
     if any(isinstance(part, SyncBatchNorm) for part in module.modules()):
         raise UnsupportedError(
             f"{name!r} has a SyncBatchNorm, which needs a GPU: use BatchNorm on the CPU, and "

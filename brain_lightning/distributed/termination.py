@@ -28,10 +28,9 @@ class Termination:
         Args:
             is_free: Whether a handler may be replaced.
         """
-        if threading.current_thread() is not threading.main_thread():
-            return
+        is_main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGTERM)
-        if handler is signal.SIG_DFL or is_free(handler):
+        if is_main and (handler is signal.SIG_DFL or is_free(handler)):
             self._previous, self._process = handler, os.getpid()
             signal.signal(signal.SIGTERM, self._handle)
 

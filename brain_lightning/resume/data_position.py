@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,20 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from brain_lightning.compat import speechbrain
 from brain_lightning.data.dataloaders import SaveableDataLoader, twin
 
+from . import worker_states as workers
 from .plain_values import State
 from .random_state import random_state, set_random_state
 from .sampler_states import SamplerStates, plain_states
-from .worker_states import (
-    PLACEHOLDER,
-    CollateWithState,
-    PlaceholderDataset,
-    RestoreWorker,
-    SkippingSampler,
-    WorkerBatch,
-    dataset_state,
-    is_placeholder,
-    is_stateful,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +47,14 @@ class DataPosition:
         self._over = False
         self._loader: Any = None
         self._begun: State = {"samplers": []}
-        self._samplers: SamplerStates | None = None
+        self._samplers = SamplerStates(None)
         self._before_fetch: State | None = None
         self._resumed: State | None = None
+        # By the number of the worker; never changed, but replaced.
         self._workers: dict[int, State] = {}
         self._next_worker = 0
-        # The worker that made the last batch, and its state before that.
-        self._before: tuple[int, State | None] = (0, None)
+        # The worker that made the last batch, and the states before that.
+        self._before = (0, self._workers)
 
     # ------------------------------------------------------------------ saving
 
@@ -76,11 +68,9 @@ class DataPosition:
         """
         ahead = self._fetched > fitted
         draw = self._before_fetch if ahead and self._before_fetch is not None else self._now()
-        next_worker, workers = self._next_worker, dict(self._workers)
-        if ahead and workers:
-            next_worker, before = self._before
-            workers.pop(next_worker)
-            workers.update({} if before is None else {next_worker: before})
+        next_worker, states = self._next_worker, self._workers
+        if ahead and states:
+            next_worker, states = self._before
         return {
             "batches": fitted,
             "begun": {**self._begun, "samplers": plain_states(self._begun["samplers"])},
@@ -88,7 +78,7 @@ class DataPosition:
             "drawn": after_fetch if ahead else None,
             "over": self._over and not ahead,
             "workers_persisted": self._begun.get("workers_persisted", False),
-            "workers": workers,
+            "workers": states,
             "next_worker": next_worker,
             "num_workers": getattr(self._loader, "num_workers", 0),
         }
@@ -97,7 +87,7 @@ class DataPosition:
         """The state to resume from before the next pass."""
         persistent = getattr(self._loader, "persistent_workers", False)
         return {
-            "samplers": [] if self._samplers is None else plain_states(self._samplers.now()),
+            "samplers": plain_states(self._samplers.now()),
             "workers": self._workers if persistent else {},
             "workers_persisted": _persist(self._loader),
             "num_workers": getattr(self._loader, "num_workers", 0),
@@ -114,7 +104,7 @@ class DataPosition:
         self._states_of(loader).resume(state.get("samplers", []))
 
     def _states_of(self, loader: Any) -> SamplerStates:
-        if self._samplers is None or self._samplers.loader is not loader:
+        if self._samplers.loader is not loader:
             self._samplers = SamplerStates(loader)
         return self._samplers
 
@@ -150,13 +140,13 @@ class DataPosition:
 
     def _fetch(self, iterator: Iterator[Any]) -> Any:
         item = next(iterator)
-        while isinstance(item, WorkerBatch) and is_placeholder(item.batch):
+        while isinstance(item, workers.WorkerBatch) and workers.is_placeholder(item.batch):
             item = next(iterator)
         self._fetched += 1
-        if not isinstance(item, WorkerBatch):
+        if not isinstance(item, workers.WorkerBatch):
             return item
-        self._before = (item.worker, self._workers.get(item.worker))
-        self._workers[item.worker] = item.state
+        self._before = (item.worker, self._workers)
+        self._workers = {**self._workers, item.worker: item.state}
         self._next_worker = (item.worker + 1) % self._loader.num_workers
         return item.batch
 
@@ -185,19 +175,18 @@ class DataPosition:
             return iter(loader)
         if "dataset" in draw:
             loader.dataset.load_state_dict(draw["dataset"])
+        if isinstance(loader, Sequence):
+            return itertools.islice(loader, self._fetched, None)
         if not _is_data_loader(loader):
-            return self._sequence(loader)
-        if _is_stream(loader) and not is_stateful(loader.dataset):
+            self._warn_if_it_restarts(loader)
+            return iter(loader)
+        if isinstance(loader.dataset, IterableDataset) and not workers.is_stateful(
+            loader.dataset
+        ):
             self._warn_if_it_restarts(loader.dataset)
         self._resume_workers(loader, resumed)
         if self._fetched or loader.num_workers:
             return self._twins_iterator(loader, resumed)
-        return iter(loader)
-
-    def _sequence(self, loader: Any) -> Iterator[Any]:
-        if isinstance(loader, Sequence):
-            return itertools.islice(loader, self._fetched, None)
-        self._warn_if_it_restarts(loader)
         return iter(loader)
 
     def _warn_if_it_restarts(self, data: Any) -> None:
@@ -223,7 +212,7 @@ class DataPosition:
                 loader.num_workers,
             )
         elif resumed:
-            self._workers = dict(resumed["workers"])
+            self._workers = resumed["workers"]
             self._next_worker = resumed.get("next_worker", 0) if self._fetched else 0
 
     def _twins_iterator(self, loader: DataLoader[Any], resumed: State) -> Iterator[Any]:
@@ -235,7 +224,7 @@ class DataPosition:
             _PERSISTENT[loader] = new
         iterator = iter(new)
         for sampler in (new.batch_sampler, new.sampler):
-            if isinstance(sampler, SkippingSampler):
+            if isinstance(sampler, workers.SkippingSampler):
                 sampler.skip()
         speechbrain.track_iterator(loader, iterator, self._fetched - self._next_worker)
         return iterator
@@ -243,19 +232,21 @@ class DataPosition:
     def _twin(self, loader: DataLoader[Any], resumed: bool) -> DataLoader[Any]:
         changes: dict[str, Any] = {}
         if loader.num_workers:
-            states = dict(self._workers)
-            changes["collate_fn"] = CollateWithState(loader.collate_fn)
-            changes["worker_init_fn"] = RestoreWorker(loader.worker_init_fn, states)
+            changes["collate_fn"] = partial(workers.collate_with_state, loader.collate_fn)
+            changes["worker_init_fn"] = partial(
+                workers.restore_worker, loader.worker_init_fn, self._workers
+            )
         waiting, batched = self._next_worker, loader.batch_sampler is not None
         if waiting:
-            changes["dataset"] = PlaceholderDataset(loader.dataset, waiting)
-        before: list[Any] = [[PLACEHOLDER] if batched else PLACEHOLDER] * waiting
+            changes["dataset"] = workers.PlaceholderDataset(loader.dataset, waiting)
+        placeholder = [workers.PLACEHOLDER] if batched else workers.PLACEHOLDER
+        before: list[Any] = [placeholder] * waiting
         name = "batch_sampler" if batched else "sampler"
-        skip = 0 if _is_stream(loader) else self._fetched
+        skip = 0 if isinstance(loader.dataset, IterableDataset) else self._fetched
         # Persistent workers begin a pass without the random number that new ones need.
         persisted = resumed and self._begun["workers_persisted"]
         random = self._begun["random"] if persisted else None
-        changes[name] = SkippingSampler(getattr(loader, name), skip, before, random)
+        changes[name] = workers.SkippingSampler(getattr(loader, name), skip, before, random)
         new = twin(loader, **changes)
         speechbrain.clear_position(new)
         return new
@@ -272,10 +263,9 @@ def _recovered_position(loader: Any, position: DataPosition) -> int:
 
 def _is_data_loader(loader: Any) -> bool:
     """Whether an object is iterated as a DataLoader is, or as SpeechBrain's."""
-    if not isinstance(loader, DataLoader):
-        return False
-    ours = type(loader).__iter__ is DataLoader.__iter__
-    return ours or speechbrain.is_saveable_loader(loader)
+    return isinstance(loader, DataLoader) and (
+        type(loader).__iter__ is DataLoader.__iter__ or speechbrain.is_saveable_loader(loader)
+    )
 
 
 def _persist(loader: Any) -> bool:
@@ -283,12 +273,8 @@ def _persist(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and loader in _PERSISTENT
 
 
-def _is_stream(loader: DataLoader[Any]) -> bool:
-    return isinstance(loader.dataset, IterableDataset)
-
-
 def _state_of_stream(loader: Any) -> State:
     """The state of data without indices: of the loader itself, or of its dataset."""
-    if is_stateful(loader):
+    if workers.is_stateful(loader):
         return {"loader": loader.state_dict()}
-    return {} if getattr(loader, "num_workers", 0) else dataset_state(loader)
+    return {} if getattr(loader, "num_workers", 0) else workers.dataset_state(loader)

@@ -31,16 +31,15 @@ class EpochStatistics:
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
         self._before = {name: id(value) for name, value in vars(brain).items()}
-        self._assigned: frozenset[str] = frozenset()
+        self._assigned: set[str] = set()
         self._numbers: State = {}
         self._reported: set[str] = set()
 
     def begin(self) -> None:
         """Records what ``on_stage_start`` has assigned."""
-        own = vars(self._brain)
-        changed = {name for name in own if self._before.get(name) != id(own[name])}
-        self._assigned = frozenset(changed - OWN)
-        self._numbers = {name: own[name] for name in own.keys() - OWN if _is_number(own[name])}
+        own = {name: value for name, value in vars(self._brain).items() if name not in OWN}
+        self._assigned = {name for name in own if self._before.get(name) != id(own[name])}
+        self._numbers = {name: value for name, value in own.items() if _is_number(value)}
 
     def state(self) -> State:
         """What there is so far, where it can be saved."""

@@ -14,8 +14,6 @@ from torch import Tensor
 # What is saved, by names that are part of the file format.
 State = dict[str, Any]
 
-PLAIN = (type(None), bool, int, float, str, bytes)
-
 
 class NotPlainError(TypeError):
     """A value cannot be saved without code to load it."""
@@ -33,7 +31,7 @@ def plain(value: Any) -> Any:
     Raises:
         NotPlainError: It has something else in it.
     """
-    if type(value) in PLAIN:
+    if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     if isinstance(value, np.generic):
         return plain(value.item())

@@ -76,7 +76,6 @@ class RunState:
         self._batch_random: State | None = None
         # The state of the epoch before a validation, until the validation is over.
         self._before_validation: State | None = None
-        self._recovers = True
 
     # ----------------------------------------------------------------- moments
 
@@ -88,7 +87,6 @@ class RunState:
         """
         self.epochs += 1
         self.drawn += 1
-        self._recovers = False
         resumed = self.resumed
         if resumed is not None:
             epoch = resumed["epoch"]
@@ -112,9 +110,9 @@ class RunState:
         """
         self._statistics.begin()
         self._in_pass = True
-        resumed, self.resumed = self.resumed, None
-        if resumed is not None and resumed["epoch"] is not None:
-            self._resume_epoch(resumed["epoch"])
+        epoch, self.resumed = self._epoch_to_resume(), None
+        if epoch is not None:
+            self._resume_epoch(epoch)
         yield from self.position.batches(loader)
 
     def begin_batch(self) -> None:
@@ -136,10 +134,11 @@ class RunState:
     @property
     def resumed_batches(self) -> int | None:
         """The number of batches before those of a resumed epoch; None for a new epoch."""
-        if self.resumed is None or self.resumed["epoch"] is None:
-            return None
-        batches: int = self.resumed["epoch"]["position"]["batches"]
-        return batches
+        epoch = self._epoch_to_resume()
+        return None if epoch is None else epoch["position"]["batches"]
+
+    def _epoch_to_resume(self) -> State | None:
+        return None if self.resumed is None else self.resumed["epoch"]
 
     def _resume_epoch(self, epoch: State) -> None:
         brain = self.brain
@@ -216,12 +215,10 @@ class RunState:
     def _epoch(self) -> State:
         if not self._in_pass:
             return self._epoch_to_begin()
-        brain, fitted = self.brain, self.position.fitted
-        parameters = enumerate(_parameters(brain))
+        brain, parameters = self.brain, enumerate(_parameters(self.brain))
         # A batch in which something failed is fitted again, unless its gradients were used.
         again = self._in_batch and not self._batch_used
-        if self._in_batch and not again:
-            fitted += 1
+        fitted = self.position.fitted + (self._in_batch and not again)
         after_fetch = self._batch_random if again else random_state()
         return {
             "stage_random": self._stage_random,
@@ -236,9 +233,8 @@ class RunState:
 
     def _epoch_to_begin(self) -> State:
         """The state of an epoch whose ``on_stage_start`` is not over: it saves, or fails."""
-        resumed = self.resumed
-        if resumed is not None and resumed["epoch"] is not None:
-            epoch: State = resumed["epoch"]
+        epoch, resumed = self._epoch_to_resume(), self.resumed
+        if epoch is not None:
             return epoch
         between = resumed["between"] if resumed else self.position.state_between_passes()
         return {
@@ -272,7 +268,8 @@ class RunState:
             path: The file.
             end_of_epoch: Whether an epoch had ended.
         """
-        if not self._recovers:
+        if self._stage_random:
+            # Within an epoch.
             return
         states = load_state(str(path))["processes"]
         if len(states) != world_size():
@@ -287,8 +284,7 @@ class RunState:
             state["epoch"] = None
         is_own = end_of_epoch and state["saved_by"] == self._saved_by
         self.resumed = None if is_own else state
-        validations = [] if is_own else state["validations"]
-        self._resumed_validations = dict(enumerate(validations))
+        self._resumed_validations = {} if is_own else dict(enumerate(state["validations"]))
 
 
 def run_state(brain: BrainProtocol) -> RunState:

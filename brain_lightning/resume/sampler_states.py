@@ -21,7 +21,7 @@ class SamplerStates:
     batches after each pass.
 
     Args:
-        loader: The loader, before its first pass.
+        loader: The loader, before its first pass; None has no samplers.
 
     Attributes:
         loader: The loader.
@@ -33,20 +33,16 @@ class SamplerStates:
 
     def now(self) -> list[State]:
         """The current states; cheap, for nothing is copied."""
-        return [
-            self._now(sampler, first)
-            for sampler, first in zip(_samplers(self.loader), self._first, strict=True)
-        ]
+        pairs = zip(_samplers(self.loader), self._first, strict=True)
+        return [self._now(sampler, first) for sampler, first in pairs]
 
     def _now(self, sampler: Any, first: State) -> State:
         if is_stateful(sampler) and not isinstance(sampler, DataLoader):
             return {"state": sampler.state_dict()}
-        generator = getattr(sampler, "generator", None)
-        state: State = {}
+        own, generator = _attributes(sampler), getattr(sampler, "generator", None)
+        state: State = {"changed": {n: v for n, v in own.items() if first.get(n) is not v}}
         if isinstance(generator, torch.Generator):
             state["generator"] = to_bytes(generator.get_state())
-        own = _attributes(sampler)
-        state["changed"] = {n: v for n, v in own.items() if first.get(n) is not v}
         return state
 
     def resume(self, states: list[State]) -> None:

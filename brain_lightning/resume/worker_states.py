@@ -44,25 +44,19 @@ def is_stateful(obj: object) -> bool:
     return hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
 
 
-class CollateWithState:
-    """A ``collate_fn`` that sends the state of the worker with each batch.
+def collate_with_state(collate_fn: Callable[[Any], Any], samples: Any) -> WorkerBatch:
+    """Collates the samples of a batch, and adds the state of the worker.
 
     Args:
         collate_fn: The loader's.
+        samples: What the batch is made of, or a placeholder, which is passed on.
     """
-
-    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
-        self._collate_fn = collate_fn
-
-    def __call__(self, samples: Any) -> WorkerBatch:
-        """Collates the samples of a batch, or passes a placeholder on."""
-        worker = get_worker_info()
-        assert worker is not None
-        if is_placeholder(samples):
-            return WorkerBatch(PLACEHOLDER, worker.id, {})
-        batch = self._collate_fn(samples)
-        state = {"random": random_state(), **dataset_state(worker)}
-        return WorkerBatch(batch, worker.id, state)
+    worker: Any = get_worker_info()
+    if is_placeholder(samples):
+        return WorkerBatch(PLACEHOLDER, worker.id, {})
+    batch = collate_fn(samples)
+    state = {"random": random_state(), **dataset_state(worker)}
+    return WorkerBatch(batch, worker.id, state)
 
 
 def dataset_state(owner: Any) -> State:
@@ -86,35 +80,25 @@ def is_placeholder(samples: Any) -> bool:
     return isinstance(samples, str) and samples == PLACEHOLDER
 
 
-class RestoreWorker:
-    """A ``worker_init_fn`` that restores the state of each worker.
+def restore_worker(
+    worker_init_fn: Callable[[int], None] | None, states: Mapping[int, State], worker: int
+) -> None:
+    """Restores the state of a worker that has just started.
 
     Args:
         worker_init_fn: The loader's.
         states: By the number of the worker; one without is new.
+        worker: The number of this one.
     """
-
-    def __init__(
-        self, worker_init_fn: Callable[[int], None] | None, states: Mapping[int, State]
-    ) -> None:
-        self._worker_init_fn = worker_init_fn
-        self._states = states
-
-    def __call__(self, worker: int) -> None:
-        """Prepares a worker that has just started."""
-        info = get_worker_info()
-        assert info is not None
-        if isinstance(info.dataset, PlaceholderDataset):
-            # A worker_init_fn may set attributes of its dataset; torch refuses assignments.
-            object.__setattr__(info, "dataset", info.dataset.dataset)
-        if self._worker_init_fn is not None:
-            self._worker_init_fn(worker)
-        state = self._states.get(worker)
-        if state is None:
-            return
+    info: Any = get_worker_info()
+    if isinstance(info.dataset, PlaceholderDataset):
+        # A worker_init_fn may set attributes of its dataset; torch refuses assignments.
+        object.__setattr__(info, "dataset", info.dataset.dataset)
+    if worker_init_fn is not None:
+        worker_init_fn(worker)
+    if state := states.get(worker):
         if "dataset" in state:
-            dataset: Any = info.dataset
-            dataset.load_state_dict(state["dataset"])
+            info.dataset.load_state_dict(state["dataset"])
         set_random_state(state["random"])
 
 

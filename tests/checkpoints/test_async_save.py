@@ -51,7 +51,7 @@ def test_an_error_in_the_background_surfaces_at_the_next_save(
     state.checkpointer.async_save = True
     monkeypatch.setattr(torch, "save", fails_to_write)
     state.checkpointer.save_checkpoint()
-    futures.wait([state.checkpointer._saver._pending])
+    futures.wait([state.checkpointer._pending])
     with pytest.raises(CheckpointSaveError, match="No space left"):
         state.checkpointer.save_checkpoint()
 
