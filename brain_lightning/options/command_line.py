@@ -87,16 +87,13 @@ def _expand_flags(words: Sequence[str]) -> list[str]:
         name, has_value, value = word.partition("=")
         if name not in flags or not has_value:
             expanded.append(word)
-        elif _truth(name, value):
+            continue
+        truth = _from_yaml(name, value)
+        if not isinstance(truth, bool):
+            raise RunOptionError(f"{name}={value}: a flag is true or false, or stands alone")
+        if truth:
             expanded.append(name)
     return expanded
-
-
-def _truth(name: str, value: str) -> bool:
-    truth = _from_yaml(name, value)
-    if not isinstance(truth, bool):
-        raise RunOptionError(f"{name}={value}: a flag is true or false, or stands alone")
-    return truth
 
 
 def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -27,21 +27,17 @@ OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
 RECORDS = ("param_file", "overridden_args", "trainer")
 
 
-def option(default: Any, help_text: str, *, on_command_line: bool = True) -> Any:
-    """Declares a field of ``RunOptions``.
+def option(default: Any, help_text: str) -> Any:
+    """Declares a field of ``RunOptions`` that ``--name=value`` sets.
 
     Args:
-        default: Its value where nobody gives one; a dict is copied.
+        default: Its value where nobody gives one.
         help_text: What it does, shown by ``--help``.
-        on_command_line: Whether ``--name=value`` sets it.
 
     Returns:
         A dataclass field.
     """
-    metadata = {"help": help_text, "on_command_line": on_command_line}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,9 @@ class RunOptions(Mapping[str, Any]):
         None, "cpu, cuda, cuda:1… (default: this rank's GPU where there is one, else the CPU)"
     )
     data_parallel_backend: bool = option(False, "Not supported: see --trainer.devices.")
-    data_parallel_count: int = option(-1, "Not supported.", on_command_line=False)
+    data_parallel_count: int = -1  # Not supported.
     distributed_backend: str = option("nccl", "nccl, gloo or mpi.")
-    distributed_launch: bool = option(
-        False, "Set by torchrun's environment, never by hand.", on_command_line=False
-    )
+    distributed_launch: bool = False  # Set by torchrun's environment, never by hand.
     find_unused_parameters: bool = option(
         False, "Let distributed training look for parameters that got no gradient."
     )
@@ -127,10 +121,9 @@ class RunOptions(Mapping[str, Any]):
         None, "Updates after which to stop, with a validation at the end."
     )
     tqdm_colored_bar: bool = option(False, "Colour the progress bar.")
-    tqdm_barcolor: dict[str, str] = option(
-        {"train": "GREEN", "valid": "MAGENTA", "test": "CYAN"},
-        "The bar's colour in each stage.",
-        on_command_line=False,
+    # The bar's colour in each stage.
+    tqdm_barcolor: dict[str, str] = field(
+        default_factory=lambda: {"train": "GREEN", "valid": "MAGENTA", "test": "CYAN"}
     )
     remove_vector_weight_decay: bool = option(
         False, "No weight decay for vectors, such as biases and norms."
@@ -139,11 +132,11 @@ class RunOptions(Mapping[str, Any]):
     profile_warmup: int = option(5, "Steps before the profile starts.")
     profile_steps: int = option(5, "Steps in the profile.")
     log_config: str | None = option(None, "A YAML file that configures logging.")
-    param_file: str = option("", "The HyperPyYAML file.", on_command_line=False)
-    overridden_args: frozenset[str] = field(default=frozenset())
-    trainer: dict[str, Any] = option(
-        {}, "Arguments of Lightning's Trainer, --trainer.devices=2.", on_command_line=False
-    )
+    # The HyperPyYAML file.
+    param_file: str = ""
+    overridden_args: frozenset[str] = frozenset()
+    # Arguments of Lightning's Trainer, --trainer.devices=2.
+    trainer: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dictionary(cls, args_dict: Mapping[str, Any]) -> RunOptions:
@@ -172,8 +165,7 @@ class RunOptions(Mapping[str, Any]):
     @classmethod
     def on_command_line(cls) -> dict[str, str]:
         """The help of each option that ``--name=value`` sets."""
-        fields = [f for f in dataclasses.fields(cls) if f.metadata.get("on_command_line")]
-        return {f.name: f.metadata["help"] for f in fields}
+        return {f.name: f.metadata["help"] for f in dataclasses.fields(cls) if f.metadata}
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dictionary with the same keys and values."""
@@ -192,9 +184,8 @@ class RunOptions(Mapping[str, Any]):
 
     def _keys(self) -> list[str]:
         # An empty `trainer` must not overwrite the one in hparams on hparams.update(run_opts).
-        return [
-            *self.option_names(), *(r for r in RECORDS if r != "trainer" or self.trainer)
-        ]  # fmt: skip
+        names = [f.name for f in dataclasses.fields(self)]
+        return names if self.trainer else [name for name in names if name != "trainer"]
 
 
 def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
