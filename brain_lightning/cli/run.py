@@ -21,7 +21,7 @@ from brain_lightning.options.command_line import TRAINER_HELP, split_trainer
 from brain_lightning.options.run_options import OURS_ALONE, RunOptions
 
 from .exit_status import EXPLANATION, of_process
-from .script import load_trainer_file, run_recipe, script_first
+from .script import load_trainer_file, parse_command, run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +51,9 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     trainer, rest = split_trainer(words)
     # Alone it takes no value: what follows may be the script.
     rest = ["--plot=" if word == "--plot" else word for word in rest]
-    options, rest = parser.parse_known_args(rest)
+    options, script, rest = parse_command(parser, rest)
     if options.trainer is not None:
         trainer = {**load_trainer_file(options.trainer), **trainer}
-    script, *rest = script_first(parser, rest)
     callbacks = [] if options.plot is None else [CurvePlot(options.plot or None)]
     processes = processes_to_launch(trainer)
     if processes > 1:
