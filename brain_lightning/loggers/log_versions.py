@@ -186,7 +186,6 @@ class _CSVLog(_Versions):
         return is_of_test(name.removeprefix(before) for name, value in row.items() if value)
 
     def _keep(self, is_kept: Callable[[Row], bool]) -> None:
-        rows = _rows(self._aside if self._aside.is_file() else self._file)
         if self._file.is_file() and not self._aside.is_file():
             self._file.replace(self._aside)
         self._file.unlink(missing_ok=True)
@@ -194,7 +193,7 @@ class _CSVLog(_Versions):
             warnings.filterwarnings("ignore", "Experiment logs directory")
             writer = self.logger.experiment
         writer.metrics_keys.clear()
-        for row in filter(is_kept, rows):
+        for row in filter(is_kept, _rows(self._aside)):
             # As they stand there: a prefix is in their names already, and no digit changes.
             values: Any = {name: value for name, value in row.items() if value}
             writer.log_metrics(values, int(values.pop("step")))
@@ -249,14 +248,9 @@ class _ServiceLog(Log):
 
     logger: WandbLogger | MLFlowLogger
 
-    def __init__(self, logger: Logger, index: int) -> None:
-        super().__init__(logger, index)
-        # The last number of each name, of earlier processes.
-        self._last: dict[str, float] = {}
-
     def _begin(self, resumes: bool) -> bool:
-        if resumes:
-            self._last = self._last_numbers()
+        # The last number of each name, of earlier processes.
+        self._last = self._last_numbers() if resumes else {}
         return resumes
 
     def _last_numbers(self) -> dict[str, float]:
@@ -286,9 +280,10 @@ def log_of(logger: Logger, index: int) -> Log:
         logger: The logger.
         index: As for ``Log``.
     """
-    kinds: list[tuple[Any, type[Log]]] = [
-        (CSVLogger, _CSVLog),
-        (TensorBoardLogger, _TensorBoardLog),
-        ((WandbLogger, MLFlowLogger), _ServiceLog),
-    ]
-    return next((log for kind, log in kinds if isinstance(logger, kind)), Log)(logger, index)
+    if isinstance(logger, CSVLogger):
+        return _CSVLog(logger, index)
+    if isinstance(logger, TensorBoardLogger):
+        return _TensorBoardLog(logger, index)
+    if isinstance(logger, (WandbLogger, MLFlowLogger)):
+        return _ServiceLog(logger, index)
+    return Log(logger, index)

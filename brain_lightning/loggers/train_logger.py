@@ -105,7 +105,9 @@ class LightningTrainLogger:
         stats = {
             "train_stats": train_stats, "valid_stats": valid_stats, "test_stats": test_stats
         }  # fmt: skip
-        named = dict(_named(stats_meta, stats))
+        named = dict(leaves(stats_meta))
+        for argument, stage in STAGES_OF_STATS.items():
+            named |= {staged(stage, n): value for n, value in leaves(stats[argument])}
         numbers = numbers_in(named)
         for name in named.keys() - numbers.keys():
             self._warn(f"log_stats: {name!r} is no number, and is not logged")
@@ -210,13 +212,6 @@ def _checked(logger: object) -> list[Logger]:
                 f"list of them, got {each!r}"
             )
     return list(loggers)
-
-
-def _named(stats_meta: Any, stats: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from leaves(stats_meta)
-    for argument, stage in STAGES_OF_STATS.items():
-        for name, value in leaves(stats[argument]):
-            yield staged(stage, name), value
 
 
 def _first_of(known: Sequence[str], numbers: Mapping[str, float]) -> str | None:
