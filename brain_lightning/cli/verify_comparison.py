@@ -85,9 +85,8 @@ class Comparison:
         pairs = list(zip_longest(theirs, ours, fillvalue="-"))
         first = next(i for i, (one, other) in enumerate(pairs) if one != other)
         yield f"hooks: call {first + 1} differs"
-        for index, (one, other) in enumerate(pairs[: first + CONTEXT + 1]):
-            if index >= first - CONTEXT:
-                yield f"  {one:<40} {other:<40}{_mark(one, other)}"
+        for one, other in pairs[max(0, first - CONTEXT) : first + CONTEXT + 1]:
+            yield f"  {one:<40} {other:<40}{_mark(one, other)}"
 
 
 def steps_of(events: Sequence[Event]) -> list[dict[str, Any]]:

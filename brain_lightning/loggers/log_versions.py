@@ -33,16 +33,13 @@ class Entry(NamedTuple):
         numbers: By name.
         name: Of the number that says where it belongs, such as ``epoch``.
         position: Where it stands.
+        is_test: Whether it speaks of TEST alone.
     """
 
     numbers: dict[str, float]
     name: str | None
     position: int
-
-    @property
-    def is_test(self) -> bool:
-        """Whether it speaks of TEST alone."""
-        return is_of_test(self.numbers)
+    is_test: bool
 
 
 def is_of_test(names: Iterable[str]) -> bool:
@@ -120,12 +117,9 @@ class _Versions(Log):
     logger: CSVLogger | TensorBoardLogger
 
     @property
-    def _folder(self) -> Path:
-        return Path(self.logger.log_dir)
-
-    @property
     def _mark(self) -> Path:
-        return self._folder / f".train_log-{type(self.logger).__name__}-{self._index}"
+        name = f".train_log-{type(self.logger).__name__}-{self._index}"
+        return Path(self.logger.log_dir, name)
 
     def _begin(self, resumes: bool) -> bool:
         # Elsewhere, or where somebody else, such as a Trainer, writes: as Lightning has it.
@@ -161,7 +155,7 @@ class _CSVLog(_Versions):
 
     @property
     def _file(self) -> Path:
-        return self._folder / ExperimentWriter.NAME_METRICS_FILE
+        return Path(self.logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
 
     @property
     def _aside(self) -> Path:

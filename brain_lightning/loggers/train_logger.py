@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.protocol import BrainProtocol, hparams_of
-from brain_lightning.stages.metrics import STAGES_OF_STATS, leaves, numbers_in, staged
+from brain_lightning.stage import Stage
+from brain_lightning.stages.metrics import leaves, numbers_in, staged
 from brain_lightning.temporary import TemporaryAttributes
 
 from .log_versions import Entry, Log, is_of_test, log_of
@@ -102,12 +103,10 @@ class LightningTrainLogger:
         # SpeechBrain's waits for the other processes; one may be alone, in a test.
         if not if_main_process():
             return
-        stats = {
-            "train_stats": train_stats, "valid_stats": valid_stats, "test_stats": test_stats
-        }  # fmt: skip
+        stats = {Stage.TRAIN: train_stats, Stage.VALID: valid_stats, Stage.TEST: test_stats}
         named = dict(leaves(stats_meta))
-        for argument, stage in STAGES_OF_STATS.items():
-            named |= {staged(stage, n): value for n, value in leaves(stats[argument])}
+        for stage, values in stats.items():
+            named |= {staged(stage, name): value for name, value in leaves(values)}
         numbers = numbers_in(named)
         for name in named.keys() - numbers.keys():
             self._warn(f"log_stats: {name!r} is no number, and is not logged")
@@ -155,11 +154,12 @@ class LightningTrainLogger:
 
     def _entry(self, numbers: dict[str, float]) -> Entry:
         name, tested = _first_of(POSITIONS, numbers), _first_of(TESTED, numbers)
+        is_test = is_of_test(numbers)
         if name or tested:
             self._position = int(numbers[name or tested or ""])
-        elif not is_of_test(numbers):
+        elif not is_test:
             self._position += 1
-        return Entry(numbers, name, self._position)
+        return Entry(numbers, name, self._position, is_test)
 
     def _opened(self) -> Iterator[Log]:
         for each in self._logs:
@@ -223,15 +223,11 @@ def _kind(of: Log) -> str:
     return type(of.logger).__name__
 
 
-def _line(stats_meta: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
+def _line(stats_meta: Mapping[str, Any], stats: Mapping[Stage, Any]) -> str:
     """The line that SpeechBrain's FileTrainLogger writes."""
-    parts = [_words(stats_meta, "")]
-    parts += [
-        _words(stats[argument], f"{stage.name.lower()} ")
-        for argument, stage in STAGES_OF_STATS.items()
-        if stats[argument] is not None
-    ]
-    return " - ".join(parts)
+    reported = {stage: values for stage, values in stats.items() if values is not None}
+    parts = [_words(values, f"{stage.name.lower()} ") for stage, values in reported.items()]
+    return " - ".join([_words(stats_meta, ""), *parts])
 
 
 def _words(stats: Mapping[str, Any], before: str) -> str:

@@ -65,16 +65,13 @@ def trainer_help() -> str:
     texts = documented(Trainer.__init__, "Args")
     lines = textwrap.wrap(INTRODUCTION, WIDTH)
     for name, parameter in inspect.signature(Trainer).parameters.items():
-        lines += _entry(parameter, texts.get(name, ""))
+        text = texts.get(name, "")
+        # Many have None for a default that only the documentation gives.
+        default = re.search(r"Default: ``(.+?)``", text)
+        lines += ["", f"--trainer.{name}={default[1] if default else parameter.default}"]
+        lines += _indented(_first_sentence(text), "    ")
+        lines += _indented(WITH_A_BRAIN.get(name, ""), "  > ")
     return "\n".join(lines)
-
-
-def _entry(parameter: inspect.Parameter, documentation: str) -> list[str]:
-    # Many have None for a default that only the documentation gives.
-    default = re.search(r"Default: ``(.+?)``", documentation)
-    lines = ["", f"--trainer.{parameter.name}={default[1] if default else parameter.default}"]
-    lines += _indented(_first_sentence(documentation), "    ")
-    return lines + _indented(WITH_A_BRAIN.get(parameter.name, ""), "  > ")
 
 
 def _indented(text: str, first: str) -> list[str]:
