@@ -55,30 +55,22 @@ def is_of_test(names: Iterable[str]) -> bool:
 class Log:
     """What one logger of a train logger writes: whatever it is given.
 
+    It is made just before its first entry, and finds what that adds to.
+
     Args:
         logger: The logger.
         index: Of the logger among those of its train logger.
+        resumes: Whether this is a log of earlier processes.
 
     Attributes:
         logger: The logger.
     """
 
-    def __init__(self, logger: Logger, index: int) -> None:
+    def __init__(self, logger: Logger, index: int, resumes: bool) -> None:
         self.logger = logger
         self._index = index
-        self._is_open = False
         # Of which an earlier process may have entries that are made again: epochs, tests.
-        self._repeated: set[bool] = set()
-
-    def open(self, resumes: bool) -> None:
-        """Finds what it adds to, before the first entry; later calls do nothing.
-
-        Args:
-            resumes: Whether this is a log of earlier processes.
-        """
-        if not self._is_open and self._begin(resumes):
-            self._repeated = {True, False}
-        self._is_open = True
+        self._repeated = {True, False} if self._begin(resumes) else set()
 
     def write(self, entry: Entry) -> bool:
         """Logs an entry; the first one replaces what it repeats.
@@ -267,17 +259,14 @@ class _ServiceLog(Log):
         return numbers[name] < last[name] or (numbers[name] == last[name] and is_repeated)
 
 
-def log_of(logger: Logger, index: int) -> Log:
-    """What a logger writes.
+def log_class(logger: Logger) -> type[Log]:
+    """The class for what a logger writes.
 
     Args:
         logger: The logger.
-        index: As for ``Log``.
     """
     if isinstance(logger, CSVLogger):
-        return _CSVLog(logger, index)
+        return _CSVLog
     if isinstance(logger, TensorBoardLogger):
-        return _TensorBoardLog(logger, index)
-    if isinstance(logger, (WandbLogger, MLFlowLogger)):
-        return _ServiceLog(logger, index)
-    return Log(logger, index)
+        return _TensorBoardLog
+    return _ServiceLog if isinstance(logger, (WandbLogger, MLFlowLogger)) else Log

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -17,7 +18,7 @@ from brain_lightning.stage import Stage
 from brain_lightning.stages.metrics import leaves, numbers_in, staged
 from brain_lightning.temporary import TemporaryAttributes
 
-from .log_versions import Entry, Log, is_of_test, log_of
+from .log_versions import Entry, Log, is_of_test, log_class
 from .media import log_audio, log_figure, spectrogram
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,6 @@ class LightningTrainLogger:
     def __init__(self, logger: Logger | Sequence[Logger]) -> None:
         self.loggers = _checked(logger)
         self.fed_by_trainer: Sequence[Logger] = ()
-        self._logs = [log_of(each, index) for index, each in enumerate(self.loggers)]
         self._resumes: bool | None = None
         self._position = 0
         self._warned: set[str] = set()
@@ -111,7 +111,7 @@ class LightningTrainLogger:
         for name in named.keys() - numbers.keys():
             self._warn(f"log_stats: {name!r} is no number, and is not logged")
         entry = self._entry(numbers)
-        for each in self._opened():
+        for each in self._logs:
             is_fed = any(each.logger is fed for fed in self.fed_by_trainer)
             if not is_fed and not each.write(entry):
                 self._warn(f"{_kind(each)} leaves out what its run has already")
@@ -128,7 +128,7 @@ class LightningTrainLogger:
         """
         if not if_main_process():
             return
-        for each in self._opened():
+        for each in self._logs:
             if not log_audio(each.logger, name, value, sample_rate, self._position):
                 self._warn(f"{_kind(each)} does not log audio ({name!r})")
             each.logger.save()
@@ -145,7 +145,7 @@ class LightningTrainLogger:
         if importlib.util.find_spec("matplotlib") is None:
             self._warn(f"figures ({name!r}) are not logged without matplotlib: install it")
             return
-        for each in self._opened():
+        for each in self._logs:
             # A figure for each: TensorBoard closes it.
             figure = value if hasattr(value, "savefig") else spectrogram(value)
             if not log_figure(each.logger, name, figure, self._position):
@@ -161,10 +161,11 @@ class LightningTrainLogger:
             self._position += 1
         return Entry(numbers, name, self._position, is_test)
 
-    def _opened(self) -> Iterator[Log]:
-        for each in self._logs:
-            each.open(bool(self._resumes))
-            yield each
+    @cached_property
+    def _logs(self) -> list[Log]:
+        """Made with the first entry: then it is known whether the run resumes."""
+        resumes = bool(self._resumes)
+        return [log_class(each)(each, i, resumes) for i, each in enumerate(self.loggers)]
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
