@@ -116,24 +116,20 @@ def _refuse_key(source: str | Path, key: str | None) -> None:
 
 
 def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+    """The checkpoint that a directory is, else the best one of those in it."""
     alone = checkpoint_in(source)
-    if alone is None:
-        return _best(source, min_key, max_key)
-    _refuse_key(source, min_key or max_key)
-    logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
-    return alone
-
-
-def _best(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+    if alone is not None:
+        _refuse_key(source, min_key or max_key)
+        logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
+        return alone
     ranking = one_key(None, max_key, min_key)
     paths = store.checkpoint_directories(source) if source.is_dir() else []
     inside = [c for c in map(checkpoint_in, paths) if c is not None]
     if not inside:
         raise CheckpointError(f"{source} is no checkpoint, and holds none")
+    why = "the newest" if max_key is None else f"the highest {max_key!r}"
     if min_key is not None:
         why = f"the lowest {min_key!r}"
-    else:
-        why = "the newest" if max_key is None else f"the highest {max_key!r}"
     best = next(iter(ranked(inside, ranking, None)), None)
     if best is None:
         names = ", ".join(sorted({name for c in inside for name in c.meta}))

@@ -20,7 +20,6 @@ from brain_lightning.options.command_line import split_trainer
 from .script import check_script, parse_command
 from .verify_comparison import Comparison
 
-SIDES = ("speechbrain", "trainer")
 # Lines of the recipe's output to show where it fails.
 TAIL = 15
 
@@ -80,7 +79,7 @@ def verify(
     check_script(script)
     task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
     with tempfile.TemporaryDirectory(prefix="brain_lightning_verify_") as folder:
-        sides = [_run_side(side, task, Path(folder)) for side in SIDES]
+        sides = [_run_side(side, task, Path(folder)) for side in ("speechbrain", "trainer")]
     return Comparison(*sides)
 
 

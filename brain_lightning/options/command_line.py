@@ -40,8 +40,7 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
         The hyperparameters file, the run options, and the overrides as YAML
         text for ``load_hyperpyyaml``.
     """
-    words = list(sys.argv[1:] if arg_list is None else arg_list)
-    trainer, words = split_trainer(words)
+    trainer, words = split_trainer(sys.argv[1:] if arg_list is None else arg_list)
     parsed, rest = _parser().parse_known_args(_expand_flags(words))
     given = vars(parsed)
     hparams_file = given.pop("param_file")

@@ -173,8 +173,7 @@ class RunOptions(Mapping[str, Any]):
         check_names("run option", args_dict, [f.name for f in dataclasses.fields(cls)])
         # SpeechBrain's own RunOptions know which of theirs were given.
         given = frozenset(getattr(args_dict, "overridden_args", args_dict))
-        given -= {"overridden_args"}
-        return cls(**{**args_dict, "overridden_args": given})
+        return cls(**{**args_dict, "overridden_args": given - {"overridden_args"}})
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -193,20 +192,17 @@ class RunOptions(Mapping[str, Any]):
         return dict(self)
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._keys():
+        if key not in iter(self):
             raise KeyError(key)
         return getattr(self, key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys())
+        # An empty `trainer` must not overwrite the one in hparams on hparams.update(run_opts).
+        names = (f.name for f in dataclasses.fields(self))
+        return (name for name in names if name != "trainer" or self.trainer)
 
     def __len__(self) -> int:
-        return len(self._keys())
-
-    def _keys(self) -> list[str]:
-        # An empty `trainer` must not overwrite the one in hparams on hparams.update(run_opts).
-        names = [f.name for f in dataclasses.fields(self)]
-        return names if self.trainer else [name for name in names if name != "trainer"]
+        return sum(1 for _ in self)
 
 
 def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
