@@ -47,7 +47,23 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     Returns:
         The exit status.
     """
-    _add_arguments(parser)
+    parser.usage = (
+        "%(prog)s SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE] "
+        "[--plot[=FILE.png]]"
+    )
+    parser.description = "Runs a SpeechBrain recipe, its Brains on a Trainer."
+    listed = [f"  --{name:<38}{text}" for name, text in RunOptions.on_command_line().items()]
+    parser.epilog = OPTIONS.format("\n".join(listed)) + EXPLANATION
+    parser.add_argument(
+        "--trainer", metavar="FILE",
+        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them, "
+        "its paths in full; --trainer.X=Y outranks it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plot", metavar="=FILE.png", nargs="?",
+        help="draw curves of losses and metrics at each end of an epoch; --plot=FILE.png "
+        "says where (default: curves.png in the recipe's output_folder)",
+    )  # fmt: skip
     trainer, rest = split_trainer(words)
     # Alone it takes no value: what follows may be the script.
     rest = ["--plot=" if word == "--plot" else word for word in rest]
@@ -60,26 +76,6 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         return launch(processes, ["run", *words, *_backend(rest)])
     run_recipe(script, rest, trainer, callbacks)
     return 0
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    parser.usage = (
-        "%(prog)s SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE] "
-        "[--plot[=FILE.png]]"
-    )
-    parser.description = "Runs a SpeechBrain recipe, its Brains on a Trainer."
-    options = [f"  --{name:<38}{text}" for name, text in RunOptions.on_command_line().items()]
-    parser.epilog = OPTIONS.format("\n".join(options)) + EXPLANATION
-    parser.add_argument(
-        "--trainer", metavar="FILE",
-        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them, "
-        "its paths in full; --trainer.X=Y outranks it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--plot", metavar="=FILE.png", nargs="?",
-        help="draw curves of losses and metrics at each end of an epoch; --plot=FILE.png "
-        "says where (default: curves.png in the recipe's output_folder)",
-    )  # fmt: skip
 
 
 def _backend(words: Sequence[str]) -> list[str]:
