@@ -6,7 +6,7 @@ import logging
 import shutil
 from argparse import ArgumentParser
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,8 @@ def convert(
         raise RecipeError(f"{target} is there already: give another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if Path(source).is_file():
-        _refuse_keys(source, min_key, max_key)
-        return _from_file(Path(source), path)
+        _refuse_key(source, min_key or max_key)
+        return from_lightning(Path(source), path)
     checkpoint = _checkpoint(Path(source).resolve(), min_key, max_key)
     integrity.check(checkpoint.path)
     if path.suffix == PARAMFILE_EXT:
@@ -107,21 +107,8 @@ def convert(
     return to_inference(checkpoint, path, hparams)
 
 
-def _from_file(source: Path, path: Path) -> Path:
-    if not path.name.startswith(store.CKPT_PREFIX):
-        raise RecipeError(
-            f"{source} becomes a checkpoint directory: give a target such as "
-            f"{path.parent / 'CKPT+converted'}"
-        )
-    from_lightning(source, path)
-    written = checkpoint_in(path)
-    assert written is not None
-    logger.info("%s: %s", source, _in_a_line(written.meta))
-    return path
-
-
-def _refuse_keys(source: str | Path, *keys: str | None) -> None:
-    for key in filter(None, keys):
+def _refuse_key(source: str | Path, key: str | None) -> None:
+    if key:
         raise RecipeError(
             f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
             "key out, or give the folder that they are in"
@@ -129,21 +116,20 @@ def _refuse_keys(source: str | Path, *keys: str | None) -> None:
 
 
 def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
-    alone = checkpoint_in(source) if source.is_dir() else None
-    if alone is None:
-        return _best(source, min_key, max_key)
-    _refuse_keys(source, min_key, max_key)
-    logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
-    return alone
-
-
-def _best(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
+    """The checkpoint that a directory is, else the best one of those in it."""
+    alone = checkpoint_in(source)
+    if alone is not None:
+        _refuse_key(source, min_key or max_key)
+        logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
+        return alone
     ranking = Ranking.by_one(None, max_key, min_key)
     inside = saved_in(source)
     if not inside:
         raise CheckpointError(f"{source} is no checkpoint, and holds none")
+    why = "the newest" if max_key is None else f"the highest {max_key!r}"
+    if min_key is not None:
+        why = f"the lowest {min_key!r}"
     best = next(iter(ranking.ranked(inside, None)), None)
-    why = _why(min_key, max_key)
     if best is None:
         names = ", ".join(sorted({name for c in inside for name in c.meta}))
         raise RecipeError(
@@ -152,12 +138,6 @@ def _best(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
         )
     logger.info("%s, %s of %d: %s", best.path, why, len(inside), _in_a_line(best.meta))
     return best
-
-
-def _why(min_key: str | None, max_key: str | None) -> str:
-    if min_key is not None:
-        return f"the lowest {min_key!r}"
-    return "the newest" if max_key is None else f"the highest {max_key!r}"
 
 
 def _in_a_line(meta: Mapping[str, Any]) -> str:
@@ -233,7 +213,15 @@ def from_lightning(source: Path, directory: Path) -> Path:
 
     Returns:
         ``directory``.
+
+    Raises:
+        RecipeError: ``directory`` has another name than a checkpoint's.
     """
+    if not directory.name.startswith(store.CKPT_PREFIX):
+        raise RecipeError(
+            f"{source} becomes a checkpoint directory: give a target such as "
+            f"{directory.parent / 'CKPT+converted'}"
+        )
     saved = load_state(source)
     own = saved.get(KEY, {})
     states = _modules(saved["state_dict"], own.get("modules", {}))
@@ -250,27 +238,25 @@ def from_lightning(source: Path, directory: Path) -> Path:
         for name, state in states.items():
             write_state(state, temporary / f"{name}{PARAMFILE_EXT}")
         write_files(own, temporary)
-        return store.publish(temporary, directory)
+        written = checkpoint_in(store.publish(temporary, directory))
+    assert written is not None
+    logger.info("%s: %s", source, _in_a_line(written.meta))
+    return written.path
 
 
 def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Any]:
     """Recoverable modules; weights that are in none of them belong to their entry."""
     known = {weight for each in described.values() for weight in each["keys"].values()}
-    others = [weight for weight in state if weight not in known]
+    entries: dict[str, Any] = {}
+    for weight in state:
+        if weight not in known:
+            name, _, key = weight.removeprefix(f"{MODULES}.").partition(".")
+            entries.setdefault(name, {"keys": {}, "metadata": {}})["keys"][key] = weight
     modules: dict[str, Any] = {}
-    for name, each in {**_entries(others), **described}.items():
+    for name, each in {**entries, **described}.items():
         modules[name] = OrderedDict((key, state[w]) for key, w in each["keys"].items())
         modules[name]._metadata = OrderedDict(each["metadata"])
     return modules
-
-
-def _entries(weights: Iterable[str]) -> dict[str, Any]:
-    """The entries of the Brain's modules, from the names of their weights."""
-    entries: dict[str, Any] = {}
-    for key in weights:
-        name, _, rest = key.removeprefix(f"{MODULES}.").partition(".")
-        entries.setdefault(name, {"keys": {}, "metadata": {}})["keys"][rest] = key
-    return entries
 
 
 def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> Path:

@@ -70,13 +70,19 @@ class Hyperparameters:
         Raises:
             RecipeError: A recoverable is not named, or what is written cannot be loaded.
         """
-        loadables = {name: self._named(name) for name in names}
+        loadables = {name: self._recoverable(name) for name in names}
+        for name, node in loadables.items():
+            if node is None:
+                raise RecipeError(
+                    f"{self._path} does not say what {name!r} is: name it in `checkpointer`, "
+                    "recoverables, or have an entry of that name"
+                )
         needed = self._needed([self._tree["modules"], loadables]) | {"modules"}
         kept = self._tree.copy()
-        for name in [name for name in kept if name not in needed]:
-            del kept[name]
-        # Last: the recipe's own pretrainer may come before the modules.
-        kept.pop("pretrainer", None)
+        # Ours comes last: the recipe's own pretrainer may come before the modules.
+        for name in self._tree:
+            if name not in needed or name == "pretrainer":
+                del kept[name]
         kept["pretrainer"] = _yaml().load(PRETRAINER)
         kept["pretrainer"]["loadables"] = loadables
         with path.open("w", encoding="utf-8") as file:
@@ -98,15 +104,6 @@ class Hyperparameters:
                 "file that stands for itself with --hparams=FILE, such as the "
                 "hyperparams.yaml that SpeechBrain writes into the output_folder"
             ) from error
-
-    def _named(self, name: str) -> Any:
-        node = self._recoverable(name)
-        if node is None:
-            raise RecipeError(
-                f"{self._path} does not say what {name!r} is: name it in `checkpointer`, "
-                "recoverables, or have an entry of that name"
-            )
-        return node
 
     def _recoverable(self, name: str) -> Any:
         """A recoverable of the checkpointer, else the entry of its name."""

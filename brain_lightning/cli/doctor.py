@@ -7,7 +7,7 @@ import inspect
 import json
 import textwrap
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
 from brain_lightning.protocol import MANUAL_HOOKS
 
 from .doctor_source import BrainSource, Location, RecipeSource
-from .script import script_first
+from .script import parse_command
 
 HOOKS = frozenset(
     name for name in dir(Brain) if callable(getattr(Brain, name)) and not name.startswith("__")
@@ -60,9 +60,15 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         "follows the script is for the other commands, and is not read."
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    options, rest = parser.parse_known_args(words)
-    report = examine(script_first(parser, rest)[0])
-    print(report.as_json() if options.json else report.as_text())  # noqa: T201
+    options, script, _ = parse_command(parser, words)
+    source = RecipeSource(script)
+    brains = [_examine(brain, source) for brain in source.brains]
+    if options.json:
+        report = {"script": script, "brains": [dataclasses.asdict(brain) for brain in brains]}
+        print(json.dumps(report, indent=1))  # noqa: T201
+    else:
+        texts = [_text(script, brain) for brain in brains]
+        print("\n\n".join(texts) or f"{script}: no subclass of Brain")  # noqa: T201
     return 0
 
 
@@ -110,45 +116,6 @@ class BrainReport:
     arguments: list[str]
     remarks: list[Remark]
     callbacks_refused: list[str]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What works with a recipe.
-
-    Attributes:
-        script: The script.
-        brains: One report for each Brain in it.
-    """
-
-    script: str
-    brains: Sequence[BrainReport]
-
-    def as_json(self) -> str:
-        """For scripts."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
-
-    def as_text(self) -> str:
-        """For people."""
-        if not self.brains:
-            return f"{self.script}: no subclass of Brain"
-        return "\n\n".join(_text(self.script, brain) for brain in self.brains)
-
-
-def examine(script: str) -> Report:
-    """Reads a script, and the files beside it that its Brains come from.
-
-    Args:
-        script: The script.
-
-    Returns:
-        What works with it.
-
-    Raises:
-        RecipeError: It cannot be read, or is no Python.
-    """
-    source = RecipeSource(script)
-    return Report(script, [_examine(brain, source) for brain in source.brains])
 
 
 def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -77,16 +78,14 @@ class RecipeSource:
 
     def __init__(self, script: str | Path) -> None:
         self._path = Path(script)
-        self._tree = _parse(self._path)
-        self._imported = _imports(self._tree)
-        self._classes = {
-            node.name: node for node in ast.walk(self._tree) if isinstance(node, ast.ClassDef)
-        }
+        nodes = list(ast.walk(_parse(self._path)))
+        self._imported = _imports(nodes)
+        self._classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
         found = (self._brain(node) for node in self._classes.values())
         self.brains = [brain for brain in found if brain is not None]
         self.called = {
             self._resolve(node.func): self._location(node.lineno)
-            for node in ast.walk(self._tree)
+            for node in nodes
             if isinstance(node, ast.Call)
         }
 
@@ -170,10 +169,10 @@ def _parse(path: Path) -> ast.Module:
         raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from error
 
 
-def _imports(tree: ast.Module) -> dict[str, str]:
+def _imports(nodes: Iterable[ast.AST]) -> dict[str, str]:
     """What each imported name stands for; ``import a.b`` gives ``a``."""
     imported: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 first = alias.name.split(".")[0]

@@ -82,11 +82,7 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from brain_lightning import errors
 
     return (
-        errors.RunOptionError,
-        errors.UnsupportedError,
-        errors.BrainTypeError,
-        errors.RecipeError,
-        errors.CheckpointError,
-        errors.CheckpointSaveError,
+        errors.RunOptionError, errors.UnsupportedError, errors.BrainTypeError,
+        errors.RecipeError, errors.CheckpointError, errors.CheckpointSaveError,
         MisconfigurationException,
-    )
+    )  # fmt: skip

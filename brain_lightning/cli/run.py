@@ -21,7 +21,7 @@ from brain_lightning.options.command_line import TRAINER_HELP, split_trainer
 from brain_lightning.options.run_options import OURS_ALONE, RunOptions
 
 from .exit_status import EXPLANATION, of_process
-from .script import load_trainer_file, run_recipe, script_first
+from .script import load_trainer_file, parse_command, run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -47,30 +47,13 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     Returns:
         The exit status.
     """
-    _add_arguments(parser)
-    trainer, rest = split_trainer(words)
-    # Alone it takes no value: what follows may be the script.
-    rest = ["--plot=" if word == "--plot" else word for word in rest]
-    options, rest = parser.parse_known_args(rest)
-    if options.trainer is not None:
-        trainer = {**load_trainer_file(options.trainer), **trainer}
-    script, *rest = script_first(parser, rest)
-    callbacks = [] if options.plot is None else [CurvePlot(options.plot or None)]
-    processes = processes_to_launch(trainer)
-    if processes > 1:
-        return launch(processes, ["run", *words, *_backend(rest)])
-    run_recipe(script, rest, trainer, callbacks)
-    return 0
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
     parser.usage = (
         "%(prog)s SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE] "
         "[--plot[=FILE.png]]"
     )
     parser.description = "Runs a SpeechBrain recipe, its Brains on a Trainer."
-    options = [f"  --{name:<38}{text}" for name, text in RunOptions.on_command_line().items()]
-    parser.epilog = OPTIONS.format("\n".join(options)) + EXPLANATION
+    listed = [f"  --{name:<38}{text}" for name, text in RunOptions.on_command_line().items()]
+    parser.epilog = OPTIONS.format("\n".join(listed)) + EXPLANATION
     parser.add_argument(
         "--trainer", metavar="FILE",
         help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them, "
@@ -81,6 +64,18 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="draw curves of losses and metrics at each end of an epoch; --plot=FILE.png "
         "says where (default: curves.png in the recipe's output_folder)",
     )  # fmt: skip
+    trainer, rest = split_trainer(words)
+    # Alone it takes no value: what follows may be the script.
+    rest = ["--plot=" if word == "--plot" else word for word in rest]
+    options, script, rest = parse_command(parser, rest)
+    if options.trainer is not None:
+        trainer = {**load_trainer_file(options.trainer), **trainer}
+    callbacks = [] if options.plot is None else [CurvePlot(options.plot or None)]
+    processes = processes_to_launch(trainer)
+    if processes > 1:
+        return launch(processes, ["run", *words, *_backend(rest)])
+    run_recipe(script, rest, trainer, callbacks)
+    return 0
 
 
 def _backend(words: Sequence[str]) -> list[str]:

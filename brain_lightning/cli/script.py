@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +28,25 @@ OVERRIDES = (
 )
 
 
-def script_first(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
-    """Refuses a command line without a script, by the parser's usage.
+def parse_command(
+    parser: ArgumentParser, words: Sequence[str]
+) -> tuple[Namespace, str, list[str]]:
+    """Parses the command line of a command that is given a script.
 
     Args:
         parser: The parser of the command.
-        words: What it did not know.
+        words: What follows the command.
 
     Returns:
-        ``words``: the script, and its command line.
+        The command's own options, the script, and the script's command line.
 
     Raises:
-        SystemExit: The first of them is no script.
+        SystemExit: There is no script; the parser shows its usage.
     """
-    if not words or words[0].startswith("-"):
+    options, rest = parser.parse_known_args(words)
+    if not rest or rest[0].startswith("-"):
         parser.error("the script comes first: train.py hparams.yaml")
-    return words
+    return options, rest[0], rest[1:]
 
 
 def check_script(script: str) -> None:
@@ -79,14 +81,12 @@ def run_recipe(
         RunOptionError: An argument of the Trainer is unknown.
     """
     check_trainer_arguments(trainer)
-    with ExitStack() as stack:
-        temporary = TemporaryAttributes()
-        stack.callback(temporary.restore)
+    with TemporaryAttributes() as temporary:
         temporary.set(Brain, "trainer_overrides", dict(trainer))
         temporary.set(Brain, "trainer_callbacks", tuple(callbacks))
         if importlib.util.find_spec("speechbrain") is not None:
             try:
-                stack.enter_context(patch_speechbrain(trainer, callbacks))
+                temporary.enter_context(patch_speechbrain(trainer, callbacks))
             except (ImportError, OSError) as error:
                 # A script that needs it will say so itself.
                 logger.warning("SpeechBrain is installed but cannot be imported: %s", error)
@@ -108,7 +108,10 @@ def run_script(script: str, words: Sequence[str]) -> None:
     file = words[0] if words else ""
     if file.endswith((".yaml", ".yml")) and not Path(file).is_file():
         raise RecipeError(f"there is no hyperparameters file {file!r} here, in {Path.cwd()}")
-    with _as_main_program(script, words):
+    with TemporaryAttributes() as temporary:
+        temporary.set(sys, "argv", [script, *words])
+        # Python puts the script's folder there, instead of the caller's.
+        temporary.set(sys, "path", [str(Path(script).resolve().parent), *sys.path[1:]])
         try:
             runpy.run_path(script, run_name="__main__")
         except KeyError as error:
@@ -116,18 +119,6 @@ def run_script(script: str, words: Sequence[str]) -> None:
             if str(error.args[0]).startswith("Override"):
                 raise RecipeError(f"{error.args[0]}; {OVERRIDES}") from error
             raise
-
-
-@contextmanager
-def _as_main_program(script: str, words: Sequence[str]) -> Iterator[None]:
-    """Python puts the script's folder on the path, instead of the caller's."""
-    argv, path = sys.argv[:], sys.path[:]
-    sys.argv[:] = [script, *words]
-    sys.path[:1] = [str(Path(script).resolve().parent)]
-    try:
-        yield
-    finally:
-        sys.argv[:], sys.path[:] = argv, path
 
 
 def load_trainer_file(path: str) -> dict[str, Any]:

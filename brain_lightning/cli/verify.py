@@ -10,17 +10,16 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from brain_lightning.errors import RecipeError
 from brain_lightning.options.command_line import split_trainer
 
-from .script import check_script, script_first
+from .script import check_script, parse_command
 from .verify_comparison import Comparison
 
-SIDES = ("speechbrain", "trainer")
 # Lines of the recipe's output to show where it fails.
 TAIL = 15
 
@@ -49,8 +48,7 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     trainer, rest = split_trainer(words)
-    options, rest = parser.parse_known_args(rest)
-    script, *rest = script_first(parser, rest)
+    options, script, rest = parse_command(parser, rest)
     comparison = verify(script, rest, options.steps, trainer)
     print(comparison.as_json() if options.json else comparison.as_text())  # noqa: T201
     return 0 if comparison.equal else 1
@@ -81,7 +79,7 @@ def verify(
     check_script(script)
     task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
     with tempfile.TemporaryDirectory(prefix="brain_lightning_verify_") as folder:
-        sides = [_run_side(side, task, Path(folder)) for side in SIDES]
+        sides = [_run_side(side, task, Path(folder)) for side in ("speechbrain", "trainer")]
     return Comparison(*sides)
 
 
@@ -110,13 +108,6 @@ def _with_output_folder(words: Sequence[str], folder: Path) -> list[str]:
     )
     if not has_folder:
         return list(words)
-    return [*_without_option(words, "--output_folder"), f"--output_folder={folder}"]
-
-
-def _without_option(words: Sequence[str], option: str) -> Iterator[str]:
-    remaining = iter(words)
-    for word in remaining:
-        if word == option:
-            next(remaining, None)
-        elif not word.startswith(f"{option}="):
-            yield word
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_folder", nargs="?")
+    return [*parser.parse_known_args(words)[1], f"--output_folder={folder}"]

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 Event = Mapping[str, Any]
 # Hooks to show before one that differs, and after it.
 CONTEXT = 3
-
-
-class Step(NamedTuple):
-    """One training batch of one side.
-
-    Attributes:
-        epoch: Its epoch.
-        step: Its number in the epoch, from 1.
-        loss: Its loss.
-        rates: Learning rates, one for each parameter group of each update.
-        norms: The norm of the gradients of each update, clipped.
-        weights: A digest of the weights after the last update.
-    """
-
-    epoch: Any
-    step: int
-    loss: str
-    rates: list[str]
-    norms: list[str]
-    weights: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +41,7 @@ class Comparison:
         """For scripts: both sides' steps, stages and hooks, and the verdict."""
         found = {
             side: {
-                "steps": [step._asdict() for step in steps_of(events)],
+                "steps": steps_of(events),
                 "stages": [_end(event) for event in _of_kind("stage", events)],
                 "hooks": hooks_of(events),
             }
@@ -86,16 +66,16 @@ class Comparison:
         yield _line(["epoch", "step", *["SpeechBrain", "Trainer"] * 4])
         for pair in zip_longest(steps_of(self.theirs), steps_of(self.ours)):
             some = pair[0] or pair[1]
-            numbers = [_numbers(step) if step else ["-"] * 4 for step in pair]
-            yield _row([some.epoch, some.step], numbers, pair)
+            cells = _cells(pair, ["loss", "rates", "norms", "weights"])
+            yield _line([some["epoch"], some["step"], *cells]) + _mark(*pair)
 
     def _stages(self) -> Iterator[str]:
         yield _line(["end of", "epoch", "loss", "", "weights", "", "", "", "", ""])
         for pair in zip_longest(_of_kind("stage", self.theirs), _of_kind("stage", self.ours)):
             some, ends = pair[0] or pair[1], [_end(event) if event else None for event in pair]
-            numbers = [[_short(e["loss"]), e["weights"]] if e else ["-"] * 2 for e in ends]
             epoch = "-" if some["epoch"] is None else some["epoch"]
-            yield _row([some["stage"], epoch], numbers, pair)
+            cells = _cells(ends, ["loss", "weights"])
+            yield _line([some["stage"], epoch, *cells]) + _mark(*pair)
 
     def _hooks(self) -> Iterator[str]:
         theirs, ours = hooks_of(self.theirs), hooks_of(self.ours)
@@ -105,32 +85,33 @@ class Comparison:
         pairs = list(zip_longest(theirs, ours, fillvalue="-"))
         first = next(i for i, (one, other) in enumerate(pairs) if one != other)
         yield f"hooks: call {first + 1} differs"
-        for index, (one, other) in enumerate(pairs[: first + CONTEXT + 1]):
-            if index >= first - CONTEXT:
-                yield f"  {one:<40} {other:<40}{_mark(one, other)}"
+        for one, other in pairs[max(0, first - CONTEXT) : first + CONTEXT + 1]:
+            yield f"  {one:<40} {other:<40}{_mark(one, other)}"
 
 
-def steps_of(events: Sequence[Event]) -> list[Step]:
+def steps_of(events: Sequence[Event]) -> list[dict[str, Any]]:
     """The training batches among the events.
 
     Args:
         events: Of one side.
 
     Returns:
-        One for each batch whose loss was averaged.
+        One for each batch whose loss was averaged: its ``epoch``, its ``step`` from 1, its
+        ``loss``, the learning ``rates`` of each parameter group and the ``norms`` of the
+        clipped gradients, one for each update, and a digest of the ``weights`` after the last.
     """
-    steps: list[Step] = []
+    steps: list[dict[str, Any]] = []
     updates: list[Event] = []
     for event in events:
         updates.append(event)
         if event["kind"] == "loss" and event["stage"] == "TRAIN":
             applied = _of_kind("gradients", updates)
             changed = [update["tensors"] for update in _of_kind("weights", updates)]
-            rates = [rate for update in applied for rate in update["rates"]]
-            norms = [update["norm"] for update in applied]
-            weights = _digest(changed) if changed else "-"
-            when = event["epoch"], event["step"]
-            steps.append(Step(*when, event["loss"], rates, norms, weights))
+            step = {name: event[name] for name in ("epoch", "step", "loss")}
+            step["rates"] = [rate for update in applied for rate in update["rates"]]
+            step["norms"] = [update["norm"] for update in applied]
+            step["weights"] = _digest(changed) if changed else "-"
+            steps.append(step)
             updates = []
     return steps
 
@@ -170,7 +151,7 @@ def describe(theirs: Event | None, ours: Event | None) -> str:
     if theirs["kind"] != ours["kind"] or theirs["kind"] == "hook":
         both = f"SpeechBrain {_what(theirs)}, Trainer {_what(ours)}"
         return f"{_when(theirs)}: {both} ({_when(ours)})"
-    return f"{_when(theirs)}: {DIFFERENCES[theirs['kind']](theirs, ours)}"
+    return f"{_when(theirs)}: {_difference(theirs, ours)}"
 
 
 def _when(event: Event) -> str:
@@ -182,41 +163,33 @@ def _what(event: Event) -> str:
     return str(event.get("hook") or event.get("error") or event["kind"])
 
 
-def _numbers_differ(name: str) -> Callable[[Event, Event], str]:
-    return lambda theirs, ours: f"the {name} is {theirs[name]} and {ours[name]}"
+def _difference(theirs: Event, ours: Event) -> str:
+    """What differs between two events of one kind, the cause before its effect."""
 
+    def both(name: str) -> str:
+        return f"{theirs[name]} and {ours[name]}"
 
-def _gradients_differ(theirs: Event, ours: Event) -> str:
-    if theirs["rates"] != ours["rates"]:
-        return f"the learning rates are {theirs['rates']} and {ours['rates']}"
-    norms = f"the norm of the gradients is {theirs['norm']} and {ours['norm']}"
-    return f"gradient of {_tensors(theirs['tensors'], ours['tensors'])}; {norms}"
-
-
-def _weights_differ(theirs: Event, ours: Event) -> str:
-    return f"after the update, {_tensors(theirs['tensors'], ours['tensors'])}"
-
-
-def _stages_differ(theirs: Event, ours: Event) -> str:
-    if theirs["loss"] != ours["loss"]:
-        return f"the stage ended with a loss of {theirs['loss']} and {ours['loss']}"
-    return f"at the end of the stage, {_tensors(theirs['weights'], ours['weights'])}"
+    match theirs["kind"]:
+        case "gradients" if theirs["rates"] != ours["rates"]:
+            return f"the learning rates are {both('rates')}"
+        case "gradients":
+            tensors = _tensors(theirs["tensors"], ours["tensors"])
+            return f"gradient of {tensors}; the norm of the gradients is {both('norm')}"
+        case "weights":
+            return f"after the update, {_tensors(theirs['tensors'], ours['tensors'])}"
+        case "stage" if theirs["loss"] == ours["loss"]:
+            return f"at the end of the stage, {_tensors(theirs['weights'], ours['weights'])}"
+        case "stage":
+            return f"the stage ended with a loss of {both('loss')}"
+        case "error":
+            return f"the error is {both('error')}"
+    return f"the loss is {both('loss')}"
 
 
 def _tensors(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
     names = dict.fromkeys([*theirs, *ours])
     differing = [name for name in names if theirs.get(name) != ours.get(name)]
     return f"{differing[0]!r} differs, of {len(names)} tensors {len(differing)} do"
-
-
-DIFFERENCES: dict[str, Callable[[Event, Event], str]] = {
-    "objective": _numbers_differ("loss"),
-    "loss": _numbers_differ("loss"),
-    "error": _numbers_differ("error"),
-    "gradients": _gradients_differ,
-    "weights": _weights_differ,
-    "stage": _stages_differ,
-}
 
 
 def _end(event: Event) -> dict[str, Any]:
@@ -229,12 +202,15 @@ def _digest(tensors: Sequence[Mapping[str, int]]) -> str:
     return format(zlib.crc32(repr(tensors).encode()), "08x")
 
 
-def _numbers(step: Step) -> list[str]:
-    return [_short(step.loss), _several(step.rates), _several(step.norms), step.weights]
+def _cells(sides: Sequence[Mapping[str, Any] | None], names: Sequence[str]) -> list[str]:
+    """Each number of both sides, one beside the other."""
+    return [_cell(side[name]) if side else "-" for name in names for side in sides]
 
 
-def _several(numbers: Sequence[str]) -> str:
-    shown = [_short(number) for number in dict.fromkeys(numbers)]
+def _cell(value: str | list[str]) -> str:
+    if isinstance(value, str):
+        return _short(value)
+    shown = [_short(number) for number in dict.fromkeys(value)]
     return " ".join(shown[:2]) + (" …" if len(shown) > 2 else "") if shown else "-"
 
 
@@ -243,12 +219,6 @@ def _short(number: str) -> str:
         return f"{float(number):.6g}" if not number.isalnum() else number
     except ValueError:
         return number
-
-
-def _row(when: list[Any], sides: Sequence[Sequence[str]], pair: Sequence[Any]) -> str:
-    """Each number of both sides, one beside the other."""
-    cells = [cell for both in zip(*sides, strict=True) for cell in both]
-    return _line([*when, *cells]) + _mark(*pair)
 
 
 def _mark(theirs: object, ours: object) -> str:

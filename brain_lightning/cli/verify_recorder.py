@@ -36,22 +36,11 @@ from .script import run_script
 # Every hook of a Brain that its loops call, except fit_batch and optimizers_step: a Brain
 # that overrides them does its own stepping.
 HOOKS = (
-    "make_dataloader",
-    "on_fit_start",
-    "init_optimizers",
-    "on_stage_start",
-    "on_fit_batch_start",
-    "compute_forward",
-    "compute_objectives",
-    "check_loss_isfinite",
-    "freeze_optimizers",
-    "check_gradients",
-    "on_fit_batch_end",
-    "evaluate_batch",
-    "zero_grad",
-    "on_stage_end",
-    "on_evaluate_start",
-)
+    "make_dataloader", "on_fit_start", "init_optimizers", "on_stage_start",
+    "on_fit_batch_start", "compute_forward", "compute_objectives", "check_loss_isfinite",
+    "freeze_optimizers", "check_gradients", "on_fit_batch_end", "evaluate_batch", "zero_grad",
+    "on_stage_end", "on_evaluate_start",
+)  # fmt: skip
 SEED = 1234
 
 
@@ -141,17 +130,14 @@ class Recorder:
         def counted(loss: Any, avg_loss: Any) -> Any:
             self.add("loss", loss=_number(loss))
             if self._stages and self._stages[-1][0] == "TRAIN":
-                self._count(brain)
+                self._done[id(brain)] += 1
+                if self._done[id(brain)] == self._steps:
+                    # Both sides end the epoch, and the training, after the same batch.
+                    brain.debug, brain.debug_batches = True, brain.step
+                    brain.debug_epochs = self._stages[-1][1]
             return hook(loss, avg_loss)
 
         return counted
-
-    def _count(self, brain: Any) -> None:
-        """Ends an epoch and a training by debug mode, on both sides after the same batch."""
-        self._done[id(brain)] += 1
-        if self._done[id(brain)] == self._steps:
-            brain.debug, brain.debug_batches = True, brain.step
-            brain.debug_epochs = self._stages[-1][1]
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Records what an optimizer is about to apply.

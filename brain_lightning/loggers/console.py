@@ -18,8 +18,6 @@ from brain_lightning.errors import RunOptionError
 
 # The parent of every file's logger.
 PACKAGE = "brain_lightning"
-# As in SpeechBrain's log-config.yaml.
-FORMAT = "%(name)s - %(message)s"
 # For powers of a thousand.
 UNITS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -29,7 +27,8 @@ class Console(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter(FORMAT))
+        # As in SpeechBrain's log-config.yaml.
+        self.setFormatter(logging.Formatter("%(name)s - %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Shows on the standard error what no other handler does.

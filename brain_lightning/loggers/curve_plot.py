@@ -22,8 +22,6 @@ from .curves import History, is_rate, read_curves, write_curves
 
 logger = logging.getLogger(__name__)
 
-FILE = "curves.png"
-
 
 class CurvePlot(Callback):
     """Draws the losses, and what a recipe reports, at the end of each epoch.
@@ -94,7 +92,7 @@ class CurvePlot(Callback):
 
     def _free_path(self, brain: Any) -> Path:
         folder = hparams_of(brain).get("output_folder", "")
-        first = (self._path or Path(folder, FILE)).resolve()
+        first = (self._path or Path(folder, "curves.png")).resolve()
         first.parent.mkdir(parents=True, exist_ok=True)
         others = (first.with_stem(f"{first.stem}-{number}") for number in count(2))
         path = next(path for path in chain([first], others) if path not in self._taken)

@@ -33,16 +33,13 @@ class Entry(NamedTuple):
         numbers: By name.
         name: Of the number that says where it belongs, such as ``epoch``.
         position: Where it stands.
+        is_test: Whether it speaks of TEST alone.
     """
 
     numbers: dict[str, float]
     name: str | None
     position: int
-
-    @property
-    def is_test(self) -> bool:
-        """Whether it speaks of TEST alone."""
-        return is_of_test(self.numbers)
+    is_test: bool
 
 
 def is_of_test(names: Iterable[str]) -> bool:
@@ -58,30 +55,22 @@ def is_of_test(names: Iterable[str]) -> bool:
 class Log:
     """What one logger of a train logger writes: whatever it is given.
 
+    It is made just before its first entry, and finds what that adds to.
+
     Args:
         logger: The logger.
         index: Of the logger among those of its train logger.
+        resumes: Whether this is a log of earlier processes.
 
     Attributes:
         logger: The logger.
     """
 
-    def __init__(self, logger: Logger, index: int) -> None:
+    def __init__(self, logger: Logger, index: int, resumes: bool) -> None:
         self.logger = logger
         self._index = index
-        self._is_open = False
         # Of which an earlier process may have entries that are made again: epochs, tests.
-        self._repeated: set[bool] = set()
-
-    def open(self, resumes: bool) -> None:
-        """Finds what it adds to, before the first entry; later calls do nothing.
-
-        Args:
-            resumes: Whether this is a log of earlier processes.
-        """
-        if not self._is_open and self._begin(resumes):
-            self._repeated = {True, False}
-        self._is_open = True
+        self._repeated = {True, False} if self._begin(resumes) else set()
 
     def write(self, entry: Entry) -> bool:
         """Logs an entry; the first one replaces what it repeats.
@@ -120,12 +109,9 @@ class _Versions(Log):
     logger: CSVLogger | TensorBoardLogger
 
     @property
-    def _folder(self) -> Path:
-        return Path(self.logger.log_dir)
-
-    @property
     def _mark(self) -> Path:
-        return self._folder / f".train_log-{type(self.logger).__name__}-{self._index}"
+        name = f".train_log-{type(self.logger).__name__}-{self._index}"
+        return Path(self.logger.log_dir, name)
 
     def _begin(self, resumes: bool) -> bool:
         # Elsewhere, or where somebody else, such as a Trainer, writes: as Lightning has it.
@@ -161,7 +147,7 @@ class _CSVLog(_Versions):
 
     @property
     def _file(self) -> Path:
-        return self._folder / ExperimentWriter.NAME_METRICS_FILE
+        return Path(self.logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
 
     @property
     def _aside(self) -> Path:
@@ -186,7 +172,6 @@ class _CSVLog(_Versions):
         return is_of_test(name.removeprefix(before) for name, value in row.items() if value)
 
     def _keep(self, is_kept: Callable[[Row], bool]) -> None:
-        rows = _rows(self._aside if self._aside.is_file() else self._file)
         if self._file.is_file() and not self._aside.is_file():
             self._file.replace(self._aside)
         self._file.unlink(missing_ok=True)
@@ -194,7 +179,7 @@ class _CSVLog(_Versions):
             warnings.filterwarnings("ignore", "Experiment logs directory")
             writer = self.logger.experiment
         writer.metrics_keys.clear()
-        for row in filter(is_kept, rows):
+        for row in filter(is_kept, _rows(self._aside)):
             # As they stand there: a prefix is in their names already, and no digit changes.
             values: Any = {name: value for name, value in row.items() if value}
             writer.log_metrics(values, int(values.pop("step")))
@@ -249,14 +234,9 @@ class _ServiceLog(Log):
 
     logger: WandbLogger | MLFlowLogger
 
-    def __init__(self, logger: Logger, index: int) -> None:
-        super().__init__(logger, index)
-        # The last number of each name, of earlier processes.
-        self._last: dict[str, float] = {}
-
     def _begin(self, resumes: bool) -> bool:
-        if resumes:
-            self._last = self._last_numbers()
+        # The last number of each name, of earlier processes.
+        self._last = self._last_numbers() if resumes else {}
         return resumes
 
     def _last_numbers(self) -> dict[str, float]:
@@ -279,16 +259,14 @@ class _ServiceLog(Log):
         return numbers[name] < last[name] or (numbers[name] == last[name] and is_repeated)
 
 
-def log_of(logger: Logger, index: int) -> Log:
-    """What a logger writes.
+def log_class(logger: Logger) -> type[Log]:
+    """The class for what a logger writes.
 
     Args:
         logger: The logger.
-        index: As for ``Log``.
     """
-    kinds: list[tuple[Any, type[Log]]] = [
-        (CSVLogger, _CSVLog),
-        (TensorBoardLogger, _TensorBoardLog),
-        ((WandbLogger, MLFlowLogger), _ServiceLog),
-    ]
-    return next((log for kind, log in kinds if isinstance(logger, kind)), Log)(logger, index)
+    if isinstance(logger, CSVLogger):
+        return _CSVLog
+    if isinstance(logger, TensorBoardLogger):
+        return _TensorBoardLog
+    return _ServiceLog if isinstance(logger, (WandbLogger, MLFlowLogger)) else Log

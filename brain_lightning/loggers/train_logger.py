@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -13,10 +14,11 @@ from lightning.pytorch.loggers import Logger
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.protocol import BrainProtocol, hparams_of
-from brain_lightning.stages.metrics import STAGES_OF_STATS, leaves, numbers_in, staged
+from brain_lightning.stage import Stage
+from brain_lightning.stages.metrics import leaves, numbers_in, staged
 from brain_lightning.temporary import TemporaryAttributes
 
-from .log_versions import Entry, Log, is_of_test, log_of
+from .log_versions import Entry, Log, is_of_test, log_class
 from .media import log_audio, log_figure, spectrogram
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,6 @@ class LightningTrainLogger:
     def __init__(self, logger: Logger | Sequence[Logger]) -> None:
         self.loggers = _checked(logger)
         self.fed_by_trainer: Sequence[Logger] = ()
-        self._logs = [log_of(each, index) for index, each in enumerate(self.loggers)]
         self._resumes: bool | None = None
         self._position = 0
         self._warned: set[str] = set()
@@ -102,15 +103,15 @@ class LightningTrainLogger:
         # SpeechBrain's waits for the other processes; one may be alone, in a test.
         if not if_main_process():
             return
-        stats = {
-            "train_stats": train_stats, "valid_stats": valid_stats, "test_stats": test_stats
-        }  # fmt: skip
-        named = dict(_named(stats_meta, stats))
+        stats = {Stage.TRAIN: train_stats, Stage.VALID: valid_stats, Stage.TEST: test_stats}
+        named = dict(leaves(stats_meta))
+        for stage, values in stats.items():
+            named |= {staged(stage, name): value for name, value in leaves(values)}
         numbers = numbers_in(named)
         for name in named.keys() - numbers.keys():
             self._warn(f"log_stats: {name!r} is no number, and is not logged")
         entry = self._entry(numbers)
-        for each in self._opened():
+        for each in self._logs:
             is_fed = any(each.logger is fed for fed in self.fed_by_trainer)
             if not is_fed and not each.write(entry):
                 self._warn(f"{_kind(each)} leaves out what its run has already")
@@ -127,7 +128,7 @@ class LightningTrainLogger:
         """
         if not if_main_process():
             return
-        for each in self._opened():
+        for each in self._logs:
             if not log_audio(each.logger, name, value, sample_rate, self._position):
                 self._warn(f"{_kind(each)} does not log audio ({name!r})")
             each.logger.save()
@@ -144,7 +145,7 @@ class LightningTrainLogger:
         if importlib.util.find_spec("matplotlib") is None:
             self._warn(f"figures ({name!r}) are not logged without matplotlib: install it")
             return
-        for each in self._opened():
+        for each in self._logs:
             # A figure for each: TensorBoard closes it.
             figure = value if hasattr(value, "savefig") else spectrogram(value)
             if not log_figure(each.logger, name, figure, self._position):
@@ -153,16 +154,18 @@ class LightningTrainLogger:
 
     def _entry(self, numbers: dict[str, float]) -> Entry:
         name, tested = _first_of(POSITIONS, numbers), _first_of(TESTED, numbers)
+        is_test = is_of_test(numbers)
         if name or tested:
             self._position = int(numbers[name or tested or ""])
-        elif not is_of_test(numbers):
+        elif not is_test:
             self._position += 1
-        return Entry(numbers, name, self._position)
+        return Entry(numbers, name, self._position, is_test)
 
-    def _opened(self) -> Iterator[Log]:
-        for each in self._logs:
-            each.open(bool(self._resumes))
-            yield each
+    @cached_property
+    def _logs(self) -> list[Log]:
+        """Made with the first entry: then it is known whether the run resumes."""
+        resumes = bool(self._resumes)
+        return [log_class(each)(each, i, resumes) for i, each in enumerate(self.loggers)]
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -212,13 +215,6 @@ def _checked(logger: object) -> list[Logger]:
     return list(loggers)
 
 
-def _named(stats_meta: Any, stats: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from leaves(stats_meta)
-    for argument, stage in STAGES_OF_STATS.items():
-        for name, value in leaves(stats[argument]):
-            yield staged(stage, name), value
-
-
 def _first_of(known: Sequence[str], numbers: Mapping[str, float]) -> str | None:
     names = {name.lower(): name for name, number in numbers.items() if math.isfinite(number)}
     return next((names[name] for name in known if name in names), None)
@@ -228,15 +224,11 @@ def _kind(of: Log) -> str:
     return type(of.logger).__name__
 
 
-def _line(stats_meta: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
+def _line(stats_meta: Mapping[str, Any], stats: Mapping[Stage, Any]) -> str:
     """The line that SpeechBrain's FileTrainLogger writes."""
-    parts = [_words(stats_meta, "")]
-    parts += [
-        _words(stats[argument], f"{stage.name.lower()} ")
-        for argument, stage in STAGES_OF_STATS.items()
-        if stats[argument] is not None
-    ]
-    return " - ".join(parts)
+    reported = {stage: values for stage, values in stats.items() if values is not None}
+    parts = [_words(values, f"{stage.name.lower()} ") for stage, values in reported.items()]
+    return " - ".join([_words(stats_meta, ""), *parts])
 
 
 def _words(stats: Mapping[str, Any], before: str) -> str:

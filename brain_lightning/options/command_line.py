@@ -40,8 +40,7 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
         The hyperparameters file, the run options, and the overrides as YAML
         text for ``load_hyperpyyaml``.
     """
-    words = list(sys.argv[1:] if arg_list is None else arg_list)
-    trainer, words = split_trainer(words)
+    trainer, words = split_trainer(sys.argv[1:] if arg_list is None else arg_list)
     parsed, rest = _parser().parse_known_args(_expand_flags(words))
     given = vars(parsed)
     hparams_file = given.pop("param_file")
@@ -87,16 +86,13 @@ def _expand_flags(words: Sequence[str]) -> list[str]:
         name, has_value, value = word.partition("=")
         if name not in flags or not has_value:
             expanded.append(word)
-        elif _truth(name, value):
+            continue
+        truth = _from_yaml(name, value)
+        if not isinstance(truth, bool):
+            raise RunOptionError(f"{name}={value}: a flag is true or false, or stands alone")
+        if truth:
             expanded.append(name)
     return expanded
-
-
-def _truth(name: str, value: str) -> bool:
-    truth = _from_yaml(name, value)
-    if not isinstance(truth, bool):
-        raise RunOptionError(f"{name}={value}: a flag is true or false, or stands alone")
-    return truth
 
 
 def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -13,11 +13,6 @@ from .run_options import CHOICES, RunOptions
 
 logger = logging.getLogger(__name__)
 
-# Options that cannot be honoured, and what to do instead.
-UNSUPPORTED = {
-    "data_parallel_backend": "start one process for each device, with torchrun or "
-    "--trainer.devices=2",
-}
 DEPRECATED_PRECISIONS = {"auto_mix_prec": "fp16", "bfloat16_mix_prec": "bf16"}
 
 
@@ -51,7 +46,12 @@ def resolve_run_options(
         if name in hparams
         and ("overridden_args" not in hparams or hparams[name] != defaults[name])
     }
-    _refuse_unsupported(values)
+    if values["data_parallel_backend"]:
+        raise UnsupportedError(
+            f"run option data_parallel_backend={values['data_parallel_backend']!r} is not "
+            "supported: start one process for each device, with torchrun or "
+            "--trainer.devices=2"
+        )
     _check_numbers(values)
     _translate_deprecated(values, given)
     _check_values(values)
@@ -63,18 +63,10 @@ def resolve_run_options(
 def _check_numbers(values: Mapping[str, Any]) -> None:
     """Refuses a text where a number should be, as a YAML file may have it."""
     for name, default in RunOptions().items():
-        is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        is_number = type(default) in (int, float)
         if (is_number or name == "optimizer_step_limit") and isinstance(values[name], str):
             raise RunOptionError(
                 f"run option {name}={values[name]!r} is a text: give a number, without quotes"
-            )
-
-
-def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    for name, remedy in UNSUPPORTED.items():
-        if values[name]:
-            raise UnsupportedError(
-                f"run option {name}={values[name]!r} is not supported: {remedy}"
             )
 
 

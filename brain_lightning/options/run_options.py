@@ -7,6 +7,8 @@ a default differs the field says so.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -25,23 +27,23 @@ CHOICES = {
 OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
 # Fields that are no option of the experiment but a record of how they were given.
 RECORDS = ("param_file", "overridden_args", "trainer")
+# Options that --name=value does not set.
+NOT_ON_COMMAND_LINE = ("data_parallel_count", "distributed_launch", "tqdm_barcolor")
 
 
-def option(default: Any, help_text: str, *, on_command_line: bool = True) -> Any:
-    """Declares a field of ``RunOptions``.
+def documented(owner: object, section: str) -> dict[str, str]:
+    """What a docstring in Google style says of each argument or attribute.
 
     Args:
-        default: Its value where nobody gives one; a dict is copied.
-        help_text: What it does, shown by ``--help``.
-        on_command_line: Whether ``--name=value`` sets it.
+        owner: A class or a function.
+        section: ``Args`` or ``Attributes``.
 
     Returns:
-        A dataclass field.
+        Texts by name, with their line breaks; none where Python has stripped the docstrings.
     """
-    metadata = {"help": help_text, "on_command_line": on_command_line}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    text = (inspect.getdoc(owner) or "").partition(f"{section}:\n")[2]
+    # Names are indented by four columns, their descriptions by more.
+    return dict(re.findall(r"^ {4}(\w+): ?(.+?)(?=^ {0,4}\S|\Z)", text, re.M | re.S))
 
 
 @dataclass(frozen=True)
@@ -50,100 +52,110 @@ class RunOptions(Mapping[str, Any]):
 
     Also a mapping, for recipes do ``hparams.update(run_opts)`` and
     ``run_opts["device"]``. An option counts as given where ``overridden_args``
-    names it; only then it outranks the same key in ``hparams``.
+    names it; only then it outranks the same key in ``hparams``. What ``--help``
+    shows are the texts below.
+
+    Attributes:
+        test_only: Skip training; only evaluate.
+        debug: Run a few batches of a few epochs to see whether it runs.
+        debug_batches: Batches per stage in debug mode.
+        debug_epochs: The epoch after which debug mode stops.
+        debug_persistently: In debug mode keep checkpoints where they belong, not in a
+            temporary folder.
+        device: cpu, cuda, cuda:1… (default: this rank's GPU where there is one, else the CPU)
+        data_parallel_backend: Not supported: see --trainer.devices.
+        data_parallel_count: Not supported.
+        distributed_backend: nccl, gloo or mpi.
+        distributed_launch: Set by torchrun's environment, never by hand.
+        find_unused_parameters: Let distributed training look for parameters that got no
+            gradient.
+        jit: Compile all modules with torch.jit.script.
+        jit_module_keys: The modules to compile with jit.
+        compile: Compile all modules with torch.compile.
+        compile_module_keys: The modules to compile with torch.compile.
+        compile_mode: default, reduce-overhead or max-autotune.
+        compile_using_fullgraph: Refuse graph breaks when compiling.
+        compile_using_dynamic_shape_tracing: Trace with dynamic shapes when compiling.
+        precision: Training precision: fp32, fp16 or bf16.
+        eval_precision: Validation and test precision: fp32, fp16 or bf16.
+        auto_mix_prec: Deprecated: --precision=fp16.
+        bfloat16_mix_prec: Deprecated: --precision=bf16.
+        max_grad_norm: Clip each optimizer's gradient norm to this value; 0 or less disables.
+        skip_nonfinite_grads: Drop the gradients that are not finite, parameter by parameter.
+        nonfinite_patience: Non-finite losses to forgive per epoch; their updates are skipped.
+        noprogressbar: Show no progress bar.
+        progress: bar, or plain: whole lines, for log files; auto: a bar in a terminal or a
+            notebook, lines elsewhere (SpeechBrain has no such option).
+        progress_interval: Seconds between the lines of --progress=plain (SpeechBrain has no
+            such option).
+        ckpt_interval_minutes: Minutes between checkpoints within an epoch, with a
+            checkpointer; 0 disables (SpeechBrain 1.1: 0).
+        ckpt_interval_steps: Steps between checkpoints within an epoch; given, it replaces the
+            minutes.
+        shard_eval: In several processes each validates a part of the data: the same numbers,
+            sooner.
+        async_save: Write checkpoints in the background; training waits only while tensors are
+            copied (SpeechBrain has no such option).
+        grad_accumulation_factor: Batches whose gradients make one update.
+        optimizer_step_limit: Updates after which to stop, with a validation at the end.
+        tqdm_colored_bar: Colour the progress bar.
+        tqdm_barcolor: The bar's colour in each stage.
+        remove_vector_weight_decay: No weight decay for vectors, such as biases and norms.
+        profile_training: Profile training steps.
+        profile_warmup: Steps before the profile starts.
+        profile_steps: Steps in the profile.
+        log_config: A YAML file that configures logging.
+        param_file: The HyperPyYAML file.
+        overridden_args: Names of the options that were given.
+        trainer: Arguments of Lightning's Trainer, --trainer.devices=2.
     """
 
-    test_only: bool = option(False, "Skip training; only evaluate.")
-    debug: bool = option(False, "Run a few batches of a few epochs to see whether it runs.")
-    debug_batches: int = option(2, "Batches per stage in debug mode.")
-    debug_epochs: int = option(2, "The epoch after which debug mode stops.")
-    debug_persistently: bool = option(
-        False, "In debug mode keep checkpoints where they belong, not in a temporary folder."
+    test_only: bool = False
+    debug: bool = False
+    debug_batches: int = 2
+    debug_epochs: int = 2
+    debug_persistently: bool = False
+    device: str | None = None
+    data_parallel_backend: bool = False
+    data_parallel_count: int = -1
+    distributed_backend: str = "nccl"
+    distributed_launch: bool = False
+    find_unused_parameters: bool = False
+    jit: bool = False
+    jit_module_keys: list[str] | None = None
+    compile: bool = False
+    compile_module_keys: list[str] | None = None
+    compile_mode: str = "default"
+    compile_using_fullgraph: bool = False
+    compile_using_dynamic_shape_tracing: bool = False
+    precision: str = "fp32"
+    eval_precision: str = "fp32"
+    auto_mix_prec: bool = False
+    bfloat16_mix_prec: bool = False
+    max_grad_norm: float = 5.0
+    skip_nonfinite_grads: bool = False
+    nonfinite_patience: int = 3
+    noprogressbar: bool = False
+    progress: str = "auto"
+    progress_interval: float = 10
+    ckpt_interval_minutes: float = 15
+    ckpt_interval_steps: int = 0
+    shard_eval: bool = False
+    async_save: bool = False
+    grad_accumulation_factor: int = 1
+    optimizer_step_limit: int | None = None
+    tqdm_colored_bar: bool = False
+    tqdm_barcolor: dict[str, str] = field(
+        default_factory=lambda: {"train": "GREEN", "valid": "MAGENTA", "test": "CYAN"}
     )
-    device: str | None = option(
-        None, "cpu, cuda, cuda:1… (default: this rank's GPU where there is one, else the CPU)"
-    )
-    data_parallel_backend: bool = option(False, "Not supported: see --trainer.devices.")
-    data_parallel_count: int = option(-1, "Not supported.", on_command_line=False)
-    distributed_backend: str = option("nccl", "nccl, gloo or mpi.")
-    distributed_launch: bool = option(
-        False, "Set by torchrun's environment, never by hand.", on_command_line=False
-    )
-    find_unused_parameters: bool = option(
-        False, "Let distributed training look for parameters that got no gradient."
-    )
-    jit: bool = option(False, "Compile all modules with torch.jit.script.")
-    jit_module_keys: list[str] | None = option(None, "The modules to compile with jit.")
-    compile: bool = option(False, "Compile all modules with torch.compile.")
-    compile_module_keys: list[str] | None = option(
-        None, "The modules to compile with torch.compile."
-    )
-    compile_mode: str = option("default", "default, reduce-overhead or max-autotune.")
-    compile_using_fullgraph: bool = option(False, "Refuse graph breaks when compiling.")
-    compile_using_dynamic_shape_tracing: bool = option(
-        False, "Trace with dynamic shapes when compiling."
-    )
-    precision: str = option("fp32", "Training precision: fp32, fp16 or bf16.")
-    eval_precision: str = option("fp32", "Validation and test precision: fp32, fp16 or bf16.")
-    auto_mix_prec: bool = option(False, "Deprecated: --precision=fp16.")
-    bfloat16_mix_prec: bool = option(False, "Deprecated: --precision=bf16.")
-    max_grad_norm: float = option(
-        5.0, "Clip each optimizer's gradient norm to this value; 0 or less disables."
-    )
-    skip_nonfinite_grads: bool = option(
-        False, "Drop the gradients that are not finite, parameter by parameter."
-    )
-    nonfinite_patience: int = option(
-        3, "Non-finite losses to forgive per epoch; their updates are skipped."
-    )
-    noprogressbar: bool = option(False, "Show no progress bar.")
-    progress: str = option(
-        "auto",
-        "bar, or plain: whole lines, for log files; auto: a bar in a terminal or a notebook, "
-        "lines elsewhere (SpeechBrain has no such option).",
-    )
-    progress_interval: float = option(
-        10, "Seconds between the lines of --progress=plain (SpeechBrain has no such option)."
-    )
-    ckpt_interval_minutes: float = option(
-        15,
-        "Minutes between checkpoints within an epoch, with a checkpointer; 0 disables "
-        "(SpeechBrain 1.1: 0).",
-    )
-    ckpt_interval_steps: int = option(
-        0, "Steps between checkpoints within an epoch; given, it replaces the minutes."
-    )
-    shard_eval: bool = option(
-        False,
-        "In several processes each validates a part of the data: the same numbers, sooner.",
-    )
-    async_save: bool = option(
-        False,
-        "Write checkpoints in the background; training waits only while tensors are copied "
-        "(SpeechBrain has no such option).",
-    )
-    grad_accumulation_factor: int = option(1, "Batches whose gradients make one update.")
-    optimizer_step_limit: int | None = option(
-        None, "Updates after which to stop, with a validation at the end."
-    )
-    tqdm_colored_bar: bool = option(False, "Colour the progress bar.")
-    tqdm_barcolor: dict[str, str] = option(
-        {"train": "GREEN", "valid": "MAGENTA", "test": "CYAN"},
-        "The bar's colour in each stage.",
-        on_command_line=False,
-    )
-    remove_vector_weight_decay: bool = option(
-        False, "No weight decay for vectors, such as biases and norms."
-    )
-    profile_training: bool = option(False, "Profile training steps.")
-    profile_warmup: int = option(5, "Steps before the profile starts.")
-    profile_steps: int = option(5, "Steps in the profile.")
-    log_config: str | None = option(None, "A YAML file that configures logging.")
-    param_file: str = option("", "The HyperPyYAML file.", on_command_line=False)
-    overridden_args: frozenset[str] = field(default=frozenset())
-    trainer: dict[str, Any] = option(
-        {}, "Arguments of Lightning's Trainer, --trainer.devices=2.", on_command_line=False
-    )
+    remove_vector_weight_decay: bool = False
+    profile_training: bool = False
+    profile_warmup: int = 5
+    profile_steps: int = 5
+    log_config: str | None = None
+    param_file: str = ""
+    overridden_args: frozenset[str] = frozenset()
+    trainer: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dictionary(cls, args_dict: Mapping[str, Any]) -> RunOptions:
@@ -161,8 +173,7 @@ class RunOptions(Mapping[str, Any]):
         check_names("run option", args_dict, [f.name for f in dataclasses.fields(cls)])
         # SpeechBrain's own RunOptions know which of theirs were given.
         given = frozenset(getattr(args_dict, "overridden_args", args_dict))
-        given -= {"overridden_args"}
-        return cls(**{**args_dict, "overridden_args": given})
+        return cls(**{**args_dict, "overridden_args": given - {"overridden_args"}})
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -172,29 +183,26 @@ class RunOptions(Mapping[str, Any]):
     @classmethod
     def on_command_line(cls) -> dict[str, str]:
         """The help of each option that ``--name=value`` sets."""
-        fields = [f for f in dataclasses.fields(cls) if f.metadata.get("on_command_line")]
-        return {f.name: f.metadata["help"] for f in fields}
+        names = [name for name in cls.option_names() if name not in NOT_ON_COMMAND_LINE]
+        texts = documented(cls, "Attributes")
+        return {name: " ".join(texts.get(name, "").split()) for name in names}
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dictionary with the same keys and values."""
         return dict(self)
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._keys():
+        if key not in iter(self):
             raise KeyError(key)
         return getattr(self, key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys())
+        # An empty `trainer` must not overwrite the one in hparams on hparams.update(run_opts).
+        names = (f.name for f in dataclasses.fields(self))
+        return (name for name in names if name != "trainer" or self.trainer)
 
     def __len__(self) -> int:
-        return len(self._keys())
-
-    def _keys(self) -> list[str]:
-        # An empty `trainer` must not overwrite the one in hparams on hparams.update(run_opts).
-        return [
-            *self.option_names(), *(r for r in RECORDS if r != "trainer" or self.trainer)
-        ]  # fmt: skip
+        return sum(1 for _ in self)
 
 
 def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:

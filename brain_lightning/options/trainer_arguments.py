@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from lightning.pytorch import Trainer
 
-from .run_options import check_names
+from .run_options import check_names, documented
 
 # Of a terminal, by default.
 WIDTH = 80
@@ -62,31 +62,20 @@ def trainer_help() -> str:
         Every argument with its default, Lightning's description of it in one sentence,
         and what is different with a Brain.
     """
-    documented = _documentation()
+    texts = documented(Trainer.__init__, "Args")
     lines = textwrap.wrap(INTRODUCTION, WIDTH)
     for name, parameter in inspect.signature(Trainer).parameters.items():
-        lines += _entry(parameter, documented.get(name, ""))
+        text = texts.get(name, "")
+        # Many have None for a default that only the documentation gives.
+        default = re.search(r"Default: ``(.+?)``", text)
+        lines += ["", f"--trainer.{name}={default[1] if default else parameter.default}"]
+        lines += _indented(_first_sentence(text), "    ")
+        lines += _indented(WITH_A_BRAIN.get(name, ""), "  > ")
     return "\n".join(lines)
-
-
-def _entry(parameter: inspect.Parameter, documentation: str) -> list[str]:
-    # Many have None for a default that only the documentation gives.
-    default = re.search(r"Default: ``(.+?)``", documentation)
-    lines = ["", f"--trainer.{parameter.name}={default[1] if default else parameter.default}"]
-    lines += _indented(_first_sentence(documentation), "    ")
-    return lines + _indented(WITH_A_BRAIN.get(parameter.name, ""), "  > ")
 
 
 def _indented(text: str, first: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent="    ")
-
-
-def _documentation() -> dict[str, str]:
-    """The text on each argument in the docstring of the Trainer."""
-    documentation = inspect.getdoc(Trainer.__init__) or ""
-    arguments = documentation.partition("Args:\n")[2]
-    # Names are indented by four columns, their descriptions by more.
-    return dict(re.findall(r"^ {4}(\w+): ?(.+?)(?=^ {0,4}\S|\Z)", arguments, re.M | re.S))
 
 
 def _first_sentence(text: str) -> str:

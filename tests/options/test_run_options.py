@@ -187,6 +187,7 @@ def test_every_option_explains_itself(capsys: pytest.CaptureFixture[str]) -> Non
     hidden = {"distributed_launch", "data_parallel_count", "tqdm_barcolor"}
     for name in set(RunOptions.option_names()) - hidden:
         assert f"--{name}" in shown
+    assert all(RunOptions.on_command_line().values())
 
 
 @needs_speechbrain("1.1")
