@@ -17,7 +17,7 @@ from brain_lightning.compat.versions import accelerator
 from brain_lightning.distributed.communication import is_launched
 from brain_lightning.errors import RecipeError
 from brain_lightning.loggers.curve_plot import CurvePlot
-from brain_lightning.options.command_line import TRAINER_HELP, split_trainer
+from brain_lightning.options.parse_arguments import TRAINER_HELP, split_trainer
 from brain_lightning.options.run_options import OURS_ALONE, RunOptions
 
 from .exit_status import EXPLANATION, of_process

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from brain_lightning.errors import RecipeError
-from brain_lightning.options.command_line import split_trainer
+from brain_lightning.options.parse_arguments import split_trainer
 
 from .script import check_script, parse_command
 from .verify_comparison import Comparison
