@@ -57,10 +57,8 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     # Which checkpoint it was, and what is left out; the standard output has the path alone.
     show_information()
     options = parser.parse_args(words)
-    written = convert(
-        options.source, options.target, options.hparams, options.min_key, options.max_key
-    )
-    print(written)  # noqa: T201
+    keys = (options.min_key, options.max_key)
+    print(convert(options.source, options.target, options.hparams, *keys))  # noqa: T201
     return 0
 
 
