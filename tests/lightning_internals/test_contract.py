@@ -39,7 +39,6 @@ TABLE = PACKAGE / "lightning_internals" / "contract.py"
 BRAIN = ("protocol.py", "brain/base.py", "brain/brain.py")
 # Private names of neither Lightning nor torch.
 OTHERS = {
-    "_asdict": "NamedTuple",
     "_HOOKS": "speechbrain.utils.checkpoints",
     "_speechbrain_iterator": "speechbrain.dataio.dataloader.SaveableDataLoader",
     "_speechbrain_loader": "speechbrain.utils.checkpoints.mark_as_loader",
