@@ -6,9 +6,10 @@ is loaded when it is first used, so that ``brain-lightning --help`` need not wai
 
 import ast
 import importlib
-from pathlib import Path
+import pkgutil
 
-_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+# By the loader: the package may be in a zip.
+_STUB = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
 _MODULES = {
     alias.name: f"{__name__}.{node.module}"
     for node in _STUB.body

@@ -180,6 +180,17 @@ def check_hooks(brain: BrainProtocol) -> None:
             )
 
 
+def hparam(brain: BrainProtocol, name: str, default: Any = None) -> Any:
+    """One hyperparameter; a recipe may have replaced ``hparams`` by an object of any kind.
+
+    Args:
+        brain: The Brain.
+        name: The hyperparameter.
+        default: Its value where there is none.
+    """
+    return getattr(getattr(brain, "hparams", None), name, default)
+
+
 def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
     """The hyperparameters by name; SpeechBrain's Brain may have none.
 

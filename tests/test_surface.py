@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,17 @@ def test_every_run_option_of_speechbrain_is_there_with_its_default() -> None:
     assert dict(RunOptions()) == expected
 
 
+def test_a_recipes_class_may_have_any_metaclass() -> None:
+    class Meta(type):
+        pass
+
+    class Generic(typing.Generic[typing.TypeVar("T")], Brain, metaclass=Meta):
+        pass
+
+    assert type(Brain) is type(speechbrain.Brain) is type
+    assert Generic(run_opts={"device": "cpu"}).step == 0
+
+
 def test_every_run_option_is_an_attribute() -> None:
     brain = Brain(run_opts={"device": "cpu"})
     for name in run_option_defaults(speechbrain.core).keys() - {
@@ -97,6 +110,16 @@ def test_exports_are_sorted_complete_and_there() -> None:
         assert getattr(brain_lightning, name).__module__ == f"brain_lightning.{module}"
     with pytest.raises(AttributeError, match="has no attribute 'brain_lighting'"):
         brain_lightning.brain_lighting  # noqa: B018
+
+
+def test_the_package_may_be_in_a_zip(tmp_path: Path) -> None:
+    zipped = shutil.make_archive(str(tmp_path / "p"), "zip", PACKAGE.parent, "brain_lightning")
+    code = (
+        f"import sys; sys.path.insert(0, {zipped!r}); from brain_lightning import Brain, brain"
+    )
+    code += "; print(Brain, brain.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"brain_lightning.brain.brain.Brain'> {zipped}" in done.stdout, done.stderr
 
 
 def test_help_loads_no_torch() -> None:

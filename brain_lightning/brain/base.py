@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -25,10 +25,15 @@ from brain_lightning.errors import BrainTypeError, UnsupportedError
 from brain_lightning.loggers.console import abbreviated, show_information
 from brain_lightning.options.resolve import resolve_run_options
 from brain_lightning.options.run_options import RunOptions
-from brain_lightning.protocol import OptionValues
 from brain_lightning.stage import Stage
 from brain_lightning.stages.epochs import EpochCounter, EpochCounterWithStopper
 from brain_lightning.step.precision import autocast, device_type, gradient_scaler, infer_device
+
+if TYPE_CHECKING:
+    from brain_lightning.protocol import OptionValues
+else:
+    # As a base, a Protocol would give each recipe's class its metaclass.
+    OptionValues = object
 
 logger = logging.getLogger(__name__)
 

@@ -121,7 +121,7 @@ def _trainer_for(
     Ranks train together; each evaluates alone, as in SpeechBrain.
     """
     speechbrain.add_attributes(brain)
-    given = brain.trainer_arguments if trainer is None else trainer
+    given = (brain.trainer_arguments or {}) if trainer is None else trainer
     if brain.trainer_overrides:
         if not isinstance(given, Mapping):
             name = next(iter(brain.trainer_overrides))

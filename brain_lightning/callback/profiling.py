@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
 
 from brain_lightning.errors import RunOptionError
-from brain_lightning.protocol import BrainProtocol, hparams_of
+from brain_lightning.protocol import BrainProtocol, hparam
 from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def profile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttribut
             f"run option profile_training and Trainer(profiler={name}) exclude each other: "
             "leave one of them out"
         )
-    folder = hparams_of(brain).get("output_folder")
+    folder = hparam(brain, "output_folder")
     if folder is None:
         raise RunOptionError("profile_training writes to hparams['output_folder']: give it")
     # One step more than asked for: where a schedule ends first, Lightning 2.6 on torch

@@ -94,6 +94,9 @@ def _remove_or_restore(path: Path, name: re.Match[str]) -> None:
     try:
         if not _is_abandoned(path, descriptor, name["host"]):
             return
+        # Another process may have removed what was opened, and its owner made it again.
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return
         if _is_without_successor(path, name):
             os.rename(path, path.parent / name["final"])
         else:

@@ -94,7 +94,7 @@ def convert(
         raise RecipeError(f"{target} is there already: give another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if Path(source).is_file():
-        _refuse_key(source, min_key or max_key)
+        _refuse_key(source, max_key if min_key is None else min_key)
         return from_lightning(Path(source), path)
     checkpoint = _checkpoint(Path(source).resolve(), min_key, max_key)
     integrity.check(checkpoint.path)
@@ -106,7 +106,7 @@ def convert(
 
 
 def _refuse_key(source: str | Path, key: str | None) -> None:
-    if key:
+    if key is not None:
         raise RecipeError(
             f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
             "key out, or give the folder that they are in"
@@ -117,7 +117,7 @@ def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Check
     """The checkpoint that a directory is, else the best one of those in it."""
     alone = checkpoint_in(source)
     if alone is not None:
-        _refuse_key(source, min_key or max_key)
+        _refuse_key(source, max_key if min_key is None else min_key)
         logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
         return alone
     ranking = Ranking.by_one(None, max_key, min_key)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.protocol import hparams_of
+from brain_lightning.protocol import hparam
 from brain_lightning.temporary import TemporaryAttributes
 
 from .versions import run_option_defaults
@@ -59,15 +59,14 @@ def add_attributes(brain: Any) -> None:
     brain.gradient_clip_algorithm = "norm"
     brain.ends_window = False
     brain.shard_eval = False
-    hparams = hparams_of(brain)
-    brain.progress = hparams.get("progress", "auto")
-    brain.progress_interval = hparams.get("progress_interval", 10)
+    brain.progress = hparam(brain, "progress", "auto")
+    brain.progress_interval = hparam(brain, "progress_interval", 10)
     # SpeechBrain keeps no more of them than the values.
     defaults = run_option_defaults(sys.modules["speechbrain.core"])
     brain.explicit_options = frozenset(
         name for name, default in defaults.items() if getattr(brain, name, default) != default
     )
-    brain.trainer_arguments = hparams.get("trainer") or {}
+    brain.trainer_arguments = hparam(brain, "trainer") or {}
     # Those of the command line are there already: see patch.py.
     brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
     brain.trainer_callbacks = getattr(brain, "trainer_callbacks", ())

@@ -149,8 +149,9 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
             "with speechbrain.dataio.dataloader.make_dataloader and give it to fit()"
         )
     loader_kwargs.pop("looped_nominal_epoch", None)
-    if loader_kwargs.pop("shuffle", False):
+    if loader_kwargs.get("shuffle"):
         loader_kwargs["sampler"] = shuffling_sampler(dataset, loader_kwargs)
+        del loader_kwargs["shuffle"]
     if checkpointer is None or isinstance(dataset, IterableDataset):
         return DataLoader(dataset, **loader_kwargs)
     return SaveableDataLoader(dataset, **loader_kwargs)

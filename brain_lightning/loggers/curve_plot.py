@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import RunOptionError, UnsupportedError
-from brain_lightning.protocol import hparams_of
+from brain_lightning.protocol import hparam
 from brain_lightning.step.optimizers import all_optimizers
 
 from .curves import History, is_rate, read_curves, write_curves
@@ -91,7 +91,7 @@ class CurvePlot(Callback):
             logger.warning("The curves could not be drawn: %s", error)
 
     def _free_path(self, brain: Any) -> Path:
-        folder = hparams_of(brain).get("output_folder", "")
+        folder = hparam(brain, "output_folder", "")
         first = (self._path or Path(folder, "curves.png")).resolve()
         first.parent.mkdir(parents=True, exist_ok=True)
         others = (first.with_stem(f"{first.stem}-{number}") for number in count(2))

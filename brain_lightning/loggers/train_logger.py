@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import BrainTypeError
-from brain_lightning.protocol import BrainProtocol, hparams_of
+from brain_lightning.protocol import BrainProtocol, hparam
 from brain_lightning.stage import Stage
 from brain_lightning.stages.metrics import leaves, numbers_in, staged
 from brain_lightning.temporary import TemporaryAttributes
@@ -67,6 +66,7 @@ class LightningTrainLogger:
         self._resumes: bool | None = None
         self._position = 0
         self._warned: set[str] = set()
+        self._opened: list[Log] = []
 
     def begin_run(self, goes_on: bool, position: int = 0) -> None:
         """Says whether the run resumes that of an earlier process; a Trainer calls this.
@@ -111,7 +111,7 @@ class LightningTrainLogger:
         for name in named.keys() - numbers.keys():
             self._warn(f"log_stats: {name!r} is no number, and is not logged")
         entry = self._entry(numbers)
-        for each in self._logs:
+        for each in self._logs():
             is_fed = any(each.logger is fed for fed in self.fed_by_trainer)
             if not is_fed and not each.write(entry):
                 self._warn(f"{_kind(each)} leaves out what its run has already")
@@ -128,7 +128,7 @@ class LightningTrainLogger:
         """
         if not if_main_process():
             return
-        for each in self._logs:
+        for each in self._logs():
             if not log_audio(each.logger, name, value, sample_rate, self._position):
                 self._warn(f"{_kind(each)} does not log audio ({name!r})")
             each.logger.save()
@@ -145,7 +145,7 @@ class LightningTrainLogger:
         if importlib.util.find_spec("matplotlib") is None:
             self._warn(f"figures ({name!r}) are not logged without matplotlib: install it")
             return
-        for each in self._logs:
+        for each in self._logs():
             # A figure for each: TensorBoard closes it.
             figure = value if hasattr(value, "savefig") else spectrogram(value)
             if not log_figure(each.logger, name, figure, self._position):
@@ -161,11 +161,12 @@ class LightningTrainLogger:
             self._position += 1
         return Entry(numbers, name, self._position, is_test)
 
-    @cached_property
-    def _logs(self) -> list[Log]:
-        """Made with the first entry: then it is known whether the run resumes."""
-        resumes = bool(self._resumes)
-        return [log_class(each)(each, i, resumes) for i, each in enumerate(self.loggers)]
+    def _logs(self) -> Iterator[Log]:
+        """Each is opened with its first entry: then it is known whether the run resumes."""
+        for index, each in enumerate(self.loggers):
+            if index == len(self._opened):
+                self._opened.append(log_class(each)(each, index, bool(self._resumes)))
+            yield self._opened[index]
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -200,7 +201,7 @@ def begin_log(brain: BrainProtocol, resumes: bool, position: int) -> None:
 
 
 def _train_logger_of(brain: BrainProtocol) -> LightningTrainLogger | None:
-    found = hparams_of(brain).get("train_logger")
+    found = hparam(brain, "train_logger")
     return found if isinstance(found, LightningTrainLogger) else None
 
 

@@ -21,7 +21,7 @@ from brain_lightning.distributed.ddp import unwrap_modules, unwrapped_name
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
-from brain_lightning.protocol import BrainProtocol, check_hooks, hparams_of
+from brain_lightning.protocol import BrainProtocol, check_hooks, hparam
 from brain_lightning.resume.run_state import KEY, RunState, run_state
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
@@ -87,7 +87,7 @@ class BrainModule(LightningModule):
         if fitting:
             check_hooks(self.brain)
         self._explicit = None
-        counters = (self._epoch_counter, hparams_of(self.brain).get("epoch_counter"))
+        counters = (self._epoch_counter, hparam(self.brain, "epoch_counter"))
         counter = next((each for each in counters if each is not None), itertools.count(1))
         within = not fitting or Run.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
@@ -230,7 +230,7 @@ class BrainModule(LightningModule):
             loss = numbers_in({"train_loss_step": self.run.train.loss})
             for logger in trainer.loggers:
                 # Counted as Lightning counts for its own metrics: batches, from 0.
-                logger.log_metrics(loss, batches - 1)
+                logger.log_metrics(dict(loss), batches - 1)
 
     def _log_metrics(self) -> None:
         several = self.trainer.world_size > 1

@@ -26,8 +26,8 @@ def lightning_module_class(brain_class: type) -> type[BrainModule]:
     Raises:
         TypeError: ``brain_class`` is no Brain class.
     """
-    manual = any(overrides(brain_class, hook) for hook in MANUAL_HOOKS)
-    return _module_class(brain_class, manual)
+    hooks = [hook for hook in MANUAL_HOOKS if hasattr(brain_class, hook)]
+    return _module_class(brain_class, any(overrides(brain_class, hook) for hook in hooks))
 
 
 @cache

@@ -14,8 +14,8 @@ from .plain_values import State, plain_values, restore_attributes
 
 logger = logging.getLogger(__name__)
 
-# What the run itself keeps, and saves elsewhere.
-OWN = frozenset(BrainProtocol.__annotations__ | OptionValues.__annotations__)
+# What the run itself keeps, and saves elsewhere; a hook may raise the patience.
+OWN = {*BrainProtocol.__annotations__, *OptionValues.__annotations__} - {"nonfinite_patience"}
 
 
 class EpochStatistics:

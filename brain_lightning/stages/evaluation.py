@@ -92,11 +92,16 @@ class EvaluationStage(RunStage):
             self._position = position
             self._start()
         brain = self.brain
-        with self._bar(loader, position) as bar:
+        # Only now, after on_stage_start: a recipe may change shard_eval there.
+        with self._bar(self._part(loader), position) as bar:
             for batch in bar:
                 yield batch
                 if brain.debug and brain.step == brain.debug_batches:
                     return
+
+    def _part(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """The batches of a loader that are this rank's."""
+        return loader
 
 
 class ValidStage(EvaluationStage):
@@ -155,9 +160,8 @@ class ValidStage(EvaluationStage):
             self._statistics.merge()
         super()._end()
 
-    def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
-        source = sharding.Shard(loader) if self.is_sharded else loader
-        return super()._batches(source, position)
+    def _part(self, loader: Iterable[Any]) -> Iterable[Any]:
+        return sharding.Shard(loader) if self.is_sharded else loader
 
     def _iterate(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
         if self.is_sharded:

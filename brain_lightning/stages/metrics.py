@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from brain_lightning.distributed.communication import gather
-from brain_lightning.protocol import BrainProtocol, hparams_of
+from brain_lightning.protocol import BrainProtocol, hparam
 from brain_lightning.stage import Stage
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -50,7 +50,7 @@ class Metrics:
             temporary: Records what is changed.
         """
         for owner, name, record in (
-            (hparams_of(brain).get("train_logger"), "log_stats", self._record_stats),
+            (hparam(brain, "train_logger"), "log_stats", self._record_stats),
             (brain.checkpointer, "save_checkpoint", self._record_meta),
             (brain.checkpointer, "save_and_keep_only", self._record_meta),
         ):

@@ -314,6 +314,25 @@ def test_a_worker_that_outlives_its_trainer_keeps_no_lock(folder: Path) -> None:
     os.close(reader)
 
 
+def test_a_directory_that_was_made_again_is_another_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cleaner has opened one that another has removed, and its owner made anew."""
+    saved(folder, 1)
+    mine = atomic_directory.new_directory(folder)
+    atomic_directory._unlock_all()
+    opened = atomic_directory._is_abandoned
+
+    def made_again_meanwhile(path: Path, *args: Any) -> bool:
+        path.rmdir()
+        path.mkdir()
+        return opened(path, *args)
+
+    monkeypatch.setattr(atomic_directory, "_is_abandoned", made_again_meanwhile)
+    assert recovered(folder) == {1.0}
+    assert names(folder) == {"CKPT+1", mine.name}
+
+
 @pytest.mark.filterwarnings("ignore:This process")  # torch: a fork of a process with threads
 def test_two_processes_that_save_at_once_get_a_checkpoint_each(folder: Path) -> None:
     context = multiprocessing.get_context("fork")

@@ -17,6 +17,7 @@ from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from brain_lightning import BrainTypeError, LightningTrainLogger
+from brain_lightning.loggers.log_versions import log_class
 from tests.support.brains import loader
 from tests.support.processes import TORCHRUN, check_python
 from tests.support.reporting import (
@@ -264,3 +265,30 @@ def test_two_processes_log_once(tmp_path: Path) -> None:
     check_python(*TORCHRUN, str(script), str(tmp_path / "logs"), cwd=tmp_path)
     (log,) = (tmp_path / "logs").rglob("metrics.csv")
     assert [row["step"] for row in rows_in(log.parent)] == ["1", "2", "2", "1"]
+
+
+class DownOnce(Stub):
+    """A service that cannot be reached at first."""
+
+    tries = 0
+
+
+def test_a_logger_that_fails_to_open_does_not_cost_another_its_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(logger: Any) -> Any:
+        if isinstance(logger, DownOnce):
+            DownOnce.tries += 1
+            if DownOnce.tries == 1:
+                raise ConnectionError
+        return log_class(logger)
+
+    monkeypatch.setattr("brain_lightning.loggers.train_logger.log_class", opened)
+    down = DownOnce()
+    train_logger = LightningTrainLogger([CSVLogger(tmp_path), down])
+    with pytest.raises(ConnectionError):
+        train_logger.log_stats({"epoch": 1}, {"loss": 1.0})
+    train_logger.log_stats({"epoch": 2}, {"loss": 0.5})
+    (folder,) = (tmp_path / "lightning_logs").iterdir()
+    assert [row["step"] for row in rows_in(folder)] == ["1", "2"]
+    assert [step for step, _ in down.entries] == [2]

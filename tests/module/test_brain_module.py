@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import nn
 from torch.optim import Optimizer
 
 from brain_lightning import (
@@ -86,9 +88,57 @@ def test_what_is_overridden_decides_who_steps(
     assert to_lightning(make(brain_class)).automatic_optimization is automatic
 
 
-def test_a_class_that_is_no_brain_is_refused() -> None:
+@pytest.mark.parametrize("thing", [nn.Linear, 42, "Brain"])
+def test_what_is_no_brain_class_is_refused(thing: Any) -> None:
     with pytest.raises(TypeError, match="no Brain class"):
-        lightning_module_class(torch.nn.Linear)
+        lightning_module_class(thing)
+
+
+class TrainLogger:
+    def log_stats(self, stats_meta: Any, train_stats: Any) -> None: ...
+
+
+class HparamsOfAnyKind:
+    """Whose attributes are the class's."""
+
+    epoch_counter = (7, 8)
+    train_logger = TrainLogger()
+
+
+def test_a_recipe_may_replace_its_hparams() -> None:
+    class Reporting(Regression):
+        def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+            if stage.name == "TRAIN":
+                stats = {"acc": epoch}
+                self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=stats)
+
+    brain = make(Reporting)
+    brain.hparams = HparamsOfAnyKind()
+    trainer = trainer_with(max_epochs=5)
+    trainer.fit(to_lightning(brain), loader(), loader())
+    assert trainer.callback_metrics["train_acc"] == 8
+
+
+class Emptying(Logger):
+    name, version = "emptying", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if "train_loss_step" in metrics:
+            self.found += metrics
+            metrics.clear()
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_each_logger_gets_its_own_numbers() -> None:
+    loggers = [Emptying(), Emptying()]
+    trainer = trainer_with(max_epochs=1, logger=loggers, log_every_n_steps=1)
+    trainer.fit(to_lightning(make()), loader(), loader())
+    assert loggers[0].found == loggers[1].found == ["train_loss_step"] * 5
 
 
 @pytest.mark.parametrize("brain_class", [Regression, Manual, OwnStep])

@@ -366,6 +366,7 @@ def test_containers_and_metrics_within_metrics(tmp_path: Path) -> None:
             self.sums += value
             self.total = self.total + value
             self.metrics.update(batch[0])
+            self.nonfinite_patience += 1
             super().on_fit_batch_end(batch, *args)
 
         def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
@@ -373,14 +374,14 @@ def test_containers_and_metrics_within_metrics(tmp_path: Path) -> None:
                 found = {k: float(v) for k, v in self.metrics.compute().items()}
                 self.hparams.events[:] = [
                     self.named, self.counted, self.ordered, list(self.queue), self.seen,
-                    self.sums.tolist(), float(self.total), found,
+                    self.sums.tolist(), float(self.total), found, self.nonfinite_patience,
                 ]  # fmt: skip
                 assert type(self.named) is collections.defaultdict
                 assert type(self.counted) is collections.Counter
                 assert self.queue.maxlen == 3
 
     whole, resumed = whole_and_cut(tmp_path, at(1, 7), cls=Gathers)
-    assert whole.hparams.events[:8] == resumed.hparams.events[:8]
+    assert whole.hparams.events[:9] == resumed.hparams.events[:9]
     assert len(whole.hparams.events[0]["x"]) == BATCHES
 
 
