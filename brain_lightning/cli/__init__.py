@@ -4,5 +4,5 @@
 file each, whose ``main`` adds its options to the command's parser. ``script`` runs a recipe's
 script as ``python`` would; ``exit_status`` has what a shell sees of the end. Beside a command
 is its other half: ``verify_recorder`` records one side in a process, ``verify_comparison``
-compares two; ``doctor_source`` reads a recipe; ``convert_hparams`` its hyperparameters.
+compares two; ``convert_hparams`` reads a recipe's hyperparameters.
 """
