@@ -69,6 +69,10 @@ def process_is_left_as_found(
         for thread in set(threading.enumerate()) - threads
         if not thread.daemon and not thread.name.startswith("ThreadPoolExecutor")
     ]
+    for thread in left:
+        # Its work is done, and was waited for: it may still be on its way out.
+        thread.join(timeout=5)
+    left = [thread for thread in left if thread.is_alive()]
     assert not left, f"threads were left behind: {left}"
     changed = {k for k, v in os.environ.items() if environment.get(k) != v}
     # Set by OpenMP, pytest, torch.compile, Triton and Lightning's look for a GPU.
