@@ -91,8 +91,8 @@ class BrainModule(LightningModule):
         counter = next((each for each in counters if each is not None), itertools.count(1))
         within = not fitting or Run.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
-        self.run = Run(self.brain, Epochs(counter), state, self._progressbar, self._best_keys)
-        return [BrainCallback(self.run, self.trainer)]
+        self.run = Run(self.brain, Epochs(counter), state, self._best_keys)
+        return [BrainCallback(self.run, self.trainer, self._progressbar)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
         """Copies the weights, for callbacks that average them, and shares everything else."""
@@ -185,6 +185,7 @@ class BrainModule(LightningModule):
         """
         self._log_running_loss()
         end_when_profiled(self.trainer, self.brain, self.run.train.batches)
+        self.run.train.end_batch()
         fit_loop_of(self.trainer).fetch_batch()
 
     def on_validation_model_eval(self) -> None:
@@ -227,7 +228,7 @@ class BrainModule(LightningModule):
         # An attribute that Lightning's type hints do not show.
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.loggers and every and not batches % every:
-            loss = numbers_in({"train_loss_step": self.run.train.loss})
+            loss = numbers_in({"train_loss_step": self.run.run_state.loss})
             for logger in trainer.loggers:
                 # Counted as Lightning counts for its own metrics: batches, from 0.
                 logger.log_metrics(dict(loss), batches - 1)

@@ -47,7 +47,7 @@ def content(run: Run, weights: Mapping[str, Any]) -> Content:
     objects, saved_by_lightning = _split(run, weights)
     meta = {
         "unixtime": time.time(),
-        "end-of-epoch": run.run_state.is_between_epochs,
+        "end-of-epoch": run.run_state.is_end_of_epoch,
         "epoch": run.epochs.current,
     }
     with tempfile.TemporaryDirectory() as folder:

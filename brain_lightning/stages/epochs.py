@@ -182,6 +182,14 @@ class Epochs:
                 break
         return self._is_waiting
 
+    def resume(self, number: Any) -> None:
+        """Resumes an epoch that the counter has counted already.
+
+        Args:
+            number: What the counter yielded.
+        """
+        self.current, self._is_waiting = number, True
+
     def skip(self, epochs: int) -> None:
         """Skips epochs that were done before, and that the counter does not remember.
 
