@@ -90,8 +90,8 @@ class Told:
         self._told = {hook: (tuple(now), set(keys)) for hook, (now, keys) in state.items()}
 
     def _now(self, hook: str) -> tuple[int, ...]:
-        epoch = self._trainer.current_epoch
-        return (epoch,) if hook in OF_AN_EPOCH else (epoch, self._run.train.batches)
+        epoch, train = self._trainer.current_epoch, self._run.train
+        return (epoch,) if hook in OF_AN_EPOCH else (epoch, train.fitted_batches)
 
 
 class _Once:

@@ -147,5 +147,6 @@ def _resume_epochs(run: Run, resumed: ProcessState) -> None:
         state.drawn = resumed["drawn"] - (in_epoch and not counted)
         epochs.skip(state.drawn)
     if epoch is not None and counted:
-        state.drawn -= bool(state.drawn)
+        # It yields nothing for the rest of this epoch.
+        state.drawn -= 1
         epochs.resume(epoch["number"])

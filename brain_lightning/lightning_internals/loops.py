@@ -152,7 +152,7 @@ class BrainEpochLoop(_TrainingEpochLoop):
             run.train.resume_its_end()
             self._validate_if_due(data_fetcher)
             return
-        run.run_state.resume_after_validation()
+        run.run_state.resume_after_validation(run.train.loader.loader)
         trainer.validating = True
         call._call_callback_hooks(trainer, "on_validation_end")
         trainer.training = True

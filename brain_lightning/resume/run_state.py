@@ -35,7 +35,7 @@ COUNTS = ("step", "avg_train_loss", "nonfinite_count")
 class _Moment(NamedTuple):
     """What a validation changes, as it was before."""
 
-    epoch: EpochState
+    epoch: EpochState | None
     random: State
     validations: list[State]
 
@@ -173,9 +173,16 @@ class RunState:
         self._begin_batches()
         set_random_state(resumed["random"])
 
-    def resume_after_validation(self) -> None:
-        """Resumes an epoch of which training and validation are over."""
+    def resume_after_validation(self, loader: Any) -> None:
+        """Resumes an epoch of which training and validation are over.
+
+        Args:
+            loader: What ``fit`` was given.
+        """
+        assert self.resumed is not None
         assert self.resumed_epoch is not None
+        self.position.resume(self.resumed["between"], loader)
+        set_random_state(self.resumed["random"])
         self.position.fitted = self.resumed_epoch["batches"]
         self.resumed, self.phase = None, Phase.VALID_OVER
 
@@ -225,7 +232,6 @@ class RunState:
     def begin_validation(self) -> None:
         """Keeps what a validation changes, which may be in the middle of an epoch."""
         epoch = self._epoch()
-        assert epoch is not None
         self._before_validation = _Moment(epoch, random_state(), self._validations())
         self._counts = self.counts
         self.phase = Phase.VALIDATING

@@ -112,6 +112,11 @@ class TrainStage(RunStage):
         return loss
 
     @property
+    def fitted_batches(self) -> int:
+        """``batches``, and the one whose ``on_fit_batch_end`` runs."""
+        return self.batches + (self.run_state.phase is Phase.STEPPED)
+
+    @property
     def uncounted_steps(self) -> int:
         """Steps that the Trainer will count at the end of this batch."""
         return self.steps if self.run_state.phase is Phase.STEPPED else 0
