@@ -17,6 +17,7 @@ from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
 
+from .recoverables import recover_beside_weights, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch
 from .told import Told
 
@@ -83,6 +84,10 @@ class LightningSide:
         """See ``TrainerSide``."""
         return self.told.is_telling("on_train_batch_end")
 
+    def state_beside_weights(self) -> State:
+        """See ``TrainerSide``."""
+        return state_beside_weights(self._run)
+
     def save_within_epoch(self) -> None:
         """Saves as the Trainer saves, and replaces the save before."""
         trainer = self._trainer
@@ -105,6 +110,9 @@ class LightningSide:
         Args:
             resumed: The state of the run that was saved.
         """
+        if resumed["beside_weights"]:
+            recover_beside_weights(self._run, resumed["beside_weights"])
+            resumed["end_of_epoch"] = False
         _resume_epochs(self._run, resumed)
         state = resumed["trainer"]
         if not state:
@@ -126,7 +134,8 @@ class LightningSide:
             found = run.metrics.found(from_all_ranks=trainer.world_size > 1)
             trainer.callback_metrics.update(state["metrics"])
             trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
-            trainer.should_stop = state["should_stop"]
+            # A Timer may have stopped the run already.
+            trainer.should_stop |= state["should_stop"]
 
 
 def _has_stopped_early(trainer: Trainer) -> bool:

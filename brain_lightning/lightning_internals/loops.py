@@ -81,22 +81,22 @@ class BrainFitLoop(_FitLoop):
         Returns:
             Whether there is one.
         """
-        run = self.brain_run
-        last = self._is_cut_short(run.train.loader.known_length()) or not run.train.fetch()
+        run, length = self.brain_run, self.brain_run.train.loader.known_length()
+        batches = self.epoch_loop.batch_progress.current.ready
+        limit, stopped = _limit(self.trainer.limit_train_batches, length), self._is_stopped()
+        if stopped and 0 < batches < min(limit, float("inf") if length is None else length):
+            run.cut_short()
+        last = stopped or batches >= limit or not run.train.fetch()
         self._mark_last_batch(last)
         if last:
             run.train.end()
         return not last
 
-    def _is_cut_short(self, length: int | None) -> bool:
-        """By ``limit_train_batches``, ``max_steps``, or a callback that stops the run."""
+    def _is_stopped(self) -> bool:
+        """By ``max_steps``, ``max_time``, or a callback that stops the run."""
         trainer = self.trainer
-        batches = self.epoch_loop.batch_progress.current.ready
-        return (
-            batches >= _limit(trainer.limit_train_batches, length)
-            or 0 <= trainer.max_steps <= trainer.global_step
-            or (trainer.should_stop and self._can_stop_early)
-        )
+        reached = 0 <= trainer.max_steps <= trainer.global_step
+        return reached or (trainer.should_stop and self._can_stop_early)
 
     def _mark_last_batch(self, last: bool) -> None:
         progress, fetcher = self.epoch_loop.batch_progress, self._data_fetcher

@@ -90,6 +90,8 @@ class RunState:
         # Of TRAIN, from when something else overwrites the Brain's.
         self._counts: State = {}
         self._before_validation: _Moment | None = None
+        # Where a limit of the Trainer's has ended an epoch in its middle.
+        self._cut_short: ProcessState | None = None
 
     @contextmanager
     def entering(self, phase: Phase) -> Iterator[None]:
@@ -222,6 +224,16 @@ class RunState:
         self.position.fitted += 1
         self.phase = Phase.BATCH_OVER
 
+    def cut_short(self) -> None:
+        """Keeps the state between two batches, for what is saved from now on.
+
+        A limit of the Trainer's ends the epoch in its middle: its hooks are called, and
+        what they save resumes here.
+        """
+        assert self.trainer is not None
+        beside_weights = self.trainer.state_beside_weights()
+        self._cut_short = plain({**self.state(), "beside_weights": beside_weights})
+
     # ------------------------------------------------------- TRAIN ends, VALID
 
     def end_training(self) -> None:
@@ -276,6 +288,8 @@ class RunState:
         if self.resumed is not None:
             # Nothing of it has taken effect.
             return {**self.resumed, "saved_by": self._saved_by, "trainer": of_trainer}
+        if self._cut_short is not None:
+            return self._cut_short
         moment = self._before_validation if self.phase is Phase.VALIDATING else None
         return {
             "version": VERSION,
@@ -288,6 +302,7 @@ class RunState:
             "between": self.position.state_between_passes(),
             "trainer": of_trainer,
             "end_of_epoch": self.is_end_of_epoch,
+            "beside_weights": {},
         }
 
     def _validations(self) -> list[State]:
@@ -410,7 +425,10 @@ class RunState:
                 world_size(),
             )
         state = migrated(states[rank() % len(states)], end_of_epoch)
-        is_own = end_of_epoch and state["saved_by"] == self._saved_by
+        # The main process has them.
+        state["beside_weights"] = states[0].get("beside_weights", {})
+        is_own = state["saved_by"] == self._saved_by
+        is_own = is_own and end_of_epoch and not state["beside_weights"]
         self.resumed = None if is_own else state
         self._resumed_validations = {} if is_own else dict(enumerate(state["validations"]))
 

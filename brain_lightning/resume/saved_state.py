@@ -77,6 +77,8 @@ class ProcessState(TypedDict):
         between: The position in the training data, for the next pass over it.
         trainer: The Trainer's.
         end_of_epoch: What the checkpoint's meta says; known when it is recovered.
+        beside_weights: What to recover beside weights and optimizers, as it was when a limit
+            of the Trainer's had ended the epoch in its middle; empty where none has.
     """
 
     version: int
@@ -89,6 +91,7 @@ class ProcessState(TypedDict):
     between: State
     trainer: State
     end_of_epoch: bool
+    beside_weights: State
 
 
 class TrainerSide(Protocol):
@@ -111,6 +114,9 @@ class TrainerSide(Protocol):
 
     def state(self) -> State:
         """What there is to save of the Trainer."""
+
+    def state_beside_weights(self) -> State:
+        """Everything that is saved but modules, optimizers and the state of the run."""
 
     def save_within_epoch(self) -> None:
         """Saves with the Trainer, and replaces what it has saved before."""
@@ -148,4 +154,4 @@ def _from_version_0(state: State, end_of_epoch: bool) -> State:
             "loss": None,
             "before": None,
         }
-    return {**state, "version": VERSION, "epoch": epoch}
+    return {**state, "version": VERSION, "epoch": epoch, "beside_weights": {}}

@@ -126,6 +126,12 @@ class Run:
         elif self.trainer.saves:
             self.trainer.save_within_epoch()
 
+    def cut_short(self) -> None:
+        """Saves where the run is: a limit of the Trainer's ends the epoch in its middle."""
+        if self.brain.checkpointer is not None or self.trainer.saves:
+            self.save_within_epoch()
+            self.run_state.cut_short()
+
     def end_if_terminated(self) -> None:
         """Saves and ends the process after a SIGTERM; called between two batches.
 
