@@ -30,7 +30,7 @@ class BrainFitLoop(_FitLoop):
     @property
     def done(self) -> bool:
         """Whether the run is over, for Lightning or for the epoch counter."""
-        return super().done or not self.brain_run.epochs.more()
+        return self.brain_run.epochs.over(super().done)
 
     def _warn_if_modules_in_eval_mode(self) -> None:
         """Nothing: a Brain stays in eval mode until its TRAIN stage begins with train()."""
