@@ -129,8 +129,8 @@ def _is_sent(name: str, has_it: bool, found: Sequence[Any]) -> bool:
     is_sent = not all(has for has, _ in answers)
     if is_sent and (if_main_process() or not has_it):
         logger.warning(
-            "The processes have different checkpoints (%s): all recover %s of rank 0, which is "
-            "sent to those that do not have it. Where all read one folder, nothing is sent.",
+            "The processes have different checkpoints (%s): all recover %s of rank 0, which "
+            "is sent to the others. Where all read one folder, nothing is sent.",
             by_rank([each for _, each in answers]),
             name,
         )

@@ -13,6 +13,12 @@ from brain_lightning.errors import RankMismatchError
 
 from .communication import gather
 
+# What to do where processes are in different states.
+REMEDY = (
+    "let each of them recover the same checkpoint, with recover_if_possible of the Brain's "
+    "checkpointer, and give each the same epoch counter"
+)
+
 
 class _Said(NamedTuple):
     """What a process does, and what it found."""
@@ -73,7 +79,5 @@ def check_same(doing: str, what: str, value: Any) -> None:
     values = compare(doing, value)
     if any(each != values[0] for each in values):
         raise RankMismatchError(
-            f"the processes differ in {what} ({by_rank(values)}): let each of them recover "
-            "the same checkpoint, with recover_if_possible of the Brain's checkpointer, and "
-            "give each the same epoch counter"
+            f"the processes differ in {what} ({by_rank(values)}): {REMEDY}"
         )

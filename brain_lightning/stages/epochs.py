@@ -13,7 +13,7 @@ import yaml
 
 from brain_lightning.checkpoints import hooks
 from brain_lightning.compat import speechbrain
-from brain_lightning.distributed.agreement import by_rank, compare
+from brain_lightning.distributed.agreement import REMEDY, by_rank, compare
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import RankMismatchError
 
@@ -272,9 +272,7 @@ def _check_epochs(answers: Sequence[Answer]) -> None:
     if positions or numbers or unknown:
         raise RankMismatchError(
             "the processes are at different epochs "
-            f"({by_rank([_in_words(*each) for each in answers])}): let each of them recover "
-            "the same checkpoint, with recover_if_possible of the Brain's checkpointer, and "
-            "give each the same epoch counter"
+            f"({by_rank([_in_words(*each) for each in answers])}): {REMEDY}"
         )
 
 
