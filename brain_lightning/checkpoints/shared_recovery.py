@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 # Loads a checkpoint, or skips it where it is damaged; the others are less important ones.
 Load = Callable[[Any, list[Any]], bool]
 
+NONE = "none"
+
 # A file is sent in pieces, of which one is in memory at a time.
 PIECE = 32 * 2**20
 
@@ -85,8 +87,8 @@ def recover_first_ranks(found: Sequence[Any], load: Load, folder: Path) -> Any:
             could not load what the others have loaded.
         RankMismatchError: Another process does not recover at all.
     """
-    newest = compare("recovers a checkpoint", found[0].path.name if found else None)
-    if newest[0] is None and any(newest):
+    newest = compare("recovers a checkpoint", _newest(found))
+    if newest[0] == NONE and any(each != NONE for each in newest):
         raise CheckpointError(
             f"rank 0 has no checkpoint, and others do ({by_rank(newest)}): start the "
             "processes so that rank 0 is where the checkpoints are, or copy them there, or "
@@ -98,6 +100,10 @@ def recover_first_ranks(found: Sequence[Any], load: Load, folder: Path) -> Any:
         if checkpoint is not None:
             return checkpoint
     return None
+
+
+def _newest(found: Sequence[Any]) -> str:
+    return found[0].path.name if found else NONE
 
 
 def _recover(offered: Any, found: Sequence[Any], load: Load, folder: Path) -> Any:
@@ -123,7 +129,7 @@ def _recover(offered: Any, found: Sequence[Any], load: Load, folder: Path) -> An
 
 def _is_sent(name: str, has_it: bool, found: Sequence[Any]) -> bool:
     """Whether a process lacks the first rank's checkpoint, which is logged."""
-    best = found[0].path.name if found else "none"
+    best = _newest(found)
     own = best if has_it or best != name else f"another {name}"
     answers = compare("looks for the checkpoint of rank 0", (has_it, own))
     is_sent = not all(has for has, _ in answers)
