@@ -30,7 +30,7 @@ from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
-from .shared_recovery import recover_first_ranks
+from .shared_recovery import all_damaged, recover_first_ranks
 from .state_files import PARAMFILE_EXT, write_state
 
 logger = logging.getLogger(__name__)
@@ -321,10 +321,7 @@ class Checkpointer(Recoverables):
             return recovered
         damaged = bool(found) or self._has_damaged_only()
         if ddp_broadcast(damaged) if together else damaged:
-            raise CheckpointError(
-                f"every checkpoint in {self.checkpoints_dir} is damaged: move them away to "
-                "start anew"
-            )
+            raise all_damaged(self.checkpoints_dir)
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
 

@@ -11,7 +11,7 @@ import logging
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def recovers_together(checkpointer: Any) -> Iterator[None]:
     """
     with TemporaryAttributes() as temporary:
         if hasattr(checkpointer, "recovers_together"):
-            temporary.set(checkpointer, "recovers_together", True)
+            temporary.override(checkpointer, "recovers_together", True)
         elif speechbrain.is_checkpointer(checkpointer):
             recover = partial(_recover_speechbrains, checkpointer)
             speechbrain.redirect_recovery(checkpointer, recover, temporary)
@@ -80,11 +80,11 @@ def recover_first_ranks(found: Sequence[Any], load: Load, folder: Path) -> Any:
         folder: Where the checkpoints of this process are.
 
     Returns:
-        The checkpoint; None where there is none, or all are damaged.
+        The checkpoint; None where there is none.
 
     Raises:
-        CheckpointError: The first rank has none, and another one does; or a process
-            could not load what the others have loaded.
+        CheckpointError: The first rank has none, and another one does; or all of its own
+            are damaged; or a process could not load what the others have loaded.
         RankMismatchError: Another process does not recover at all.
     """
     newest = compare("recovers a checkpoint", _newest(found))
@@ -94,12 +94,26 @@ def recover_first_ranks(found: Sequence[Any], load: Load, folder: Path) -> Any:
             "processes so that rank 0 is where the checkpoints are, or copy them there, or "
             "move them away to start anew"
         )
-    for position in range(ddp_broadcast(len(found))):
+    count = ddp_broadcast(len(found))
+    for position in range(count):
         offered = found[position] if if_main_process() else None
         checkpoint = _recover(offered, found, load, folder)
         if checkpoint is not None:
             return checkpoint
+    if count:
+        raise all_damaged(folder)
     return None
+
+
+def all_damaged(folder: Path) -> CheckpointError:
+    """The error of a folder that has checkpoints, but none that is intact.
+
+    Args:
+        folder: The folder.
+    """
+    return CheckpointError(
+        f"every checkpoint in {folder} is damaged: move them away to start anew"
+    )
 
 
 def _newest(found: Sequence[Any]) -> str:
@@ -113,12 +127,14 @@ def _recover(offered: Any, found: Sequence[Any], load: Load, folder: Path) -> An
     has_it = if_main_process() or (own is not None and _content(own.path) == content)
     is_sent = _is_sent(name, has_it, found)
     others = list(found[found.index(own) + 1 :]) if own is not None else []
-    with tempfile.TemporaryDirectory(prefix="brain_lightning_") as copies:
-        copy = None if has_it else Path(copies, name)
+    with ExitStack() as stack:
 
         def load_here() -> Any:
-            if is_sent:
-                _send(offered.path) if if_main_process() else _receive(copy)
+            copy = None
+            if is_sent and if_main_process():
+                _send(offered.path)
+            elif is_sent:
+                copy = _receive(None if has_it else name, stack)
             checkpoint: Any = own if copy is None else _read(copy)
             if not load(checkpoint, others):
                 return None
@@ -176,7 +192,7 @@ def _content(directory: Path) -> str:
         for path in _files(directory):
             digest.update(f"{path.relative_to(directory)}\0".encode())
             digest.update(_content_of_file(path))
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # noqa: BLE001  what is damaged makes zipfile raise almost anything
         return ""
     return digest.hexdigest()
 
@@ -187,7 +203,19 @@ def _content_of_file(path: Path) -> bytes:
         with zipfile.ZipFile(path) as archive:
             parts = [(each.filename, each.file_size, each.CRC) for each in archive.infolist()]
         return repr(parts).encode()
-    return hashlib.sha256(path.read_bytes()).digest()
+    digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+    return digest.digest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """The content of a file; of an empty one there is one piece, to be sent as any."""
+    with path.open("rb") as content:
+        piece: bytes | None = content.read(PIECE)
+        while piece is not None:
+            yield piece
+            piece = content.read(PIECE) or None
 
 
 def _files(directory: Path) -> list[Path]:
@@ -199,27 +227,33 @@ def _send(directory: Path) -> None:
     try:
         integrity.check(directory)
         for path in _files(directory):
-            with path.open("rb") as content:
-                # An empty file is sent too.
-                piece: bytes | None = content.read(PIECE)
-                while piece is not None:
-                    ddp_broadcast((path.relative_to(directory).as_posix(), piece))
-                    piece = content.read(PIECE) or None
+            for piece in _pieces(path):
+                ddp_broadcast((path.relative_to(directory).as_posix(), piece))
     except (CheckpointError, OSError) as error:
         ddp_broadcast(DamagedCheckpointError(str(error)))
         raise DamagedCheckpointError(str(error)) from error
     ddp_broadcast(None)
 
 
-def _receive(copy: Path | None) -> None:
-    """Receives a checkpoint, and writes it; nothing is written where there is no copy."""
+def _receive(name: str | None, stack: ExitStack) -> Path | None:
+    """Receives a checkpoint, and keeps it under a name; without a name nothing is written.
+
+    Args:
+        name: That of its directory.
+        stack: Removes the copy when it is left.
+
+    Returns:
+        The copy.
+    """
+    copy: Path | None = None
     failure: OSError | None = None
     while (received := ddp_broadcast(None)) is not None:
         if isinstance(received, DamagedCheckpointError):
             raise received
-        if copy is None or failure is not None:
+        if name is None or failure is not None:
             continue
         try:
+            copy = copy or _new_copy(name, stack)
             _append(copy / received[0], received[1])
         except OSError as error:
             # The rest is still on its way.
@@ -229,6 +263,12 @@ def _receive(copy: Path | None) -> None:
             f"the checkpoint of rank 0 could not be written to {copy}: {failure}; set TMPDIR "
             "to a folder with more space"
         ) from failure
+    return copy
+
+
+def _new_copy(name: str, stack: ExitStack) -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="brain_lightning_", ignore_cleanup_errors=True)
+    return Path(stack.enter_context(folder), name)
 
 
 def _append(path: Path, piece: bytes) -> None:

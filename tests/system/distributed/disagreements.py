@@ -254,6 +254,24 @@ def all_damaged_on_rank_0(folder: Path) -> Any:
     return recover(mine)
 
 
+def unreadable_on_rank_0(folder: Path) -> Any:
+    """Its meta is damaged, and so it is not even listed."""
+    mine, _ = saved_by_each(folder)
+    if RANK == 0:
+        cut(mine / "CKPT+one" / "CKPT.yaml")
+    else:
+        shutil.rmtree(mine)
+    return recover(mine)
+
+
+def speechbrains_damaged(folder: Path) -> Any:
+    mine = folder / f"node{RANK}"
+    train(mine, 1, TheirCheckpointer)
+    for path in mine.glob("CKPT*/model.ckpt"):
+        cut(path)
+    train(mine, 2, TheirCheckpointer)
+
+
 def damaged_on_rank_1(folder: Path) -> Any:
     """Of the same length, it is seen when it is read."""
     with alone():
@@ -316,8 +334,8 @@ SCENARIOS: list[Callable[[Path], Any]] = [
     stopper_of_rank_0, stopper_of_rank_1, speechbrains_stopper, ranges, trainer_of_rank_1,
     epochs_apart, updates_apart, without_shared_disk, speechbrains_without_shared_disk,
     with_shared_disk, in_pieces, same_name_other_content, damaged_on_rank_0,
-    all_damaged_on_rank_0, damaged_on_rank_1, none_on_rank_0, no_space_on_rank_1,
-    recovered_on_rank_0_alone, evaluated_on_rank_1_alone,
+    all_damaged_on_rank_0, unreadable_on_rank_0, speechbrains_damaged, damaged_on_rank_1,
+    none_on_rank_0, no_space_on_rank_1, recovered_on_rank_0_alone, evaluated_on_rank_1_alone,
 ]  # fmt: skip
 
 

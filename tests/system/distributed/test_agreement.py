@@ -84,6 +84,8 @@ def test_a_trainer_that_stops_on_one_rank_stops_all(outcomes: Outcomes) -> None:
         (scenarios.damaged_on_rank_1, "CheckpointError: not every process could recover the "
          "checkpoint of rank 0 (rank 0: recovered; rank 1: damaged)"),
         (scenarios.all_damaged_on_rank_0, "CheckpointError: every checkpoint in "),
+        (scenarios.unreadable_on_rank_0, "CheckpointError: every checkpoint in "),
+        (scenarios.speechbrains_damaged, "CheckpointError: every checkpoint in "),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
