@@ -319,9 +319,11 @@ class Checkpointer(Recoverables):
             recovered = next(loaded, None)
         if recovered is not None:
             return recovered
-        damaged = bool(found) or self._has_damaged_only()
-        if ddp_broadcast(damaged) if together else damaged:
-            raise all_damaged(self.checkpoints_dir)
+        damaged = self.checkpoints_dir if found or self._has_damaged_only() else None
+        if together:
+            damaged = ddp_broadcast(damaged)
+        if damaged is not None:
+            raise all_damaged(damaged)
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
 

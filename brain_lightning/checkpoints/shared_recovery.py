@@ -94,14 +94,14 @@ def recover_first_ranks(found: Sequence[Any], load: Load, folder: Path) -> Any:
             "processes so that rank 0 is where the checkpoints are, or copy them there, or "
             "move them away to start anew"
         )
-    count = ddp_broadcast(len(found))
+    count, first_folder = ddp_broadcast((len(found), folder))
     for position in range(count):
         offered = found[position] if if_main_process() else None
         checkpoint = _recover(offered, found, load, folder)
         if checkpoint is not None:
             return checkpoint
     if count:
-        raise all_damaged(folder)
+        raise all_damaged(first_folder)
     return None
 
 

@@ -57,12 +57,15 @@ def by_rank(values: Sequence[Any]) -> str:
         values: One for each rank.
 
     Returns:
-        Such as ``rank 0: 3; rank 1, 2: 4``.
+        Such as ``rank 0: 3; ranks 1, 2: 4``.
     """
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(str(value), []).append(str(rank))
-    return "; ".join(f"rank {', '.join(numbers)}: {value}" for value, numbers in ranks.items())
+    return "; ".join(
+        f"rank{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {value}"
+        for value, numbers in ranks.items()
+    )
 
 
 def check_same(doing: str, what: str, value: Any) -> None:

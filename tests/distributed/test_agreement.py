@@ -11,7 +11,7 @@ from brain_lightning.errors import RankMismatchError
 
 
 def test_ranks_with_the_same_value_are_named_together() -> None:
-    assert agreement.by_rank([3, 4, 3]) == "rank 0, 2: 3; rank 1: 4"
+    assert agreement.by_rank([3, 4, 3]) == "ranks 0, 2: 3; rank 1: 4"
 
 
 def test_one_process_agrees_with_itself() -> None:

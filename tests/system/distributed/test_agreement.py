@@ -83,9 +83,6 @@ def test_a_trainer_that_stops_on_one_rank_stops_all(outcomes: Outcomes) -> None:
          "(rank 0: none; rank 1: CKPT+one)"),
         (scenarios.damaged_on_rank_1, "CheckpointError: not every process could recover the "
          "checkpoint of rank 0 (rank 0: recovered; rank 1: damaged)"),
-        (scenarios.all_damaged_on_rank_0, "CheckpointError: every checkpoint in "),
-        (scenarios.unreadable_on_rank_0, "CheckpointError: every checkpoint in "),
-        (scenarios.speechbrains_damaged, "CheckpointError: every checkpoint in "),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
@@ -93,6 +90,23 @@ def test_what_cannot_go_on_ends_every_rank_in_words(
     outcomes: Outcomes, scenario: Any, words: str
 ) -> None:
     assert all(error.startswith(words) for error in errors(outcomes, scenario))
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        scenarios.all_damaged_on_rank_0,
+        scenarios.unreadable_on_rank_0,
+        scenarios.speechbrains_damaged,
+    ],
+)
+def test_what_is_damaged_on_rank_0_is_named_on_every_rank(
+    outcomes: Outcomes, scenario: Any
+) -> None:
+    folder = f"{scenario.__name__}/node0 is damaged: move them away to start anew"
+    for error in errors(outcomes, scenario):
+        assert error.startswith("CheckpointError: every checkpoint in ")
+        assert error.endswith(folder)
 
 
 def test_a_rank_that_cannot_write_ends_all(outcomes: Outcomes) -> None:
