@@ -14,6 +14,7 @@ from typing import Any
 
 from brain_lightning.distributed.communication import (
     collectively,
+    communicates,
     ddp_broadcast,
     if_main_process,
 )
@@ -29,6 +30,7 @@ from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
+from .shared_recovery import all_damaged, recover_first_ranks
 from .state_files import PARAMFILE_EXT, write_state
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,11 @@ class Checkpointer(Recoverables):
 
     Attributes:
         async_save: Whether tensors are written in the background.
+        recovers_together: Whether all processes recover at this moment, each the
+            checkpoint of the first.
     """
+
+    recovers_together = False
 
     def __init__(
         self,
@@ -300,14 +306,24 @@ class Checkpointer(Recoverables):
             CheckpointError: There are some, but each is damaged.
         """
         found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate)
-        for position, checkpoint in enumerate(found):
-            if self._load_unless_damaged(checkpoint, found[position + 1 :]):
-                return checkpoint
-        if found or self._has_damaged_only():
-            raise CheckpointError(
-                f"every checkpoint in {self.checkpoints_dir} is damaged: move them away to "
-                "start anew"
+        together = self.recovers_together and communicates()
+        recovered: Checkpoint | None
+        if together:
+            recovered = recover_first_ranks(
+                found, self._load_unless_damaged, self.checkpoints_dir
             )
+        else:
+            loaded = (
+                c for i, c in enumerate(found) if self._load_unless_damaged(c, found[i + 1 :])
+            )
+            recovered = next(loaded, None)
+        if recovered is not None:
+            return recovered
+        damaged = self.checkpoints_dir if found or self._has_damaged_only() else None
+        if together:
+            damaged = ddp_broadcast(damaged)
+        if damaged is not None:
+            raise all_damaged(damaged)
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
 

@@ -39,7 +39,7 @@ class BrainFitLoop(_FitLoop):
         run = self.brain_run
         # A limit that was reached when training was over leaves the rest of the epoch to do.
         reached = super().done and run.run_state.resumed_phase not in AFTER_TRAINING
-        return reached or not run.epochs.more()
+        return run.epochs.over(reached)
 
     def on_advance_start(self) -> None:
         """Starts the next epoch."""
