@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from brain_lightning.lightning_internals.lean_loops import BATCH_HOOKS, STEP_HOOKS
+from brain_lightning.lightning_internals.strategies import is_requeued
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
 from brain_lightning.protocol import BrainProtocol
 
@@ -43,6 +44,7 @@ def saves_within_batch(trainer: Trainer, brain: BrainProtocol) -> bool:
     """
     return (
         any(_saves_on_exception(callback) for callback in callbacks_of(trainer))
+        or is_requeued(trainer)
         or _has_foreign_hooks(trainer, STEP_HOOKS)
         or (brain.checkpointer is not None and _saves_in_a_batch(type(brain)))
     )

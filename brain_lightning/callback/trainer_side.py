@@ -10,7 +10,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
 from brain_lightning.checkpoints.hooks import load_hook
-from brain_lightning.lightning_internals.counters import progress, set_progress
+from brain_lightning.lightning_internals.counters import (
+    progress,
+    reloads,
+    set_progress,
+    set_reloads,
+)
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
@@ -44,6 +49,7 @@ class LightningSide:
         self.saves_within_batch = saves_within_batch(trainer, run.brain)
         self.draws_ahead = self.saves_within_batch or saves_between_batches(trainer)
         self.told = Told(trainer, run)
+        self._reloads: list[float] = []
         self._reported: set[str] = set()
 
     def state(self) -> State:
@@ -55,6 +61,7 @@ class LightningSide:
         return {
             "progress": {**counts, "batches": train.earlier},
             "callbacks": self._callback_states(),
+            "reloads": reloads(trainer),
             "told": self.told.state(),
             "metrics": metrics,
             "found": self._run.metrics.state(),
@@ -129,6 +136,7 @@ class LightningSide:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         # Since version 1.
         if "told" in state:
+            self._reloads = state["reloads"]
             self.told.restore(state["told"])
             run.metrics.restore(state["found"])
             found = run.metrics.found(from_all_ranks=trainer.world_size > 1)
@@ -136,6 +144,11 @@ class LightningSide:
             trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
             # A Timer may have stopped the run already.
             trainer.should_stop |= state["should_stop"]
+
+    def resume_reloads(self) -> None:
+        """Counts on from where loaders were made, once they are made for the resumed run."""
+        if self._reloads:
+            set_reloads(self._trainer, self._reloads)
 
 
 def _has_stopped_early(trainer: Trainer) -> bool:

@@ -55,6 +55,7 @@ _LEAN = "the hooks that no callback has cost more than a small model"
 _LOGGED = "what a callback logs with self.log is collected batch by batch"
 _STEPS = "global_step counts what optimizer_step counts"
 _SAMPLER = "the Trainer's argument use_distributed_sampler cannot be read otherwise"
+_RELOADED = "a resumed run makes its loaders again in the epochs in which it would have"
 _NAMES = "what was logged is read back, and the prefix is part of its names"
 _WHOLE_MODULE = "an argument for one DDP around the whole module cannot be read otherwise"
 _NUMBERED = "asking for the public property would choose a version and make its folder"
@@ -67,6 +68,8 @@ LIGHTNING_PARTS = (
     Row("lightning.pytorch.loops.evaluation_loop", "_EvaluationLoop", _ORDER),
     Row("lightning.pytorch.trainer.call", "_call_callback_hooks",
         "self.log in a callback has to know the hook that runs"),
+    Row("lightning.pytorch.trainer.call", "_call_lightning_module_hook",
+        "a batch that was fitted before a run was resumed is ended as every batch"),
     Row(f"{_CONNECTORS}.data_connector", "_DataLoaderSource", _FETCHED),
     Row(f"{_CONNECTORS}.data_connector", "_resolve_overfit_batches",
         "Lightning looks for shuffling samplers, which it does not find in our loaders"),
@@ -86,6 +89,8 @@ LIGHTNING_PARTS = (
     Row(_TRAINER, "_accelerator_connector", _SAMPLER),
     Row(f"{_CONNECTORS}.accelerator_connector:_AcceleratorConnector",
         "use_distributed_sampler", _SAMPLER),
+    Row(f"{_CONNECTORS}.accelerator_connector:_AcceleratorConnector.__init__",
+        "cluster_environment", "a Trainer of one device does not show its environment"),
     Row(_TRAINER, "_logger_connector", _LOGGED),
     Row(_LOGGER_CONNECTOR, "on_batch_start", _LOGGED),
     Row(_LOGGER_CONNECTOR, "on_batch_end", _LOGGED),
@@ -101,6 +106,9 @@ LIGHTNING_PARTS = (
     Row(_FIT, "_data_source", _FETCHED),
     Row(_FIT, "_combined_loader", "the loop would reuse the loaders of a run that is over"),
     Row(_FIT, "_data_fetcher", _EXHAUSTION),
+    Row(_FIT, "_last_train_dl_reload_epoch", _RELOADED),
+    Row(_FIT, "on_advance_start", "an epoch is known before any hook hears of it"),
+    Row(_FIT, "on_advance_end", "an epoch is over when every callback has heard of it"),
     # The epoch loop.
     Row(_EPOCH, "advance", _LEAN),
     Row(_EPOCH, "on_advance_end", "an epoch may resume with its validation"),
@@ -119,6 +127,7 @@ LIGHTNING_PARTS = (
     Row(_EVALUATION, "on_run_start", "which hooks are needed is known when it begins"),
     Row(_EVALUATION, "inference_mode", "what an evaluation stores may be trained on later"),
     Row(_EVALUATION, "_evaluation_step", _LEAN),
+    Row(_EVALUATION, "_last_val_dl_reload_epoch", _RELOADED),
     Row(_EVALUATION, "_has_run", "ModelCheckpoint asks for it"),
     Row(_EVALUATION, "_data_source", _FETCHED),
     Row(_EVALUATION, "_combined_loader", _EXHAUSTION),

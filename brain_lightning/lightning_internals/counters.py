@@ -68,6 +68,32 @@ def set_progress(trainer: Trainer, epochs: int, global_step: int, batches: int) 
         add(tracker, events)
 
 
+def reloads(trainer: Trainer) -> list[float]:
+    """The epochs in which the loaders were made (``reload_dataloaders_every_n_epochs``).
+
+    Args:
+        trainer: The Trainer in ``fit``.
+
+    Returns:
+        That of the training loader, and that of the validation's.
+    """
+    fit: Any = trainer.fit_loop
+    valid = fit.epoch_loop.val_loop
+    return [fit._last_train_dl_reload_epoch, valid._last_val_dl_reload_epoch]
+
+
+def set_reloads(trainer: Trainer, epochs: list[float]) -> None:
+    """Counts on from where loaders were made before, once they are made again.
+
+    Args:
+        trainer: The Trainer in ``on_train_start``.
+        epochs: From ``reloads``.
+    """
+    fit: Any = trainer.fit_loop
+    valid = fit.epoch_loop.val_loop
+    fit._last_train_dl_reload_epoch, valid._last_val_dl_reload_epoch = epochs
+
+
 def _steps(trainer: Trainer) -> tuple[Any, Any]:
     loop = trainer.fit_loop.epoch_loop
     return (
