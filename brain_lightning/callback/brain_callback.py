@@ -107,9 +107,9 @@ class BrainCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage, unless a resumed epoch is validated already."""
         run, loop = self.run, fit_loop_of(trainer)
+        show_epoch(trainer, run.epochs)
         if run.run_state.resumed_phase is Phase.VALID_OVER:
             return
-        show_epoch(trainer, run.epochs)
         length = run.train.loader.known_length()
         limited = loop.start_epoch(length)
         run.train.steps_on_last_batch = reconcile_accumulation(
