@@ -227,7 +227,7 @@ def test_the_rates_that_are_monitored_are_those_of_each_epoch(
         logger = CSVLogger(tmp_path, name="logs")
         kwargs = {"epochs": 3, "ckpt_interval_steps": 1, "trainer": {"logger": logger}}
         runs = cut_run if cut else run
-        runs(tmp_path / folder, monitor, cut=cut, **kwargs)
+        runs(tmp_path / folder, monitor, cut=cut, cls=Anneals, **kwargs)
         return list(itertools.chain(*monitor.lrs.values()))
 
     expected = rates("whole")
