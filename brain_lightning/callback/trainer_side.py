@@ -17,6 +17,7 @@ from brain_lightning.lightning_internals.counters import (
     set_reloads,
 )
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
+from brain_lightning.resume.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
@@ -138,12 +139,19 @@ class LightningSide:
         if "told" in state:
             self._reloads = state["reloads"]
             self.told.restore(state["told"])
-            run.metrics.restore(state["found"])
-            found = run.metrics.found(from_all_ranks=trainer.world_size > 1)
-            trainer.callback_metrics.update(state["metrics"])
-            trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
+            self._resume_metrics(state)
+            if run.run_state.resumed_phase is not Phase.VALID_OVER:
+                run.metrics.restore(state["found"])
             # A Timer may have stopped the run already.
             trainer.should_stop |= state["should_stop"]
+
+    def _resume_metrics(self, state: State) -> None:
+        """Gives callbacks that monitor what they would have read; it is not logged again."""
+        trainer, metrics = self._trainer, self._run.metrics
+        metrics.restore(state["found"])
+        found = metrics.take(from_all_ranks=trainer.world_size > 1)
+        trainer.callback_metrics.update(state["metrics"])
+        trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
 
     def resume_reloads(self) -> None:
         """Counts on from where loaders were made, once they are made for the resumed run."""
