@@ -6,8 +6,8 @@ import logging
 import os
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.counters import (
@@ -132,9 +132,8 @@ class LightningSide:
         run.train.batches = counts["batches"]
         set_progress(trainer, **counts)
         for callback in callbacks_of(trainer):
-            # Of a Lightning file its state is restored already; else max_time is per start.
-            if callback.state_key in state["callbacks"] and not isinstance(callback, Timer):
-                callback.load_state_dict(state["callbacks"][callback.state_key])
+            if callback.state_key in state["callbacks"]:
+                _load(callback, state["callbacks"][callback.state_key])
         # Since version 1.
         if "told" in state:
             self._reloads = state["reloads"]
@@ -157,6 +156,16 @@ class LightningSide:
         """Counts on from where loaders were made, once they are made for the resumed run."""
         if self._reloads:
             set_reloads(self._trainer, self._reloads)
+
+
+def _load(callback: Callback, state: State) -> None:
+    if isinstance(callback, Timer):
+        # From a Lightning file it is loaded already; else max_time is per start.
+        return
+    callback.load_state_dict(state)
+    if isinstance(callback, ModelCheckpoint):
+        # It saves it, and does not load it.
+        callback.current_score = state["current_score"]
 
 
 def _has_stopped_early(trainer: Trainer) -> bool:
