@@ -2,6 +2,7 @@
 
 ``checkpointer`` saves and recovers, for the objects in ``recoverables``; ``async_save``
 does it in the background. ``hooks`` finds how an object is saved, ``state_files`` and
-``meta_file`` read and write its files, ``epoch_files`` those of epoch counters. ``atomic_directory`` publishes a directory in one
-step, ``integrity`` checks it, ``checkpoint`` ranks and averages those that are there.
+``meta_file`` read and write its files, ``epoch_files`` those of epoch counters.
+``atomic_directory`` publishes a directory in one step, ``integrity`` checks it,
+``checkpoint`` ranks and averages those that are there.
 """

@@ -21,6 +21,7 @@ from brain_lightning.errors import (
     CheckpointError,
     DamagedCheckpointError,
     NotInCheckpointError,
+    UnsafeCheckpointError,
 )
 
 from . import atomic_directory, integrity
@@ -297,64 +298,88 @@ class Checkpointer(Recoverables):
             The checkpoint, or None where there is none.
 
         Raises:
-            CheckpointError: There are some, but each is damaged.
+            CheckpointError: There are some, but each is damaged, or would run code.
         """
         found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate)
+        skipped: list[CheckpointError] = []
         for position, checkpoint in enumerate(found):
-            if self._load_unless_damaged(checkpoint, found[position + 1 :]):
+            error = self._load_unless_damaged(checkpoint, found[position + 1 :])
+            if error is None:
                 return checkpoint
+            skipped.append(error)
         if found or self._has_damaged_only():
-            raise CheckpointError(
-                f"every checkpoint in {self.checkpoints_dir} is damaged: move them away to "
-                "start anew"
-            )
+            raise self._none_is_loaded(skipped)
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
+
+    def _none_is_loaded(self, skipped: Sequence[CheckpointError]) -> CheckpointError:
+        """Calls only damaged what is, and all only what is all."""
+        whole = [each for each in skipped if not isinstance(each, DamagedCheckpointError)]
+        others = len(self.list_checkpoints()) - len(skipped)
+        if whole:
+            return whole[0]
+        if others:
+            return CheckpointError(
+                f"every checkpoint in {self.checkpoints_dir} that was asked for is damaged; "
+                f"there are {others} that min_key, max_key or ckpt_predicate leaves out"
+            )
+        return CheckpointError(
+            f"every checkpoint in {self.checkpoints_dir} is damaged: move them away to "
+            "start anew"
+        )
 
     def _has_damaged_only(self) -> bool:
         """Whether there are checkpoints, but not one of them can be listed."""
         paths = filter(atomic_directory.may_be_checkpoint, self.checkpoints_dir.iterdir())
         return any((p / METAFNAME).exists() for p in paths) and not self.list_checkpoints()
 
-    def _load_unless_damaged(self, checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
+    def _load_unless_damaged(
+        self, checkpoint: Checkpoint, others: list[Checkpoint]
+    ) -> CheckpointError | None:
+        """Returns the reason why a checkpoint was skipped for the others; None if loaded."""
         try:
             self.load_checkpoint(checkpoint)
-        except (DamagedCheckpointError, NotInCheckpointError) as error:
+        except (DamagedCheckpointError, UnsafeCheckpointError, NotInCheckpointError) as error:
             # SpeechBrain, killed in a save, leaves a checkpoint without some of its files.
             whole = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
             cut_short = whole and not integrity.has_checksums(checkpoint.path)
             if isinstance(error, NotInCheckpointError) and not cut_short:
                 raise
             logger.warning("%s is skipped: %s", checkpoint.path, error)
-            return False
-        return True
+            return error
+        return None
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Recovers every recoverable, once the whole checkpoint was read and checked.
+
+        An error of a load hook is raised as it is, with a note that says of which object.
 
         Args:
             checkpoint: The checkpoint.
 
         Raises:
             DamagedCheckpointError: A file is not as it was saved.
+            UnsafeCheckpointError: A file would run code.
             CheckpointError: A recoverable is not in it, or has no way to be recovered.
         """
         try:
             integrity.check(checkpoint.path)
             found = self.read(checkpoint.paramfiles)
+        except UnsafeCheckpointError:
+            raise
         except (CheckpointError, OSError) as error:
             raise DamagedCheckpointError(str(error)) from error
         files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         logger.info("Loading a checkpoint from %s", checkpoint.path)
-        try:
-            self.load(files, found, checkpoint.meta["end-of-epoch"])
-        except Exception as error:
-            checked = integrity.has_checksums(checkpoint.path) or files.keys() <= found.keys()
-            if checked or isinstance(error, CheckpointError):
-                raise
-            # SpeechBrain's other files have no checksums; the next checkpoint, where there
-            # is one, overwrites everything.
-            raise DamagedCheckpointError(f"a file cannot be read: {error}") from error
+        checked = integrity.has_checksums(checkpoint.path)
+        self.load(files, found, checkpoint.meta["end-of-epoch"], checked)
+
+    def _remedy(self, name: str) -> str:
+        leave = [
+            f"checkpointer.custom_load_hooks[{each!r}] = lambda *_: None"
+            for each in (name, *self.optimizers_of(name))
+        ]
+        return f"To go on with the rest, and leave it as it is made: {'; '.join(leave)}."
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint, in no order; one whose meta cannot be read is left out."""
