@@ -256,9 +256,9 @@ class DataPosition:
         # Persistent workers do not skip in their second pass.
         skipped = skipping.skipped if resumed or self._fetched else 0
         examples = self._examples.count(skipping.sampler, skipped)
-        now, saved = layout(loader), resumed.get("layout")
-        differs = skipped != self._fetched or saved != now
-        if saved and self._fetched and differs and not resumed.get("over"):
+        known = self._fetched and resumed.get("examples") is not None
+        now, is_over = layout(loader), resumed.get("over")
+        if known and not is_over and (skipped != self._fetched or resumed["layout"] != now):
             warn(resumed, now, examples)
         self.fitted = self._fetched = skipped
 
@@ -281,7 +281,8 @@ class DataPosition:
         random = self._begun["random"] if persisted else None
         sampler, examples = getattr(loader, name), None
         if varies(loader):
-            sampler, examples = CountedBatches(sampler), resumed.get("examples")
+            sampler = CountedBatches(sampler)
+            examples = resumed.get("skip_examples", resumed.get("examples"))
         changes[name] = workers.SkippingSampler(sampler, skip, before, random, examples)
         new = twin(loader, **changes)
         speechbrain.clear_position(new)

@@ -188,8 +188,13 @@ def adapt(state: State, loader: Any) -> None:
         return
     if examples is None or "batch_size" not in now:
         warn(state, now, None)
-    elif now["batch_size"] is not None:
-        examples = examples * saved["shards"] // now["shards"]
+        return
+    # What all processes have seen is shared out again.
+    examples = examples * saved["shards"] // now["shards"]
+    if now["batch_size"] is None:
+        # It is told where the batches have been skipped, and their sizes are known.
+        state["skip_examples"] = examples
+    else:
         batches, resumed = _whole_batches(examples, now["batch_size"], now["length"])
         warn(state, now, resumed)
         state.update(layout=now, examples=resumed, batches=batches)
