@@ -321,6 +321,12 @@ def test_another_number_of_processes(
     assert f"for each of {max(before, after)} processes" in message
 
 
+def test_a_generator_that_is_gone_is_done_without(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    run(tmp_path, DataLoader(Numbers(), 4, shuffle=True, generator=generator), at(1, 6))
+    assert len(flat(run(tmp_path, DataLoader(Numbers(), 4, shuffle=True))[1])) == 28
+
+
 # ------------------------------------------------------------------------- what is saved
 
 
