@@ -17,6 +17,10 @@ class UnequalDataError(ValueError):
     """Processes that train together have different numbers of batches."""
 
 
+class RankMismatchError(RuntimeError):
+    """Processes that train together are not at the same place, or in the same state."""
+
+
 class MainProcessError(RuntimeError):
     """What the main process did for all of them has failed."""
 

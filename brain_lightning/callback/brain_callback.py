@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,19 +19,14 @@ from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_lo
 from brain_lightning.lightning_internals.signals import is_lightning_handler
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
-from brain_lightning.stages.interval_checkpoints import is_asked_for
+from brain_lightning.resume.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
 
 from .lightning_bars import show_epoch, show_running_loss
 from .reconcile import reconcile, reconcile_accumulation, wraps_itself
-from .trainer_state import (
-    resume_trainer,
-    save_within_epoch,
-    saves_between_batches,
-    trainer_state,
-)
+from .trainer_side import LightningSide
 from .unsupported import check_callbacks, warn_of_unused_average
 
 logger = logging.getLogger(__name__)
@@ -47,6 +41,7 @@ class BrainCallback(Callback):
     Args:
         run: The run.
         trainer: The Trainer of the run.
+        progressbar: Whether to show SpeechBrain's bar where the Trainer has none.
 
     Raises:
         RunOptionError: An argument of the Trainer contradicts a run option.
@@ -54,8 +49,9 @@ class BrainCallback(Callback):
             installed Lightning lacks a private part that is needed.
     """
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
+    def __init__(self, run: Run, trainer: Trainer, progressbar: bool = False) -> None:
         self.run = run
+        self._progressbar = progressbar
         self._for_the_epoch = TemporaryAttributes()
         # Lightning checks its arguments before any hook of a callback.
         self._for_the_check = TemporaryAttributes()
@@ -76,41 +72,42 @@ class BrainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the loops, before any loader is looked at."""
         self._for_the_check.restore()
-        self.run.begin()
-        if strategies.is_parallel(trainer):
-            strategies.disable_synchronization(pl_module)
         # On one process of several, evaluate() runs on a Trainer of that process alone.
         is_first = trainer.is_global_zero and not getattr(self.run.brain, "rank", 0)
-        self.run.progressbar &= is_first and trainer.progress_bar_callback is None
+        shows_bar = self._progressbar and is_first and trainer.progress_bar_callback is None
+        self._side = LightningSide(trainer, self.run, shows_bar)
+        self.run.begin(self._side)
+        if strategies.is_parallel(trainer):
+            strategies.disable_synchronization(pl_module)
         show_running_loss(trainer, self.run, self._for_the_run)
         self.run.metrics.watch(self.run.brain, self._for_the_run)
         leave_to_trainer(self.run.brain, trainer.loggers, self._for_the_run)
-        if trainer.enable_validation:
+        if self._side.validates:
             self.run.metrics.valids.add("loss")
         attach(trainer, self.run, self._for_the_run)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resumes from what was recovered, if anything was."""
         state = self.run.run_state
-        state.of_trainer = partial(trainer_state, trainer, self.run)
-        state.position.records_fetches = saves_between_batches(trainer)
+        state.position.records_fetches = self._side.draws_ahead
         if state.resumed is not None:
-            resume_trainer(trainer, self.run, state.resumed)
+            self._side.resume(state.resumed)
+        self._side.told.watch(_without(callbacks_of(trainer), [self]), self._for_the_run)
         self._begin_log()
-        if trainer.checkpoint_callbacks or is_asked_for(self.run.brain):
-            self.run.save_with_trainer = partial(save_within_epoch, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handles SIGTERM, where there is something to save with."""
         if self._detects_anomalies:
             # By detect_anomaly around the run, which Lightning has just switched off.
             torch.autograd.set_detect_anomaly(True)
-        if self.run.brain.checkpointer is not None or self.run.save_with_trainer:
+        if self.run.brain.checkpointer is not None or self._side.saves:
             self.run.termination.install(is_lightning_handler)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins the TRAIN stage."""
+        """Begins the TRAIN stage, unless a resumed epoch is validated already."""
         run, loop = self.run, fit_loop_of(trainer)
+        if run.run_state.resumed_phase is Phase.VALID_OVER:
+            return
         show_epoch(trainer, run.epochs)
         length = run.train.loader.known_length()
         limited = loop.start_epoch(length)

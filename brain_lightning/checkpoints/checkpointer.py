@@ -14,6 +14,7 @@ from typing import Any
 
 from brain_lightning.distributed.communication import (
     collectively,
+    communicates,
     ddp_broadcast,
     if_main_process,
 )
@@ -30,6 +31,7 @@ from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
+from .shared_recovery import none_is_loaded, recover_first_ranks
 from .state_files import PARAMFILE_EXT, write_state
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,11 @@ class Checkpointer(Recoverables):
 
     Attributes:
         async_save: Whether tensors are written in the background.
+        recovers_together: Whether all processes recover at this moment, each the
+            checkpoint of the first.
     """
+
+    recovers_together = False
 
     def __init__(
         self,
@@ -72,7 +78,7 @@ class Checkpointer(Recoverables):
         self._snapshots = Snapshots()
         self._newest = 0.0
         self._names: set[str] = set()
-        # Checkpoints that this process has written, or has read and found intact.
+        # What this process has written, or has read and found intact.
         self._intact: set[Path] = set()
         os.makedirs(self.checkpoints_dir, exist_ok=True)
         if if_main_process():
@@ -302,31 +308,29 @@ class Checkpointer(Recoverables):
         """
         found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate)
         skipped: list[CheckpointError] = []
-        for position, checkpoint in enumerate(found):
-            error = self._load_unless_damaged(checkpoint, found[position + 1 :])
-            if error is None:
-                return checkpoint
-            skipped.append(error)
-        if found or self._has_damaged_only():
-            raise self._none_is_loaded(skipped)
+
+        def load(checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
+            reasons = self._load_unless_damaged(checkpoint, others)
+            skipped.extend(reasons)
+            return not reasons
+
+        def failure(folder: Path) -> CheckpointError:
+            return none_is_loaded(folder, skipped, len(self.list_checkpoints()))
+
+        together = self.recovers_together and communicates()
+        if together:
+            recovered = recover_first_ranks(found, load, self.checkpoints_dir, failure)
+        else:
+            recovered = next((c for i, c in enumerate(found) if load(c, found[i + 1 :])), None)
+        if recovered is not None:
+            return recovered  # type: ignore[no-any-return]
+        damaged = self.checkpoints_dir if found or self._has_damaged_only() else None
+        if together:
+            damaged = ddp_broadcast(damaged)
+        if damaged is not None:
+            raise failure(damaged)
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
-
-    def _none_is_loaded(self, skipped: Sequence[CheckpointError]) -> CheckpointError:
-        """Calls only damaged what is, and all only what is all."""
-        whole = [each for each in skipped if not isinstance(each, DamagedCheckpointError)]
-        others = len(self.list_checkpoints()) - len(skipped)
-        if whole:
-            return whole[0]
-        if others:
-            return CheckpointError(
-                f"every checkpoint in {self.checkpoints_dir} that was asked for is damaged; "
-                f"there are {others} that min_key, max_key or ckpt_predicate leaves out"
-            )
-        return CheckpointError(
-            f"every checkpoint in {self.checkpoints_dir} is damaged: move them away to "
-            "start anew"
-        )
 
     def _has_damaged_only(self) -> bool:
         """Whether there are checkpoints, but not one of them can be listed."""
@@ -335,8 +339,8 @@ class Checkpointer(Recoverables):
 
     def _load_unless_damaged(
         self, checkpoint: Checkpoint, others: list[Checkpoint]
-    ) -> CheckpointError | None:
-        """Returns the reason why a checkpoint was skipped for the others; None if loaded."""
+    ) -> list[CheckpointError]:
+        """Returns why a checkpoint was skipped for the others; nothing where it is loaded."""
         try:
             self.load_checkpoint(checkpoint)
         except (DamagedCheckpointError, UnsafeCheckpointError, NotInCheckpointError) as error:
@@ -346,16 +350,14 @@ class Checkpointer(Recoverables):
             if isinstance(error, NotInCheckpointError) and not cut_short:
                 raise
             logger.warning("%s is skipped: %s", checkpoint.path, error)
-            return error
-        return None
+            return [error]
+        return []
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Recovers every recoverable, once the whole checkpoint was read and checked.
 
-        An error of a load hook is raised as it is, with a note that says of which object.
-
         Args:
-            checkpoint: The checkpoint.
+            checkpoint: The checkpoint. An error of a load hook has a note of its object.
 
         Raises:
             DamagedCheckpointError: A file is not as it was saved.
@@ -365,9 +367,9 @@ class Checkpointer(Recoverables):
         try:
             integrity.check(checkpoint.path)
             found = self.read(checkpoint.paramfiles)
-        except UnsafeCheckpointError:
-            raise
         except (CheckpointError, OSError) as error:
+            if isinstance(error, UnsafeCheckpointError):
+                raise
             raise DamagedCheckpointError(str(error)) from error
         files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         logger.info("Loading a checkpoint from %s", checkpoint.path)
@@ -375,11 +377,11 @@ class Checkpointer(Recoverables):
         self.load(files, found, checkpoint.meta["end-of-epoch"], checked)
 
     def _remedy(self, name: str) -> str:
-        leave = [
+        hooks = "; ".join(
             f"checkpointer.custom_load_hooks[{each!r}] = lambda *_: None"
             for each in (name, *self.optimizers_of(name))
-        ]
-        return f"To go on with the rest, and leave it as it is made: {'; '.join(leave)}."
+        )
+        return f"To go on with the rest, and leave it as it is made: {hooks}."
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint, in no order; one whose meta cannot be read is left out."""

@@ -16,11 +16,12 @@ from torch import Tensor
 from brain_lightning.checkpoints import atomic_directory as store
 from brain_lightning.checkpoints import integrity
 from brain_lightning.checkpoints.checkpoint import Checkpoint, Ranking, checkpoint_in, saved_in
+from brain_lightning.checkpoints.content import read_files, write_files
 from brain_lightning.checkpoints.meta_file import METAFNAME, dump_meta
 from brain_lightning.checkpoints.state_files import PARAMFILE_EXT, load_state, write_state
 from brain_lightning.errors import CheckpointError, RecipeError
 from brain_lightning.loggers.console import show_information
-from brain_lightning.module.checkpoint_file import MODULES, read_files, write_files
+from brain_lightning.module.checkpoint_file import MODULES
 from brain_lightning.resume.run_state import KEY
 
 from .convert_hparams import Hyperparameters

@@ -6,7 +6,9 @@ modules are loaded already.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,6 +141,28 @@ def track_iterator(loader: Any, iterator: Any, position: int) -> None:
 def is_checkpointer(obj: object) -> bool:
     """Whether ``obj`` is SpeechBrain's Checkpointer."""
     return _is_a(obj, "utils.checkpoints", "Checkpointer")
+
+
+def redirect_recovery(
+    checkpointer: object, recover: Callable[..., Any], temporary: TemporaryAttributes
+) -> None:
+    """Makes ``recover_if_possible`` of one of SpeechBrain's Checkpointers another function.
+
+    Args:
+        checkpointer: The Checkpointer, whose class may call the method that it overrides.
+        recover: Gets SpeechBrain's own method, bound, and the arguments.
+        temporary: Records what is changed.
+    """
+    checkpointer_class: Any = _loaded("utils.checkpoints", "Checkpointer")
+    original = checkpointer_class.recover_if_possible
+
+    def recover_if_possible(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = functools.partial(original, self)
+        if self is not checkpointer:
+            return own(*args, **kwargs)
+        return recover(own, *args, **kwargs)
+
+    temporary.override(checkpointer_class, "recover_if_possible", recover_if_possible)
 
 
 def dataloader_maker(dataset: object, checkpointer: object, looped: bool) -> Any:

@@ -1,9 +1,9 @@
 """Several processes that train one Brain: ranks, collectives, DDP, SIGTERM.
 
 ``communication`` says which rank this is, and has the collectives (its public names are
-SpeechBrain's, from ``speechbrain.utils.distributed``). ``ddp`` wraps each entry of a
-Brain's modules. ``termination`` handles SIGTERM, so that all ranks stop after the same
-batch.
+SpeechBrain's, from ``speechbrain.utils.distributed``). ``agreement`` compares what
+ranks are about to do. ``ddp`` wraps each entry of a Brain's modules. ``termination``
+handles SIGTERM, so that all ranks stop after the same batch.
 """
 
 from .communication import ddp_barrier as ddp_barrier

@@ -61,6 +61,6 @@ def _validate_by_recipe(loop: Any, run: Run, temporary: TemporaryAttributes) -> 
 
     def validate() -> None:
         loader = run.valid.given()
-        brain._fit_valid(loader, run.epochs.current, run.progressbar)
+        brain._fit_valid(loader, run.epochs.current, run.trainer.shows_bar)
 
     temporary.override(loop, "run", validate)

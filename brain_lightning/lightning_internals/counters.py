@@ -43,7 +43,7 @@ def progress(trainer: Trainer) -> dict[str, int]:
     Returns:
         The epochs that are over, and the steps, as ``set_progress`` takes them.
     """
-    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    epochs = trainer.fit_loop.epoch_progress.current.completed
     return {"epochs": epochs, "global_step": trainer.global_step}
 
 

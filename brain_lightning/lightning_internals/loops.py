@@ -8,13 +8,19 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
+from brain_lightning.resume.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import shard_length
 from brain_lightning.temporary import TemporaryAttributes
 
 from .counters import add
+
+# Where a resumed epoch has no batch left.
+AFTER_TRAINING = (Phase.TRAIN_OVER, Phase.VALID_OVER)
 
 
 class BrainFitLoop(_FitLoop):
@@ -30,7 +36,20 @@ class BrainFitLoop(_FitLoop):
     @property
     def done(self) -> bool:
         """Whether the run is over, for Lightning or for the epoch counter."""
-        return super().done or not self.brain_run.epochs.more()
+        run = self.brain_run
+        # A limit that was reached when training was over leaves the rest of the epoch to do.
+        reached = super().done and run.run_state.resumed_phase not in AFTER_TRAINING
+        return run.epochs.over(reached)
+
+    def on_advance_start(self) -> None:
+        """Starts the next epoch."""
+        self.brain_run.start_epoch()
+        super().on_advance_start()
+
+    def on_advance_end(self) -> None:
+        """Ends the epoch."""
+        super().on_advance_end()
+        self.brain_run.finish_epoch()
 
     def _warn_if_modules_in_eval_mode(self) -> None:
         """Nothing: a Brain stays in eval mode until its TRAIN stage begins with train()."""
@@ -62,22 +81,22 @@ class BrainFitLoop(_FitLoop):
         Returns:
             Whether there is one.
         """
-        run = self.brain_run
-        last = self._is_cut_short(run.train.loader.known_length()) or not run.train.fetch()
+        run, length = self.brain_run, self.brain_run.train.loader.known_length()
+        batches = self.epoch_loop.batch_progress.current.ready
+        limit, stopped = _limit(self.trainer.limit_train_batches, length), self._is_stopped()
+        if stopped and 0 < batches < min(limit, float("inf") if length is None else length):
+            run.cut_short()
+        last = stopped or batches >= limit or not run.train.fetch()
         self._mark_last_batch(last)
         if last:
             run.train.end()
         return not last
 
-    def _is_cut_short(self, length: int | None) -> bool:
-        """By ``limit_train_batches``, ``max_steps``, or a callback that stops the run."""
+    def _is_stopped(self) -> bool:
+        """By ``max_steps``, ``max_time``, or a callback that stops the run."""
         trainer = self.trainer
-        batches = self.epoch_loop.batch_progress.current.ready
-        return (
-            batches >= _limit(trainer.limit_train_batches, length)
-            or 0 <= trainer.max_steps <= trainer.global_step
-            or (trainer.should_stop and self._can_stop_early)
-        )
+        reached = 0 <= trainer.max_steps <= trainer.global_step
+        return reached or (trainer.should_stop and self._can_stop_early)
 
     def _mark_last_batch(self, last: bool) -> None:
         progress, fetcher = self.epoch_loop.batch_progress, self._data_fetcher
@@ -111,15 +130,50 @@ class BrainEpochLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: Any) -> None:
         """Resumes the epoch where it was left, with the validation if that came next."""
         super().on_run_start(data_fetcher)
-        run = self.brain_run
-        resumed = run.run_state.resumed_batches
-        if resumed is None and not run.train.fetches_collectively:
+        run, epoch = self.brain_run, self.brain_run.run_state.resumed_epoch
+        phase = run.run_state.resumed_phase
+        if epoch is None and not run.train.fetches_collectively:
             return
-        add(self.batch_progress.current, resumed or 0)
-        fetched = fit_loop_of(self.trainer).fetch_batch()
-        if not fetched or (resumed is not None and not run.run_state.validated):
+        add(self.batch_progress.current, 0 if epoch is None else epoch["batches"])
+        if phase in AFTER_TRAINING:
+            self._resume_after_training(data_fetcher, phase)
+            return
+        if phase is Phase.FITTED and run.train.fetch():
+            self._tell_of_batch()
             self.on_advance_end(data_fetcher)
-            self._batches_that_stepped -= 1
+        elif not fit_loop_of(self.trainer).fetch_batch() or phase is Phase.BATCH_OVER:
+            self._validate_if_due(data_fetcher)
+
+    def _resume_after_training(self, data_fetcher: Any, phase: Phase | None) -> None:
+        trainer, run = self.trainer, self.brain_run
+        self.batch_progress.is_last_batch = True
+        data_fetcher.length, data_fetcher.done = None, True
+        if phase is Phase.TRAIN_OVER:
+            run.train.resume_its_end()
+            self._validate_if_due(data_fetcher)
+            return
+        run.run_state.resume_after_validation(run.train.loader.loader)
+        trainer.validating = True
+        call._call_callback_hooks(trainer, "on_validation_end")
+        trainer.training = True
+
+    def _validate_if_due(self, data_fetcher: Any) -> None:
+        self.on_advance_end(data_fetcher)
+        # The batch was counted before it was saved.
+        self._batches_that_stepped -= 1
+
+    def _tell_of_batch(self) -> None:
+        """Tells of a batch that was fitted before the run was resumed."""
+        trainer, progress, train = self.trainer, self.batch_progress, self.brain_run.train
+        batch = trainer.strategy.batch_to_device(next(train.loader))
+        loss = train.resume_fitted()
+        outputs = {"loss": loss} if isinstance(loss, Tensor) else None
+        for count in ("ready", "started", "processed"):
+            getattr(progress, f"increment_{count}")()
+        arguments = (outputs, batch, self.batch_idx)
+        call._call_callback_hooks(trainer, "on_train_batch_end", *arguments)
+        call._call_lightning_module_hook(trainer, "on_train_batch_end", *arguments)
+        progress.increment_completed()
 
 
 class BrainEvaluationLoop(_EvaluationLoop):

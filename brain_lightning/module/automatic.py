@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -23,6 +23,7 @@ class AutomaticModule(BrainModule):
     def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
         super().__init__(brain, **kwargs)
         self._batch: Any = None
+        self._steps_before = 0
         self._training_loss: updates.TrainingLoss | None = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -50,10 +51,23 @@ class AutomaticModule(BrainModule):
 
     def _fit_and_count(self, batch: Any, batch_idx: int, update: updates.RawUpdate) -> bool:
         """Fits a batch, and says whether it counts as a step."""
-        brain, before = self.brain, self.brain.optimizer_step
+        brain = self.brain
+        self._steps_before = brain.optimizer_step
         self._fit(batch, batch_idx, lambda batch: updates.fit_batch(brain, batch, update))
+        return self._is_step()
+
+    def _is_step(self) -> bool:
         # Where nothing is optimized a batch counts as a step: ModelCheckpoint counts steps.
-        return brain.optimizer_step != before or not has_optimizer(brain)
+        brain = self.brain
+        return brain.optimizer_step != self._steps_before or not has_optimizer(brain)
+
+    def stepping(self, optimizers: Iterable[Optimizer]) -> None:
+        """Called before optimizers step."""
+        self.run.run_state.before.copy_weights(optimizers)
+
+    def stepped(self, loss: Tensor) -> None:
+        """Called when the update of a batch is made."""
+        self.run.train.stepped(loss, int(self._is_step()))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """``compute_forward`` and ``compute_objectives`` at Stage.TRAIN."""
@@ -73,7 +87,7 @@ class AutomaticModule(BrainModule):
 
     def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``fit_batch`` of SpeechBrain without Lightning's hooks: see ``BrainModule``."""
-        update = updates.DirectUpdate(self.brain, self.run.run_state.use_batch)
+        update = updates.DirectUpdate(self.brain, self.stepping, self.stepped)
         if self._fit_and_count(batch, batch_idx, update):
             count_steps(self.trainer, 1)
         # What training_step returns.
@@ -102,13 +116,12 @@ class _TrainerUpdate(updates.DirectUpdate):
         optimizer: LightningOptimizer,
         closure: Callable[[], Any],
     ) -> None:
-        super().__init__(module.brain, module.run.run_state.use_batch)
+        super().__init__(module.brain, module.stepping, module.stepped)
         self._module, self._optimizer, self._closure = module, optimizer, closure
 
     def compute_gradients(self, batch: Any) -> updates.TrainingLoss:
         """Lightning's closure: ``training_step``, then the backward pass."""
         self._closure()
-        self._computed()
         return self._module.training_loss
 
     def apply(self, optimizers: Mapping[str, Optimizer]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch.optim import Optimizer
 from brain_lightning.callback.brain_callback import BrainCallback
 from brain_lightning.callback.profiling import end_when_profiled
 from brain_lightning.callback.unsupported import check_backbone
+from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
+from brain_lightning.distributed.agreement import check_same
 from brain_lightning.distributed.ddp import unwrap_modules, unwrapped_name
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.lightning_internals.loops import fit_loop_of
@@ -91,8 +94,8 @@ class BrainModule(LightningModule):
         counter = next((each for each in counters if each is not None), itertools.count(1))
         within = not fitting or Run.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
-        self.run = Run(self.brain, Epochs(counter), state, self._progressbar, self._best_keys)
-        return [BrainCallback(self.run, self.trainer)]
+        self.run = Run(self.brain, Epochs(counter), state, self._best_keys)
+        return [BrainCallback(self.run, self.trainer, self._progressbar)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
         """Copies the weights, for callbacks that average them, and shares everything else."""
@@ -120,13 +123,21 @@ class BrainModule(LightningModule):
         process group is up.
         """
         unwrap_modules(self.brain)
-        self.brain.on_fit_start()
+        several = self.trainer.world_size > 1
+        with recovers_together(self.brain.checkpointer) if several else nullcontext():
+            self.brain.on_fit_start()
         if self._explicit is not None:
             # A callback that averages weights replaces the state by its average.
             weights = self._explicit.get("current_model_state", self._explicit["state_dict"])
             self.load_state_dict(weights)
             recover(self._explicit, self.run, self.state_dict(keep_vars=True))
             self._explicit = None
+        if several:
+            updates = getattr(self.brain, "optimizer_step", 0)
+            check_same(
+                "has recovered what there was", "how many updates they have done", updates
+            )
+            self.run.epochs.is_collective = True
         group = OptimizerGroup(self.brain)
         check_backbone(self.trainer, self.brain, group)
         return group
@@ -185,6 +196,7 @@ class BrainModule(LightningModule):
         """
         self._log_running_loss()
         end_when_profiled(self.trainer, self.brain, self.run.train.batches)
+        self.run.train.end_batch()
         fit_loop_of(self.trainer).fetch_batch()
 
     def on_validation_model_eval(self) -> None:
@@ -227,7 +239,7 @@ class BrainModule(LightningModule):
         # An attribute that Lightning's type hints do not show.
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.loggers and every and not batches % every:
-            loss = numbers_in({"train_loss_step": self.run.train.loss})
+            loss = numbers_in({"train_loss_step": self.run.run_state.loss})
             for logger in trainer.loggers:
                 # Counted as Lightning counts for its own metrics: batches, from 0.
                 logger.log_metrics(dict(loss), batches - 1)

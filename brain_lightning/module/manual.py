@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +16,9 @@ from torch.optim.optimizer import (
 from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.resume.phase import Phase
 from brain_lightning.step.optimizers import has_optimizer
+from brain_lightning.temporary import TemporaryAttributes
 
 from .brain_module import BrainModule
 
@@ -32,9 +36,11 @@ class ManualModule(BrainModule):
         # Of every optimizer that steps within, whoever owns it.
         before = register_optimizer_step_pre_hook(self._before_step)
         after = register_optimizer_step_post_hook(self._after_step)
-        with before, after:
+        with before, after, TemporaryAttributes() as temporary:
+            hook = partial(self._on_fit_batch_end, self.brain.on_fit_batch_end)
+            temporary.override(self.brain, "on_fit_batch_end", hook)
             loss = self._fit(batch, batch_idx, self.brain.fit_batch)
-        count_steps(self.trainer, self._optimizer_steps if has_optimizer(self.brain) else 1)
+        count_steps(self.trainer, self._steps())
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 
@@ -43,10 +49,23 @@ class ManualModule(BrainModule):
         loss = self.training_step(batch, batch_idx)
         return {} if loss is None else {"loss": loss}
 
+    def _steps(self) -> int:
+        return self._optimizer_steps if has_optimizer(self.brain) else 1
+
+    def _on_fit_batch_end(
+        self, hook: Callable[..., Any], batch: Any, outputs: Any, loss: Any, should_step: bool
+    ) -> Any:
+        """Called by the recipe, once its update is made."""
+        if self.run.train.is_innermost:
+            self.run.train.stepped(loss, self._steps())
+        return hook(batch, outputs, loss, should_step)
+
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         # A recipe may fit another Brain within fit_batch.
         if self.run.train.is_innermost:
-            trainer = self.trainer
+            trainer, state = self.trainer, self.run.run_state
+            state.phase = Phase.FITTING
+            state.before.copy_weights([optimizer])
             for callback in callbacks_of(trainer):
                 callback.on_before_optimizer_step(trainer, self, optimizer)
             self.on_before_optimizer_step(optimizer)
@@ -54,4 +73,3 @@ class ManualModule(BrainModule):
     def _after_step(self, *_: Any) -> None:
         if self.run.train.is_innermost:
             self._optimizer_steps += 1
-            self.run.run_state.use_batch()

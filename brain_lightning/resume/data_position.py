@@ -44,6 +44,8 @@ class DataPosition:
         self.fitted = 0
         self.records_fetches = False
         self._fetched = 0
+        # Whether the next batch is being fetched, or could not be.
+        self._fetching = False
         # Whether the pass has ended: a stream that is asked again may start again.
         self._over = False
         self._loader: Any = None
@@ -69,7 +71,8 @@ class DataPosition:
                 fetched already; None for the state that fetching it leaves.
         """
         ahead = self._fetched > fitted
-        draw = self._before_fetch if ahead and self._before_fetch is not None else self._now()
+        begun = ahead or self._fetching
+        draw = self._before_fetch if begun and self._before_fetch is not None else self._now()
         next_worker, states = self._next_worker, self._workers
         if ahead and states:
             next_worker, states = self._before
@@ -86,8 +89,15 @@ class DataPosition:
             "num_workers": getattr(self._loader, "num_workers", 0),
         }
 
+    def can_fetch_again(self) -> bool:
+        """Whether the batch that was fetched last could be fetched again, and be the same."""
+        return self._before_fetch is not None
+
     def state_between_passes(self) -> State:
         """The state to resume from before the next pass."""
+        if self._resumed is not None and "begun" not in self._resumed:
+            # What was restored has not taken effect.
+            return self._resumed
         persistent = getattr(self._loader, "persistent_workers", False)
         return {
             "samplers": plain_states(self._samplers.now()),
@@ -135,11 +145,13 @@ class DataPosition:
         while not self._over:
             if self.records_fetches:
                 self._before_fetch = self._now()
+            self._fetching = True
             try:
                 batch = self._fetch(iterator)
             except StopIteration:
-                self._over = True
+                self._over, self._fetching = True, False
                 return
+            self._fetching = False
             if after_fetch is not None:
                 set_random_state(after_fetch)
                 after_fetch = None
@@ -159,7 +171,7 @@ class DataPosition:
         return item.batch
 
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
-        self._loader, self._before_fetch = loader, None
+        self._loader, self._before_fetch, self._fetching = loader, None, False
         samplers, begun = self._states_of(loader), resumed.get("begun")
         if begun is not None:
             set_random_state(begun["random"])
@@ -170,7 +182,7 @@ class DataPosition:
             "workers_persisted": resumed.get("workers_persisted", _persist(loader)),
         }
         self._examples = Examples(loader if _layout(loader) else None)
-        recovered = _recovered_position(loader, self)
+        recovered = _take_position(loader, self)
         self.fitted = self._fetched = resumed.get("batches", recovered)
         iterator = self._iterator(loader, resumed)
         if "draw" in resumed:
@@ -289,13 +301,23 @@ class DataPosition:
         return new
 
 
-def _recovered_position(loader: Any, position: DataPosition) -> int:
-    """The position of a loader that a Checkpointer has recovered."""
+def recovered_batches(loader: Any) -> int:
+    """The position of a loader that a Checkpointer has recovered, by itself.
+
+    Args:
+        loader: What ``fit`` was given.
+    """
     if isinstance(loader, SaveableDataLoader):
-        loader.position = position
-        recovered, loader.recovered = loader.recovered, 0
-        return recovered
+        return loader.recovered
     return speechbrain.recovered_position(loader)
+
+
+def _take_position(loader: Any, position: DataPosition) -> int:
+    """The same, for the pass that begins."""
+    recovered = recovered_batches(loader)
+    if isinstance(loader, SaveableDataLoader):
+        loader.position, loader.recovered = position, 0
+    return recovered
 
 
 def _is_data_loader(loader: Any) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from brain_lightning.protocol import BrainProtocol, OptionValues, hparams_of, is_statistics
@@ -14,6 +16,9 @@ from .plain_values import State, plain_values, restore_attributes
 
 logger = logging.getLogger(__name__)
 
+# Whose objects of statistics are saved.
+OWNERS = ("brain", "hparams")
+
 # What the run itself keeps, and saves elsewhere; a hook may raise the patience.
 OWN = {*BrainProtocol.__annotations__, *OptionValues.__annotations__} - {"nonfinite_patience"}
 
@@ -21,8 +26,9 @@ OWN = {*BrainProtocol.__annotations__, *OptionValues.__annotations__} - {"nonfin
 class EpochStatistics:
     """The attributes in which a Brain accumulates statistics while it trains one epoch.
 
-    These are what ``on_stage_start(TRAIN)`` has assigned, numbers that have changed
-    since, and objects with SpeechBrain's or torchmetrics' interface for statistics.
+    These are what ``on_stage_start(TRAIN)`` and ``on_stage_end(TRAIN)`` have assigned,
+    numbers that have changed since, and objects with SpeechBrain's or torchmetrics'
+    interface for statistics.
 
     Args:
         brain: The Brain, before ``on_stage_start``.
@@ -30,30 +36,50 @@ class EpochStatistics:
 
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
-        self._before = {name: id(value) for name, value in vars(brain).items()}
+        self._before = self._identities()
+        self._before_end: dict[str, int] | None = None
         self._assigned: set[str] = set()
         self._numbers: State = {}
         self._reported: set[str] = set()
 
     def begin(self) -> None:
         """Records what ``on_stage_start`` has assigned."""
-        own = {name: value for name, value in vars(self._brain).items() if name not in OWN}
-        self._assigned = {name for name in own if self._before.get(name) != id(own[name])}
-        self._numbers = {name: value for name, value in own.items() if _is_number(value)}
-
-    def state(self) -> State:
-        """What there is so far, where it can be saved."""
+        now = self._identities()
+        self._assigned = {name for name in now if self._before.get(name) != now[name]}
         own = vars(self._brain)
-        values = {
-            name: value
-            for name, value in own.items()
-            if name in self._assigned
-            or (name in self._numbers and _is_number(value) and value != self._numbers[name])
+        self._numbers = {name: own[name] for name in now if _is_number(own[name])}
+
+    def end(self) -> None:
+        """Records what there is before ``on_stage_end``."""
+        self._before_end = self._identities()
+
+    def copy(self) -> State:
+        """What there is so far, unchanged by what comes; containers are copied one deep."""
+        found = self._now()
+        return {
+            "values": _copies(found["values"]),
+            **{
+                owner: {name: [*map(_copies, parts)] for name, parts in found[owner].items()}
+                for owner in OWNERS
+            },
         }
-        saved = plain_values(values)
-        self._report(values.keys() - saved.keys())
-        owners = self._owners().items()
-        return {"values": saved, **{key: _statistics(owner) for key, owner in owners}}
+
+    def state(self, copied: State | None = None) -> State:
+        """What there is so far, where it can be saved.
+
+        Args:
+            copied: From ``copy``, to save what there was then.
+        """
+        found = self._now() if copied is None else copied
+        saved = plain_values(found["values"])
+        self._report(found["values"].keys() - saved.keys())
+        return {
+            "values": saved,
+            **{
+                owner: {n: [*map(plain_values, parts)] for n, parts in found[owner].items()}
+                for owner in OWNERS
+            },
+        }
 
     def restore(self, state: State) -> None:
         """Restores what the Brain had accumulated.
@@ -62,6 +88,7 @@ class EpochStatistics:
             state: What ``state`` returned.
         """
         restore_attributes(self._brain, state["values"])
+        self._assigned |= state["values"].keys()
         for key, owner in self._owners().items():
             for name, values in state[key].items():
                 if _accumulates(owner.get(name)):
@@ -70,6 +97,21 @@ class EpochStatistics:
 
     def _owners(self) -> dict[str, dict[str, Any]]:
         return {"brain": vars(self._brain), "hparams": hparams_of(self._brain)}
+
+    def _now(self) -> State:
+        found = {owner: _statistics(values) for owner, values in self._owners().items()}
+        return {"values": self._values(), **found}
+
+    def _values(self) -> State:
+        own, now, before = vars(self._brain), self._identities(), self._before_end
+        names = self._assigned & own.keys()
+        names |= {n for n in now if _is_number(own[n]) and own[n] != self._numbers.get(n)}
+        if before is not None:
+            names |= {n for n in now if before.get(n) != now[n]}
+        return {name: own[name] for name in own if name in names}
+
+    def _identities(self) -> dict[str, int]:
+        return {name: id(v) for name, v in vars(self._brain).items() if name not in OWN}
 
     def _report(self, left_out: Collection[str]) -> None:
         """Logs, once, what ``on_stage_start`` made and is neither plain nor statistics."""
@@ -85,13 +127,27 @@ class EpochStatistics:
         self._reported |= new
 
 
+# What statistics are gathered in.
+CONTAINERS = (list, dict, set, deque, np.ndarray)
+
+
 def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
+def _copies(values: Mapping[str, Any]) -> State:
+    return {name: _copy(value) for name, value in values.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value.copy() if isinstance(value, CONTAINERS) else value
+
+
 def _statistics(owner: Mapping[str, Any]) -> State:
     return {
-        name: [plain_values(vars(part)) for part in _parts(value)]
+        name: [vars(part) for part in _parts(value)]
         for name, value in owner.items()
         if _accumulates(value)
     }

@@ -4,34 +4,48 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch.nn import Parameter
+from torch import Tensor
 
 from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.distributed.communication import gather, if_main_process, rank, world_size
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.step.optimizers import all_optimizers, parameters_of
 
-from .data_position import DataPosition
+from .before_batch import BeforeBatch, gradients, parameters, undo
+from .data_position import DataPosition, recovered_batches
 from .epoch_statistics import EpochStatistics
-from .plain_values import State
+from .phase import Phase
+from .plain_values import NotPlainError, State, plain
 from .random_state import random_state, set_random_state
+from .saved_state import VERSION, EpochState, ProcessState, TrainerSide, migrated
 
 logger = logging.getLogger(__name__)
 
 # The name of the recoverable, and the key in a Lightning file.
 KEY = "brain_lightning"
 
+# What a Brain counts in TRAIN, and a validation overwrites.
+COUNTS = ("step", "avg_train_loss", "nonfinite_count")
+
+
+class _Moment(NamedTuple):
+    """What a validation changes, as it was before."""
+
+    epoch: EpochState | None
+    random: State
+    validations: list[State]
+
 
 class RunState:
     """The state of a run of a Brain, saved with every checkpoint.
 
-    Holds, for each process, the random states, the position in the data, the gradients
-    of an accumulation window that is not full, and the statistics of the epoch. What is
+    The stages of the run say in which ``phase`` it is. What is saved follows from that: for
+    each process, the random states, the position in the data, the gradients of an
+    accumulation window that is not full, and the statistics of the epoch. What is
     recovered takes effect when the next epoch begins, because the hooks before its first
     batch are called again.
 
@@ -39,12 +53,15 @@ class RunState:
         brain: The Brain that runs.
 
     Attributes:
+        phase: What is done of the epoch.
         position: In the training data.
-        of_trainer: Returns the state of the Trainer.
+        before: The state before the current batch.
+        trainer: The Trainer's side; None before the run has one.
         epochs: The number of epochs that have begun.
         drawn: The number of epochs that the epoch counter has yielded in this run.
+        number: What it yielded last.
+        loss: Of the batch that was fitted last.
         validations: The positions in the validation data.
-        validated: Whether there was a validation after the last batch.
         resumed: What was recovered and has not taken effect yet.
         explicit: Whether it comes from a file that the user named: then its epochs are
             over, even if the counter does not remember them.
@@ -57,47 +74,87 @@ class RunState:
 
     def begin(self) -> None:
         """Begins a run."""
+        self.phase = Phase.EPOCH_OVER
         self.position = DataPosition()
-        self.of_trainer: Callable[[], State] = dict
-        self.epochs = 0
-        self.validated = False
-        self.resumed: State | None = None
-        self._resumed_validations: dict[int, State] = {}
+        self.before = BeforeBatch(self.brain)
+        self.trainer: TrainerSide | None = None
+        self.epochs = self.drawn = 0
+        self.number: Any = None
+        self.loss: Any = None
+        self.resumed: ProcessState | None = None
         self.explicit = False
-        self.drawn = 0
         self.validations: list[DataPosition] = []
+        self._resumed_validations: dict[int, State] = {}
         self._statistics = EpochStatistics(self.brain)
         self._stage_random: State = {}
-        self._in_training = False
-        self._in_pass = False
-        self._in_batch = False
-        # Whether the current batch has its gradients, or its update, already.
-        self._batch_used = False
-        self._batch_random: State | None = None
-        # The state of the epoch before a validation, until the validation is over.
-        self._before_validation: State | None = None
+        # Of TRAIN, from when something else overwrites the Brain's.
+        self._counts: State = {}
+        self._before_validation: _Moment | None = None
+        # Where a limit of the Trainer's has ended an epoch in its middle.
+        self._cut_short: ProcessState | None = None
 
-    # ----------------------------------------------------------------- moments
+    @contextmanager
+    def entering(self, phase: Phase) -> Iterator[None]:
+        """Calls a hook that completes a phase.
 
-    def begin_epoch(self, loader: Any) -> None:
-        """Called before ``on_stage_start(TRAIN)``.
+        Args:
+            phase: It counts as complete for what the hook saves, but not where the hook
+                fails: it is to be called again.
+
+        Yields:
+            None
+        """
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        except BaseException:
+            self.phase = before
+            raise
+
+    # ----------------------------------------------------------------- resuming
+
+    @property
+    def resumed_epoch(self) -> EpochState | None:
+        """The epoch that is to be resumed in its middle."""
+        return None if self.resumed is None else self.resumed["epoch"]
+
+    @property
+    def resumed_phase(self) -> Phase | None:
+        """Its phase."""
+        return None if self.resumed_epoch is None else Phase[self.resumed_epoch["phase"]]
+
+    def start_epoch(self, number: Any) -> None:
+        """Starts an epoch, before any hook hears of it.
+
+        Args:
+            number: What the epoch counter yielded.
+        """
+        self.epochs += 1
+        self.drawn += 1
+        self.number, self._stage_random = number, {}
+        self.phase = Phase.STARTING
+        resumed, epoch = self.resumed, self.resumed_epoch
+        if resumed is not None and (epoch is None or not epoch["stage_random"]):
+            set_random_state(resumed["random"])
+
+    def start_training(self, loader: Any) -> None:
+        """Starts TRAIN, before ``on_stage_start``.
 
         Args:
             loader: What ``fit`` was given.
         """
-        self.epochs += 1
-        self.drawn += 1
-        resumed = self.resumed
+        resumed, epoch = self.resumed, self.resumed_epoch
         if resumed is not None:
-            epoch = resumed["epoch"]
-            position = resumed["between"] if epoch is None else epoch["position"]
-            self.position.resume(position, loader)
-            set_random_state(resumed["random"] if epoch is None else epoch["stage_random"])
-        self._stage_random = random_state()
+            self.position.resume(
+                resumed["between"] if epoch is None else epoch["position"], loader
+            )
+        if epoch is not None and epoch["stage_random"]:
+            set_random_state(epoch["stage_random"])
+        elif epoch is None and not recovered_batches(loader):
+            # SpeechBrain's checkpoints of the end of TRAIN hold the counts of its epoch.
+            self.brain.step, self.brain.avg_train_loss = 0, 0.0
+        self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)
-        self.validated = False
-        self._in_training = True
-        self._in_pass = False
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """The batches of the epoch that has begun, from its position on.
@@ -108,68 +165,92 @@ class RunState:
         Yields:
             The batches.
         """
-        self._statistics.begin()
-        self._in_pass = True
-        epoch, self.resumed = self._epoch_to_resume(), None
-        if epoch is not None:
-            self._resume_epoch(epoch)
+        self._begin_batches()
         yield from self.position.batches(loader)
 
-    def begin_batch(self) -> None:
-        """Called before a batch is fitted."""
-        self._in_batch, self._batch_used = True, False
-        if self.position.records_fetches:
-            self._batch_random = random_state()
+    def resume_after_training(self) -> None:
+        """Resumes an epoch of which training is over."""
+        resumed = self.resumed
+        assert resumed is not None
+        self._begin_batches()
+        set_random_state(resumed["random"])
 
-    def use_batch(self) -> None:
-        """Called once a batch has its gradients: to fit it again would count them twice."""
-        self._batch_used = True
+    def resume_after_validation(self, loader: Any) -> None:
+        """Resumes an epoch of which training and validation are over.
 
-    def end_batch(self) -> None:
-        """Called after a batch was fitted."""
-        self._in_batch = False
-        self.position.fitted += 1
-        self.validated = False
+        Args:
+            loader: What ``fit`` was given.
+        """
+        assert self.resumed is not None
+        assert self.resumed_epoch is not None
+        self.position.resume(self.resumed["between"], loader)
+        set_random_state(self.resumed["random"])
+        self.position.fitted = self.resumed_epoch["batches"]
+        self.resumed, self.phase = None, Phase.VALID_OVER
 
-    @property
-    def resumed_batches(self) -> int | None:
-        """The number of batches before those of a resumed epoch; None for a new epoch."""
-        epoch = self._epoch_to_resume()
-        return None if epoch is None else epoch["position"]["batches"]
+    def _begin_batches(self) -> None:
+        self._statistics.begin()
+        epoch, self.resumed = self.resumed_epoch, None
+        self.phase = Phase.VALIDATED
+        if epoch is not None:
+            self._resume_epoch(epoch)
 
-    def _epoch_to_resume(self) -> State | None:
-        return None if self.resumed is None else self.resumed["epoch"]
-
-    def _resume_epoch(self, epoch: State) -> None:
+    def _resume_epoch(self, epoch: EpochState) -> None:
         brain = self.brain
-        brain.step, brain.avg_train_loss = epoch["step"], epoch["avg_train_loss"]
-        brain.nonfinite_count = epoch["nonfinite_count"]
-        self.validated = epoch["validated"]
-        if epoch["gathered"] is not None:
-            self._statistics.restore(epoch["gathered"])
-        for index, parameter in enumerate(_parameters(brain)):
+        self.phase = Phase.VALIDATED if epoch["phase"] == "STARTING" else Phase[epoch["phase"]]
+        self.loss, self.position.fitted = epoch["loss"], epoch["batches"]
+        for name in COUNTS:
+            setattr(brain, name, epoch[name])  # type: ignore[literal-required]
+        if epoch["statistics"] is not None:
+            self._statistics.restore(epoch["statistics"])
+        for index, parameter in enumerate(parameters(brain)):
             gradient = epoch["gradients"].get(index)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        if epoch["before"] is not None:
+            undo(brain, epoch["before"])
+
+    # ----------------------------------------------------------------- a batch
+
+    def begin_batch(self) -> None:
+        """Keeps what the batch that is fitted next will change."""
+        self.before.count()
+        if self.trainer is not None and self.trainer.saves_within_batch:
+            self.before.copy(self._statistics)
+        self.phase = Phase.FITTING
+
+    def end_batch(self) -> None:
+        """Counts a batch of which every callback has heard."""
+        self.before.forget()
+        self.position.fitted += 1
+        self.phase = Phase.BATCH_OVER
+
+    def cut_short(self) -> None:
+        """Keeps the state between two batches, for what is saved from now on.
+
+        A limit of the Trainer's ends the epoch in its middle: its hooks are called, and
+        what they save resumes here.
+        """
+        assert self.trainer is not None
+        beside_weights = self.trainer.state_beside_weights()
+        self._cut_short = plain({**self.state(), "beside_weights": beside_weights})
+
+    # ------------------------------------------------------- TRAIN ends, VALID
 
     def end_training(self) -> None:
-        """Called before ``on_stage_end(TRAIN)``."""
-        self._before_validation = self._epoch()
-        self._in_training = False
+        """Keeps what ``on_stage_end(TRAIN)`` will change."""
+        self._counts = self.counts
+        self._statistics.end()
 
     def begin_validation(self) -> None:
-        """Called before ``on_stage_start(VALID)``, which may be in the middle of an epoch."""
-        if self._in_training:
-            self._before_validation = self._epoch()
+        """Keeps what a validation changes, which may be in the middle of an epoch."""
+        epoch = self._epoch()
+        self._before_validation = _Moment(epoch, random_state(), self._validations())
+        self._counts = self.counts
+        self.phase = Phase.VALIDATING
 
     def end_validation(self) -> None:
-        """Called after ``on_stage_end(VALID)``."""
-        self.validated = True
-        if self._in_training:
-            self._before_validation = None
-
-    def end_epoch(self) -> None:
-        """Called when training and validation of an epoch are over."""
-        self._before_validation = None
+        """Continues to count in TRAIN, after a validation in its middle."""
+        self._counts = {}
 
     def validation_batches(self, loader: Any, index: int) -> Iterator[Any]:
         """The batches of a validation, whose loader is resumed as well.
@@ -187,65 +268,129 @@ class RunState:
             self.validations[index].resume(self._resumed_validations.pop(index), loader)
         return self.validations[index].batches(loader)
 
-    def counts(self) -> State:
-        """``step`` and ``avg_train_loss`` of the epoch, which a validation overwrites."""
-        epoch = self._before_validation or vars(self.brain)
-        return {name: epoch[name] for name in ("step", "avg_train_loss")}
-
     @property
-    def is_between_epochs(self) -> bool:
-        """Whether the last epoch is over, with its validation."""
-        return not self._in_training and self._before_validation is None
+    def counts(self) -> State:
+        """What the Brain counts in TRAIN, also within a validation."""
+        return self._counts or {name: getattr(self.brain, name) for name in COUNTS}
 
     # ------------------------------------------------------------------ saving
 
-    def state(self) -> State:
+    @property
+    def is_end_of_epoch(self) -> bool:
+        """Whether training and validation of the last epoch are over."""
+        return (
+            self.phase in (Phase.EPOCH_OVER, Phase.VALID_OVER) and self.resumed_epoch is None
+        )
+
+    def state(self) -> ProcessState:
         """The state of this process."""
+        of_trainer = {} if self.trainer is None else self.trainer.state()
+        if self.resumed is not None:
+            # Nothing of it has taken effect.
+            return {**self.resumed, "saved_by": self._saved_by, "trainer": of_trainer}
+        if self._cut_short is not None:
+            return self._cut_short
+        moment = self._before_validation if self.phase is Phase.VALIDATING else None
         return {
+            "version": VERSION,
             "saved_by": self._saved_by,
-            "random": random_state(),
-            "epoch": self._before_validation or (self._epoch() if self._in_training else None),
+            "random": random_state() if moment is None else moment.random,
+            "epoch": self._epoch() if moment is None else moment.epoch,
             "epochs": self.epochs,
             "drawn": self.drawn,
-            "validations": [each.state_between_passes() for each in self.validations],
+            "validations": self._validations() if moment is None else moment.validations,
             "between": self.position.state_between_passes(),
-            "trainer": self.of_trainer(),
+            "trainer": of_trainer,
+            "end_of_epoch": self.is_end_of_epoch,
+            "beside_weights": {},
         }
 
-    def _epoch(self) -> State:
-        if not self._in_pass:
-            return self._epoch_to_begin()
-        brain, parameters = self.brain, enumerate(_parameters(self.brain))
-        # A batch in which something failed is fitted again, unless its gradients were used.
-        again = self._in_batch and not self._batch_used
-        fitted = self.position.fitted + (self._in_batch and not again)
-        after_fetch = self._batch_random if again else random_state()
-        return {
-            "stage_random": self._stage_random,
-            "position": self.position.state(fitted, after_fetch),
-            "step": brain.step - again,
-            "avg_train_loss": brain.avg_train_loss,
-            "nonfinite_count": brain.nonfinite_count,
-            "validated": self.validated,
-            "gathered": self._statistics.state(),
-            "gradients": {i: p.grad.cpu() for i, p in parameters if p.grad is not None},
-        }
+    def _validations(self) -> list[State]:
+        states = dict(enumerate(each.state_between_passes() for each in self.validations))
+        states |= self._resumed_validations
+        return [states[index] for index in sorted(states)]
 
-    def _epoch_to_begin(self) -> State:
-        """The state of an epoch whose ``on_stage_start`` is not over: it saves, or fails."""
-        epoch, resumed = self._epoch_to_resume(), self.resumed
-        if epoch is not None:
-            return epoch
-        between = resumed["between"] if resumed else self.position.state_between_passes()
+    def _epoch(self) -> EpochState | None:
+        """The epoch at a moment that is not within a validation."""
+        phase = self.phase
+        if phase is Phase.EPOCH_OVER:
+            return None
+        if phase is Phase.FITTING:
+            return self._epoch_before_batch()
+        if phase in (Phase.STEPPED, Phase.FITTED):
+            return self._epoch_after_fit()
+        if phase in (Phase.BATCH_OVER, Phase.VALIDATED):
+            return self._epoch_between_batches()
+        return self._epoch_without_batches()
+
+    def _epoch_without_batches(self) -> EpochState:
+        """Before the first batch, or after the last one."""
+        starting = self.phase is Phase.STARTING
         return {
+            "phase": self.phase.name,
+            "number": _plain_or_none(self.number),
             "stage_random": self._stage_random,
-            "position": {**between, "batches": 0},
+            "position": {**self.position.state_between_passes(), "batches": 0},
+            "batches": 0 if starting else self.position.fitted,
             "step": 0,
             "avg_train_loss": 0.0,
-            "nonfinite_count": 0,
-            "validated": True,
-            "gathered": None,
+            "nonfinite_count": 0 if starting else self.brain.nonfinite_count,
+            "statistics": None if starting else self._statistics.state(),
             "gradients": {},
+            "loss": None,
+            "before": None,
+        }
+
+    def _epoch_between_batches(self) -> EpochState:
+        fitted = self.position.fitted
+        return {
+            **self._epoch_without_batches(),
+            "position": self.position.state(fitted, random_state()),
+            "batches": fitted,
+            **self.counts,  # type: ignore[typeddict-item]
+            "statistics": self._statistics.state(),
+            "gradients": {i: grad.cpu() for i, grad in gradients(self.brain).items()},
+        }
+
+    def _epoch_before_batch(self) -> EpochState:
+        """A batch of which a part is done is fitted again."""
+        before = self.before
+        epoch: EpochState = {
+            **self._epoch_between_batches(),
+            "phase": Phase.VALIDATED.name,
+            **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
+        }
+        if not before.is_whole:
+            logger.warning(
+                "A checkpoint is saved in the middle of a batch, where nothing was expected "
+                "to save: a run that resumes from it fits this batch again, with what it had "
+                "changed already."
+            )
+            return epoch
+        epoch["position"] = self.position.state(self.position.fitted, before.random)
+        epoch["statistics"] = self._statistics.state(before.statistics)
+        epoch["gradients"] = {i: grad.cpu() for i, grad in before.gradients.items()}
+        epoch["before"] = before.state()
+        return epoch
+
+    def _epoch_after_fit(self) -> EpochState:
+        """A batch that is fitted; those callbacks that have not heard of it will."""
+        brain, stepped = self.brain, self.phase is Phase.STEPPED
+        loss = self.loss
+        average = brain.avg_train_loss
+        if stepped:
+            loss = loss.detach().cpu() if isinstance(loss, Tensor) else loss
+            average = brain.update_average(loss, average)
+        untold = self.trainer is not None and self.trainer.is_telling_of_batch()
+        again = untold and self.position.can_fetch_again()
+        fitted = self.position.fitted + (not again)
+        return {
+            **self._epoch_between_batches(),
+            "phase": (Phase.FITTED if again else Phase.BATCH_OVER).name,
+            "position": self.position.state(fitted, random_state()),
+            "batches": fitted,
+            "avg_train_loss": average,
+            "loss": _plain_or_none(loss) if again else None,
         }
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -268,8 +413,8 @@ class RunState:
             path: The file.
             end_of_epoch: Whether an epoch had ended.
         """
-        if self._stage_random:
-            # Within an epoch.
+        if self.drawn:
+            # Within the run.
             return
         states = load_state(str(path))["processes"]
         if len(states) != world_size():
@@ -279,10 +424,11 @@ class RunState:
                 len(states),
                 world_size(),
             )
-        state = states[rank() % len(states)]
-        if end_of_epoch:
-            state["epoch"] = None
-        is_own = end_of_epoch and state["saved_by"] == self._saved_by
+        state = migrated(states[rank() % len(states)], end_of_epoch)
+        # The main process has them.
+        state["beside_weights"] = states[0].get("beside_weights", {})
+        is_own = state["saved_by"] == self._saved_by
+        is_own = is_own and end_of_epoch and not state["beside_weights"]
         self.resumed = None if is_own else state
         self._resumed_validations = {} if is_own else dict(enumerate(state["validations"]))
 
@@ -308,7 +454,8 @@ def run_state(brain: BrainProtocol) -> RunState:
     return new
 
 
-def _parameters(brain: BrainProtocol) -> list[Parameter]:
-    """The parameters of the modules and of the optimizers, each once."""
-    optimized = map(parameters_of, all_optimizers(brain).values())
-    return list(dict.fromkeys(chain(brain.modules.parameters(), *optimized)))
+def _plain_or_none(value: Any) -> Any:
+    try:
+        return plain(value)
+    except NotPlainError:
+        return None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
 from brain_lightning.checkpoints import epoch_files, hooks
 from brain_lightning.compat import speechbrain
+from brain_lightning.distributed.agreement import REMEDY, by_rank, compare
+from brain_lightning.distributed.communication import if_main_process
+from brain_lightning.errors import RankMismatchError
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +139,13 @@ class Epochs:
     Attributes:
         counter: ``epoch_counter``.
         current: The epoch it returned last.
+        is_collective: Whether several processes run the same epochs.
 
     Raises:
         TypeError: ``epoch_counter`` is not iterable.
     """
+
+    is_collective = False
 
     def __init__(self, epoch_counter: Iterable[Any]) -> None:
         # A counter may also be a sequence by __getitem__ alone, which iter() takes.
@@ -156,13 +162,63 @@ class Epochs:
         self._epochs: Iterator[Any] = itertools.chain(epoch_counter)
         self._is_waiting = False
 
+    def over(self, ended: bool) -> bool:
+        """Whether the run is over, here and in all processes; else an epoch is waiting.
+
+        Args:
+            ended: Whether the Trainer of this process has ended it.
+
+        Raises:
+            RankMismatchError: The processes are at different epochs.
+        """
+        if self.is_collective:
+            answers = compare("asks whether the training is over", ended)
+            if any(answers) and not all(answers) and if_main_process():
+                ends = by_rank(["ends" if each else "does not" for each in answers])
+                logger.warning("A Trainer ends the training (%s), and with it all do.", ends)
+            ended = any(answers)
+        return ended or not self.more()
+
     def more(self) -> bool:
         """Whether there is an epoch to run; advances the counter unless one is waiting."""
         if not self._is_waiting:
+            position, last = _position(self.counter), self.current
             for epoch in self._epochs:
                 self.current, self._is_waiting = epoch, True
                 break
+            if self.is_collective:
+                self._follow_first_rank(position, last)
         return self._is_waiting
+
+    def resume(self, number: Any) -> None:
+        """Resumes an epoch that the counter has counted already.
+
+        Args:
+            number: What the counter yielded.
+        """
+        self.current, self._is_waiting = number, True
+
+    def _follow_first_rank(self, position: int | None, last: Any) -> None:
+        """Begins or ends as the first process does, whose checkpoints all resume from.
+
+        Args:
+            position: Of the counter, before it was asked.
+            last: The epoch before.
+        """
+        found = self.current if isinstance(self.current, int) else None
+        answers = compare("begins an epoch", (position, self._is_waiting, found))
+        _check_epochs(answers)
+        (_, more, epoch), own = answers[0], self._is_waiting
+        if any(has_more != more for _, has_more, _ in answers) and if_main_process():
+            logger.warning(
+                "The epoch counters of the processes differ (%s): all do as rank 0. One that "
+                "stops early needs the same number on every rank.",
+                by_rank([_in_words(*each) for each in answers]),
+            )
+        if own != more:
+            self._is_waiting, self.current = more, epoch if more else last
+            if position is not None:
+                self.counter.current = epoch if more else position  # type: ignore[attr-defined]
 
     def skip(self, epochs: int) -> None:
         """Skips epochs that were done before, and that the counter does not remember.
@@ -184,3 +240,33 @@ class Epochs:
     def stop(self) -> None:
         """Ends the run after this epoch, as ``break`` would."""
         self._epochs = iter(())
+
+
+# The counter's position, whether there is another epoch, and its number.
+Answer = tuple[int | None, bool, int | None]
+
+
+def _position(counter: Any) -> int | None:
+    """The position of a counter that has one, and so can be set to another."""
+    current = getattr(counter, "current", None)
+    return current if isinstance(current, int) else None
+
+
+def _check_epochs(answers: Sequence[Answer]) -> None:
+    """Refuses positions, or numbers, that differ: that is another state, not a decision."""
+    first_position, more, first_epoch = answers[0]
+    positions = any(position != first_position for position, _, _ in answers)
+    going = [epoch for _, has_more, epoch in answers if has_more]
+    numbers = more and any(epoch != first_epoch for epoch in going)
+    unknown = more and first_epoch is None and len(going) < len(answers)
+    if positions or numbers or unknown:
+        raise RankMismatchError(
+            "the processes are at different epochs "
+            f"({by_rank([_in_words(*each) for each in answers])}): {REMEDY}"
+        )
+
+
+def _in_words(position: int | None, more: bool, epoch: int | None) -> str:
+    after = "" if position is None else f" after epoch {position}"
+    begins = "begins an epoch" if epoch is None else f"begins epoch {epoch}"
+    return begins if more else f"ends{after}"

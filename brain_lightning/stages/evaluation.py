@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from brain_lightning.distributed.communication import world_size
+from brain_lightning.resume.phase import Phase
 from brain_lightning.stage import Stage
 
 from . import sharded_evaluation as sharding
@@ -60,6 +61,8 @@ class EvaluationStage(RunStage):
 
     def _start(self) -> None:
         self.run.current = self
+        # SpeechBrain's evaluate goes on from the step that a checkpoint within an epoch has.
+        self.brain.step = 0
         with torch.set_grad_enabled(self.run.grad_enabled):
             self.brain.on_stage_start(self.brain_stage, self.epoch)
         self.brain.modules.eval()
@@ -72,6 +75,7 @@ class EvaluationStage(RunStage):
         # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
         if self.kind is Stage.VALID:
             brain.step = 0
+        metrics.add(self.kind, {"loss": self.average})
         brain.on_stage_end(self.brain_stage, self.average, self.epoch)
         brain.step = 0
         metrics.add(self.kind, {"loss": self.average})
@@ -108,7 +112,6 @@ class ValidStage(EvaluationStage):
     """VALID: after the TRAIN stage of an epoch, or in its middle."""
 
     kind = Stage.VALID
-    _train_step = 0
     _statistics: sharding.ShardedStatistics | None = None
 
     @property
@@ -125,20 +128,20 @@ class ValidStage(EvaluationStage):
     def start(self) -> None:
         """Starts the VALID stage, of the first loader where there are several."""
         self.run_state.begin_validation()
-        if self.run.train.is_running:
-            # A Trainer may validate in the middle of an epoch: VALID counts from 0.
-            self._train_step, self.brain.step = self.brain.step, 0
         super().start()
 
     @with_error_context
     def end(self) -> None:
         """Ends the VALID stage, of the last loader where there are several."""
-        super().end()
-        self.run_state.end_validation()
-        if self.run.train.is_running:
-            self.run.current = self.run.train
-            self.brain.step = self._train_step
+        train, state = self.run.train, self.run_state
+        with state.entering(Phase.VALIDATED if train.is_running else Phase.VALID_OVER):
+            super().end()
+        if train.is_running:
+            # A Trainer may validate in the middle of an epoch.
+            self.run.current = train
+            self.brain.step = state.counts["step"]
             self.brain.modules.train()
+            state.end_validation()
 
     def _start(self) -> None:
         super()._start()

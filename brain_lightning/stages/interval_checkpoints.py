@@ -40,7 +40,7 @@ class IntervalCheckpoints:
         brain = self._run.brain
         if brain.checkpointer is not None:
             return brain._should_save_intra_epoch_ckpt(self._since, self._steps)
-        if self._run.save_with_trainer is None or not is_asked_for(brain):
+        if not self._run.trainer.saves or not is_asked_for(brain):
             return False
         return is_due(brain, self._since, self._steps)
 

@@ -79,8 +79,8 @@ class Metrics:
         self._plain |= {f"{staged(stage, name)}_{position}": v for name, v in found.items()}
         found.clear()
 
-    def take(self, from_all_ranks: bool = False) -> dict[str, float]:
-        """What was found since the last call.
+    def found(self, from_all_ranks: bool = False) -> dict[str, float]:
+        """What was found since ``take`` was called last.
 
         Args:
             from_all_ranks: Whether every process asks at this time.
@@ -88,18 +88,46 @@ class Metrics:
         Returns:
             Numbers by name, with and without their stage.
         """
-        self.valids |= self._found[Stage.VALID].keys()
-        taken = {n: v for n, v in self._plain.items() if n not in LIGHTNINGS_OWN}
-        for stage, found in self._found.items():
-            taken |= {staged(stage, name): value for name, value in found.items()}
+        valids = self.valids | self._found[Stage.VALID].keys()
+        found = {n: v for n, v in self._plain.items() if n not in LIGHTNINGS_OWN}
+        for stage, numbers in self._found.items():
+            found |= {staged(stage, name): value for name, value in numbers.items()}
             # TEST's never stand for VALID's, which the next process may not have seen.
-            mine = set() if stage is Stage.TEST else found.keys() - LIGHTNINGS_OWN
-            mine -= set() if stage is Stage.VALID else self.valids
-            taken |= {name: found[name] for name in mine}
-            found.clear()
-        self._plain.clear()
+            mine = set() if stage is Stage.TEST else numbers.keys() - LIGHTNINGS_OWN
+            mine -= set() if stage is Stage.VALID else valids
+            found |= {name: numbers[name] for name in mine}
         # What any rank reports, the first one first: recipes report on the main process.
-        return dict(ChainMap(*gather(taken))) if from_all_ranks else taken
+        return dict(ChainMap(*gather(found))) if from_all_ranks else found
+
+    def take(self, from_all_ranks: bool = False) -> dict[str, float]:
+        """The same, once.
+
+        Args:
+            from_all_ranks: As for ``found``.
+
+        Returns:
+            As ``found``.
+        """
+        found = self.found(from_all_ranks)
+        self.valids |= self._found[Stage.VALID].keys()
+        for numbers in (*self._found.values(), self._plain):
+            numbers.clear()
+        return found
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """What was found and not taken, by stage, and what is of no stage."""
+        found = {stage.name: dict(numbers) for stage, numbers in self._found.items()}
+        return {**found, "": dict(self._plain)}
+
+    def restore(self, state: Mapping[str, dict[str, float]]) -> None:
+        """Restores what a run had found.
+
+        Args:
+            state: From ``state``.
+        """
+        for stage, numbers in self._found.items():
+            numbers |= state[stage.name]
+        self._plain |= state[""]
 
     def _record_stats(self, arguments: Mapping[str, Any]) -> None:
         self._plain |= numbers_in(arguments.get("stats_meta"))

@@ -97,7 +97,7 @@ def progress_bar(
         "total": total,
         "desc": name if stage.epoch is None else f"{name} epoch {stage.epoch}",
         "initial": brain.step if stage.kind is Stage.TRAIN else 0,
-        "disable": not stage.run.progressbar,
+        "disable": not stage.run.trainer.shows_bar,
     }
     if brain.progress == "plain" or (brain.progress == "auto" and not is_watched()):
         # No bar, and the clock is read after each batch.

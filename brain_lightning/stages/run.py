@@ -7,14 +7,16 @@ Read together, ``train.py`` and ``evaluation.py`` are ``speechbrain.Brain._fit_t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from brain_lightning.distributed.termination import EXIT_STATUS, Termination
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.resume.phase import Phase
 from brain_lightning.resume.run_state import RunState
+from brain_lightning.resume.saved_state import TrainerSide
 from brain_lightning.temporary import TemporaryAttributes
 
 from .base import RunStage
@@ -34,7 +36,6 @@ class Run:
         brain: The Brain that runs.
         epochs: Its epochs.
         run_state: What is saved of the run.
-        progressbar: Whether to show SpeechBrain's bar.
         best_keys: Arguments of ``on_evaluate_start``.
 
     Attributes:
@@ -43,13 +44,13 @@ class Run:
         valid: Its VALID stage.
         test: Its TEST stage.
         current: The stage that is running or ran last.
-        save_with_trainer: Saves within an epoch where the Brain has no Checkpointer.
+        trainer: The Trainer's side, from ``begin`` on.
         termination: Handles SIGTERM.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers that the stages found.
-        warned: The callbacks of which not everything is saved, as a warning said.
     """
 
+    trainer: TrainerSide
     # Runs that have begun and not ended.
     _running: ClassVar[list[Run]] = []
 
@@ -58,13 +59,11 @@ class Run:
         brain: BrainProtocol,
         epochs: Epochs,
         run_state: RunState,
-        progressbar: bool = False,
         best_keys: Mapping[str, str | None] = {},
     ) -> None:
         self.brain = brain
         self.epochs = epochs
         self.run_state = run_state
-        self.progressbar = progressbar
         self.best_keys = best_keys
         # Lightning disables gradients before it calls the hook in which a stage starts.
         self.grad_enabled = torch.is_grad_enabled()
@@ -73,10 +72,8 @@ class Run:
         self.test = TestStage(self)
         self.current: RunStage = self.train
         self.metrics = Metrics(lambda: self.current.kind)
-        self.save_with_trainer: Callable[[], None] | None = None
         self.termination = Termination()
         self.interrupt: KeyboardInterrupt | None = None
-        self.warned: set[str] = set()
         # The error that was located last, by its id: it must not be kept.
         self._located: int | None = None
 
@@ -89,8 +86,13 @@ class Run:
         """
         return any(run.brain is brain for run in cls._running)
 
-    def begin(self) -> None:
-        """Begins the run, which lasts until ``close``."""
+    def begin(self, trainer: TrainerSide) -> None:
+        """Begins the run, which lasts until ``close``.
+
+        Args:
+            trainer: The Trainer's side.
+        """
+        self.trainer = self.run_state.trainer = trainer
         self._running.append(self)
 
     def close(self) -> None:
@@ -100,10 +102,19 @@ class Run:
         for stage in (self.train, self.valid, self.test):
             stage.close()
 
+    def start_epoch(self) -> None:
+        """Starts the epoch that the epoch counter has yielded, before any hook hears of it."""
+        self.run_state.start_epoch(self.epochs.start())
+
+    def finish_epoch(self) -> None:
+        """Ends an epoch of which every callback has heard."""
+        self.run_state.phase = Phase.EPOCH_OVER
+        self.train.earlier = self.train.batches
+
     def end_epoch(self) -> None:
         """Decides, after validation, whether another epoch may follow."""
         brain = self.brain
-        self.run_state.end_epoch()
+        self.run_state.phase = Phase.VALID_OVER
         debugged = brain.debug and self.epochs.current == brain.debug_epochs
         if debugged or self.train.limit_reached():
             self.epochs.stop()
@@ -112,8 +123,14 @@ class Run:
         """Saves now, with the Brain's Checkpointer or the Trainer."""
         if self.brain.checkpointer is not None:
             self.brain._save_intra_epoch_ckpt()
-        elif self.save_with_trainer is not None:
-            self.save_with_trainer()
+        elif self.trainer.saves:
+            self.trainer.save_within_epoch()
+
+    def cut_short(self) -> None:
+        """Saves where the run is: a limit of the Trainer's ends the epoch in its middle."""
+        if self.brain.checkpointer is not None or self.trainer.saves:
+            self.save_within_epoch()
+            self.run_state.cut_short()
 
     def end_if_terminated(self) -> None:
         """Saves and ends the process after a SIGTERM; called between two batches.
@@ -125,7 +142,7 @@ class Run:
         if not self.termination.is_requested(brain.device):
             return
         with TemporaryAttributes() as temporary:
-            for name, value in self.run_state.counts().items():
+            for name, value in self.run_state.counts.items():
                 temporary.set(brain, name, value)
             self.save_within_epoch()
         self.termination.acknowledge()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from brain_lightning.distributed.communication import on_any_rank
+from brain_lightning.resume.phase import Phase
 from brain_lightning.stage import Stage
 
 from .base import RunStage
@@ -26,7 +27,8 @@ class TrainStage(RunStage):
         steps_on_last_batch: Whether an incomplete accumulation window makes an update.
         fetches_collectively: Whether ranks may run out of data at different batches.
         batches: Training batches so far, over all epochs.
-        loss: The loss of the last one.
+        earlier: Those of the epochs that are over.
+        steps: Steps of the last batch, for its ``on_fit_batch_end``.
     """
 
     kind = Stage.TRAIN
@@ -35,7 +37,9 @@ class TrainStage(RunStage):
     steps_on_last_batch = False
     fetches_collectively = False
     batches = 0
-    loss: Any = None
+    earlier = 0
+    steps = 0
+    _checkpoints: IntervalCheckpoints
     # Stages whose batch is being fitted; a recipe may fit another Brain within.
     _fitting: ClassVar[list[TrainStage]] = []
 
@@ -52,17 +56,33 @@ class TrainStage(RunStage):
     @with_error_context
     def start(self) -> None:
         """Starts the TRAIN stage of the next epoch."""
-        brain, epoch = self.brain, self.run.epochs.start()
+        brain, epoch = self.brain, self.epoch
         self.is_running = True
         self.run.current = self
-        self.run_state.begin_epoch(self.loader.loader)
+        self.run_state.start_training(self.loader.loader)
         brain.on_stage_start(self.brain_stage, epoch)
         brain.modules.train()
         brain.zero_grad()
         brain.nonfinite_count = 0
         if hasattr(brain.train_sampler, "set_epoch"):
             brain.train_sampler.set_epoch(epoch)
+        self._checkpoints = IntervalCheckpoints(self.run)
         self.loader.start()
+
+    def resume_its_end(self) -> None:
+        """Resumes an epoch of which training is over, after ``start``."""
+        self.run_state.resume_after_training()
+        self.loader.close()
+        self._reset()
+
+    def resume_fitted(self) -> Any:
+        """Resumes after a batch that was fitted, of which callbacks have not heard.
+
+        Returns:
+            Its loss.
+        """
+        self.batches += 1
+        return self.run_state.loss
 
     @with_error_context
     def fit(self, batch: Any, fit_batch: Callable[[Any], Any], last: bool) -> Any:
@@ -77,19 +97,46 @@ class TrainStage(RunStage):
             The detached loss.
         """
         brain, state = self.brain, self.run_state
+        state.begin_batch()
         brain.step += 1
         brain.ends_window = last and self.steps_on_last_batch
+        self.steps = 0
         self._fitting.append(self)
-        state.begin_batch()
         try:
             loss = fit_batch(batch)
         finally:
             self._fitting.pop()
-        self.loss = loss
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
-        state.end_batch()
+        state.loss, state.phase = loss, Phase.FITTED
         self.batches += 1
         return loss
+
+    @property
+    def fitted_batches(self) -> int:
+        """``batches``, and the one whose ``on_fit_batch_end`` runs."""
+        return self.batches + (self.run_state.phase is Phase.STEPPED)
+
+    @property
+    def uncounted_steps(self) -> int:
+        """Steps that the Trainer will count at the end of this batch."""
+        return self.steps if self.run_state.phase is Phase.STEPPED else 0
+
+    def stepped(self, loss: Any, steps: int) -> None:
+        """Called when the update of a batch is made, before ``on_fit_batch_end``.
+
+        Args:
+            loss: Of the batch.
+            steps: Steps that the Trainer has not counted.
+        """
+        self.run_state.loss, self.run_state.phase = loss, Phase.STEPPED
+        self.steps = steps
+
+    def end_batch(self) -> None:
+        """Counts a batch of which every callback has heard; may save, or end the run."""
+        self.run_state.end_batch()
+        if not self._is_debugged():
+            self._checkpoints.after_step()
+            self.run.end_if_terminated()
 
     def fetch(self) -> bool:
         """Fetches the next batch.
@@ -97,7 +144,7 @@ class TrainStage(RunStage):
         Returns:
             Whether there is one, here and on all other ranks.
         """
-        fetched = self.loader.fetch()
+        fetched = not self._is_debugged() and self.loader.fetch()
         if not self.fetches_collectively or not on_any_rank(not fetched, self.brain.device):
             return fetched
         if fetched:
@@ -110,21 +157,30 @@ class TrainStage(RunStage):
     @with_error_context
     def end(self) -> None:
         """Ends the TRAIN stage."""
-        brain = self.brain
+        brain, metrics, loss = self.brain, self.run.metrics, self.brain.avg_train_loss
         self.loader.close()
         brain.zero_grad(set_to_none=True)
         self.run_state.end_training()
-        brain.on_stage_end(self.brain_stage, brain.avg_train_loss, self.epoch)
-        self.run.metrics.add(Stage.TRAIN, {"loss": brain.avg_train_loss})
-        brain.avg_train_loss = 0.0
-        brain.step = 0
-        brain.ends_window = False
+        metrics.add(Stage.TRAIN, {"loss": loss})
+        with self.run_state.entering(Phase.TRAIN_OVER):
+            brain.on_stage_end(self.brain_stage, loss, self.epoch)
+        metrics.add(Stage.TRAIN, {"loss": loss})
+        self._reset()
+
+    def _reset(self) -> None:
+        self.brain.avg_train_loss = 0.0
+        self.brain.step = 0
+        self.brain.ends_window = False
         self.is_running = False
 
     def limit_reached(self) -> bool:
         """Whether there were as many updates as ``optimizer_step_limit`` allows."""
         limit = self.brain.optimizer_step_limit
         return limit is not None and self.brain.optimizer_step >= limit
+
+    def _is_debugged(self) -> bool:
+        """Whether there were as many batches as ``debug_batches`` allows."""
+        return self.brain.debug and 0 < self.brain.debug_batches == self.brain.step
 
     def _average(self) -> float:
         return self.brain.avg_train_loss
@@ -134,15 +190,9 @@ class TrainStage(RunStage):
 
     def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
         """``for batch in train_set`` of ``_fit_train``; the Trainer fits where it yields."""
-        brain, run = self.brain, self.run
-        checkpoints = IntervalCheckpoints(run)
         with self._bar(loader, position) as bar:
             for batch in bar:
                 if self.limit_reached():
                     logger.info("Train iteration limit exceeded")
                     return
                 yield batch
-                if brain.debug and brain.step == brain.debug_batches:
-                    return
-                checkpoints.after_step()
-                run.end_if_terminated()

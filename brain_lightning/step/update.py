@@ -100,7 +100,7 @@ def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
         should_step = False
     if should_step:
         update.step()
-    brain.on_fit_batch_end(batch, result.outputs, result.loss, should_step)
+    update.end(batch, result, should_step)
     return result.loss.detach().cpu()
 
 
@@ -181,6 +181,16 @@ class RawUpdate:
         """One step, through the Brain's hook, which a recipe may override."""
         self._brain.optimizers_step()
 
+    def end(self, batch: Any, result: TrainingLoss, should_step: bool) -> None:
+        """``on_fit_batch_end``.
+
+        Args:
+            batch: What the loader gave.
+            result: What it gave.
+            should_step: Whether there was a step.
+        """
+        self._brain.on_fit_batch_end(batch, result.outputs, result.loss, should_step)
+
     def apply(self, optimizers: Mapping[str, Optimizer]) -> None:
         """Clips the gradients and steps each optimizer.
 
@@ -197,23 +207,37 @@ class DirectUpdate(RawUpdate):
 
     Args:
         brain: The Brain to update.
-        computed: Called when the gradients of a batch are computed.
+        stepping: Called before optimizers step, with them.
+        stepped: Called with the loss when the update is made, before ``on_fit_batch_end``.
 
     Attributes:
         result: What the batch gave.
     """
 
-    def __init__(self, brain: BrainProtocol, computed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        brain: BrainProtocol,
+        stepping: Callable[[Iterable[Optimizer]], None],
+        stepped: Callable[[Tensor], None],
+    ) -> None:
         super().__init__(brain)
-        self._computed = computed
+        self._stepping, self._stepped = stepping, stepped
         self.result: TrainingLoss
 
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Forward and backward pass of one batch."""
         self.result = super().compute_gradients(batch)
-        self._computed()
         return self.result
 
     def step(self) -> None:
         """One step, as a Brain of ours does it, also of one of SpeechBrain's."""
-        optimizers_step(self._brain, self.apply)
+        optimizers_step(self._brain, self._step)
+
+    def end(self, batch: Any, result: TrainingLoss, should_step: bool) -> None:
+        """``on_fit_batch_end``, for which the batch is fitted."""
+        self._stepped(result.loss)
+        super().end(batch, result, should_step)
+
+    def _step(self, optimizers: Mapping[str, Optimizer]) -> None:
+        self._stepping(optimizers.values())
+        self.apply(optimizers)

@@ -1,0 +1,90 @@
+"""The objects that a run saves and recovers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import GradScaler
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from brain_lightning.checkpoints.content import Content, content_of, load_content
+from brain_lightning.checkpoints.hooks import load_hook, save_hook
+from brain_lightning.checkpoints.recoverables import Recoverables
+from brain_lightning.protocol import hparams_of
+from brain_lightning.resume.run_state import KEY, RunState
+from brain_lightning.stages.run import Run
+
+
+def recoverables_of(run: Run) -> Recoverables:
+    """What the Brain's Checkpointer recovers; without one, every recoverable of the Brain.
+
+    Args:
+        run: The run; its own state is one of them.
+    """
+    brain = run.brain
+    checkpointer = brain.checkpointer
+    found: dict[str, Any] = {"brain": brain}
+    if hasattr(checkpointer, "recoverables"):
+        found |= checkpointer.recoverables
+    else:
+        hparams = hparams_of(brain)
+        found |= {n: o for n, o in hparams.items() if _is_recoverable(o) and not _is_frozen(o)}
+        found |= {n: o for n, o in vars(brain).items() if _is_recoverable(o)}
+        # Each entry is one.
+        del found["modules"]
+        if brain.scaler.is_enabled():
+            found["scaler"] = brain.scaler
+    known = {id(obj) for obj in found.values()}
+    counter = run.epochs.counter
+    if id(counter) not in known and load_hook(counter) is not None:
+        found["epoch_counter"] = counter
+    return Recoverables(
+        {**found, KEY: run.run_state},
+        {**getattr(checkpointer, "custom_load_hooks", {}), KEY: RunState.recover},
+        {**getattr(checkpointer, "custom_save_hooks", {}), KEY: RunState.save},
+        allow_partial_load=getattr(checkpointer, "allow_partial_load", False),
+    )
+
+
+def _is_recoverable(obj: object) -> bool:
+    """Also a module beside ``modules``, such as a teacher; not a scaler, which may be off."""
+    if isinstance(obj, (type, GradScaler)):
+        return False
+    return save_hook(obj) is not None and load_hook(obj) is not None
+
+
+def _is_frozen(obj: object) -> bool:
+    """A pretrained model among the hyperparameters, which need not be saved."""
+    return isinstance(obj, Module) and not any(p.requires_grad for p in obj.parameters())
+
+
+def state_beside_weights(run: Run) -> Content:
+    """Everything but modules, optimizers and the state of the run itself.
+
+    Args:
+        run: The run.
+
+    Returns:
+        As ``content_of``.
+    """
+    return content_of(_beside_weights(run), {"unixtime": time.time(), "end-of-epoch": False})
+
+
+def recover_beside_weights(run: Run, content: Content) -> None:
+    """Recovers it.
+
+    Args:
+        run: The run that begins.
+        content: From ``state_beside_weights``.
+    """
+    load_content(_beside_weights(run), content)
+
+
+def _beside_weights(run: Run) -> Recoverables:
+    objects = recoverables_of(run)
+    for name, obj in list(objects.recoverables.items()):
+        if isinstance(obj, (Module, Optimizer, RunState)):
+            del objects.recoverables[name]
+    return objects

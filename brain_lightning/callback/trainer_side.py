@@ -1,0 +1,161 @@
+"""What a Trainer gives to the run of a Brain: its state, and its way to save."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+
+from brain_lightning.checkpoints.hooks import load_hook
+from brain_lightning.lightning_internals.counters import progress, set_progress
+from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
+from brain_lightning.resume.plain_values import NotPlainError, State, plain
+from brain_lightning.resume.saved_state import ProcessState
+from brain_lightning.stages.interval_checkpoints import is_asked_for
+from brain_lightning.stages.run import Run
+
+from .recoverables import recover_beside_weights, state_beside_weights
+from .savers import saves_between_batches, saves_within_batch
+from .told import Told
+
+logger = logging.getLogger(__name__)
+
+
+class LightningSide:
+    """The Trainer's side of a run (``resume.saved_state.TrainerSide``).
+
+    Args:
+        trainer: The Trainer in its ``setup``.
+        run: The run.
+        shows_bar: Whether to show SpeechBrain's bar.
+
+    Attributes:
+        told: Which callbacks have heard what.
+    """
+
+    def __init__(self, trainer: Trainer, run: Run, shows_bar: bool) -> None:
+        self._trainer, self._run = trainer, run
+        self.shows_bar = shows_bar
+        self.validates = trainer.enable_validation
+        self.saves = bool(trainer.checkpoint_callbacks) or is_asked_for(run.brain)
+        self.saves_within_batch = saves_within_batch(trainer, run.brain)
+        self.draws_ahead = self.saves_within_batch or saves_between_batches(trainer)
+        self.told = Told(trainer, run)
+        self._reported: set[str] = set()
+
+    def state(self) -> State:
+        """See ``TrainerSide``."""
+        trainer, train = self._trainer, self._run.train
+        counts = progress(trainer)
+        counts["global_step"] += train.uncounted_steps
+        metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
+        return {
+            "progress": {**counts, "batches": train.earlier},
+            "callbacks": self._callback_states(),
+            "told": self.told.state(),
+            "metrics": metrics,
+            "found": self._run.metrics.state(),
+            "should_stop": trainer.should_stop and _has_stopped_early(trainer),
+        }
+
+    def _callback_states(self) -> State:
+        states = {}
+        for callback in callbacks_of(self._trainer):
+            state, whole = {}, not has_hook(callback, "on_save_checkpoint")
+            try:
+                state = plain(callback.state_dict())
+            except NotPlainError:
+                whole = False
+            if not whole and callback.state_key not in self._reported:
+                self._reported.add(callback.state_key)
+                logger.warning(
+                    "Checkpoint directories do not hold all of the state of %s: it resumes "
+                    "from Lightning's checkpoints, by fit(ckpt_path=...).",
+                    type(callback).__name__,
+                )
+            if state:
+                states[callback.state_key] = state
+        return states
+
+    def is_telling_of_batch(self) -> bool:
+        """See ``TrainerSide``."""
+        return self.told.is_telling("on_train_batch_end")
+
+    def state_beside_weights(self) -> State:
+        """See ``TrainerSide``."""
+        return state_beside_weights(self._run)
+
+    def save_within_epoch(self) -> None:
+        """Saves as the Trainer saves, and replaces the save before."""
+        trainer = self._trainer
+        default = os.path.join(trainer.default_root_dir, "checkpoints")
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or default
+        # ModelCheckpoint finds it for fit(ckpt_path="last").
+        path = os.path.join(folder, "last-within-epoch.ckpt")
+        if "://" in folder:
+            trainer.save_checkpoint(path)
+            return
+        # Lightning may write to $TMPDIR first, and copy from there.
+        trainer.save_checkpoint(f"{path}.part")
+        if trainer.is_global_zero:
+            os.replace(f"{path}.part", path)
+        trainer.strategy.barrier("save_within_epoch")
+
+    def resume(self, resumed: ProcessState) -> None:
+        """Restores the Trainer from what the Brain has recovered.
+
+        Args:
+            resumed: The state of the run that was saved.
+        """
+        if resumed["beside_weights"]:
+            recover_beside_weights(self._run, resumed["beside_weights"])
+            resumed["end_of_epoch"] = False
+        _resume_epochs(self._run, resumed)
+        state = resumed["trainer"]
+        if not state:
+            return
+        trainer, run, epoch = self._trainer, self._run, resumed["epoch"]
+        counts = dict(state["progress"])
+        run.train.earlier = counts["batches"]
+        counts["batches"] += 0 if epoch is None else epoch["batches"]
+        run.train.batches = counts["batches"]
+        set_progress(trainer, **counts)
+        for callback in callbacks_of(trainer):
+            # Of a Lightning file its state is restored already; else max_time is per start.
+            if callback.state_key in state["callbacks"] and not isinstance(callback, Timer):
+                callback.load_state_dict(state["callbacks"][callback.state_key])
+        # Since version 1.
+        if "told" in state:
+            self.told.restore(state["told"])
+            run.metrics.restore(state["found"])
+            found = run.metrics.found(from_all_ranks=trainer.world_size > 1)
+            trainer.callback_metrics.update(state["metrics"])
+            trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
+            # A Timer may have stopped the run already.
+            trainer.should_stop |= state["should_stop"]
+
+
+def _has_stopped_early(trainer: Trainer) -> bool:
+    stopping = trainer.early_stopping_callbacks
+    return any(each is not None and each.stopped_epoch for each in stopping)
+
+
+def _resume_epochs(run: Run, resumed: ProcessState) -> None:
+    """Lets the epoch counter yield the epoch in which the run is to be resumed."""
+    state, epochs, epoch = run.run_state, run.epochs, resumed["epoch"]
+    in_epoch, counted = epoch is not None, resumed["end_of_epoch"]
+    state.epochs = resumed["epochs"] - in_epoch
+    recovered = getattr(run.brain.checkpointer, "recoverables", {}).values()
+    remembers = any(each is epochs.counter for each in recovered)
+    if state.explicit:
+        remembers = load_hook(epochs.counter) is not None
+    if not remembers and (state.explicit or not counted):
+        state.drawn = resumed["drawn"] - (in_epoch and not counted)
+        epochs.skip(state.drawn)
+    if epoch is not None and counted:
+        # It yields nothing for the rest of this epoch.
+        state.drawn -= 1
+        epochs.resume(epoch["number"])

@@ -1,0 +1,104 @@
+"""What a checkpoint directory holds, as one value: for a Lightning file, or within a state."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from brain_lightning.distributed.communication import if_main_process
+from brain_lightning.errors import CheckpointError
+
+from .checkpoint import checkpoint_in
+from .integrity import CHECKSUMS
+from .meta_file import METAFNAME, dump_meta
+from .recoverables import Recoverables
+from .state_files import PARAMFILE_EXT, load_state, write_state
+
+Content = dict[str, Any]
+
+
+def content_of(objects: Recoverables, meta: dict[str, Any]) -> Content:
+    """What a checkpoint directory of some objects would hold.
+
+    Args:
+        objects: The objects.
+        meta: Of the checkpoint.
+
+    Returns:
+        As ``read_files``; empty on other than the main process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        objects.write(Path(folder), None)
+        if not if_main_process():
+            return {}
+        dump_meta(meta, Path(folder, METAFNAME))
+        return read_files(Path(folder))
+
+
+def load_content(objects: Recoverables, content: Content) -> None:
+    """Recovers objects.
+
+    Args:
+        objects: The objects.
+        content: From ``content_of``.
+
+    Raises:
+        CheckpointError: It lacks something.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(content, Path(folder))
+        found = checkpoint_in(Path(folder))
+        if found is None:
+            raise CheckpointError("the checkpoint's meta cannot be read")
+        files = objects.files_to_load(Path("the checkpoint"), found.paramfiles)
+        objects.load(files, objects.read(files), found.meta["end-of-epoch"])
+
+
+def read_files(directory: Path) -> Content:
+    """What a checkpoint directory holds.
+
+    Args:
+        directory: The directory.
+
+    Returns:
+        ``meta`` as text, so that nothing that YAML can express is lost; ``states`` by name,
+        of files that torch can read safely; and the other ``files`` as they are.
+    """
+    states: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        state = _state_in(path) if name == f"{path.stem}{PARAMFILE_EXT}" else None
+        if state is not None:
+            states[path.stem] = state
+        elif path.is_file() and name not in (METAFNAME, CHECKSUMS):
+            files[name] = path.read_bytes()
+    meta = (directory / METAFNAME).read_text(encoding="utf-8")
+    return {"meta": meta, "states": states, "files": files}
+
+
+def _state_in(path: Path) -> Any:
+    try:
+        return load_state(path) if zipfile.is_zipfile(path) else None
+    except CheckpointError:
+        # A hook of the recipe wrote it, and reads it.
+        return None
+
+
+def write_files(own: Content, folder: Path) -> None:
+    """Writes what ``read_files`` has read.
+
+    Args:
+        own: ``meta``, ``states`` and ``files``, as far as they are there.
+        folder: Where to write to.
+    """
+    if "meta" in own:
+        (folder / METAFNAME).write_text(own["meta"], encoding="utf-8")
+    for name, state in own.get("states", {}).items():
+        write_state(state, folder / f"{name}{PARAMFILE_EXT}")
+    for name, data in own.get("files", {}).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)

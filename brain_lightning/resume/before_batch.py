@@ -1,0 +1,166 @@
+"""What fitting a batch changes, as it was before: a run resumes there, or after the batch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from brain_lightning.protocol import BrainProtocol
+from brain_lightning.step.optimizers import all_optimizers, parameters_of
+
+from .epoch_statistics import EpochStatistics
+from .plain_values import State
+from .random_state import random_state
+from .saved_state import BatchState
+
+logger = logging.getLogger(__name__)
+
+# What a Brain counts while it fits.
+COUNTS = ("step", "avg_train_loss", "nonfinite_count", "optimizer_step")
+
+
+class BeforeBatch:
+    """The state before a batch.
+
+    The counts are always kept. Everything else is copied only where something may save in
+    the middle of a batch: gradients, buffers, statistics and random states before it, and
+    weights and optimizers before the first step that changes them.
+
+    Args:
+        brain: The Brain that trains.
+
+    Attributes:
+        is_whole: Whether everything was copied.
+        counts: Of the Brain, by name.
+        random: The random state.
+        statistics: What hooks had accumulated.
+        gradients: By the index of the parameter.
+    """
+
+    def __init__(self, brain: BrainProtocol) -> None:
+        self._brain = brain
+        self.is_whole = False
+        self.counts: State = {}
+        self.random: State = {}
+        self.statistics: State = {}
+        self.gradients: dict[int, Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
+        self._optimizers: dict[str, State] = {}
+        self._scaler: State = {}
+
+    def count(self) -> None:
+        """Keeps the counts before a batch."""
+        own = self._brain.__dict__
+        self.counts = {name: own[name] for name in COUNTS}
+
+    def copy(self, statistics: EpochStatistics) -> None:
+        """Copies everything that changes before a step.
+
+        Args:
+            statistics: Of the epoch.
+        """
+        brain = self._brain
+        self.is_whole = True
+        self.random = random_state()
+        self.statistics = statistics.copy()
+        self.gradients = {i: grad.clone() for i, grad in gradients(brain).items()}
+        self._buffers = {i: b.clone() for i, b in enumerate(brain.modules.buffers())}
+        self._scaler = brain.scaler.state_dict()
+
+    def copy_weights(self, optimizers: Iterable[Optimizer]) -> None:
+        """Copies what a step changes; called before it.
+
+        Args:
+            optimizers: Those that are about to step.
+        """
+        if not self.is_whole:
+            return
+        names = {id(optimizer): name for name, optimizer in _optimizers(self._brain).items()}
+        index = {id(p): i for i, p in enumerate(parameters(self._brain))}
+        try:
+            for optimizer in optimizers:
+                name = names.get(id(optimizer))
+                if name is not None and name not in self._optimizers:
+                    for p in parameters_of(optimizer):
+                        self._weights.setdefault(index[id(p)], p.detach().clone())
+                    self._optimizers[name] = copy.deepcopy(optimizer.state_dict())
+        except torch.OutOfMemoryError:
+            self.forget()
+            logger.warning(
+                "There is no memory for a copy of the weights: what is saved in the middle "
+                "of this batch cannot be resumed exactly."
+            )
+
+    def forget(self) -> None:
+        """Frees the copies, once the batch is over."""
+        self.is_whole = False
+        self.statistics, self.gradients, self._buffers = {}, {}, {}
+        self._weights, self._optimizers = {}, {}
+
+    def state(self) -> BatchState:
+        """What to undo when the batch is fitted again."""
+        return {
+            "weights": _on_cpu(self._weights),
+            "buffers": _on_cpu(self._buffers),
+            "optimizers": self._optimizers,
+            "scaler": self._scaler,
+            "optimizer_step": self.counts["optimizer_step"],
+        }
+
+
+def undo(brain: BrainProtocol, state: BatchState) -> None:
+    """Restores the state before a batch.
+
+    Args:
+        brain: The Brain, which has recovered the state in the middle of the batch.
+        state: From ``BeforeBatch.state``.
+    """
+    weights, buffers = parameters(brain), list(brain.modules.buffers())
+    with torch.no_grad():
+        for tensors, saved in ((weights, state["weights"]), (buffers, state["buffers"])):
+            for index, value in saved.items():
+                tensors[index].copy_(value)
+    optimizers = _optimizers(brain)
+    for name, saved_optimizer in state["optimizers"].items():
+        optimizers[name].load_state_dict(saved_optimizer)
+    if state["scaler"]:
+        brain.scaler.load_state_dict(state["scaler"])
+    brain.optimizer_step = state["optimizer_step"]
+
+
+def parameters(brain: BrainProtocol) -> list[Parameter]:
+    """The parameters of the modules and of the optimizers, each once.
+
+    Args:
+        brain: The Brain.
+    """
+    optimized = map(parameters_of, _optimizers(brain).values())
+    return list(dict.fromkeys(chain(brain.modules.parameters(), *optimized)))
+
+
+def gradients(brain: BrainProtocol) -> dict[int, Tensor]:
+    """The gradients that there are, by the index of the parameter.
+
+    Args:
+        brain: The Brain.
+    """
+    return {i: p.grad for i, p in enumerate(parameters(brain)) if p.grad is not None}
+
+
+def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
+    """Also those that a recipe has as an attribute, and steps itself."""
+    own = {name: v for name, v in vars(brain).items() if isinstance(v, Optimizer)}
+    return {**own, **all_optimizers(brain)}
+
+
+def _on_cpu(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    return {key: tensor.cpu() for key, tensor in tensors.items()}
