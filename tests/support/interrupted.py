@@ -13,7 +13,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as lightnings
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    default_collate,
+    get_worker_info,
+)
 
 from brain_lightning import Brain, Checkpointer, EpochCounter, to_lightning
 
@@ -39,7 +45,9 @@ class Setting:
         accumulation: Batches for one update, by the run option.
         optimizers: One, or two that step together.
         norm: Whether the model has buffers that every forward pass changes.
-        data: ``map``, ``workers`` (two), ``loader`` (of a class of its own, with a position).
+        data: ``map``; ``items`` of a stream, or a ``loader`` of a class of its own, which
+            have no length but a position.
+        workers: Whether the loader has two.
         own_fit_batch: Two optimizers that step one after the other, in a ``fit_batch``.
         listens: What the callback that makes events hears.
         callbacks: Names of those of Lightning.
@@ -55,6 +63,7 @@ class Setting:
     optimizers: int = 1
     norm: bool = True
     data: str = "map"
+    workers: bool = False
     own_fit_batch: bool = False
     listens: str = "all"
     callbacks: tuple[str, ...] = ()
@@ -114,13 +123,37 @@ class Examples(Dataset[Any]):
         return self.events(f"{name} {self.stage}", which)
 
 
-class Stream:
+class Items(IterableDataset[Any]):
+    """Examples one after the other, by turns of the workers, with a position."""
+
+    def __init__(self, items: int, events: Events) -> None:
+        self.examples, self.done = Examples(items, events, "TRAIN"), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        mine = range(worker, len(self.examples), workers)
+        while self.done < len(mine):
+            item = self.examples[mine[self.done]]
+            self.done += 1
+            yield item
+        self.done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = state["done"]
+
+
+class StatefulLoader(DataLoader[Any]):
     """A loader of a user's: it has no length, but a position."""
 
     def __init__(self, batches: int, events: Events) -> None:
+        super().__init__(Items(2 * batches, events), 2)
         self.batches, self.events, self.done = batches, events, 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         while self.done < self.batches:
             with self.events("fetch TRAIN", self.done):
                 self.done += 1
@@ -141,9 +174,13 @@ def loaders(setting: Setting, events: Events) -> tuple[Any, Any]:
     valid = Examples(2 * VALID_BATCHES, events, "VALID")
     valid_loader = DataLoader(valid, 2, collate_fn=valid.collate)
     if setting.data == "loader":
-        return Stream(setting.batches, events), valid_loader
-    train = Examples(2 * setting.batches * setting.processes, events, "TRAIN")
-    workers = 2 if setting.data == "workers" else 0
+        return StatefulLoader(setting.batches, events), valid_loader
+    items, workers = 2 * setting.batches * setting.processes, 2 * setting.workers
+    if setting.data == "items":
+        stream = Items(items, events)
+        collate = stream.examples.collate
+        return DataLoader(stream, 2, num_workers=workers, collate_fn=collate), valid_loader
+    train = Examples(items, events, "TRAIN")
     train_loader = DataLoader(
         train, 2, shuffle=True, num_workers=workers, collate_fn=train.collate
     )
