@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -54,7 +55,8 @@ class Setting:
         batches: Of a training epoch.
         epochs: How many.
         arguments: Of the Trainer.
-        processes: How many.
+        processes: How many; where there are several, each does all that the others do.
+        every: How many events there are to a point.
         ways: The ways of interruption that are possible.
     """
 
@@ -71,6 +73,7 @@ class Setting:
     epochs: int = 3
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
     processes: int = 1
+    every: int = 1
     ways: tuple[str, ...] = WAYS
 
 
@@ -340,7 +343,8 @@ def run(
         cut_at: The key of the event at which to interrupt it.
     """
     # Without a file that it could resume from it is seeded as the first.
-    seed(100 + len(list(folder.rglob("*.ckpt"))))
+    rank = int(os.environ.get("RANK", 0))
+    seed(100 + len(list(folder.rglob("*.ckpt"))) + 1000 * rank)
     events = Events(cut_at)
     brain = make_brain(setting, way, folder, events)
     heard_by = listener(events, setting.listens)
@@ -368,6 +372,8 @@ def make_brain(setting: Setting, way: str, folder: Path, events: Events) -> Reci
         "device": "cpu", "noprogressbar": True, "ckpt_interval_minutes": 0,
         "ckpt_interval_steps": 0, "grad_accumulation_factor": setting.accumulation,
     }  # fmt: skip
+    if setting.processes > 1:
+        options["distributed_backend"] = "gloo"
     if setting.accumulation == 1:
         # Not explicit: GradientAccumulationScheduler may set its own.
         del options["grad_accumulation_factor"]
@@ -392,10 +398,13 @@ def fit(
         }
         brain.fit(brain.counter, train, valid, trainer=arguments)
         return
+    several = (
+        {"devices": setting.processes, "strategy": "ddp"} if setting.processes > 1 else {}
+    )
     trainer = Trainer(
         accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=saves,
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
-        default_root_dir=folder, **setting.arguments,
+        default_root_dir=folder, **several, **setting.arguments,
     )  # fmt: skip
     path = folder / "saved.ckpt"
     last: Any = path if path.exists() else None
@@ -424,7 +433,7 @@ def state_of(
         "modules": brain.modules.state_dict(),
         "optimizers": {n: o.state_dict() for n, o in brain.optimizers_dict.items()},
         "schedule": brain.schedule.state_dict(),
-        "callbacks": {c.state_key: c.state_dict() for c in callbacks},
+        "callbacks": {c.state_key.split("{")[0]: c.state_dict() for c in callbacks},
         "trainer": {
             "current_epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
