@@ -34,7 +34,7 @@ def quietly() -> Iterator[None]:
         ("lean-accumulation", "ours", 7),
         ("loader-accumulation", "speechbrain", 17),
         ("halves-accumulation", "error-last", 19),
-        ("workers-accumulation", "ours-within", 41),
+        ("workers-accumulation", "ours-within", 61),
         pytest.param("average", "trainer", 29, marks=needs_lightning("2.6")),
     ],
 )
@@ -116,6 +116,19 @@ def test_what_is_over_is_not_started_again() -> None:
     assert Trace(ALONE).differs(ALONE[11:], {11}) is None
     assert Trace(ALONE).differs([START, *ALONE[11:]], {11}) is not None
     assert Trace(ALONE).differs([], {12}) is None
+
+
+def test_a_batch_that_was_fetched_before_a_validation() -> None:
+    fetch, *batch = (event(name, 1) for name in ("fetch TRAIN", "on_fit_batch_end"))
+    valid = [event(f"on_stage_{which} VALID", 0) for which in ("start", "end")]
+    trace = Trace([START, fetch, *valid, *batch, event("on_stage_end TRAIN", 1)])
+    assert trace.may_begin(1, True) == trace.may_begin(2, True) == {1}
+    assert trace.may_begin(3, False) == trace.may_begin(4, True) - {4, 5} == {3}
+    for begin, heard in ((1, [fetch, *valid]), (3, [fetch])):
+        rest = [START, *heard, *batch, event("on_stage_end TRAIN", 1)]
+        assert trace.differs(rest, {begin}) is None
+    assert trace.differs([START, fetch, valid[0]], {1}, 3) is None
+    assert trace.differs([START, fetch, *valid, *batch], {3}, 5) is not None
 
 
 def test_states_are_compared_bit_for_bit() -> None:

@@ -252,7 +252,9 @@ class Recipe(Brain):
             with self.events("on_stage_end TRAIN", told=(stage_loss, *gathered)):
                 self.train_stats = {"loss": stage_loss, "epoch": epoch}
             return
-        stats = tuple((self.train_stats or {}).items())
+        # Within an epoch there are those of the last one, which nobody keeps.
+        is_over = self.train_stats is not None and self.train_stats["epoch"] == epoch
+        stats = tuple(self.train_stats.items()) if self.train_stats and is_over else ()
         with self.events("on_stage_end VALID", told=(stage_loss, stats, *gathered)):
             self.schedule.step()
 
