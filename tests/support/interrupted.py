@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as lightnings
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader
 
 from brain_lightning import Brain, Checkpointer, EpochCounter, to_lightning
 
 from .events import Cut, Event, Events, Listener, SteppedAdam, listener
-from .resuming import drawn, seed
+from .interrupted_data import Examples, Items, StatefulLoader
+from .resuming import seed
 from .upstream import weights_only
 
 # How a run is interrupted, and what resumes it.
@@ -93,83 +87,6 @@ class Outcome:
 
 
 # ------------------------------------------------------------------------------- data
-
-
-def noise(x: Tensor) -> Tensor:
-    """From all three generators."""
-    return torch.randn_like(x) * np.random.rand() * 0.1 + drawn() * 0.1
-
-
-class Examples(Dataset[Any]):
-    """Noisy, and each is an event, in the process of the run at least."""
-
-    def __init__(self, items: int, events: Events, stage: str) -> None:
-        generator = torch.Generator().manual_seed(items)
-        self.inputs = torch.randn(items, 4, generator=generator)
-        self.events, self.stage = events, stage
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> Any:
-        with self._event("fetch", index):
-            x = self.inputs[index]
-            return x + noise(x), x[:1]
-
-    def collate(self, samples: list[Any]) -> Any:
-        with self._event("collate"):
-            return default_collate(samples)
-
-    def _event(self, name: str, which: Any = None) -> AbstractContextManager[None]:
-        if get_worker_info() is not None:
-            return nullcontext()
-        return self.events(f"{name} {self.stage}", which)
-
-
-class Items(IterableDataset[Any]):
-    """Examples one after the other, by turns of the workers, with a position."""
-
-    def __init__(self, items: int, events: Events) -> None:
-        self.examples, self.done = Examples(items, events, "TRAIN"), 0
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        mine = range(worker, len(self.examples), workers)
-        while self.done < len(mine):
-            item = self.examples[mine[self.done]]
-            self.done += 1
-            yield item
-        self.done = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
-
-
-class StatefulLoader(DataLoader[Any]):
-    """A loader of a user's: it has no length, but a position."""
-
-    def __init__(self, batches: int, events: Events) -> None:
-        super().__init__(Items(2 * batches, events), 2)
-        self.batches, self.events, self.done = batches, events, 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        while self.done < self.batches:
-            with self.events("fetch TRAIN", self.done):
-                self.done += 1
-                x = torch.full((2, 4), self.done / self.batches)
-                batch = x + noise(x), x[:, :1]
-            yield batch
-        self.done = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
 
 
 def loaders(setting: Setting, events: Events) -> tuple[Any, Any]:
@@ -392,28 +309,22 @@ def fit(
     """With the Brain's own Trainer where it has a Checkpointer, otherwise a user's."""
     train, valid = loaders(setting, brain.events)
     saves = any(isinstance(c, lightnings.Checkpoint) for c in callbacks)
+    arguments: dict[str, Any] = {"callbacks": callbacks, "enable_checkpointing": saves}
+    arguments |= setting.arguments
     if brain.checkpointer is not None:
-        arguments = {
-            "callbacks": callbacks,
-            "enable_checkpointing": saves,
-            **setting.arguments,
-        }
         brain.fit(brain.counter, train, valid, trainer=arguments)
         return
-    several = (
-        {"devices": setting.processes, "strategy": "ddp"} if setting.processes > 1 else {}
-    )
+    if setting.processes > 1:
+        arguments |= {"devices": setting.processes, "strategy": "ddp"}
     trainer = Trainer(
-        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=saves,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
-        default_root_dir=folder, **several, **setting.arguments,
+        accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, **arguments,
     )  # fmt: skip
     path = folder / "saved.ckpt"
-    last: Any = path if path.exists() else None
-    if way.startswith("error"):
-        last = "last"
+    last = path if path.exists() else None
     module = to_lightning(brain, epoch_counter=brain.counter)
-    trainer.fit(module, train, valid, ckpt_path=last, **weights_only(None))
+    ckpt_path: Any = "last" if way.startswith("error") else last
+    trainer.fit(module, train, valid, ckpt_path=ckpt_path, **weights_only(None))
 
 
 def save(way: str, folder: Path, brain: Recipe, heard_by: Listener) -> None:
@@ -431,6 +342,7 @@ def state_of(
 ) -> dict[str, Any]:
     """What a run has learned and counted, by name."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total
+    assert brain.optimizers_dict is not None
     everything = {
         "modules": brain.modules.state_dict(),
         "optimizers": {n: o.state_dict() for n, o in brain.optimizers_dict.items()},

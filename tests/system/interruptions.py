@@ -176,8 +176,8 @@ def describe(failures: list[Failure], limit: int | None) -> Iterator[str]:
 def show_point(setting: Setting, way: str, point: int, again: int | None) -> int:
     """Runs one point and prints all that differs, or raises what it raises."""
     if setting.processes > 1:
-        _, (*failures,) = check_with_ranks(setting.name, way, point, NEVER)
-        print(*(failures or ["equal"]), sep="\n")
+        _, failures = check_with_ranks(setting.name, way, point, NEVER)
+        print(*(failures if failures else ["equal"]), sep="\n")
         return 1 if failures else 0
     points = Points(setting, way, raises=True)
     trace, _ = points.alone
