@@ -343,7 +343,7 @@ def state_of(
     """What a run has learned and counted, by name."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total
     assert brain.optimizers_dict is not None
-    everything = {
+    everything: dict[str, Any] = {
         "modules": brain.modules.state_dict(),
         "optimizers": {n: o.state_dict() for n, o in brain.optimizers_dict.items()},
         "schedule": brain.schedule.state_dict(),
@@ -359,6 +359,9 @@ def state_of(
             "step": brain.step, "average": brain.avg_train_loss,
         },
     }  # fmt: skip
+    for state in everything["callbacks"].values():
+        # Of ModelCheckpoint, whose load_state_dict leaves it out.
+        state.pop("current_score", None)
     return dict(flattened("", everything, str(folder)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -135,9 +134,7 @@ class Trace:
         """
         expected = _ordered(self.events[:end])
         problems = [
-            self._compare(
-                _ordered(_without_refetch(heard[again:])), expected, begins, bool(again)
-            )
+            self._compare(_ordered(heard[again:]), expected, begins, bool(again))
             for again in (
                 (0, 1) if heard and heard[0].name == "on_stage_start TRAIN" else (0,)
             )
@@ -169,13 +166,6 @@ class Trace:
 
     def _name(self, index: int) -> str:
         return str(self._ordered[index]) if 0 <= index < len(self) else "the end"
-
-
-def _without_refetch(heard: Sequence[Event]) -> Sequence[Event]:
-    """A fitted batch is fetched again for callbacks that have not heard of it."""
-    fetched = itertools.takewhile(lambda event: event.name.startswith(FETCHES), heard)
-    rest = heard[len(list(fetched)) :]
-    return rest if rest and rest[0].name == "callback.on_train_batch_end" else heard
 
 
 def _ordered(events: Sequence[Event]) -> list[Event]:
