@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from brain_lightning import Brain, Checkpointer, EpochCounter, to_lightning
 
-from .events import Cut, Event, Events, Listener, SteppedAdam, listener
+from .events import Cut, Event, Events, SteppedAdam, listener
 from .interrupted_data import Examples, Items, StatefulLoader
 from .resuming import seed
 from .upstream import weights_only
@@ -163,6 +163,15 @@ class Recipe(Brain):
     def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
         self.events.now("on_fit_batch_end", told=(number(loss), should_step))
 
+    def save(self, way: str, folder: Path, trainer: Trainer) -> None:
+        """Saves as the way says, in the middle of an event."""
+        if way == "trainer":
+            trainer.save_checkpoint(folder / "saved.ckpt")
+        elif way.endswith("within"):
+            self.checkpointer.save_checkpoint(end_of_epoch=False)
+        else:
+            self.checkpointer.save_checkpoint()
+
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         gathered = (*self.losses, self.largest)
         if stage.name == "TRAIN":
@@ -269,7 +278,7 @@ def run(
     heard_by = listener(events, setting.listens)
     own = [heard_by, *lightning_callbacks(setting, folder)]
     if not way.startswith("error"):
-        events.save = lambda: save(way, folder, brain, heard_by)
+        events.save = lambda: brain.save(way, folder, heard_by.trainer)
     with suppress(Cut):
         fit(setting, way, folder, brain, [*own, *saving_callbacks(way, folder)])
     was_cut = events.was_cut
@@ -325,16 +334,6 @@ def fit(
     module = to_lightning(brain, epoch_counter=brain.counter)
     ckpt_path: Any = "last" if way.startswith("error") else last
     trainer.fit(module, train, valid, ckpt_path=ckpt_path, **weights_only(None))
-
-
-def save(way: str, folder: Path, brain: Recipe, heard_by: Listener) -> None:
-    """Saves as the way says, in the middle of an event."""
-    if way == "trainer":
-        heard_by.trainer.save_checkpoint(folder / "saved.ckpt")
-    elif way.endswith("within"):
-        brain.checkpointer.save_checkpoint(end_of_epoch=False)
-    else:
-        brain.checkpointer.save_checkpoint()
 
 
 def state_of(
