@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -17,12 +18,14 @@ from brain_lightning.lightning_internals.counters import (
     set_reloads,
 )
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
+from brain_lightning.resume.before_batch import restore_buffers
 from brain_lightning.resume.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
 
+from .averaging import AverageInUse
 from .recoverables import recover_beside_weights, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch
 from .told import Told
@@ -40,6 +43,7 @@ class LightningSide:
 
     Attributes:
         told: Which callbacks have heard what.
+        average: The average of weights that stands in for them.
     """
 
     def __init__(self, trainer: Trainer, run: Run, shows_bar: bool) -> None:
@@ -50,6 +54,7 @@ class LightningSide:
         self.saves_within_batch = saves_within_batch(trainer, run.brain)
         self.draws_ahead = self.saves_within_batch or saves_between_batches(trainer)
         self.told = Told(trainer, run)
+        self.average = AverageInUse()
         self._reloads: list[float] = []
         self._reported: set[str] = set()
 
@@ -92,6 +97,10 @@ class LightningSide:
         """See ``TrainerSide``."""
         return self.told.is_telling("on_train_batch_end")
 
+    def weights(self) -> AbstractContextManager[None]:
+        """See ``TrainerSide``."""
+        return self.average.put_back(self._trainer.lightning_module)
+
     def state_beside_weights(self) -> State:
         """See ``TrainerSide``."""
         return state_beside_weights(self._run)
@@ -121,6 +130,7 @@ class LightningSide:
         if resumed["beside_weights"]:
             recover_beside_weights(self._run, resumed["beside_weights"])
             resumed["end_of_epoch"] = False
+        restore_buffers(self._run.brain, resumed["buffers"])
         _resume_epochs(self._run, resumed)
         state = resumed["trainer"]
         if not state:

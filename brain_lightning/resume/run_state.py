@@ -15,7 +15,7 @@ from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.distributed.communication import gather, if_main_process, rank, world_size
 from brain_lightning.protocol import BrainProtocol
 
-from .before_batch import BeforeBatch, gradients, parameters, undo
+from .before_batch import BeforeBatch, buffers, differing, gradients, restore_gradients, undo
 from .data_position import DataPosition, recovered_batches
 from .epoch_statistics import EpochStatistics
 from .phase import Phase
@@ -205,9 +205,7 @@ class RunState:
             setattr(brain, name, epoch[name])  # type: ignore[literal-required]
         if epoch["statistics"] is not None:
             self._statistics.restore(epoch["statistics"])
-        for index, parameter in enumerate(parameters(brain)):
-            gradient = epoch["gradients"].get(index)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        restore_gradients(brain, epoch["gradients"])
         if epoch["before"] is not None:
             undo(brain, epoch["before"])
 
@@ -304,6 +302,7 @@ class RunState:
             "between": self.position.state_between_passes(),
             "trainer": of_trainer,
             "end_of_epoch": self.is_end_of_epoch,
+            "buffers": buffers(self.brain) if world_size() > 1 else {},
             "beside_weights": {},
         }
 
@@ -403,6 +402,9 @@ class RunState:
         """
         states = gather(self.state())
         if if_main_process():
+            first = states[0]["buffers"]
+            for state in states:
+                state["buffers"] = differing(state["buffers"], first)
             write_state({"processes": states}, str(path))
 
     def recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
