@@ -48,6 +48,10 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not as it was saved; another one may be."""
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A file is whole, and loading it would run code: it is left alone."""
+
+
 class NotInCheckpointError(CheckpointError):
     """A checkpoint was saved without something that is to be recovered."""
 

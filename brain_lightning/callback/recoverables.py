@@ -12,9 +12,30 @@ from torch.optim import Optimizer
 from brain_lightning.checkpoints.content import Content, content_of, load_content
 from brain_lightning.checkpoints.hooks import load_hook, save_hook
 from brain_lightning.checkpoints.recoverables import Recoverables
-from brain_lightning.protocol import hparams_of
+from brain_lightning.protocol import BrainProtocol, hparams_of
 from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.run import Run
+
+
+def run_state(brain: BrainProtocol) -> RunState:
+    """The state of a run that begins, a recoverable of the Brain's Checkpointer.
+
+    Args:
+        brain: The Brain. It must not be within another run, whose state is to be saved.
+
+    Returns:
+        The object of the Brain's earlier runs, where it has one, begun again.
+    """
+    checkpointer = brain.checkpointer
+    known = getattr(checkpointer, "recoverables", {}).get(KEY)
+    if isinstance(known, RunState) and known.brain is brain:
+        known.begin()
+        return known
+    new = RunState(brain)
+    if hasattr(checkpointer, "add_recoverable"):
+        hooks = (RunState.recover, RunState.save)
+        checkpointer.add_recoverable(KEY, new, *hooks, optional_load=True)
+    return new
 
 
 def recoverables_of(run: Run) -> Recoverables:

@@ -47,7 +47,7 @@ def saves_within_batch(trainer: Trainer, brain: BrainProtocol) -> bool:
         any(_saves_on_exception(callback) for callback in callbacks_of(trainer))
         or is_requeued(trainer)
         or _has_foreign_hooks(trainer, STEP_HOOKS)
-        or (brain.checkpointer is not None and _saves_in_a_batch(type(brain)))
+        or _saves_in_a_batch(type(brain))
     )
 
 

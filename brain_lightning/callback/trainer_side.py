@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.counters import (
@@ -17,11 +18,14 @@ from brain_lightning.lightning_internals.counters import (
     set_reloads,
 )
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
+from brain_lightning.resume.before_batch import restore_buffers
+from brain_lightning.resume.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
 
+from .averaging import AverageInUse
 from .recoverables import recover_beside_weights, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch
 from .told import Told
@@ -39,6 +43,7 @@ class LightningSide:
 
     Attributes:
         told: Which callbacks have heard what.
+        average: The average of weights that stands in for them.
     """
 
     def __init__(self, trainer: Trainer, run: Run, shows_bar: bool) -> None:
@@ -49,6 +54,7 @@ class LightningSide:
         self.saves_within_batch = saves_within_batch(trainer, run.brain)
         self.draws_ahead = self.saves_within_batch or saves_between_batches(trainer)
         self.told = Told(trainer, run)
+        self.average = AverageInUse()
         self._reloads: list[float] = []
         self._reported: set[str] = set()
 
@@ -91,6 +97,10 @@ class LightningSide:
         """See ``TrainerSide``."""
         return self.told.is_telling("on_train_batch_end")
 
+    def weights(self) -> AbstractContextManager[None]:
+        """See ``TrainerSide``."""
+        return self.average.put_back(self._trainer.lightning_module)
+
     def state_beside_weights(self) -> State:
         """See ``TrainerSide``."""
         return state_beside_weights(self._run)
@@ -120,6 +130,7 @@ class LightningSide:
         if resumed["beside_weights"]:
             recover_beside_weights(self._run, resumed["beside_weights"])
             resumed["end_of_epoch"] = False
+        restore_buffers(self._run.brain, resumed["buffers"])
         _resume_epochs(self._run, resumed)
         state = resumed["trainer"]
         if not state:
@@ -131,24 +142,40 @@ class LightningSide:
         run.train.batches = counts["batches"]
         set_progress(trainer, **counts)
         for callback in callbacks_of(trainer):
-            # Of a Lightning file its state is restored already; else max_time is per start.
-            if callback.state_key in state["callbacks"] and not isinstance(callback, Timer):
-                callback.load_state_dict(state["callbacks"][callback.state_key])
+            if callback.state_key in state["callbacks"]:
+                _load(callback, state["callbacks"][callback.state_key])
         # Since version 1.
         if "told" in state:
             self._reloads = state["reloads"]
             self.told.restore(state["told"])
-            run.metrics.restore(state["found"])
-            found = run.metrics.found(from_all_ranks=trainer.world_size > 1)
-            trainer.callback_metrics.update(state["metrics"])
-            trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
+            self._resume_metrics(state)
+            if run.run_state.resumed_phase is not Phase.VALID_OVER:
+                run.metrics.restore(state["found"])
             # A Timer may have stopped the run already.
             trainer.should_stop |= state["should_stop"]
+
+    def _resume_metrics(self, state: State) -> None:
+        """Gives callbacks that monitor what they would have read; it is not logged again."""
+        trainer, metrics = self._trainer, self._run.metrics
+        metrics.restore(state["found"])
+        found = metrics.take(from_all_ranks=trainer.world_size > 1)
+        trainer.callback_metrics.update(state["metrics"])
+        trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
 
     def resume_reloads(self) -> None:
         """Counts on from where loaders were made, once they are made for the resumed run."""
         if self._reloads:
             set_reloads(self._trainer, self._reloads)
+
+
+def _load(callback: Callback, state: State) -> None:
+    if isinstance(callback, Timer):
+        # From a Lightning file it is loaded already; else max_time is per start.
+        return
+    callback.load_state_dict(state)
+    if isinstance(callback, ModelCheckpoint):
+        # It saves it, and does not load it.
+        callback.current_score = state["current_score"]
 
 
 def _has_stopped_early(trainer: Trainer) -> bool:

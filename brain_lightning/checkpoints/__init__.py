@@ -2,7 +2,8 @@
 
 ``checkpointer`` saves and recovers, for the objects in ``recoverables``; ``async_save``
 does it in the background, and ``shared_recovery`` lets all processes recover the same
-checkpoint. ``hooks`` finds how an object is saved, ``state_files`` and
-``meta_file`` read and write its files. ``atomic_directory`` publishes a directory in one
-step, ``integrity`` checks it, ``checkpoint`` ranks and averages those that are there.
+checkpoint. ``hooks`` finds how an object is saved, ``state_files`` and ``meta_file`` read
+and write its files, ``epoch_files`` those of epoch counters. ``atomic_directory`` publishes
+a directory in one step, ``integrity`` checks it, ``checkpoint`` ranks and averages those
+that are there.
 """

@@ -22,6 +22,7 @@ from brain_lightning.errors import (
     CheckpointError,
     DamagedCheckpointError,
     NotInCheckpointError,
+    UnsafeCheckpointError,
 )
 
 from . import atomic_directory, integrity
@@ -30,7 +31,7 @@ from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
-from .shared_recovery import all_damaged, recover_first_ranks
+from .shared_recovery import none_is_loaded, recover_first_ranks
 from .state_files import PARAMFILE_EXT, write_state
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Checkpointer(Recoverables):
         self._snapshots = Snapshots()
         self._newest = 0.0
         self._names: set[str] = set()
-        # Checkpoints that this process has written, or has read and found intact.
+        # What this process has written, or has read and found intact.
         self._intact: set[Path] = set()
         os.makedirs(self.checkpoints_dir, exist_ok=True)
         if if_main_process():
@@ -303,27 +304,31 @@ class Checkpointer(Recoverables):
             The checkpoint, or None where there is none.
 
         Raises:
-            CheckpointError: There are some, but each is damaged.
+            CheckpointError: There are some, but each is damaged, or would run code.
         """
         found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate)
+        skipped: list[CheckpointError] = []
+
+        def load(checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
+            reasons = self._load_unless_damaged(checkpoint, others)
+            skipped.extend(reasons)
+            return not reasons
+
+        def failure(folder: Path) -> CheckpointError:
+            return none_is_loaded(folder, skipped, len(self.list_checkpoints()))
+
         together = self.recovers_together and communicates()
-        recovered: Checkpoint | None
         if together:
-            recovered = recover_first_ranks(
-                found, self._load_unless_damaged, self.checkpoints_dir
-            )
+            recovered = recover_first_ranks(found, load, self.checkpoints_dir, failure)
         else:
-            loaded = (
-                c for i, c in enumerate(found) if self._load_unless_damaged(c, found[i + 1 :])
-            )
-            recovered = next(loaded, None)
+            recovered = next((c for i, c in enumerate(found) if load(c, found[i + 1 :])), None)
         if recovered is not None:
-            return recovered
+            return recovered  # type: ignore[no-any-return]
         damaged = self.checkpoints_dir if found or self._has_damaged_only() else None
         if together:
             damaged = ddp_broadcast(damaged)
         if damaged is not None:
-            raise all_damaged(damaged)
+            raise failure(damaged)
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
 
@@ -332,45 +337,51 @@ class Checkpointer(Recoverables):
         paths = filter(atomic_directory.may_be_checkpoint, self.checkpoints_dir.iterdir())
         return any((p / METAFNAME).exists() for p in paths) and not self.list_checkpoints()
 
-    def _load_unless_damaged(self, checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
+    def _load_unless_damaged(
+        self, checkpoint: Checkpoint, others: list[Checkpoint]
+    ) -> list[CheckpointError]:
+        """Returns why a checkpoint was skipped for the others; nothing where it is loaded."""
         try:
             self.load_checkpoint(checkpoint)
-        except (DamagedCheckpointError, NotInCheckpointError) as error:
+        except (DamagedCheckpointError, UnsafeCheckpointError, NotInCheckpointError) as error:
             # SpeechBrain, killed in a save, leaves a checkpoint without some of its files.
             whole = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
             cut_short = whole and not integrity.has_checksums(checkpoint.path)
             if isinstance(error, NotInCheckpointError) and not cut_short:
                 raise
             logger.warning("%s is skipped: %s", checkpoint.path, error)
-            return False
-        return True
+            return [error]
+        return []
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Recovers every recoverable, once the whole checkpoint was read and checked.
 
         Args:
-            checkpoint: The checkpoint.
+            checkpoint: The checkpoint. An error of a load hook has a note of its object.
 
         Raises:
             DamagedCheckpointError: A file is not as it was saved.
+            UnsafeCheckpointError: A file would run code.
             CheckpointError: A recoverable is not in it, or has no way to be recovered.
         """
         try:
             integrity.check(checkpoint.path)
             found = self.read(checkpoint.paramfiles)
         except (CheckpointError, OSError) as error:
+            if isinstance(error, UnsafeCheckpointError):
+                raise
             raise DamagedCheckpointError(str(error)) from error
         files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         logger.info("Loading a checkpoint from %s", checkpoint.path)
-        try:
-            self.load(files, found, checkpoint.meta["end-of-epoch"])
-        except Exception as error:
-            checked = integrity.has_checksums(checkpoint.path) or files.keys() <= found.keys()
-            if checked or isinstance(error, CheckpointError):
-                raise
-            # SpeechBrain's other files have no checksums; the next checkpoint, where there
-            # is one, overwrites everything.
-            raise DamagedCheckpointError(f"a file cannot be read: {error}") from error
+        checked = integrity.has_checksums(checkpoint.path)
+        self.load(files, found, checkpoint.meta["end-of-epoch"], checked)
+
+    def _remedy(self, name: str) -> str:
+        hooks = "; ".join(
+            f"checkpointer.custom_load_hooks[{each!r}] = lambda *_: None"
+            for each in (name, *self.optimizers_of(name))
+        )
+        return f"To go on with the rest, and leave it as it is made: {hooks}."
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint, in no order; one whose meta cannot be read is left out."""

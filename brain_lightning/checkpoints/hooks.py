@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from brain_lightning.compat.speechbrain import default_hooks
+from brain_lightning.compat.speechbrain import default_hooks, repaired_kind
 from brain_lightning.distributed.communication import if_main_process
 
+from . import epoch_files
 from .state_files import torch_recovery, torch_save
 
 Hook = Callable[..., Any]
@@ -32,6 +33,24 @@ DEFAULT_SAVE_HOOKS: dict[type, Hook] = dict.fromkeys(STATEFUL, torch_save)
 DEFAULT_LOAD_HOOKS: dict[type, Hook] = dict.fromkeys(STATEFUL, torch_recovery)
 
 
+def _on_main(method: Hook) -> Hook:
+    @functools.wraps(method)
+    def on_main(obj: Any, path: str | Path) -> None:
+        if if_main_process():
+            method(obj, path)
+
+    return on_main
+
+
+# SpeechBrain saves its stopper as a counter, and does not recover that scheduler.
+REPAIRED_SAVE_HOOKS: dict[str | None, Hook] = {"stopper": _on_main(epoch_files.save_stopper)}
+REPAIRED_LOAD_HOOKS: dict[str | None, Hook] = {
+    "counter": epoch_files.load_counter,
+    "stopper": epoch_files.load_stopper,
+    "steps": epoch_files.load_steps,
+}
+
+
 def save_hook(obj: Any) -> Hook | None:
     """How an object is saved: as its class was registered, else by its ``state_dict``.
 
@@ -39,7 +58,7 @@ def save_hook(obj: Any) -> Hook | None:
         obj: The object.
     """
     default = torch_save if hasattr(obj, "state_dict") else None
-    return _registered(obj, DEFAULT_SAVE_HOOKS, "SAVE") or default
+    return _registered(obj, DEFAULT_SAVE_HOOKS, REPAIRED_SAVE_HOOKS, "SAVE") or default
 
 
 def load_hook(obj: Any) -> Hook | None:
@@ -49,13 +68,17 @@ def load_hook(obj: Any) -> Hook | None:
         obj: The object.
     """
     default = torch_recovery if hasattr(obj, "load_state_dict") else None
-    return _registered(obj, DEFAULT_LOAD_HOOKS, "LOAD") or default
+    return _registered(obj, DEFAULT_LOAD_HOOKS, REPAIRED_LOAD_HOOKS, "LOAD") or default
 
 
-def _registered(obj: Any, ours: Mapping[type, Hook], kind: str) -> Hook | None:
+def _registered(
+    obj: Any, ours: Mapping[type, Hook], repaired: Mapping[str | None, Hook], kind: str
+) -> Hook | None:
     """The hook of an object's class, or of the first of its bases that has one."""
     theirs = default_hooks(kind)
     for cls in type(obj).__mro__:
+        if hook := repaired.get(repaired_kind(cls)):
+            return hook
         # SpeechBrain's for torch's own classes do what ours do, but run what they load.
         if cls in ours or (cls in theirs and not cls.__module__.startswith("torch.")):
             return ours.get(cls) or theirs[cls]
@@ -130,12 +153,3 @@ def register_checkpoint_hooks(cls: Class, save_on_main_only: bool = True) -> Cla
         if hasattr(method, "_speechbrain_loader"):
             DEFAULT_LOAD_HOOKS[cls] = method
     return cls
-
-
-def _on_main(method: Hook) -> Hook:
-    @functools.wraps(method)
-    def on_main(obj: Any, path: str | Path) -> None:
-        if if_main_process():
-            method(obj, path)
-
-    return on_main

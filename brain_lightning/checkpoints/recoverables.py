@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import pickle
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from brain_lightning.compat.versions import add_note
 from brain_lightning.distributed.communication import if_main_process
-from brain_lightning.errors import CheckpointError, NotInCheckpointError
+from brain_lightning.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    NotInCheckpointError,
+)
 
 from . import state_files
 from .async_save import Snapshots
 from .hooks import Hook, load_hook, save_hook
 
 logger = logging.getLogger(__name__)
+
+# What readers raise where a file is not what was written, and for nothing else.
+UNREADABLE = (
+    yaml.YAMLError,
+    json.JSONDecodeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    UnicodeDecodeError,
+    EOFError,
+)
 
 
 class Recoverables:
@@ -165,16 +187,25 @@ class Recoverables:
         }
 
     def load(
-        self, files: Mapping[str, Path], states: Mapping[str, Any], end_of_epoch: bool
+        self,
+        files: Mapping[str, Path],
+        states: Mapping[str, Any],
+        end_of_epoch: bool,
+        checked: bool = True,
     ) -> None:
         """Calls the load hook of each recoverable.
+
+        An error of a hook has a note that says of which object and file it is, and what
+        was recovered before.
 
         Args:
             files: Files by name.
             states: What ``read`` returned for them.
             end_of_epoch: Whether an epoch had ended.
+            checked: Whether the files are known to be as they were saved.
 
         Raises:
+            DamagedCheckpointError: A file that was not checked cannot be read.
             CheckpointError: A recoverable has no way to be recovered.
         """
         hooks: dict[str, Hook] = {}
@@ -183,11 +214,53 @@ class Recoverables:
             if hook is None:
                 raise _no_hook("recover", name, obj, "load_state_dict", "custom_load_hook")
             hooks[name] = hook
+        recovered: list[str] = []
         for name, path in files.items():
-            if name in states:
-                state_files.apply_state(self.recoverables[name], states[name])
-            else:
-                hooks[name](self.recoverables[name], path, end_of_epoch)
+            try:
+                if name in states:
+                    state_files.apply_state(self.recoverables[name], states[name])
+                else:
+                    hooks[name](self.recoverables[name], path, end_of_epoch)
+            except Exception as error:
+                # Torch's archives have checksums of their own.
+                unsure = not checked and not zipfile.is_zipfile(path)
+                self._explain(error, name, path, recovered, unsure)
+                raise
+            recovered.append(name)
+
+    def _explain(
+        self, error: Exception, name: str, path: Path, recovered: Iterable[str], unsure: bool
+    ) -> None:
+        """Says where an error comes from, and what it leaves behind."""
+        changed = ", ".join(map(repr, recovered)) or "nothing"
+        before = f"{changed} was recovered before it"
+        if unsure and isinstance(error, UNREADABLE):
+            raise DamagedCheckpointError(
+                f"{path} cannot be read: {error}; {before}"
+            ) from error
+        note = f"{name!r} could not be recovered from {path}; {before}. {self._remedy(name)}"
+        if unsure:
+            note += " The file has no checksum: a kill may also have cut it short."
+        add_note(error, note.strip())
+
+    def _remedy(self, name: str) -> str:
+        """What may be done about an object that cannot be recovered."""
+        return ""
+
+    def optimizers_of(self, name: str) -> list[str]:
+        """The recoverable optimizers that hold a parameter of a module.
+
+        Args:
+            name: The name of any recoverable; what is no module has none.
+        """
+        module = self.recoverables[name]
+        own = set(map(id, module.parameters())) if isinstance(module, Module) else set()
+        return [
+            each
+            for each, obj in self.recoverables.items()
+            if isinstance(obj, Optimizer)
+            and any(id(p) in own for group in obj.param_groups for p in group["params"])
+        ]
 
     def _load_hook(self, name: str) -> Hook | None:
         return self.custom_load_hooks.get(name) or load_hook(self.recoverables[name])

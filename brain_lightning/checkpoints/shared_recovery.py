@@ -71,13 +71,19 @@ def _recover_speechbrains(checkpointer: Any, original: Any, *args: Any, **kwargs
     return recover_first_ranks(found, load, checkpointer.checkpoints_dir)
 
 
-def recover_first_ranks(found: Sequence[Any], load: Load, folder: Path) -> Any:
+def recover_first_ranks(
+    found: Sequence[Any],
+    load: Load,
+    folder: Path,
+    failure: Callable[[Path], CheckpointError] | None = None,
+) -> Any:
     """Recovers from the first rank's most important checkpoint that is intact.
 
     Args:
         found: The checkpoints of this process, the most important first.
         load: Loads one, or returns False where it is damaged.
         folder: Where the checkpoints of this process are.
+        failure: Makes the error where none could be loaded, of the first rank's folder.
 
     Returns:
         The checkpoint; None where there is none.
@@ -101,16 +107,30 @@ def recover_first_ranks(found: Sequence[Any], load: Load, folder: Path) -> Any:
         if checkpoint is not None:
             return checkpoint
     if count:
-        raise all_damaged(first_folder)
+        raise (failure or none_is_loaded)(first_folder)
     return None
 
 
-def all_damaged(folder: Path) -> CheckpointError:
-    """The error of a folder that has checkpoints, but none that is intact.
+def none_is_loaded(
+    folder: Path, skipped: Sequence[CheckpointError] = (), listed: int = 0
+) -> CheckpointError:
+    """The error of a folder that has checkpoints, but none that could be loaded.
+
+    Only what is damaged is called so, and all of them only where it is all of them.
 
     Args:
         folder: The folder.
+        skipped: Why those that were asked for were skipped.
+        listed: How many there are.
     """
+    whole = [each for each in skipped if not isinstance(each, DamagedCheckpointError)]
+    if whole:
+        return whole[0]
+    if listed > len(skipped) > 0:
+        return CheckpointError(
+            f"every checkpoint in {folder} that was asked for is damaged; there are "
+            f"{listed - len(skipped)} that min_key, max_key or ckpt_predicate leaves out"
+        )
     return CheckpointError(
         f"every checkpoint in {folder} is damaged: move them away to start anew"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from brain_lightning.compat.versions import PLAIN_GLOBALS
-from brain_lightning.errors import CheckpointError
+from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +80,17 @@ def load_state(path: str | Path) -> dict[str, Any]:
         The state, on the CPU; keys that SpeechBrain has renamed have their new names.
 
     Raises:
-        CheckpointError: The file is damaged, or would run code.
+        UnsafeCheckpointError: The file would run code.
+        CheckpointError: The file is damaged; or would run code, which nobody can tell
+            where it is no archive.
     """
     torch.serialization.add_safe_globals(PLAIN_GLOBALS)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
+        # A file that was cut short is no archive any more.
+        refusal = UnsafeCheckpointError if zipfile.is_zipfile(path) else CheckpointError
+        raise refusal(
             f"{path} would run code when loaded, or is damaged: only tensors and plain values "
             f"are loaded ({str(error).splitlines()[0]})"
         ) from error

@@ -194,6 +194,26 @@ def default_hooks(kind: str) -> dict[type, Any]:
     return _loaded("utils.checkpoints", f"DEFAULT_{kind}_HOOKS") or {}
 
 
+# Classes whose own hooks save too little, or recover too little: see checkpoints/hooks.py.
+_REPAIRED = {
+    ("speechbrain.utils.epoch_loop", "EpochCounter"): "counter",
+    ("speechbrain.utils.epoch_loop", "EpochCounterWithStopper"): "stopper",
+    ("speechbrain.nnet.schedulers", "InverseSquareRootScheduler"): "steps",
+}
+
+
+def repaired_kind(cls: type) -> str | None:
+    """The kind of file that objects of a class have here, in place of SpeechBrain's own.
+
+    Args:
+        cls: Any class.
+
+    Returns:
+        None for those that are saved and recovered as their class says.
+    """
+    return _REPAIRED.get((cls.__module__, cls.__name__))
+
+
 def register_checkpoint_hooks(*classes: Any) -> None:
     """Registers our classes with SpeechBrain's Checkpointer.
 

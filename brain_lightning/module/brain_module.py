@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from brain_lightning.callback.brain_callback import BrainCallback
 from brain_lightning.callback.profiling import end_when_profiled
+from brain_lightning.callback.recoverables import run_state
 from brain_lightning.callback.unsupported import check_backbone
 from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
@@ -25,7 +26,7 @@ from brain_lightning.lightning_internals.checkpoint_connector import take_newest
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol, check_hooks, hparam
-from brain_lightning.resume.run_state import KEY, RunState, run_state
+from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
 from brain_lightning.stages.run import Run
@@ -122,10 +123,13 @@ class BrainModule(LightningModule):
         Lightning calls this once the modules are on their device and the
         process group is up.
         """
-        unwrap_modules(self.brain)
-        several = self.trainer.world_size > 1
-        with recovers_together(self.brain.checkpointer) if several else nullcontext():
-            self.brain.on_fit_start()
+        brain, several = self.brain, self.trainer.world_size > 1
+        unwrap_modules(brain)
+        counts = brain.step, brain.avg_train_loss
+        with recovers_together(brain.checkpointer) if several else nullcontext():
+            brain.on_fit_start()
+        recovered = (brain.step, brain.avg_train_loss) != counts
+        self.run.run_state.has_recovered_counts = recovered
         if self._explicit is not None:
             # A callback that averages weights replaces the state by its average.
             weights = self._explicit.get("current_model_state", self._explicit["state_dict"])
@@ -133,13 +137,14 @@ class BrainModule(LightningModule):
             recover(self._explicit, self.run, self.state_dict(keep_vars=True))
             self._explicit = None
         if several:
-            updates = getattr(self.brain, "optimizer_step", 0)
             check_same(
-                "has recovered what there was", "how many updates they have done", updates
+                "has recovered what there was",
+                "how many updates they have done",
+                getattr(brain, "optimizer_step", 0),
             )
             self.run.epochs.is_collective = True
-        group = OptimizerGroup(self.brain)
-        check_backbone(self.trainer, self.brain, group)
+        group = OptimizerGroup(brain)
+        check_backbone(self.trainer, brain, group)
         return group
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -156,6 +156,53 @@ def gradients(brain: BrainProtocol) -> dict[int, Tensor]:
     return {i: p.grad for i, p in enumerate(parameters(brain)) if p.grad is not None}
 
 
+def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None:
+    """Restores gradients, but those of parameters that have another shape now.
+
+    Args:
+        brain: The Brain. A recipe may have left out modules of the checkpoint.
+        saved: From ``gradients``.
+    """
+    for index, parameter in enumerate(parameters(brain)):
+        gradient = saved.get(index)
+        if gradient is not None and gradient.shape != parameter.shape:
+            gradient = None
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def buffers(brain: BrainProtocol) -> dict[int, Tensor]:
+    """The buffers of the modules on the CPU, of which each process has its own.
+
+    Args:
+        brain: The Brain.
+    """
+    return _on_cpu(dict(enumerate(brain.modules.buffers())))
+
+
+def restore_buffers(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None:
+    """Restores buffers.
+
+    Args:
+        brain: The Brain.
+        saved: Some of ``buffers``.
+    """
+    for index, buffer in enumerate(brain.modules.buffers()):
+        if index in saved and saved[index].shape == buffer.shape:
+            buffer.copy_(saved[index])
+
+
+def differing(
+    tensors: Mapping[int, Tensor], others: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Those that another process has not.
+
+    Args:
+        tensors: Of one process.
+        others: Of the other one, by the same indices.
+    """
+    return {i: tensor for i, tensor in tensors.items() if not torch.equal(tensor, others[i])}
+
+
 def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
     """Also those that a recipe has as an attribute, and steps itself."""
     own = {name: v for name, v in vars(brain).items() if isinstance(v, Optimizer)}

@@ -15,6 +15,7 @@ from brain_lightning.compat import speechbrain
 from brain_lightning.data.dataloaders import SaveableDataLoader, twin
 
 from . import worker_states as workers
+from .examples import CountedBatches, Examples, adapt, layout, varies, warn
 from .plain_values import State
 from .random_state import random_state, set_random_state
 from .sampler_states import SamplerStates, plain_states
@@ -48,6 +49,7 @@ class DataPosition:
         # Whether the pass has ended: a stream that is asked again may start again.
         self._over = False
         self._loader: Any = None
+        self._examples = Examples(None)
         self._begun: State = {"samplers": []}
         self._samplers = SamplerStates(None)
         self._before_fetch: State | None = None
@@ -76,6 +78,7 @@ class DataPosition:
             next_worker, states = self._before
         return {
             "batches": fitted,
+            **self._examples.state(fitted, ahead),
             "begun": {**self._begun, "samplers": plain_states(self._begun["samplers"])},
             "draw": draw,
             "drawn": after_fetch if ahead else None,
@@ -101,15 +104,19 @@ class DataPosition:
             "workers": self._workers if persistent else {},
             "workers_persisted": _persist(self._loader),
             "num_workers": getattr(self._loader, "num_workers", 0),
+            "layout": _layout(self._loader),
         }
 
     def resume(self, state: State, loader: Any) -> None:
         """Restores a state, which takes effect in the next pass.
 
         Args:
-            state: From ``state`` or ``state_between_passes``.
+            state: From ``state`` or ``state_between_passes``. It is changed where the
+                batches of the loader are not those that it was saved with.
             loader: What ``fit`` was given; the epoch of its sampler is set later.
         """
+        if _layout(loader):
+            adapt(state, loader)
         self._resumed = state
         self._states_of(loader).resume(state.get("samplers", []))
 
@@ -155,6 +162,7 @@ class DataPosition:
         while isinstance(item, workers.WorkerBatch) and workers.is_placeholder(item.batch):
             item = next(iterator)
         self._fetched += 1
+        self._examples.fetch()
         if not isinstance(item, workers.WorkerBatch):
             return item
         self._before = (item.worker, self._workers)
@@ -173,6 +181,7 @@ class DataPosition:
             "samplers": samplers.now(),
             "workers_persisted": resumed.get("workers_persisted", _persist(loader)),
         }
+        self._examples = Examples(loader if _layout(loader) else None)
         recovered = _take_position(loader, self)
         self.fitted = self._fetched = resumed.get("batches", recovered)
         iterator = self._iterator(loader, resumed)
@@ -199,7 +208,17 @@ class DataPosition:
         self._resume_workers(loader, resumed)
         if self._fetched or loader.num_workers:
             return self._twins_iterator(loader, resumed)
-        return iter(loader)
+        # What a Checkpointer has recovered of it may be of another layout.
+        speechbrain.clear_position(loader)
+        return self._counted_iterator(loader) if varies(loader) else iter(loader)
+
+    def _counted_iterator(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Iterates a copy of the loader that records how large its batches are."""
+        counted = CountedBatches(loader.batch_sampler)
+        iterator = iter(twin(loader, batch_sampler=counted))
+        self._examples.count(counted, 0)
+        speechbrain.track_iterator(loader, iterator, 0)
+        return iterator
 
     def _warn_if_it_restarts(self, data: Any) -> None:
         if self._fetched:
@@ -231,17 +250,31 @@ class DataPosition:
         """Iterates a copy of the loader: the user's stays as it is."""
         new = None if resumed else _PERSISTENT.get(loader)
         if new is None:
-            new = self._twin(loader, bool(resumed))
+            new = self._twin(loader, resumed)
         if loader.persistent_workers:
             _PERSISTENT[loader] = new
         iterator = iter(new)
         for sampler in (new.batch_sampler, new.sampler):
             if isinstance(sampler, workers.SkippingSampler):
                 sampler.skip()
+                self._count(sampler, loader, resumed)
         speechbrain.track_iterator(loader, iterator, self._fetched - self._next_worker)
         return iterator
 
-    def _twin(self, loader: DataLoader[Any], resumed: bool) -> DataLoader[Any]:
+    def _count(self, skipping: workers.SkippingSampler, loader: Any, resumed: State) -> None:
+        """Counts the examples of batches whose sizes vary, from those that were skipped on."""
+        if not isinstance(skipping.sampler, CountedBatches):
+            return
+        # Persistent workers do not skip in their second pass.
+        skipped = skipping.skipped if resumed or self._fetched else 0
+        examples = self._examples.count(skipping.sampler, skipped)
+        known = self._fetched and resumed.get("examples") is not None
+        now, is_over = layout(loader), resumed.get("over")
+        if known and not is_over and (skipped != self._fetched or resumed["layout"] != now):
+            warn(resumed, now, examples)
+        self.fitted = self._fetched = skipped
+
+    def _twin(self, loader: DataLoader[Any], resumed: State) -> DataLoader[Any]:
         changes: dict[str, Any] = {}
         if loader.num_workers:
             changes["collate_fn"] = partial(workers.collate_with_state, loader.collate_fn)
@@ -256,9 +289,13 @@ class DataPosition:
         name = "batch_sampler" if batched else "sampler"
         skip = 0 if isinstance(loader.dataset, IterableDataset) else self._fetched
         # Persistent workers begin a pass without the random number that new ones need.
-        persisted = resumed and self._begun["workers_persisted"]
+        persisted = bool(resumed) and self._begun["workers_persisted"]
         random = self._begun["random"] if persisted else None
-        changes[name] = workers.SkippingSampler(getattr(loader, name), skip, before, random)
+        sampler, examples = getattr(loader, name), None
+        if varies(loader):
+            sampler = CountedBatches(sampler)
+            examples = resumed.get("skip_examples", resumed.get("examples"))
+        changes[name] = workers.SkippingSampler(sampler, skip, before, random, examples)
         new = twin(loader, **changes)
         speechbrain.clear_position(new)
         return new
@@ -288,6 +325,11 @@ def _is_data_loader(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and (
         type(loader).__iter__ is DataLoader.__iter__ or speechbrain.is_saveable_loader(loader)
     )
+
+
+def _layout(loader: Any) -> State:
+    """How the data are divided into batches, of loaders whose position is that of indices."""
+    return layout(loader) if isinstance(loader, Sequence) or _is_data_loader(loader) else {}
 
 
 def _persist(loader: Any) -> bool:

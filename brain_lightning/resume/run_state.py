@@ -15,7 +15,7 @@ from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.distributed.communication import gather, if_main_process, rank, world_size
 from brain_lightning.protocol import BrainProtocol
 
-from .before_batch import BeforeBatch, gradients, parameters, undo
+from .before_batch import BeforeBatch, buffers, differing, gradients, restore_gradients, undo
 from .data_position import DataPosition, recovered_batches
 from .epoch_statistics import EpochStatistics
 from .phase import Phase
@@ -65,6 +65,7 @@ class RunState:
         resumed: What was recovered and has not taken effect yet.
         explicit: Whether it comes from a file that the user named: then its epochs are
             over, even if the counter does not remember them.
+        has_recovered_counts: Whether ``on_fit_start`` has changed what the Brain counts.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -83,6 +84,7 @@ class RunState:
         self.loss: Any = None
         self.resumed: ProcessState | None = None
         self.explicit = False
+        self.has_recovered_counts = False
         self.validations: list[DataPosition] = []
         self._resumed_validations: dict[int, State] = {}
         self._statistics = EpochStatistics(self.brain)
@@ -150,8 +152,8 @@ class RunState:
             )
         if epoch is not None and epoch["stage_random"]:
             set_random_state(epoch["stage_random"])
-        elif epoch is None and not recovered_batches(loader):
-            # SpeechBrain's checkpoints of the end of TRAIN hold the counts of its epoch.
+        elif epoch is None and self.has_recovered_counts and not recovered_batches(loader):
+            # A checkpoint of the end of TRAIN holds the counts of its epoch.
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)
@@ -203,9 +205,7 @@ class RunState:
             setattr(brain, name, epoch[name])  # type: ignore[literal-required]
         if epoch["statistics"] is not None:
             self._statistics.restore(epoch["statistics"])
-        for index, parameter in enumerate(parameters(brain)):
-            gradient = epoch["gradients"].get(index)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        restore_gradients(brain, epoch["gradients"])
         if epoch["before"] is not None:
             undo(brain, epoch["before"])
 
@@ -302,6 +302,7 @@ class RunState:
             "between": self.position.state_between_passes(),
             "trainer": of_trainer,
             "end_of_epoch": self.is_end_of_epoch,
+            "buffers": buffers(self.brain) if world_size() > 1 else {},
             "beside_weights": {},
         }
 
@@ -401,6 +402,9 @@ class RunState:
         """
         states = gather(self.state())
         if if_main_process():
+            first = states[0]["buffers"]
+            for state in states:
+                state["buffers"] = differing(state["buffers"], first)
             write_state({"processes": states}, str(path))
 
     def recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
@@ -431,27 +435,6 @@ class RunState:
         is_own = is_own and end_of_epoch and not state["beside_weights"]
         self.resumed = None if is_own else state
         self._resumed_validations = {} if is_own else dict(enumerate(state["validations"]))
-
-
-def run_state(brain: BrainProtocol) -> RunState:
-    """The state of a run that begins, a recoverable of the Brain's Checkpointer.
-
-    Args:
-        brain: The Brain. It must not be within another run, whose state is to be saved.
-
-    Returns:
-        The object of the Brain's earlier runs, where it has one, begun again.
-    """
-    checkpointer = brain.checkpointer
-    known = getattr(checkpointer, "recoverables", {}).get(KEY)
-    if isinstance(known, RunState) and known.brain is brain:
-        known.begin()
-        return known
-    new = RunState(brain)
-    if hasattr(checkpointer, "add_recoverable"):
-        hooks = (RunState.recover, RunState.save)
-        checkpointer.add_recoverable(KEY, new, *hooks, optional_load=True)
-    return new
 
 
 def _plain_or_none(value: Any) -> Any:

@@ -55,7 +55,7 @@ class SamplerStates:
             if "state" in state:
                 sampler.load_state_dict(state["state"])
                 continue
-            if "generator" in state:
+            if "generator" in state and getattr(sampler, "generator", None) is not None:
                 sampler.generator.set_state(to_tensor(state["generator"]))
             _attributes(sampler).update(state["changed"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypedDict
 
 from torch import Tensor
@@ -77,6 +78,7 @@ class ProcessState(TypedDict):
         between: The position in the training data, for the next pass over it.
         trainer: The Trainer's.
         end_of_epoch: What the checkpoint's meta says; known when it is recovered.
+        buffers: Those of this process, by their index, where they differ from the first one's.
         beside_weights: What to recover beside weights and optimizers, as it was when a limit
             of the Trainer's had ended the epoch in its middle; empty where none has.
     """
@@ -91,6 +93,7 @@ class ProcessState(TypedDict):
     between: State
     trainer: State
     end_of_epoch: bool
+    buffers: dict[int, Tensor]
     beside_weights: State
 
 
@@ -114,6 +117,9 @@ class TrainerSide(Protocol):
 
     def state(self) -> State:
         """What there is to save of the Trainer."""
+
+    def weights(self) -> AbstractContextManager[None]:
+        """A context in which the weights are those that are trained, not an average."""
 
     def state_beside_weights(self) -> State:
         """Everything that is saved but modules, optimizers and the state of the run."""
@@ -154,4 +160,4 @@ def _from_version_0(state: State, end_of_epoch: bool) -> State:
             "loss": None,
             "before": None,
         }
-    return {**state, "version": VERSION, "epoch": epoch, "beside_weights": {}}
+    return {**state, "version": VERSION, "epoch": epoch, "buffers": {}, "beside_weights": {}}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import get_worker_info
 
+from .examples import skip_examples
 from .plain_values import State
 from .random_state import random_state, set_random_state
 
@@ -145,26 +146,37 @@ class SkippingSampler(Iterator[Any]):
         position: How many indices, or batches of indices, to skip.
         before: What to yield before those that follow.
         random: The random state to begin with, where it is not the current one.
+        examples: How many examples to skip at most, in place of ``position``.
+
+    Attributes:
+        sampler: The sampler.
+        skipped: How many were skipped, once they are.
     """
 
     def __init__(
-        self, sampler: Iterable[Any], position: int, before: list[Any], random: State | None
+        self,
+        sampler: Iterable[Any],
+        position: int,
+        before: list[Any],
+        random: State | None,
+        examples: int | None = None,
     ) -> None:
         self._random = random
-        self._sampler = sampler
-        self._position = position
+        self.sampler = sampler
+        self.skipped = position
+        self._examples = examples
         self._before = before
         self._indices: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         # Persistent workers begin a second pass with the sampler of the first.
-        return self if self._indices is None else iter(self._sampler)
+        return self if self._indices is None else iter(self.sampler)
 
     def __next__(self) -> Any:
         return next(self.skip())
 
     def __len__(self) -> int:
-        return len(self._sampler)  # type: ignore[arg-type]
+        return len(self.sampler)  # type: ignore[arg-type]
 
     def skip(self) -> Iterator[Any]:
         """Skips what comes before the position, if that is still to be done.
@@ -178,7 +190,10 @@ class SkippingSampler(Iterator[Any]):
         if self._indices is None:
             if self._random is not None:
                 set_random_state(self._random)
-            indices = iter(self._sampler)
-            next(itertools.islice(indices, self._position, self._position), None)
+            indices = iter(self.sampler)
+            if self._examples is None:
+                next(itertools.islice(indices, self.skipped, self.skipped), None)
+            else:
+                indices, self.skipped = skip_examples(indices, self._examples)
             self._indices = itertools.chain(self._before, indices)
         return self._indices

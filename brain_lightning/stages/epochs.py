@@ -6,12 +6,9 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from brain_lightning.checkpoints import hooks
+from brain_lightning.checkpoints import epoch_files, hooks
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import REMEDY, by_rank, compare
 from brain_lightning.distributed.communication import if_main_process
@@ -54,16 +51,11 @@ class EpochCounter:
 
     @hooks.mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
-        Path(path).write_text(str(self.current), encoding="utf-8")
+        epoch_files.save_counter(self, path)
 
     @hooks.mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
-        saved = int(Path(path).read_text(encoding="utf-8"))
-        self._resume_from(saved, end_of_epoch)
-
-    def _resume_from(self, epoch: int, end_of_epoch: bool) -> None:
-        # An epoch that was cut short is counted again.
-        self.current = epoch if end_of_epoch else epoch - 1
+        epoch_files.load_counter(self, path, end_of_epoch)
 
 
 @hooks.register_checkpoint_hooks
@@ -128,21 +120,11 @@ class EpochCounterWithStopper(EpochCounter):
 
     @hooks.mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
-        state = {
-            "current_epoch": self.current,
-            "best_epoch": self.best_limit,
-            "best_score": self.best_score,
-            "should_stop": self.should_stop,
-        }
-        Path(path).write_text(yaml.dump(state), encoding="utf-8")
+        epoch_files.save_stopper(self, path)
 
     @hooks.mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
-        state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        self._resume_from(state["current_epoch"], end_of_epoch)
-        self.best_limit = state["best_epoch"]
-        self.best_score = state["best_score"]
-        self.should_stop = state["should_stop"]
+        epoch_files.load_stopper(self, path, end_of_epoch)
 
 
 class Epochs:

@@ -141,7 +141,7 @@ class Run:
         brain = self.brain
         if not self.termination.is_requested(brain.device):
             return
-        with TemporaryAttributes() as temporary:
+        with self.trainer.weights(), TemporaryAttributes() as temporary:
             for name, value in self.run_state.counts.items():
                 temporary.set(brain, name, value)
             self.save_within_epoch()

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as lightnings
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader
 
 from brain_lightning import Brain, Checkpointer, EpochCounter, to_lightning
 
-from .events import Cut, Event, Events, Listener, SteppedAdam, listener
-from .resuming import drawn, seed
+from .events import Cut, Event, Events, SteppedAdam, listener
+from .interrupted_data import Examples, Items, StatefulLoader
+from .resuming import seed
 from .upstream import weights_only
 
 # How a run is interrupted, and what resumes it.
@@ -54,7 +49,8 @@ class Setting:
         batches: Of a training epoch.
         epochs: How many.
         arguments: Of the Trainer.
-        processes: How many.
+        processes: How many; where there are several, each does all that the others do.
+        every: How many events there are to a point.
         ways: The ways of interruption that are possible.
     """
 
@@ -71,6 +67,7 @@ class Setting:
     epochs: int = 3
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
     processes: int = 1
+    every: int = 1
     ways: tuple[str, ...] = WAYS
 
 
@@ -90,83 +87,6 @@ class Outcome:
 
 
 # ------------------------------------------------------------------------------- data
-
-
-def noise(x: Tensor) -> Tensor:
-    """From all three generators."""
-    return torch.randn_like(x) * np.random.rand() * 0.1 + drawn() * 0.1
-
-
-class Examples(Dataset[Any]):
-    """Noisy, and each is an event, in the process of the run at least."""
-
-    def __init__(self, items: int, events: Events, stage: str) -> None:
-        generator = torch.Generator().manual_seed(items)
-        self.inputs = torch.randn(items, 4, generator=generator)
-        self.events, self.stage = events, stage
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> Any:
-        with self._event("fetch", index):
-            x = self.inputs[index]
-            return x + noise(x), x[:1]
-
-    def collate(self, samples: list[Any]) -> Any:
-        with self._event("collate"):
-            return default_collate(samples)
-
-    def _event(self, name: str, which: Any = None) -> AbstractContextManager[None]:
-        if get_worker_info() is not None:
-            return nullcontext()
-        return self.events(f"{name} {self.stage}", which)
-
-
-class Items(IterableDataset[Any]):
-    """Examples one after the other, by turns of the workers, with a position."""
-
-    def __init__(self, items: int, events: Events) -> None:
-        self.examples, self.done = Examples(items, events, "TRAIN"), 0
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        mine = range(worker, len(self.examples), workers)
-        while self.done < len(mine):
-            item = self.examples[mine[self.done]]
-            self.done += 1
-            yield item
-        self.done = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
-
-
-class StatefulLoader(DataLoader[Any]):
-    """A loader of a user's: it has no length, but a position."""
-
-    def __init__(self, batches: int, events: Events) -> None:
-        super().__init__(Items(2 * batches, events), 2)
-        self.batches, self.events, self.done = batches, events, 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        while self.done < self.batches:
-            with self.events("fetch TRAIN", self.done):
-                self.done += 1
-                x = torch.full((2, 4), self.done / self.batches)
-                batch = x + noise(x), x[:, :1]
-            yield batch
-        self.done = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
 
 
 def loaders(setting: Setting, events: Events) -> tuple[Any, Any]:
@@ -243,13 +163,24 @@ class Recipe(Brain):
     def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
         self.events.now("on_fit_batch_end", told=(number(loss), should_step))
 
+    def save(self, way: str, folder: Path, trainer: Trainer) -> None:
+        """Saves as the way says, in the middle of an event."""
+        if way == "trainer":
+            trainer.save_checkpoint(folder / "saved.ckpt")
+        elif way.endswith("within"):
+            self.checkpointer.save_checkpoint(end_of_epoch=False)
+        else:
+            self.checkpointer.save_checkpoint()
+
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         gathered = (*self.losses, self.largest)
         if stage.name == "TRAIN":
             with self.events("on_stage_end TRAIN", told=(stage_loss, *gathered)):
                 self.train_stats = {"loss": stage_loss, "epoch": epoch}
             return
-        stats = tuple((self.train_stats or {}).items())
+        # Within an epoch there are those of the last one, which nobody keeps.
+        is_over = self.train_stats is not None and self.train_stats["epoch"] == epoch
+        stats = tuple(self.train_stats.items()) if self.train_stats and is_over else ()
         with self.events("on_stage_end VALID", told=(stage_loss, stats, *gathered)):
             self.schedule.step()
 
@@ -340,13 +271,14 @@ def run(
         cut_at: The key of the event at which to interrupt it.
     """
     # Without a file that it could resume from it is seeded as the first.
-    seed(100 + len(list(folder.rglob("*.ckpt"))))
+    rank = int(os.environ.get("RANK", 0))
+    seed(100 + len(list(folder.rglob("*.ckpt"))) + 1000 * rank)
     events = Events(cut_at)
     brain = make_brain(setting, way, folder, events)
     heard_by = listener(events, setting.listens)
     own = [heard_by, *lightning_callbacks(setting, folder)]
     if not way.startswith("error"):
-        events.save = lambda: save(way, folder, brain, heard_by)
+        events.save = lambda: brain.save(way, folder, heard_by.trainer)
     with suppress(Cut):
         fit(setting, way, folder, brain, [*own, *saving_callbacks(way, folder)])
     was_cut = events.was_cut
@@ -368,6 +300,8 @@ def make_brain(setting: Setting, way: str, folder: Path, events: Events) -> Reci
         "device": "cpu", "noprogressbar": True, "ckpt_interval_minutes": 0,
         "ckpt_interval_steps": 0, "grad_accumulation_factor": setting.accumulation,
     }  # fmt: skip
+    if setting.processes > 1:
+        options["distributed_backend"] = "gloo"
     if setting.accumulation == 1:
         # Not explicit: GradientAccumulationScheduler may set its own.
         del options["grad_accumulation_factor"]
@@ -384,35 +318,22 @@ def fit(
     """With the Brain's own Trainer where it has a Checkpointer, otherwise a user's."""
     train, valid = loaders(setting, brain.events)
     saves = any(isinstance(c, lightnings.Checkpoint) for c in callbacks)
+    arguments: dict[str, Any] = {"callbacks": callbacks, "enable_checkpointing": saves}
+    arguments |= setting.arguments
     if brain.checkpointer is not None:
-        arguments = {
-            "callbacks": callbacks,
-            "enable_checkpointing": saves,
-            **setting.arguments,
-        }
         brain.fit(brain.counter, train, valid, trainer=arguments)
         return
+    if setting.processes > 1:
+        arguments |= {"devices": setting.processes, "strategy": "ddp"}
     trainer = Trainer(
-        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=saves,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
-        default_root_dir=folder, **setting.arguments,
+        accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, **arguments,
     )  # fmt: skip
     path = folder / "saved.ckpt"
-    last: Any = path if path.exists() else None
-    if way.startswith("error"):
-        last = "last"
+    last = path if path.exists() else None
     module = to_lightning(brain, epoch_counter=brain.counter)
-    trainer.fit(module, train, valid, ckpt_path=last, **weights_only(None))
-
-
-def save(way: str, folder: Path, brain: Recipe, heard_by: Listener) -> None:
-    """Saves as the way says, in the middle of an event."""
-    if way == "trainer":
-        heard_by.trainer.save_checkpoint(folder / "saved.ckpt")
-    elif way.endswith("within"):
-        brain.checkpointer.save_checkpoint(end_of_epoch=False)
-    else:
-        brain.checkpointer.save_checkpoint()
+    ckpt_path: Any = "last" if way.startswith("error") else last
+    trainer.fit(module, train, valid, ckpt_path=ckpt_path, **weights_only(None))
 
 
 def state_of(
@@ -420,11 +341,12 @@ def state_of(
 ) -> dict[str, Any]:
     """What a run has learned and counted, by name."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total
-    everything = {
+    assert brain.optimizers_dict is not None
+    everything: dict[str, Any] = {
         "modules": brain.modules.state_dict(),
         "optimizers": {n: o.state_dict() for n, o in brain.optimizers_dict.items()},
         "schedule": brain.schedule.state_dict(),
-        "callbacks": {c.state_key: c.state_dict() for c in callbacks},
+        "callbacks": {c.state_key.split("{")[0]: c.state_dict() for c in callbacks},
         "trainer": {
             "current_epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
@@ -436,6 +358,9 @@ def state_of(
             "step": brain.step, "average": brain.avg_train_loss,
         },
     }  # fmt: skip
+    for state in everything["callbacks"].values():
+        # Of ModelCheckpoint, whose load_state_dict leaves it out.
+        state.pop("current_score", None)
     return dict(flattened("", everything, str(folder)))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from .events import Event
 
+FETCHES = ("fetch TRAIN", "collate TRAIN")
 # From the fetch of its first sample to the end of its fit.
 IN_A_BATCH = (
     "fetch TRAIN", "collate TRAIN", "callback.on_train_batch_start", "on_fit_batch_start",
@@ -22,14 +23,23 @@ IN_A_BATCH = (
 class Trace:
     """The trace of a run that was left alone.
 
+    Where a validation is in the middle of an epoch, the next batch has been fetched before
+    it. It is fetched again by who resumes during or after the validation, which then is not
+    made again. So traces are compared in an order in which it is fetched after it.
+
     Args:
         events: All of its events.
+
+    Attributes:
+        events: As they were.
     """
 
     def __init__(self, events: Sequence[Event]) -> None:
         self.events = list(events)
-        keys = [event.key for event in events]
-        assert len(set(keys)) == len(keys), "two events have the same name and place"
+        self._ordered = _ordered(self.events)
+        keys = [event.key for event in self._ordered]
+        self._places = {key: index for index, key in enumerate(keys)}
+        assert len(self._places) == len(keys), "two events have the same name and place"
         # Where what is not over begins, by event.
         self._begins = self._beginnings()
         self._within = self._epochs()
@@ -41,7 +51,7 @@ class Trace:
         found: list[int] = []
         batch = valid = None
         ended = 0
-        for index, event in enumerate(self.events):
+        for index, event in enumerate(self._ordered):
             begin = index
             if event.name in IN_A_BATCH:
                 begin = ended = batch = index if batch is None else batch
@@ -62,11 +72,11 @@ class Trace:
         """Whether who goes on with an event hears the start of the TRAIN stage again."""
         over = {
             event.place[0]: index
-            for index, event in enumerate(self.events)
+            for index, event in enumerate(self._ordered)
             if event.name in ("on_stage_end TRAIN", "on_stage_end VALID")
         }
         within, found = False, []
-        for index, event in enumerate(self.events):
+        for index, event in enumerate(self._ordered):
             found.append(within)
             if event.name == "on_stage_start TRAIN":
                 within = True
@@ -75,13 +85,18 @@ class Trace:
         return [*found, False]
 
     def may_begin(self, point: int, by_error: bool) -> set[int]:
-        """The events with which a run that was interrupted may go on, by their numbers.
+        """Where a run that was interrupted may go on, as ``differs`` takes it.
 
         Args:
-            point: The event at which it was interrupted.
+            point: The number of the event at which it was interrupted.
             by_error: Whether it was not done; otherwise it was done, and then saved.
         """
-        name, begin = self.events[point].name, self._begins[point]
+        name = self.events[point].name
+        fetched = self._fetched_for_later(point)
+        if fetched is not None:
+            return {fetched}
+        point = self._places[self.events[point].key]
+        begin = self._begins[point]
         if name == "stepped" or (name == "on_fit_batch_end" and by_error):
             # Whether its update is complete is a matter of taste.
             return {begin, point, point + 1}
@@ -97,6 +112,15 @@ class Trace:
         not_in_anything = begin == point and name not in IN_A_BATCH
         return {point + 1} if is_over or not_in_anything else {begin}
 
+    def _fetched_for_later(self, point: int) -> int | None:
+        """Where the validation begins before which an event fetches a batch."""
+        for event in self.events[point:]:
+            if not event.name.startswith(FETCHES):
+                is_start = event.name == "on_stage_start VALID"
+                is_fetch = self.events[point].name.startswith(FETCHES)
+                return self._places[event.key] if is_start and is_fetch else None
+        return None
+
     def differs(
         self, heard: Sequence[Event], begins: set[int] | range, end: int | None = None
     ) -> str | None:
@@ -108,12 +132,12 @@ class Trace:
             begins: Where it may begin.
             end: The number of events up to where it was interrupted again.
         """
-        expected = self.events[:end]
+        expected = _ordered(self.events[:end])
+        starts = (0, 1) if heard and heard[0].name == "on_stage_start TRAIN" else (0,)
         problems = [
-            self._compare(heard[again:], expected, begins, bool(again))
-            for again in (
-                (0, 1) if heard and heard[0].name == "on_stage_start TRAIN" else (0,)
-            )
+            self._compare(_ordered(rest), expected, begins, bool(again))
+            for again in starts
+            for rest in (_without_refetch(heard[again:]), heard[again:])
         ]
         return None if None in problems else problems[-1]
 
@@ -141,7 +165,33 @@ class Trace:
         return _first_difference(heard, expected[first:]) or "begins: at two places"
 
     def _name(self, index: int) -> str:
-        return str(self.events[index]) if 0 <= index < len(self) else "the end"
+        return str(self._ordered[index]) if 0 <= index < len(self) else "the end"
+
+
+def _without_refetch(heard: Sequence[Event]) -> Sequence[Event]:
+    """A fitted batch is fetched again for callbacks that have not heard of it."""
+    fetched = 0
+    while fetched < len(heard) and heard[fetched].name.startswith(FETCHES):
+        fetched += 1
+        if heard[fetched - 1].name.startswith("collate"):
+            break
+    return heard[fetched:]
+
+
+def _ordered(events: Sequence[Event]) -> list[Event]:
+    """What is fetched right before a validation comes after it."""
+    found: list[Event] = []
+    fetched: list[Event] = []
+    for event in events:
+        in_valid = "VALID" in event.name or event.name.startswith("callback.on_validation")
+        if event.name.startswith(FETCHES):
+            fetched.append(event)
+        else:
+            if not in_valid:
+                found += fetched
+                fetched = []
+            found.append(event)
+    return found + fetched
 
 
 def _first_difference(heard: Sequence[Event], expected: Sequence[Event]) -> str | None:
