@@ -106,7 +106,7 @@ class BrainCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handles SIGTERM, where there is something to save with."""
-        self._side.resume_reloads()
+        self._side.resume_after_loading()
         if self._detects_anomalies:
             # By detect_anomaly around the run, which Lightning has just switched off.
             torch.autograd.set_detect_anomaly(True)

@@ -20,6 +20,8 @@ from tests.support.upstream import weights_only
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),
+    pytest.mark.filterwarnings("ignore:You have overridden `transfer_batch_to_device`"),
     pytest.mark.filterwarnings("ignore:When using .Trainer.accumulate_grad_batches != 1"),
 ]
 
@@ -53,7 +55,7 @@ def brain_of(kind: str, folder: Path, saves_at: str = "VALID", **options: Any) -
     brain.hparams.epoch_counter.limit = 3
     if kind == "speechbrain":
         counter = brain.hparams.epoch_counter
-        brain.checkpointer = Checkpointer(folder, {"counter": counter})
+        brain.checkpointer = Checkpointer(folder, {"counter": counter, "brain": brain})
     return brain
 
 
