@@ -28,20 +28,26 @@ pytestmark = [
 
 
 class Failing(torch.optim.SGD):
-    """Fails in the step of a number, in its middle: one parameter is changed."""
+    """Fails in the step of a number, in its middle, or once it and the scaler are done."""
 
     steps = 0
     fails_at: int | None = None
+    fails_in = "step"
 
     def step(self, closure: Any = None) -> Any:
         if closure is not None:
             closure()
         self.steps += 1
-        if self.steps == self.fails_at:
+        if self.steps == self.fails_at and self.fails_in == "step":
             with torch.no_grad():
                 self.param_groups[0]["params"][0].add_(1)
             raise Cut
         return super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.steps == self.fails_at and self.fails_in == "zero_grad":
+            raise Cut
+        super().zero_grad(set_to_none)
 
 
 class Normed(Noisy):
@@ -60,12 +66,13 @@ class Two(Normed):
     """Two optimizers that step together; the second fails."""
 
     fails_at: int | None = None
+    fails_in = "step"
 
     def init_optimizers(self) -> None:
         model = self.modules.model
         self.first = torch.optim.Adam([model.weight, *self.modules.norm.parameters()], 0.01)
         self.second = Failing([model.bias], 0.1, momentum=0.9)
-        self.second.fails_at = self.fails_at
+        self.second.fails_at, self.second.fails_in = self.fails_at, self.fails_in
         self.optimizers_dict = {"first": self.first, "second": self.second}
 
 
@@ -160,10 +167,11 @@ class Scaled(Two):
         return loss
 
 
-@pytest.mark.parametrize("step", [4, 5, 9])
-def test_the_state_of_the_scaler(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize("where", ["step", "zero_grad"])
+@pytest.mark.parametrize("step", [3, 5, 9])
+def test_the_state_of_the_scaler(tmp_path: Path, step: int, where: str) -> None:
     def fails(brain: Any) -> None:
-        brain.fails_at = step
+        brain.fails_at, brain.fails_in = step, where
 
     whole, resumed = whole_and_resumed(tmp_path, lambda: brain_of(Scaled), fails)
     assert whole.scaler.get_scale() not in (1.0, 2.0**10)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.errors import CheckpointError
@@ -54,11 +55,22 @@ def test_directories_of_0_1_0_are_resumed(folder: Path, name: str, epochs: set[s
     assert_ends_as_expected(fit(new(folder / name)), epochs)
 
 
+class Counts(Callback):
+    """What a Trainer has counted in the end: steps, epochs and batches."""
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        batches = module.run.train.batches
+        self.found = [trainer.global_step, trainer.current_epoch, batches]
+
+
 @pytest.mark.parametrize(("name", "epochs"), CASES)
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be")
 def test_files_of_0_1_0_are_resumed(folder: Path, name: str, epochs: set[str]) -> None:
-    brain = fit_with_trainer(new(), path=folder / f"{name}.ckpt")
+    counts = Counts()
+    brain = fit_with_trainer(new(), counts, path=folder / f"{name}.ckpt")
     assert_ends_as_expected(brain, epochs)
+    whole = version_0.EPOCHS * version_0.BATCHES
+    assert counts.found == [brain.optimizer_step, version_0.EPOCHS, whole]
 
 
 def newer(states: Any) -> Any:
