@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,10 @@ def test_speechbrains_own_checkpoint_of_the_end_of_training(
     first.hparams.epoch_counter.limit = 1
     fit(first, valid)
     assert first.optimizer_step == 2
+    # As SpeechBrain does it: the epoch begins with the counts of the one before.
+    plain = theirs(shutil.copytree(tmp_path, tmp_path / "copy"), grad_accumulation_factor=3)
+    assert fit(plain, valid).hparams.steps[0] == ("TRAIN", 2, BATCHES + 1)
+    shutil.rmtree(tmp_path / "copy")
     again = theirs(tmp_path, saves, grad_accumulation_factor=3)
     with patch_speechbrain():
         fit(again, valid)
