@@ -20,7 +20,7 @@ from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_lo
 from brain_lightning.lightning_internals.signals import is_lightning_handler
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
-from brain_lightning.resume.phase import Phase
+from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes

@@ -18,8 +18,7 @@ from brain_lightning.lightning_internals.counters import (
     set_reloads,
 )
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
-from brain_lightning.resume.before_batch import restore_buffers
-from brain_lightning.resume.phase import Phase
+from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
@@ -130,7 +129,6 @@ class LightningSide:
         if resumed["beside_weights"]:
             recover_beside_weights(self._run, resumed["beside_weights"])
             resumed["end_of_epoch"] = False
-        restore_buffers(self._run.brain, resumed["buffers"])
         _resume_epochs(self._run, resumed)
         state = resumed["trainer"]
         if not state:
