@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -97,12 +96,6 @@ class BrainCallback(Callback):
         self._side.told.watch(others, self._for_the_run)
         self._side.average.watch(others, self._for_the_run)
         self._begin_log()
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Saves the weights where an average stands in for them."""
-        self._side.average.correct(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handles SIGTERM, where there is something to save with."""

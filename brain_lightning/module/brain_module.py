@@ -182,6 +182,8 @@ class BrainModule(LightningModule):
         """Adds what Lightning does not save, unless weights alone are saved."""
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
             checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
+            # After the callbacks: WeightAveraging may have exchanged the weights.
+            self.run.trainer.correct(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps an explicit ``ckpt_path``: it wins over what a Checkpointer recovers."""
