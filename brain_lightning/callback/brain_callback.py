@@ -99,7 +99,7 @@ class BrainCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handles SIGTERM, where there is something to save with."""
-        self._side.resume_reloads()
+        self._side.resume_after_loading()
         if self._detects_anomalies:
             # By detect_anomaly around the run, which Lightning has just switched off.
             torch.autograd.set_detect_anomaly(True)
@@ -109,9 +109,9 @@ class BrainCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage, unless a resumed epoch is validated already."""
         run, loop = self.run, fit_loop_of(trainer)
+        show_epoch(trainer, run.epochs)
         if run.run_state.resumed_phase is Phase.VALID_OVER:
             return
-        show_epoch(trainer, run.epochs)
         length = run.train.loader.known_length()
         limited = loop.start_epoch(length)
         run.train.steps_on_last_batch = reconcile_accumulation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from torch import GradScaler
+from torch import GradScaler, Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -13,6 +13,7 @@ from brain_lightning.checkpoints.content import Content, content_of, load_conten
 from brain_lightning.checkpoints.hooks import load_hook, save_hook
 from brain_lightning.checkpoints.recoverables import Recoverables
 from brain_lightning.protocol import BrainProtocol, hparams_of
+from brain_lightning.resume.plain_values import State, plain_values
 from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.run import Run
 
@@ -82,25 +83,56 @@ def _is_frozen(obj: object) -> bool:
 
 
 def state_beside_weights(run: Run) -> Content:
-    """Everything but modules, optimizers and the state of the run itself.
+    """Everything but modules, states of optimizers and the state of the run itself.
 
     Args:
         run: The run.
 
     Returns:
-        As ``content_of``.
+        As ``content_of``, and ``groups``: the options of each parameter group, such as a
+        learning rate, by the optimizer's name.
     """
-    return content_of(_beside_weights(run), {"unixtime": time.time(), "end-of-epoch": False})
+    meta = {"unixtime": time.time(), "end-of-epoch": False}
+    groups = {
+        name: [plain_values(_options(group)) for group in optimizer.param_groups]
+        for name, optimizer in _optimizers(run).items()
+    }
+    return {**content_of(_beside_weights(run), meta), "groups": groups}
 
 
 def recover_beside_weights(run: Run, content: Content) -> None:
-    """Recovers it.
+    """Recovers it, without the options of optimizers.
 
     Args:
         run: The run that begins.
         content: From ``state_beside_weights``.
     """
     load_content(_beside_weights(run), content)
+
+
+def recover_options(run: Run, groups: State) -> None:
+    """Recovers the options of optimizers, once the Trainer has loaded their states.
+
+    Args:
+        run: The run that begins.
+        groups: From ``state_beside_weights``.
+    """
+    for name, optimizer in _optimizers(run).items():
+        for group, saved in zip(optimizer.param_groups, groups.get(name, ()), strict=False):
+            for option, value in saved.items():
+                if isinstance(group[option], Tensor):
+                    group[option].copy_(value)
+                else:
+                    group[option] = value
+
+
+def _options(group: State) -> State:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _optimizers(run: Run) -> dict[str, Optimizer]:
+    found = recoverables_of(run).recoverables.items()
+    return {name: obj for name, obj in found if isinstance(obj, Optimizer)}
 
 
 def _beside_weights(run: Run) -> Recoverables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -72,8 +73,9 @@ def _saves_in_a_batch(cls: type) -> bool:
         SAVES.intersection(_names(function.__code__))
         for base in cls.__mro__
         if not base.__module__.startswith(("brain_lightning.", "speechbrain."))
-        for name, function in vars(base).items()
-        if isinstance(function, FunctionType) and name not in OUTSIDE
+        for name, value in vars(base).items()
+        # Also one that is decorated.
+        if isinstance(function := inspect.unwrap(value), FunctionType) and name not in OUTSIDE
     )
 
 

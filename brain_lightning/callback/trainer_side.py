@@ -29,7 +29,7 @@ from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
 
-from .recoverables import recover_beside_weights, state_beside_weights
+from .recoverables import recover_beside_weights, recover_options, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch
 from .told import Told
 
@@ -59,6 +59,7 @@ class LightningSide:
         self.told = Told(trainer, run)
         self.average = AverageInUse()
         self._reloads: list[float] = []
+        self._groups: State = {}
         self._reported: set[str] = set()
 
     def state(self) -> State:
@@ -136,6 +137,7 @@ class LightningSide:
         """
         if resumed["beside_weights"]:
             recover_beside_weights(self._run, resumed["beside_weights"])
+            self._groups = resumed["beside_weights"]["groups"]
             resumed["end_of_epoch"] = False
         _resume_epochs(self._run, resumed)
         state = resumed["trainer"]
@@ -168,8 +170,9 @@ class LightningSide:
         trainer.callback_metrics.update(state["metrics"])
         trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
 
-    def resume_reloads(self) -> None:
-        """Counts on from where loaders were made, once they are made for the resumed run."""
+    def resume_after_loading(self) -> None:
+        """Restores what the Trainer has changed since ``resume``: it made loaders."""
+        recover_options(self._run, self._groups)
         if self._reloads:
             set_reloads(self._trainer, self._reloads)
 

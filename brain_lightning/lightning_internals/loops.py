@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -18,6 +19,7 @@ from brain_lightning.stages.sharded_evaluation import shard_length
 from brain_lightning.temporary import TemporaryAttributes
 
 from .counters import add
+from .trainer_callbacks import callbacks_of
 
 # Where a resumed epoch has no batch left.
 AFTER_TRAINING = (Phase.TRAIN_OVER, Phase.VALID_OVER)
@@ -154,7 +156,11 @@ class BrainEpochLoop(_TrainingEpochLoop):
             return
         run.run_state.resume_after_validation(run.train.loader.loader)
         trainer.validating = True
-        call._call_callback_hooks(trainer, "on_validation_end")
+        with TemporaryAttributes() as temporary:
+            # A bar has begun no validation in this process.
+            others = [c for c in callbacks_of(trainer) if not isinstance(c, ProgressBar)]
+            temporary.set(trainer, "callbacks", others)
+            call._call_callback_hooks(trainer, "on_validation_end")
         trainer.training = True
 
     def _validate_if_due(self, data_fetcher: Any) -> None:

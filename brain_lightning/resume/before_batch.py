@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -59,6 +60,7 @@ class BeforeBatch:
         self._weights: dict[int, Tensor] = {}
         self._optimizers: dict[str, State] = {}
         self._scaler: State = {}
+        self._warned: set[str] = set()
 
     def count(self) -> None:
         """Keeps the counts before a batch."""
@@ -76,9 +78,10 @@ class BeforeBatch:
         self.is_whole = True
         self.random = random_state()
         self.statistics = statistics.copy()
-        self.gradients = {i: grad.clone() for i, grad in gradients(brain).items()}
-        self._buffers = {i: b.clone() for i, b in enumerate(brain.modules.buffers())}
         self._scaler = brain.scaler.state_dict()
+        with self._as_far_as_there_is_memory():
+            self.gradients = {i: grad.clone() for i, grad in gradients(brain).items()}
+            self._buffers = {i: b.clone() for i, b in enumerate(brain.modules.buffers())}
 
     def copy_weights(self, optimizers: Iterable[Optimizer]) -> None:
         """Copies what a step changes; called before it.
@@ -90,19 +93,34 @@ class BeforeBatch:
             return
         names = {id(optimizer): name for name, optimizer in _optimizers(self._brain).items()}
         index = {id(p): i for i, p in enumerate(parameters(self._brain))}
-        try:
+        with self._as_far_as_there_is_memory():
             for optimizer in optimizers:
                 name = names.get(id(optimizer))
                 if name is not None and name not in self._optimizers:
                     for p in parameters_of(optimizer):
                         self._weights.setdefault(index[id(p)], p.detach().clone())
                     self._optimizers[name] = copy.deepcopy(optimizer.state_dict())
+
+    @contextmanager
+    def _as_far_as_there_is_memory(self) -> Iterator[None]:
+        try:
+            yield
         except torch.OutOfMemoryError:
             self.forget()
-            logger.warning(
-                "There is no memory for a copy of the weights: what is saved in the middle "
-                "of this batch cannot be resumed exactly."
+            self.warn_once(
+                "There is no memory for a copy of what a batch changes: what is saved in the "
+                "middle of one cannot be resumed exactly."
             )
+
+    def warn_once(self, message: str) -> None:
+        """Warns once in a run.
+
+        Args:
+            message: What of.
+        """
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
     def forget(self) -> None:
         """Frees the copies, once the batch is over."""

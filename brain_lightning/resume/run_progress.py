@@ -383,7 +383,7 @@ class RunProgress:
             **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
         }
         if not before.is_whole:
-            logger.warning(
+            before.warn_once(
                 "A checkpoint is saved in the middle of a batch, where nothing was expected "
                 "to save: a run that resumes from it fits this batch again, with what it had "
                 "changed already."

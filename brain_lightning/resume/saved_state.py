@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypedDict
 
 from torch import Tensor
 
+from brain_lightning.errors import CheckpointError
 from brain_lightning.phase import Phase
 
 from .plain_values import State
@@ -147,8 +148,18 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
     Args:
         state: As it was read.
         end_of_epoch: What the checkpoint's meta says.
+
+    Raises:
+        CheckpointError: The file is of a newer version.
     """
-    if "version" not in state:
+    version = state.get("version", 0)
+    if version > VERSION:
+        raise CheckpointError(
+            "the state of the run was saved by a newer brain_lightning, as version "
+            f"{version}, and this one reads versions up to {VERSION}: upgrade "
+            "brain_lightning, or recover a checkpoint that this one has saved"
+        )
+    if version == 0:
         state = _from_version_0(state, end_of_epoch)
     return {**state, "end_of_epoch": end_of_epoch}  # type: ignore[typeddict-item]
 

@@ -110,7 +110,7 @@ class OptimizerGroup(Optimizer):
 
     @param_groups.setter
     def param_groups(self, value: list[Any]) -> None:
-        """Ignores the empty list that ``Optimizer.__init__`` starts from."""
+        """Ignores what BackboneFinetuning restores, for ``AddedGroups`` has, and ``[]``."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Gives the last member another group, as BackboneFinetuning asks for.

@@ -1,0 +1,105 @@
+"""Files of older versions are read, and those of newer ones refused in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from brain_lightning.checkpoints.state_files import load_state, write_state
+from brain_lightning.errors import CheckpointError
+from brain_lightning.resume import saved_state
+from brain_lightning.resume.run_state import KEY
+from tests.support.golden import version_0
+from tests.support.golden.version_0 import Small, fit, fit_with_trainer, new
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What brain_lightning 0.1.0 has left."""
+    version_0.extract(tmp_path)
+    return tmp_path
+
+
+def assert_ends_as_expected(brain: Small, epochs: set[str]) -> None:
+    expected = json.loads(version_0.EXPECTED.read_text())
+    found = version_0.outcome(brain)
+    for name in ("weight", "bias"):
+        # Another processor may round the last bit differently.
+        one, other = torch.tensor(found[name]), torch.tensor(expected[name])
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert found["optimizer_step"] == expected["optimizer_step"]
+    # The numbers of the epochs that end after the checkpoint; all losses of each.
+    assert found["sums"].keys() == epochs
+    for epoch in epochs:
+        assert found["sums"][epoch] == pytest.approx(expected["sums"][epoch], abs=1e-6)
+
+
+def test_the_expected_weights_are_those_of_a_run_that_never_stopped() -> None:
+    brain = new()
+    torch.manual_seed(3)
+    assert_ends_as_expected(fit(brain), {"1", "2", "3"})
+
+
+CASES = [("within", {"2", "3"}), ("end", {"3"})]
+
+
+@pytest.mark.parametrize(("name", "epochs"), CASES)
+def test_directories_of_0_1_0_are_resumed(folder: Path, name: str, epochs: set[str]) -> None:
+    assert_ends_as_expected(fit(new(folder / name)), epochs)
+
+
+@pytest.mark.parametrize(("name", "epochs"), CASES)
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be")
+def test_files_of_0_1_0_are_resumed(folder: Path, name: str, epochs: set[str]) -> None:
+    brain = fit_with_trainer(new(), path=folder / f"{name}.ckpt")
+    assert_ends_as_expected(brain, epochs)
+
+
+def newer(states: Any) -> Any:
+    for state in states["processes"]:
+        state["version"] = saved_state.VERSION + 1
+    return states
+
+
+WORDS = f"as version {saved_state.VERSION + 1}.*up to {saved_state.VERSION}: upgrade"
+
+
+@pytest.mark.parametrize("name", ["within", "end"])
+def test_a_newer_directory_is_refused(tmp_path: Path, name: str) -> None:
+    def run(cut: Any = None) -> Small:
+        brain = new(tmp_path, steps=3 if name == "within" else 0)
+        brain.cut = cut
+        return fit(brain)
+
+    with pytest.raises(version_0.Cut):
+        run(lambda brain: brain.step == 5 and brain.hparams.epoch_counter.current == 2)
+    newest = max(tmp_path.glob("CKPT*"))
+    file = newest / f"{KEY}.ckpt"
+    write_state(newer(load_state(file)), file)
+    (newest / "checksums.yaml").unlink()
+    with pytest.raises(CheckpointError, match=WORDS):
+        run()
+
+
+def test_a_newer_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "within.ckpt"
+    fit_with_trainer(new(), version_0.Saves(path))
+    saved = torch.load(path, weights_only=False)
+    newer(saved[KEY]["states"][KEY])
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=WORDS):
+        fit_with_trainer(new(), path=path)
+
+
+@pytest.mark.parametrize("version", [saved_state.VERSION + 1, 99])
+def test_the_words_name_the_version(version: int) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"version {version}, .*upgrade brain_lightning"
+    ):
+        saved_state.migrated({"version": version}, end_of_epoch=True)
