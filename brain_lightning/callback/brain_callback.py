@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +19,7 @@ from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_lo
 from brain_lightning.lightning_internals.signals import is_lightning_handler
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
-from brain_lightning.resume.phase import Phase
+from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
@@ -97,12 +96,6 @@ class BrainCallback(Callback):
         self._side.told.watch(others, self._for_the_run)
         self._side.average.watch(others, self._for_the_run)
         self._begin_log()
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Saves the weights where an average stands in for them."""
-        self._side.average.correct(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handles SIGTERM, where there is something to save with."""

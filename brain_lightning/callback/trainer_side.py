@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -17,15 +18,17 @@ from brain_lightning.lightning_internals.counters import (
     set_progress,
     set_reloads,
 )
-from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, has_hook
-from brain_lightning.resume.before_batch import restore_buffers
-from brain_lightning.resume.phase import Phase
+from brain_lightning.lightning_internals.trainer_callbacks import (
+    AverageInUse,
+    callbacks_of,
+    has_hook,
+)
+from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
 
-from .averaging import AverageInUse
 from .recoverables import recover_beside_weights, recover_options, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch
 from .told import Told
@@ -102,6 +105,10 @@ class LightningSide:
         """See ``TrainerSide``."""
         return self.average.put_back(self._trainer.lightning_module)
 
+    def correct(self, checkpoint: dict[str, Any]) -> None:
+        """See ``TrainerSide``."""
+        self.average.correct(checkpoint)
+
     def state_beside_weights(self) -> State:
         """See ``TrainerSide``."""
         return state_beside_weights(self._run)
@@ -132,7 +139,6 @@ class LightningSide:
             recover_beside_weights(self._run, resumed["beside_weights"])
             self._groups = resumed["beside_weights"]["groups"]
             resumed["end_of_epoch"] = False
-        restore_buffers(self._run.brain, resumed["buffers"])
         _resume_epochs(self._run, resumed)
         state = resumed["trainer"]
         if not state:

@@ -2,5 +2,6 @@
 
 ``dataloaders`` makes loaders, chooses their samplers, and has the loader whose position a
 Checkpointer saves. ``samplers`` has SpeechBrain's two: one that shuffles reproducibly by
-epoch, and one that shards what another sampler yields among processes.
+epoch, and one that shards what another sampler yields among processes. ``examples`` counts
+the examples in batches, to find a position where batches have another size by now.
 """

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
 from brain_lightning.stages.run import Run
+from brain_lightning.step.added_groups import AddedGroups
 from brain_lightning.step.compile import COMPILED_PREFIX
 from brain_lightning.step.optimizers import OptimizerGroup
+from brain_lightning.temporary import TemporaryAttributes
 
 from .checkpoint_file import check_content, content, recover
 
@@ -126,7 +129,10 @@ class BrainModule(LightningModule):
         brain, several = self.brain, self.trainer.world_size > 1
         unwrap_modules(brain)
         counts = brain.step, brain.avg_train_loss
-        with recovers_together(brain.checkpointer) if several else nullcontext():
+        together = recovers_together(brain.checkpointer) if several else nullcontext()
+        with together, TemporaryAttributes() as temporary:
+            make = partial(self._init_optimizers, brain.init_optimizers)
+            temporary.override(brain, "init_optimizers", make)
             brain.on_fit_start()
         recovered = (brain.step, brain.avg_train_loss) != counts
         self.run.run_state.has_recovered_counts = recovered
@@ -143,9 +149,13 @@ class BrainModule(LightningModule):
                 getattr(brain, "optimizer_step", 0),
             )
             self.run.epochs.is_collective = True
-        group = OptimizerGroup(brain)
-        check_backbone(self.trainer, brain, group)
-        return group
+        return OptimizerGroup(brain)
+
+    def _init_optimizers(self, init_optimizers: Callable[[], None]) -> None:
+        """``init_optimizers`` of the Brain, before anything is recovered."""
+        init_optimizers()
+        check_backbone(self.trainer, self.brain, OptimizerGroup(self.brain))
+        AddedGroups(self.brain)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights by the names that they have where nothing is compiled or wrapped."""
@@ -172,6 +182,8 @@ class BrainModule(LightningModule):
         """Adds what Lightning does not save, unless weights alone are saved."""
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
             checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
+            # After the callbacks: WeightAveraging may have exchanged the weights.
+            self.run.trainer.correct(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps an explicit ``ckpt_path``: it wins over what a Checkpointer recovers."""

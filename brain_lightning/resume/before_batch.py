@@ -19,6 +19,7 @@ from brain_lightning.step.optimizers import all_optimizers, parameters_of
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State
+from .process_state import synchronizes
 from .random_state import random_state
 from .saved_state import BatchState
 
@@ -41,6 +42,7 @@ class BeforeBatch:
     Attributes:
         is_whole: Whether everything was copied.
         counts: Of the Brain, by name.
+        synchronizes: See ``process_state``.
         random: The random state.
         statistics: What hooks had accumulated.
         gradients: By the index of the parameter.
@@ -50,6 +52,7 @@ class BeforeBatch:
         self._brain = brain
         self.is_whole = False
         self.counts: State = {}
+        self.synchronizes: list[bool] = []
         self.random: State = {}
         self.statistics: State = {}
         self.gradients: dict[int, Tensor] = {}
@@ -63,6 +66,7 @@ class BeforeBatch:
         """Keeps the counts before a batch."""
         own = self._brain.__dict__
         self.counts = {name: own[name] for name in COUNTS}
+        self.synchronizes = synchronizes(self._brain)
 
     def copy(self, statistics: EpochStatistics) -> None:
         """Copies everything that changes before a step.
@@ -186,39 +190,6 @@ def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None
         if gradient is not None and gradient.shape != parameter.shape:
             gradient = None
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
-
-
-def buffers(brain: BrainProtocol) -> dict[int, Tensor]:
-    """The buffers of the modules on the CPU, of which each process has its own.
-
-    Args:
-        brain: The Brain.
-    """
-    return _on_cpu(dict(enumerate(brain.modules.buffers())))
-
-
-def restore_buffers(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None:
-    """Restores buffers.
-
-    Args:
-        brain: The Brain.
-        saved: Some of ``buffers``.
-    """
-    for index, buffer in enumerate(brain.modules.buffers()):
-        if index in saved and saved[index].shape == buffer.shape:
-            buffer.copy_(saved[index])
-
-
-def differing(
-    tensors: Mapping[int, Tensor], others: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    """Those that another process has not.
-
-    Args:
-        tensors: Of one process.
-        others: Of the other one, by the same indices.
-    """
-    return {i: tensor for i, tensor in tensors.items() if not torch.equal(tensor, others[i])}
 
 
 def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from brain_lightning.compat import speechbrain
 from brain_lightning.data.dataloaders import SaveableDataLoader, twin
+from brain_lightning.data.examples import CountedBatches, Examples, adapt, layout, varies, warn
 
 from . import worker_states as workers
-from .examples import CountedBatches, Examples, adapt, layout, varies, warn
 from .plain_values import State
 from .random_state import random_state, set_random_state
 from .sampler_states import SamplerStates, plain_states

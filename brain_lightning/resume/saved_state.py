@@ -8,8 +8,8 @@ from typing import Any, Protocol, TypedDict
 from torch import Tensor
 
 from brain_lightning.errors import CheckpointError
+from brain_lightning.phase import Phase
 
-from .phase import Phase
 from .plain_values import State
 
 # Of the content of a file. Version 0 is that of brain_lightning 0.1.0, which has none.
@@ -81,6 +81,7 @@ class ProcessState(TypedDict):
         trainer: The Trainer's.
         end_of_epoch: What the checkpoint's meta says; known when it is recovered.
         buffers: Those of this process, by their index, where they differ from the first one's.
+        synchronizes: Whether modules make their buffers the first one's when they are called.
         beside_weights: What to recover beside weights and optimizers, as it was when a limit
             of the Trainer's had ended the epoch in its middle; empty where none has.
     """
@@ -96,6 +97,7 @@ class ProcessState(TypedDict):
     trainer: State
     end_of_epoch: bool
     buffers: dict[int, Tensor]
+    synchronizes: list[bool]
     beside_weights: State
 
 
@@ -122,6 +124,13 @@ class TrainerSide(Protocol):
 
     def weights(self) -> AbstractContextManager[None]:
         """A context in which the weights are those that are trained, not an average."""
+
+    def correct(self, checkpoint: State) -> None:
+        """Exchanges an average for the weights in what is saved.
+
+        Args:
+            checkpoint: The content of a Lightning file.
+        """
 
     def state_beside_weights(self) -> State:
         """Everything that is saved but modules, optimizers and the state of the run."""
@@ -172,4 +181,5 @@ def _from_version_0(state: State, end_of_epoch: bool) -> State:
             "loss": None,
             "before": None,
         }
-    return {**state, "version": VERSION, "epoch": epoch, "buffers": {}, "beside_weights": {}}
+    new: State = {"buffers": {}, "synchronizes": [], "beside_weights": {}}
+    return {**state, **new, "version": VERSION, "epoch": epoch}

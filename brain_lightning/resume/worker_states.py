@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import get_worker_info
 
-from .examples import skip_examples
+from brain_lightning.data.examples import skip_examples
+
 from .plain_values import State
 from .random_state import random_state, set_random_state
 

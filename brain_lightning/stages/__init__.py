@@ -13,6 +13,7 @@ on_stage_start(TRAIN)   run.train.start             C.on_train_epoch_start
 fit_batch               run.train.fit               M.optimizer_step where Lightning steps,
                                                     M.training_step where the Brain does,
                                                     M.fit_batch in our lean loop
+(save? SIGTERM?)        run.train.end_batch         M.on_train_batch_end
 next(train_set)         run.train.fetch             M.on_train_batch_end
 on_stage_end(TRAIN)     run.train.end               M.on_train_batch_end of the last batch,
                                                     C.on_train_epoch_end without any batch
@@ -21,6 +22,8 @@ evaluate_batch(VALID)   run.valid.evaluate          M.validation_step
 on_stage_end(VALID)     run.valid.end               M.on_validation_epoch_end
 (another epoch?)        Run.end_epoch               C.on_train_epoch_end
 next(epoch_counter)     Epochs.more                 before C.on_train_epoch_start
+(for epoch in …)        Run.start_epoch             before C.on_train_epoch_start
+                        Run.finish_epoch            after C.on_train_epoch_end
 on_evaluate_start       run.test.recover_best       M.on_test_model_eval
 on_stage_start(TEST)    run.test.start              M.on_test_model_eval
 evaluate_batch(TEST)    run.test.evaluate           M.test_step

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from brain_lightning.distributed.communication import world_size
-from brain_lightning.resume.phase import Phase
+from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
 
 from . import sharded_evaluation as sharding

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from brain_lightning.distributed.termination import EXIT_STATUS, Termination
+from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.resume.phase import Phase
 from brain_lightning.resume.run_state import RunState
 from brain_lightning.resume.saved_state import TrainerSide
 from brain_lightning.temporary import TemporaryAttributes

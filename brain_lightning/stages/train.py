@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from brain_lightning.distributed.communication import on_any_rank
-from brain_lightning.resume.phase import Phase
+from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
 
 from .base import RunStage

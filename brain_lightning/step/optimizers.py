@@ -110,22 +110,7 @@ class OptimizerGroup(Optimizer):
 
     @param_groups.setter
     def param_groups(self, value: list[Any]) -> None:
-        """Gives each member its groups, by their names, as BackboneFinetuning resumes.
-
-        Args:
-            value: Empty where ``Optimizer.__init__`` begins.
-        """
-        for name, member in self.members.items() if value else ():
-            # It has frozen them before it restores them.
-            known = {id(p) for p in parameters_of(member)}
-            member.param_groups = [
-                {key: option for key, option in group.items() if key != "name"}
-                for group in value
-                if group["name"] == name or group["name"].startswith(f"{name}/")
-            ]
-            for parameter in parameters_of(member):
-                if id(parameter) not in known:
-                    parameter.requires_grad_(True)
+        """Ignores what BackboneFinetuning restores, for ``AddedGroups`` has, and ``[]``."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Gives the last member another group, as BackboneFinetuning asks for.

@@ -28,10 +28,10 @@ TRAINS = "tests.system.distributed.trains"
 
 
 def run(
-    launcher: Iterable[str], folder: Path, what: str = "nothing", rank: int = 1
+    launcher: Iterable[str], folder: Path, what: str = "nothing", rank: int = 1, **more: str
 ) -> subprocess.CompletedProcess[str]:
     script = ["-m", TRAINS, str(folder), what, str(rank)]
-    return run_python(*launcher, *script)
+    return run_python(*launcher, *script, **more)
 
 
 def learned(folder: Path) -> list[Any]:
@@ -77,6 +77,17 @@ def test_what_was_cut_goes_on_as_if_nothing_had_happened(
     assert list((tmp_path / "save").glob("CKPT*"))
     done = run(TORCHRUN, tmp_path)
     assert done.returncode == 0, done.stderr
+    assert_same(whole, learned(tmp_path))
+
+
+def test_what_was_cut_goes_on_without_a_shared_disk(tmp_path: Path, whole: list[Any]) -> None:
+    disks = {"SAVE_IN": "save{}"}
+    assert run(TORCHRUN, tmp_path, "kill", **disks).returncode != 0
+    assert list((tmp_path / "save0").glob("CKPT*"))
+    assert not list((tmp_path / "save1").iterdir())
+    done = run(TORCHRUN, tmp_path, **disks)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1: none): all recover CKPT+" in done.stderr
     assert_same(whole, learned(tmp_path))
 
 

@@ -52,7 +52,9 @@ def main(folder: Path, what: str, rank: int) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.3), nn.Linear(8, CLASSES))
     counter = EpochCounter(3)
-    checkpointer = Checkpointer(folder / "save", {"model": model, "counter": counter})
+    # A folder of each process's own stands for the disk of a node.
+    save = folder / os.environ.get("SAVE_IN", "save").format(os.environ.get("RANK"))
+    checkpointer = Checkpointer(save, {"model": model, "counter": counter})
     brain = Noisy(
         {"model": model},
         lambda parameters: torch.optim.Adam(parameters, 0.02),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from .plain_values import State
+State = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 

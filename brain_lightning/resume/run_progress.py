@@ -1,0 +1,423 @@
+"""The progress of a run: its phase, its numbers, and the state that follows from them."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from brain_lightning.distributed.communication import world_size
+from brain_lightning.phase import Phase
+from brain_lightning.protocol import BrainProtocol
+
+from .before_batch import BeforeBatch, gradients, restore_gradients, undo
+from .data_position import DataPosition, recovered_batches
+from .epoch_statistics import EpochStatistics
+from .plain_values import NotPlainError, State, plain
+from .process_state import (
+    buffers,
+    restore_buffers,
+    restore_synchronizes,
+    synchronizes,
+)
+from .random_state import random_state, set_random_state
+from .saved_state import VERSION, EpochState, ProcessState, TrainerSide
+
+logger = logging.getLogger(__name__)
+
+# What a Brain counts in TRAIN, and a validation overwrites.
+COUNTS = ("step", "avg_train_loss", "nonfinite_count")
+
+
+class _Moment(NamedTuple):
+    """What a validation changes, as it was before."""
+
+    epoch: EpochState | None
+    random: State
+    validations: list[State]
+    synchronizes: list[bool]
+
+
+class RunProgress:
+    """The progress of a run of a Brain, from which it can be resumed.
+
+    The stages of the run say in which ``phase`` it is. What is saved follows from that:
+    the random states, the position in the data, the gradients of an accumulation window
+    that is not full, and the statistics of the epoch. What is recovered takes effect when
+    the next epoch begins, because the hooks before its first batch are called again.
+
+    Args:
+        brain: The Brain that runs.
+
+    Attributes:
+        phase: What is done of the epoch.
+        position: In the training data.
+        before: The state before the current batch.
+        trainer: The Trainer's side; None before the run has one.
+        epochs: The number of epochs that have begun.
+        drawn: The number of epochs that the epoch counter has yielded in this run.
+        number: What it yielded last.
+        loss: Of the batch that was fitted last.
+        validations: The positions in the validation data.
+        resumed: What was recovered and has not taken effect yet.
+        explicit: Whether it comes from a file that the user named: then its epochs are
+            over, even if the counter does not remember them.
+        has_recovered_counts: Whether ``on_fit_start`` has changed what the Brain counts.
+    """
+
+    def __init__(self, brain: BrainProtocol) -> None:
+        self.brain = brain
+        self._saved_by = uuid.uuid4().hex
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a run."""
+        self.phase = Phase.EPOCH_OVER
+        self.position = DataPosition()
+        self.before = BeforeBatch(self.brain)
+        self.trainer: TrainerSide | None = None
+        self.epochs = self.drawn = 0
+        self.number: Any = None
+        self.loss: Any = None
+        self.resumed: ProcessState | None = None
+        self.explicit = False
+        self.has_recovered_counts = False
+        self.validations: list[DataPosition] = []
+        self._resumed_validations: dict[int, State] = {}
+        self._statistics = EpochStatistics(self.brain)
+        self._stage_random: State = {}
+        # Of TRAIN, from when something else overwrites the Brain's.
+        self._counts: State = {}
+        self._before_validation: _Moment | None = None
+        # Where a limit of the Trainer's has ended an epoch in its middle.
+        self._cut_short: ProcessState | None = None
+
+    @contextmanager
+    def entering(self, phase: Phase) -> Iterator[None]:
+        """Calls a hook that completes a phase.
+
+        Args:
+            phase: It counts as complete for what the hook saves, but not where the hook
+                fails: it is to be called again.
+
+        Yields:
+            None
+        """
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        except BaseException:
+            self.phase = before
+            raise
+
+    # ----------------------------------------------------------------- resuming
+
+    @property
+    def resumed_epoch(self) -> EpochState | None:
+        """The epoch that is to be resumed in its middle."""
+        return None if self.resumed is None else self.resumed["epoch"]
+
+    @property
+    def resumed_phase(self) -> Phase | None:
+        """Its phase."""
+        return None if self.resumed_epoch is None else Phase[self.resumed_epoch["phase"]]
+
+    def start_epoch(self, number: Any) -> None:
+        """Starts an epoch, before any hook hears of it.
+
+        Args:
+            number: What the epoch counter yielded.
+        """
+        self.epochs += 1
+        self.drawn += 1
+        self.number, self._stage_random = number, {}
+        self.phase = Phase.STARTING
+        resumed, epoch = self.resumed, self.resumed_epoch
+        if resumed is not None and (epoch is None or not epoch["stage_random"]):
+            set_random_state(resumed["random"])
+
+    def start_training(self, loader: Any) -> None:
+        """Starts TRAIN, before ``on_stage_start``.
+
+        Args:
+            loader: What ``fit`` was given.
+        """
+        resumed, epoch = self.resumed, self.resumed_epoch
+        if resumed is not None:
+            self.position.resume(
+                resumed["between"] if epoch is None else epoch["position"], loader
+            )
+        if epoch is not None and epoch["stage_random"]:
+            set_random_state(epoch["stage_random"])
+        elif epoch is None and self.has_recovered_counts and not recovered_batches(loader):
+            # A checkpoint of the end of TRAIN holds the counts of its epoch.
+            self.brain.step, self.brain.avg_train_loss = 0, 0.0
+        self._stage_random, self._counts = random_state(), {}
+        self._statistics = EpochStatistics(self.brain)
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """The batches of the epoch that has begun, from its position on.
+
+        Args:
+            loader: What ``fit`` was given.
+
+        Yields:
+            The batches.
+        """
+        self._begin_batches()
+        yield from self.position.batches(loader)
+
+    def resume_after_training(self) -> None:
+        """Resumes an epoch of which training is over."""
+        resumed = self.resumed
+        assert resumed is not None
+        self._begin_batches()
+        set_random_state(resumed["random"])
+
+    def resume_after_validation(self, loader: Any) -> None:
+        """Resumes an epoch of which training and validation are over.
+
+        Args:
+            loader: What ``fit`` was given.
+        """
+        assert self.resumed is not None
+        assert self.resumed_epoch is not None
+        self.position.resume(self.resumed["between"], loader)
+        set_random_state(self.resumed["random"])
+        self.position.fitted = self.resumed_epoch["batches"]
+        self._resume_processes()
+        self.resumed, self.phase = None, Phase.VALID_OVER
+
+    def _begin_batches(self) -> None:
+        self._statistics.begin()
+        self._resume_processes()
+        epoch, self.resumed = self.resumed_epoch, None
+        self.phase = Phase.VALIDATED
+        if epoch is not None:
+            self._resume_epoch(epoch)
+
+    def _resume_processes(self) -> None:
+        """Restores what is each process's own, after wrapping has made it the first one's."""
+        if self.resumed is not None:
+            restore_buffers(self.brain, self.resumed["buffers"])
+            restore_synchronizes(self.brain, self.resumed["synchronizes"])
+
+    def _resume_epoch(self, epoch: EpochState) -> None:
+        brain = self.brain
+        self.phase = Phase.VALIDATED if epoch["phase"] == "STARTING" else Phase[epoch["phase"]]
+        self.loss, self.position.fitted = epoch["loss"], epoch["batches"]
+        for name in COUNTS:
+            setattr(brain, name, epoch[name])  # type: ignore[literal-required]
+        if epoch["statistics"] is not None:
+            self._statistics.restore(epoch["statistics"])
+        restore_gradients(brain, epoch["gradients"])
+        if epoch["before"] is not None:
+            undo(brain, epoch["before"])
+
+    # ----------------------------------------------------------------- a batch
+
+    def begin_batch(self) -> None:
+        """Keeps what the batch that is fitted next will change."""
+        self.before.count()
+        if self.trainer is not None and self.trainer.saves_within_batch:
+            self.before.copy(self._statistics)
+        self.phase = Phase.FITTING
+
+    def end_batch(self) -> None:
+        """Counts a batch of which every callback has heard."""
+        self.before.forget()
+        self.position.fitted += 1
+        self.phase = Phase.BATCH_OVER
+
+    def cut_short(self) -> None:
+        """Keeps the state between two batches, for what is saved from now on.
+
+        A limit of the Trainer's ends the epoch in its middle: its hooks are called, and
+        what they save resumes here.
+        """
+        assert self.trainer is not None
+        beside_weights = self.trainer.state_beside_weights()
+        self._cut_short = plain({**self.state(), "beside_weights": beside_weights})
+
+    # ------------------------------------------------------- TRAIN ends, VALID
+
+    def end_training(self) -> None:
+        """Keeps what ``on_stage_end(TRAIN)`` will change."""
+        self._counts = self.counts
+        self._statistics.end()
+
+    def begin_validation(self) -> None:
+        """Keeps what a validation changes, which may be in the middle of an epoch."""
+        epoch = self._epoch()
+        self._before_validation = _Moment(
+            epoch, random_state(), self._validations(), synchronizes(self.brain)
+        )
+        self._counts = self.counts
+        self.phase = Phase.VALIDATING
+
+    def end_validation(self) -> None:
+        """Continues to count in TRAIN, after a validation in its middle."""
+        self._counts = {}
+
+    def validation_batches(self, loader: Any, index: int) -> Iterator[Any]:
+        """The batches of a validation, whose loader is resumed as well.
+
+        Args:
+            loader: What ``fit`` was given.
+            index: The number of the loader, where there are several.
+
+        Returns:
+            The batches.
+        """
+        while len(self.validations) <= index:
+            self.validations.append(DataPosition())
+        if index in self._resumed_validations:
+            self.validations[index].resume(self._resumed_validations.pop(index), loader)
+        return self.validations[index].batches(loader)
+
+    @property
+    def counts(self) -> State:
+        """What the Brain counts in TRAIN, also within a validation."""
+        return self._counts or {name: getattr(self.brain, name) for name in COUNTS}
+
+    # ------------------------------------------------------------------ saving
+
+    @property
+    def is_end_of_epoch(self) -> bool:
+        """Whether training and validation of the last epoch are over."""
+        return (
+            self.phase in (Phase.EPOCH_OVER, Phase.VALID_OVER) and self.resumed_epoch is None
+        )
+
+    def state(self) -> ProcessState:
+        """The state of this process."""
+        of_trainer = {} if self.trainer is None else self.trainer.state()
+        if self.resumed is not None:
+            # Nothing of it has taken effect.
+            return {**self.resumed, "saved_by": self._saved_by, "trainer": of_trainer}
+        if self._cut_short is not None:
+            return self._cut_short
+        moment = self._before_validation if self.phase is Phase.VALIDATING else None
+        return {
+            "version": VERSION,
+            "saved_by": self._saved_by,
+            "random": random_state() if moment is None else moment.random,
+            "epoch": self._epoch() if moment is None else moment.epoch,
+            "epochs": self.epochs,
+            "drawn": self.drawn,
+            "validations": self._validations() if moment is None else moment.validations,
+            "between": self.position.state_between_passes(),
+            "trainer": of_trainer,
+            "end_of_epoch": self.is_end_of_epoch,
+            "buffers": buffers(self.brain) if world_size() > 1 else {},
+            "synchronizes": self._synchronizes(),
+            "beside_weights": {},
+        }
+
+    def _synchronizes(self) -> list[bool]:
+        if self.phase is Phase.VALIDATING and self._before_validation is not None:
+            return self._before_validation.synchronizes
+        return (
+            self.before.synchronizes
+            if self.phase is Phase.FITTING
+            else synchronizes(self.brain)
+        )
+
+    def _validations(self) -> list[State]:
+        states = dict(enumerate(each.state_between_passes() for each in self.validations))
+        states |= self._resumed_validations
+        return [states[index] for index in sorted(states)]
+
+    def _epoch(self) -> EpochState | None:
+        """The epoch at a moment that is not within a validation."""
+        phase = self.phase
+        if phase is Phase.EPOCH_OVER:
+            return None
+        if phase is Phase.FITTING:
+            return self._epoch_before_batch()
+        if phase in (Phase.STEPPED, Phase.FITTED):
+            return self._epoch_after_fit()
+        if phase in (Phase.BATCH_OVER, Phase.VALIDATED):
+            return self._epoch_between_batches()
+        return self._epoch_without_batches()
+
+    def _epoch_without_batches(self) -> EpochState:
+        """Before the first batch, or after the last one."""
+        starting = self.phase is Phase.STARTING
+        return {
+            "phase": self.phase.name,
+            "number": _plain_or_none(self.number),
+            "stage_random": self._stage_random,
+            "position": {**self.position.state_between_passes(), "batches": 0},
+            "batches": 0 if starting else self.position.fitted,
+            "step": 0,
+            "avg_train_loss": 0.0,
+            "nonfinite_count": 0 if starting else self.brain.nonfinite_count,
+            "statistics": None if starting else self._statistics.state(),
+            "gradients": {},
+            "loss": None,
+            "before": None,
+        }
+
+    def _epoch_between_batches(self) -> EpochState:
+        fitted = self.position.fitted
+        return {
+            **self._epoch_without_batches(),
+            "position": self.position.state(fitted, random_state()),
+            "batches": fitted,
+            **self.counts,  # type: ignore[typeddict-item]
+            "statistics": self._statistics.state(),
+            "gradients": {i: grad.cpu() for i, grad in gradients(self.brain).items()},
+        }
+
+    def _epoch_before_batch(self) -> EpochState:
+        """A batch of which a part is done is fitted again."""
+        before = self.before
+        epoch: EpochState = {
+            **self._epoch_between_batches(),
+            "phase": Phase.VALIDATED.name,
+            **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
+        }
+        if not before.is_whole:
+            before.warn_once(
+                "A checkpoint is saved in the middle of a batch, where nothing was expected "
+                "to save: a run that resumes from it fits this batch again, with what it had "
+                "changed already."
+            )
+            return epoch
+        epoch["position"] = self.position.state(self.position.fitted, before.random)
+        epoch["statistics"] = self._statistics.state(before.statistics)
+        epoch["gradients"] = {i: grad.cpu() for i, grad in before.gradients.items()}
+        epoch["before"] = before.state()
+        return epoch
+
+    def _epoch_after_fit(self) -> EpochState:
+        """A batch that is fitted; those callbacks that have not heard of it will."""
+        brain, stepped = self.brain, self.phase is Phase.STEPPED
+        loss = self.loss
+        average = brain.avg_train_loss
+        if stepped:
+            loss = loss.detach().cpu() if isinstance(loss, Tensor) else loss
+            average = brain.update_average(loss, average)
+        untold = self.trainer is not None and self.trainer.is_telling_of_batch()
+        again = untold and self.position.can_fetch_again()
+        fitted = self.position.fitted + (not again)
+        return {
+            **self._epoch_between_batches(),
+            "phase": (Phase.FITTED if again else Phase.BATCH_OVER).name,
+            "position": self.position.state(fitted, random_state()),
+            "batches": fitted,
+            "avg_train_loss": average,
+            "loss": _plain_or_none(loss) if again else None,
+        }
+
+
+def _plain_or_none(value: Any) -> Any:
+    try:
+        return plain(value)
+    except NotPlainError:
+        return None
