@@ -153,8 +153,8 @@ class RunProgress:
             )
         if epoch is not None and epoch["stage_random"]:
             set_random_state(epoch["stage_random"])
-        elif epoch is None and self.has_recovered_counts and not recovered_batches(loader):
-            # A checkpoint of the end of TRAIN holds the counts of its epoch.
+        if self.has_recovered_counts and (epoch is not None or not recovered_batches(loader)):
+            # They are of the middle or the end of TRAIN, which begins.
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)
