@@ -14,12 +14,14 @@ class Phase(Enum):
     Attributes:
         EPOCH_OVER: The epoch, callbacks included; also before the first.
         STARTING: The epoch counter has yielded its number; hooks hear of it.
-        BATCH_OVER: A batch, and every callback has heard of it. The next may be fetched.
+        FETCHED: All that comes before the next batch, which is to be fitted.
+        BATCH_OVER: A batch, and every callback has heard of it. The next may be fetched, and
+            a validation be due.
         FITTING: Nothing of a batch that counts: its forward and backward pass, or a part
             of its update.
         STEPPED: The update of a batch; ``on_fit_batch_end`` runs.
         FITTED: A batch; callbacks hear of it.
-        VALIDATED: A validation in the middle of training. The next batch may be fetched.
+        VALIDATED: A validation in the middle of training; callbacks hear of it.
         TRAIN_OVER: Training, with ``on_stage_end(TRAIN)``.
         VALIDATING: A part of a validation, which begins again when it is resumed.
         VALID_OVER: The last validation, with ``on_stage_end(VALID)``; callbacks hear of it
@@ -28,6 +30,7 @@ class Phase(Enum):
 
     EPOCH_OVER = auto()
     STARTING = auto()
+    FETCHED = auto()
     BATCH_OVER = auto()
     FITTING = auto()
     STEPPED = auto()

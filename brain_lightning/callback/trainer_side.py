@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -155,20 +156,28 @@ class LightningSide:
         # Since version 1.
         if "told" in state:
             self._reloads = state["reloads"]
-            self.told.restore(state["told"])
-            self._resume_metrics(state)
+            self.told.restore(state["told"], self._resume_metrics(state))
             if run.run_state.resumed_phase is not Phase.VALID_OVER:
                 run.metrics.restore(state["found"])
             # A Timer may have stopped the run already.
             trainer.should_stop |= state["should_stop"]
 
-    def _resume_metrics(self, state: State) -> None:
-        """Gives callbacks that monitor what they would have read; it is not logged again."""
+    def _resume_metrics(self, state: State) -> Collection[str]:
+        """Gives callbacks that monitor what they would have read; it is not logged again.
+
+        Args:
+            state: Of the Trainer.
+
+        Returns:
+            The names of what was reported in the epoch that is resumed.
+        """
         trainer, metrics = self._trainer, self._run.metrics
         metrics.restore(state["found"])
         found = metrics.take(from_all_ranks=trainer.world_size > 1)
         trainer.callback_metrics.update(state["metrics"])
         trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
+        # Callbacks have not read it yet, and what they have is of the epoch before.
+        return found.keys() or state["metrics"].keys()
 
     def resume_after_loading(self) -> None:
         """Restores what the Trainer has changed since ``resume``: it made loaders."""
@@ -189,18 +198,21 @@ def _load(callback: Callback, state: State) -> None:
 
 def _has_stopped_early(trainer: Trainer) -> bool:
     stopping = trainer.early_stopping_callbacks
-    return any(each is not None and each.stopped_epoch for each in stopping)
+    return any(
+        each is not None and (each.stopped_epoch or each.wait_count >= each.patience)
+        for each in stopping
+    )
 
 
 def _resume_epochs(run: Run, resumed: ProcessState) -> None:
     """Lets the epoch counter yield the epoch in which the run is to be resumed."""
     state, epochs, epoch = run.run_state, run.epochs, resumed["epoch"]
-    in_epoch, counted = epoch is not None, resumed["end_of_epoch"]
-    state.epochs = resumed["epochs"] - in_epoch
     recovered = getattr(run.brain.checkpointer, "recoverables", {}).values()
     remembers = any(each is epochs.counter for each in recovered)
     if state.explicit:
         remembers = load_hook(epochs.counter) is not None
+    in_epoch, counted = epoch is not None, resumed["end_of_epoch"]
+    state.epochs = resumed["epochs"] - in_epoch
     if not remembers and (state.explicit or not counted):
         state.drawn = resumed["drawn"] - (in_epoch and not counted)
         epochs.skip(state.drawn)

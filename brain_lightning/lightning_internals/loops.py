@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -19,7 +18,6 @@ from brain_lightning.stages.sharded_evaluation import shard_length
 from brain_lightning.temporary import TemporaryAttributes
 
 from .counters import add
-from .trainer_callbacks import callbacks_of
 
 # Where a resumed epoch has no batch left.
 AFTER_TRAINING = (Phase.TRAIN_OVER, Phase.VALID_OVER)
@@ -145,9 +143,11 @@ class BrainEpochLoop(_TrainingEpochLoop):
             self.on_advance_end(data_fetcher)
         elif not fit_loop_of(self.trainer).fetch_batch() or phase is Phase.BATCH_OVER:
             self._validate_if_due(data_fetcher)
+        elif phase is Phase.VALIDATED:
+            self._tell_of_validation()
 
     def _resume_after_training(self, data_fetcher: Any, phase: Phase | None) -> None:
-        trainer, run = self.trainer, self.brain_run
+        run = self.brain_run
         self.batch_progress.is_last_batch = True
         data_fetcher.length, data_fetcher.done = None, True
         if phase is Phase.TRAIN_OVER:
@@ -155,13 +155,13 @@ class BrainEpochLoop(_TrainingEpochLoop):
             self._validate_if_due(data_fetcher)
             return
         run.run_state.resume_after_validation(run.train.loader.loader)
-        trainer.validating = True
-        with TemporaryAttributes() as temporary:
-            # A bar has begun no validation in this process.
-            others = [c for c in callbacks_of(trainer) if not isinstance(c, ProgressBar)]
-            temporary.set(trainer, "callbacks", others)
-            call._call_callback_hooks(trainer, "on_validation_end")
-        trainer.training = True
+        self._tell_of_validation()
+
+    def _tell_of_validation(self) -> None:
+        """Tells of a validation that was over before the run was resumed."""
+        self.trainer.validating = True
+        call._call_callback_hooks(self.trainer, "on_validation_end")
+        self.trainer.training = True
 
     def _validate_if_due(self, data_fetcher: Any) -> None:
         self.on_advance_end(data_fetcher)

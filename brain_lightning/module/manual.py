@@ -29,10 +29,12 @@ class ManualModule(BrainModule):
     def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
         super().__init__(brain, **kwargs)
         self.automatic_optimization = False
+        self._optimizer_steps = 0
+        self._stepping: list[Optimizer] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
-        self._optimizer_steps = 0
+        self._optimizer_steps, self._stepping = 0, []
         # Of every optimizer that steps within, whoever owns it.
         before = register_optimizer_step_pre_hook(self._before_step)
         after = register_optimizer_step_post_hook(self._after_step)
@@ -61,15 +63,20 @@ class ManualModule(BrainModule):
         return hook(batch, outputs, loss, should_step)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # torch calls it once more for a subclass whose step calls that of its base.
+        again = optimizer in self._stepping
+        self._stepping.append(optimizer)
         # A recipe may fit another Brain within fit_batch.
-        if self.run.train.is_innermost:
-            trainer, state = self.trainer, self.run.run_state
-            state.phase = Phase.FITTING
-            state.before.copy_weights([optimizer])
-            for callback in callbacks_of(trainer):
-                callback.on_before_optimizer_step(trainer, self, optimizer)
-            self.on_before_optimizer_step(optimizer)
+        if again or not self.run.train.is_innermost:
+            return
+        trainer, state = self.trainer, self.run.run_state
+        state.phase = Phase.FITTING
+        state.before.copy_weights([optimizer])
+        for callback in callbacks_of(trainer):
+            callback.on_before_optimizer_step(trainer, self, optimizer)
+        self.on_before_optimizer_step(optimizer)
 
-    def _after_step(self, *_: Any) -> None:
-        if self.run.train.is_innermost:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._stepping.remove(optimizer)
+        if optimizer not in self._stepping and self.run.train.is_innermost:
             self._optimizer_steps += 1

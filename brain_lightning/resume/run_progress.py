@@ -134,7 +134,7 @@ class RunProgress:
         """
         self.epochs += 1
         self.drawn += 1
-        self.number, self._stage_random = number, {}
+        self.number, self._stage_random, self._cut_short = number, {}, None
         self.phase = Phase.STARTING
         resumed, epoch = self.resumed, self.resumed_epoch
         if resumed is not None and (epoch is None or not epoch["stage_random"]):
@@ -196,7 +196,7 @@ class RunProgress:
         self._statistics.begin()
         self._resume_processes()
         epoch, self.resumed = self.resumed_epoch, None
-        self.phase = Phase.VALIDATED
+        self.phase = Phase.FETCHED
         if epoch is not None:
             self._resume_epoch(epoch)
 
@@ -208,7 +208,7 @@ class RunProgress:
 
     def _resume_epoch(self, epoch: EpochState) -> None:
         brain = self.brain
-        self.phase = Phase.VALIDATED if epoch["phase"] == "STARTING" else Phase[epoch["phase"]]
+        self.phase = Phase.FETCHED if epoch["phase"] == "STARTING" else Phase[epoch["phase"]]
         self.loss, self.position.fitted = epoch["loss"], epoch["batches"]
         for name in COUNTS:
             setattr(brain, name, epoch[name])  # type: ignore[literal-required]
@@ -341,7 +341,7 @@ class RunProgress:
             return self._epoch_before_batch()
         if phase in (Phase.STEPPED, Phase.FITTED):
             return self._epoch_after_fit()
-        if phase in (Phase.BATCH_OVER, Phase.VALIDATED):
+        if phase in (Phase.FETCHED, Phase.BATCH_OVER, Phase.VALIDATED):
             return self._epoch_between_batches()
         return self._epoch_without_batches()
 
@@ -379,7 +379,7 @@ class RunProgress:
         before = self.before
         epoch: EpochState = {
             **self._epoch_between_batches(),
-            "phase": Phase.VALIDATED.name,
+            "phase": Phase.FETCHED.name,
             **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
         }
         if not before.is_whole:

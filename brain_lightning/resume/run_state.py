@@ -7,6 +7,7 @@ from os import PathLike
 
 from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.distributed.communication import gather, if_main_process, rank, world_size
+from brain_lightning.phase import Phase
 
 from .process_state import differing
 from .run_progress import RunProgress
@@ -44,7 +45,7 @@ class RunState(RunProgress):
             path: The file.
             end_of_epoch: Whether an epoch had ended.
         """
-        if self.drawn:
+        if self.drawn or self.phase is not Phase.EPOCH_OVER:
             # Within the run.
             return
         states = load_state(str(path))["processes"]

@@ -171,7 +171,7 @@ def _from_version_0(state: State, end_of_epoch: bool) -> State:
         if state["trainer"]:
             # It counted those of this epoch as well.
             state["trainer"]["progress"]["batches"] -= epoch["position"]["batches"]
-        phase = Phase.VALIDATED if epoch.pop("validated") else Phase.BATCH_OVER
+        phase = Phase.FETCHED if epoch.pop("validated") else Phase.BATCH_OVER
         epoch = {
             **epoch,
             "phase": phase.name,

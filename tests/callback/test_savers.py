@@ -32,15 +32,34 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
 class AtBatches(Callback):
-    def on_train_batch_end(self, *_: Any) -> None: ...
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step < 0:
+            trainer.save_checkpoint("never")
 
 
 class AtStarts(Callback):
-    def on_train_batch_start(self, *_: Any) -> None: ...
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step < 0:
+            trainer.save_checkpoint("never")
 
 
 class InSteps(Callback):
+    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        self.keep(trainer)
+
+    def keep(self, trainer: Any) -> None:
+        if trainer.global_step < 0:
+            trainer.save_checkpoint("never")
+
+
+class Looks(Callback):
+    """It looks at steps, and saves nothing in them."""
+
     def on_before_optimizer_step(self, *_: Any) -> None: ...
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step < 0:
+            trainer.save_checkpoint("never")
 
 
 class AtEpochs(Callback):
@@ -75,6 +94,7 @@ CALLBACKS: list[Any] = [
     pytest.param(lambda _: [AtBatches()], True, False, id="foreign, at batches"),
     pytest.param(lambda _: [AtStarts()], True, False, id="foreign, at starts"),
     pytest.param(lambda _: [InSteps()], False, True, id="foreign, in steps"),
+    pytest.param(lambda _: [Looks()], False, False, id="foreign, looks at steps"),
     pytest.param(
         lambda _: [LambdaCallback(on_before_backward=print)],
         False,
@@ -140,6 +160,17 @@ class ByName(Regression):
 
 
 class InHelper(Regression):
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        self.keep()
+
+    def keep(self) -> None:
+        self.checkpointer.save_checkpoint()
+
+
+class InHelperOfTheEnd(Regression):
+    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        self.keep()
+
     def keep(self) -> None:
         self.checkpointer.save_checkpoint()
 
@@ -156,6 +187,9 @@ class Decorated(Regression):
 
 
 class Static(Regression):
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        self.keep(self)
+
     @staticmethod
     def keep(brain: Any) -> None:
         brain.checkpointer.save_checkpoint()
@@ -172,6 +206,7 @@ class AtEnds(Regression):
 RECIPES = {
     Regression: False, InForward: True, InNested: True, ByName: True, InHelper: True,
     Inherits: True, Decorated: True, Static: True, AtEnds: False,
+    InHelperOfTheEnd: False,
 }  # fmt: skip
 
 
@@ -181,11 +216,11 @@ def test_recipes_that_may_save(tmp_path: Path, cls: type[Regression], within: bo
     assert saves_within_batch(trainer_with(), brain) is within
 
 
-def test_a_method_of_one_brain_alone_is_not_its_classes(tmp_path: Path) -> None:
-    """Only what is written in a class is read; such a save is warned of."""
+def test_a_method_of_one_brain_alone_is_read_too(tmp_path: Path) -> None:
     brain = make(checkpointer=Checkpointer(tmp_path))
-    brain.on_fit_batch_end = lambda *_: brain.checkpointer
     assert saves_within_batch(trainer_with(), brain) is False
+    brain.on_fit_batch_end = lambda *_: brain.checkpointer
+    assert saves_within_batch(trainer_with(), brain) is True
 
 
 # ------------------------------------------------------------- nothing where nobody may save

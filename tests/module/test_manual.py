@@ -167,3 +167,28 @@ def test_steps_of_another_brain_within_a_batch_are_not_counted() -> None:
     trainer.fit(to_lightning(brain), loader(), loader())
     assert trainer.global_step == 5
     assert [id(optimizer) for optimizer in steps.optimizers] == [id(brain.optimizer)] * 5
+
+
+def test_a_step_that_calls_the_step_of_its_base_is_one() -> None:
+    """torch calls its hooks for both, once there was an optimizer of the base."""
+
+    class Derived(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class ByHand(Regression):
+        def fit_batch(self, batch: Any) -> Any:
+            loss = self.compute_objectives(
+                self.compute_forward(batch, self.stage_type.TRAIN),
+                batch,
+                self.stage_type.TRAIN,
+            )
+            loss.backward()
+            self.optimizer.step()
+            return loss.detach().cpu()
+
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    brain = make(ByHand, opt_class=lambda parameters: Derived(parameters, 0.1))
+    trainer = fit(to_lightning(brain), max_epochs=1)
+    plain = make(ByHand, opt_class=lambda parameters: torch.optim.SGD(parameters, 0.1))
+    assert trainer.global_step == fit(to_lightning(plain), max_epochs=1).global_step > 0

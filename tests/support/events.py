@@ -61,6 +61,7 @@ class Events:
         self.heard: list[Event] = []
         self.cut_at = cut_at
         self.save = save
+        self.saver: Callable[..., None] | None = None
         self.was_cut = False
         self.brain: Any = None
 
@@ -142,9 +143,22 @@ class Listener(Callback):
     """
 
     trainer: Any = None
+    heard = 0
 
     def __init__(self, events: Events) -> None:
         self.events = events
+
+    def state_dict(self) -> dict[str, Any]:
+        """It keeps a state, and so is told what it has missed."""
+        return {"heard": self.heard}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.heard = state["heard"]
+
+    def tell(self, *told: Any) -> None:
+        """Its trainer.save_checkpoint may be called in an event."""
+        self.save_checkpoint = self.trainer.save_checkpoint
+        self.events.now(*told)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.trainer = trainer
@@ -164,6 +178,6 @@ def _hook(name: str) -> Callable[..., None]:
         which = getattr(handed.get("optimizer"), "label", None)
         index = (handed["batch_idx"],) if "batch_idx" in handed else ()
         told = (trainer.current_epoch, trainer.global_step, *index)
-        self.events.now(f"callback.{name}", which, told)
+        self.tell(f"callback.{name}", which, told)
 
     return hook

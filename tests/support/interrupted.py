@@ -143,6 +143,8 @@ class Recipe(Brain):
                 self.largest = 0.0
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        # So that it is known that it may be called within a batch.
+        self.events.saver = self.save
         self.events.now("on_fit_batch_start", told=(should_step,))
 
     def compute_forward(self, batch: Any, stage: Any) -> Any:
