@@ -206,14 +206,18 @@ def _has_stopped_early(trainer: Trainer) -> bool:
 
 def _resume_epochs(run: Run, resumed: ProcessState) -> None:
     """Lets the epoch counter yield the epoch in which the run is to be resumed."""
-    state, epochs, epoch = run.run_state, run.epochs, resumed["epoch"]
+    state, epochs, counted = run.run_state, run.epochs, resumed["end_of_epoch"]
     recovered = getattr(run.brain.checkpointer, "recoverables", {}).values()
     remembers = any(each is epochs.counter for each in recovered)
     if state.explicit:
         remembers = load_hook(epochs.counter) is not None
-    in_epoch, counted = epoch is not None, resumed["end_of_epoch"]
+    begins_again = counted and not remembers and not state.explicit
+    if begins_again and state.resumed_phase is not Phase.VALID_OVER:
+        # With its first epoch, as SpeechBrain's loop over a range.
+        resumed["epoch"] = None
+    epoch, in_epoch = resumed["epoch"], resumed["epoch"] is not None
     state.epochs = resumed["epochs"] - in_epoch
-    if not remembers and (state.explicit or not counted):
+    if not remembers and not begins_again:
         state.drawn = resumed["drawn"] - (in_epoch and not counted)
         epochs.skip(state.drawn)
     if epoch is not None and counted:
