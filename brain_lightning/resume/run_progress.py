@@ -153,8 +153,10 @@ class RunProgress:
             )
         if epoch is not None and epoch["stage_random"]:
             set_random_state(epoch["stage_random"])
-        if self.has_recovered_counts and (epoch is not None or not recovered_batches(loader)):
-            # They are of the middle or the end of TRAIN, which begins.
+        is_end = self.resumed_phase is Phase.TRAIN_OVER
+        is_end = is_end or (epoch is None and not recovered_batches(loader))
+        if self.has_recovered_counts and is_end:
+            # They are those of the end of TRAIN.
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)

@@ -19,7 +19,6 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from brain_lightning.resume import data_position, examples
 from brain_lightning.resume.data_position import DataPosition
 from tests.support.resuming import Cut, Noisy, at, brain_in, fit, seed
 
