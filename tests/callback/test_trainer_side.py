@@ -235,9 +235,17 @@ def limit(name: str, count: int, clock: SimpleNamespace) -> tuple[list[Callback]
 LIMITS = ("max_steps", "max_time", "should_stop")
 
 
-@pytest.mark.parametrize("name", LIMITS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [0, 2], ids=["at ends", "also within"])
+# SpeechBrain takes seconds to save at every other step: with one limit.
+SAVED = [
+    (kind, name, steps)
+    for kind in KINDS
+    for name in LIMITS
+    for steps in (0, 2)
+    if not steps or kind != "speechbrain" or name == "max_steps"
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "steps"), SAVED)
 def test_a_limit_in_an_epoch_saves_where_it_is(
     tmp_path: Path, kind: str, name: str, steps: int, clock: SimpleNamespace
 ) -> None:

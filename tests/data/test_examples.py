@@ -19,6 +19,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from brain_lightning.data import examples
+from brain_lightning.resume import data_position
 from brain_lightning.resume.data_position import DataPosition
 from tests.support.resuming import Cut, Noisy, at, brain_in, fit, seed
 
