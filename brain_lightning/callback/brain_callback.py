@@ -17,7 +17,7 @@ from brain_lightning.lightning_internals.contract import check_contract
 from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
 from brain_lightning.lightning_internals.signals import is_lightning_handler
-from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
+from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, overwrite_files
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
@@ -53,6 +53,8 @@ class BrainCallback(Callback):
         self.run = run
         self._progressbar = progressbar
         self._for_the_epoch = TemporaryAttributes()
+        # Also for callbacks that hear of the end of the epoch after this one.
+        self._until_the_next_epoch = TemporaryAttributes()
         # Lightning checks its arguments before any hook of a callback.
         self._for_the_check = TemporaryAttributes()
         self._detects_anomalies = torch.is_anomaly_enabled()
@@ -109,8 +111,10 @@ class BrainCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage, unless a resumed epoch is validated already."""
         run, loop = self.run, fit_loop_of(trainer)
+        self._until_the_next_epoch.restore()
         show_epoch(trainer, run.epochs)
         if run.run_state.resumed_phase is Phase.VALID_OVER:
+            overwrite_files(trainer, self._until_the_next_epoch)
             return
         length = run.train.loader.known_length()
         limited = loop.start_epoch(length)
@@ -191,7 +195,12 @@ class BrainCallback(Callback):
     def _restore(self, trainer: Trainer) -> None:
         self.run.close()
         self.run.termination.restore()
-        for temporary in (self._for_the_epoch, self._for_the_check, self._for_the_run):
+        for temporary in (
+            self._until_the_next_epoch,
+            self._for_the_epoch,
+            self._for_the_check,
+            self._for_the_run,
+        ):
             temporary.restore()
         # The next module of this Trainer may be no Brain's.
         rest = _without(callbacks_of(trainer), [self, *self._added])

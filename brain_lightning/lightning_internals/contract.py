@@ -86,6 +86,8 @@ LIGHTNING_PARTS = (
         "_find_last_checkpoints", "whether there is a last checkpoint is not said otherwise"),
     Row("lightning.pytorch.callbacks.weight_averaging:WeightAveraging", "_swap_models",
         "a save in a validation has to hold the weights, not their average", "2.6"),
+    Row("lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",
+        "_enable_version_counter", "a file of the moment that is made up for has its name"),
     Row(_TRAINER, "_data_connector", _SHARDED),
     Row(f"{_CONNECTORS}.data_connector:_DataConnector", "_prepare_dataloader", _SHARDED),
     Row(_TRAINER, "_accelerator_connector", _SAMPLER),

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -30,6 +31,19 @@ def has_hook(callback: Callback, hook: str) -> bool:
     """
     method = getattr(callback, hook)
     return getattr(method, "__func__", None) is not getattr(Callback, hook)
+
+
+def overwrite_files(trainer: Trainer, temporary: TemporaryAttributes) -> None:
+    """Lets ModelCheckpoint write a file again, and not one that is numbered beside it.
+
+    Args:
+        trainer: The Trainer of a run that was resumed at the end of an epoch, which may have
+            saved its files before it was killed.
+        temporary: Records what is changed.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelCheckpoint):
+            temporary.set(callback, "_enable_version_counter", False)
 
 
 class AverageInUse:

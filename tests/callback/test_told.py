@@ -159,6 +159,23 @@ def test_model_checkpoint_ranks_the_validation_after_which_a_recipe_saved(
     assert files == [name for name, _ in ranking(expected)]
 
 
+def test_model_checkpoint_writes_its_file_again(tmp_path: Path) -> None:
+    """It had written it before the kill, and after the recipe's save."""
+
+    def files(folder: Path, cut: Any = None) -> list[str]:
+        saver = ModelCheckpoint(folder / "best", monitor="valid_loss", save_top_k=2)
+        try:
+            run(folder, saver, cut=cut, epochs=3, trainer={"enable_checkpointing": True})
+        except Cut:
+            return []
+        return sorted(path.name for path in (folder / "best").iterdir())
+
+    expected = files(tmp_path / "whole")
+    files(tmp_path / "cut", at(2, 3))
+    assert files(tmp_path / "cut") == expected
+    assert len(expected) == 2
+
+
 def test_model_checkpoint_ranks_once_what_it_had_ranked_already(tmp_path: Path) -> None:
     """Cut in the epoch after: the directory is older than the callback's file."""
     expected, found = best_in(tmp_path / "whole-best"), best_in(tmp_path / "best")
