@@ -25,8 +25,8 @@ from .saved_state import BatchState
 
 logger = logging.getLogger(__name__)
 
-# What a Brain counts while it fits.
-COUNTS = ("step", "avg_train_loss", "nonfinite_count", "optimizer_step")
+# What a Brain counts in one TRAIN stage, and a validation overwrites.
+COUNTS = ("step", "avg_train_loss", "nonfinite_count")
 
 
 class BeforeBatch:
@@ -65,7 +65,7 @@ class BeforeBatch:
     def count(self) -> None:
         """Keeps the counts before a batch."""
         own = self._brain.__dict__
-        self.counts = {name: own[name] for name in COUNTS}
+        self.counts = {name: own[name] for name in (*COUNTS, "optimizer_step")}
         self.synchronizes = synchronizes(self._brain)
 
     def copy(self, statistics: EpochStatistics) -> None:

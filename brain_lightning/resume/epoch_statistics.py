@@ -53,6 +53,16 @@ class EpochStatistics:
         """Records what there is before ``on_stage_end``."""
         self._before_end = self._identities()
 
+    def lacks_what_end_assigned(self) -> bool:
+        """Whether ``on_stage_end`` has assigned something that cannot be saved."""
+        own, now, before = vars(self._brain), self._identities(), self._before_end
+        if before is None:
+            # What was restored could be saved.
+            return False
+        assigned = {name: own[name] for name in now if before.get(name) != now[name]}
+        unsaved = assigned.keys() - plain_values(assigned).keys()
+        return not all(_accumulates(own[name]) for name in unsaved)
+
     def copy(self) -> State:
         """What there is so far, unchanged by what comes; containers are copied one deep."""
         found = self._now()

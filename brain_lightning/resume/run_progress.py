@@ -14,7 +14,7 @@ from brain_lightning.distributed.communication import world_size
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
 
-from .before_batch import BeforeBatch, gradients, restore_gradients, undo
+from .before_batch import COUNTS, BeforeBatch, gradients, restore_gradients, undo
 from .data_position import DataPosition, recovered_batches
 from .epoch_statistics import EpochStatistics
 from .plain_values import NotPlainError, State, plain
@@ -28,9 +28,6 @@ from .random_state import random_state, set_random_state
 from .saved_state import VERSION, EpochState, ProcessState, TrainerSide
 
 logger = logging.getLogger(__name__)
-
-# What a Brain counts in TRAIN, and a validation overwrites.
-COUNTS = ("step", "avg_train_loss", "nonfinite_count")
 
 
 class _Moment(NamedTuple):
@@ -59,7 +56,8 @@ class RunProgress:
         before: The state before the current batch.
         trainer: The Trainer's side; None before the run has one.
         epochs: The number of epochs that have begun.
-        drawn: The number of epochs that the epoch counter has yielded in this run.
+        drawn: The number of epochs that the epoch counter has yielded in this run, less one
+            that it had yielded before the run was resumed.
         number: What it yielded last.
         loss: Of the batch that was fitted last.
         validations: The positions in the validation data.
@@ -345,6 +343,9 @@ class RunProgress:
             return self._epoch_after_fit()
         if phase in (Phase.FETCHED, Phase.BATCH_OVER, Phase.VALIDATED):
             return self._epoch_between_batches()
+        if phase is Phase.TRAIN_OVER and self._statistics.lacks_what_end_assigned():
+            # The hook has to be called again.
+            return {**self._epoch_between_batches(), "phase": Phase.BATCH_OVER.name}
         return self._epoch_without_batches()
 
     def _epoch_without_batches(self) -> EpochState:

@@ -431,3 +431,46 @@ def test_sigterm_saves_and_the_status_is_not_zero(tmp_path: Path, told: Any) -> 
     (expected, updates), (found, found_updates) = torch.load(whole), torch.load(out)
     assert all_equal(expected, found)
     assert updates == found_updates
+
+
+class Outcome:
+    """What cannot be saved without code to load it."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
+
+
+@pytest.mark.parametrize("kind", [Outcome, float])
+def test_what_the_end_of_training_made_is_there_after_a_kill_in_validation(
+    tmp_path: Path, kind: Any
+) -> None:
+    """Its hook is called again where that cannot be saved, and only there."""
+
+    class Remembers(Noisy):
+        def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+            super().on_stage_end(stage, stage_loss, epoch)
+            if stage.name == "TRAIN":
+                self.outcome = kind(stage_loss)
+            else:
+                self.hparams.events.append(getattr(self.outcome, "loss", self.outcome))
+
+        def evaluate_batch(self, batch: Any, stage: Any) -> Any:
+            if self.cut is not None and self.cut(self):
+                self.checkpointer.save_checkpoint(end_of_epoch=False)
+                raise Cut
+            return super().evaluate_batch(batch, stage)
+
+    def run(folder: str, cut: Any) -> Noisy:
+        brain = brain_in(tmp_path / folder, ckpt_interval_minutes=0)
+        brain.__class__ = Remembers
+        brain.cut = cut
+        return fit(brain, DataLoader(Noise(), 4, shuffle=True))
+
+    whole = run("whole", None)
+    with pytest.raises(Cut):
+        run("cut", at(2, 1))
+    resumed = run("cut", None)
+    assert_same(whole, resumed)
+    assert resumed.hparams.events[-1] == whole.hparams.events[-1]
+    ends = [event for event in resumed.hparams.events if event == ("end", "TRAIN", 2)]
+    assert len(ends) == (kind is Outcome)
