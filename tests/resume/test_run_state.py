@@ -447,6 +447,8 @@ def test_what_the_end_of_training_made_is_there_after_a_kill_in_validation(
     """Its hook is called again where that cannot be saved, and only there."""
 
     class Remembers(Noisy):
+        ends: Any = None
+
         def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
             super().on_stage_end(stage, stage_loss, epoch)
             if stage.name == "TRAIN":
@@ -455,15 +457,15 @@ def test_what_the_end_of_training_made_is_there_after_a_kill_in_validation(
                 self.hparams.events.append(getattr(self.outcome, "loss", self.outcome))
 
         def evaluate_batch(self, batch: Any, stage: Any) -> Any:
-            if self.cut is not None and self.cut(self):
+            if self.ends is not None and self.ends(self):
                 self.checkpointer.save_checkpoint(end_of_epoch=False)
                 raise Cut
             return super().evaluate_batch(batch, stage)
 
-    def run(folder: str, cut: Any) -> Noisy:
+    def run(folder: str, ends: Any) -> Noisy:
         brain = brain_in(tmp_path / folder, ckpt_interval_minutes=0)
         brain.__class__ = Remembers
-        brain.cut = cut
+        brain.ends = ends  # type: ignore[attr-defined]
         return fit(brain, DataLoader(Noise(), 4, shuffle=True))
 
     whole = run("whole", None)
