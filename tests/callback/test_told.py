@@ -37,6 +37,7 @@ from tests.support.resuming import (
     brain_in,
     fit_with_trainer,
 )
+from tests.support.upstream import needs_lightning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -366,8 +367,11 @@ PHASES = {
 }
 
 
+BARS = [TQDMProgressBar, pytest.param(RichProgressBar, marks=needs_lightning("2.5.3"))]
+
+
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+@pytest.mark.parametrize("bar", BARS)
 def test_a_bar_of_lightnings_is_drawn_in_each_process(
     tmp_path: Path, bar: Any, phase: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,10 @@ from brain_lightning.resume.run_state import KEY
 from tests.support.golden import version_0
 from tests.support.golden.version_0 import Small, fit, fit_with_trainer, new
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning"),
+]
 
 
 @pytest.fixture
