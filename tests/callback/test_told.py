@@ -359,9 +359,7 @@ def test_accumulation_is_scheduled_in_each_process(tmp_path: Path, cut: Any) -> 
 
 # Where the run is cut, by the hook of a callback; and in which call.
 PHASES = {
-    "an epoch starts": ("on_train_epoch_start", 2),
     "a batch": ("on_train_batch_end", BATCHES + 3),
-    "a validation": ("on_validation_batch_end", 7),
     "a validation ends": ("on_validation_end", 2),
     "an epoch ends": ("on_train_epoch_end", 2),
 }
