@@ -30,7 +30,7 @@ OF_A_BATCH = ("on_train_batch_end", "on_validation_end")
 OF_A_PROCESS = (ProgressBar, GradientAccumulationScheduler, StochasticWeightAveraging)
 
 # Of an epoch that resumes in a phase, what callbacks may have missed.
-MADE_UP = {
+MADE_UP: dict[Phase | None, tuple[str, ...]] = {
     Phase.FITTED: ("on_train_batch_end",),
     Phase.VALIDATED: ("on_validation_end",),
     Phase.VALID_OVER: ("on_train_epoch_start", "on_validation_end", "on_train_epoch_end"),
@@ -141,7 +141,7 @@ class Told:
         phase, self._metrics = self._run.run_state.resumed_phase, metrics
         self._heard = {hook: (tuple(now), set(keys)) for hook, (now, keys) in state.items()}
         self._before = {(hook, now): set(keys) for hook, (now, keys) in self._heard.items()}
-        for hook in MADE_UP.get(phase, ()) if phase is not None else ():
+        for hook in MADE_UP.get(phase, ()):
             epoch, *batches = self._now(hook)
             # The batch in hand is counted when it is taken up.
             moment = (hook, (epoch, *(n + (phase is Phase.FITTED) for n in batches)))

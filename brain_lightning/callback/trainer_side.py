@@ -181,7 +181,8 @@ class LightningSide:
 
     def resume_after_loading(self) -> None:
         """Restores what the Trainer has changed since ``resume``: it made loaders."""
-        recover_options(self._run, self._groups)
+        if self._groups:
+            recover_options(self._run, self._groups)
         if self._reloads:
             set_reloads(self._trainer, self._reloads)
 

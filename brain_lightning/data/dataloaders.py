@@ -164,3 +164,15 @@ def is_saveable(loader: object) -> bool:
         loader: Any loader.
     """
     return isinstance(loader, SaveableDataLoader) or speechbrain.is_saveable_loader(loader)
+
+
+def length_of(loader: Any) -> int | None:
+    """The length of a loader, now, or None where it has none.
+
+    Args:
+        loader: Any iterable.
+    """
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError, AttributeError):
+        return None

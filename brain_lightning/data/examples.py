@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 from collections import deque
@@ -10,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+
+from .dataloaders import length_of
 
 State = dict[str, Any]
 
@@ -38,9 +39,9 @@ def layout(loader: Any) -> State:
     fixed = batches is None or type(batches) is BatchSampler
     sampler = getattr(batches, "sampler", None) if fixed and batches else loader.sampler
     return {
-        "items": _length(loader.dataset),
+        "items": length_of(loader.dataset),
         "batch_size": None if not fixed else getattr(batches, "batch_size", 1),
-        "length": _length(sampler) if fixed else None,
+        "length": length_of(sampler) if fixed else None,
         "shards": _shards(loader.sampler, sampler, batches),
     }
 
@@ -53,12 +54,6 @@ def varies(loader: Any) -> bool:
     """
     found = layout(loader)
     return "batch_size" in found and found["batch_size"] is None
-
-
-def _length(obj: Any) -> int | None:
-    with contextlib.suppress(TypeError, NotImplementedError, AttributeError):
-        return len(obj)
-    return None
 
 
 def _shards(*samplers: Any) -> int:
@@ -89,7 +84,7 @@ class CountedBatches:
         return len(self._sampler)
 
     def _record(self, batch: Any) -> Any:
-        self.sizes.append(_length(batch))
+        self.sizes.append(length_of(batch))
         return batch
 
 
@@ -161,7 +156,7 @@ def skip_examples(batches: Iterator[Any], examples: int) -> tuple[Iterator[Any],
     """
     skipped = 0
     while examples > 0 and (batch := next(batches, None)) is not None:
-        size = _length(batch)
+        size = length_of(batch)
         size = 1 if size is None else size
         if size > examples:
             return itertools.chain([batch], batches), skipped

@@ -22,7 +22,7 @@ from brain_lightning.callback.unsupported import check_backbone
 from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
-from brain_lightning.distributed.ddp import unwrap_modules, unwrapped_name
+from brain_lightning.distributed.ddp import unwrap_modules
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
@@ -32,7 +32,7 @@ from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
 from brain_lightning.stages.run import Run
 from brain_lightning.step.added_groups import AddedGroups
-from brain_lightning.step.compile import COMPILED_PREFIX
+from brain_lightning.step.compile import plain_name
 from brain_lightning.step.optimizers import OptimizerGroup
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -176,7 +176,7 @@ class BrainModule(LightningModule):
     def _plain(self, name: str) -> str:
         """The name of a weight where nothing is compiled or wrapped."""
         before, found, rest = name.partition("brain_modules.")
-        return before + found + unwrapped_name(rest.replace(COMPILED_PREFIX, ""), self.brain)
+        return before + found + plain_name(rest, self.brain)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning does not save, unless weights alone are saved."""

@@ -19,7 +19,7 @@ from brain_lightning.step.optimizers import all_optimizers, parameters_of
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State
-from .process_state import synchronizes
+from .process_state import restore_buffers, synchronizes
 from .random_state import random_state
 from .saved_state import BatchState
 
@@ -146,11 +146,11 @@ def undo(brain: BrainProtocol, state: BatchState) -> None:
         brain: The Brain, which has recovered the state in the middle of the batch.
         state: From ``BeforeBatch.state``.
     """
-    weights, buffers = parameters(brain), list(brain.modules.buffers())
+    weights = parameters(brain)
     with torch.no_grad():
-        for tensors, saved in ((weights, state["weights"]), (buffers, state["buffers"])):
-            for index, value in saved.items():
-                tensors[index].copy_(value)
+        for index, value in state["weights"].items():
+            weights[index].copy_(value)
+    restore_buffers(brain, state["buffers"])
     optimizers = _optimizers(brain)
     for name, saved_optimizer in state["optimizers"].items():
         optimizers[name].load_state_dict(saved_optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,14 +65,7 @@ class EpochStatistics:
 
     def copy(self) -> State:
         """What there is so far, unchanged by what comes; containers are copied one deep."""
-        found = self._now()
-        return {
-            "values": _copies(found["values"]),
-            **{
-                owner: {name: [*map(_copies, parts)] for name, parts in found[owner].items()}
-                for owner in OWNERS
-            },
-        }
+        return _of_each(_copies, self._now())
 
     def state(self, copied: State | None = None) -> State:
         """What there is so far, where it can be saved.
@@ -81,15 +74,9 @@ class EpochStatistics:
             copied: From ``copy``, to save what there was then.
         """
         found = self._now() if copied is None else copied
-        saved = plain_values(found["values"])
-        self._report(found["values"].keys() - saved.keys())
-        return {
-            "values": saved,
-            **{
-                owner: {n: [*map(plain_values, parts)] for n, parts in found[owner].items()}
-                for owner in OWNERS
-            },
-        }
+        saved = _of_each(plain_values, found)
+        self._report(found["values"].keys() - saved["values"].keys())
+        return saved
 
     def restore(self, state: State) -> None:
         """Restores what the Brain had accumulated.
@@ -143,6 +130,15 @@ CONTAINERS = (list, dict, set, deque, np.ndarray)
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float)
+
+
+def _of_each(change: Callable[[Mapping[str, Any]], State], found: State) -> State:
+    """Changes the attributes of the Brain, and those of each part of its statistics."""
+    statistics = {
+        owner: {name: [*map(change, parts)] for name, parts in found[owner].items()}
+        for owner in OWNERS
+    }
+    return {"values": change(found["values"]), **statistics}
 
 
 def _copies(values: Mapping[str, Any]) -> State:

@@ -314,18 +314,13 @@ class RunProgress:
             "trainer": of_trainer,
             "end_of_epoch": self.is_end_of_epoch,
             "buffers": buffers(self.brain) if world_size() > 1 else {},
-            "synchronizes": self._synchronizes(),
+            "synchronizes": self._synchronizes() if moment is None else moment.synchronizes,
             "beside_weights": {},
         }
 
     def _synchronizes(self) -> list[bool]:
-        if self.phase is Phase.VALIDATING and self._before_validation is not None:
-            return self._before_validation.synchronizes
-        return (
-            self.before.synchronizes
-            if self.phase is Phase.FITTING
-            else synchronizes(self.brain)
-        )
+        before = self.phase is Phase.FITTING
+        return self.before.synchronizes if before else synchronizes(self.brain)
 
     def _validations(self) -> list[State]:
         states = dict(enumerate(each.state_between_passes() for each in self.validations))
@@ -351,69 +346,70 @@ class RunProgress:
     def _epoch_without_batches(self) -> EpochState:
         """Before the first batch, or after the last one."""
         starting = self.phase is Phase.STARTING
+        position = {**self.position.state_between_passes(), "batches": 0}
+        statistics = None if starting else self._statistics.state()
+        return {
+            **self._epoch_at(position, 0 if starting else self.position.fitted, statistics),
+            "nonfinite_count": 0 if starting else self.brain.nonfinite_count,
+        }
+
+    def _epoch_between_batches(
+        self, fitted: int | None = None, before: BeforeBatch | None = None
+    ) -> EpochState:
+        """After some batches: those that are counted, or so many; as it is, or was before."""
+        fitted = self.position.fitted if fitted is None else fitted
+        random = random_state() if before is None else before.random
+        grads = gradients(self.brain) if before is None else before.gradients
+        statistics = self._statistics.state(None if before is None else before.statistics)
+        return {
+            **self._epoch_at(self.position.state(fitted, random), fitted, statistics),
+            **self.counts,  # type: ignore[typeddict-item]
+            "gradients": {index: grad.cpu() for index, grad in grads.items()},
+        }
+
+    def _epoch_at(self, position: State, batches: int, statistics: State | None) -> EpochState:
         return {
             "phase": self.phase.name,
             "number": _plain_or_none(self.number),
             "stage_random": self._stage_random,
-            "position": {**self.position.state_between_passes(), "batches": 0},
-            "batches": 0 if starting else self.position.fitted,
+            "position": position,
+            "batches": batches,
             "step": 0,
             "avg_train_loss": 0.0,
-            "nonfinite_count": 0 if starting else self.brain.nonfinite_count,
-            "statistics": None if starting else self._statistics.state(),
+            "nonfinite_count": 0,
+            "statistics": statistics,
             "gradients": {},
             "loss": None,
             "before": None,
         }
 
-    def _epoch_between_batches(self) -> EpochState:
-        fitted = self.position.fitted
-        return {
-            **self._epoch_without_batches(),
-            "position": self.position.state(fitted, random_state()),
-            "batches": fitted,
-            **self.counts,  # type: ignore[typeddict-item]
-            "statistics": self._statistics.state(),
-            "gradients": {i: grad.cpu() for i, grad in gradients(self.brain).items()},
-        }
-
     def _epoch_before_batch(self) -> EpochState:
         """A batch of which a part is done is fitted again."""
         before = self.before
-        epoch: EpochState = {
-            **self._epoch_between_batches(),
-            "phase": Phase.FETCHED.name,
-            **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
-        }
         if not before.is_whole:
             before.warn_once(
                 "A checkpoint is saved in the middle of a batch, where nothing was expected "
                 "to save: a run that resumes from it fits this batch again, with what it had "
                 "changed already."
             )
-            return epoch
-        epoch["position"] = self.position.state(self.position.fitted, before.random)
-        epoch["statistics"] = self._statistics.state(before.statistics)
-        epoch["gradients"] = {i: grad.cpu() for i, grad in before.gradients.items()}
-        epoch["before"] = before.state()
-        return epoch
+        return {
+            **self._epoch_between_batches(before=before if before.is_whole else None),
+            "phase": Phase.FETCHED.name,
+            **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
+            "before": before.state() if before.is_whole else None,
+        }
 
     def _epoch_after_fit(self) -> EpochState:
         """A batch that is fitted; those callbacks that have not heard of it will."""
-        brain, stepped = self.brain, self.phase is Phase.STEPPED
-        loss = self.loss
-        average = brain.avg_train_loss
-        if stepped:
+        brain, loss, average = self.brain, self.loss, self.brain.avg_train_loss
+        if self.phase is Phase.STEPPED:
             loss = loss.detach().cpu() if isinstance(loss, Tensor) else loss
             average = brain.update_average(loss, average)
         untold = self.trainer is not None and self.trainer.is_telling_of_batch()
         again = untold and self.position.can_fetch_again()
-        fitted = self.position.fitted + (not again)
         return {
-            **self._epoch_between_batches(),
+            **self._epoch_between_batches(self.position.fitted + (not again)),
             "phase": (Phase.FITTED if again else Phase.BATCH_OVER).name,
-            "position": self.position.state(fitted, random_state()),
-            "batches": fitted,
             "avg_train_loss": average,
             "loss": _plain_or_none(loss) if again else None,
         }

@@ -7,9 +7,10 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from brain_lightning.data.dataloaders import length_of
 from brain_lightning.stage import Stage
 
-from .loader import StageLoader, length_of
+from .loader import StageLoader
 from .metrics import staged
 from .progress import progress_bar
 
@@ -67,6 +68,10 @@ class RunStage:
     def running_loss(self) -> dict[str, float]:
         """The average loss so far by its metric's name; nothing before the first batch."""
         return {staged(self.kind, "loss"): self._average()} if self.brain.step else {}
+
+    def _is_debugged(self) -> bool:
+        """Whether there were as many batches as ``debug_batches`` allows."""
+        return self.brain.debug and 0 < self.brain.debug_batches == self.brain.step
 
     def _average(self) -> float:
         raise NotImplementedError

@@ -75,6 +75,7 @@ class EvaluationStage(RunStage):
         # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
         if self.kind is Stage.VALID:
             brain.step = 0
+        # Twice, as TRAIN's.
         metrics.add(self.kind, {"loss": self.average})
         brain.on_stage_end(self.brain_stage, self.average, self.epoch)
         brain.step = 0
@@ -95,12 +96,11 @@ class EvaluationStage(RunStage):
             self._end()
             self._position = position
             self._start()
-        brain = self.brain
         # Only now, after on_stage_start: a recipe may change shard_eval there.
         with self._bar(self._part(loader), position) as bar:
             for batch in bar:
                 yield batch
-                if brain.debug and brain.step == brain.debug_batches:
+                if self._is_debugged():
                     return
 
     def _part(self, loader: Iterable[Any]) -> Iterable[Any]:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from brain_lightning.data.dataloaders import length_of
+
 _NOTHING = object()
 
 
@@ -74,15 +76,3 @@ class StageLoader:
             raise StopIteration
         batch, self._ahead = self._ahead, _NOTHING
         return batch
-
-
-def length_of(loader: Any) -> int | None:
-    """The length of a loader, now, or None where it has none.
-
-    Args:
-        loader: Any iterable.
-    """
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError, AttributeError):
-        return None

@@ -161,6 +161,7 @@ class TrainStage(RunStage):
         self.loader.close()
         brain.zero_grad(set_to_none=True)
         self.run_state.end_training()
+        # For what the hook saves; and again, for it may report another number by this name.
         metrics.add(Stage.TRAIN, {"loss": loss})
         with self.run_state.entering(Phase.TRAIN_OVER):
             brain.on_stage_end(self.brain_stage, loss, self.epoch)
@@ -177,10 +178,6 @@ class TrainStage(RunStage):
         """Whether there were as many updates as ``optimizer_step_limit`` allows."""
         limit = self.brain.optimizer_step_limit
         return limit is not None and self.brain.optimizer_step >= limit
-
-    def _is_debugged(self) -> bool:
-        """Whether there were as many batches as ``debug_batches`` allows."""
-        return self.brain.debug and 0 < self.brain.debug_batches == self.brain.step
 
     def _average(self) -> float:
         return self.brain.avg_train_loss

@@ -7,10 +7,9 @@ from typing import Any
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from brain_lightning.distributed.ddp import unwrapped_name
 from brain_lightning.protocol import BrainProtocol
 
-from .compile import COMPILED_PREFIX
+from .compile import plain_name
 from .optimizers import all_optimizers
 
 # In a saved parameter group that was added: the names of its parameters.
@@ -61,7 +60,4 @@ class AddedGroups:
     def _parameters(self) -> dict[str, Parameter]:
         """By names that are the same where modules are wrapped or compiled."""
         brain = self._brain
-        return {
-            unwrapped_name(name.replace(COMPILED_PREFIX, ""), brain): parameter
-            for name, parameter in brain.modules.named_parameters()
-        }
+        return {plain_name(name, brain): p for name, p in brain.modules.named_parameters()}
