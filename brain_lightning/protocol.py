@@ -110,6 +110,7 @@ class BrainProtocol(OptionValues, Protocol):
     def check_loss_isfinite(self, loss: Tensor) -> None: ...
     def check_gradients(self) -> None: ...
     def update_average(self, loss: Any, avg_loss: float) -> float: ...
+    def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None: ...
     def _fit_valid(self, valid_set: Any, epoch: Any, enable: bool) -> None: ...
     def _should_save_intra_epoch_ckpt(
         self, last_ckpt_time: float, steps_since_ckpt: int
@@ -120,6 +121,8 @@ class BrainProtocol(OptionValues, Protocol):
 
 # A subclass that overrides one of these does its own stepping.
 MANUAL_HOOKS = ("fit_batch", "optimizers_step")
+# The parts of fit, and what each runs of a run.
+PARTS = {"_fit_train": "train", "_fit_valid": "valid"}
 # fit_batch calls these, and they have no default.
 REQUIRED_HOOKS = ("compute_forward", "compute_objectives")
 
@@ -158,27 +161,38 @@ def steps_itself(brain: BrainProtocol) -> bool:
 
 
 def check_hooks(brain: BrainProtocol) -> None:
-    """Refuses a Brain that lacks a hook, or overrides one that is never called.
+    """Refuses a Brain that lacks a hook.
 
     Args:
         brain: The Brain that is going to train, before a batch is loaded.
 
     Raises:
         BrainTypeError: A hook without default is not overridden.
-        UnsupportedError: A part of SpeechBrain's loop is overridden.
     """
     brain_class = type(brain)
-    if overrides(brain_class, "_fit_train"):
-        raise UnsupportedError(
-            f"{brain_class.__name__} overrides _fit_train, a part of SpeechBrain's loop, "
-            "which is the Trainer's here: use a hook of Brain, such as on_stage_start or "
-            "on_fit_batch_end, or a Lightning callback"
-        )
-    for hook in () if overrides(brain_class, "fit_batch") else REQUIRED_HOOKS:
+    own_steps = has_own(brain, "fit_batch") or has_own(brain, "_fit_train")
+    for hook in () if own_steps else REQUIRED_HOOKS:
         if not has_own(brain, hook):
             raise BrainTypeError(
                 f"{brain_class.__name__} must define {hook}, or override fit_batch"
             )
+
+
+def check_fit(brain: BrainProtocol) -> None:
+    """Refuses a Brain whose ``fit`` a Trainer would leave out.
+
+    Args:
+        brain: The Brain that is going to train.
+
+    Raises:
+        UnsupportedError: It overrides ``fit``.
+    """
+    if has_own(brain, "fit"):
+        raise UnsupportedError(
+            f"{type(brain).__name__} overrides fit, which trainer.fit(to_lightning(brain)) "
+            "would leave out: call brain.fit(..., trainer=trainer), which runs the recipe's "
+            "own fit on the Trainer, or move what it does to hooks"
+        )
 
 
 def hparam(brain: BrainProtocol, name: str, default: Any = None) -> Any:

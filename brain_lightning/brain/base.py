@@ -78,6 +78,8 @@ class BrainBase(OptionValues):
     trainer_callbacks: Sequence[Any] = ()
     # The class of the stages that its hooks get.
     stage_type = Stage
+    # SpeechBrain's, for loops that recipes have copied from it: here the Trainer has one.
+    profiler = None
 
     def __init__(
         self,
@@ -133,6 +135,17 @@ class BrainBase(OptionValues):
             self._join(checkpointer)
         elif self.async_save:
             raise UnsupportedError("async_save saves nothing: give the Brain a checkpointer")
+
+    @property
+    def raw_modules(self) -> ModuleDict:
+        """The modules; each is wrapped on its own, not all of them together."""
+        return self.modules
+
+    @property
+    def _optimizer_step_limit_exceeded(self) -> bool:
+        """Whether ``optimizer_step_limit`` is reached; loops of recipes ask."""
+        limit = self.optimizer_step_limit
+        return limit is not None and self.optimizer_step >= limit
 
     def print_trainable_parameters(self) -> None:
         """Logs how many parameters there are, and how many of them can be trained."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from brain_lightning.data import dataloaders as data
 from brain_lightning.distributed.communication import is_distributed_initialized
 from brain_lightning.distributed.ddp import wrap_modules
-from brain_lightning.errors import NonFiniteLossError, UnsupportedError
+from brain_lightning.errors import NonFiniteLossError
 from brain_lightning.stage import Stage
 from brain_lightning.stages import interval_checkpoints as interval
 from brain_lightning.step.compile import compile_modules
@@ -352,18 +352,6 @@ class Brain(FitAndEvaluate, BrainBase):
         return {**loader_kwargs, **sampler}
 
     # -------------------------------------------- parts of SpeechBrain's own loops
-
-    def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
-        """The Trainer's part; a recipe may neither override nor call it."""
-        raise UnsupportedError("_fit_train is the Trainer's part: call fit()")
-
-    def _fit_valid(self, valid_set: Any, epoch: Any, enable: bool) -> None:
-        """Validates; recipes override it to do so less often, and call it."""
-        self._validate()
-
-    def _validate(self) -> None:
-        """The Trainer's validation, while one runs."""
-        raise UnsupportedError("_fit_valid works within fit() alone: use evaluate()")
 
     def _should_save_intra_epoch_ckpt(
         self, last_ckpt_time: float, steps_since_ckpt: int

@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from brain_lightning.compat import speechbrain
 from brain_lightning.data import dataloaders as data
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.module.to_lightning import to_lightning
@@ -16,19 +15,19 @@ from brain_lightning.protocol import BrainProtocol
 from brain_lightning.stages.run import Run
 
 from . import own_trainer as trainers
+from .own_fit import is_on_trainer, on_trainer, run_part
 
 logger = logging.getLogger(__name__)
-
-# Arguments of the Trainer that hold for a fit within a fit too, as MetricGAN does it several
-# times an epoch; the others, callbacks and limits among them, are meant for the outer one.
-OF_EVERY_RUN = (
-    "accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "deterministic",
-    "benchmark", "detect_anomaly",
-)  # fmt: skip
 
 
 class FitAndEvaluate:
     """``speechbrain.Brain.fit`` and ``evaluate``, run by Lightning's Trainer."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Runs a ``fit`` that a recipe has written itself on one Trainer."""
+        super().__init_subclass__(**kwargs)
+        if not is_on_trainer(cls.fit, FitAndEvaluate.fit):
+            cls.fit = on_trainer(cls.fit)  # type: ignore[method-assign]
 
     def fit(
         self: BrainProtocol,
@@ -63,7 +62,9 @@ class FitAndEvaluate:
         if self.test_only:
             logger.info("Test only mode, skipping training and validation stages.")
             return
-        running = _trainer_for(self, trainer)
+        parts = Run.parts_of(self)
+        within_own = parts is not None and parts.may_train
+        running = None if within_own else trainers.trainer_for(self, trainer)
         stage = self.stage_type
         if not data.is_loader(train_set):
             train_set = self.make_dataloader(
@@ -73,8 +74,35 @@ class FitAndEvaluate:
             kwargs = {"ckpt_prefix": None, **valid_loader_kwargs}
             valid_set = self.make_dataloader(valid_set, stage=stage.VALID, **kwargs)
         shows_bar = _shows_bar(self, progressbar)
+        if running is None:
+            _fit_by_parts(self, epoch_counter, train_set, valid_set, shows_bar)
+            return
         module = to_lightning(self, epoch_counter=epoch_counter, progressbar=shows_bar)
+        module.is_of_fit = True
         trainers.run(running, module, lambda: running.fit(module, train_set, valid_set))
+
+    def _fit_train(self: BrainProtocol, train_set: Any, epoch: Any, enable: bool) -> None:
+        """One TRAIN stage, as ``fit`` runs one in each epoch.
+
+        Recipes call it in a ``fit`` of their own, which runs on one Trainer then; called
+        elsewhere it has a Trainer to itself.
+
+        Args:
+            train_set: Iterable over batches.
+            epoch: The number of the epoch.
+            enable: Whether to show a bar.
+        """
+        run_part(self, "train", train_set, epoch, enable)
+
+    def _fit_valid(self: BrainProtocol, valid_set: Any, epoch: Any, enable: bool) -> None:
+        """One VALID stage, as ``fit`` runs one in each epoch; see ``_fit_train``.
+
+        Args:
+            valid_set: Iterable over batches; None validates nothing.
+            epoch: The number of the epoch.
+            enable: Whether to show a bar.
+        """
+        run_part(self, "valid", valid_set, epoch, enable)
 
     def evaluate(
         self: BrainProtocol,
@@ -99,7 +127,7 @@ class FitAndEvaluate:
         Returns:
             The average loss.
         """
-        running = _trainer_for(self, trainer, collective=False)
+        running = trainers.trainer_for(self, trainer, collective=False)
         if not data.is_loader(test_set):
             kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
             test_set = self.make_dataloader(test_set, self.stage_type.TEST, **kwargs)
@@ -109,26 +137,23 @@ class FitAndEvaluate:
         return module.run.test.average
 
 
+def _fit_by_parts(
+    brain: BrainProtocol,
+    epoch_counter: Iterable[Any],
+    train_set: Any,
+    valid_set: Any,
+    bar: bool,
+) -> None:
+    """``speechbrain.Brain.fit`` within the run of a recipe's own ``fit``."""
+    brain.on_fit_start()
+    for epoch in epoch_counter:
+        brain._fit_train(train_set, epoch, bar)
+        brain._fit_valid(valid_set, epoch, bar)
+        limit = brain.optimizer_step_limit
+        debugged = brain.debug and epoch == brain.debug_epochs
+        if debugged or (limit is not None and brain.optimizer_step >= limit):
+            break
+
+
 def _shows_bar(brain: BrainProtocol, progressbar: bool | None) -> bool:
     return not brain.noprogressbar if progressbar is None else progressbar
-
-
-def _trainer_for(
-    brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None, collective: bool = True
-) -> Trainer:
-    """The Trainer to run on: the command line outranks the call, which outranks hparams.
-
-    Ranks train together; each evaluates alone, as in SpeechBrain.
-    """
-    speechbrain.add_attributes(brain)
-    given = (brain.trainer_arguments or {}) if trainer is None else trainer
-    if brain.trainer_overrides:
-        if not isinstance(given, Mapping):
-            name = next(iter(brain.trainer_overrides))
-            raise BrainTypeError(
-                f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
-            )
-        given = {**given, **brain.trainer_overrides}
-    if trainer is None and isinstance(given, Mapping) and Run.is_running(brain):
-        given = {name: value for name, value in given.items() if name in OF_EVERY_RUN}
-    return trainers.make_trainer(given, brain, collective)

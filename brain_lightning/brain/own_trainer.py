@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from brain_lightning.callback.reconcile import reconcile_processes
+from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.communication import is_distributed_initialized, is_launched
 from brain_lightning.errors import BrainTypeError, HookStoppedError, UnsupportedError
 from brain_lightning.lightning_internals.signals import disable_signal_handlers
@@ -30,6 +31,7 @@ from brain_lightning.lightning_internals.strategies import check_strategy
 from brain_lightning.module.brain_module import BrainModule
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.stages.run import Run
 from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,14 @@ class OwnTrainer(Trainer):
 
 # Arguments that decide in how many processes to run.
 PROCESSES = ("devices", "num_nodes", "strategy")
+
+
+# Arguments of the Trainer that hold for a fit within a fit too, as MetricGAN does it several
+# times an epoch; the others, callbacks and limits among them, are meant for the outer one.
+OF_EVERY_RUN = (
+    "accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "deterministic",
+    "benchmark", "detect_anomaly",
+)  # fmt: skip
 
 
 def own_trainer_arguments(brain: BrainProtocol, collective: bool = True) -> dict[str, Any]:
@@ -114,6 +124,30 @@ def _several_processes() -> dict[str, Any]:
         environment = TorchElasticEnvironment()
     nodes = processes // here
     return {"devices": here, "num_nodes": nodes, "strategy": "ddp", "plugins": [environment]}
+
+
+def trainer_for(
+    brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None, collective: bool = True
+) -> Trainer:
+    """The Trainer to run on: the command line outranks the call, which outranks hparams.
+
+    Args:
+        brain: The Brain.
+        trainer: What the call was given.
+        collective: Whether ranks run together; each evaluates alone, as in SpeechBrain.
+    """
+    speechbrain.add_attributes(brain)
+    given = (brain.trainer_arguments or {}) if trainer is None else trainer
+    if brain.trainer_overrides:
+        if not isinstance(given, Mapping):
+            name = next(iter(brain.trainer_overrides))
+            raise BrainTypeError(
+                f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
+            )
+        given = {**given, **brain.trainer_overrides}
+    if trainer is None and isinstance(given, Mapping) and Run.is_running(brain):
+        given = {name: value for name, value in given.items() if name in OF_EVERY_RUN}
+    return make_trainer(given, brain, collective)
 
 
 def make_trainer(

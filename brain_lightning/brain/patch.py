@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback
 
 from brain_lightning.errors import UnsupportedError
+from brain_lightning.protocol import PARTS
 from brain_lightning.temporary import TemporaryAttributes
 
 from .fit import FitAndEvaluate
+from .own_fit import is_on_trainer, on_trainer
 
 
 class Patch(TemporaryAttributes):
     """What ``patch_speechbrain`` changed; leaving it as a context undoes that."""
+
+    def patch_subclass(self, cls: Any) -> None:
+        """Runs a ``fit`` that a recipe has written itself on one Trainer.
+
+        Args:
+            cls: A subclass of SpeechBrain's Brain, when it is made or before.
+        """
+        if not is_on_trainer(cls.fit, FitAndEvaluate.fit):
+            self.override(cls, "fit", on_trainer(cls.fit))
 
     def undo(self) -> None:
         """Gives SpeechBrain its own loops back; a second call does nothing."""
@@ -47,8 +58,22 @@ def patch_speechbrain(
         ) from error
     patch = Patch()
     # On the class itself, and with it on all of its subclasses.
-    patch.override(core.Brain, "fit", FitAndEvaluate.fit)
-    patch.override(core.Brain, "evaluate", FitAndEvaluate.evaluate)
+    for name in ("fit", "evaluate", *PARTS):
+        patch.override(core.Brain, name, getattr(FitAndEvaluate, name))
     patch.override(core.Brain, "trainer_overrides", dict(trainer or {}))
     patch.override(core.Brain, "trainer_callbacks", tuple(callbacks))
+
+    def __init_subclass__(cls: Any, /, **kwargs: Any) -> None:  # noqa: N807
+        super(core.Brain, cls).__init_subclass__(**kwargs)
+        patch.patch_subclass(cls)
+
+    patch.override(core.Brain, "__init_subclass__", classmethod(__init_subclass__))
+    for brain_class in _subclasses(core.Brain):
+        patch.patch_subclass(brain_class)
     return patch
+
+
+def _subclasses(cls: Any) -> Iterator[Any]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -42,6 +44,7 @@ class BrainCallback(Callback):
         run: The run.
         trainer: The Trainer of the run.
         progressbar: Whether to show SpeechBrain's bar where the Trainer has none.
+        own_fit: The recipe's own ``fit``, where that calls for the stages of the run.
 
     Raises:
         RunOptionError: An argument of the Trainer contradicts a run option.
@@ -49,9 +52,16 @@ class BrainCallback(Callback):
             installed Lightning lacks a private part that is needed.
     """
 
-    def __init__(self, run: Run, trainer: Trainer, progressbar: bool = False) -> None:
+    def __init__(
+        self,
+        run: Run,
+        trainer: Trainer,
+        progressbar: bool = False,
+        own_fit: Callable[[], Any] | None = None,
+    ) -> None:
         self.run = run
         self._progressbar = progressbar
+        self._own_fit = own_fit
         self._for_the_epoch = TemporaryAttributes()
         # Also for callbacks that hear of the end of the epoch after this one.
         self._until_the_next_epoch = TemporaryAttributes()
@@ -86,10 +96,15 @@ class BrainCallback(Callback):
         leave_to_trainer(self.run.brain, trainer.loggers, self._for_the_run)
         if self._side.validates:
             self.run.metrics.valids.add("loss")
-        attach(trainer, self.run, self._for_the_run)
+        resume = partial(self._resume, trainer)
+        attach(trainer, self.run, self._for_the_run, self._own_fit, resume)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resumes from what was recovered, if anything was."""
+        """Resumes from what was recovered, if anything was; an own ``fit`` recovers later."""
+        if self._own_fit is None:
+            self._resume(trainer)
+
+    def _resume(self, trainer: Trainer) -> None:
         state = self.run.run_state
         state.position.records_fetches = self._side.draws_ahead
         if state.resumed is not None:
@@ -113,6 +128,8 @@ class BrainCallback(Callback):
         run, loop = self.run, fit_loop_of(trainer)
         self._until_the_next_epoch.restore()
         show_epoch(trainer, run.epochs)
+        if run.train.by_recipe is not None:
+            return
         if run.run_state.resumed_phase is Phase.VALID_OVER:
             overwrite_files(trainer, self._until_the_next_epoch)
             return
@@ -129,7 +146,8 @@ class BrainCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the validation run to the end of its loader."""
-        self.run.end_if_terminated()
+        if not self.run.valid.is_within_training:
+            self.run.end_if_terminated()
         evaluation_loop_of(trainer).end_by_exhaustion(self.run.valid.is_sharded)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.protocol import hparam
+from brain_lightning.protocol import PARTS, hparam
 from brain_lightning.temporary import TemporaryAttributes
 
 from .versions import run_option_defaults
@@ -74,25 +74,40 @@ def add_attributes(brain: Any) -> None:
     brain.trainer_callbacks = getattr(brain, "trainer_callbacks", ())
 
 
-def redirect_validation(brain: object, temporary: TemporaryAttributes) -> None:
-    """Makes SpeechBrain's ``_fit_valid``, which a recipe's override calls, the Trainer's.
+def redirect_parts(
+    brain: object, parts_of: Callable[[Any], Any], temporary: TemporaryAttributes
+) -> None:
+    """Makes SpeechBrain's ``_fit_train`` and ``_fit_valid`` stages of a Trainer run.
 
     Args:
-        brain: A Brain that has the attribute ``_validate`` during the run; nothing
-            happens to the class of ours.
+        brain: The Brain that runs; nothing happens to the class of ours.
+        parts_of: Returns the stages of a Brain's run, or None where it has none.
         temporary: Records what is changed.
     """
     if not is_speechbrains(brain):
         return
     brain_class: Any = _loaded("core", "Brain")
-    original = brain_class._fit_valid
+    for name, stage in PARTS.items():
+        redirected = functools.partialmethod(
+            _run_part, getattr(brain_class, name), parts_of, stage
+        )
+        temporary.override(brain_class, name, redirected)
 
-    def _fit_valid(self: Any, *args: Any, **kwargs: Any) -> None:
+
+def _run_part(
+    brain: Any,
+    original: Any,
+    parts_of: Callable[[Any], Any],
+    stage: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    parts = parts_of(brain)
+    if parts is None or not getattr(parts, f"may_{stage}"):
         # Another Brain may be in SpeechBrain's loop at the same time.
-        validate = vars(self).get("_validate")
-        original(self, *args, **kwargs) if validate is None else validate()
-
-    temporary.override(brain_class, "_fit_valid", _fit_valid)
+        original(brain, *args, **kwargs)
+    else:
+        getattr(parts, stage)(*args, **kwargs)
 
 
 def is_looped_loader(obj: object) -> bool:

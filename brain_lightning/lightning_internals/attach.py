@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from brain_lightning.compat.speechbrain import redirect_validation
-from brain_lightning.protocol import overrides
+from brain_lightning.compat.speechbrain import redirect_parts
+from brain_lightning.protocol import PARTS, BrainProtocol, has_own
+from brain_lightning.references import referenced
+from brain_lightning.stages.metrics import arguments_of
 from brain_lightning.stages.run import Run
 from brain_lightning.temporary import TemporaryAttributes
 
 from .lean_loops import make_lean
 from .loaders import StageSource
 from .loops import BrainEpochLoop, BrainEvaluationLoop, BrainFitLoop, become
+from .parts import StageParts
+
+logger = logging.getLogger(__name__)
 
 
-def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
+def attach(
+    trainer: Trainer,
+    run: Run,
+    temporary: TemporaryAttributes,
+    own_fit: Callable[[], Any] | None,
+    resume: Callable[[], None],
+) -> None:
     """Lets the stages of a Brain rule the Trainer's loops.
 
     Args:
         trainer: The Trainer in its ``setup``.
         run: The run.
         temporary: Records what is changed.
+        own_fit: The recipe's own ``fit``, where that calls for the stages.
+        resume: Resumes the run, once ``own_fit`` has recovered what there was.
     """
     fit: Any = trainer.fit_loop
     evaluations = (fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
     for loop in evaluations:
         become(loop, BrainEvaluationLoop, temporary)
     if trainer.state.fn is TrainerFn.FITTING:
-        become(fit, BrainFitLoop, temporary, brain_run=run)
-        become(fit.epoch_loop, BrainEpochLoop, temporary, brain_run=run)
-        if overrides(type(run.brain), "_fit_valid"):
-            _validate_by_recipe(fit.epoch_loop.val_loop, run, temporary)
+        overridden = [part for part in PARTS if has_own(run.brain, part)]
+        by_parts = own_fit is not None or bool(overridden)
+        parts = run.parts = StageParts(trainer, run, by_parts, own_fit, resume)
+        runs_parts = parts.run if by_parts else None
+        become(fit, BrainFitLoop, temporary, brain_run=run, brain_runs_parts=runs_parts)
+        become(
+            fit.epoch_loop, BrainEpochLoop, temporary,
+            brain_run=run, brain_validates_after=by_parts,
+        )  # fmt: skip
+        redirect_parts(run.brain, Run.parts_of, temporary)
+        for part in overridden:
+            _let_run(parts, part, run.brain, temporary)
+        if overridden:
+            _validate_by_brain(fit.epoch_loop.val_loop, parts, run, temporary)
     # Without this line, and the file, everything is the same, but slower.
     make_lean((fit.epoch_loop, *evaluations), temporary)
     stages = (run.train, run.valid, run.valid, run.test)
@@ -48,19 +74,41 @@ def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
         temporary.set(loop, "inference_mode", False)
 
 
-def _validate_by_recipe(loop: Any, run: Run, temporary: TemporaryAttributes) -> None:
-    """Lets a recipe decide whether to validate, by its own ``_fit_valid``.
+def _let_run(
+    parts: StageParts, part: str, brain: BrainProtocol, temporary: TemporaryAttributes
+) -> None:
+    """Lets a part that the recipe has written anew run as it is, within Lightning's hooks.
 
-    Recipes override it to validate every few epochs, and call SpeechBrain's, which
-    stands for Lightning's validation here. Lightning has no hook that could leave
-    one out.
+    One that calls SpeechBrain's, by ``super()``, needs nothing: the stage is in that.
     """
-    brain = run.brain
-    temporary.override(brain, "_validate", loop.run)
-    redirect_validation(brain, temporary)
+    if part in referenced(brain, [part]):
+        return
+    found = getattr(brain, part)
+    # In a run within another one of the same Brain it is there already.
+    recipe = getattr(found, "recipe", found)
+    _warn_of_own_loop(type(brain).__name__, part)
+    run = parts.train_by_recipe if part == "_fit_train" else parts.valid_by_recipe
 
-    def validate() -> None:
-        loader = run.valid.given()
-        brain._fit_valid(loader, run.epochs.current, run.trainer.shows_bar)
+    def within_hooks(*args: Any, **kwargs: Any) -> None:
+        epoch = arguments_of(recipe, args, kwargs)["epoch"]
+        run(partial(recipe, *args, **kwargs), epoch)
 
-    temporary.override(loop, "run", validate)
+    within_hooks.recipe = recipe  # type: ignore[attr-defined]
+    temporary.override(brain, part, within_hooks)
+
+
+@cache
+def _warn_of_own_loop(brain: str, part: str) -> None:
+    logger.warning(
+        "%s.%s is a loop of the recipe's own: limits, gradient options and batch hooks of the "
+        "Trainer have no effect in it; its epochs, metrics, checkpoints and loggers do.",
+        brain,
+        part,
+    )
+
+
+def _validate_by_brain(
+    loop: Any, parts: StageParts, run: Run, temporary: TemporaryAttributes
+) -> None:
+    """Makes a validation in the middle of an epoch the Brain's ``_fit_valid``."""
+    temporary.override(loop, "run", lambda: parts.validate_by_brain(run.trainer.shows_bar))

@@ -35,16 +35,24 @@ class StageSource(_DataLoaderSource):
         trainer: The Trainer that runs.
         stage: The stage of the run.
         temporary: Records what is changed.
+        part: The set of one ``_fit_train`` or ``_fit_valid``, in place of what was given.
     """
 
     trainer: Trainer
     stage: RunStage
     temporary: TemporaryAttributes
+    part: Any = None
 
     def dataloader(self) -> Any:
         """The loaders, wrapped: one for training, a list for evaluation."""
+        training = self.stage.kind is Stage.TRAIN
+        if self.part is not None:
+            # Whatever is iterable, as SpeechBrain iterates it.
+            shards = training and shards_training_data(self.trainer)
+            wrapped = self._wrap(self._shard([self.part]) if shards else [self.part])
+            return wrapped[0] if training else wrapped
         combined = self._combined()
-        if self.stage.kind is not Stage.TRAIN and combined._mode == "sequential":
+        if not training and combined._mode == "sequential":
             return self._wrap(combined.flattened)
         one = combined.iterables is combined.flattened[0]
         loader = combined.flattened[0] if one else SeveralLoaders(combined)
@@ -63,7 +71,7 @@ class StageSource(_DataLoaderSource):
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
         fitting = self.trainer.state.fn is TrainerFn.FITTING
         if training and shards_training_data(self.trainer):
-            self._shard(loaders)
+            loaders.flattened = self._shard(loaders.flattened)
         # An attribute that Lightning's type hints do not show.
         if fitting and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning looks for shuffling samplers, which it would not find in ours.
@@ -71,17 +79,15 @@ class StageSource(_DataLoaderSource):
             _resolve_overfit_batches(loaders, running)
         return loaders
 
-    def _shard(self, loaders: CombinedLoader) -> None:
+    def _shard(self, loaders: list[Any]) -> list[Any]:
         """Lightning's way, which does not find the loaders behind ours; the Brain counts."""
-        sharded = [self._sharded(loader) for loader in loaders.flattened]
+        sharded = [self._sharded(loader) for loader in loaders]
         samplers = _Samplers(
-            new.sampler
-            for old, new in zip(loaders.flattened, sharded, strict=True)
-            if new is not old
+            new.sampler for old, new in zip(loaders, sharded, strict=True) if new is not old
         )
-        loaders.flattened = sharded
         if samplers:
             self.temporary.set(self.stage.brain, "train_sampler", samplers)
+        return sharded
 
     def _sharded(self, loader: Any) -> Any:
         samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]

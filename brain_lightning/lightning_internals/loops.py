@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -32,14 +33,27 @@ class BrainFitLoop(_FitLoop):
     """
 
     brain_run: Run
+    # Runs the stages one by one, where the recipe has a say in that.
+    brain_runs_parts: Callable[[], None] | None
 
     @property
     def done(self) -> bool:
         """Whether the run is over, for Lightning or for the epoch counter."""
-        run = self.brain_run
+        return self.brain_run.epochs.over(self._is_over())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is over for Lightning, in any of the processes."""
+        return self.brain_run.epochs.ended(self._is_over())
+
+    def _is_over(self) -> bool:
         # A limit that was reached when training was over leaves the rest of the epoch to do.
-        reached = super().done and run.run_state.resumed_phase not in AFTER_TRAINING
-        return run.epochs.over(reached)
+        resumed_phase = self.brain_run.run_state.resumed_phase
+        return super().done and resumed_phase not in AFTER_TRAINING
+
+    def run(self) -> None:
+        """Runs the epochs."""
+        super().run() if self.brain_runs_parts is None else self.brain_runs_parts()
 
     def on_advance_start(self) -> None:
         """Starts the next epoch."""
@@ -126,6 +140,26 @@ class BrainEpochLoop(_TrainingEpochLoop):
     """
 
     brain_run: Run
+    # Whether the last validation of an epoch follows when this loop is over.
+    brain_validates_after: bool
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        """Whether to validate after a batch."""
+        is_last = self.batch_progress.is_last_batch
+        if self.brain_validates_after and is_last:
+            return False
+        return super()._should_check_val_fx(data_fetcher)
+
+    def validation_is_due(self) -> bool:
+        """Whether to validate now, after the last batch of an epoch."""
+        if not self.trainer.enable_validation:
+            # SpeechBrain calls _fit_valid with None.
+            return True
+        if not self.batch_progress.current.ready:
+            return self._should_check_val_epoch()
+        fetcher = self.trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        return super()._should_check_val_fx(fetcher)
 
     def on_run_start(self, data_fetcher: Any) -> None:
         """Resumes the epoch where it was left, with the validation if that came next."""

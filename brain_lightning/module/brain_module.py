@@ -26,7 +26,7 @@ from brain_lightning.distributed.ddp import unwrap_modules
 from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
-from brain_lightning.protocol import BrainProtocol, check_hooks, hparam
+from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
 from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
@@ -52,10 +52,15 @@ class BrainModule(LightningModule):
         progressbar: Whether to show SpeechBrain's bar where the Trainer has none.
         max_key: For ``on_evaluate_start``.
         min_key: For ``on_evaluate_start``.
+        own_fit: The recipe's own ``fit``, where that calls for the stages of the run:
+            ``_fit_train`` and ``_fit_valid``.
 
     Attributes:
         run: The current or last run.
+        is_of_fit: Whether it is the Brain's ``fit`` that runs it.
     """
+
+    is_of_fit = False
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class BrainModule(LightningModule):
         progressbar: bool = False,
         max_key: str | None = None,
         min_key: str | None = None,
+        own_fit: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
         speechbrain.add_attributes(brain)
@@ -74,6 +80,7 @@ class BrainModule(LightningModule):
         self._epoch_counter = epoch_counter
         self._explicit: dict[str, Any] | None = None
         self._progressbar = progressbar
+        self._own_fit = own_fit
         self._best_keys = {"max_key": max_key, "min_key": min_key}
 
     @property
@@ -93,22 +100,25 @@ class BrainModule(LightningModule):
         fitting = self.trainer.state.fn is TrainerFn.FITTING
         if fitting:
             check_hooks(self.brain)
+            if not self.is_of_fit:
+                check_fit(self.brain)
         self._explicit = None
         counters = (self._epoch_counter, hparam(self.brain, "epoch_counter"))
         counter = next((each for each in counters if each is not None), itertools.count(1))
         within = not fitting or Run.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
         self.run = Run(self.brain, Epochs(counter), state, self._best_keys)
-        return [BrainCallback(self.run, self.trainer, self._progressbar)]
+        own_fit = None if self._own_fit is None else self._fit_by_recipe
+        return [BrainCallback(self.run, self.trainer, self._progressbar, own_fit)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
         """Copies the weights, for callbacks that average them, and shares everything else."""
         brain = copy.copy(self.brain)
         brain.modules = copy.deepcopy(self.brain.modules, memo)
-        counter, shows_bar = self._epoch_counter, self._progressbar
-        return type(self)(
-            brain, epoch_counter=counter, progressbar=shows_bar, **self._best_keys
-        )
+        module = type(self)(brain, epoch_counter=self._epoch_counter)
+        for name in ("_progressbar", "_own_fit", "_best_keys"):
+            setattr(module, name, getattr(self, name))
+        return module
 
     def __getattr__(self, name: str) -> Any:
         """Finds an entry of the Brain's modules: BackboneFinetuning wants ``backbone``."""
@@ -126,6 +136,24 @@ class BrainModule(LightningModule):
         Lightning calls this once the modules are on their device and the
         process group is up.
         """
+        if self._own_fit is None:
+            self._start_fit(self.brain.on_fit_start)
+        return OptimizerGroup(self.brain)
+
+    def _fit_by_recipe(self) -> None:
+        assert self._own_fit is not None
+        with TemporaryAttributes() as temporary:
+            on_fit_start = self.brain.on_fit_start
+
+            def start_once() -> None:
+                # A fit within this one starts by itself.
+                temporary.restore()
+                self._start_fit(on_fit_start)
+
+            temporary.override(self.brain, "on_fit_start", start_once)
+            self._own_fit()
+
+    def _start_fit(self, on_fit_start: Callable[[], None]) -> None:
         brain, several = self.brain, self.trainer.world_size > 1
         unwrap_modules(brain)
         counts = brain.step, brain.avg_train_loss
@@ -133,7 +161,7 @@ class BrainModule(LightningModule):
         with together, TemporaryAttributes() as temporary:
             make = partial(self._init_optimizers, brain.init_optimizers)
             temporary.override(brain, "init_optimizers", make)
-            brain.on_fit_start()
+            on_fit_start()
         recovered = (brain.step, brain.avg_train_loss) != counts
         self.run.run_state.has_recovered_counts = recovered
         if self._explicit is not None:
@@ -149,7 +177,6 @@ class BrainModule(LightningModule):
                 getattr(brain, "optimizer_step", 0),
             )
             self.run.epochs.is_collective = True
-        return OptimizerGroup(brain)
 
     def _init_optimizers(self, init_optimizers: Callable[[], None]) -> None:
         """``init_optimizers`` of the Brain, before anything is recovered."""

@@ -65,6 +65,9 @@ class RunProgress:
         explicit: Whether it comes from a file that the user named: then its epochs are
             over, even if the counter does not remember them.
         has_recovered_counts: Whether ``on_fit_start`` has changed what the Brain counts.
+        parts_over: How many calls of ``_fit_train`` and ``_fit_valid`` are over in the epoch,
+            where a recipe calls them itself.
+        train_part: How many were over before the last ``_fit_train``.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -84,6 +87,7 @@ class RunProgress:
         self.resumed: ProcessState | None = None
         self.explicit = False
         self.has_recovered_counts = False
+        self.parts_over = self.train_part = 0
         self.validations: list[DataPosition] = []
         self._resumed_validations: dict[int, State] = {}
         self._statistics = EpochStatistics(self.brain)
@@ -95,21 +99,24 @@ class RunProgress:
         self._cut_short: ProcessState | None = None
 
     @contextmanager
-    def entering(self, phase: Phase) -> Iterator[None]:
+    def entering(self, phase: Phase, parts: int = 0) -> Iterator[None]:
         """Calls a hook that completes a phase.
 
         Args:
             phase: It counts as complete for what the hook saves, but not where the hook
                 fails: it is to be called again.
+            parts: How many parts of the epoch it completes.
 
         Yields:
             None
         """
         before, self.phase = self.phase, phase
+        self.parts_over += parts
         try:
             yield
         except BaseException:
             self.phase = before
+            self.parts_over -= parts
             raise
 
     # ----------------------------------------------------------------- resuming
@@ -170,6 +177,11 @@ class RunProgress:
         """
         self._begin_batches()
         yield from self.position.batches(loader)
+
+    def start_by_recipe(self) -> None:
+        """Starts a TRAIN stage of which the recipe has written the loop itself."""
+        self.resumed = None
+        self._statistics = EpochStatistics(self.brain)
 
     def resume_after_training(self) -> None:
         """Resumes an epoch of which training is over."""
@@ -258,6 +270,14 @@ class RunProgress:
         )
         self._counts = self.counts
         self.phase = Phase.VALIDATING
+
+    def count_apart(self, step: int) -> None:
+        """Keeps what TRAIN counts, before a hook of it validates.
+
+        Args:
+            step: Of the batch in hand; the hook may have changed the Brain's.
+        """
+        self._counts = {**self.counts, "step": step}
 
     def end_validation(self) -> None:
         """Continues to count in TRAIN, after a validation in its middle."""
@@ -381,6 +401,8 @@ class RunProgress:
             "gradients": {},
             "loss": None,
             "before": None,
+            "parts_over": self.parts_over,
+            "train_part": self.train_part,
         }
 
     def _epoch_before_batch(self) -> EpochState:

@@ -12,8 +12,9 @@ from brain_lightning.phase import Phase
 
 from .plain_values import State
 
-# Of the content of a file. Version 0 is that of brain_lightning 0.1.0, which has none.
-VERSION = 1
+# Of the content of a file. Version 0 is that of brain_lightning 0.1.0, which has none;
+# version 1 did not count the parts of an epoch.
+VERSION = 2
 
 
 class BatchState(TypedDict):
@@ -50,6 +51,8 @@ class EpochState(TypedDict):
         gradients: Of an accumulation window that is not full, by the parameter's index.
         loss: Of a batch that is fitted, and of which not every callback has heard.
         before: What to undo of a batch; None outside of one.
+        parts_over: See ``RunProgress``.
+        train_part: See ``RunProgress``.
     """
 
     phase: str
@@ -64,6 +67,8 @@ class EpochState(TypedDict):
     gradients: dict[int, Tensor]
     loss: Tensor | float | None
     before: BatchState | None
+    parts_over: int
+    train_part: int
 
 
 class ProcessState(TypedDict):
@@ -161,6 +166,8 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
         )
     if version == 0:
         state = _from_version_0(state, end_of_epoch)
+    if version < VERSION and state["epoch"] is not None:
+        state["epoch"] |= {"parts_over": 0, "train_part": 0}
     return {**state, "end_of_epoch": end_of_epoch}  # type: ignore[typeddict-item]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from brain_lightning.data.dataloaders import length_of
+from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
+from brain_lightning.temporary import TemporaryAttributes
 
 from .loader import StageLoader
-from .metrics import staged
+from .metrics import arguments_of, staged
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -31,14 +33,21 @@ class RunStage:
         run_state: What is saved of the run.
         brain_stage: ``kind`` in the Brain's own enumeration: a recipe may compare with ``is``.
         loaders: The loaders, as the Trainer iterates them.
+        by_recipe: The loop of the stage, where the recipe has written it itself.
     """
 
     kind: ClassVar[Stage]
+    by_recipe: Callable[[], Any] | None = None
 
     def __init__(self, run: Run) -> None:
         self.run, self.brain, self.run_state = run, run.brain, run.run_state
         self.brain_stage: Any = run.brain.stage_type[self.kind.name]
         self.loaders: list[StageLoader] = []
+
+    @property
+    def phase_after(self) -> Phase:
+        """What is done of the epoch once ``on_stage_end`` has ended the stage."""
+        raise NotImplementedError
 
     @property
     def epoch(self) -> Any:
@@ -64,6 +73,37 @@ class RunStage:
         """Ends every pass: no worker process and no bar is left behind."""
         for loader in self.loaders:
             loader.close()
+
+    @contextmanager
+    def written_by_recipe(self, loop: Callable[[], Any]) -> Iterator[None]:
+        """Leaves the stage to a recipe that has written its loop, with its hooks, itself.
+
+        Args:
+            loop: Runs it.
+
+        Yields:
+            None
+        """
+        with TemporaryAttributes() as temporary:
+            hook = functools.partial(self._on_stage_end, self.brain.on_stage_end)
+            temporary.override(self.brain, "on_stage_end", hook)
+            temporary.override(self, "by_recipe", loop)
+            yield
+
+    def _on_stage_end(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``on_stage_end`` that the recipe calls: what the stage has found, and its end."""
+        stage, loss, *_ = arguments_of(hook, args, kwargs).values()
+        if stage is not self.brain_stage or self.run.current is not self:
+            return hook(*args, **kwargs)
+        self.run.metrics.add(self.kind, {"loss": loss})
+        with self._ending():
+            result = hook(*args, **kwargs)
+        self.run.metrics.add(self.kind, {"loss": loss})
+        return result
+
+    def _ending(self) -> AbstractContextManager[None]:
+        """The hook that ends the stage."""
+        return self.run_state.entering(self.phase_after)
 
     def running_loss(self) -> dict[str, float]:
         """The average loss so far by its metric's name; nothing before the first batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
@@ -127,6 +127,46 @@ class EpochCounterWithStopper(EpochCounter):
         epoch_files.load_stopper(self, path, end_of_epoch)
 
 
+class StoppableEpochs:
+    """An epoch counter that ends as well when the Trainer has ended the training.
+
+    For a recipe's own ``fit``, which iterates it. All else is the counter's.
+
+    Args:
+        epoch_counter: Any iterable of epoch numbers.
+        is_over: Whether the Trainer has ended the training.
+    """
+
+    def __init__(self, epoch_counter: Any, is_over: Callable[[], bool]) -> None:
+        vars(self).update(_counter=epoch_counter, _is_over=is_over)
+
+    def __iter__(self) -> Iterator[Any]:
+        numbers = iter(self._counter)
+        while not self._is_over():
+            for number in numbers:
+                yield number
+                break
+            else:
+                return
+
+    def __next__(self) -> Any:
+        if self._is_over():
+            raise StopIteration
+        return next(self._counter)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._counter, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._counter, name, value)
+
+    def __len__(self) -> int:
+        return len(self._counter)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._counter[index]
+
+
 class Epochs:
     """Advances an epoch counter exactly when ``for epoch in epoch_counter`` would.
 
@@ -171,13 +211,24 @@ class Epochs:
         Raises:
             RankMismatchError: The processes are at different epochs.
         """
+        return self.ended(ended) or not self.more()
+
+    def ended(self, ended: bool) -> bool:
+        """Whether the Trainer has ended the run, in any of the processes.
+
+        Args:
+            ended: Whether that of this process has.
+
+        Raises:
+            RankMismatchError: The processes are at different epochs.
+        """
         if self.is_collective:
             answers = compare("asks whether the training is over", ended)
             if any(answers) and not all(answers) and if_main_process():
                 ends = by_rank(["ends" if each else "does not" for each in answers])
                 logger.warning("A Trainer ends the training (%s), and with it all do.", ends)
             ended = any(answers)
-        return ended or not self.more()
+        return ended
 
     def more(self) -> bool:
         """Whether there is an epoch to run; advances the counter unless one is waiting."""

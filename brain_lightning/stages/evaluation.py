@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ class EvaluationStage(RunStage):
 
     Attributes:
         average: The average loss of the stage that is running or ran last.
+        is_part: Whether the recipe runs it, by ``_fit_valid``, rather than the Trainer.
     """
 
     average = 0.0
+    is_part = False
     _position = 0
 
     @with_error_context
@@ -61,17 +64,22 @@ class EvaluationStage(RunStage):
 
     def _start(self) -> None:
         self.run.current = self
-        # SpeechBrain's evaluate goes on from the step that a checkpoint within an epoch has.
-        self.brain.step = 0
+        self.average = 0.0
+        if self.by_recipe is not None:
+            return
+        if not self.is_part:
+            # SpeechBrain's evaluate goes on from the step of a checkpoint within an epoch.
+            self.brain.step = 0
         with torch.set_grad_enabled(self.run.grad_enabled):
             self.brain.on_stage_start(self.brain_stage, self.epoch)
         self.brain.modules.eval()
-        self.average = 0.0
 
     def _end(self) -> None:
         brain, metrics = self.brain, self.run.metrics
         # A Trainer's limit leaves the pass unfinished, with its workers and its bar.
         self.loaders[self._position].close()
+        if self.by_recipe is not None:
+            return
         # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
         if self.kind is Stage.VALID:
             brain.step = 0
@@ -92,6 +100,10 @@ class EvaluationStage(RunStage):
         Lightning has no hook between two loaders, but fetches the first batch of the
         second when it is done with the first.
         """
+        if self.by_recipe is not None:
+            with torch.set_grad_enabled(self.run.grad_enabled):
+                self.by_recipe()
+            return
         if position:
             self._end()
             self._position = position
@@ -112,7 +124,11 @@ class ValidStage(EvaluationStage):
     """VALID: after the TRAIN stage of an epoch, or in its middle."""
 
     kind = Stage.VALID
+    # Of the positions in the data, where a recipe validates on several sets.
+    first_position = 0
     _statistics: sharding.ShardedStatistics | None = None
+    _before = Phase.EPOCH_OVER
+    _parts_after = 0
 
     @property
     def is_sharded(self) -> bool:
@@ -127,21 +143,46 @@ class ValidStage(EvaluationStage):
     @with_error_context
     def start(self) -> None:
         """Starts the VALID stage, of the first loader where there are several."""
-        self.run_state.begin_validation()
+        self._before = self.run_state.phase
+        is_part = self.is_part and not self.is_within_training
+        self._parts_after = self.run_state.parts_over + is_part
+        if self.is_within_training:
+            self.run_state.count_apart(self.run.train.step)
+        else:
+            self.run_state.begin_validation()
         super().start()
 
     @with_error_context
     def end(self) -> None:
         """Ends the VALID stage, of the last loader where there are several."""
         train, state = self.run.train, self.run_state
-        with state.entering(Phase.VALIDATED if train.is_running else Phase.VALID_OVER):
+        with self._ending():
             super().end()
         if train.is_running:
             # A Trainer may validate in the middle of an epoch.
             self.run.current = train
-            self.brain.step = state.counts["step"]
-            self.brain.modules.train()
+            if not self.is_part:
+                self.brain.step = state.counts["step"]
+                self.brain.modules.train()
             state.end_validation()
+
+    @property
+    def is_within_training(self) -> bool:
+        """Whether a hook of a TRAIN stage calls ``_fit_valid``."""
+        return self.is_part and self.run.train.is_running
+
+    def _ending(self) -> AbstractContextManager[None]:
+        parts = self._parts_after - self.run_state.parts_over
+        return self.run_state.entering(self.phase_after, parts)
+
+    @property
+    def phase_after(self) -> Phase:
+        """See ``RunStage.phase_after``."""
+        if self.run.train.is_running:
+            return self._before if self.is_part else Phase.VALIDATED
+        # A recipe may validate before it trains.
+        is_between = self._before is Phase.EPOCH_OVER
+        return Phase.EPOCH_OVER if is_between else Phase.VALID_OVER
 
     def _start(self) -> None:
         super()._start()
@@ -153,7 +194,7 @@ class ValidStage(EvaluationStage):
     def _after_batch(self) -> None:
         if self._statistics is not None:
             self._statistics.after_batch()
-        if world_size() == 1:
+        if world_size() == 1 and not self.is_within_training:
             # Several ranks may have different numbers of batches: they end before.
             self.run.end_if_terminated()
 
@@ -169,6 +210,7 @@ class ValidStage(EvaluationStage):
     def _iterate(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
         if self.is_sharded:
             return iter(loader)
+        position += self.first_position
         return self.run_state.validation_batches(loader, position)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -138,6 +138,19 @@ class Metrics:
         self.add(self._stage(), arguments.get("meta"))
 
 
+def arguments_of(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The arguments of a call by their names, in the order of the function's own.
+
+    Args:
+        function: The function.
+        args: Its positional arguments.
+        kwargs: Its arguments by name.
+    """
+    return inspect.signature(function).bind(*args, **kwargs).arguments
+
+
 def is_of_a_stage(name: str) -> bool:
     """Whether a metric is named after its stage, ``valid_WER``.
 
@@ -158,7 +171,7 @@ class _Recorded:
         self._record = record
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._record(inspect.signature(self._method).bind(*args, **kwargs).arguments)
+        self._record(arguments_of(self._method, args, kwargs))
         return self._method(*args, **kwargs)
 
     def __reduce__(self) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -29,6 +29,39 @@ from .train import TrainStage
 logger = logging.getLogger(__name__)
 
 
+class Parts(Protocol):
+    """``_fit_train`` and ``_fit_valid``: a run stage by stage, as a recipe asks for them."""
+
+    @property
+    def may_train(self) -> bool:
+        """Whether a TRAIN stage may begin."""
+
+    @property
+    def may_valid(self) -> bool:
+        """Whether a VALID stage may begin."""
+
+    def train(self, train_set: Any, epoch: Any, enable: bool) -> None:
+        """One TRAIN stage.
+
+        Args:
+            train_set: Iterable over batches.
+            epoch: The number of the epoch.
+            enable: Whether to show a bar.
+        """
+
+    def valid(self, valid_set: Any, epoch: Any, enable: bool) -> None:
+        """One VALID stage.
+
+        Args:
+            valid_set: Iterable over batches; None validates nothing.
+            epoch: The number of the epoch.
+            enable: Whether to show a bar.
+        """
+
+    def is_over(self) -> bool:
+        """Whether the Trainer has ended the training; called between two epochs."""
+
+
 class Run:
     """One ``fit`` or one ``evaluate`` of a Brain.
 
@@ -45,12 +78,14 @@ class Run:
         test: Its TEST stage.
         current: The stage that is running or ran last.
         trainer: The Trainer's side, from ``begin`` on.
+        parts: Its stages one by one; None where it does not fit.
         termination: Handles SIGTERM.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers that the stages found.
     """
 
     trainer: TrainerSide
+    parts: Parts | None = None
     # Runs that have begun and not ended.
     _running: ClassVar[list[Run]] = []
 
@@ -85,6 +120,16 @@ class Run:
             brain: The Brain.
         """
         return any(run.brain is brain for run in cls._running)
+
+    @classmethod
+    def parts_of(cls, brain: BrainProtocol) -> Parts | None:
+        """The stages, one by one, of the innermost run of a Brain.
+
+        Args:
+            brain: The Brain.
+        """
+        runs = [run for run in cls._running if run.brain is brain]
+        return runs[-1].parts if runs else None
 
     def begin(self, trainer: TrainerSide) -> None:
         """Begins the run, which lasts until ``close``.

@@ -29,6 +29,7 @@ class TrainStage(RunStage):
         batches: Training batches so far, over all epochs.
         earlier: Those of the epochs that are over.
         steps: Steps of the last batch, for its ``on_fit_batch_end``.
+        step: The Brain's, in the batch in hand.
     """
 
     kind = Stage.TRAIN
@@ -39,6 +40,7 @@ class TrainStage(RunStage):
     batches = 0
     earlier = 0
     steps = 0
+    step = 0
     _checkpoints: IntervalCheckpoints
     # Stages whose batch is being fitted; a recipe may fit another Brain within.
     _fitting: ClassVar[list[TrainStage]] = []
@@ -47,6 +49,11 @@ class TrainStage(RunStage):
         """See ``RunStage.wrap``; there is one loader."""
         (self.loader,) = super().wrap(loaders)
         return self.loaders
+
+    @property
+    def phase_after(self) -> Phase:
+        """See ``RunStage.phase_after``."""
+        return Phase.TRAIN_OVER
 
     @property
     def is_innermost(self) -> bool:
@@ -68,6 +75,14 @@ class TrainStage(RunStage):
             brain.train_sampler.set_epoch(epoch)
         self._checkpoints = IntervalCheckpoints(self.run)
         self.loader.start()
+
+    def run_by_recipe(self) -> None:
+        """Runs the TRAIN stage of the next epoch by the loop that the recipe has written."""
+        assert self.by_recipe is not None
+        self.run.current = self
+        self.run_state.start_by_recipe()
+        self.by_recipe()
+        self.run_state.phase = Phase.TRAIN_OVER
 
     def resume_its_end(self) -> None:
         """Resumes an epoch of which training is over, after ``start``."""
@@ -99,6 +114,7 @@ class TrainStage(RunStage):
         brain, state = self.brain, self.run_state
         state.begin_batch()
         brain.step += 1
+        self.step = brain.step
         brain.ends_window = last and self.steps_on_last_batch
         self.steps = 0
         self._fitting.append(self)
@@ -163,7 +179,7 @@ class TrainStage(RunStage):
         self.run_state.end_training()
         # For what the hook saves; and again, for it may report another number by this name.
         metrics.add(Stage.TRAIN, {"loss": loss})
-        with self.run_state.entering(Phase.TRAIN_OVER):
+        with self._ending():
             brain.on_stage_end(self.brain_stage, loss, self.epoch)
         metrics.add(Stage.TRAIN, {"loss": loss})
         self._reset()

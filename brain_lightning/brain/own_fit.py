@@ -1,0 +1,132 @@
+"""A ``fit`` that a recipe has written itself, on one Trainer, and the parts that it calls."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from brain_lightning.module.to_lightning import to_lightning
+from brain_lightning.protocol import PARTS, BrainProtocol
+from brain_lightning.references import referenced
+from brain_lightning.stages.epochs import StoppableEpochs
+from brain_lightning.stages.run import Run
+from brain_lightning.temporary import TemporaryAttributes
+
+from . import own_trainer as trainers
+
+logger = logging.getLogger(__name__)
+
+# What a Trainer is given at first; each part brings its own data.
+_NO_DATA = ((),)
+
+
+def run_part(brain: BrainProtocol, part: str, data: Any, epoch: Any, enable: bool) -> None:
+    """Runs one stage, in the run that the Brain is in or else in one of its own.
+
+    Args:
+        brain: The Brain.
+        part: ``train`` or ``valid``.
+        data: Iterable over batches.
+        epoch: The number of the epoch.
+        enable: Whether to show a bar.
+    """
+    parts = Run.parts_of(brain)
+    if parts is not None and getattr(parts, f"may_{part}"):
+        getattr(parts, part)(data, epoch, enable)
+        return
+    _fit_on_trainer(brain, lambda: run_part(brain, part, data, epoch, enable))
+
+
+def on_trainer(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a recipe's own ``fit`` run on one Trainer, if it calls parts of SpeechBrain's.
+
+    Args:
+        fit: A method of a subclass of Brain.
+    """
+
+    @functools.wraps(fit)
+    def own_fit(self: BrainProtocol, *args: Any, **kwargs: Any) -> Any:
+        return _run_own_fit(fit, self, args, kwargs)
+
+    own_fit.is_on_trainer = True  # type: ignore[attr-defined]
+    return own_fit
+
+
+def is_on_trainer(fit: Callable[..., Any], default: Callable[..., Any]) -> bool:
+    """Whether a ``fit`` runs on a Trainer.
+
+    Args:
+        fit: That of a Brain class.
+        default: That of the class that first has one.
+    """
+    return fit is default or hasattr(fit, "is_on_trainer")
+
+
+def _run_own_fit(
+    fit: Callable[..., Any], brain: BrainProtocol, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    parts, names = Run.parts_of(brain), referenced(brain, ["fit"])
+    if parts is not None and parts.may_train:
+        # The fit of a base class, called by that of a subclass.
+        return fit(brain, *args, **kwargs)
+    trainer = None
+    if "trainer" not in inspect.signature(fit).parameters:
+        trainer = kwargs.pop("trainer", None)
+    if names & PARTS.keys():
+        return _fit_by_parts(fit, brain, args, kwargs, trainer)
+    if "fit" not in names:
+        _warn_of_whole_loop(type(brain).__name__)
+    with TemporaryAttributes() as temporary:
+        if trainer is not None:
+            temporary.override(brain, "trainer_arguments", trainer)
+        return fit(brain, *args, **kwargs)
+
+
+@functools.cache
+def _warn_of_whole_loop(brain: str) -> None:
+    logger.warning(
+        "%s.fit is a loop of the recipe's own, without _fit_train or super().fit: it runs as "
+        "it is written, and nothing of the Trainer has an effect in it, neither limits, "
+        "callbacks and loggers nor devices and precision.",
+        brain,
+    )
+
+
+def _fit_by_parts(
+    fit: Callable[..., Any],
+    brain: BrainProtocol,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    trainer: Any,
+) -> Any:
+    bound = inspect.signature(fit).bind(brain, *args, **kwargs)
+    counter = bound.arguments.get("epoch_counter")
+    if counter is not None:
+        bound.arguments["epoch_counter"] = StoppableEpochs(counter, lambda: _is_over(brain))
+    own_fit = functools.partial(fit, *bound.args, **bound.kwargs)
+    return _fit_on_trainer(brain, own_fit, trainer, counter)
+
+
+def _is_over(brain: BrainProtocol) -> bool:
+    parts = Run.parts_of(brain)
+    return parts is not None and parts.is_over()
+
+
+def _fit_on_trainer(
+    brain: BrainProtocol,
+    own_fit: Callable[[], Any],
+    trainer: Trainer | Mapping[str, Any] | None = None,
+    epoch_counter: Any = None,
+) -> Any:
+    running, results = trainers.trainer_for(brain, trainer), []
+    module = to_lightning(
+        brain, epoch_counter=epoch_counter, own_fit=lambda: results.append(own_fit())
+    )
+    module.is_of_fit = True
+    trainers.run(running, module, lambda: running.fit(module, _NO_DATA, _NO_DATA))
+    return results[0]

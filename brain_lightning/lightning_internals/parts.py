@@ -1,0 +1,291 @@
+"""The stages of a Trainer run one by one: ``_fit_train`` and ``_fit_valid`` of a Brain.
+
+A recipe may override them, or call them in a ``fit`` that it has written itself, as in
+SpeechBrain's tutorial of the Brain class. An epoch of Lightning's is one ``_fit_train`` with
+all that follows until the next one, so that callbacks hear of a validation within it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from brain_lightning.resume.saved_state import EpochState
+from brain_lightning.stage import Stage
+from brain_lightning.stages.run import Run
+from brain_lightning.temporary import TemporaryAttributes
+
+from .counters import count_steps
+from .loaders import StageSource
+from .loops import AFTER_TRAINING, BrainEpochLoop, BrainFitLoop, fit_loop_of
+
+logger = logging.getLogger(__name__)
+
+
+class StageParts:
+    """A run by its stages (``stages.run.Parts``).
+
+    Args:
+        trainer: The Trainer.
+        run: The run.
+        by_parts: Whether all of the run goes by parts; else a hook may validate.
+        own_fit: The recipe's own ``fit``; None for SpeechBrain's, which this class runs.
+        resume: Resumes the run, once the recipe's own ``fit`` has recovered what there was.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: Run,
+        by_parts: bool,
+        own_fit: Callable[[], Any] | None,
+        resume: Callable[[], None],
+    ) -> None:
+        self._trainer, self._run, self.by_parts = trainer, run, by_parts
+        self._own_fit, self._resume = own_fit, resume
+        # What the Trainer was given to validate on.
+        self._given: Any = None
+        self._has_begun = self._epoch_is_open = self._is_running = False
+        # Whether the Trainer has ended the training, and whether it is it that validates.
+        self._refuses = self._by_trainer = False
+        # The epoch that is resumed, until a part that was not over has begun.
+        self._resumed: EpochState | None = None
+        self._epoch: Any = None
+
+    @property
+    def _loop(self) -> BrainFitLoop:
+        return fit_loop_of(self._trainer)
+
+    @property
+    def may_train(self) -> bool:
+        """See ``Parts``."""
+        return self.by_parts and not self._is_running
+
+    @property
+    def may_valid(self) -> bool:
+        """See ``Parts``."""
+        return not self._trainer.validating
+
+    def run(self) -> None:
+        """Runs all of ``fit``."""
+        self._fit() if self._own_fit is None else self._own_fit()
+        self._end_epoch()
+        if self._has_begun:
+            self._loop.on_run_end()
+
+    def _fit(self) -> None:
+        """``speechbrain.Brain.fit``, of which the recipe overrides a part."""
+        run, loop = self._run, self._loop
+        epoch_loop = loop.epoch_loop
+        assert isinstance(epoch_loop, BrainEpochLoop)
+        loop.setup_data()
+        if loop.skip:
+            return
+        self._begin()
+        while not loop.done:
+            epoch, bar = run.epochs.current, run.trainer.shows_bar
+            run.brain._fit_train(run.train.loader.loader, epoch, bar)
+            if epoch_loop.validation_is_due():
+                self.validate_by_brain(bar)
+            self._end_epoch()
+
+    def validate_by_brain(self, bar: bool) -> None:
+        """Validates by the Brain's ``_fit_valid``, on what the Trainer was given.
+
+        Args:
+            bar: Whether to show a bar.
+        """
+        self._given = self._run.valid.given()
+        with TemporaryAttributes() as temporary:
+            temporary.set(self, "_by_trainer", self._run.train.is_running)
+            self._run.brain._fit_valid(self._given, self._run.epochs.current, bar)
+
+    def _begin(self) -> None:
+        if self._has_begun:
+            return
+        self._has_begun = True
+        loop, state = self._loop, self._run.run_state
+        if self._own_fit is not None:
+            self._run.epochs.is_collective = self._trainer.world_size > 1
+            self._resume()
+            if state.resumed is not None and state.resumed["end_of_epoch"]:
+                # The recipe begins with the next one.
+                state.resumed["epoch"] = None
+        self._resumed = state.resumed_epoch
+        loop.setup_data()
+        loop.reset()
+        loop.on_run_start()
+
+    def is_over(self) -> bool:
+        """See ``Parts``."""
+        if self._is_running:
+            return False
+        self._end_epoch()
+        return self._loop.is_over
+
+    def _end_epoch(self) -> None:
+        if self._epoch_is_open:
+            self._epoch_is_open = False
+            self._loop.on_advance_end()
+            self._loop.on_iteration_done()
+
+    # ------------------------------------------------------------------- TRAIN
+
+    def train(self, train_set: Any, epoch: Any, enable: bool) -> None:
+        """See ``Parts``."""
+        loop, stage = self._loop, self._run.train
+        if not any(each.loader is train_set for each in stage.loaders):
+            self._source(loop).part, loop._combined_loader = train_set, None
+        with self._part(Stage.TRAIN, epoch, enable) as runs:
+            if runs:
+                self._run_epoch(epoch, loop.advance)
+
+    def train_by_recipe(self, recipe: Callable[[], Any], epoch: Any) -> None:
+        """One TRAIN stage of which the recipe has written the loop.
+
+        Args:
+            recipe: Its ``_fit_train``.
+            epoch: The number of the epoch.
+        """
+        with self._part(Stage.TRAIN, epoch) as runs:
+            if runs and self._run.run_state.resumed_phase in AFTER_TRAINING:
+                self._run_epoch(epoch, self._loop.advance)
+            elif runs:
+                with self._run.train.written_by_recipe(recipe):
+                    self._run_epoch(epoch, self._train_by_recipe)
+
+    def _train_by_recipe(self) -> None:
+        brain, seen = self._run.brain, []
+        before = brain.optimizer_step
+        with register_optimizer_step_post_hook(lambda *_: seen.append(1)):
+            self._run.train.run_by_recipe()
+        # A recipe that steps by itself may leave optimizer_step alone.
+        steps = brain.optimizer_step - before or len(seen)
+        count_steps(self._trainer, steps)
+        self._loop.epoch_loop._batches_that_stepped += steps
+
+    def _run_epoch(self, epoch: Any, advance: Callable[[], None]) -> None:
+        loop, run = self._loop, self._run
+        run.epochs.resume(epoch)
+        loop.on_advance_start()
+        advance()
+        if run.train.is_running:
+            # There was no batch.
+            run.train.end()
+        run.run_state.parts_over += 1
+        self._epoch_is_open = True
+
+    # ------------------------------------------------------------------- VALID
+
+    def valid(self, valid_set: Any, epoch: Any, enable: bool) -> None:
+        """See ``Parts``."""
+        if valid_set is None:
+            return
+        with self._part(Stage.VALID, epoch, enable) as runs:
+            if runs:
+                self._validate(valid_set, epoch)
+
+    def valid_by_recipe(self, recipe: Callable[[], Any], epoch: Any) -> None:
+        """One VALID stage of which the recipe has written the loop.
+
+        Args:
+            recipe: Its ``_fit_valid``.
+            epoch: The number of the epoch.
+        """
+        with self._part(Stage.VALID, epoch) as runs:
+            if runs:
+                with self._run.valid.written_by_recipe(recipe):
+                    # In the pass over this the recipe's loop runs.
+                    self._validate((None,), epoch)
+
+    def _validate(self, valid_set: Any, epoch: Any) -> None:
+        trainer, run = self._trainer, self._run
+        connector, epoch_loop = trainer._logger_connector, self._loop.epoch_loop
+        first, within = connector._first_loop_iter, run.train.is_running
+        # Loggers see it where they see a validation of Lightning's: at the last batch.
+        back = int(not within and epoch_loop._batches_that_stepped > 0)
+        epoch_loop._batches_that_stepped -= back
+        with TemporaryAttributes() as temporary:
+            temporary.set(run.epochs, "current", epoch)
+            temporary.set(run, "grad_enabled", torch.is_grad_enabled())
+            temporary.override(run.valid, "is_part", not self._by_trainer)
+            temporary.override(run.valid, "first_position", self._position())
+            self._take(valid_set, temporary)
+            trainer.validating = True
+            temporary.callback(setattr, trainer, "training", True)
+            # Not the one that calls the Brain's _fit_valid.
+            type(epoch_loop.val_loop).run(epoch_loop.val_loop)
+        connector._first_loop_iter = first
+        epoch_loop._batches_that_stepped += back
+
+    def _position(self) -> int:
+        """Of the set among those that the recipe validates on in an epoch."""
+        state = self._run.run_state
+        return max(0, state.parts_over - state.train_part - 1)
+
+    def _take(self, valid_set: Any, temporary: TemporaryAttributes) -> None:
+        """Lets Lightning's loop validate on a set, this time."""
+        loop, stage = self._loop.epoch_loop.val_loop, self._run.valid
+        loaders = [each.loader for each in stage.loaders]
+        if valid_set is self._given or (len(loaders) == 1 and loaders[0] is valid_set):
+            return
+        temporary.set(stage, "loaders", stage.loaders)
+        temporary.set(loop, "_combined_loader", None)
+        temporary.set(self._source(loop), "part", valid_set)
+
+    # -------------------------------------------------------------------- both
+
+    def _source(self, loop: Any) -> StageSource:
+        source = loop._data_source
+        assert isinstance(source, StageSource)
+        return source
+
+    @contextmanager
+    def _part(self, kind: Stage, epoch: Any, enable: bool = False) -> Iterator[bool]:
+        """One part, and whether it is to be run."""
+        within = self._is_running or not self.by_parts
+        if not within and not self._may_run(kind, epoch):
+            yield False
+            return
+        with TemporaryAttributes() as temporary:
+            bar = enable and self._trainer.progress_bar_callback is None
+            temporary.set(self._run.trainer, "shows_bar", bar)
+            temporary.set(self, "_is_running", True)
+            yield True
+
+    def _may_run(self, kind: Stage, epoch: Any) -> bool:
+        self._begin()
+        if kind is Stage.TRAIN:
+            self._end_epoch()
+            self._refuses = self._loop.is_over or self._trainer.limit_train_batches == 0
+        if self._refuses:
+            name = "_fit_train" if kind is Stage.TRAIN else "_fit_valid"
+            logger.warning(
+                "The Trainer has ended the training: %s of epoch %s is left out.", name, epoch
+            )
+        return not self._refuses and not self._was_over(kind, epoch)
+
+    def _was_over(self, kind: Stage, epoch: Any) -> bool:
+        """Whether a part was over before the run was resumed."""
+        state, resumed = self._run.run_state, self._resumed
+        if epoch != self._epoch:
+            self._epoch, state.parts_over = epoch, 0
+        if resumed is not None and resumed["number"] in (epoch, None):
+            over = resumed["train_part" if kind is Stage.TRAIN else "parts_over"]
+            if state.parts_over < over:
+                state.parts_over += 1
+                return True
+        elif resumed is not None and state.resumed is not None:
+            # The recipe begins with another epoch.
+            self._resumed = state.resumed["epoch"] = None
+        if kind is Stage.TRAIN:
+            state.train_part = state.parts_over
+        else:
+            self._resumed = None
+        return False
