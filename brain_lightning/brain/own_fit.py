@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from brain_lightning.errors import UnsupportedError
 from brain_lightning.module.to_lightning import to_lightning
 from brain_lightning.protocol import PARTS, BrainProtocol
 from brain_lightning.references import referenced
@@ -105,11 +106,24 @@ def _fit_by_parts(
     trainer: Any,
 ) -> Any:
     bound = inspect.signature(fit).bind(brain, *args, **kwargs)
+    bound.apply_defaults()
+    validates = bound.arguments.get("valid_set", _NO_DATA) is not None
     counter = bound.arguments.get("epoch_counter")
     if counter is not None:
         bound.arguments["epoch_counter"] = StoppableEpochs(counter, lambda: _is_over(brain))
     own_fit = functools.partial(fit, *bound.args, **bound.kwargs)
-    return _fit_on_trainer(brain, own_fit, trainer, counter)
+    return _fit_on_trainer(brain, own_fit, trainer, counter, validates)
+
+
+def _check_validations(trainer: Any, brain: str) -> None:
+    """Refuses arguments that say when to validate, which the recipe's own loop does."""
+    for name in ("val_check_interval", "check_val_every_n_epoch"):
+        value = getattr(trainer, name, 1)
+        if value != 1:
+            raise UnsupportedError(
+                f"Trainer({name}={value}) has no effect with {brain}, whose own loop says "
+                "when to validate: leave it out, and call _fit_valid where you want it"
+            )
 
 
 def _is_over(brain: BrainProtocol) -> bool:
@@ -122,11 +136,14 @@ def _fit_on_trainer(
     own_fit: Callable[[], Any],
     trainer: Trainer | Mapping[str, Any] | None = None,
     epoch_counter: Any = None,
+    validates: bool = True,
 ) -> Any:
     running, results = trainers.trainer_for(brain, trainer), []
+    _check_validations(running, type(brain).__name__)
     module = to_lightning(
         brain, epoch_counter=epoch_counter, own_fit=lambda: results.append(own_fit())
     )
     module.is_of_fit = True
-    trainers.run(running, module, lambda: running.fit(module, _NO_DATA, _NO_DATA))
+    valid_data = _NO_DATA if validates else None
+    trainers.run(running, module, lambda: running.fit(module, _NO_DATA, valid_data))
     return results[0]

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.connectors.data_connector import (
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.stage import Stage
@@ -45,27 +45,22 @@ class StageSource(_DataLoaderSource):
 
     def dataloader(self) -> Any:
         """The loaders, wrapped: one for training, a list for evaluation."""
-        training = self.stage.kind is Stage.TRAIN
-        if self.part is not None:
-            # Whatever is iterable, as SpeechBrain iterates it.
-            shards = training and shards_training_data(self.trainer)
-            wrapped = self._wrap(self._shard([self.part]) if shards else [self.part])
-            return wrapped[0] if training else wrapped
         combined = self._combined()
-        if not training and combined._mode == "sequential":
+        if self.stage.kind is not Stage.TRAIN and combined._mode == "sequential":
             return self._wrap(combined.flattened)
         one = combined.iterables is combined.flattened[0]
         loader = combined.flattened[0] if one else SeveralLoaders(combined)
         return self._wrap([loader])[0]
 
     def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
-        wrapped = self.stage.wrap(loaders)
+        sets = [each.part if isinstance(each, _Part) else each for each in loaders]
+        wrapped = self.stage.wrap(sets)
         if any(loader.known_length() is None for loader in wrapped):
             _check_no_fraction(self.trainer, self.stage.kind)
         return wrapped
 
     def _combined(self) -> CombinedLoader:
-        loaders = super().dataloader()
+        loaders = super().dataloader() if self.part is None else self._part()
         training = self.stage.kind is Stage.TRAIN
         if not isinstance(loaders, CombinedLoader):
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
@@ -78,6 +73,10 @@ class StageSource(_DataLoaderSource):
             running = RunningStage.TRAINING if training else RunningStage.VALIDATING
             _resolve_overfit_batches(loaders, running)
         return loaders
+
+    def _part(self) -> Any:
+        is_loader = isinstance(self.part, DataLoader)
+        return self.part if is_loader else _Part(self.part)
 
     def _shard(self, loaders: list[Any]) -> list[Any]:
         """Lightning's way, which does not find the loaders behind ours; the Brain counts."""
@@ -116,6 +115,16 @@ def _recover_instead(checkpointer: Any, loader: Any, sharded: Any) -> None:
     for name, recoverable in recoverables.items():
         if recoverable is loader:
             recoverables[name] = sharded
+
+
+@dataclass
+class _Part:
+    """Anything iterable, as SpeechBrain iterates it; Lightning takes a list for loaders."""
+
+    part: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.part)
 
 
 class _Samplers(list[Any]):

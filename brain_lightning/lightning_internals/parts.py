@@ -70,7 +70,7 @@ class StageParts:
     @property
     def may_valid(self) -> bool:
         """See ``Parts``."""
-        return not self._trainer.validating
+        return not self._run.valid.is_running
 
     def run(self) -> None:
         """Runs all of ``fit``."""
@@ -101,9 +101,12 @@ class StageParts:
         Args:
             bar: Whether to show a bar.
         """
-        self._given = self._run.valid.given()
         with TemporaryAttributes() as temporary:
             temporary.set(self, "_by_trainer", self._run.train.is_running)
+            with self._validating():
+                # Where it is not the first epoch that is validated.
+                self._loop.epoch_loop.val_loop.setup_data()
+            self._given = self._run.valid.given()
             self._run.brain._fit_valid(self._given, self._run.epochs.current, bar)
 
     def _begin(self) -> None:
@@ -119,8 +122,10 @@ class StageParts:
                 state.resumed["epoch"] = None
         self._resumed = state.resumed_epoch
         loop.setup_data()
-        loop.reset()
-        loop.on_run_start()
+        # Lightning enables gradients; a recipe may validate within an evaluation.
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            loop.reset()
+            loop.on_run_start()
 
     def is_over(self) -> bool:
         """See ``Parts``."""
@@ -217,12 +222,19 @@ class StageParts:
             temporary.override(run.valid, "is_part", not self._by_trainer)
             temporary.override(run.valid, "first_position", self._position())
             self._take(valid_set, temporary)
-            trainer.validating = True
-            temporary.callback(setattr, trainer, "training", True)
+            temporary.enter_context(self._validating())
             # Not the one that calls the Brain's _fit_valid.
             type(epoch_loop.val_loop).run(epoch_loop.val_loop)
         connector._first_loop_iter = first
         epoch_loop._batches_that_stepped += back
+
+    @contextmanager
+    def _validating(self) -> Iterator[None]:
+        self._trainer.validating = True
+        try:
+            yield
+        finally:
+            self._trainer.training = True
 
     def _position(self) -> int:
         """Of the set among those that the recipe validates on in an epoch."""
@@ -260,10 +272,12 @@ class StageParts:
             yield True
 
     def _may_run(self, kind: Stage, epoch: Any) -> bool:
-        self._begin()
-        if kind is Stage.TRAIN:
+        self._refuses |= self._trainer.limit_train_batches == 0
+        if not self._refuses:
+            self._begin()
+        if not self._refuses and kind is Stage.TRAIN:
             self._end_epoch()
-            self._refuses = self._loop.is_over or self._trainer.limit_train_batches == 0
+            self._refuses = self._loop.is_over
         if self._refuses:
             name = "_fit_train" if kind is Stage.TRAIN else "_fit_valid"
             logger.warning(

@@ -302,7 +302,8 @@ class RunProgress:
     @property
     def counts(self) -> State:
         """What the Brain counts in TRAIN, also within a validation."""
-        return self._counts or {name: getattr(self.brain, name) for name in COUNTS}
+        # SpeechBrain's Brain has no nonfinite_count before it trains.
+        return self._counts or {name: getattr(self.brain, name, 0) for name in COUNTS}
 
     # ------------------------------------------------------------------ saving
 

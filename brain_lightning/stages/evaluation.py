@@ -121,11 +121,16 @@ class EvaluationStage(RunStage):
 
 
 class ValidStage(EvaluationStage):
-    """VALID: after the TRAIN stage of an epoch, or in its middle."""
+    """VALID: after the TRAIN stage of an epoch, or in its middle.
+
+    Attributes:
+        is_running: Whether it has started and not ended.
+        first_position: Of the positions in the data, where a recipe validates on several sets.
+    """
 
     kind = Stage.VALID
-    # Of the positions in the data, where a recipe validates on several sets.
     first_position = 0
+    is_running = False
     _statistics: sharding.ShardedStatistics | None = None
     _before = Phase.EPOCH_OVER
     _parts_after = 0
@@ -143,6 +148,7 @@ class ValidStage(EvaluationStage):
     @with_error_context
     def start(self) -> None:
         """Starts the VALID stage, of the first loader where there are several."""
+        self.is_running = True
         self._before = self.run_state.phase
         is_part = self.is_part and not self.is_within_training
         self._parts_after = self.run_state.parts_over + is_part
@@ -158,6 +164,7 @@ class ValidStage(EvaluationStage):
         train, state = self.run.train, self.run_state
         with self._ending():
             super().end()
+        self.is_running = False
         if train.is_running:
             # A Trainer may validate in the middle of an epoch.
             self.run.current = train
