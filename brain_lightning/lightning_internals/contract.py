@@ -99,6 +99,8 @@ LIGHTNING_PARTS = (
     Row(_LOGGER_CONNECTOR, "on_batch_start", _LOGGED),
     Row(_LOGGER_CONNECTOR, "on_batch_end", _LOGGED),
     Row(_LOGGER_CONNECTOR, "update_train_step_metrics", _LOGGED),
+    Row(f"{_LOGGER_CONNECTOR}.__init__", "_first_loop_iter",
+        "a validation in the middle of a batch must not change what is logged of that"),
     Row(f"{_FIT}.setup_data", "val_check_batch", _EXHAUSTION),
     # The fit loop.
     Row(_FIT, "done", "the epoch counter is asked after every callback, before each epoch"),

@@ -103,9 +103,10 @@ class StageParts:
         """
         with TemporaryAttributes() as temporary:
             temporary.set(self, "_by_trainer", self._run.train.is_running)
-            with self._validating():
-                # Where it is not the first epoch that is validated.
-                self._loop.epoch_loop.val_loop.setup_data()
+            if self._trainer.enable_validation:
+                # It may not have been necessary so far.
+                with self._validating():
+                    self._loop.epoch_loop.val_loop.setup_data()
             self._given = self._run.valid.given()
             self._run.brain._fit_valid(self._given, self._run.epochs.current, bar)
 

@@ -138,11 +138,11 @@ class StoppableEpochs:
     """
 
     def __init__(self, epoch_counter: Any, is_over: Callable[[], bool]) -> None:
-        vars(self).update(_counter=epoch_counter, _is_over=is_over)
+        vars(self).update(counter=epoch_counter, is_over=is_over)
 
     def __iter__(self) -> Iterator[Any]:
-        numbers = iter(self._counter)
-        while not self._is_over():
+        numbers = iter(self.counter)
+        while not self.is_over():
             for number in numbers:
                 yield number
                 break
@@ -150,21 +150,24 @@ class StoppableEpochs:
                 return
 
     def __next__(self) -> Any:
-        if self._is_over():
+        if self.is_over():
             raise StopIteration
-        return next(self._counter)
+        return next(self.counter)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._counter, name)
+        return getattr(self.counter, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._counter, name, value)
+        setattr(self.counter, name, value)
+
+    def __bool__(self) -> bool:
+        return bool(self.counter)
 
     def __len__(self) -> int:
-        return len(self._counter)
+        return len(self.counter)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._counter[index]
+        return self.counter[index]
 
 
 class Epochs:

@@ -271,23 +271,6 @@ def test_hparams_count_as_explicit_even_where_they_name_the_default() -> None:
         trainer_with(gradient_clip_val=0.1).fit(to_lightning(brain), loader())
 
 
-def test_a_loop_method_overridden_in_vain_is_refused() -> None:
-    class OwnLoop(Regression):
-        def _fit_train(self, train_set: Any, epoch: int, enable: bool) -> None:
-            pass
-
-    with pytest.raises(UnsupportedError, match="OwnLoop overrides _fit_train"):
-        make(OwnLoop).fit(range(1), loader())
-
-
-def test_parts_of_the_loop_called_outside_of_it_are_refused() -> None:
-    brain = make()
-    with pytest.raises(UnsupportedError, match="call fit"):
-        brain._fit_train(loader(), 1, False)
-    with pytest.raises(UnsupportedError, match="use evaluate"):
-        brain._fit_valid(loader(), 1, False)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -191,19 +191,7 @@ def test_validation_of_every_other_epoch_is_lightnings_own_validation() -> None:
     trainer_with(seen, max_epochs=4).fit(to_lightning(brain), loader(), loader())
     assert seen.hooks == ["train", "valid", "train", "train", "valid", "train"]
     assert speechbrain.Brain._fit_valid is own
-    assert "_validate" not in vars(brain)
-
-
-def test_an_overridden_training_loop_is_refused() -> None:
-    class OwnLoop(Regression):
-        def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
-            pass
-
-    with (
-        patch_speechbrain(),
-        pytest.raises(UnsupportedError, match="OwnLoop overrides _fit_tr"),
-    ):
-        make(OwnLoop).fit(range(1), loader())
+    assert "_fit_valid" not in vars(brain)
 
 
 def test_data_parallel_is_refused() -> None:

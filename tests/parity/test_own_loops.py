@@ -73,7 +73,7 @@ def a_training_loop_around_speechbrains(side: Side, record: Record) -> Any:
 
 
 def adversarial(side: Side, record: Record) -> Any:
-    """robust_speech: a fit of parts, both written anew, with an attack that needs gradients."""
+    """robust_speech: a fit of parts, both written anew, with an attack in each."""
     stages = side.Stage
 
     def attacked(self: Any, batch: Any, stage: Any) -> Any:
