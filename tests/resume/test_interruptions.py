@@ -35,6 +35,7 @@ def quietly() -> Iterator[None]:
         ("loader-accumulation", "speechbrain", 17),
         pytest.param("halves-accumulation", "error-last", 19, marks=needs_lightning("2.5.4")),
         ("workers-accumulation", "ours-within", 61),
+        ("own-loop-callbacks", "ours-within", 97),
         pytest.param("average", "trainer", 29, marks=needs_lightning("2.6")),
     ],
 )

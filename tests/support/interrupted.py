@@ -43,6 +43,7 @@ class Setting:
         data: ``map``; ``items`` of a stream, or a ``loader`` of a class of its own, which
             have no length but a position.
         workers: Whether the loader has two.
+        loop: ``around`` SpeechBrain's parts of fit, or ``own``: a fit that calls each twice.
         own_fit_batch: Two optimizers that step one after the other, in a ``fit_batch``.
         listens: What the callback that makes events hears.
         callbacks: Names of those of Lightning.
@@ -60,6 +61,7 @@ class Setting:
     norm: bool = True
     data: str = "map"
     workers: bool = False
+    loop: str = ""
     own_fit_batch: bool = False
     listens: str = "all"
     callbacks: tuple[str, ...] = ()
@@ -218,6 +220,27 @@ class GanLike(Recipe):
             return loss
 
 
+class Around(Recipe):
+    """Overrides the parts of fit."""
+
+    def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
+        super()._fit_train(train_set, epoch, enable)
+
+    def _fit_valid(self, valid_set: Any, epoch: Any, enable: bool) -> None:
+        super()._fit_valid(valid_set, epoch, enable)
+
+
+class OwnFit(Recipe):
+    """Trains twice an epoch, and validates before, between and after."""
+
+    def fit(self, epoch_counter: Any, train_set: Any, valid_set: Any) -> None:
+        self.on_fit_start()
+        for epoch in epoch_counter:
+            for _ in range(2):
+                self._fit_train(train_set, epoch, False)
+                self._fit_valid(valid_set, epoch, False)
+
+
 def number(tensor: Tensor) -> float:
     """One that differs where any does."""
     return float(
@@ -307,7 +330,8 @@ def make_brain(setting: Setting, way: str, folder: Path, events: Events) -> Reci
     if setting.accumulation == 1:
         # Not explicit: GradientAccumulationScheduler may set its own.
         del options["grad_accumulation_factor"]
-    kind = GanLike if setting.own_fit_batch else Recipe
+    kinds = {"": Recipe, "around": Around, "own": OwnFit}
+    kind = GanLike if setting.own_fit_batch else kinds[setting.loop]
     brain = kind(entries, None, {"epoch_counter": counter}, options, checkpointer)
     brain.events, brain.setting, brain.counter = events, setting, counter
     events.brain = brain

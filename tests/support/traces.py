@@ -70,17 +70,17 @@ class Trace:
 
     def _epochs(self) -> list[bool]:
         """Whether who goes on with an event hears the start of the TRAIN stage again."""
-        over = {
-            event.place[0]: index
-            for index, event in enumerate(self._ordered)
-            if event.name in ("on_stage_end TRAIN", "on_stage_end VALID")
-        }
+        starts, over = 0, {}
+        for index, event in enumerate(self._ordered):
+            starts += event.name == "on_stage_start TRAIN"
+            if event.name in ("on_stage_end TRAIN", "on_stage_end VALID"):
+                over[starts] = index
         within, found = False, []
         for index, event in enumerate(self._ordered):
             found.append(within)
             if event.name == "on_stage_start TRAIN":
                 within = True
-            if index == over.get(event.place[0]):
+            if index in over.values():
                 within = False
         return [*found, False]
 

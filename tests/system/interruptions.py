@@ -34,6 +34,7 @@ from tests.support.interruption_points import NEVER, Failure, Points, numbered_f
 from tests.support.processes import TORCHRUN, run_python
 
 FROM_FILES = ("error", "error-last", "trainer")
+WITHIN = ("ours-within", "speechbrain-within")
 MONITORS = ("EarlyStopping", "ModelCheckpoint")
 HALVES = {"val_check_interval": 0.5}
 SETTINGS = {
@@ -69,6 +70,11 @@ SETTINGS = {
         ),
         Setting("average", callbacks=("EMAWeightAveraging",), ways=FROM_FILES),
         Setting("backbone", callbacks=("BackboneFinetuning",)),
+        Setting("around", loop="around", accumulation=3, callbacks=MONITORS),
+        Setting("around-halves", loop="around", batches=6, arguments=HALVES),
+        Setting("own-loop", loop="own", accumulation=3, ways=WITHIN),
+        Setting("own-loop-callbacks", loop="own", callbacks=MONITORS, ways=WITHIN),
+        Setting("own-loop-lean", loop="own", listens="none", data="items", ways=WITHIN),
         Setting("processes", processes=2, accumulation=3, every=7),
         Setting("processes-workers", processes=2, workers=True, optimizers=2, every=13),
     )
