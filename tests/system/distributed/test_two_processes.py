@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.parity import own_loops
 from tests.parity.sides import Record, assert_equal, assert_moved
 from tests.support.processes import TORCHRUN, check_python
 
@@ -42,6 +43,18 @@ def of(records: list[dict[Any, Any]], scenario: Any, side: str = "brain_lightnin
 def test_same_bits_in_same_order_on_every_rank(records: Any, scenario: Any) -> None:
     theirs = of(records, scenario, "speechbrain")
     for rank, ours in enumerate(of(records, scenario)):
+        assert_equal(ours, theirs[rank])
+        if len(ours.tensors) > 1:
+            assert_moved(ours)
+
+
+@pytest.mark.parametrize("side", ["brain_lightning", "patched"])
+@pytest.mark.parametrize(
+    "scenario", own_loops.SCENARIOS, ids=lambda scenario: scenario.__name__
+)
+def test_a_loop_of_ones_own_on_every_rank(records: Any, scenario: Any, side: str) -> None:
+    theirs = of(records, scenario, "speechbrain")
+    for rank, ours in enumerate(of(records, scenario, side)):
         assert_equal(ours, theirs[rank])
         if len(ours.tensors) > 1:
             assert_moved(ours)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from tests.parity.sides import OURS, SPEECHBRAIN, Record, run
+from tests.parity import own_loops
+from tests.parity.sides import OURS, PATCHED, SPEECHBRAIN, Record, run
 from tests.support.environment import (
     seed_everything,
 )  # First: it makes SpeechBrain importable.
@@ -39,7 +40,9 @@ def main(folder: str, backend: str = "gloo") -> None:
     torch.distributed.init_process_group(backend, timeout=timeout)
     seed_everything(1)
     shared, own = (SHARED, OWN) if backend == "gloo" else (ON_A_GPU, [])
+    loops = own_loops.SCENARIOS if backend == "gloo" else []
     rows = [(s, scenario) for scenario in shared for s in (SPEECHBRAIN, OURS)]
+    rows += [(s, scenario) for scenario in loops for s in (SPEECHBRAIN, OURS, PATCHED)]
     rows += [(OURS, scenario) for scenario in own]
     records = {(side.name, row.__name__): record_of(side, row) for side, row in rows}
     torch.save(records, Path(folder) / f"rank{os.environ['RANK']}.pt")
