@@ -133,7 +133,12 @@ class StageParts:
         if self._is_running:
             return False
         self._end_epoch()
-        return self._loop.is_over
+        return self._trains_nothing or self._loop.is_over
+
+    @property
+    def _trains_nothing(self) -> bool:
+        """Lightning leaves out all of fit, hooks included."""
+        return bool(self._trainer.limit_train_batches == 0)
 
     def _end_epoch(self) -> None:
         if self._epoch_is_open:
@@ -273,7 +278,7 @@ class StageParts:
             yield True
 
     def _may_run(self, kind: Stage, epoch: Any) -> bool:
-        self._refuses |= self._trainer.limit_train_batches == 0
+        self._refuses |= self._trains_nothing
         if not self._refuses:
             self._begin()
         if not self._refuses and kind is Stage.TRAIN:
