@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # What a Trainer is given at first; each part brings its own data.
 _NO_DATA = ((),)
+# One for all parts that a script calls outside of any fit: its limits count over them.
+_TRAINERS: WeakKeyDictionary[BrainProtocol, Trainer] = WeakKeyDictionary()
 
 
 def run_part(brain: BrainProtocol, part: str, data: Any, epoch: Any, enable: bool) -> None:
@@ -40,7 +43,11 @@ def run_part(brain: BrainProtocol, part: str, data: Any, epoch: Any, enable: boo
     if parts is not None and getattr(parts, f"may_{part}"):
         getattr(parts, part)(data, epoch, enable)
         return
-    _fit_on_trainer(brain, lambda: run_part(brain, part, data, epoch, enable))
+    trainer = _TRAINERS.get(brain)
+    if trainer is None or Run.is_running(brain):
+        trainer = trainers.trainer_for(brain, None)
+        _TRAINERS.setdefault(brain, trainer)
+    _fit_on_trainer(brain, trainer, lambda: run_part(brain, part, data, epoch, enable))
 
 
 def on_trainer(fit: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +119,9 @@ def _fit_by_parts(
     if counter is not None:
         bound.arguments["epoch_counter"] = StoppableEpochs(counter, lambda: _is_over(brain))
     own_fit = functools.partial(fit, *bound.args, **bound.kwargs)
-    return _fit_on_trainer(brain, own_fit, trainer, counter, validates)
+    running = trainers.trainer_for(brain, trainer)
+    _check_validations(running, type(brain).__name__)
+    return _fit_on_trainer(brain, running, own_fit, counter, validates)
 
 
 def _check_validations(trainer: Any, brain: str) -> None:
@@ -133,17 +142,16 @@ def _is_over(brain: BrainProtocol) -> bool:
 
 def _fit_on_trainer(
     brain: BrainProtocol,
+    trainer: Trainer,
     own_fit: Callable[[], Any],
-    trainer: Trainer | Mapping[str, Any] | None = None,
     epoch_counter: Any = None,
     validates: bool = True,
 ) -> Any:
-    running, results = trainers.trainer_for(brain, trainer), []
-    _check_validations(running, type(brain).__name__)
+    results: list[Any] = []
     module = to_lightning(
         brain, epoch_counter=epoch_counter, own_fit=lambda: results.append(own_fit())
     )
     module.is_of_fit = True
     valid_data = _NO_DATA if validates else None
-    trainers.run(running, module, lambda: running.fit(module, _NO_DATA, valid_data))
+    trainers.run(trainer, module, lambda: trainer.fit(module, _NO_DATA, valid_data))
     return results[0]
