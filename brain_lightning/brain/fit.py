@@ -64,7 +64,7 @@ class FitAndEvaluate:
             logger.info("Test only mode, skipping training and validation stages.")
             return
         running = _trainer_for(self, trainer)
-        stage = self.stage_type
+        stage = self._lightning.stage_type
         if not data.is_loader(train_set):
             train_set = self.make_dataloader(
                 train_set, stage=stage.TRAIN, **train_loader_kwargs
@@ -102,7 +102,8 @@ class FitAndEvaluate:
         running = _trainer_for(self, trainer, collective=False)
         if not data.is_loader(test_set):
             kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
-            test_set = self.make_dataloader(test_set, self.stage_type.TEST, **kwargs)
+            stage = self._lightning.stage_type.TEST
+            test_set = self.make_dataloader(test_set, stage, **kwargs)
         shows_bar = _shows_bar(self, progressbar)
         module = to_lightning(self, progressbar=shows_bar, max_key=max_key, min_key=min_key)
         trainers.run(running, module, lambda: running.test(module, test_set, verbose=False))
@@ -121,14 +122,15 @@ def _trainer_for(
     Ranks train together; each evaluates alone, as in SpeechBrain.
     """
     speechbrain.add_attributes(brain)
-    given = (brain.trainer_arguments or {}) if trainer is None else trainer
-    if brain.trainer_overrides:
+    settings = brain._lightning
+    given = settings.trainer_arguments if trainer is None else trainer
+    if settings.trainer_overrides:
         if not isinstance(given, Mapping):
-            name = next(iter(brain.trainer_overrides))
+            name = next(iter(settings.trainer_overrides))
             raise BrainTypeError(
                 f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
             )
-        given = {**given, **brain.trainer_overrides}
+        given = {**given, **settings.trainer_overrides}
     if trainer is None and isinstance(given, Mapping) and Run.is_running(brain):
         given = {name: value for name, value in given.items() if name in OF_EVERY_RUN}
     return trainers.make_trainer(given, brain, collective)

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from brain_lightning.errors import UnsupportedError
+from brain_lightning.protocol import TrainerDefaults
+from brain_lightning.step.older_api import add_older_api
 from brain_lightning.temporary import TemporaryAttributes
 
 from .fit import FitAndEvaluate
@@ -49,6 +51,7 @@ def patch_speechbrain(
     # On the class itself, and with it on all of its subclasses.
     patch.override(core.Brain, "fit", FitAndEvaluate.fit)
     patch.override(core.Brain, "evaluate", FitAndEvaluate.evaluate)
-    patch.override(core.Brain, "trainer_overrides", dict(trainer or {}))
-    patch.override(core.Brain, "trainer_callbacks", tuple(callbacks))
+    defaults = TrainerDefaults(dict(trainer or {}), tuple(callbacks))
+    patch.override(core.Brain, "_lightning_defaults", defaults)
+    add_older_api(core.Brain, patch)
     return patch

@@ -291,6 +291,7 @@ class Checkpointer(Recoverables):
         max_key: str | None = None,
         min_key: str | None = None,
         ckpt_predicate: Predicate | None = None,
+        device: Any = None,
     ) -> Checkpoint | None:
         """Recovers from the most important checkpoint that is intact.
 
@@ -299,6 +300,7 @@ class Checkpointer(Recoverables):
             max_key: See ``find_checkpoint``.
             min_key: See ``find_checkpoint``.
             ckpt_predicate: See ``find_checkpoint``.
+            device: See ``load_checkpoint``.
 
         Returns:
             The checkpoint, or None where there is none.
@@ -310,7 +312,7 @@ class Checkpointer(Recoverables):
         skipped: list[CheckpointError] = []
 
         def load(checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
-            reasons = self._load_unless_damaged(checkpoint, others)
+            reasons = self._load_unless_damaged(checkpoint, others, device)
             skipped.extend(reasons)
             return not reasons
 
@@ -338,11 +340,12 @@ class Checkpointer(Recoverables):
         return any((p / METAFNAME).exists() for p in paths) and not self.list_checkpoints()
 
     def _load_unless_damaged(
-        self, checkpoint: Checkpoint, others: list[Checkpoint]
+        self, checkpoint: Checkpoint, others: list[Checkpoint], device: Any
     ) -> list[CheckpointError]:
         """Returns why a checkpoint was skipped for the others; nothing where it is loaded."""
         try:
-            self.load_checkpoint(checkpoint)
+            given = {} if device is None else {"device": device}
+            self.load_checkpoint(checkpoint, **given)
         except (DamagedCheckpointError, UnsafeCheckpointError, NotInCheckpointError) as error:
             # SpeechBrain, killed in a save, leaves a checkpoint without some of its files.
             whole = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
@@ -353,11 +356,13 @@ class Checkpointer(Recoverables):
             return [error]
         return []
 
-    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def load_checkpoint(self, checkpoint: Checkpoint, device: Any = None) -> None:
         """Recovers every recoverable, once the whole checkpoint was read and checked.
 
         Args:
             checkpoint: The checkpoint. An error of a load hook has a note of its object.
+            device: For load hooks that take one, as in SpeechBrain 0.5; by default that of
+                the Brain that is recovered.
 
         Raises:
             DamagedCheckpointError: A file is not as it was saved.
@@ -374,7 +379,7 @@ class Checkpointer(Recoverables):
         files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         logger.info("Loading a checkpoint from %s", checkpoint.path)
         checked = integrity.has_checksums(checkpoint.path)
-        self.load(files, found, checkpoint.meta["end-of-epoch"], checked)
+        self.load(files, found, checkpoint.meta["end-of-epoch"], checked, device)
 
     def _remedy(self, name: str) -> str:
         hooks = "; ".join(

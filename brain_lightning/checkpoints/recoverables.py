@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from brain_lightning.compat.load_hooks import LOAD_HOOK, loading_to, without_device
 from brain_lightning.compat.versions import add_note
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import (
@@ -46,7 +48,8 @@ class Recoverables:
     Args:
         recoverables: Objects by name.
         custom_load_hooks: By name, each called with the object, the path, and whether
-            it was the end of an epoch.
+            it was the end of an epoch; one that takes a device, as in SpeechBrain 0.5, gets
+            it.
         custom_save_hooks: By name, each called with the object and the path.
         allow_partial_load: Whether a checkpoint may lack a recoverable.
     """
@@ -192,6 +195,7 @@ class Recoverables:
         states: Mapping[str, Any],
         end_of_epoch: bool,
         checked: bool = True,
+        device: Any = None,
     ) -> None:
         """Calls the load hook of each recoverable.
 
@@ -203,6 +207,7 @@ class Recoverables:
             states: What ``read`` returned for them.
             end_of_epoch: Whether an epoch had ended.
             checked: Whether the files are known to be as they were saved.
+            device: For hooks that take one; by default that of the Brain among the objects.
 
         Raises:
             DamagedCheckpointError: A file that was not checked cannot be read.
@@ -213,20 +218,25 @@ class Recoverables:
             hook, obj = self._load_hook(name), self.recoverables[name]
             if hook is None:
                 raise _no_hook("recover", name, obj, "load_state_dict", "custom_load_hook")
-            hooks[name] = hook
+            hooks[name] = without_device(hook, *LOAD_HOOK)
         recovered: list[str] = []
         for name, path in files.items():
             try:
                 if name in states:
                     state_files.apply_state(self.recoverables[name], states[name])
                 else:
-                    hooks[name](self.recoverables[name], path, end_of_epoch)
+                    with loading_to(self._device() if device is None else device):
+                        hooks[name](self.recoverables[name], path, end_of_epoch)
             except Exception as error:
                 # Torch's archives have checksums of their own.
                 unsure = not checked and not zipfile.is_zipfile(path)
                 self._explain(error, name, path, recovered, unsure)
                 raise
             recovered.append(name)
+
+    def _device(self) -> torch.device | None:
+        name = getattr(self.recoverables.get("brain"), "device", None)
+        return None if name is None else torch.device(name)
 
     def _explain(
         self, error: Exception, name: str, path: Path, recovered: Iterable[str], unsure: bool

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from brain_lightning.compat.speechbrain import redirect_validation
 from brain_lightning.protocol import overrides
 from brain_lightning.stages.run import Run
+from brain_lightning.step.older_api import support_older_api
 from brain_lightning.temporary import TemporaryAttributes
 
 from .lean_loops import make_lean
@@ -25,6 +26,7 @@ def attach(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
         run: The run.
         temporary: Records what is changed.
     """
+    support_older_api(run.brain, temporary)
     fit: Any = trainer.fit_loop
     evaluations = (fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
     for loop in evaluations:

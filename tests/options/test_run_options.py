@@ -71,7 +71,7 @@ def test_trainer_arguments_are_read_as_yaml() -> None:
     words = ["--trainer.max_steps=5", "h.yaml", "--trainer.limit_val_batches", "0.5"]
     opts = parse_arguments([*words, "--lr=1"]).run_opts
     assert opts.trainer == {"max_steps": 5, "limit_val_batches": 0.5}
-    assert Brain(run_opts=opts).trainer_overrides == opts.trainer
+    assert Brain(run_opts=opts)._lightning.trainer_overrides == opts.trainer
 
 
 def test_a_trainer_argument_without_value_is_refused() -> None:
@@ -85,7 +85,7 @@ def test_the_command_line_outranks_hparams_which_outrank_defaults() -> None:
     opts = parse_arguments(["h.yaml", "--max_grad_norm=2", "--trainer.devices=1"]).run_opts
     brain = Brain(hparams=hparams, run_opts=opts)
     assert (brain.max_grad_norm, brain.nonfinite_patience, brain.debug_batches) == (2.0, 7, 2)
-    assert (brain.trainer_arguments, brain.trainer_overrides) == (
+    assert (brain._lightning.trainer_arguments, brain._lightning.trainer_overrides) == (
         {"max_steps": 1},
         {"devices": 1},
     )
@@ -102,7 +102,7 @@ def test_run_options_are_a_mapping() -> None:
     # What that overwrites stays overwritten, as in SpeechBrain.
     brain = Brain(hparams=hparams, run_opts=opts)
     assert brain.precision == "fp32"
-    assert brain.trainer_arguments == {"devices": 1}
+    assert brain._lightning.trainer_arguments == {"devices": 1}
     # The default minutes that came along do not stand against the steps.
     assert (brain.ckpt_interval_minutes, brain.ckpt_interval_steps) == (0, 3)
 
@@ -199,4 +199,4 @@ def test_options_that_speechbrain_was_not_given_do_not_override_hparams() -> Non
     brain = Brain(hparams=hparams, run_opts=run_opts)
     assert brain.grad_accumulation_factor == 2
     assert brain.max_grad_norm == 2.5
-    assert brain.explicit_options == {"device", "grad_accumulation_factor", "max_grad_norm"}
+    assert brain._lightning.explicit_options == {"device", "grad_accumulation_factor", "max_grad_norm"}
