@@ -50,7 +50,8 @@ class LightningSettings:
         trainer_callbacks: See ``TrainerDefaults``.
         gradient_clip_algorithm: How ``max_grad_norm`` clips; a Trainer may change it.
         ends_window: Whether the current batch ends an accumulation window early.
-        counts_valid_steps: Whether ``valid_step`` is ours: see ``step/older_api.py``.
+        counts_valid_steps: Whether ``valid_step`` is ours: see ``step/valid_step.py``.
+        valid_step_was_read: Whether the recipe has read it.
         ddp_arguments: Arguments of a Trainer's strategy for ``DistributedDataParallel``.
         progress: The run option.
         progress_interval: The run option.
@@ -68,6 +69,7 @@ class LightningSettings:
     gradient_clip_algorithm: str = "norm"
     ends_window: bool = False
     counts_valid_steps: bool = True
+    valid_step_was_read: bool = False
     ddp_arguments: Mapping[str, Any] = field(default_factory=dict)
     progress: str = "auto"
     progress_interval: float = 10

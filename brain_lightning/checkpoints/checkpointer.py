@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from brain_lightning.compat.load_hooks import loading_to
 from brain_lightning.distributed.communication import (
     collectively,
     communicates,
@@ -31,7 +32,7 @@ from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
-from .shared_recovery import none_is_loaded, recover_first_ranks
+from .shared_recovery import has_damaged_only, none_is_loaded, recover_first_ranks
 from .state_files import PARAMFILE_EXT, write_state
 
 logger = logging.getLogger(__name__)
@@ -312,8 +313,8 @@ class Checkpointer(Recoverables):
         skipped: list[CheckpointError] = []
 
         def load(checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
-            reasons = self._load_unless_damaged(checkpoint, others, device)
-            skipped.extend(reasons)
+            with loading_to(device):
+                skipped.extend(reasons := self._load_unless_damaged(checkpoint, others))
             return not reasons
 
         def failure(folder: Path) -> CheckpointError:
@@ -326,7 +327,8 @@ class Checkpointer(Recoverables):
             recovered = next((c for i, c in enumerate(found) if load(c, found[i + 1 :])), None)
         if recovered is not None:
             return recovered  # type: ignore[no-any-return]
-        damaged = self.checkpoints_dir if found or self._has_damaged_only() else None
+        failed = found or has_damaged_only(self.checkpoints_dir)
+        damaged = self.checkpoints_dir if failed else None
         if together:
             damaged = ddp_broadcast(damaged)
         if damaged is not None:
@@ -334,18 +336,12 @@ class Checkpointer(Recoverables):
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
 
-    def _has_damaged_only(self) -> bool:
-        """Whether there are checkpoints, but not one of them can be listed."""
-        paths = filter(atomic_directory.may_be_checkpoint, self.checkpoints_dir.iterdir())
-        return any((p / METAFNAME).exists() for p in paths) and not self.list_checkpoints()
-
     def _load_unless_damaged(
-        self, checkpoint: Checkpoint, others: list[Checkpoint], device: Any
+        self, checkpoint: Checkpoint, others: list[Checkpoint]
     ) -> list[CheckpointError]:
         """Returns why a checkpoint was skipped for the others; nothing where it is loaded."""
         try:
-            given = {} if device is None else {"device": device}
-            self.load_checkpoint(checkpoint, **given)
+            self.load_checkpoint(checkpoint)
         except (DamagedCheckpointError, UnsafeCheckpointError, NotInCheckpointError) as error:
             # SpeechBrain, killed in a save, leaves a checkpoint without some of its files.
             whole = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
@@ -361,8 +357,7 @@ class Checkpointer(Recoverables):
 
         Args:
             checkpoint: The checkpoint. An error of a load hook has a note of its object.
-            device: For load hooks that take one, as in SpeechBrain 0.5; by default that of
-                the Brain that is recovered.
+            device: For load hooks that take one (SpeechBrain 0.5); by default the Brain's.
 
         Raises:
             DamagedCheckpointError: A file is not as it was saved.
@@ -379,7 +374,8 @@ class Checkpointer(Recoverables):
         files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         logger.info("Loading a checkpoint from %s", checkpoint.path)
         checked = integrity.has_checksums(checkpoint.path)
-        self.load(files, found, checkpoint.meta["end-of-epoch"], checked, device)
+        with loading_to(device):
+            self.load(files, found, checkpoint.meta["end-of-epoch"], checked)
 
     def _remedy(self, name: str) -> str:
         hooks = "; ".join(

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from brain_lightning.compat.load_hooks import LOAD_HOOK, loading_to, without_device
+from brain_lightning.compat.load_hooks import LOAD_HOOK, device_of, loading_to, without_device
 from brain_lightning.compat.versions import add_note
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import (
@@ -195,7 +194,6 @@ class Recoverables:
         states: Mapping[str, Any],
         end_of_epoch: bool,
         checked: bool = True,
-        device: Any = None,
     ) -> None:
         """Calls the load hook of each recoverable.
 
@@ -207,7 +205,6 @@ class Recoverables:
             states: What ``read`` returned for them.
             end_of_epoch: Whether an epoch had ended.
             checked: Whether the files are known to be as they were saved.
-            device: For hooks that take one; by default that of the Brain among the objects.
 
         Raises:
             DamagedCheckpointError: A file that was not checked cannot be read.
@@ -225,7 +222,7 @@ class Recoverables:
                 if name in states:
                     state_files.apply_state(self.recoverables[name], states[name])
                 else:
-                    with loading_to(self._device() if device is None else device):
+                    with loading_to(None, device_of(self.recoverables.get("brain"))):
                         hooks[name](self.recoverables[name], path, end_of_epoch)
             except Exception as error:
                 # Torch's archives have checksums of their own.
@@ -233,10 +230,6 @@ class Recoverables:
                 self._explain(error, name, path, recovered, unsure)
                 raise
             recovered.append(name)
-
-    def _device(self) -> torch.device | None:
-        name = getattr(self.recoverables.get("brain"), "device", None)
-        return None if name is None else torch.device(name)
 
     def _explain(
         self, error: Exception, name: str, path: Path, recovered: Iterable[str], unsure: bool

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 Hook = Callable[..., Any]
 
 # What a load hook is called with, its object first.
@@ -18,20 +20,32 @@ _device: ContextVar[Any] = ContextVar("device", default=None)
 
 
 @contextmanager
-def loading_to(device: Any) -> Iterator[None]:
+def loading_to(device: Any, otherwise: Any = None) -> Iterator[None]:
     """Gives hooks that ask for a device this one.
 
     Args:
-        device: The device; None leaves the one that holds.
+        device: The device; None leaves the one that was given around it.
+        otherwise: The device where none was given.
 
     Yields:
         None
     """
-    token = _device.set(_device.get() if device is None else device)
+    given = (device, _device.get(), otherwise)
+    token = _device.set(next((each for each in given if each is not None), None))
     try:
         yield
     finally:
         _device.reset(token)
+
+
+def device_of(brain: Any) -> torch.device | None:
+    """What SpeechBrain 0.5 loads a Brain's checkpoints to.
+
+    Args:
+        brain: A Brain; anything without a device has None.
+    """
+    name = getattr(brain, "device", None)
+    return None if name is None else torch.device(name)
 
 
 def without_device(hook: Hook, *arguments: str) -> Hook:

@@ -22,7 +22,7 @@ from brain_lightning.protocol import (
 )
 from brain_lightning.temporary import TemporaryAttributes
 
-from .load_hooks import LOAD_HOOK, loading_to, takes_device, without_device
+from .load_hooks import LOAD_HOOK, device_of, loading_to, takes_device, without_device
 from .versions import run_option_defaults
 
 
@@ -228,7 +228,9 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def with_device(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         to = given.arguments.pop("device", None)
-        with loading_to(to), TemporaryAttributes() as temporary:
+        # A method of a Checkpointer, or a list of checkpoints.
+        brain = getattr(args[0], "recoverables", {}).get("brain")
+        with loading_to(to, device_of(brain)), TemporaryAttributes() as temporary:
             if isinstance(hooks := getattr(args[0], "custom_load_hooks", None), dict):
                 adapted = {n: without_device(h, *LOAD_HOOK) for n, h in hooks.items()}
                 temporary.set(args[0], "custom_load_hooks", adapted)

@@ -121,7 +121,11 @@ def add_older_api(brain_class: Any, temporary: TemporaryAttributes) -> None:
     check, zero = brain_class.check_gradients, brain_class.zero_grad
 
     def check_gradients(self: Any, loss: Tensor | None = None) -> bool | None:
-        return check(self) if loss is None else may_step(self, loss)
+        if loss is None:
+            return check(self)  # type: ignore[no-any-return]
+        # There is no run where a recipe has a loop of its own.
+        speechbrain.add_attributes(self)
+        return may_step(self, loss)
 
     def zero_grad(self: Any, set_to_none: bool = False) -> None:
         zero(self, set_to_none)

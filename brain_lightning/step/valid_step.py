@@ -11,16 +11,20 @@ from brain_lightning.protocol import BrainProtocol
 class ValidStep:
     """``valid_step``: training batches of an epoch whose loss was finite.
 
-    A ``fit_batch`` of SpeechBrain 0.5 adds 1 to it. A recipe that assigns anything else has
-    a number of its own by that name, which is neither counted nor set to 0 for it.
+    A ``fit_batch`` of SpeechBrain 0.5 adds to it. A recipe that assigns it before it has read
+    it has something of its own by that name, which is neither counted nor set to 0.
     """
 
     def __get__(self, brain: Any, owner: type | None = None) -> Any:
-        return self if brain is None else vars(brain).get("valid_step", 0)
+        if brain is None:
+            return self
+        if "_lightning" in vars(brain):
+            brain._lightning.valid_step_was_read = True
+        return vars(brain).get("valid_step", 0)
 
     def __set__(self, brain: Any, value: Any) -> None:
         own = vars(brain)
-        if "_lightning" in own and value != own.get("valid_step", 0) + 1:
+        if "_lightning" in own and not brain._lightning.valid_step_was_read:
             brain._lightning.counts_valid_steps = False
         own["valid_step"] = value
 
@@ -32,7 +36,8 @@ def count_valid_step(brain: BrainProtocol) -> None:
         brain: The Brain in training.
     """
     if _counts(brain):
-        vars(brain)["valid_step"] = brain.valid_step + 1
+        own = vars(brain)
+        own["valid_step"] = own.get("valid_step", 0) + 1
 
 
 def reset_valid_step(brain: BrainProtocol) -> None:

@@ -17,7 +17,7 @@ from brain_lightning import (
     UnsupportedError,
     parse_arguments,
 )
-from brain_lightning.protocol import OptionValues
+from brain_lightning.protocol import OURS_ALONE, OptionValues
 from tests.support.brains import make
 from tests.support.upstream import needs_speechbrain
 
@@ -108,10 +108,11 @@ def test_run_options_are_a_mapping() -> None:
 
 
 def test_what_the_trainers_side_reads_of_a_brain_are_run_options_with_their_types() -> None:
-    # Refused or translated by the time that a Brain exists; log_config is the recipe's.
+    # Refused or translated by the time that a Brain exists; log_config is the recipe's, and
+    # those of ours alone are in LightningSettings.
     others = {
         "data_parallel_backend", "data_parallel_count", "auto_mix_prec", "bfloat16_mix_prec",
-        "log_config",
+        "log_config", *OURS_ALONE,
     }  # fmt: skip
     names = [name for name in RunOptions.option_names() if name not in others]
     declared = get_type_hints(RunOptions)
@@ -199,4 +200,8 @@ def test_options_that_speechbrain_was_not_given_do_not_override_hparams() -> Non
     brain = Brain(hparams=hparams, run_opts=run_opts)
     assert brain.grad_accumulation_factor == 2
     assert brain.max_grad_norm == 2.5
-    assert brain._lightning.explicit_options == {"device", "grad_accumulation_factor", "max_grad_norm"}
+    assert brain._lightning.explicit_options == {
+        "device",
+        "grad_accumulation_factor",
+        "max_grad_norm",
+    }
