@@ -17,6 +17,7 @@ from speechbrain.utils import checkpoints
 
 import brain_lightning
 from brain_lightning import Brain, Stage, patch_speechbrain
+from tests.parity import older_recipes
 from tests.parity.older_recipes import RECIPES, Side
 from tests.support import speechbrain_05
 from tests.support.processes import check_python
@@ -49,6 +50,18 @@ def test_a_fit_batch_of_0_5_gives_its_bits(
     recipe: Any, side: Side, recorded: dict[str, Any]
 ) -> None:
     assert_equal(recorded[recipe.__name__], recipe(side), recipe.__name__)
+
+
+def test_a_trainers_precision_is_what_a_fit_batch_of_0_5_branches_on(
+    side: Side, recorded: dict[str, Any]
+) -> None:
+    brain = older_recipes.defaults(side)({"model": older_recipes.model()}, older_recipes.adam,
+                                         run_opts={"device": "cpu"})  # fmt: skip
+    found = older_recipes.train(brain, trainer={"precision": "bf16-mixed"})
+    # Validation is in bf16 too, which SpeechBrain 0.5 could not do.
+    for name in ("weights", "optimizers"):
+        assert_equal(recorded["in_bf16"][name], found[name], name)
+    assert not all(map(torch.equal, found["weights"], recorded["default"]["weights"]))
 
 
 def assert_equal(expected: Any, found: Any, where: str) -> None:
