@@ -7,6 +7,7 @@ from outside. No folder but ``brain`` knows our own ``Brain`` class, so that a r
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
 from collections.abc import Mapping, Sequence
@@ -260,11 +261,27 @@ def check_hooks(brain: BrainProtocol) -> None:
             "which is the Trainer's here: use a hook of Brain, such as on_stage_start or "
             "on_fit_batch_end, or a Lightning callback"
         )
-    for hook in () if has_own(brain, "fit_batch") else REQUIRED_HOOKS:
+    if has_own(brain, "fit_batch"):
+        return
+    for hook in REQUIRED_HOOKS:
         if not has_own(brain, hook):
             raise BrainTypeError(
                 f"{brain_class.__name__} must define {hook}, or override fit_batch"
             )
+    if overrides(brain_class, "check_gradients") and _needs_loss(brain_class):
+        logger.warning(
+            "%s.check_gradients(loss) is never called: fit_batch of SpeechBrain 0.5 did so, "
+            "that of SpeechBrain 1 calls check_loss_isfinite, and optimizers_step clips",
+            brain_class.__name__,
+        )
+
+
+def _needs_loss(brain_class: type[BrainProtocol]) -> bool:
+    arguments = inspect.signature(brain_class.check_gradients).parameters.values()
+    # Beside self.
+    return (
+        sum(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments) > 1
+    )
 
 
 def hparam(brain: BrainProtocol, name: str, default: Any = None) -> Any:

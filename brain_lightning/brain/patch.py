@@ -42,6 +42,8 @@ def patch_speechbrain(
     """
     try:
         core = importlib.import_module("speechbrain.core")
+        # What the patch changes, too.
+        importlib.import_module("speechbrain.utils.parameter_transfer")
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             "patch_speechbrain() needs SpeechBrain: pip install speechbrain, or give your "

@@ -6,6 +6,7 @@ modules are loaded already.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -101,7 +102,9 @@ def set_processes(brain: Any, rank: int, world_size: int) -> None:
     """
     brain._lightning.rank, brain._lightning.world_size = rank, world_size
     if is_speechbrains(brain):
-        brain.rank = rank
+        # A recipe may have a property by that name.
+        with contextlib.suppress(AttributeError):
+            brain.rank = rank
 
 
 def redirect_validation(brain: object, temporary: TemporaryAttributes) -> None:
@@ -197,7 +200,7 @@ def redirect_recovery(
 
 
 def accept_devices(temporary: TemporaryAttributes) -> None:
-    """Lets SpeechBrain's checkpoints take a ``device``, as those of SpeechBrain 0.5 do.
+    """Lets SpeechBrain's checkpoints, and its Pretrainer, take a ``device`` as in 0.5.
 
     States are loaded to the CPU, and copied to where their object is; a load hook that
     asks for the device gets it.
@@ -211,11 +214,18 @@ def accept_devices(temporary: TemporaryAttributes) -> None:
     owner = checkpoints.Checkpointer
     for name in ("recover_if_possible", "load_checkpoint"):
         temporary.override(owner, name, _with_device(getattr(owner, name)))
+    if (pretrainer := _loaded("utils.parameter_transfer", "Pretrainer")) is not None:
+        collected = _with_device(pretrainer.load_collected)
+        temporary.override(pretrainer, "load_collected", collected)
     average = _with_device(checkpoints.average_checkpoints)
     temporary.override(checkpoints, "average_checkpoints", average)
     for name, arguments in {"loader": LOAD_HOOK, "transfer": LOAD_HOOK[:2]}.items():
         mark = getattr(checkpoints, f"mark_as_{name}")
         temporary.override(checkpoints, f"mark_as_{name}", _marking(mark, *arguments))
+
+
+# Of a Checkpointer, and of a Pretrainer: what their hooks are called with.
+CUSTOM_HOOKS = {"custom_load_hooks": LOAD_HOOK, "custom_hooks": LOAD_HOOK[:2]}
 
 
 def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,9 +241,11 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
         # A method of a Checkpointer, or a list of checkpoints.
         brain = getattr(args[0], "recoverables", {}).get("brain")
         with loading_to(to, device_of(brain)), TemporaryAttributes() as temporary:
-            if isinstance(hooks := getattr(args[0], "custom_load_hooks", None), dict):
-                adapted = {n: without_device(h, *LOAD_HOOK) for n, h in hooks.items()}
-                temporary.set(args[0], "custom_load_hooks", adapted)
+            for name, arguments in CUSTOM_HOOKS.items():
+                hooks = getattr(args[0], name, None)
+                if isinstance(hooks, dict):
+                    adapted = {n: without_device(h, *arguments) for n, h in hooks.items()}
+                    temporary.set(args[0], name, adapted)
             return function(*given.args, **given.kwargs)
 
     with_device.__signature__ = signature  # type: ignore[attr-defined]

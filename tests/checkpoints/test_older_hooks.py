@@ -89,11 +89,12 @@ def test_a_hook_gets_the_device_if_it_asks_for_one(
     assert ckpts.custom_load_hooks == hooks
 
 
-def transfer_to(obj: Any, saved: Path, folder: Path) -> None:
-    """Parameter transfer of SpeechBrain's from a checkpoint's ``<name>.ckpt``."""
-    transfer = Pretrainer(collect_in=folder / "transfer", loadables={"it": obj})
+def transfer_to(obj: Any, saved: Path, folder: Path, *hook: Any, **device: Any) -> None:
+    """Parameter transfer of SpeechBrain's from a checkpoint's ``it.ckpt``."""
+    hooks = dict.fromkeys(["it"], *hook) if hook else None
+    transfer = Pretrainer(folder / "transfer", loadables={"it": obj}, custom_hooks=hooks)
     transfer.collect_files(str(saved))
-    transfer.load_collected()
+    transfer.load_collected(**device)
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -127,10 +128,16 @@ def test_decorators_take_hooks_of_either_form(patched: bool, tmp_path: Path) -> 
         either.load(path, False, GIVEN)
         assert either.got == (False, GIVEN)
         if patched:
-            transfer = Pretrainer(collect_in=tmp_path / "transfer", loadables={"it": either})
-            transfer.collect_files(str(path))
-            transfer.load_collected()
+            transfer_to(either, path, tmp_path)
             assert either.t is None
+            transfer_to(either, path, tmp_path, device=GIVEN)
+            assert either.t is GIVEN
+
+            def custom(obj: Any, path: Any, device: Any) -> None:
+                obj.t = (Path(path).name, device)
+
+            transfer_to(either, path, tmp_path, custom, device=GIVEN)
+            assert either.t == ("it.ckpt", GIVEN)
     with pytest.raises(TypeError, match=r"loader must have the signature \(self, path, end"):
         mark_as_loader(lambda self, path: None)
     with pytest.raises(TypeError, match="saver must have the signature"):

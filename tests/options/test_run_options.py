@@ -107,6 +107,21 @@ def test_run_options_are_a_mapping() -> None:
     assert (brain.ckpt_interval_minutes, brain.ckpt_interval_steps) == (0, 3)
 
 
+def test_what_launchers_add_is_no_override(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``torch.distributed.launch`` appends the rank; SpeechBrain 0.5 had a flag."""
+    assert parse_arguments(["h.yaml", "--distributed_launch"]).overrides == ""
+    assert "--distributed_launch has no effect: start the script with torchrun" in caplog.text
+    caplog.clear()
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["h.yaml", "--distributed_launch", "--lr=2", "--local_rank=1", "--local-rank=1"]
+    assert parse_arguments(words).overrides == "lr: 2"
+    assert parse_arguments(["h.yaml", "--local_rank=3"]).overrides == "local_rank: 3"
+    assert caplog.text == ""
+
+
 def test_what_the_trainers_side_reads_of_a_brain_are_run_options_with_their_types() -> None:
     # Refused or translated by the time that a Brain exists; log_config is the recipe's, and
     # those of ours alone are in LightningSettings.

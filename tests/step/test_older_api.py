@@ -87,6 +87,27 @@ def test_progressbar_is_an_attribute(base: Any) -> None:
     assert not make(base).progressbar
 
 
+def test_a_check_of_gradients_that_nobody_calls_is_told(
+    base: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Checks(base):
+        def check_gradients(self, loss: Any) -> Any:
+            return super().check_gradients(loss)
+
+    make(Checks).fit(range(1), loader())
+    assert "Checks.check_gradients(loss) is never called" in caplog.text
+    caplog.clear()
+
+    class Calls(Checks):
+        def fit_batch(self, batch: Any) -> Any:
+            loss = self.compute_objectives(self.compute_forward(batch, None), batch, None)
+            assert self.check_gradients(loss=loss)
+            return loss.detach()
+
+    make(Calls).fit(range(1), loader())
+    assert "never called" not in caplog.text
+
+
 # -------------------------------------------------------------------------------- valid_step
 
 
