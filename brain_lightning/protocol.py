@@ -7,8 +7,12 @@ from outside. No folder but ``brain`` knows our own ``Brain`` class, so that a r
 
 from __future__ import annotations
 
+import inspect
+import logging
+import types
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import GradScaler, Tensor
@@ -17,9 +21,90 @@ from torch.optim import Optimizer
 
 from .errors import BrainTypeError, UnsupportedError
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainerDefaults:
+    """What every Trainer of a Brain class gets: see ``cli/script.py`` and ``patch.py``.
+
+    Attributes:
+        overrides: Arguments; they outrank the recipe's own.
+        callbacks: Callbacks, in addition to the recipe's own.
+    """
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Sequence[Any] = ()
+
+
+@dataclass
+class LightningSettings:
+    """What a Brain has beyond SpeechBrain's: every other name is the recipe's to take.
+
+    Attributes:
+        stage_type: The class of the stages that its hooks get.
+        rank: The number of this process, from 0.
+        world_size: The number of processes.
+        explicit_options: The run options that somebody chose.
+        trainer_arguments: A Trainer, or arguments for one, of the recipe.
+        trainer_overrides: See ``TrainerDefaults``.
+        trainer_callbacks: See ``TrainerDefaults``.
+        gradient_clip_algorithm: How ``max_grad_norm`` clips; a Trainer may change it.
+        ends_window: Whether the current batch ends an accumulation window early.
+        counts_valid_steps: Whether ``valid_step`` is ours: see ``step/valid_step.py``.
+        valid_step_was_read: Whether the recipe has read it.
+        trainer_of_parts: For all parts of fit that a script calls outside of any fit, so that
+            limits count over them.
+        ddp_arguments: Arguments of a Trainer's strategy for ``DistributedDataParallel``.
+        progress: The run option.
+        progress_interval: The run option.
+        shard_eval: The run option.
+        async_save: The run option.
+    """
+
+    stage_type: Any
+    rank: int = 0
+    world_size: int = 1
+    explicit_options: frozenset[str] = frozenset()
+    trainer_arguments: Any = field(default_factory=dict)
+    trainer_overrides: Mapping[str, Any] = field(default_factory=dict)
+    trainer_callbacks: Sequence[Any] = ()
+    gradient_clip_algorithm: str = "norm"
+    ends_window: bool = False
+    counts_valid_steps: bool = True
+    valid_step_was_read: bool = False
+    trainer_of_parts: Any = None
+    ddp_arguments: Mapping[str, Any] = field(default_factory=dict)
+    progress: str = "auto"
+    progress_interval: float = 10
+    shard_eval: bool = False
+    async_save: bool = False
+
+
+# Run options that SpeechBrain's own Brain does not have.
+OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
+PROGRESS_KINDS = ("auto", "bar", "plain")
+
+
+def is_value_of(name: str, value: Any) -> bool:
+    """Whether a value makes sense for one of ``OURS_ALONE``; a recipe may mean another thing.
+
+    Args:
+        name: The option.
+        value: Any value.
+    """
+    if name == "progress":
+        return isinstance(value, str) and value in PROGRESS_KINDS
+    if name == "progress_interval":
+        return type(value) in (int, float) and value >= 0
+    return isinstance(value, bool)
+
 
 class OptionValues(Protocol):
-    """The run options that a Brain has as attributes; ``RunOptions`` says what each means."""
+    """The run options that a Brain has as attributes; ``RunOptions`` says what each means.
+
+    Those that SpeechBrain does not have are in ``LightningSettings``.
+    """
 
     test_only: bool
     debug: bool
@@ -43,12 +128,8 @@ class OptionValues(Protocol):
     skip_nonfinite_grads: bool
     nonfinite_patience: int
     noprogressbar: bool
-    progress: str
-    progress_interval: float
     ckpt_interval_minutes: float
     ckpt_interval_steps: int
-    shard_eval: bool
-    async_save: bool
     grad_accumulation_factor: int
     optimizer_step_limit: int | None
     tqdm_colored_bar: bool
@@ -62,10 +143,7 @@ class OptionValues(Protocol):
 class BrainProtocol(OptionValues, Protocol):
     """Attributes and methods of ``speechbrain.core.Brain`` that a Trainer run relies on."""
 
-    stage_type: Any
-    trainer_arguments: Any
-    trainer_overrides: Mapping[str, Any]
-    trainer_callbacks: Sequence[Any]
+    _lightning: LightningSettings
 
     modules: ModuleDict
     opt_class: Any
@@ -74,15 +152,12 @@ class BrainProtocol(OptionValues, Protocol):
     scaler: GradScaler
     optimizers_dict: dict[str, Optimizer] | None
     train_sampler: Any
-    rank: int
-    world_size: int
-    gradient_clip_algorithm: str
 
     step: int
+    valid_step: int
     optimizer_step: int
     avg_train_loss: float
     nonfinite_count: int
-    ends_window: bool
     training_ctx: Any
     evaluation_ctx: Any
 
@@ -108,7 +183,7 @@ class BrainProtocol(OptionValues, Protocol):
     ) -> Mapping[str, Optimizer]: ...
     def zero_grad(self, set_to_none: bool = False) -> None: ...
     def check_loss_isfinite(self, loss: Tensor) -> None: ...
-    def check_gradients(self) -> None: ...
+    def check_gradients(self, loss: Tensor | None = None) -> bool | None: ...
     def update_average(self, loss: Any, avg_loss: float) -> float: ...
     def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None: ...
     def _fit_valid(self, valid_set: Any, epoch: Any, enable: bool) -> None: ...
@@ -128,14 +203,29 @@ REQUIRED_HOOKS = ("compute_forward", "compute_objectives")
 
 
 def overrides(brain_class: type, hook: str) -> bool:
-    """Whether a subclass of Brain overrides a hook.
+    """Whether a subclass of Brain overrides a hook, or somebody has replaced Brain's own.
 
     Args:
         brain_class: The class of a Brain.
         hook: A method of Brain.
     """
     # The class that first defines a hook is Brain itself, ours or SpeechBrain's.
-    return sum(hook in vars(cls) for cls in brain_class.__mro__) > 1
+    defining = [cls for cls in brain_class.__mro__ if hook in vars(cls)]
+    if len(defining) != 1:
+        return len(defining) > 1
+    return not _is_original(vars(defining[0])[hook], defining[0], hook)
+
+
+def _is_original(method: Any, brain_class: type, hook: str) -> bool:
+    """Whether a method is the one that the class came with, or what we put in its place."""
+    if isinstance(method, types.FunctionType) and method.__module__ == brain_class.__module__:
+        # The class itself has decorators: torch.no_grad(), contextmanager.
+        while method.__globals__["__name__"].startswith(("torch.", "contextlib")):
+            method = method.__wrapped__  # type: ignore[attr-defined]
+    if not isinstance(method, types.FunctionType) or method.__name__ != hook:
+        return False
+    module = str(method.__globals__["__name__"])
+    return module == brain_class.__module__ or module.startswith("brain_lightning.")
 
 
 def has_own(brain: BrainProtocol, hook: str) -> bool:
@@ -170,12 +260,27 @@ def check_hooks(brain: BrainProtocol) -> None:
         BrainTypeError: A hook without default is not overridden.
     """
     brain_class = type(brain)
-    own_steps = has_own(brain, "fit_batch") or has_own(brain, "_fit_train")
-    for hook in () if own_steps else REQUIRED_HOOKS:
+    if has_own(brain, "fit_batch") or has_own(brain, "_fit_train"):
+        return
+    for hook in REQUIRED_HOOKS:
         if not has_own(brain, hook):
             raise BrainTypeError(
                 f"{brain_class.__name__} must define {hook}, or override fit_batch"
             )
+    if overrides(brain_class, "check_gradients") and _needs_loss(brain_class):
+        logger.warning(
+            "%s.check_gradients(loss) is never called: fit_batch of SpeechBrain 0.5 did so, "
+            "that of SpeechBrain 1 calls check_loss_isfinite, and optimizers_step clips",
+            brain_class.__name__,
+        )
+
+
+def _needs_loss(brain_class: type[BrainProtocol]) -> bool:
+    arguments = inspect.signature(brain_class.check_gradients).parameters.values()
+    # Beside self.
+    return (
+        sum(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments) > 1
+    )
 
 
 def check_fit(brain: BrainProtocol) -> None:
@@ -206,6 +311,33 @@ def hparam(brain: BrainProtocol, name: str, default: Any = None) -> Any:
     return getattr(getattr(brain, "hparams", None), name, default)
 
 
+def trainer_arguments(value: Any) -> Any:
+    """What ``hparams["trainer"]`` gives to a Trainer.
+
+    Args:
+        value: A dict of its arguments, a Trainer, or what a recipe calls by that name.
+
+    Returns:
+        The dict or the Trainer; an empty dict where it is a value of the recipe's own.
+    """
+    if value is None or isinstance(value, Mapping) or _is_lightnings(value):
+        return value or {}
+    logger.warning(
+        "hparams['trainer'] is %r, which gives no argument to a Trainer: it is the recipe's "
+        "own. A Trainer gets its arguments by fit(..., trainer={...}) or --trainer.X=Y",
+        value,
+    )
+    return {}
+
+
+def _is_lightnings(value: object) -> bool:
+    """Whether something is a Trainer, or a class or a function of Lightning's."""
+    made_by = str(getattr(getattr(value, "func", value), "__module__", ""))
+    return hasattr(value, "fit_loop") or made_by.startswith(
+        ("lightning.", "pytorch_lightning")
+    )
+
+
 def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
     """The hyperparameters by name; SpeechBrain's Brain may have none.
 
@@ -222,7 +354,8 @@ def is_explicit(brain: object, option: str) -> bool:
         brain: The Brain.
         option: The run option.
     """
-    return option in getattr(brain, "explicit_options", ())
+    settings: LightningSettings = brain._lightning  # type: ignore[attr-defined]
+    return option in settings.explicit_options
 
 
 def is_statistics(value: object, *methods: str) -> bool:

@@ -7,10 +7,10 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +23,20 @@ from brain_lightning.checkpoints.checkpointer import Checkpointer
 from brain_lightning.compat import speechbrain
 from brain_lightning.errors import BrainTypeError, UnsupportedError
 from brain_lightning.loggers.console import abbreviated, show_information
-from brain_lightning.options.resolve import resolve_run_options
+from brain_lightning.options.resolve import DEPRECATED_PRECISIONS, resolve_run_options
 from brain_lightning.options.run_options import RunOptions
+from brain_lightning.protocol import (
+    OURS_ALONE,
+    LightningSettings,
+    TrainerDefaults,
+    trainer_arguments,
+)
 from brain_lightning.stage import Stage
 from brain_lightning.stages.epochs import EpochCounter, EpochCounterWithStopper
+from brain_lightning.step.older_api import OlderAPI
 from brain_lightning.step.precision import autocast, device_type, gradient_scaler, infer_device
+
+from .settings import OptionSetting, Setting
 
 if TYPE_CHECKING:
     from brain_lightning.protocol import OptionValues
@@ -39,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 @hooks.register_checkpoint_hooks
-class BrainBase(OptionValues):
+class BrainBase(OlderAPI, OptionValues):
     """The attributes of a Brain, and how they are saved.
 
     Args:
@@ -53,8 +62,6 @@ class BrainBase(OptionValues):
         modules: A ModuleDict on the device.
         hparams: The hyperparameters, in dot notation.
         device: The name of the device, ``cpu`` or ``cuda:0``.
-        rank: The number of this process, from 0.
-        world_size: The number of processes.
         optimizer: The optimizer of the default ``init_optimizers``.
         optimizers_dict: The optimizers that step together, by name.
         step: Batches so far in the stage that runs.
@@ -68,16 +75,16 @@ class BrainBase(OptionValues):
     """
 
     optimizer: Optimizer
-    # How max_grad_norm clips, and whether the current batch ends an accumulation window
-    # early: a Trainer may change them for a run.
-    gradient_clip_algorithm = "norm"
-    ends_window = False
-    # Arguments of every Trainer, from the command line: see cli/script.py.
-    trainer_overrides: Mapping[str, Any] = MappingProxyType({})
-    # Callbacks of every Trainer, in addition to its own.
-    trainer_callbacks: Sequence[Any] = ()
-    # The class of the stages that its hooks get.
-    stage_type = Stage
+    _lightning: LightningSettings
+    _lightning_defaults = TrainerDefaults()
+    # For recipes that read them; one that takes such a name has it for itself.
+    stage_type = Setting()
+    rank = Setting()
+    world_size = Setting()
+    progress = OptionSetting()
+    progress_interval = OptionSetting()
+    shard_eval = OptionSetting()
+    async_save = OptionSetting()
     # SpeechBrain's, for loops that recipes have copied from it: here the Trainer has one.
     profiler = None
 
@@ -101,14 +108,23 @@ class BrainBase(OptionValues):
         self.hparams = SimpleNamespace(**(hparams or {}))
         if not isinstance(run_opts, RunOptions):
             run_opts = RunOptions.from_dictionary(run_opts or {})
-        values, self.explicit_options = resolve_run_options(run_opts, hparams or {})
-        vars(self).update(values)
-        self.trainer_arguments: Any = (hparams or {}).get("trainer") or {}
-        self.trainer_overrides = {**self.trainer_overrides, **run_opts.trainer}
-        self.rank = int(os.environ["RANK"]) if self.distributed_launch else 0
-        self.world_size = (
-            int(os.environ.get("WORLD_SIZE", 1)) if self.distributed_launch else 1
+        values, explicit = resolve_run_options(run_opts, hparams or {})
+        self._lightning = LightningSettings(
+            Stage,
+            explicit_options=explicit,
+            trainer_arguments=trainer_arguments((hparams or {}).get("trainer")),
+            trainer_overrides={**self._lightning_defaults.overrides, **run_opts.trainer},
+            trainer_callbacks=self._lightning_defaults.callbacks,
+            counts_valid_steps="valid_step" not in vars(self),
+            **{name: values.pop(name) for name in OURS_ALONE},
         )
+        for name in DEPRECATED_PRECISIONS:
+            # What is in force, by whatever option: see older_api.py.
+            del values[name]
+        vars(self).update(values)
+        if self.distributed_launch:
+            self._lightning.rank = int(os.environ["RANK"])
+            self._lightning.world_size = int(os.environ.get("WORLD_SIZE", 1))
 
         self.device: str = self.device or infer_device()
         self.device_type = device_type(self.device)
@@ -132,8 +148,8 @@ class BrainBase(OptionValues):
         show_information()
         self.print_trainable_parameters()
         if checkpointer is not None:
-            self._join(checkpointer)
-        elif self.async_save:
+            _join(self, checkpointer)
+        elif self._lightning.async_save:
             raise UnsupportedError("async_save saves nothing: give the Brain a checkpointer")
 
     @property
@@ -168,25 +184,6 @@ class BrainBase(OptionValues):
             100 * trainable / max(total, 1),
         )
 
-    def _join(self, checkpointer: Any) -> None:
-        """Adds the Brain to what the checkpointer recovers."""
-        if speechbrain.is_checkpointer(checkpointer):
-            speechbrain.register_checkpoint_hooks(
-                BrainBase, EpochCounter, EpochCounterWithStopper
-            )
-        if isinstance(checkpointer, Checkpointer):
-            checkpointer.async_save = checkpointer.async_save or self.async_save
-        elif self.async_save:
-            raise UnsupportedError(
-                f"async_save needs brain_lightning.Checkpointer, and the checkpointer is a "
-                f"{type(checkpointer).__name__}: its files and arguments are the same"
-            )
-        if self.debug and not self.debug_persistently:
-            _move_to_temporary_directory(checkpointer)
-        if self.scaler.is_enabled():
-            checkpointer.add_recoverable("scaler", self.scaler, optional_load=True)
-        checkpointer.add_recoverable("brain", self)
-
     @hooks.mark_as_saver
     def _save(self, path: str | PathLike[str]) -> None:
         names = ("step", "avg_train_loss", "optimizer_step")
@@ -202,19 +199,42 @@ class BrainBase(OptionValues):
         self.optimizer_step = state.get("optimizer_step", state["step"])
 
 
+def _join(brain: BrainBase, checkpointer: Any) -> None:
+    """Adds the Brain to what the checkpointer recovers."""
+    if speechbrain.is_checkpointer(checkpointer):
+        speechbrain.register_checkpoint_hooks(BrainBase, EpochCounter, EpochCounterWithStopper)
+    if isinstance(checkpointer, Checkpointer):
+        checkpointer.async_save = checkpointer.async_save or brain._lightning.async_save
+    elif brain._lightning.async_save:
+        raise UnsupportedError(
+            f"async_save needs brain_lightning.Checkpointer, and the checkpointer is a "
+            f"{type(checkpointer).__name__}: its files and arguments are the same"
+        )
+    if brain.debug and not brain.debug_persistently:
+        _move_to_temporary_directory(checkpointer)
+    if brain.scaler.is_enabled():
+        checkpointer.add_recoverable("scaler", brain.scaler, optional_load=True)
+    checkpointer.add_recoverable("brain", brain)
+
+
 def _on_device(modules: Any, device: str) -> ModuleDict:
+    if isinstance(modules, ModuleDict):
+        modules = dict(modules.items())
+    # None stands for a module that an experiment leaves out.
+    types = (Module, type(None))
     is_mapping = isinstance(modules, Mapping)
-    if not is_mapping or not all(isinstance(m, Module) for m in modules.values()):
-        types = {n: type(m).__name__ for n, m in modules.items()} if is_mapping else None
+    if not is_mapping or not all(isinstance(m, types) for m in modules.values()):
+        found = {n: type(m).__name__ for n, m in modules.items()} if is_mapping else None
         raise BrainTypeError(
             "modules must be a dict of torch.nn.Module by name, "
-            f"got {types or type(modules).__name__}: Brain(modules={{'model': model}})"
+            f"got {found or type(modules).__name__}: Brain(modules={{'model': model}})"
         )
     on_device = ModuleDict(dict(modules)).to(device)
     # A second time one by one: a module may override to() to move what is no parameter,
     # as SpeechBrain's InputNormalization does.
-    for name in on_device:
-        on_device[name] = on_device[name].to(device)
+    for name, module in on_device.items():
+        if module is not None:
+            on_device[name] = module.to(device)
     return on_device
 
 

@@ -20,6 +20,7 @@ from brain_lightning.errors import NonFiniteLossError
 from brain_lightning.stage import Stage
 from brain_lightning.stages import interval_checkpoints as interval
 from brain_lightning.step.compile import compile_modules
+from brain_lightning.step.older_api import may_step, zero_grad_of_optimizer
 from brain_lightning.step.optimizers import split_vectors_from_weight_decay
 from brain_lightning.step.update import RawUpdate, fit_batch, optimizers_step
 
@@ -280,15 +281,29 @@ class Brain(FitAndEvaluate, BrainBase):
         if self.optimizers_dict is not None:
             for opt in self.freeze_optimizers(self.optimizers_dict).values():
                 opt.zero_grad(set_to_none=set_to_none)
-        elif self.opt_class is not None:
-            self.optimizer.zero_grad(set_to_none=set_to_none)
+        else:
+            zero_grad_of_optimizer(self, set_to_none)
 
-    def check_gradients(self) -> None:
-        """Drops each gradient that is not finite, and says whose it was."""
+    def check_gradients(self, loss: Tensor | None = None) -> bool | None:
+        """Drops each gradient that is not finite, and says whose it was.
+
+        Args:
+            loss: Given by a ``fit_batch`` of SpeechBrain 0.5: checks the loss, and clips the
+                gradients of all modules as one by ``max_grad_norm``.
+
+        Returns:
+            None; with a loss whether the optimizer may step.
+
+        Raises:
+            NonFiniteLossError: See ``check_loss_isfinite``.
+        """
+        if loss is not None:
+            return may_step(self, loss)
         for name, parameter in self.modules.named_parameters():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 parameter.grad = None
                 logger.warning("Gradient of %s contains NaN or Inf: dropped.", name)
+        return None
 
     @contextmanager
     def no_sync(self, use: bool = True) -> Iterator[None]:
@@ -341,7 +356,7 @@ class Brain(FitAndEvaluate, BrainBase):
         """Shuffles and shards; recipes that override ``make_dataloader`` call it."""
         if self.distributed_launch:
             by_chance = getattr(self.hparams, "sorting", "random") == "random"
-            shard = {"rank": self.rank, "num_replicas": self.world_size}
+            shard = {"rank": self._lightning.rank, "num_replicas": self._lightning.world_size}
             sampler = data.distributed_sampler(dataset, loader_kwargs, by_chance, **shard)
         elif loader_kwargs.get("shuffle"):
             sampler = {"sampler": data.shuffling_sampler(dataset, loader_kwargs)}

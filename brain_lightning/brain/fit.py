@@ -65,7 +65,7 @@ class FitAndEvaluate:
         parts = Run.parts_of(self)
         within_own = parts is not None and parts.may_train
         running = None if within_own else trainers.trainer_for(self, trainer)
-        stage = self.stage_type
+        stage = self._lightning.stage_type
         if not data.is_loader(train_set):
             train_set = self.make_dataloader(
                 train_set, stage=stage.TRAIN, **train_loader_kwargs
@@ -130,7 +130,8 @@ class FitAndEvaluate:
         running = trainers.trainer_for(self, trainer, collective=False)
         if not data.is_loader(test_set):
             kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
-            test_set = self.make_dataloader(test_set, self.stage_type.TEST, **kwargs)
+            stage = self._lightning.stage_type.TEST
+            test_set = self.make_dataloader(test_set, stage, **kwargs)
         shows_bar = _shows_bar(self, progressbar)
         module = to_lightning(self, progressbar=shows_bar, max_key=max_key, min_key=min_key)
         trainers.run(running, module, lambda: running.test(module, test_set, verbose=False))

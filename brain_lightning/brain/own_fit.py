@@ -7,10 +7,10 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 
+from brain_lightning.compat import speechbrain
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.module.to_lightning import to_lightning
 from brain_lightning.protocol import PARTS, BrainProtocol
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # What a Trainer is given at first; each part brings its own data.
 _NO_DATA = ((),)
-# One for all parts that a script calls outside of any fit: its limits count over them.
-_TRAINERS: WeakKeyDictionary[BrainProtocol, Trainer] = WeakKeyDictionary()
 
 
 def run_part(brain: BrainProtocol, part: str, data: Any, epoch: Any, enable: bool) -> None:
@@ -43,10 +41,13 @@ def run_part(brain: BrainProtocol, part: str, data: Any, epoch: Any, enable: boo
     if parts is not None and getattr(parts, f"may_{part}"):
         getattr(parts, part)(data, epoch, enable)
         return
-    trainer = _TRAINERS.get(brain)
-    if trainer is None or Run.is_running(brain):
+    speechbrain.add_attributes(brain)
+    settings, is_within = brain._lightning, Run.is_running(brain)
+    trainer = None if is_within else settings.trainer_of_parts
+    if trainer is None:
         trainer = trainers.trainer_for(brain, None)
-        _TRAINERS.setdefault(brain, trainer)
+    if not is_within:
+        settings.trainer_of_parts = trainer
     _fit_on_trainer(brain, trainer, lambda: run_part(brain, part, data, epoch, enable))
 
 
@@ -91,7 +92,8 @@ def _run_own_fit(
         _warn_of_whole_loop(type(brain).__name__)
     with TemporaryAttributes() as temporary:
         if trainer is not None:
-            temporary.override(brain, "trainer_arguments", trainer)
+            speechbrain.add_attributes(brain)
+            temporary.set(brain._lightning, "trainer_arguments", trainer)
         return fit(brain, *args, **kwargs)
 
 

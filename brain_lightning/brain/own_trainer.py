@@ -137,14 +137,15 @@ def trainer_for(
         collective: Whether ranks run together; each evaluates alone, as in SpeechBrain.
     """
     speechbrain.add_attributes(brain)
-    given = (brain.trainer_arguments or {}) if trainer is None else trainer
-    if brain.trainer_overrides:
+    settings = brain._lightning
+    given = settings.trainer_arguments if trainer is None else trainer
+    if settings.trainer_overrides:
         if not isinstance(given, Mapping):
-            name = next(iter(brain.trainer_overrides))
+            name = next(iter(settings.trainer_overrides))
             raise BrainTypeError(
                 f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
             )
-        given = {**given, **brain.trainer_overrides}
+        given = {**given, **settings.trainer_overrides}
     if trainer is None and isinstance(given, Mapping) and Run.is_running(brain):
         given = {name: value for name, value in given.items() if name in OF_EVERY_RUN}
     return make_trainer(given, brain, collective)

@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.protocol import PARTS
+from brain_lightning.protocol import PARTS, TrainerDefaults
+from brain_lightning.step.older_api import add_older_api
 from brain_lightning.temporary import TemporaryAttributes
 
 from .fit import FitAndEvaluate
@@ -51,6 +52,8 @@ def patch_speechbrain(
     """
     try:
         core = importlib.import_module("speechbrain.core")
+        # What the patch changes, too.
+        importlib.import_module("speechbrain.utils.parameter_transfer")
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             "patch_speechbrain() needs SpeechBrain: pip install speechbrain, or give your "
@@ -60,8 +63,9 @@ def patch_speechbrain(
     # On the class itself, and with it on all of its subclasses.
     for name in ("fit", "evaluate", *PARTS):
         patch.override(core.Brain, name, getattr(FitAndEvaluate, name))
-    patch.override(core.Brain, "trainer_overrides", dict(trainer or {}))
-    patch.override(core.Brain, "trainer_callbacks", tuple(callbacks))
+    defaults = TrainerDefaults(dict(trainer or {}), tuple(callbacks))
+    patch.override(core.Brain, "_lightning_defaults", defaults)
+    add_older_api(core.Brain, patch)
 
     def __init_subclass__(cls: Any, /, **kwargs: Any) -> None:  # noqa: N807
         super(core.Brain, cls).__init_subclass__(**kwargs)

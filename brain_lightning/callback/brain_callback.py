@@ -77,7 +77,7 @@ class BrainCallback(Callback):
             self._for_the_run = temporary.pop_all()
         self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
         own, within = callbacks_of(trainer), Run.is_running(run.brain)
-        self._added = [] if within else _without(run.brain.trainer_callbacks, own)
+        self._added = [] if within else _without(run.brain._lightning.trainer_callbacks, own)
         # Those of configure_callbacks would replace others of their class.
         trainer.callbacks = [*own, *self._added]  # type: ignore[attr-defined]
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
-from brain_lightning.compat.speechbrain import is_speechbrains
+from brain_lightning.compat.speechbrain import is_speechbrains, set_processes
 from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.lightning_internals import strategies
@@ -110,7 +110,7 @@ def reconcile_processes(
     """
     if strategies.is_parallel(trainer):
         brain.distributed_launch = True
-        brain.rank, brain.world_size = trainer.global_rank, trainer.world_size
+        set_processes(brain, trainer.global_rank, trainer.world_size)
         if is_explicit(brain, "distributed_backend"):
             backend = strategies.set_backend(trainer, brain.distributed_backend, temporary)
             argument = f"strategy=DDPStrategy(process_group_backend={backend!r})"
@@ -128,7 +128,7 @@ def _reconcile_wrapping(
         argument = f"strategy=DDPStrategy(find_unused_parameters={unused})"
         _check_conflict(brain, "find_unused_parameters", unused, argument)
         temporary.set(brain, "find_unused_parameters", unused)
-    temporary.override(brain, "ddp_arguments", arguments)
+    temporary.set(brain._lightning, "ddp_arguments", arguments)
     # The strategy's own, around the whole module.
     temporary.override(trainer.strategy, "configure_ddp", lambda: None)
     if not wraps_itself(brain):
@@ -170,7 +170,7 @@ def _reconcile_clipping(
                 f"of {type(brain).__name__}'s own: leave it out, or give the recipe our "
                 "Brain, from brain_lightning import Brain"
             )
-        temporary.set(brain, "gradient_clip_algorithm", algorithm)
+        temporary.set(brain._lightning, "gradient_clip_algorithm", algorithm)
     if value is None:
         return
     _check_conflict(brain, "max_grad_norm", float(value), f"gradient_clip_val={value}")

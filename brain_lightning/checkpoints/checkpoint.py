@@ -187,6 +187,7 @@ def average_checkpoints(
     recoverable_name: str,
     parameter_loader: Callable[[Path], Any] = load_state,
     averager: Callable[[Iterable[Any]], Any] = average_state_dicts,
+    device: Any = None,
 ) -> Any:
     """The mean of a recoverable over several checkpoints.
 
@@ -195,9 +196,17 @@ def average_checkpoints(
         recoverable_name: The recoverable.
         parameter_loader: Reads a file.
         averager: Makes the mean of what was read.
+        device: Where the mean is to be, as in SpeechBrain 0.5; by default where the files
+            were read to.
 
     Returns:
         What ``averager`` returns: a state to load.
     """
     files = (checkpoint.paramfiles[recoverable_name] for checkpoint in checkpoint_list)
-    return averager(parameter_loader(path) for path in files)
+    return averager(_moved(parameter_loader(path), device) for path in files)
+
+
+def _moved(state: Any, device: Any) -> Any:
+    if device is None or not isinstance(state, dict):
+        return state
+    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in state.items()}

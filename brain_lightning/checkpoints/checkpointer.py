@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from brain_lightning.compat.load_hooks import loading_to
 from brain_lightning.distributed.communication import (
     collectively,
     communicates,
@@ -31,7 +32,7 @@ from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
-from .shared_recovery import none_is_loaded, recover_first_ranks
+from .shared_recovery import has_damaged_only, none_is_loaded, recover_first_ranks
 from .state_files import PARAMFILE_EXT, write_state
 
 logger = logging.getLogger(__name__)
@@ -291,6 +292,7 @@ class Checkpointer(Recoverables):
         max_key: str | None = None,
         min_key: str | None = None,
         ckpt_predicate: Predicate | None = None,
+        device: Any = None,
     ) -> Checkpoint | None:
         """Recovers from the most important checkpoint that is intact.
 
@@ -299,6 +301,7 @@ class Checkpointer(Recoverables):
             max_key: See ``find_checkpoint``.
             min_key: See ``find_checkpoint``.
             ckpt_predicate: See ``find_checkpoint``.
+            device: See ``load_checkpoint``.
 
         Returns:
             The checkpoint, or None where there is none.
@@ -310,8 +313,8 @@ class Checkpointer(Recoverables):
         skipped: list[CheckpointError] = []
 
         def load(checkpoint: Checkpoint, others: list[Checkpoint]) -> bool:
-            reasons = self._load_unless_damaged(checkpoint, others)
-            skipped.extend(reasons)
+            with loading_to(device):
+                skipped.extend(reasons := self._load_unless_damaged(checkpoint, others))
             return not reasons
 
         def failure(folder: Path) -> CheckpointError:
@@ -324,18 +327,14 @@ class Checkpointer(Recoverables):
             recovered = next((c for i, c in enumerate(found) if load(c, found[i + 1 :])), None)
         if recovered is not None:
             return recovered  # type: ignore[no-any-return]
-        damaged = self.checkpoints_dir if found or self._has_damaged_only() else None
+        failed = found or has_damaged_only(self.checkpoints_dir)
+        damaged = self.checkpoints_dir if failed else None
         if together:
             damaged = ddp_broadcast(damaged)
         if damaged is not None:
             raise failure(damaged)
         logger.info("Would load a checkpoint here, but none found yet.")
         return None
-
-    def _has_damaged_only(self) -> bool:
-        """Whether there are checkpoints, but not one of them can be listed."""
-        paths = filter(atomic_directory.may_be_checkpoint, self.checkpoints_dir.iterdir())
-        return any((p / METAFNAME).exists() for p in paths) and not self.list_checkpoints()
 
     def _load_unless_damaged(
         self, checkpoint: Checkpoint, others: list[Checkpoint]
@@ -353,11 +352,12 @@ class Checkpointer(Recoverables):
             return [error]
         return []
 
-    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def load_checkpoint(self, checkpoint: Checkpoint, device: Any = None) -> None:
         """Recovers every recoverable, once the whole checkpoint was read and checked.
 
         Args:
             checkpoint: The checkpoint. An error of a load hook has a note of its object.
+            device: For load hooks that take one (SpeechBrain 0.5); by default the Brain's.
 
         Raises:
             DamagedCheckpointError: A file is not as it was saved.
@@ -374,7 +374,8 @@ class Checkpointer(Recoverables):
         files = self.files_to_load(checkpoint.path, checkpoint.paramfiles)
         logger.info("Loading a checkpoint from %s", checkpoint.path)
         checked = integrity.has_checksums(checkpoint.path)
-        self.load(files, found, checkpoint.meta["end-of-epoch"], checked)
+        with loading_to(device):
+            self.load(files, found, checkpoint.meta["end-of-epoch"], checked)
 
     def _remedy(self, name: str) -> str:
         hooks = "; ".join(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from brain_lightning.compat.load_hooks import binds
 from brain_lightning.compat.speechbrain import default_hooks, repaired_kind
 from brain_lightning.distributed.communication import if_main_process
 
@@ -101,12 +102,14 @@ def mark_as_loader(method: Method) -> Method:
     """Marks the method that recovers, for ``register_checkpoint_hooks``.
 
     Args:
-        method: Takes a path, and whether it was the end of an epoch.
+        method: Takes a path, and whether it was the end of an epoch; one of SpeechBrain 0.5
+            a device, too.
 
     Raises:
         TypeError: Its signature is another.
     """
-    return _marked(method, "_speechbrain_loader", "loader", "path", "end_of_epoch")
+    arguments = ("path", "end_of_epoch")
+    return _marked(method, "_speechbrain_loader", "loader", *arguments, device=True)
 
 
 def mark_as_transfer(method: Method) -> Method:
@@ -115,23 +118,25 @@ def mark_as_transfer(method: Method) -> Method:
     Only SpeechBrain's ``Pretrainer`` has a use for it.
 
     Args:
-        method: Takes a path.
+        method: Takes a path; one of SpeechBrain 0.5 a device, too.
 
     Raises:
         TypeError: Its signature is another.
     """
-    return _marked(method, "_speechbrain_transfer", "transfer hook", "path")
+    return _marked(method, "_speechbrain_transfer", "transfer hook", "path", device=True)
 
 
-def _marked(method: Method, mark: str, kind: str, *arguments: str) -> Method:
-    try:
-        inspect.signature(method).bind(object(), *arguments)
-    except TypeError:
-        signature = ", ".join(("self", *arguments))
+def _marked(
+    method: Method, mark: str, kind: str, *arguments: str, device: bool = False
+) -> Method:
+    called_with = ("self", *arguments)
+    if not binds(method, *called_with) and not (
+        device and binds(method, *called_with, "device")
+    ):
         raise TypeError(
-            f"a checkpoint {kind} must have the signature ({signature}), "
+            f"a checkpoint {kind} must have the signature ({', '.join(called_with)}), "
             f"{method.__qualname__} has {inspect.signature(method)}"
-        ) from None
+        )
     setattr(method, mark, True)
     return method
 

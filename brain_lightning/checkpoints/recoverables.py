@@ -15,6 +15,7 @@ import yaml
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from brain_lightning.compat.load_hooks import LOAD_HOOK, device_of, loading_to, without_device
 from brain_lightning.compat.versions import add_note
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import (
@@ -46,7 +47,8 @@ class Recoverables:
     Args:
         recoverables: Objects by name.
         custom_load_hooks: By name, each called with the object, the path, and whether
-            it was the end of an epoch.
+            it was the end of an epoch; one that takes a device, as in SpeechBrain 0.5, gets
+            it.
         custom_save_hooks: By name, each called with the object and the path.
         allow_partial_load: Whether a checkpoint may lack a recoverable.
     """
@@ -213,14 +215,15 @@ class Recoverables:
             hook, obj = self._load_hook(name), self.recoverables[name]
             if hook is None:
                 raise _no_hook("recover", name, obj, "load_state_dict", "custom_load_hook")
-            hooks[name] = hook
+            hooks[name] = without_device(hook, *LOAD_HOOK)
         recovered: list[str] = []
         for name, path in files.items():
             try:
                 if name in states:
                     state_files.apply_state(self.recoverables[name], states[name])
                 else:
-                    hooks[name](self.recoverables[name], path, end_of_epoch)
+                    with loading_to(None, device_of(self.recoverables.get("brain"))):
+                        hooks[name](self.recoverables[name], path, end_of_epoch)
             except Exception as error:
                 # Torch's archives have checksums of their own.
                 unsure = not checked and not zipfile.is_zipfile(path)

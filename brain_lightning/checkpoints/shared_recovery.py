@@ -27,7 +27,9 @@ from brain_lightning.errors import CheckpointError, DamagedCheckpointError
 from brain_lightning.temporary import TemporaryAttributes
 
 from . import integrity
-from .checkpoint import Checkpoint, checkpoint_in
+from .atomic_directory import may_be_checkpoint
+from .checkpoint import Checkpoint, checkpoint_in, saved_in
+from .meta_file import METAFNAME
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +136,16 @@ def none_is_loaded(
     return CheckpointError(
         f"every checkpoint in {folder} is damaged: move them away to start anew"
     )
+
+
+def has_damaged_only(folder: Path) -> bool:
+    """Whether there are checkpoints, and not one of them can be read.
+
+    Args:
+        folder: The folder.
+    """
+    paths = filter(may_be_checkpoint, folder.iterdir())
+    return any((path / METAFNAME).exists() for path in paths) and not saved_in(folder)
 
 
 def _newest(found: Sequence[Any]) -> str:

@@ -18,7 +18,8 @@ from brain_lightning.distributed.communication import is_launched
 from brain_lightning.errors import RecipeError
 from brain_lightning.loggers.curve_plot import CurvePlot
 from brain_lightning.options.parse_arguments import TRAINER_HELP, split_trainer
-from brain_lightning.options.run_options import OURS_ALONE, RunOptions
+from brain_lightning.options.run_options import RunOptions
+from brain_lightning.protocol import OURS_ALONE
 
 from .exit_status import EXPLANATION, of_process
 from .script import load_trainer_file, parse_command, run_recipe

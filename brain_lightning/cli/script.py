@@ -18,6 +18,7 @@ from brain_lightning.brain.brain import Brain
 from brain_lightning.brain.patch import patch_speechbrain
 from brain_lightning.errors import RecipeError
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
+from brain_lightning.protocol import TrainerDefaults
 from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ def run_recipe(
     """
     check_trainer_arguments(trainer)
     with TemporaryAttributes() as temporary:
-        temporary.set(Brain, "trainer_overrides", dict(trainer))
-        temporary.set(Brain, "trainer_callbacks", tuple(callbacks))
+        defaults = TrainerDefaults(dict(trainer), tuple(callbacks))
+        temporary.set(Brain, "_lightning_defaults", defaults)
         if importlib.util.find_spec("speechbrain") is not None:
             try:
                 temporary.enter_context(patch_speechbrain(trainer, callbacks))

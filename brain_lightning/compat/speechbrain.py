@@ -6,17 +6,25 @@ modules are loaded already.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.protocol import PARTS, hparam
+from brain_lightning.protocol import (
+    PARTS,
+    LightningSettings,
+    TrainerDefaults,
+    hparam,
+    is_value_of,
+    trainer_arguments,
+)
 from brain_lightning.temporary import TemporaryAttributes
 
+from .load_hooks import LOAD_HOOK, device_of, loading_to, takes_device, without_device
 from .versions import run_option_defaults
 
 
@@ -34,6 +42,11 @@ def is_main_process_alone() -> bool:
     return bool(_loaded("utils.distributed", "MAIN_PROC_ONLY"))
 
 
+def brain_class() -> Any:
+    """SpeechBrain's own Brain class, where it is loaded."""
+    return _loaded("core", "Brain")
+
+
 def is_speechbrains(brain: object) -> bool:
     """Whether ``brain`` is a Brain of SpeechBrain's."""
     return _is_a(brain, "core", "Brain")
@@ -48,30 +61,51 @@ def add_attributes(brain: Any) -> None:
     Raises:
         UnsupportedError: It is to use DataParallel.
     """
-    if not is_speechbrains(brain) or hasattr(brain, "stage_type"):
+    if not is_speechbrains(brain):
         return
+    settings = vars(brain).get("_lightning") or _new_settings(brain)
+    # Those of the patch that holds now.
+    defaults = getattr(type(brain), "_lightning_defaults", TrainerDefaults())
+    settings.trainer_overrides = defaults.overrides
+    settings.trainer_callbacks = defaults.callbacks
+    brain._lightning = settings
+
+
+def _new_settings(brain: Any) -> LightningSettings:
     if brain.data_parallel_backend:
         raise UnsupportedError(
             "run option data_parallel_backend=True is not supported: start one process for "
             "each device, with torchrun or --trainer.devices=2"
         )
-    brain.stage_type = _loaded("core", "Stage")
-    # SpeechBrain's Brain has one from 1.1 on.
-    brain.device_type = torch.device(brain.device).type
-    brain.gradient_clip_algorithm = "norm"
-    brain.ends_window = False
-    brain.shard_eval = False
-    brain.progress = hparam(brain, "progress", "auto")
-    brain.progress_interval = hparam(brain, "progress_interval", 10)
     # SpeechBrain keeps no more of them than the values.
     defaults = run_option_defaults(sys.modules["speechbrain.core"])
-    brain.explicit_options = frozenset(
-        name for name, default in defaults.items() if getattr(brain, name, default) != default
+    found = {name: hparam(brain, name) for name in ("progress", "progress_interval")}
+    return LightningSettings(
+        _loaded("core", "Stage"),
+        explicit_options=frozenset(
+            name
+            for name, default in defaults.items()
+            if getattr(brain, name, default) != default
+        ),
+        trainer_arguments=trainer_arguments(hparam(brain, "trainer")),
+        counts_valid_steps="valid_step" not in vars(brain),
+        **{name: value for name, value in found.items() if is_value_of(name, value)},
     )
-    brain.trainer_arguments = hparam(brain, "trainer") or {}
-    # Those of the command line are there already: see patch.py.
-    brain.trainer_overrides = getattr(brain, "trainer_overrides", {})
-    brain.trainer_callbacks = getattr(brain, "trainer_callbacks", ())
+
+
+def set_processes(brain: Any, rank: int, world_size: int) -> None:
+    """Tells a Brain which of several processes it is in.
+
+    Args:
+        brain: Any Brain. One of SpeechBrain's reads its ``rank`` in ``make_dataloader``.
+        rank: The number of the process.
+        world_size: How many there are.
+    """
+    brain._lightning.rank, brain._lightning.world_size = rank, world_size
+    if is_speechbrains(brain):
+        # A recipe may have a property by that name.
+        with contextlib.suppress(AttributeError):
+            brain.rank = rank
 
 
 def redirect_parts(
@@ -86,28 +120,24 @@ def redirect_parts(
     """
     if not is_speechbrains(brain):
         return
-    brain_class: Any = _loaded("core", "Brain")
     for name, stage in PARTS.items():
-        redirected = functools.partialmethod(
-            _run_part, getattr(brain_class, name), parts_of, stage
-        )
-        temporary.override(brain_class, name, redirected)
+        original = getattr(brain_class(), name)
+        temporary.override(brain_class(), name, _redirected(original, stage, parts_of))
 
 
-def _run_part(
-    brain: Any,
-    original: Any,
-    parts_of: Callable[[Any], Any],
-    stage: str,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    parts = parts_of(brain)
-    if parts is None or not getattr(parts, f"may_{stage}"):
-        # Another Brain may be in SpeechBrain's loop at the same time.
-        original(brain, *args, **kwargs)
-    else:
-        getattr(parts, stage)(*args, **kwargs)
+def _redirected(
+    original: Callable[..., Any], stage: str, parts_of: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def run_part(self: Any, *args: Any, **kwargs: Any) -> None:
+        parts = parts_of(self)
+        if parts is None or not getattr(parts, f"may_{stage}"):
+            # Another Brain may be in SpeechBrain's loop at the same time.
+            original(self, *args, **kwargs)
+        else:
+            getattr(parts, stage)(*args, **kwargs)
+
+    return run_part
 
 
 def is_looped_loader(obj: object) -> bool:
@@ -171,13 +201,77 @@ def redirect_recovery(
     checkpointer_class: Any = _loaded("utils.checkpoints", "Checkpointer")
     original = checkpointer_class.recover_if_possible
 
-    def recover_if_possible(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def recover_if_possible(self: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
         own = functools.partial(original, self)
-        if self is not checkpointer:
-            return own(*args, **kwargs)
-        return recover(own, *args, **kwargs)
+        with loading_to(device):
+            if self is not checkpointer:
+                return own(*args, **kwargs)
+            return recover(own, *args, **kwargs)
 
     temporary.override(checkpointer_class, "recover_if_possible", recover_if_possible)
+
+
+def accept_devices(temporary: TemporaryAttributes) -> None:
+    """Lets SpeechBrain's checkpoints, and its Pretrainer, take a ``device`` as in 0.5.
+
+    States are loaded to the CPU, and copied to where their object is; a load hook that
+    asks for the device gets it.
+
+    Args:
+        temporary: Records what is changed.
+    """
+    checkpoints: Any = sys.modules.get("speechbrain.utils.checkpoints")
+    if checkpoints is None or takes_device(checkpoints.Checkpointer.load_checkpoint):
+        return
+    owner = checkpoints.Checkpointer
+    for name in ("recover_if_possible", "load_checkpoint"):
+        temporary.override(owner, name, _with_device(getattr(owner, name)))
+    if (pretrainer := _loaded("utils.parameter_transfer", "Pretrainer")) is not None:
+        collected = _with_device(pretrainer.load_collected)
+        temporary.override(pretrainer, "load_collected", collected)
+    average = _with_device(checkpoints.average_checkpoints)
+    temporary.override(checkpoints, "average_checkpoints", average)
+    for name, arguments in {"loader": LOAD_HOOK, "transfer": LOAD_HOOK[:2]}.items():
+        mark = getattr(checkpoints, f"mark_as_{name}")
+        temporary.override(checkpoints, f"mark_as_{name}", _marking(mark, *arguments))
+
+
+# Of a Checkpointer, and of a Pretrainer: what their hooks are called with.
+CUSTOM_HOOKS = {"custom_load_hooks": LOAD_HOOK, "custom_hooks": LOAD_HOOK[:2]}
+
+
+def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a last argument ``device``."""
+    own = inspect.signature(function)
+    device = inspect.Parameter("device", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    signature = own.replace(parameters=[*own.parameters.values(), device])
+
+    @functools.wraps(function)
+    def with_device(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        to = given.arguments.pop("device", None)
+        # A method of a Checkpointer, or a list of checkpoints.
+        brain = getattr(args[0], "recoverables", {}).get("brain")
+        with loading_to(to, device_of(brain)), TemporaryAttributes() as temporary:
+            for name, arguments in CUSTOM_HOOKS.items():
+                hooks = getattr(args[0], name, None)
+                if isinstance(hooks, dict):
+                    adapted = {n: without_device(h, *arguments) for n, h in hooks.items()}
+                    temporary.set(args[0], name, adapted)
+            return function(*given.args, **given.kwargs)
+
+    with_device.__signature__ = signature  # type: ignore[attr-defined]
+    return with_device
+
+
+def _marking(mark: Callable[..., Any], *arguments: str) -> Callable[..., Any]:
+    """A decorator of hooks that takes those with a ``device`` as well."""
+
+    @functools.wraps(mark)
+    def marking(method: Callable[..., Any]) -> Callable[..., Any]:
+        return mark(without_device(method, *arguments))  # type: ignore[no-any-return]
+
+    return marking
 
 
 def dataloader_maker(dataset: object, checkpointer: object, looped: bool) -> Any:
@@ -201,7 +295,7 @@ def default_hooks(kind: str) -> dict[type, Any]:
     """The hooks that classes have registered with SpeechBrain's Checkpointer.
 
     Args:
-        kind: SAVE or LOAD.
+        kind: SAVE, LOAD or TRANSFER.
 
     Returns:
         SpeechBrain's own table, or an empty one where nobody loaded it.
@@ -241,3 +335,6 @@ def register_checkpoint_hooks(*classes: Any) -> None:
     for cls in classes:
         default_hooks("SAVE").setdefault(cls, cls._save)
         default_hooks("LOAD").setdefault(cls, cls._recover)
+        if hasattr(cls._recover, "_speechbrain_transfer"):
+            # Of a Pretrainer, which calls it with a path alone.
+            default_hooks("TRANSFER").setdefault(cls, cls._recover)

@@ -31,15 +31,17 @@ def wrap_modules(brain: BrainProtocol) -> None:
     unfrozen since: the ranks would diverge silently.
 
     Args:
-        brain: The Brain, on its device, in a process group; compiled already. Its
-            ``ddp_arguments``, if it has any, are given to ``DistributedDataParallel``.
+        brain: The Brain, on its device, in a process group; compiled already. The
+            ``ddp_arguments`` of its settings are given to ``DistributedDataParallel``.
 
     Raises:
         UnsupportedError: There is a SyncBatchNorm on the CPU.
     """
     for name, module in brain.modules.items():
-        trainable = frozenset(id(p) for p in module.parameters() if p.requires_grad)
-        if _wrapped.get(module) != trainable:
+        # None stands for a module that is left out.
+        parameters = () if module is None else module.parameters()
+        trainable = frozenset(id(p) for p in parameters if p.requires_grad)
+        if module is not None and _wrapped.get(module) != trainable:
             brain.modules[name] = inner = _unwrapped(module)
             if trainable:
                 brain.modules[name] = _wrap(brain, name, inner)
@@ -102,9 +104,9 @@ def _wrap(brain: BrainProtocol, name: str, module: Module) -> Module:
     index = next(module.parameters()).device.index
     arguments = {"find_unused_parameters": brain.find_unused_parameters}
     wrapper = DistributedDataParallel(
-        _with_batchnorm_for(brain.device_type, name, module),
+        _with_batchnorm_for(torch.device(brain.device).type, name, module),
         device_ids=None if index is None else [index],
-        **{**arguments, **getattr(brain, "ddp_arguments", {})},
+        **{**arguments, **brain._lightning.ddp_arguments},
     )
     _BypassWarning(name, wrapper)
     return wrapper

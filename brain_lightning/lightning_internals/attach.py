@@ -15,6 +15,7 @@ from brain_lightning.protocol import PARTS, BrainProtocol, has_own
 from brain_lightning.references import referenced
 from brain_lightning.stages.metrics import arguments_of
 from brain_lightning.stages.run import Run
+from brain_lightning.step.older_api import support_older_api
 from brain_lightning.temporary import TemporaryAttributes
 
 from .lean_loops import make_lean
@@ -41,6 +42,7 @@ def attach(
         own_fit: The recipe's own ``fit``, where that calls for the stages.
         resume: Resumes the run, once ``own_fit`` has recovered what there was.
     """
+    support_older_api(run.brain, temporary)
     fit: Any = trainer.fit_loop
     evaluations = (fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
     for loop in evaluations:

@@ -115,6 +115,7 @@ class BrainModule(LightningModule):
         """Copies the weights, for callbacks that average them, and shares everything else."""
         brain = copy.copy(self.brain)
         brain.modules = copy.deepcopy(self.brain.modules, memo)
+        brain._lightning = copy.copy(brain._lightning)
         module = type(self)(brain, epoch_counter=self._epoch_counter)
         for name in ("_progressbar", "_own_fit", "_best_keys"):
             setattr(module, name, getattr(self, name))
@@ -313,7 +314,8 @@ class BrainModule(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """``compute_forward`` at Stage.TEST, in evaluation precision."""
         with self.brain.evaluation_ctx:
-            return self.brain.compute_forward(batch, stage=self.brain.stage_type.TEST)
+            stage = self.brain._lightning.stage_type.TEST
+            return self.brain.compute_forward(batch, stage=stage)
 
     def on_predict_model_eval(self) -> None:
         """Puts the modules in eval mode, as every evaluation of a Brain does."""

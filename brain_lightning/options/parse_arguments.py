@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
@@ -9,9 +11,12 @@ from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
+from brain_lightning.distributed.communication import is_launched
 from brain_lightning.errors import RunOptionError
 
 from .run_options import CHOICES, RunOptions
+
+logger = logging.getLogger(__name__)
 
 TRAINER_PREFIX = "--trainer."
 TRAINER_HELP = f"{TRAINER_PREFIX}help"
@@ -41,6 +46,7 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
         text for ``load_hyperpyyaml``.
     """
     trainer, words = split_trainer(sys.argv[1:] if arg_list is None else arg_list)
+    words = [word for word in words if not _is_of_a_launcher(word)]
     parsed, rest = _parser().parse_known_args(_expand_flags(words))
     given = vars(parsed)
     hparams_file = given.pop("param_file")
@@ -51,6 +57,20 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
         overridden_args=frozenset(given) | ({"trainer"} if trainer else set()),
     )
     return Arguments(hparams_file, run_opts, _overrides_to_yaml(rest))
+
+
+def _is_of_a_launcher(word: str) -> bool:
+    """Whether a word says what the environment says, too.
+
+    ``torch.distributed.launch`` appends ``--local-rank=0``, and SpeechBrain 0.5 was told of a
+    launch by ``--distributed_launch``.
+    """
+    if word == "--distributed_launch":
+        if not is_launched():
+            logger.warning("%s has no effect: start the script with torchrun", word)
+        return True
+    rank = os.environ.get("LOCAL_RANK")
+    return word in (f"--local-rank={rank}", f"--local_rank={rank}")
 
 
 def _parser() -> ArgumentParser:

@@ -8,6 +8,7 @@ from typing import Any
 
 from brain_lightning.distributed.communication import is_launched
 from brain_lightning.errors import RunOptionError, UnsupportedError
+from brain_lightning.protocol import OURS_ALONE, is_value_of
 
 from .run_options import CHOICES, RunOptions
 
@@ -52,12 +53,27 @@ def resolve_run_options(
             "supported: start one process for each device, with torchrun or "
             "--trainer.devices=2"
         )
+    _leave_to_recipe(values, given - on_command_line)
     _check_numbers(values)
     _translate_deprecated(values, given)
     _check_values(values)
     _choose_interval(values, given)
     values["distributed_launch"] = is_launched()
     return values, frozenset(given)
+
+
+def _leave_to_recipe(values: dict[str, Any], in_hparams: Collection[str]) -> None:
+    """Ignores hyperparameters of the recipe's own that are named as an option of ours."""
+    for name in OURS_ALONE:
+        if name in in_hparams and not is_value_of(name, values[name]):
+            logger.warning(
+                "hparams[%r] is %r, which is no value of the run option: it is the recipe's "
+                "own. The run option is set by --%s on the command line",
+                name,
+                values[name],
+                name,
+            )
+            values[name] = getattr(RunOptions(), name)
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:

@@ -15,16 +15,15 @@ from difflib import get_close_matches
 from typing import Any
 
 from brain_lightning.errors import RunOptionError
+from brain_lightning.protocol import PROGRESS_KINDS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 # Options that take one of a few words.
 CHOICES = {
     "precision": PRECISIONS,
     "eval_precision": PRECISIONS,
-    "progress": ("auto", "bar", "plain"),
+    "progress": PROGRESS_KINDS,
 }
-# SpeechBrain's own Brain has none of these.
-OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
 # Fields that are no option of the experiment but a record of how they were given.
 RECORDS = ("param_file", "overridden_args", "trainer")
 # Options that --name=value does not set.

@@ -19,8 +19,12 @@ logger = logging.getLogger(__name__)
 # Whose objects of statistics are saved.
 OWNERS = ("brain", "hparams")
 
-# What the run itself keeps, and saves elsewhere; a hook may raise the patience.
-OWN = {*BrainProtocol.__annotations__, *OptionValues.__annotations__} - {"nonfinite_patience"}
+# What the run itself keeps, and saves elsewhere; a hook may raise the patience, and a
+# fit_batch of SpeechBrain 0.5 counts valid_step.
+OWN = {*BrainProtocol.__annotations__, *OptionValues.__annotations__} - {
+    "nonfinite_patience",
+    "valid_step",
+}
 
 
 class EpochStatistics:

@@ -41,7 +41,7 @@ class RunStage:
 
     def __init__(self, run: Run) -> None:
         self.run, self.brain, self.run_state = run, run.brain, run.run_state
-        self.brain_stage: Any = run.brain.stage_type[self.kind.name]
+        self.brain_stage: Any = run.brain._lightning.stage_type[self.kind.name]
         self.loaders: list[StageLoader] = []
 
     @property

@@ -54,6 +54,7 @@ class EpochCounter:
         epoch_files.save_counter(self, path)
 
     @hooks.mark_as_loader
+    @hooks.mark_as_transfer
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
         epoch_files.load_counter(self, path, end_of_epoch)
 
@@ -123,6 +124,7 @@ class EpochCounterWithStopper(EpochCounter):
         epoch_files.save_stopper(self, path)
 
     @hooks.mark_as_loader
+    @hooks.mark_as_transfer
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
         epoch_files.load_stopper(self, path, end_of_epoch)
 

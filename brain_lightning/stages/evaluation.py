@@ -138,7 +138,7 @@ class ValidStage(EvaluationStage):
     @property
     def is_sharded(self) -> bool:
         """Whether this rank has a part of the batches (``--shard_eval``)."""
-        return self.brain.shard_eval and world_size() > 1
+        return self.brain._lightning.shard_eval and world_size() > 1
 
     def given(self) -> Any:
         """What ``fit`` was given to validate on, or None before it was looked at."""

@@ -99,9 +99,10 @@ def progress_bar(
         "initial": brain.step if stage.kind is Stage.TRAIN else 0,
         "disable": not stage.run.trainer.shows_bar,
     }
-    if brain.progress == "plain" or (brain.progress == "auto" and not is_watched()):
+    settings = brain._lightning
+    if settings.progress == "plain" or (settings.progress == "auto" and not is_watched()):
         # No bar, and the clock is read after each batch.
-        return LossLines(ncols=0, mininterval=brain.progress_interval, miniters=1, **about)
+        return LossLines(ncols=0, mininterval=settings.progress_interval, miniters=1, **about)
     # None: a notebook does not take an empty colour.
     colour = brain.tqdm_barcolor[name.lower()] or None
     return LossBar(dynamic_ncols=True, colour=colour, **about)

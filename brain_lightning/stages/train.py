@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
+from brain_lightning.step.valid_step import reset_valid_step
 
 from .base import RunStage
 from .error_context import with_error_context
@@ -115,7 +116,7 @@ class TrainStage(RunStage):
         state.begin_batch()
         brain.step += 1
         self.step = brain.step
-        brain.ends_window = last and self.steps_on_last_batch
+        brain._lightning.ends_window = last and self.steps_on_last_batch
         self.steps = 0
         self._fitting.append(self)
         try:
@@ -187,7 +188,8 @@ class TrainStage(RunStage):
     def _reset(self) -> None:
         self.brain.avg_train_loss = 0.0
         self.brain.step = 0
-        self.brain.ends_window = False
+        reset_valid_step(self.brain)
+        self.brain._lightning.ends_window = False
         self.is_running = False
 
     def limit_reached(self) -> bool:

@@ -44,12 +44,33 @@ def compile_modules(brain: BrainProtocol) -> None:
     compiled = {name for name in compile_keys if _compile(brain, name)}
     for name in jit_keys:
         if name not in compiled:
-            brain.modules[name] = torch.jit.script(brain.modules[name]).to(brain.device)
+            _script(brain, name)
+
+
+def compile_jit(brain: BrainProtocol) -> None:
+    """Compiles ``jit_module_keys``, which need no ``jit`` before SpeechBrain 0.5.16.
+
+    Args:
+        brain: What ``compile_modules`` has compiled stays as it is.
+
+    Raises:
+        RunOptionError: A key names no module.
+    """
+    if brain.jit or brain.jit_module_keys is None:
+        return
+    for name in _keys(brain, "jit", brain.jit_module_keys):
+        if not hasattr(brain.modules[name], "_orig_mod"):
+            _script(brain, name)
+
+
+def _script(brain: BrainProtocol, name: str) -> None:
+    brain.modules[name] = torch.jit.script(brain.modules[name]).to(brain.device)
 
 
 def _keys(brain: BrainProtocol, option: str, keys: list[str] | None) -> list[str]:
     if keys is None:
-        return list(brain.modules)
+        # None stands for a module that is left out.
+        return [name for name, module in brain.modules.items() if module is not None]
     logger.warning("--%s compiles only those in --%s_module_keys: %s", option, option, keys)
     for name in keys:
         if name not in brain.modules:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
@@ -19,6 +20,7 @@ from brain_lightning.errors import BrainTypeError
 from brain_lightning.protocol import BrainProtocol, has_own
 
 from .optimizers import active_optimizers, parameters_of
+from .valid_step import count_valid_step
 
 
 class TrainingLoss(NamedTuple):
@@ -51,7 +53,7 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
         BrainTypeError: ``compute_objectives`` returned anything but one number
             in a tensor.
     """
-    stage = brain.stage_type.TRAIN
+    stage = brain._lightning.stage_type.TRAIN
     with brain.training_ctx:
         outputs = brain.compute_forward(batch, stage)
         loss = brain.compute_objectives(outputs, batch, stage)
@@ -92,10 +94,13 @@ def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
     Returns:
         The detached loss, on the CPU.
     """
-    should_step = brain.step % brain.grad_accumulation_factor == 0 or brain.ends_window
+    ends_window = brain._lightning.ends_window
+    should_step = brain.step % brain.grad_accumulation_factor == 0 or ends_window
     brain.on_fit_batch_start(batch, should_step)
     with brain.no_sync(not should_step):
         result = update.compute_gradients(batch)
+    if result.finite:
+        count_valid_step(brain)
     if not result.finite and brain.grad_accumulation_factor == 1:
         should_step = False
     if should_step:
@@ -132,7 +137,8 @@ def prepare_gradients(brain: BrainProtocol, optimizers: Mapping[str, Optimizer])
         brain: Its ``max_grad_norm`` and ``skip_nonfinite_grads`` say how.
         optimizers: The optimizers about to step.
     """
-    clip_gradients(optimizers.values(), brain.max_grad_norm, brain.gradient_clip_algorithm)
+    algorithm = brain._lightning.gradient_clip_algorithm
+    clip_gradients(optimizers.values(), brain.max_grad_norm, algorithm)
     # A GradScaler that is on skips the whole step instead.
     if brain.skip_nonfinite_grads and not brain.scaler.is_enabled():
         brain.check_gradients()
@@ -153,11 +159,21 @@ def clip_gradients(
         algorithm: ``"value"`` limits each number instead, as
             ``Trainer(gradient_clip_algorithm="value")``.
     """
-    if max_norm <= 0:
-        return
-    clips: dict[str, Any] = {"norm": clip_grad_norm_, "value": clip_grad_value_}
     for optimizer in optimizers:
-        clips[algorithm](parameters_of(optimizer), max_norm)
+        clip_parameters(parameters_of(optimizer), max_norm, algorithm)
+
+
+def clip_parameters(parameters: Iterable[Parameter], max_norm: float, algorithm: str) -> None:
+    """Clips the gradients of parameters as one.
+
+    Args:
+        parameters: The parameters.
+        max_norm: See ``clip_gradients``.
+        algorithm: See ``clip_gradients``.
+    """
+    if max_norm > 0:
+        clips: dict[str, Any] = {"norm": clip_grad_norm_, "value": clip_grad_value_}
+        clips[algorithm](parameters, max_norm)
 
 
 class RawUpdate:

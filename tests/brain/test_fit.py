@@ -114,7 +114,7 @@ def test_a_trainer_that_runs_already_is_refused() -> None:
 def test_the_brain_follows_the_trainers_device() -> None:
     """To "meta", which every machine has, for nothing is computed."""
     module = to_lightning(make())
-    module.brain.explicit_options -= {"device"}
+    module.brain._lightning.explicit_options -= {"device"}
     module.trainer = trainer_with()
     module.trainer.strategy._root_device = torch.device("meta")
     module.configure_callbacks()

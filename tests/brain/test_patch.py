@@ -94,7 +94,7 @@ def test_a_patch_may_stay_and_be_undone_by_hand() -> None:
     patch.undo()
     assert brain.optimizer_step == 3
     assert speechbrain.Brain.fit is OWN_FIT
-    assert not hasattr(speechbrain.Brain, "trainer_overrides")
+    assert not hasattr(speechbrain.Brain, "_lightning_defaults")
 
 
 def test_arguments_of_the_patch_outrank_hparams() -> None:

@@ -396,7 +396,7 @@ def test_two_explicit_values_that_differ_name_both(
         fit(brain, **arguments)
     assert "events" not in vars(brain)
     hparams = make(hparams={k: v for k, v in options.items() if v != "fp32"})
-    if hparams.explicit_options & options.keys():
+    if hparams._lightning.explicit_options & options.keys():
         with pytest.raises(RunOptionError, match=both):
             fit(hparams, **arguments)
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def plotted(brain: Any, plot: CurvePlot) -> Any:
-    brain.trainer_arguments = {"callbacks": [plot]}
+    brain._lightning.trainer_arguments = {"callbacks": [plot]}
     return brain
 
 
@@ -204,7 +204,7 @@ class Recording(Callback):
 
 def test_any_callback_may_ask_for_a_brains_metrics() -> None:
     callback, brain = Recording(), make()
-    brain.trainer_arguments = {"callbacks": [callback]}
+    brain._lightning.trainer_arguments = {"callbacks": [callback]}
     brain.fit(range(7, 8), loader(), loader())
     brain.evaluate(loader())
     shown = [(epoch, names) for epoch, names in callback.calls if names]
@@ -299,7 +299,7 @@ def test_a_fit_within_a_fit_is_not_plotted(tmp_path: Path) -> None:
 def test_callbacks_of_every_trainer_stand_beside_the_recipes_own(tmp_path: Path) -> None:
     own, beside = CurvePlot(tmp_path / "own.png"), CurvePlot(tmp_path / "beside.png")
     brain = make()
-    brain.trainer_callbacks = (beside,)
+    brain._lightning.trainer_callbacks = (beside,)
     trainer = trainer_with(own)
     trainer.fit(to_lightning(brain), loader(), loader())
     assert {path.name for path in tmp_path.glob("*.png")} == {"own.png", "beside.png"}

@@ -17,7 +17,7 @@ from brain_lightning import (
     UnsupportedError,
     parse_arguments,
 )
-from brain_lightning.protocol import OptionValues
+from brain_lightning.protocol import OURS_ALONE, OptionValues
 from tests.support.brains import make
 from tests.support.upstream import needs_speechbrain
 
@@ -71,7 +71,7 @@ def test_trainer_arguments_are_read_as_yaml() -> None:
     words = ["--trainer.max_steps=5", "h.yaml", "--trainer.limit_val_batches", "0.5"]
     opts = parse_arguments([*words, "--lr=1"]).run_opts
     assert opts.trainer == {"max_steps": 5, "limit_val_batches": 0.5}
-    assert Brain(run_opts=opts).trainer_overrides == opts.trainer
+    assert Brain(run_opts=opts)._lightning.trainer_overrides == opts.trainer
 
 
 def test_a_trainer_argument_without_value_is_refused() -> None:
@@ -85,7 +85,7 @@ def test_the_command_line_outranks_hparams_which_outrank_defaults() -> None:
     opts = parse_arguments(["h.yaml", "--max_grad_norm=2", "--trainer.devices=1"]).run_opts
     brain = Brain(hparams=hparams, run_opts=opts)
     assert (brain.max_grad_norm, brain.nonfinite_patience, brain.debug_batches) == (2.0, 7, 2)
-    assert (brain.trainer_arguments, brain.trainer_overrides) == (
+    assert (brain._lightning.trainer_arguments, brain._lightning.trainer_overrides) == (
         {"max_steps": 1},
         {"devices": 1},
     )
@@ -102,16 +102,32 @@ def test_run_options_are_a_mapping() -> None:
     # What that overwrites stays overwritten, as in SpeechBrain.
     brain = Brain(hparams=hparams, run_opts=opts)
     assert brain.precision == "fp32"
-    assert brain.trainer_arguments == {"devices": 1}
+    assert brain._lightning.trainer_arguments == {"devices": 1}
     # The default minutes that came along do not stand against the steps.
     assert (brain.ckpt_interval_minutes, brain.ckpt_interval_steps) == (0, 3)
 
 
+def test_what_launchers_add_is_no_override(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``torch.distributed.launch`` appends the rank; SpeechBrain 0.5 had a flag."""
+    assert parse_arguments(["h.yaml", "--distributed_launch"]).overrides == ""
+    assert "--distributed_launch has no effect: start the script with torchrun" in caplog.text
+    caplog.clear()
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["h.yaml", "--distributed_launch", "--lr=2", "--local_rank=1", "--local-rank=1"]
+    assert parse_arguments(words).overrides == "lr: 2"
+    assert parse_arguments(["h.yaml", "--local_rank=3"]).overrides == "local_rank: 3"
+    assert caplog.text == ""
+
+
 def test_what_the_trainers_side_reads_of_a_brain_are_run_options_with_their_types() -> None:
-    # Refused or translated by the time that a Brain exists; log_config is the recipe's.
+    # Refused or translated by the time that a Brain exists; log_config is the recipe's, and
+    # those of ours alone are in LightningSettings.
     others = {
         "data_parallel_backend", "data_parallel_count", "auto_mix_prec", "bfloat16_mix_prec",
-        "log_config",
+        "log_config", *OURS_ALONE,
     }  # fmt: skip
     names = [name for name in RunOptions.option_names() if name not in others]
     declared = get_type_hints(RunOptions)
@@ -199,4 +215,8 @@ def test_options_that_speechbrain_was_not_given_do_not_override_hparams() -> Non
     brain = Brain(hparams=hparams, run_opts=run_opts)
     assert brain.grad_accumulation_factor == 2
     assert brain.max_grad_norm == 2.5
-    assert brain.explicit_options == {"device", "grad_accumulation_factor", "max_grad_norm"}
+    assert brain._lightning.explicit_options == {
+        "device",
+        "grad_accumulation_factor",
+        "max_grad_norm",
+    }

@@ -90,7 +90,7 @@ def classifier(side: Side, **namespace: Any) -> Any:
     class Classifier(side.Brain):
         def compute_forward(self, batch: Any, stage: Any) -> Tensor:
             x = batch[0]
-            for module in self.modules.values():
+            for module in self.modules.children():
                 x = module(x)
             return x
 

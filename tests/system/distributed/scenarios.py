@@ -536,8 +536,10 @@ def a_validation(record: Record, **run_opts: Any) -> Any:
                 (rates, sorted(self.words.ids), len(self.hparams.losses.ids))
             )
 
+    # An entry that is left out, as `lm: null` in YAML: SpeechBrain cannot wrap it.
+    modules = {**encoder_and_head(0.0), "lm": None}
     brain = make(
-        OURS, record, encoder_and_head(0.0), run_opts={**GLOO, **run_opts},
+        OURS, record, modules, run_opts={**GLOO, **run_opts},
         hparams={"losses": MetricStats(nn.functional.cross_entropy)},
         on_stage_start=on_stage_start, on_stage_end=on_stage_end,
         compute_objectives=compute_objectives,

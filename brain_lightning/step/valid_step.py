@@ -1,0 +1,55 @@
+"""``valid_step`` of SpeechBrain 0.5, from which its ``fit_batch`` knows when to step."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from brain_lightning.protocol import BrainProtocol
+
+
+class ValidStep:
+    """``valid_step``: training batches of an epoch whose loss was finite.
+
+    A ``fit_batch`` of SpeechBrain 0.5 adds to it. A recipe that assigns it before it has read
+    it has something of its own by that name, which is neither counted nor set to 0.
+    """
+
+    def __get__(self, brain: Any, owner: type | None = None) -> Any:
+        if brain is None:
+            return self
+        if "_lightning" in vars(brain):
+            brain._lightning.valid_step_was_read = True
+        return vars(brain).get("valid_step", 0)
+
+    def __set__(self, brain: Any, value: Any) -> None:
+        own = vars(brain)
+        if "_lightning" in own and not brain._lightning.valid_step_was_read:
+            brain._lightning.counts_valid_steps = False
+        own["valid_step"] = value
+
+
+def count_valid_step(brain: BrainProtocol) -> None:
+    """Counts a batch that was fitted by the default ``fit_batch``.
+
+    Args:
+        brain: The Brain in training.
+    """
+    if _counts(brain):
+        own = vars(brain)
+        own["valid_step"] = own.get("valid_step", 0) + 1
+
+
+def reset_valid_step(brain: BrainProtocol) -> None:
+    """Begins to count anew, at the end of the TRAIN stage.
+
+    Args:
+        brain: The Brain in training.
+    """
+    if _counts(brain):
+        vars(brain)["valid_step"] = 0
+
+
+def _counts(brain: BrainProtocol) -> bool:
+    is_ours = isinstance(inspect.getattr_static(type(brain), "valid_step", None), ValidStep)
+    return is_ours and brain._lightning.counts_valid_steps
