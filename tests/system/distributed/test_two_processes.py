@@ -120,8 +120,11 @@ def test_a_module_that_is_called_around_its_wrapper_is_told_once(records: Any) -
         assert "self.modules.encoder(...)" in message
 
 
-def test_every_rank_skips_what_is_not_finite_on_one(records: Any) -> None:
-    for record in of(records, scenarios.nan_on_one_rank):
+@pytest.mark.parametrize(
+    "scenario", [scenarios.nan_on_one_rank, scenarios.nan_on_one_rank_of_a_fit_batch_of_0_5]
+)
+def test_every_rank_skips_what_is_not_finite_on_one(records: Any, scenario: Any) -> None:
+    for record in of(records, scenario):
         assert record.results == [(4, 1)]
         assert all(w.isfinite().all() for w in record.tensors[-1].values())
 
