@@ -1,0 +1,163 @@
+"""What keeps a recipe from running in several processes, or in one alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from .method import OF_A_MODULE_DICT, EntryUse, HparamsCall
+from .modules import SPEECHBRAINS
+from .remark import DDP, ONE_DEVICE, Remark, remark
+from .source import BrainSource, RecipeSource
+
+OF_A_MODULE = frozenset(dir(torch.nn.Module())) | {"device"}
+OF_A_WRAPPER = frozenset(dir(DistributedDataParallel)) | {"module", "[]", ""}
+# What every module has, and means something else of a wrapper: its names begin with "module.".
+WITH_OTHER_NAMES = frozenset(
+    {"state_dict", "load_state_dict", "get_submodule", "get_parameter", "get_buffer",
+     "children", "named_children"}
+)  # fmt: skip
+SHOWN = 4
+UNWRAP = "Use getattr(entry, 'module', entry)"
+# What reads and changes of an entry come to where it is in a wrapper.
+WRAPPED = "DistributedDataParallel, which an entry of modules with trainable parameters is in,"
+OF_WRAPPERS: dict[str, Callable[[EntryUse], bool]] = {
+    WRAPPED + f" has no attribute of it: {{}}. {UNWRAP}": lambda use: (
+        use.attribute not in OF_A_MODULE | OF_A_WRAPPER
+    ),
+    WRAPPED + f" has another attribute of this name, or is no sequence: {{}}. {UNWRAP}": (
+        lambda use: use.attribute in OF_A_WRAPPER - OF_A_MODULE - {"module"}
+    ),
+    WRAPPED + f" begins all names with 'module.': {{}}. {UNWRAP}": (
+        lambda use: use.attribute in WITH_OTHER_NAMES
+    ),
+    WRAPPED + f" is set, and not the module in it: {{}}. {UNWRAP}": (
+        lambda use: use.how == "set" and use.attribute in OF_A_MODULE
+    ),
+}
+
+
+def process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
+    """What a Brain does that its processes do not stand.
+
+    Args:
+        brain: The Brain.
+        source: The recipe that it belongs to.
+
+    Yields:
+        Remarks.
+    """
+    if brain.is_own("on_fit_start") and "_wrap_distributed" not in brain.reads:
+        says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
+        yield remark(DDP, says, brain.methods["on_fit_start"])
+    yield from _hparams_remarks(brain, source)
+    yield from _wrapper_remarks(brain)
+    yield from _group_remarks(brain, source)
+
+
+def depends_on_hparams(brain: BrainSource, source: RecipeSource) -> bool:
+    """Whether it takes the hyperparameters to say that a Brain calls its modules in wrappers.
+
+    Args:
+        brain: The Brain.
+        source: The recipe that it belongs to.
+
+    Returns:
+        True where it calls something in ``self.hparams`` that may be an entry of ``modules``.
+    """
+    return _entries(source) is None and bool(_computing(brain))
+
+
+def _entries(source: RecipeSource) -> dict[str, str] | None:
+    """Names in hparams that are in an entry of modules; None where that is not known."""
+    hparams = source.hparams
+    return None if hparams is None or hparams.modules is None else hparams.parts
+
+
+def _computing(brain: BrainSource) -> list[HparamsCall]:
+    """Calls that may compute what is learned from: a factory is given nothing."""
+    return [
+        call for call in brain.hparams_calls
+        if (call.arguments and not call.method) or call.method == "forward"
+    ]  # fmt: skip
+
+
+def _hparams_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
+    parts = _entries(source)
+    calls = brain.hparams_calls
+    found = [call for call in calls if call.text.split(".")[2].startswith("modules")]
+    if parts is not None:
+        # A part of an entry may do by a method what its forward does not.
+        found += [c for c in calls if c.name in parts and c.method not in OF_A_MODULE]
+        found += [c for c in calls if c.name in parts and c.method == "forward"]
+    for call in {call.name: call for call in reversed(found)}.values():
+        entry = (parts or {}).get(call.name, call.name)
+        says = (
+            f"gradients would not be averaged by {call.text}(...), which is in modules: call "
+            f"self.modules.{entry}, for what is called in hparams has no wrapper"
+        )
+        yield remark(DDP, says, call.at)
+    computing = _computing(brain)
+    if parts is None and not found and computing and not brain.entries - OF_A_MODULE_DICT:
+        call = computing[0]
+        says = (
+            f"gradients would not be averaged if hparams.{call.name} is one of modules: call "
+            f"self.modules.{call.name}, for what is called in hparams has no wrapper"
+        )
+        yield remark(DDP, says, call.at)
+
+
+def _wrapper_remarks(brain: BrainSource) -> Iterator[Remark]:
+    uses = [use for use in brain.entry_uses if use.processes != "one"]
+    bare = [use for use in uses if use.how in ("read", "set")]
+    for says, applies in OF_WRAPPERS.items():
+        yield from _about_uses(DDP, says, filter(applies, bare))
+    says = "an entry of modules that is replaced has no wrapper any more: {}"
+    yield from _about_uses(DDP, says, (use for use in uses if use.how == "replace"))
+    learning = {use.at for method in brain.learning for use in method.entry_uses}
+    around = [use for use in uses if use.how == "around" and use.at in learning]
+    says = (
+        "gradients are averaged only if the entry of modules itself is called in the same "
+        "step, and not what is in its wrapper: {}"
+    )
+    yield from _about_uses(
+        DDP, says, (u for u in around if u.learns and u.attribute not in OF_A_MODULE)
+    )
+    says = "there is no wrapper in one process, and no .module: {}"
+    alone = [u for u in bare if u.attribute == "module" and u.processes != "several"]
+    yield from _about_uses(ONE_DEVICE, says, alone)
+
+
+def _about_uses(about: str, says: str, uses: Iterable[EntryUse]) -> Iterator[Remark]:
+    """One remark on all uses of a kind, in the order of their lines."""
+    found = {use.text: use for use in sorted(uses, key=lambda u: u.at, reverse=True)}
+    ordered = list(reversed(found.values()))
+    if not ordered:
+        return
+    first = ordered[0].at
+    shown = [
+        use.text if use.at == first else
+        f"{use.text} ({use.at if use.at.file != first.file else f'line {use.at.line}'})"
+        for use in ordered[:SHOWN]
+    ]  # fmt: skip
+    rest = len(ordered) - len(shown)
+    listed = ", ".join(shown) + (f" and {rest} more" if rest else "")
+    yield remark(about, says.format(listed), first)
+
+
+def _group_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
+    group = next((p for n, p in source.called.items() if n.endswith("ddp_init_group")), None)
+    if group is not None and brain.base != SPEECHBRAINS:
+        says = (
+            "python train.py --trainer.devices=2 would wait for ever at SpeechBrain's "
+            "ddp_init_group: leave it out, or start the processes by torchrun"
+        )
+        yield remark("devices", says, group)
+    if group is None and brain.base == SPEECHBRAINS:
+        says = (
+            "SpeechBrain's Brain wants sb.utils.distributed.ddp_init_group(run_opts) before "
+            "it is made"
+        )
+        yield remark("devices", says, source.called.get(brain.name, brain.location))
