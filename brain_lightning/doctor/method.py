@@ -76,6 +76,7 @@ class HparamsCall(NamedTuple):
         at: Where.
         arguments: How many arguments it is given.
         learns: Whether gradients are recorded there.
+        is_entry: Whether it is in ``self.hparams.modules``.
     """
 
     name: str
@@ -84,6 +85,7 @@ class HparamsCall(NamedTuple):
     at: Location
     arguments: int
     learns: bool
+    is_entry: bool
 
 
 def _locations() -> Locations:
@@ -349,10 +351,11 @@ class _Reader(ast.NodeVisitor):
         ]  # fmt: skip
         if parts[:2] != [self._self, "hparams"] or len(parts) < 3:
             return
-        if parts[2] == "modules" and len(parts) > 3:
-            parts = [*parts[:2], *parts[3:]]
-        text = ast.unparse(function)
-        call = HparamsCall(parts[2], ".".join(parts[3:]), text, at, count, self._learns)
+        is_entry = parts[2] == "modules" and len(parts) > 3
+        name, *rest = parts[3:] if is_entry else parts[2:]
+        call = HparamsCall(
+            name, ".".join(rest), ast.unparse(function), at, count, self._learns, is_entry
+        )
         self._method.hparams_calls.append(call)
 
     def _entry(self, node: ast.expr) -> str:

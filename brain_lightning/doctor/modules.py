@@ -154,11 +154,10 @@ class Modules:
             The class; for a Brain of SpeechBrain or ours what ``BRAINS`` says; None where the
             name is no class, or is not found.
         """
-        key = (module.path, dotted)
-        if key in seen:
-            return None
-        seen |= {key}
         first, _, rest = dotted.partition(".")
+        if (module.path, first) in seen:
+            return None
+        seen |= {(module.path, first)}
         if first in module.classes and not rest:
             return module.classes[first]
         for reference in module.names.get(first, []):

@@ -86,12 +86,9 @@ def _computing(brain: BrainSource) -> list[HparamsCall]:
 
 def _hparams_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
     parts = _entries(source)
-    calls = brain.hparams_calls
-    found = [call for call in calls if call.text.split(".")[2].startswith("modules")]
-    if parts is not None:
-        # A part of an entry may do by a method what its forward does not.
-        found += [c for c in calls if c.name in parts and c.method not in OF_A_MODULE]
-        found += [c for c in calls if c.name in parts and c.method == "forward"]
+    # A part of an entry may do by a method what its forward does not.
+    calls = [c for c in brain.hparams_calls if c.method not in OF_A_MODULE - {"forward"}]
+    found = [call for call in calls if call.is_entry or call.name in (parts or {})]
     for call in {call.name: call for call in reversed(found)}.values():
         entry = (parts or {}).get(call.name, call.name)
         says = (
@@ -101,12 +98,14 @@ def _hparams_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
         yield remark(DDP, says, call.at)
     computing = _computing(brain)
     if parts is None and not found and computing and not brain.entries - OF_A_MODULE_DICT:
-        call = computing[0]
+        names = list(dict.fromkeys(call.name for call in computing))
+        more = f" or {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        listed = ", ".join(names[:SHOWN]) + more
         says = (
-            f"gradients would not be averaged if hparams.{call.name} is one of modules: call "
-            f"self.modules.{call.name}, for what is called in hparams has no wrapper"
+            f"gradients would not be averaged if hparams.{listed} is one of modules: call "
+            f"self.modules.{names[0]}, for what is called in hparams has no wrapper"
         )
-        yield remark(DDP, says, call.at)
+        yield remark(DDP, says, computing[0].at)
 
 
 def _wrapper_remarks(brain: BrainSource) -> Iterator[Remark]:

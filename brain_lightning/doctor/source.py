@@ -154,7 +154,8 @@ class RecipeSource:
         self.path = Path(script)
         self.hparams = None if hparams is None else HparamsSource(hparams)
         self._module = ModuleSource(self.path)
-        self._modules = Modules(self.path.parent)
+        # Python takes the folder that a link leads to.
+        self._modules = Modules(self.path.resolve().parent)
         self.called = {
             self._module.full_name(node.func): Location(self.path.name, node.lineno)
             for node in self._module.nodes
@@ -175,19 +176,16 @@ class RecipeSource:
         Returns:
             Its path within that folder, or in full.
         """
-        folder = self.path.resolve().parent
-        inside = path.resolve().is_relative_to(folder)
-        return str(path.resolve().relative_to(folder)) if inside else str(path)
+        script, path = self.path.resolve(), path.resolve()
+        if path == script:
+            return self.path.name
+        inside = path.is_relative_to(script.parent)
+        return str(path.relative_to(script.parent) if inside else path)
 
     def _from_elsewhere(self) -> list[ClassSource]:
         """Classes that the script uses, or its hyperparameters name, as more than bases."""
-        bases = {id(base) for cls in self._module.classes.values() for base in cls.node.bases}
-        within_bases = {
-            id(node)
-            for base in self._module.nodes
-            if id(base) in bases
-            for node in ast.walk(base)
-        }
+        bases = [base for cls in self._module.classes.values() for base in cls.node.bases]
+        within_bases = {id(node) for base in bases for node in ast.walk(base)}
         used = [n for n in self._module.nodes if id(n) not in within_bases]
         names = {dotted_name(n) for n in used if isinstance(n, (ast.Attribute, ast.Name))}
         # A class is named by its last part.
@@ -200,17 +198,13 @@ class RecipeSource:
 
     def _missing(self) -> Iterator[tuple[str, int]]:
         """What is called a Brain, is imported and is in no file."""
-        for node in self._module.nodes:
-            if isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    name = alias.asname or alias.name
-                    if alias.name.endswith("Brain") and not self._modules.resolve(
-                        self._module, name
-                    ):
-                        yield (
-                            f"{'.' * node.level}{node.module or ''}.{alias.name}",
-                            node.lineno,
-                        )
+        imports = (node for node in self._module.nodes if isinstance(node, ast.ImportFrom))
+        for node in imports:
+            package = "." * node.level + (node.module or "")
+            for alias in node.names:
+                found = self._modules.resolve(self._module, alias.asname or alias.name)
+                if alias.name.endswith("Brain") and found is None:
+                    yield f"{package}.{alias.name}", node.lineno
 
     def _brain(self, cls: ClassSource) -> BrainSource | None:
         """None for a class that is no Brain."""
