@@ -29,6 +29,8 @@ WITHOUT_BRAINS = frozenset(sys.stdlib_module_names) | {
 }  # fmt: skip
 # Before a name that stands for another one of the same file, as in ``Base = sb.Brain``.
 ALIAS = "="
+# Names that were looked for, each in its file.
+Seen = set[tuple[Path, str]]
 
 
 class Reference(NamedTuple):
@@ -141,23 +143,24 @@ class Modules:
         self._roots = [folder, *(Path(entry or ".") for entry in sys.path)]
 
     def resolve(
-        self, module: ModuleSource, dotted: str, seen: frozenset[object] = frozenset()
+        self, module: ModuleSource, dotted: str, seen: Seen | None = None
     ) -> ClassSource | str | None:
         """Finds a class by the name that it has in a file.
 
         Args:
             module: The file.
             dotted: The name, such as ``sb.Brain``.
-            seen: What is being looked for already: imports may go in circles.
+            seen: What was looked for already: imports may go in circles.
 
         Returns:
             The class; for a Brain of SpeechBrain or ours what ``BRAINS`` says; None where the
             name is no class, or is not found.
         """
         first, _, rest = dotted.partition(".")
+        seen = set() if seen is None else seen
         if (module.path, first) in seen:
             return None
-        seen |= {(module.path, first)}
+        seen.add((module.path, first))
         if first in module.classes and not rest:
             return module.classes[first]
         for reference in module.names.get(first, []):
@@ -172,18 +175,19 @@ class Modules:
         return next((found for found in stars if found is not None), None)
 
     def follow(
-        self, reference: Reference, importer: Path, seen: frozenset[object] = frozenset()
+        self, reference: Reference, importer: Path, seen: Seen | None = None
     ) -> ClassSource | str | None:
         """Finds a class by its name from the top package on.
 
         Args:
             reference: The name.
             importer: The file that has it.
-            seen: What is being looked for already.
+            seen: What was looked for already.
 
         Returns:
             As ``resolve``.
         """
+        seen = set() if seen is None else seen
         if reference.dotted in BRAINS:
             return BRAINS[reference.dotted]
         if reference.dotted.split(".")[0] in WITHOUT_BRAINS:

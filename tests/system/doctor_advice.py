@@ -1,9 +1,9 @@
 """Checks what doctor says of recipes against their text, by other means than doctor's own.
 
-``python -m tests.system.doctor_advice FOLDER`` runs doctor over every script in a folder that has
-a Brain, alone and with each hyperparameters file, and looks up each line that it cites, and for
-each thing that it calls safe whatever in the source speaks against that. Where doctor reads syntax
-trees, this reads text, line by line, so that the two are not wrong together.
+``python -m tests.system.doctor_advice FOLDER`` runs doctor over every script in a folder that
+has a Brain, alone and with each hyperparameters file. It looks up each line that is cited, and
+for each thing that is called safe whatever in the source speaks against that. Where doctor reads
+syntax trees, this reads text, line by line, so that the two are not wrong together.
 """
 
 from __future__ import annotations
@@ -26,13 +26,21 @@ from brain_lightning.doctor import examine
 from brain_lightning.doctor.report import BrainReport
 
 CLASS = re.compile(r"^class (\w+)\(([^)]*)\)\s*:", re.MULTILINE)
+METHOD = re.compile(r"^(?:    @.*\n)*    (?:async )?def (\w+)", re.MULTILINE)
 BRAIN = re.compile(r"^class \w+\([^)]*Brain\b[^)]*\)\s*:", re.MULTILINE)
 ENTRY = r"self\.modules(?:\.\w+|\[[^\]\n]+\])"
 IMPORT = re.compile(r"^from (\.*[\w.]*) import ([^(\n]+|\([^)]*\))", re.MULTILINE)
+IMPORTED = re.compile(r"^from \w+ import .*Brain", re.MULTILINE)
 WRAPPER_ASKED = re.compile(r"hasattr\([^)]*module|DistributedDataParallel|distributed_launch")
 _folder = tempfile.TemporaryDirectory()
 _wrapper: list[DistributedDataParallel] = []
-EPOCHS = {"max_epochs", "min_epochs", "max_steps", "max_time", "check_val_every_n_epoch"}
+# Loops, and some of the arguments that do not reach into one that is written anew.
+REACHES = {
+    "fit": {"max_epochs", "min_epochs", "max_steps", "max_time", "check_val_every_n_epoch"},
+    "_fit_train": {"max_steps", "limit_train_batches", "precision"},
+    "_fit_valid": {"limit_val_batches"},
+    "evaluate": {"limit_test_batches"},
+}
 
 
 class Source:
@@ -65,9 +73,11 @@ class Source:
         body = body[: ends[0] if ends else None]
         own = _without_docstrings(body)
         self.lines += [(path, start + 1 + i, line) for i, line in enumerate(own)]
-        for part in re.split(r"\n(?=    (?:async )?def )", "\n".join(own)):
-            if method := re.search(r"^    (?:async )?def (\w+)", part, re.MULTILINE):
-                self.defined.setdefault(method[1], part)
+        whole = "\n".join(own)
+        methods = list(METHOD.finditer(whole))
+        ends = [*(method.start() for method in methods[1:]), len(whole)]
+        for method, end in zip(methods, ends, strict=True):
+            self.defined.setdefault(method[1], whole[method.start() : end])
         for base in re.findall(r"[\w.]+", found[2]):
             self._read_base(path, text, base, seen)
 
@@ -177,7 +187,7 @@ def _cited(script: Path, folder: Path, brain: BrainReport) -> Iterator[tuple[str
     for name, location in brain.overrides.items():
         yield "lines", f"overrides {name}", at(location, rf"def {name}\b|\b{name} =")
     for use, locations in brain.uses.items():
-        name = re.sub(r"\(.*?\)|self\.| ", "", use).strip(".")
+        name = re.findall(r"\w+", use.removesuffix(" (private)"))[-1]
         for location in locations:
             yield "lines", f"uses {use}", at(location, rf"\b{name}\b")
 
@@ -225,7 +235,6 @@ def _against_remark(source: Source, script: Path, folder: Path, remark: object) 
 
 
 def _against_strategy(source: Source, strategy: str, hparams: Path | None) -> str:
-    guarded = False
     lines = [line for _, _, line in source.lines]
     for index, line in enumerate(lines):
         before = "\n".join(lines[max(0, index - 6) : index + 1])
@@ -257,7 +266,12 @@ def _lacks(line: str) -> str:
 
 def _around(source: Source, strategy: str, hparams: Path | None) -> str:
     """A call in hparams of what is in modules, as far as text can say."""
-    called = set(re.findall(r"self\.hparams\.(\w+)\(\s*[^)\s]", source.text))
+    called = {
+        name
+        for _, _, line in source.lines
+        for name in re.findall(r"self\.hparams\.(\w+)\(\s*[^)\s]", line)
+        if not _is_of_evaluation(source, line)
+    }
     if hparams is None:
         uses = re.search(r"self\.modules(\.(?!values|items|parameters|keys|train|eval)\w|\[)",
                          source.text)  # fmt: skip
@@ -269,11 +283,7 @@ def _around(source: Source, strategy: str, hparams: Path | None) -> str:
     text = hparams.read_text(encoding="utf-8")
     block = re.search(r"^modules:\s*\n((?:[ \t]+.*\n|\n)*)", text, re.MULTILINE)
     entries = set(re.findall(r"<(\w+)>", block[1])) if block else set()
-    for name in called & entries:
-        for line in (line for _, _, line in source.lines if f"self.hparams.{name}(" in line):
-            if not _is_of_evaluation(source, line):
-                return line.strip()
-    return ""
+    return f"calls {sorted(called & entries)} of modules" if called & entries else ""
 
 
 def _is_of_evaluation(source: Source, line: str) -> bool:
@@ -297,39 +307,47 @@ def _is_of_evaluation(source: Source, line: str) -> bool:
 
 def _against_argument(source: Source, script: str, argument: str) -> str:
     """What the source has that a Trainer argument does not reach."""
+    return (
+        _against_loops(source, argument)
+        or _against_step(source, argument)
+        or _against_processes(source, script, argument)
+    )
+
+
+def _against_loops(source: Source, argument: str) -> str:
+    for loop, reaches in REACHES.items():
+        written = loop in source.defined and f"super().{loop}(" not in source.text
+        if written and argument in reaches:
+            return f"def {loop}"
+    return ""
+
+
+def _against_step(source: Source, argument: str) -> str:
     defined = source.defined
-    for loop in ("fit", "_fit_train", "_fit_valid", "evaluate"):
-        if loop in defined and f"super().{loop}(" not in source.text:
-            reaches = {
-                "fit": EPOCHS, "_fit_train": {"max_steps", "limit_train_batches", "precision"},
-                "_fit_valid": {"limit_val_batches"}, "evaluate": {"limit_test_batches"},
-            }  # fmt: skip
-            if argument in reaches[loop]:
-                return f"def {loop}"
     own = defined.get("fit_batch", "")
     steps = own and ("super().fit_batch(" not in own or ".backward()" in own)
     others = "\n".join(text for name, text in defined.items() if name != "evaluate_batch")
-    own_step = defined.get("optimizers_step", "")
     if argument == "precision":
-        if steps and "self.training_ctx" not in others:
-            honours = r"self\.precision[\s\S]*autocast|bfloat16_mix_prec[\s\S]*autocast"
-            if not re.search(honours, others):
-                return "fit_batch computes outside self.training_ctx"
-        if "evaluate_batch" in defined and not re.search(
-            r"evaluation_ctx|super\(\)\.evaluate_batch", source.text
-        ):
+        honours = r"self\.training_ctx|self\.precision[\s\S]*autocast|bfloat16_mix_prec"
+        if steps and not re.search(honours, others):
+            return "fit_batch computes outside self.training_ctx"
+        honours = r"evaluation_ctx|super\(\)\.evaluate_batch"
+        if "evaluate_batch" in defined and not re.search(honours, source.text):
             return "evaluate_batch computes outside self.evaluation_ctx"
-    if argument == "gradient_clip_val" and (steps or own_step):
+    if argument == "gradient_clip_val" and (steps or "optimizers_step" in defined):
         clips = r"max_grad_norm|check_gradients\(\w|super\(\)\.optimizers_step"
-        clips += r"" if own_step else r"|self\.optimizers_step\("
+        clips += "" if "optimizers_step" in defined else r"|self\.optimizers_step\("
         if not re.search(clips, others):
             return "its own step does not clip"
     if argument == "accumulate_grad_batches" and steps:
         return "fit_batch is the recipe's own"
-    if argument == "devices":
-        group = bool(re.search(r"ddp_init_group\(", script))
-        if group != (source.base == "speechbrain"):
-            return "ddp_init_group" if group else "no ddp_init_group"
+    return ""
+
+
+def _against_processes(source: Source, script: str, argument: str) -> str:
+    group = bool(re.search(r"ddp_init_group\(", script))
+    if argument == "devices" and group != (source.base == "speechbrain"):
+        return "ddp_init_group" if group else "no ddp_init_group"
     return ""
 
 
