@@ -46,11 +46,11 @@ class HparamsSource:
         modules = values.get("modules")
         self.modules = set(_mapping(modules)) if modules is not None else None
         self.parts: dict[str, str] = {}
+        self.parts.update({entry: entry for entry in _mapping(modules)})
         for entry, node in _mapping(modules).items():
-            self.parts.setdefault(entry, entry)
-            self._add_parts(entry, node)
+            self._add_parts(entry, node, set())
 
-    def _add_parts(self, entry: str, node: yaml.Node) -> None:
+    def _add_parts(self, entry: str, node: yaml.Node, seen: set[str]) -> None:
         """Follows references and aliases; parts of parts are parts."""
         names = {id(value): name for name, value in self._values.items()}
         for part in _walk(node):
@@ -59,9 +59,10 @@ class HparamsSource:
                 found += REFERENCE.findall(part.value)
             for name in found:
                 value = self._values.get(name)
-                if name not in self.parts and value is not None and OBJECT.match(value.tag):
-                    self.parts[name] = entry
-                    self._add_parts(entry, value)
+                if name not in seen and value is not None and OBJECT.match(value.tag):
+                    seen.add(name)
+                    self.parts.setdefault(name, entry)
+                    self._add_parts(entry, value, seen)
 
 
 def _compose(path: Path) -> yaml.Node | None:

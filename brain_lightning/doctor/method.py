@@ -309,6 +309,8 @@ class _Reader(ast.NodeVisitor):
 
     def _read_function(self, node: ast.Call) -> None:
         function, at = node.func, self._at(node.func)
+        if isinstance(function, (ast.Attribute, ast.Subscript)):
+            self._read_hparams_call(function, at, len(node.args) + len(node.keywords))
         if not isinstance(function, ast.Attribute):
             return
         owner, method = function.value, self._method
@@ -323,7 +325,6 @@ class _Reader(ast.NodeVisitor):
             method.calls[function.attr].append(at)
         if dotted_name(owner) == self._self and (node.args or node.keywords):
             method.given[function.attr].append(at)
-        self._read_hparams_call(function, at, len(node.args) + len(node.keywords))
         if function.attr == "module" and (entry := self._entry(owner)):
             self._add_use(entry, "", "around", function)
         elif around := self._wrapped(owner):
@@ -344,7 +345,7 @@ class _Reader(ast.NodeVisitor):
         )  # fmt: skip
         self._method.entry_uses.append(use)
 
-    def _read_hparams_call(self, function: ast.Attribute, at: Location, count: int) -> None:
+    def _read_hparams_call(self, function: ast.expr, at: Location, count: int) -> None:
         parts = [
             re.sub(r"\W", "", part)
             for part in re.split(r"[.\[]", ast.unparse(function))

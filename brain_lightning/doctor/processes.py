@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from .method import OF_A_MODULE_DICT, EntryUse, HparamsCall
+from .method import OF_A_MODULE_DICT, EntryUse, HparamsCall, Location
 from .modules import SPEECHBRAINS
 from .remark import DDP, ONE_DEVICE, Remark, remark
 from .source import BrainSource, RecipeSource
@@ -89,13 +89,15 @@ def _hparams_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
     # A part of an entry may do by a method what its forward does not.
     calls = [c for c in brain.hparams_calls if c.method not in OF_A_MODULE - {"forward"}]
     found = [call for call in calls if call.is_entry or call.name in (parts or {})]
-    for call in {call.name: call for call in reversed(found)}.values():
-        entry = (parts or {}).get(call.name, call.name)
+    if found:
+        first = min(found, key=lambda call: call.at)
+        listed = _listed([(call.text, call.at) for call in found])
         says = (
-            f"gradients would not be averaged by {call.text}(...), which is in modules: call "
-            f"self.modules.{entry}, for what is called in hparams has no wrapper"
+            f"gradients of what can be trained in modules would not be averaged: {listed}. "
+            f"Call self.modules.{(parts or {}).get(first.name, first.name)}, for what is "
+            "called in hparams has no wrapper"
         )
-        yield remark(DDP, says, call.at)
+        yield remark(DDP, says, first.at)
     computing = _computing(brain)
     if parts is None and not found and computing and not brain.entries - OF_A_MODULE_DICT:
         names = list(dict.fromkeys(call.name for call in computing))
@@ -131,19 +133,27 @@ def _wrapper_remarks(brain: BrainSource) -> Iterator[Remark]:
 
 def _about_uses(about: str, says: str, uses: Iterable[EntryUse]) -> Iterator[Remark]:
     """One remark on all uses of a kind, in the order of their lines."""
-    found = {use.text: use for use in sorted(uses, key=lambda u: u.at, reverse=True)}
-    ordered = list(reversed(found.values()))
-    if not ordered:
-        return
-    first = ordered[0].at
-    shown = [
-        use.text if use.at == first else
-        f"{use.text} ({use.at if use.at.file != first.file else f'line {use.at.line}'})"
-        for use in ordered[:SHOWN]
-    ]  # fmt: skip
-    rest = len(ordered) - len(shown)
-    listed = ", ".join(shown) + (f" and {rest} more" if rest else "")
-    yield remark(about, says.format(listed), first)
+    found = [(use.text, use.at) for use in uses]
+    if found:
+        yield remark(about, says.format(_listed(found)), min(at for _, at in found))
+
+
+def _listed(found: Iterable[tuple[str, Location]]) -> str:
+    """Texts and their lines, each text once, in the order of their lines."""
+    ordered = sorted(found, key=lambda pair: pair[1])
+    first = ordered[0][1]
+    texts: dict[str, Location] = {}
+    for text, at in ordered:
+        texts.setdefault(text, at)
+    shown = [_with_line(text, at, first) for text, at in list(texts.items())[:SHOWN]]
+    rest = len(texts) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _with_line(text: str, at: Location, first: Location) -> str:
+    if at == first:
+        return text
+    return f"{text} (line {at.line})" if at.file == first.file else f"{text} ({at})"
 
 
 def _group_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:

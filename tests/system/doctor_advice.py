@@ -2,8 +2,8 @@
 
 ``python -m tests.system.doctor_advice FOLDER`` runs doctor over every script in a folder that
 has a Brain, alone and with each hyperparameters file. It looks up each line that is cited, and
-for each thing that is called safe whatever in the source speaks against that. Where doctor reads
-syntax trees, this reads text, line by line, so that the two are not wrong together.
+for each thing that is called safe whatever in the source speaks against that. Where doctor
+reads syntax trees, this reads text, line by line, so that the two are not wrong together.
 """
 
 from __future__ import annotations
