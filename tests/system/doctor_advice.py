@@ -207,9 +207,9 @@ def _against_remark(source: Source, script: Path, folder: Path, remark: object) 
     for quoted, other in re.findall(
         r"((?:self|\w+)\.[\w.'\[\]]+\w)(?: \(line (\d+)\))?", says
     ):
-        name = quoted.rpartition(".")[2]
+        name = re.findall(r"\w+", quoted)[-1]
         advised = re.search(
-            rf"(call|within|by|to|step when|clip to) \S*{re.escape(quoted)}", says
+            rf"(?i)(call|within|by|to|step when|clip to) \S*{re.escape(quoted)}", says
         )
         place = _window(source, file, int(other)) if other else here
         if "modules" in quoted and not advised and not re.search(rf"\b{name}\b", place):
