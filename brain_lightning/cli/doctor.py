@@ -75,7 +75,9 @@ def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
     others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
     if brain.arguments:
         yield "arguments", f"safe: all of Lightning's but {', '.join(others)}"
-        yield "callbacks", f"safe: all of Lightning's but {'; '.join(brain.callbacks_refused)}"
+        where = "" if "callbacks" in brain.arguments else " outside the recipe's own loop"
+        refused = "; ".join(brain.callbacks_refused)
+        yield "callbacks", f"safe{where}: all of Lightning's but {refused}"
     else:
         yield "arguments", "safe: none"
     yield "overrides", ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())

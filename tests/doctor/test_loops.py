@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from brain_lightning.cli.main import main
 from brain_lightning.doctor import examine
 from brain_lightning.doctor.remark import ARGUMENTS
 from brain_lightning.doctor.report import BrainReport
@@ -52,7 +55,9 @@ def evaluate(self, *args):
 """
 
 
-def test_own_loops_limit_what_a_trainer_reaches(tmp_path: Path) -> None:
+def test_own_loops_limit_what_a_trainer_reaches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parts = report_of(tmp_path, PARTS)
     assert (parts.remarks[0].about, parts.remarks[0].line) == ("fit", 4)
     assert "a stage of one Trainer" in parts.remarks[0].says
@@ -72,6 +77,11 @@ def test_own_loops_limit_what_a_trainer_reaches(tmp_path: Path) -> None:
     ]
     limited = {"max_steps", "limit_train_batches", "limit_test_batches", "callbacks"}
     assert not limited & set(anew.arguments)
+    assert main(["doctor", str(tmp_path / "train.py")]) == 0
+    text = capsys.readouterr().out
+    assert "callbacks   safe outside the recipe's own loop: all of" in text
+    # What is to be changed comes before what is safe.
+    assert text.index("_fit_train: Own._fit_train is written anew") < text.index("strategies")
     assert {"max_epochs", "limit_val_batches", "logger"} <= set(anew.arguments)
 
 
