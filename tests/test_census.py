@@ -31,8 +31,6 @@ from tests.support.brains import (
 )
 
 REFERENCE = Path(__file__).parents[1] / "examples/porting/reference.md"
-# Until own loops are there (issue 18, item 2): then this is to be removed.
-PENDING = {"_optimizer_step_limit_exceeded", "profiler", "raw_modules"}
 
 
 def members(core: str) -> set[str]:
@@ -93,7 +91,7 @@ def test_a_member_is_there_or_the_reference_says_why_not(theirs: Any) -> None:
         REFERENCE.read_text().split("| Member of SpeechBrain's Brain |")[1].split("\n\n")[0]
     )
     explained = set(re.findall(r"^\| `(\w+)` \|", table, re.M))
-    assert {name for name in names if not hasattr(ours, name)} - PENDING <= explained
+    assert {name for name in names if not hasattr(ours, name)} <= explained
     assert not [name for name in explained if hasattr(ours, name)], "a row is out of date"
 
 
@@ -113,8 +111,8 @@ TAKEN = sorted(
 def test_what_is_ours_alone_is_readable_or_private() -> None:
     ours = fitted()
     own = {name for name in {*dir(ours)} - of_1() - of_05() if not name.startswith("__")}
-    # _compile_jit is SpeechBrain's, before 0.5.16; _validate is the Trainer's, for _fit_valid.
-    private = {"_lightning", "_lightning_defaults", "_compile_jit", "_validate"}
+    # _compile_jit is SpeechBrain's, before 0.5.16.
+    private = {"_lightning", "_lightning_defaults", "_compile_jit"}
     assert own <= READABLE | private
 
 

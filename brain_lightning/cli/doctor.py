@@ -8,12 +8,13 @@ import json
 import textwrap
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 from brain_lightning.doctor.report import BrainReport, examine
 
-from .script import parse_command
+from .script import hyperparameters_file, parse_command
 
 WIDTH = 100
 REFUSED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
@@ -31,23 +32,30 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     """
     parser.usage = "%(prog)s SCRIPT [HPARAMS] [--override=value] [--json] [--trainer.X=Y]"
     parser.description = (
-        "Reads a recipe's script, without running it, and says what works with it. What "
-        "follows the script is for the other commands, and is not read."
+        "Reads a recipe's script, without running it, and says what works with it. HPARAMS is "
+        "read for Brains that it names, and for what is in modules; what follows is for the "
+        "other commands, and is not read."
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    options, script, _ = parse_command(parser, words)
-    report = examine(script)
+    options, script, rest = parse_command(parser, words)
+    report = examine(script, hyperparameters_file(rest))
     if options.json:
         print(json.dumps(dataclasses.asdict(report), indent=1))  # noqa: T201
     else:
         texts = [_text(script, brain) for brain in report.brains]
+        texts += [
+            f"{script}:{line}: {name} is in no file that can be found here"
+            for name, line in report.not_found.items()
+        ]
         print("\n\n".join(texts) or f"{script}: no subclass of Brain")  # noqa: T201
     return 0
 
 
 def _text(script: str, brain: BrainReport) -> str:
-    lines = [f"{script}:{brain.line}: {brain.name}, a subclass of {brain.base}"]
-    for head, text in _facts(brain):
+    own = brain.file == Path(script).name
+    file = script if own else brain.file
+    lines = [f"{file}:{brain.line}: {brain.name}, a subclass of {brain.base}"]
+    for head, text in _facts(brain, Path(script).name):
         # Names are to be copied, and found: none is broken.
         lines += textwrap.wrap(
             text, WIDTH, initial_indent=f"  {head:<12}", subsequent_indent=" " * 14,
@@ -56,15 +64,22 @@ def _text(script: str, brain: BrainReport) -> str:
     return "\n".join(lines)
 
 
-def _facts(brain: BrainReport) -> Iterator[tuple[str, str]]:
+def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
+    """What is to be changed first, and at the end what that was found by."""
     yield "updates", f"{brain.updates}: {brain.why}"
+    for remark in brain.remarks:
+        at = f"line {remark.line}" if remark.file == script else f"{remark.file}:{remark.line}"
+        yield "change", f"{at}: {remark.about}: {remark.says}"
+    yield "strategies", f"safe: {'; '.join(brain.strategies) or 'none'}"
+    yield "", f"refused: {REFUSED_STRATEGIES}"
+    others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
+    if brain.arguments:
+        yield "arguments", f"safe: all of Lightning's but {', '.join(others)}"
+        where = "" if "callbacks" in brain.arguments else " outside the recipe's own loop"
+        refused = "; ".join(brain.callbacks_refused)
+        yield "callbacks", f"safe{where}: all of Lightning's but {refused}"
+    else:
+        yield "arguments", "safe: none"
     yield "overrides", ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())
     for name, locations in brain.uses.items():
         yield "uses", f"{name}: {', '.join(locations)}"
-    yield "strategies", f"safe: {'; '.join(brain.strategies)}"
-    yield "", f"refused: {REFUSED_STRATEGIES}"
-    others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
-    yield "arguments", f"safe: all of Lightning's but {', '.join(others)}"
-    yield "callbacks", f"safe: all of Lightning's but {'; '.join(brain.callbacks_refused)}"
-    for remark in brain.remarks:
-        yield "change", f"line {remark.line}: {remark.about}: {remark.says}"

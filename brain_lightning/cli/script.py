@@ -63,6 +63,26 @@ def check_script(script: str) -> None:
         raise RecipeError(f"there is no script {script!r} here, in {Path.cwd()}")
 
 
+def hyperparameters_file(words: Sequence[str]) -> str | None:
+    """Finds the hyperparameters file of a script's command line.
+
+    Args:
+        words: The command line.
+
+    Returns:
+        The file; None where the command line does not begin with one.
+
+    Raises:
+        RecipeError: There is no such file.
+    """
+    file = words[0] if words else ""
+    if not file.endswith((".yaml", ".yml")):
+        return None
+    if not Path(file).is_file():
+        raise RecipeError(f"there is no hyperparameters file {file!r} here, in {Path.cwd()}")
+    return file
+
+
 def run_recipe(
     script: str,
     words: Sequence[str],
@@ -106,9 +126,7 @@ def run_script(script: str, words: Sequence[str]) -> None:
             overrides nothing that is there.
     """
     check_script(script)
-    file = words[0] if words else ""
-    if file.endswith((".yaml", ".yml")) and not Path(file).is_file():
-        raise RecipeError(f"there is no hyperparameters file {file!r} here, in {Path.cwd()}")
+    hyperparameters_file(words)
     with TemporaryAttributes() as temporary:
         temporary.set(sys, "argv", [script, *words])
         # Python puts the script's folder there, instead of the caller's.

@@ -19,9 +19,12 @@ from brain_lightning.options.parse_arguments import split_trainer
 
 from .script import check_script, parse_command
 from .verify_comparison import Comparison
+from .verify_evidence import Evidence
 
 # Lines of the recipe's output to show where it fails.
 TAIL = 15
+# Events of which any shows that a batch was run; a loop of the recipe's own may have but one.
+OF_BATCHES = ("loss", "objective", "weights")
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
@@ -32,7 +35,7 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         words: What follows the command.
 
     Returns:
-        The exit status: 0 where everything is equal.
+        The exit status: 0 where everything is equal, and a Trainer ran what is compared.
     """
     parser.usage = (
         "%(prog)s SCRIPT [HPARAMS] [--override=value] [--steps=N] [--json] [--trainer.X=Y]"
@@ -40,7 +43,7 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     parser.description = (
         "Runs a recipe through SpeechBrain's loop and through a Trainer's, from the same "
         "seed, and compares hooks, losses, learning rates, gradients and weights. The exit "
-        "status is 0 only where everything is equal."
+        "status is 0 only where everything is equal, and a Trainer ran one of them."
     )
     parser.add_argument(
         "--steps", type=int, default=10, metavar="N",
@@ -51,7 +54,7 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     options, script, rest = parse_command(parser, rest)
     comparison = verify(script, rest, options.steps, trainer)
     print(comparison.as_json() if options.json else comparison.as_text())  # noqa: T201
-    return 0 if comparison.equal else 1
+    return 0 if comparison.verified else 1
 
 
 def verify(
@@ -80,10 +83,11 @@ def verify(
     task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
     with tempfile.TemporaryDirectory(prefix="brain_lightning_verify_") as folder:
         sides = [_run_side(side, task, Path(folder)) for side in ("speechbrain", "trainer")]
-    return Comparison(*sides)
+    theirs, ours = sides
+    return Comparison(theirs["events"], ours["events"], Evidence.of(ours))
 
 
-def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     out = folder / f"{side}.json"
     words = _with_output_folder(task["words"], folder / side)
     result = subprocess.run(  # noqa: S603  the user's own script
@@ -93,11 +97,13 @@ def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> list[dict[str
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,
     )  # fmt: skip
-    events = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
-    if not any(event["kind"] == "loss" for event in events):
+    found: dict[str, Any] = {"events": []}
+    if out.is_file():
+        found = json.loads(out.read_text(encoding="utf-8"))
+    if not any(event["kind"] in OF_BATCHES for event in found["events"]):
         tail = "\n".join(result.stdout.splitlines()[-TAIL:])
         raise RecipeError(f"no batch was run on the side of {side}:\n{tail}")
-    return events
+    return found
 
 
 def _with_output_folder(words: Sequence[str], folder: Path) -> list[str]:

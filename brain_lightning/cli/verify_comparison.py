@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
+
+from .verify_evidence import Evidence
 
 Event = Mapping[str, Any]
 # Hooks to show before one that differs, and after it.
@@ -21,10 +23,17 @@ class Comparison:
     Attributes:
         theirs: Events on SpeechBrain's loop.
         ours: Events on the Trainer.
+        evidence: That it was a Trainer.
     """
 
     theirs: Sequence[Event]
     ours: Sequence[Event]
+    evidence: Evidence = field(default_factory=Evidence)
+
+    @property
+    def verified(self) -> bool:
+        """Whether every event is the same, and a Trainer ran those of one side."""
+        return self.equal and not self.evidence.without_trainer
 
     @property
     def equal(self) -> bool:
@@ -47,17 +56,30 @@ class Comparison:
             }
             for side, events in (("speechbrain", self.theirs), ("trainer", self.ours))
         }
-        verdict = {"equal": self.equal, "first_difference": self.first_difference}
+        verdict = {
+            "equal": self.equal,
+            "first_difference": self.first_difference,
+            "verified": self.verified,
+            "without_trainer": self.evidence.without_trainer,
+            "own_loops": self.evidence.own_loops,
+        }
         return json.dumps({**verdict, **found}, indent=1)
 
     def as_text(self) -> str:
         """For people: a row for each step and each stage, and the verdict."""
-        verdict = "equal: every event is the same on both sides, bit for bit"
-        if not self.equal:
-            verdict = f"DIFFERENT: {self.first_difference}"
         return "\n".join(
-            [*self._steps(), "", *self._stages(), "", *self._hooks(), "", verdict]
+            [*self._steps(), "", *self._stages(), "", *self._hooks(), "", *self._verdict()]
         )
+
+    def _verdict(self) -> Iterator[str]:
+        if not self.equal:
+            yield f"DIFFERENT: {self.first_difference}"
+        elif missing := self.evidence.missing():
+            yield f"NOT VERIFIED: {missing}"
+        else:
+            yield "equal: every event is the same on both sides, bit for bit"
+            if note := self.evidence.note():
+                yield note
 
     def _steps(self) -> Iterator[str]:
         yield _line(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -41,7 +42,34 @@ HOOKS = (
     "freeze_optimizers", "check_gradients", "on_fit_batch_end", "evaluate_batch", "zero_grad",
     "on_stage_end", "on_evaluate_start",
 )  # fmt: skip
+# Parts of a Brain that are loops: a recipe that overrides one runs its own code there.
+LOOPS = ("fit", "_fit_train", "_fit_valid", "evaluate")
 SEED = 1234
+
+
+class TrainerWitness(Callback):
+    """Counts what Trainers run, so that nothing is taken for theirs that is not.
+
+    Attributes:
+        batches: Training batches of each class of Brain.
+        others: Batches of validations and tests of each.
+    """
+
+    def __init__(self) -> None:
+        self.batches: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Counts a training batch of a Trainer."""
+        self.batches[type(pl_module.brain).__name__] += 1
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Counts a test batch of a Trainer."""
+        self.others[type(pl_module.brain).__name__] += 1
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Counts a validation batch of a Trainer."""
+        self.on_test_batch_end(trainer, pl_module)
 
 
 class Recorder:
@@ -53,10 +81,17 @@ class Recorder:
 
     Attributes:
         events: What happened, each as a dict with its ``kind`` and when it was.
+        trained: Objectives of training and updates of each class of Brain.
+        tested: Objectives of validations and tests of each.
+        loops: Loops that each class of Brain overrides, as ``Own.fit``.
     """
 
     def __init__(self, steps: int) -> None:
         self.events: list[dict[str, Any]] = []
+        self.trained: Counter[str] = Counter()
+        self.tested: Counter[str] = Counter()
+        self.loops: dict[str, list[str]] = {}
+        self._base: Any = object
         self._steps = steps
         self._done: Counter[int] = Counter()
         self._brains: list[Any] = []
@@ -69,7 +104,7 @@ class Recorder:
         Args:
             brain_class: ``speechbrain.core.Brain``.
         """
-        make = brain_class.__init__
+        self._base, make = brain_class, brain_class.__init__
 
         @functools.wraps(make)
         def __init__(brain: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -87,6 +122,10 @@ class Recorder:
             brain: The Brain.
         """
         self._brains.append(brain)
+        classes = type(brain).__mro__
+        own = {name: cls.__name__ for cls in reversed(classes[: classes.index(self._base)])
+               for name in LOOPS if name in vars(cls)}  # fmt: skip
+        self.loops[type(brain).__name__] = [f"{cls}.{name}" for name, cls in own.items()]
         for name in HOOKS:
             setattr(brain, name, self._recorded(brain, name, getattr(brain, name)))
         brain.update_average = self._counted(brain, brain.update_average)
@@ -119,6 +158,8 @@ class Recorder:
             if name == "on_stage_end" and self._stages:
                 self._stages.pop()
             if name == "compute_objectives":
+                counts = self.trained if stages == ["TRAIN"] else self.tested
+                counts[type(brain).__name__] += 1
                 # Before the gradients: what differs first is named.
                 self.add("objective", loss=_number(result))
             return result
@@ -162,6 +203,10 @@ class Recorder:
             optimizer: The optimizer.
         """
         self.add("weights", tensors=_digests(self._named(optimizer)))
+        changed = {id(parameter) for parameter in parameters_of(optimizer)}
+        for brain in self._brains:
+            owns = any(id(parameter) in changed for parameter in brain.modules.parameters())
+            self.trained[type(brain).__name__] += owns
 
     def _named(self, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
         names = {
@@ -206,7 +251,9 @@ def seed_everything() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -> Recorder:
+def record(
+    side: str, script: str, words: list[str], steps: int, trainer: Any
+) -> dict[str, Any]:
     """Runs a recipe and records what it does.
 
     Args:
@@ -217,14 +264,16 @@ def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -
         trainer: Arguments of the Trainer.
 
     Returns:
-        What was recorded; an error of the recipe is the last event.
+        The ``events``, of which an error of the recipe is the last; and by class of Brain what
+        was ``trained`` and ``tested``, how many batches of both were ``on_trainer`` and
+        ``others``, and the recipe's own ``loops``.
     """
     seed_everything()
-    recorder = Recorder(steps)
+    recorder, witness = Recorder(steps), TrainerWitness()
     recorder.watch(importlib.import_module("speechbrain.core").Brain)
     seed_everything()
     try:
-        with patch_speechbrain(trainer) if side == "trainer" else nullcontext():
+        with patch_speechbrain(trainer, [witness]) if side == "trainer" else nullcontext():
             run_script(script, words)
     except SystemExit as end:
         if end.code not in (None, 0):
@@ -232,10 +281,17 @@ def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -
     except BaseException as error:  # noqa: BLE001  whatever the recipe raises
         traceback.print_exc()
         recorder.add("error", error=f"{type(error).__name__}: {error}")
-    return recorder
+    return {
+        "events": recorder.events,
+        "trained": recorder.trained,
+        "tested": recorder.tested,
+        "on_trainer": witness.batches,
+        "others": witness.others,
+        "loops": recorder.loops,
+    }
 
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
     out = Path(arguments.pop("out"))
-    out.write_text(json.dumps(record(**arguments).events), encoding="utf-8")
+    out.write_text(json.dumps(record(**arguments)), encoding="utf-8")

@@ -1,8 +1,11 @@
 """What works with a recipe, read from its source without running it.
 
-``source`` reads a script, and the files beside it, as Python's syntax tree: its Brains, their
-methods, what they use. ``report`` says of each Brain how it steps, which Trainer arguments,
-strategies and callbacks it can have, and what to change.
+``modules`` finds files of Python and what their names stand for, ``hparams`` reads a
+HyperPyYAML file, both without making or importing anything. ``method`` reads one method of a
+Brain, and ``source`` puts a Brain together from its classes. Of that, ``loops`` says what own
+loops come to, ``processes`` what several processes do not stand, and ``updates`` what an own
+step leaves out, each as a ``remark``. ``report`` says of each Brain how it steps, which
+Trainer arguments, strategies and callbacks are safe with it, and what to change.
 """
 
 from .report import examine as examine

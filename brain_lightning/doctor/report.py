@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from brain_lightning.brain.brain import Brain
 from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
 from brain_lightning.protocol import MANUAL_HOOKS
 
-from .source import BrainSource, Location, RecipeSource
+from .loops import is_whole, loop_remarks
+from .method import Location
+from .processes import depends_on_hparams, process_remarks
+from .remark import ARGUMENTS, DDP, ONE_DEVICE, Remark
+from .source import BrainSource, RecipeSource
+from .updates import old_api_remarks, update_remarks
 
 HOOKS = frozenset(
     name for name in dir(Brain) if callable(getattr(Brain, name)) and not name.startswith("__")
@@ -20,33 +23,10 @@ HOOKS = frozenset(
 STEPPING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
 CALLS = ("backward", "clip_grad_norm_")
 PARALLEL = "ddp (each entry of modules in its own DistributedDataParallel)"
+IF_NO_ENTRY = (
+    ", if nothing that it calls in hparams is one of modules (doctor SCRIPT HPARAMS looks)"
+)
 BACKBONE = "BackboneFinetuning unless init_optimizers leaves the backbone out"
-# Attributes of every Module, which are no entries.
-OF_A_MODULE = frozenset(dir(torch.nn.ModuleDict))
-ARGUMENTS = (
-    "accelerator", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run",
-    "max_epochs", "min_epochs", "max_steps", "max_time", "limit_train_batches",
-    "limit_val_batches", "limit_test_batches", "overfit_batches", "val_check_interval",
-    "check_val_every_n_epoch", "log_every_n_steps", "enable_checkpointing",
-    "enable_progress_bar", "accumulate_grad_batches", "gradient_clip_val",
-    "gradient_clip_algorithm", "deterministic", "benchmark", "profiler", "detect_anomaly",
-    "barebones", "reload_dataloaders_every_n_epochs",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Remark:
-    """What does not work, and what to change.
-
-    Attributes:
-        about: A Trainer argument, a strategy or a hook.
-        says: What happens, and what would make it work.
-        line: Where to change it.
-    """
-
-    about: str
-    says: str
-    line: int
 
 
 @dataclass(frozen=True)
@@ -63,8 +43,9 @@ class BrainReport:
         uses: What else it touches of a Brain, and on which lines.
         strategies: Those that run it.
         arguments: Arguments of the Trainer that work as Lightning documents them.
-        remarks: What does not work.
+        remarks: What does not work, what matters most first.
         callbacks_refused: Lightning's callbacks that it cannot have.
+        file: The file that it is in.
     """
 
     name: str
@@ -78,6 +59,7 @@ class BrainReport:
     arguments: list[str]
     remarks: list[Remark]
     callbacks_refused: list[str]
+    file: str
 
 
 @dataclass(frozen=True)
@@ -86,51 +68,69 @@ class Report:
 
     Attributes:
         script: The script.
-        brains: One report for each Brain in it.
+        brains: One report for each Brain in it, that it imports or that HPARAMS names.
+        not_found: What it imports as a Brain and is in no file, and the line of each.
     """
 
     script: str
     brains: list[BrainReport]
+    not_found: dict[str, int]
 
 
-def examine(script: str) -> Report:
-    """Reads a script, and the files beside it that its Brains come from.
+def examine(script: str, hparams: str | None = None) -> Report:
+    """Reads a script, and the files that its Brains come from.
 
     Args:
         script: The script.
+        hparams: Its hyperparameters file: it may name Brains, and says what is in ``modules``.
 
     Returns:
         What works with it.
 
     Raises:
-        RecipeError: It cannot be read, or is no Python.
+        RecipeError: A file cannot be read, or is no Python or YAML.
     """
-    source = RecipeSource(script)
-    return Report(script, [_examine(brain, source) for brain in source.brains])
+    source = RecipeSource(script, hparams)
+    brains = [_examine(brain, source) for brain in source.brains]
+    return Report(script, brains, source.not_found)
 
 
 def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
     overrides = {name: str(at) for name, at in brain.methods.items() if name in HOOKS}
     manual = [hook for hook in MANUAL_HOOKS if hook in overrides]
-    why = [f"{hook} is overridden ({overrides[hook]})" for hook in manual]
     refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
     refused += ["StochasticWeightAveraging with BatchNorm", BACKBONE]
-    remarks = [*_loop_remarks(brain), *_process_remarks(brain, source)]
-    remarks += _manual_remarks(brain) if manual else []
-    limited = {remark.about for remark in remarks}
+    remarks = list(_remarks(brain, source))
+    limited = {name for remark in remarks for name in remark.limits}
+    parallel = PARALLEL + (IF_NO_ENTRY if depends_on_hparams(brain, source) else "")
+    strategies = {ONE_DEVICE: ONE_DEVICE, DDP: parallel}
     return BrainReport(
         name=brain.name,
         line=brain.location.line,
         base=brain.base,
         overrides=overrides,
         updates="manual" if manual else "automatic",
-        why=" and ".join(why) or "neither fit_batch nor optimizers_step is overridden",
+        why=_why(overrides),
         uses={name: [str(at) for at in sorted({*lines})] for name, lines in _uses(brain)},
-        strategies=["one device"] + ([] if "strategy=ddp" in limited else [PARALLEL]),
+        strategies=[text for name, text in strategies.items() if name not in limited],
         arguments=[name for name in ARGUMENTS if name not in limited],
         remarks=remarks,
         callbacks_refused=refused + (["GradientAccumulationScheduler"] if manual else []),
+        file=brain.location.file,
     )
+
+
+def _why(overrides: dict[str, str]) -> str:
+    why = [f"{h} is overridden ({overrides[h]})" for h in MANUAL_HOOKS if h in overrides]
+    return " and ".join(why) or "neither fit_batch nor optimizers_step is overridden"
+
+
+def _remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
+    yield from loop_remarks(brain)
+    if not is_whole(brain):
+        yield from process_remarks(brain, source)
+        yield from [] if brain.is_own("_fit_train") else update_remarks(brain)
+    yield from old_api_remarks(brain)
 
 
 def _uses(brain: BrainSource) -> Iterator[tuple[str, list[Location]]]:
@@ -141,74 +141,3 @@ def _uses(brain: BrainSource) -> Iterator[tuple[str, list[Location]]]:
     if brain.unwraps:
         yield ".module", brain.unwraps
     yield from ((f"{n}()", brain.calls[n]) for n in CALLS if n in brain.calls)
-
-
-def _loop_remarks(brain: BrainSource) -> Iterator[Remark]:
-    if "fit" in brain.reads:
-        says = "a fit within a fit gets device, strategy and precision of the outer Trainer, "
-        says += "not its limits and callbacks"
-        yield Remark("fit", says, brain.reads["fit"][0].line)
-    if "_fit_train" in brain.methods:
-        says = "refused before training: the Trainer replaces it; use a hook or a callback"
-        yield Remark("_fit_train", says, brain.methods["_fit_train"].line)
-
-
-def _process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
-    wraps = "on_fit_start" in brain.supers or "_wrap_distributed" in brain.reads
-    if "on_fit_start" in brain.methods and not wraps:
-        says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
-        yield Remark("strategy=ddp", says, brain.methods["on_fit_start"].line)
-    if brain.hparams_called and not brain.entries - OF_A_MODULE:
-        name, location = next(iter(brain.hparams_called.items()))
-        says = (
-            f"gradients would not be averaged if hparams.{name} is one of modules: call "
-            f"self.modules.{name}, for what is called in hparams has no wrapper"
-        )
-        yield Remark("strategy=ddp", says, location.line)
-    group = next((p for n, p in source.called.items() if n.endswith("ddp_init_group")), None)
-    speechbrains = brain.base.startswith("SpeechBrain")
-    if group is not None and not speechbrains:
-        says = (
-            "python train.py --trainer.devices=2 would wait for ever at SpeechBrain's "
-            "ddp_init_group: leave it out, or start the processes by torchrun"
-        )
-        yield Remark("devices", says, group.line)
-    if group is None and speechbrains:
-        says = (
-            "SpeechBrain's Brain wants sb.utils.distributed.ddp_init_group(run_opts) before "
-            "it is made"
-        )
-        made = source.called.get(brain.name, brain.location)
-        yield Remark("devices", says, made.line)
-
-
-def _manual_remarks(brain: BrainSource) -> Iterator[Remark]:
-    """Options that a recipe's own step has to apply itself."""
-    line = next(brain.methods[hook].line for hook in MANUAL_HOOKS if hook in brain.methods)
-    own_fit_batch = "fit_batch" in brain.methods and "fit_batch" not in brain.supers
-    steps = "optimizers_step" in brain.reads and "optimizers_step" not in brain.methods
-    if brain.base.startswith("SpeechBrain"):
-        says = "'value' is refused: SpeechBrain's own steps clip norms alone"
-        yield Remark("gradient_clip_algorithm", says, line)
-    elif own_fit_batch and not steps:
-        says = "has no effect: step by self.optimizers_step()"
-        yield Remark("gradient_clip_algorithm", says, line)
-    if own_fit_batch:
-        yield from _fit_batch_remarks(brain, steps, line)
-
-
-def _fit_batch_remarks(brain: BrainSource, steps: bool, line: int) -> Iterator[Remark]:
-    known = set(brain.reads)
-    if not steps and "max_grad_norm" not in known:
-        says = "has no effect: clip to self.max_grad_norm, or step by self.optimizers_step()"
-        yield Remark("gradient_clip_val", says, line)
-    says = "an incomplete last window makes no update, as in SpeechBrain"
-    if "grad_accumulation_factor" not in known:
-        says = "has no effect: step when self.step % self.grad_accumulation_factor == 0"
-    yield Remark("accumulate_grad_batches", says, line)
-    if not ({"training_ctx", "precision"} & known or "autocast" in brain.calls):
-        says = "mixed precision has no effect: compute the loss within self.training_ctx"
-        yield Remark("precision", says, line)
-    elif "scaler" not in known:
-        says = "16-mixed loses small gradients: scale the loss by self.scaler"
-        yield Remark("precision", says, line)

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from brain_lightning.errors import RecipeError
+from .hparams import HparamsSource
+from .method import EntryUse, HparamsCall, Location, Locations, Method, read_method
+from .modules import ClassSource, Modules, ModuleSource, Reference, dotted_name
 
-# Where a Brain comes from; "sb" is what SpeechBrain's recipes call it.
-BRAINS = {
-    "speechbrain.Brain": "SpeechBrain's Brain",
-    "speechbrain.core.Brain": "SpeechBrain's Brain",
-    "brain_lightning.Brain": "brain_lightning's Brain",
-    "brain_lightning.brain.Brain": "brain_lightning's Brain",
-}
-
-
-class Location(NamedTuple):
-    """A line of a file."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
-Locations = dict[str, list[Location]]
+# Where a batch is learned from, as far as a Brain's methods are concerned.
+LEARNING = ("fit_batch", "compute_forward", "compute_objectives", "on_fit_batch_start",
+            "_fit_train", "fit")  # fmt: skip
+# Hooks that learn from no batch by themselves.
+OTHER_HOOKS = ("__init__", "on_stage_start", "on_stage_end", "on_fit_start", "init_optimizers",
+               "on_evaluate_start", "evaluate_batch", "evaluate", "_fit_valid", "zero_grad",
+               "make_dataloader", "on_fit_batch_end", "freeze_optimizers")  # fmt: skip
 
 
 @dataclass
@@ -41,143 +28,225 @@ class BrainSource:
         name: Its name.
         location: Where it begins.
         base: What it is a Brain of.
-        methods: Its methods, and those of its bases within the recipe.
-        reads: Attributes of ``self`` that they use, and where.
-        calls: Methods called on anything, and where: ``backward``, ``step``…
-        supers: Methods called on ``super()``, and where.
-        unwraps: Where ``.module`` of something else than ``self`` is read.
-        entries: Entries of ``self.modules`` that they use.
-        hparams_called: What they call in ``self.hparams``, and where.
+        chains: Its methods by name: its own, and those of its bases that it reaches by
+            ``super()``, in this order.
+        reaches: Names of methods by which ``super()`` reaches those of Brain itself.
     """
 
     name: str
     location: Location
     base: str
-    methods: dict[str, Location] = field(default_factory=dict)
-    reads: Locations = field(default_factory=lambda: defaultdict(list))
-    calls: Locations = field(default_factory=lambda: defaultdict(list))
-    supers: Locations = field(default_factory=lambda: defaultdict(list))
-    unwraps: list[Location] = field(default_factory=list)
-    entries: set[str] = field(default_factory=set)
-    hparams_called: dict[str, Location] = field(default_factory=dict)
+    chains: dict[str, list[Method]] = field(default_factory=dict)
+    reaches: set[str] = field(default_factory=set)
+
+    @property
+    def methods(self) -> dict[str, Location]:
+        """Its methods, and those of its bases within the recipe, and where they are."""
+        return {name: chain[0].at for name, chain in self.chains.items()}
+
+    @property
+    def reads(self) -> Locations:
+        """Attributes of ``self`` that its methods use, and where."""
+        return _merged(method.reads for method in self.every())
+
+    @property
+    def calls(self) -> Locations:
+        """Methods called on anything, and where: ``backward``, ``step`` and others."""
+        return _merged(method.calls for method in self.every())
+
+    @property
+    def supers(self) -> Locations:
+        """Methods called on ``super()``, and where."""
+        return _merged(method.supers for method in self.every())
+
+    @property
+    def unwraps(self) -> list[Location]:
+        """Where ``.module`` of something else than ``self`` is read."""
+        return [at for method in self.every() for at in method.unwraps]
+
+    @property
+    def entries(self) -> set[str]:
+        """Entries of ``self.modules`` that it uses."""
+        return {entry for method in self.every() for entry in method.entries}
+
+    @property
+    def entry_uses(self) -> list[EntryUse]:
+        """What it does with entries of ``self.modules`` once they may be wrapped."""
+        after = [method for method in self.every() if method.name != "__init__"]
+        return [use for method in after for use in method.entry_uses]
+
+    @property
+    def learning(self) -> list[Method]:
+        """Its methods in which a batch may be learned from."""
+        names = self.reached_from(LEARNING)
+        # A helper that no hook calls by its name may be called anywhere.
+        others = self.chains.keys() - self.reached_from((*LEARNING, *OTHER_HOOKS))
+        return list(self.every(names | others))
+
+    @property
+    def hparams_calls(self) -> list[HparamsCall]:
+        """What it calls in ``self.hparams`` where a batch may be learned from."""
+        calls = (call for method in self.learning for call in method.hparams_calls)
+        return [call for call in calls if call.learns]
+
+    def every(self, names: Iterable[str] | None = None) -> Iterator[Method]:
+        """Its methods that may be called: none that is overridden and out of reach.
+
+        Args:
+            names: Of these alone.
+
+        Yields:
+            One after the other.
+        """
+        chosen = self.chains.keys() if names is None else set(names)
+        for name, chain in self.chains.items():
+            yield from chain if name in chosen else ()
+
+    def reached_from(self, names: Iterable[str]) -> set[str]:
+        """Methods of its own that some methods call, and those that these call.
+
+        Args:
+            names: Where to begin.
+
+        Returns:
+            Their names, with those that it begins with and has.
+        """
+        found: set[str] = set()
+        ahead = set(names) & self.chains.keys()
+        while ahead:
+            found |= ahead
+            read = {name for method in self.every(ahead) for name in method.reads}
+            ahead = (read & self.chains.keys()) - found
+        return found
+
+    def is_own(self, name: str) -> bool:
+        """Whether a method of Brain is written anew: nothing calls Brain's own.
+
+        Args:
+            name: The method.
+
+        Returns:
+            False where it is left alone, or calls ``super()``.
+        """
+        return name in self.chains and name not in self.reaches
 
 
 class RecipeSource:
-    """A script, and the files beside it that its Brains come from.
+    """A script, and the files that its Brains come from.
 
     Args:
         script: The script.
+        hparams: Its hyperparameters file, which may name Brains too.
 
     Attributes:
-        brains: Its Brains, in the order of their lines.
+        path: The script.
+        hparams: What is written in the hyperparameters file, if there is one.
+        brains: Its Brains, in the order of their lines; then those that it imports, or its
+            hyperparameters name.
         called: Dotted names of the functions that the script calls, and where.
+        not_found: Names that the script imports as Brains and are in no file, and where.
 
     Raises:
-        RecipeError: It cannot be read, or is no Python.
+        RecipeError: A file cannot be read, or is no Python or YAML.
     """
 
-    def __init__(self, script: str | Path) -> None:
-        self._path = Path(script)
-        nodes = list(ast.walk(_parse(self._path)))
-        self._imported = _imports(nodes)
-        self._classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-        found = (self._brain(node) for node in self._classes.values())
-        self.brains = [brain for brain in found if brain is not None]
+    def __init__(self, script: str | Path, hparams: str | Path | None = None) -> None:
+        self.path = Path(script)
+        self.hparams = None if hparams is None else HparamsSource(hparams)
+        self._module = ModuleSource(self.path)
+        # Python takes the folder that a link leads to.
+        self._modules = Modules(self.path.resolve().parent)
         self.called = {
-            self._resolve(node.func): self._location(node.lineno)
-            for node in nodes
+            self._module.full_name(node.func): Location(self.path.name, node.lineno)
+            for node in self._module.nodes
             if isinstance(node, ast.Call)
         }
+        classes = [ClassSource(n, self._module) for n in self._module.nodes
+                   if isinstance(n, ast.ClassDef)]  # fmt: skip
+        found = (self._brain(cls) for cls in [*classes, *self._from_elsewhere()])
+        self.brains = [brain for brain in found if brain is not None]
+        self.not_found = dict(self._missing())
 
-    def _location(self, line: int | None) -> Location:
-        return Location(self._path.name, line or 0)
+    def show(self, path: Path) -> str:
+        """A file as it is shown: from the script's folder on.
 
-    def _brain(self, node: ast.ClassDef) -> BrainSource | None:
-        """None for a class that is no Brain; its bases are read first."""
-        for base in node.bases:
-            name = self._resolve(base)
-            inherited = self._inherited(name)
-            if name in BRAINS or inherited is not None:
-                location = self._location(node.lineno)
-                brain = inherited or BrainSource(node.name, location, BRAINS.get(name, name))
-                brain.name, brain.location = node.name, location
-                self._read(node, brain)
-                return brain
-        return None
+        Args:
+            path: The file.
 
-    def _inherited(self, name: str) -> BrainSource | None:
-        if name in self._classes:
-            return self._brain(self._classes[name])
-        module, _, class_name = name.rpartition(".")
-        beside = self._path.parent / (module.replace(".", "/") + ".py")
-        if not module or not beside.is_file():
+        Returns:
+            Its path within that folder, or in full.
+        """
+        script, path = self.path.resolve(), path.resolve()
+        if path == script:
+            return self.path.name
+        inside = path.is_relative_to(script.parent)
+        return str(path.relative_to(script.parent) if inside else path)
+
+    def _from_elsewhere(self) -> list[ClassSource]:
+        """Classes that the script uses, or its hyperparameters name, as more than bases."""
+        bases = [base for cls in self._module.classes.values() for base in cls.node.bases]
+        within_bases = {id(node) for base in bases for node in ast.walk(base)}
+        used = [n for n in self._module.nodes if id(n) not in within_bases]
+        names = {dotted_name(n) for n in used if isinstance(n, (ast.Attribute, ast.Name))}
+        # A class is named by its last part.
+        likely = sorted(name for name in names if name.rpartition(".")[2][:1].isupper())
+        found = [self._modules.resolve(self._module, name) for name in likely]
+        named = () if self.hparams is None else self.hparams.named
+        found += [self._modules.follow(Reference(name), self.path) for name in named]
+        classes = {id(c.node): c for c in found if isinstance(c, ClassSource)}
+        return [c for c in classes.values() if c.module.path.resolve() != self.path.resolve()]
+
+    def _missing(self) -> Iterator[tuple[str, int]]:
+        """What is called a Brain, is imported and is in no file."""
+        imports = (node for node in self._module.nodes if isinstance(node, ast.ImportFrom))
+        for node in imports:
+            package = "." * node.level + (node.module or "")
+            for alias in node.names:
+                found = self._modules.resolve(self._module, alias.asname or alias.name)
+                if alias.name.endswith("Brain") and found is None:
+                    yield f"{package}.{alias.name}", node.lineno
+
+    def _brain(self, cls: ClassSource) -> BrainSource | None:
+        """None for a class that is no Brain."""
+        ancestors = self._modules.ancestors(cls)
+        base = next((name for name in ancestors if isinstance(name, str)), None)
+        if base is None:
             return None
-        found = RecipeSource(beside).brains
-        return next((brain for brain in found if brain.name == class_name), None)
+        location = Location(self.show(cls.module.path), cls.node.lineno)
+        brain = BrainSource(cls.node.name, location, base)
+        written = [c for c in ancestors if isinstance(c, ClassSource)]
+        levels = [self._methods(c) for c in written]
+        for name in dict.fromkeys(name for level in levels for name in level):
+            _add_chain(brain, name, levels)
+        return brain
 
-    def _read(self, node: ast.ClassDef, brain: BrainSource) -> None:
-        for statement in node.body:
-            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                brain.methods[statement.name] = self._location(statement.lineno)
-        for part in ast.walk(node):
-            if isinstance(part, (ast.Attribute, ast.Subscript)) and _is_self(
-                part.value, "modules"
-            ):
-                brain.entries.add(getattr(part, "attr", ast.unparse(part)))
-            if isinstance(part, ast.Attribute):
-                self._read_attribute(part, brain)
-            if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
-                self._read_call(part.func, brain)
-
-    def _read_attribute(self, node: ast.Attribute, brain: BrainSource) -> None:
-        location = self._location(node.lineno)
-        if isinstance(node.value, ast.Name) and node.value.id == "self":
-            brain.reads[node.attr].append(location)
-        elif node.attr == "module":
-            brain.unwraps.append(location)
-
-    def _read_call(self, function: ast.Attribute, brain: BrainSource) -> None:
-        owner, location = function.value, self._location(function.end_lineno)
-        if _is_self(owner, "hparams"):
-            brain.hparams_called.setdefault(function.attr, location)
-        on_super = isinstance(owner, ast.Call) and self._resolve(owner.func) == "super"
-        calls = brain.supers if on_super else brain.calls
-        calls[function.attr].append(location)
-
-    def _resolve(self, node: ast.expr) -> str:
-        """The dotted name of an expression, its first part as it was imported."""
-        parts: list[str] = []
-        while isinstance(node, ast.Attribute):
-            parts.append(node.attr)
-            node = node.value
-        if not isinstance(node, ast.Name):
-            return ""
-        return ".".join([self._imported.get(node.id, node.id), *reversed(parts)])
+    def _methods(self, cls: ClassSource) -> dict[str, Method]:
+        """The methods of a class, and what takes the place of one: ``fit_batch = other``."""
+        file, found = self.show(cls.module.path), {}
+        for node in cls.node.body:
+            match node:
+                case ast.FunctionDef() | ast.AsyncFunctionDef():
+                    found[node.name] = read_method(node, cls.node.name, file)
+                case ast.Assign([ast.Name(name)]):
+                    found[name] = Method(name, Location(file, node.lineno), cls.node.name)
+        return found
 
 
-def _is_self(node: ast.expr, attribute: str) -> bool:
-    """Whether an expression is ``self.attribute``."""
-    return ast.unparse(node) == f"self.{attribute}"
+def _add_chain(brain: BrainSource, name: str, levels: list[dict[str, Method]]) -> None:
+    """Follows a method to those that it reaches by ``super()``, maybe to Brain's own."""
+    chain = brain.chains[name] = []
+    goes_on = True
+    for level in levels:
+        if name in level and goes_on:
+            chain.append(level[name])
+            goes_on = any(name in method.supers for method in level.values())
+    if goes_on:
+        brain.reaches.add(name)
 
 
-def _parse(path: Path) -> ast.Module:
-    try:
-        return ast.parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except SyntaxError as error:
-        raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from error
-
-
-def _imports(nodes: Iterable[ast.AST]) -> dict[str, str]:
-    """What each imported name stands for; ``import a.b`` gives ``a``."""
-    imported: dict[str, str] = {}
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                first = alias.name.split(".")[0]
-                imported[alias.asname or first] = alias.name if alias.asname else first
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    return imported
+def _merged(found: Iterable[Locations]) -> Locations:
+    merged: Locations = {}
+    for each in found:
+        for name, locations in each.items():
+            merged.setdefault(name, []).extend(locations)
+    return merged

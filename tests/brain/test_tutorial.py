@@ -248,8 +248,6 @@ def test_on_fit_start_and_fit_batch_and_the_loops_written_out(
         assert all_equal(weights(brain), weights(own))
 
 
-# Until own loops are there (issue 18, item 2): then this mark is to be removed.
-@pytest.mark.xfail(reason="own loops", strict=True)
 def test_the_loops_as_parts(sb: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     brain = fitted(hooks(sb), tmp_path / "hooks")

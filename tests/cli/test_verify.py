@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from brain_lightning.cli.main import main
+from brain_lightning.cli.verify_comparison import Comparison
+from brain_lightning.cli.verify_evidence import Evidence
 from tests.support.processes import python, variables
 from tests.support.scripts import QUIET, TOY, script
 
@@ -79,6 +82,43 @@ def test_a_clip_of_another_value_is_found(capsys: pytest.CaptureFixture[str]) ->
 
 def _clipped(step: dict[str, Any], to: float) -> bool:
     return any(float(norm) > to for norm in step["norms"])
+
+
+WITHOUT_TRAINER = """
+import torch, speechbrain as sb
+class Own(sb.Brain):
+    def compute_forward(self, batch, stage):
+        return self.modules.model(batch)
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.square().mean()
+    def fit(self, data):
+        self.on_fit_start()
+        for self.step, batch in enumerate(data, 1):
+            self.fit_batch(batch)
+Own({"model": torch.nn.Linear(3, 1)}, torch.optim.Adam, {}, {"device": "cpu"}).fit(
+    list(torch.rand(4, 2, 3))
+)
+"""
+
+
+@pytest.mark.usefixtures("in_forks")
+def test_two_runs_of_the_recipes_own_loop_are_no_proof(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = verify(script(tmp_path, WITHOUT_TRAINER), capsys=capsys)
+    assert status == 1
+    assert found["equal"]
+    assert not found["verified"]
+    assert (found["without_trainer"], found["own_loops"]) == (["Own"], ["Own.fit"])
+    evidence = Evidence(trained={"Own": 4}, on_trainer={"Own": 0}, loops={"Own": ["Own.fit"]})
+    said = Comparison([], [], evidence).as_text().splitlines()[-1]
+    assert said.startswith("NOT VERIFIED: no Trainer ran a batch of Own: both sides ran the")
+    ran = dataclasses.replace(evidence, on_trainer={"Own": 4})
+    *_, verdict, note = Comparison([], [], ran).as_text().splitlines()
+    assert verdict.startswith("equal: ")
+    assert note.startswith("note: Own.fit is the recipe's own loop: both sides ran the same")
+    tested = Evidence(tested={"Own": 4, "Other": 1, "Idle": 0}, others={"Own": 4})
+    assert tested.without_trainer == ["Other"]
 
 
 @pytest.mark.usefixtures("in_forks")

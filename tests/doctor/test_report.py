@@ -23,7 +23,7 @@ from base import Shared
 
 class GAN(Shared):
     def fit_batch(self, batch):
-        loss = self.modules.g.module(batch)
+        loss = (self.modules.g.module if self.distributed_launch else self.modules.g)(batch)
         self.scaler.scale(loss).backward()
         return loss
 
@@ -65,7 +65,7 @@ def test_doctor_reads_a_gan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "super()._fit_valid (private)": ["train.py:14"], "backward()": ["train.py:7"],
     }  # fmt: skip
     assert report["strategies"] == ["one device"]
-    remarks = {remark["about"]: remark["line"] for remark in report["remarks"]}
+    remarks = {remark["about"]: remark["line"] for remark in reversed(report["remarks"])}
     assert remarks == {
         "strategy=ddp": 10, "devices": 19, "gradient_clip_val": 5,
         "gradient_clip_algorithm": 5, "accumulate_grad_batches": 5, "precision": 5,
@@ -92,11 +92,13 @@ def test_doctor_has_nothing_to_say_about_a_plain_recipe(
 def test_doctor_takes_what_the_other_commands_take(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["doctor", TOY[0]]) == 0
+    assert main(["doctor", *TOY]) == 0
     alone = capsys.readouterr().out
-    rest = ["nowhere.yaml", "--lr=0.1", "--trainer.max_steps=2", "--debug", "--noprogressbar"]
-    assert main(["doctor", TOY[0], *rest]) == 0
+    rest = ["--lr=0.1", "--trainer.max_steps=2", "--debug", "--noprogressbar"]
+    assert main(["doctor", *TOY, *rest]) == 0
     assert capsys.readouterr().out == alone
+    assert main(["doctor", TOY[0], "nowhere.yaml"]) == 2
+    assert "there is no hyperparameters file 'nowhere.yaml'" in capsys.readouterr().err
 
 
 def test_doctor_lists_the_exceptions_in_lines_that_can_be_read(
@@ -182,14 +184,6 @@ def test_doctor_sees_what_is_called_around_the_modules(
     assert report["strategies"] == ["one device"]
     assert {"precision", "gradient_clip_val"} <= set(report["arguments"])
     assert report["uses"]["clip_grad_norm_()"] == ["train.py:13"]
-
-
-def test_doctor_says_that_a_training_loop_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = "import brain_lightning as bl\nclass B(bl.Brain):\n    def _fit_train(self): pass\n"
-    main(["doctor", script(tmp_path, text)])
-    assert "change      line 3: _fit_train: refused before training" in capsys.readouterr().out
 
 
 def test_doctor_of_a_script_without_brain_or_python(

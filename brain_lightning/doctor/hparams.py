@@ -1,0 +1,91 @@
+"""A HyperPyYAML file as it is written: what is in ``modules``, and which classes it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from brain_lightning.errors import RecipeError
+
+# Tags before the name of a class or a function.
+NAMES = re.compile(r"!(?:name|new|apply|applyref):(.+)")
+REFERENCE = re.compile(r"<([^<>.\[]+)[^<>]*>")
+# Objects that can be called for their result; a list or a number cannot.
+OBJECT = re.compile(r"!(new|apply|ref|applyref)\b")
+
+
+class HparamsSource:
+    """A hyperparameters file, of which nothing is made.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        path: The file.
+        named: Dotted names of classes and functions, and the line of each.
+        modules: The entries of ``modules``; None where it has no such section.
+        parts: The names of all that the entries are made of, and the entry of each.
+
+    Raises:
+        RecipeError: It cannot be read, or is no YAML.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        values = _mapping(_compose(self.path))
+        for included in [n for n in values.values() if n.tag.startswith("!include:")]:
+            file = self.path.parent / included.tag.removeprefix("!include:")
+            values = {**(_mapping(_compose(file)) if file.is_file() else {}), **values}
+        self._values = values
+        nodes = [node for value in values.values() for node in _walk(value)]
+        tagged = ((NAMES.match(node.tag), node.start_mark.line + 1) for node in nodes)
+        self.named = {found[1]: line for found, line in tagged if found}
+        modules = values.get("modules")
+        self.modules = set(_mapping(modules)) if modules is not None else None
+        self.parts: dict[str, str] = {}
+        self.parts.update({entry: entry for entry in _mapping(modules)})
+        for entry, node in _mapping(modules).items():
+            self._add_parts(entry, node, set())
+
+    def _add_parts(self, entry: str, node: yaml.Node, seen: set[str]) -> None:
+        """Follows references and aliases; parts of parts are parts."""
+        names = {id(value): name for name, value in self._values.items()}
+        for part in _walk(node):
+            found = [names[id(part)]] if id(part) in names else []
+            if part.tag == "!ref" and isinstance(part, yaml.ScalarNode):
+                found += REFERENCE.findall(part.value)
+            for name in found:
+                value = self._values.get(name)
+                if name not in seen and value is not None and OBJECT.match(value.tag):
+                    seen.add(name)
+                    self.parts.setdefault(name, entry)
+                    self._add_parts(entry, value, seen)
+
+
+def _compose(path: Path) -> yaml.Node | None:
+    try:
+        # Composed alone: the tags are text, and nothing that they name is made.
+        return yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _mapping(node: yaml.Node | None) -> dict[str, yaml.Node]:
+    if not isinstance(node, yaml.MappingNode):
+        return {}
+    return {key.value: value for key, value in node.value if isinstance(key.value, str)}
+
+
+def _walk(node: yaml.Node) -> Iterator[yaml.Node]:
+    yield node
+    if isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            yield from _walk(value)
+    if isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _walk(value)
