@@ -55,7 +55,11 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
 
 
 def verify(
-    script: str, words: Sequence[str], steps: int, trainer: Mapping[str, Any]
+    script: str,
+    words: Sequence[str],
+    steps: int,
+    trainer: Mapping[str, Any],
+    ported: tuple[str, Sequence[str]] | None = None,
 ) -> Comparison:
     """Runs a recipe through both loops from the same seed.
 
@@ -67,6 +71,7 @@ def verify(
         words: Its command line.
         steps: Training batches of each Brain; 0 for all of them.
         trainer: Arguments of the Trainer.
+        ported: The script on our Brain and its command line, where that is another one.
 
     Returns:
         What both did, and where they differ first.
@@ -78,8 +83,12 @@ def verify(
         raise RecipeError("verify needs SpeechBrain: pip install speechbrain")
     check_script(script)
     task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
+    ours = task if ported is None else {**task, "script": ported[0], "words": ported[1]}
     with tempfile.TemporaryDirectory(prefix="brain_lightning_verify_") as folder:
-        sides = [_run_side(side, task, Path(folder)) for side in ("speechbrain", "trainer")]
+        sides = [
+            _run_side(side, each, Path(folder))
+            for side, each in (("speechbrain", task), ("trainer", ours))
+        ]
     return Comparison(*sides)
 
 

@@ -28,6 +28,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from brain_lightning.brain.brain import Brain
 from brain_lightning.brain.patch import patch_speechbrain
 from brain_lightning.step.optimizers import parameters_of
 
@@ -63,12 +64,18 @@ class Recorder:
         # A recipe may fit within a stage.
         self._stages: list[tuple[str, Any]] = []
 
-    def watch(self, brain_class: Any) -> None:
+    def watch(self, *brain_classes: Any) -> None:
         """Attaches to every Brain that is made after this call, and to every optimizer.
 
         Args:
-            brain_class: ``speechbrain.core.Brain``.
+            *brain_classes: ``speechbrain.core.Brain``, and ours for a recipe that is ported.
         """
+        for brain_class in brain_classes:
+            self._watch(brain_class)
+        register_optimizer_step_pre_hook(self.before_step)
+        register_optimizer_step_post_hook(self.after_step)
+
+    def _watch(self, brain_class: Any) -> None:
         make = brain_class.__init__
 
         @functools.wraps(make)
@@ -77,8 +84,6 @@ class Recorder:
             self.attach(brain)
 
         brain_class.__init__ = __init__
-        register_optimizer_step_pre_hook(self.before_step)
-        register_optimizer_step_post_hook(self.after_step)
 
     def attach(self, brain: Any) -> None:
         """Records the hooks of one Brain; its class stays as it is.
@@ -221,7 +226,7 @@ def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -
     """
     seed_everything()
     recorder = Recorder(steps)
-    recorder.watch(importlib.import_module("speechbrain.core").Brain)
+    recorder.watch(importlib.import_module("speechbrain.core").Brain, Brain)
     seed_everything()
     try:
         with patch_speechbrain(trainer) if side == "trainer" else nullcontext():
