@@ -111,6 +111,7 @@ def _is_equal(recipe: PortedRecipe, options: Namespace, overrides: Sequence[str]
                 [*(str(places[path]) for path in recipe.hparams[:1]), *words],
             ),
         )
+    comparison = comparison.without_hooks(recipe.hooks_apart)
     print(comparison.as_text(), file=sys.stderr)  # noqa: T201
     return comparison.equal
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import libcst as cst
+from libcst import matchers
 from libcst.helpers import get_full_name_for_node
 
 from .equivalents import IN_SCRIPTS, OURS
@@ -13,6 +14,8 @@ from .equivalents import IN_SCRIPTS, OURS
 Statements = Sequence[cst.BaseStatement]
 # Modules of which an import goes where nobody uses it any more.
 OWN_MODULES = frozenset({"speechbrain", "speechbrain.core", "speechbrain.utils.distributed"})
+
+DOCSTRING = matchers.SimpleStatementLine([matchers.Expr(matchers.SimpleString())])
 
 
 class Split(NamedTuple):
@@ -162,10 +165,11 @@ def end_of_imports(body: Statements) -> int:
     Returns:
         The place before which to insert it.
     """
-    places = [n for n, statement in enumerate(body) if import_in(statement) is not None]
+    places = [n for n, statement in enumerate(body) if _names(statement)]
     first = next((n for n in places if is_speechbrains(body[n])), None)
     if first is None:
-        first = next(iter(places), -1)
+        # A file that imports nothing at its top may begin with a docstring.
+        first = next(iter(places), 0 if matchers.matches(body[0], DOCSTRING) else -1)
     end = first + 1
     while end in places:
         end += 1
@@ -178,8 +182,16 @@ def is_speechbrains(statement: cst.CSTNode) -> bool:
     Args:
         statement: Any.
     """
-    found = import_in(statement)
-    if isinstance(found, cst.ImportFrom):
-        return module_of(found).split(".")[0] == "speechbrain"
-    names = found.names if found is not None else ()
-    return any(alias.evaluated_name.split(".")[0] == "speechbrain" for alias in names)
+    return any(name.split(".")[0] == "speechbrain" for name in _names(statement))
+
+
+def _names(statement: cst.CSTNode) -> list[str]:
+    """The modules that a line imports, or imports from; a dot for a relative import."""
+    parts = statement.body if isinstance(statement, cst.SimpleStatementLine) else ()
+    names: list[str] = []
+    for part in parts:
+        if isinstance(part, cst.ImportFrom):
+            names.append(module_of(part) or ".")
+        elif isinstance(part, cst.Import):
+            names += [alias.evaluated_name for alias in part.names]
+    return names

@@ -46,7 +46,7 @@ def port_python(
         The text with those changes, and not one more.
     """
     wrapper = MetadataWrapper(cst.parse_module(text))
-    uses = Uses(local)
+    uses = Uses(wrapper, local)
     wrapper.visit(uses)
     step = written_out_step(uses, hparams)
     if step is not None:
@@ -72,7 +72,7 @@ class _Rewrite(cst.CSTTransformer):
         self._top_level = set(module.body)
         # What is to be imported at the top, and whether a line that imports it was found.
         self._needed = {n for n in uses.replaced.values() if n not in taken}
-        self._splits = {
+        self._splits: dict[cst.CSTNode, imports.Split] = {
             line: imports.split(found, uses.is_unused)
             for line in _lines(module)
             if (found := _splittable(line)) is not None
@@ -81,6 +81,7 @@ class _Rewrite(cst.CSTTransformer):
             if line in self._top_level and split.kept:
                 self._needed.update(split.ours)
         self._target = self._find_target(module)
+        self._merge(module)
 
     def _find_target(self, module: cst.Module) -> cst.CSTNode | None:
         """The line that all names are imported on: ours, else one that becomes ours."""
@@ -92,6 +93,14 @@ class _Rewrite(cst.CSTTransformer):
             *(line for line in emptied if imports.is_speechbrains(line)),
         ]
         return candidates[0] if candidates else None
+
+    def _merge(self, module: cst.Module) -> None:
+        """Lines that would import from ours too become one."""
+        for line in module.body if self._target is not None else ():
+            split = self._splits.get(line)
+            if split and split.ours and not split.kept and line is not self._target:
+                self._needed.update(split.ours)
+                self._splits[line] = imports.Split([], [])
 
     def leave_Attribute(
         self, original_node: cst.Attribute, updated_node: cst.Attribute
@@ -152,11 +161,12 @@ class _Rewrite(cst.CSTTransformer):
         """Imports what no line of the file imports yet."""
         module = _without_empty(updated_node)
         new: list[cst.BaseStatement] = []
+        place = imports.end_of_imports(module.body)
         if self._needed and self._target is None:
-            new.append(imports.from_ours(self._needed, [cst.EmptyLine(indent=False)]))
+            above = [cst.EmptyLine(indent=False)] if place else []
+            new.append(imports.from_ours(self._needed, above))
         if any(name in self._taken for name in self._uses.replaced.values()):
             new.append(cst.parse_statement(f"import {OURS}"))
-        place = imports.end_of_imports(module.body)
         return module.with_changes(body=[*module.body[:place], *new, *module.body[place:]])
 
 

@@ -10,6 +10,7 @@ import libcst
 
 from brain_lightning.errors import RecipeError
 
+from .by_hand import AROUND
 from .equivalents import Remark
 from .local_modules import local_modules, parse, read_script
 from .python_file import PortedFile, port_python
@@ -44,6 +45,8 @@ class PortedRecipe:
             it.
         brains: Its Brains.
         remarks: What stays as it is, and why.
+        hooks_apart: Hooks that are called in the port alone, where a ``fit_batch`` was taken
+            out that is SpeechBrain's own but for them.
     """
 
     script: Path
@@ -51,6 +54,7 @@ class PortedRecipe:
     changes: list[Change]
     brains: list[str]
     remarks: list[Remark]
+    hooks_apart: frozenset[str]
 
     @property
     def outcome(self) -> str:
@@ -101,7 +105,8 @@ def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
         remarks = remarks or [Remark(str(script), 1, "no subclass of Brain: nothing to port")]
     for change in changes:
         check_parses(change.path, change.after)
-    return PortedRecipe(script, list(hparams), changes, brains, remarks)
+    hooks_apart = AROUND if steps else frozenset()
+    return PortedRecipe(script, list(hparams), changes, brains, remarks, hooks_apart)
 
 
 def check_parses(path: Path, text: str) -> None:

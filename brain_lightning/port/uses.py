@@ -27,9 +27,10 @@ OF_A_BRAIN = frozenset({"compute_forward", "compute_objectives", "fit_batch"})
 
 
 class Uses(cst.CSTVisitor):
-    """Reads a file by ``wrapper.visit``; names are resolved by scope, whatever their alias.
+    """Reads a file; names are resolved by scope, whatever their alias is.
 
     Args:
+        wrapper: The file.
         local: Names of modules beside the file: their classes are ported there.
 
     Attributes:
@@ -39,10 +40,11 @@ class Uses(cst.CSTVisitor):
         remarks: Lines, and what stays on them.
     """
 
-    METADATA_DEPENDENCIES = (QualifiedNameProvider, PositionProvider)
+    METADATA_DEPENDENCIES = (QualifiedNameProvider,)
 
-    def __init__(self, local: Collection[str] = ()) -> None:
+    def __init__(self, wrapper: MetadataWrapper, local: Collection[str] = ()) -> None:
         super().__init__()
+        self._positions = wrapper.resolve(PositionProvider)
         self._local = local
         self._classes: set[str] = set()
         self.replaced: dict[cst.CSTNode, str] = {}
@@ -68,7 +70,7 @@ class Uses(cst.CSTVisitor):
         Args:
             node: Any.
         """
-        position: Any = self.get_metadata(PositionProvider, node)
+        position: Any = self._positions[node]
         return int(position.start.line)
 
     def dotted(self, node: cst.CSTNode) -> str:

@@ -2,10 +2,9 @@
 
     python -m tests.system.port_recipes CHECKOUT/recipes [recipes.tsv]
 
-Each train*.py with the YAML files of its folder, or each row of recipes.tsv, is ported. The
-diff is applied by ``git apply`` and by ``patch``, which have to give the same files; what comes
-out has to parse, and to be left alone by a second port. The exit status is 1 where one of that
-fails.
+Each train*.py with the YAML files of its folder, or each row of recipes.tsv, is ported. ``git
+apply`` and ``patch`` have to make the same files of the diff; these have to parse, and to be
+left alone by a second port. The exit status is 1 where one of that fails.
 """
 
 from __future__ import annotations
