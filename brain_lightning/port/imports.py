@@ -107,8 +107,23 @@ def with_names(
     if not names:
         return line.with_changes(body=[])
     assert not isinstance(found.names, cst.ImportStar)
-    last = names[-1].with_changes(comma=found.names[-1].comma)
+    last = names[-1].with_changes(comma=_end(names[-1], found.names[-1]))
     return line.with_changes(body=[found.with_changes(names=[*names[:-1], last])])
+
+
+def _end(name: cst.ImportAlias, last: cst.ImportAlias) -> cst.Comma | cst.MaybeSentinel:
+    """What follows a name that becomes the last one: its comment, and the end of the line."""
+    mine, end = _space_after(name), _space_after(last)
+    if mine is None or mine.first_line.comment is None:
+        return last.comma
+    changes = {} if end is None else {"indent": end.indent, "last_line": end.last_line}
+    return cst.Comma(whitespace_after=mine.with_changes(**changes))
+
+
+def _space_after(name: cst.ImportAlias) -> cst.ParenthesizedWhitespace | None:
+    """The end of the line after a name and its comma."""
+    space = name.comma.whitespace_after if isinstance(name.comma, cst.Comma) else None
+    return space if isinstance(space, cst.ParenthesizedWhitespace) else None
 
 
 def from_ours(
