@@ -85,7 +85,7 @@ def written_out_step(uses: Uses, hparams: Sequence[Mapping[str, str]]) -> Writte
     Returns:
         None where there is none, or where the numbers may be others.
     """
-    if len(uses.brains) != 1 or len(uses.brains[0].bases) != 1 or not hparams:
+    if not (len(uses.brains) == 1 and hparams and _stands_alone(uses.brains[0], uses)):
         return None
     methods = {method.name.value: method for method in _methods(uses.brains[0])}
     found = STEP.fullmatch(_body(methods["fit_batch"])) if "fit_batch" in methods else None
@@ -109,6 +109,12 @@ def written_out_step(uses: Uses, hparams: Sequence[Mapping[str, str]]) -> Writte
     return WrittenOut(
         methods["fit_batch"], clip, _argument(factor, "grad_accumulation_factor")
     )
+
+
+def _stands_alone(brain: cst.ClassDef, uses: Uses) -> bool:
+    """Whether a Brain is no part of another and has hyperparameters to read them from."""
+    is_subclassed = brain.name.value in uses.bases
+    return len(brain.bases) == 1 and not is_subclassed and OF_HPARAMS in _code(brain)
 
 
 def remarks(uses: Uses, gone: cst.CSTNode | None) -> Iterator[tuple[int, str]]:

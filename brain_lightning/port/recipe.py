@@ -10,7 +10,7 @@ import libcst
 
 from brain_lightning.errors import RecipeError
 
-from .by_hand import AROUND
+from .by_hand import AROUND, WrittenOut
 from .equivalents import Remark
 from .local_modules import local_modules, parse, read_script
 from .python_file import PortedFile, port_python
@@ -77,48 +77,54 @@ def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
     Raises:
         RecipeError: A file cannot be read, or is no Python or no YAML.
     """
-    modules = local_modules(script)
-    names = {_module_name(path, script) for path in modules}
     yaml = {path: read_script(path) for path in _with_included(hparams)}
     values = [plain_values(yaml[path], str(path)) for path in hparams]
-    texts = {path: read_script(path) for path in (script, *modules)}
-    found = {path: _port(path, text, names, values) for path, text in texts.items()}
-    brains = [name for ported in found.values() for name in ported.brains]
-    changes = [
-        Change(path, text, found[path].text if _is_ported(path, script, found) else text)
-        for path, text in texts.items()
-    ]
+    texts = {path: read_script(path) for path in (script, *local_modules(script))}
+    ported = _ported(script, texts, values)
+    brains = [name for each in ported.values() for name in each.brains]
     remarks = [
         Remark(str(path), line, says)
-        for path, ported in found.items()
-        if _is_ported(path, script, found)
-        for line, says in ported.remarks
+        for path, each in ported.items()
+        for line, says in each.remarks
     ]
-    steps = [ported.step for ported in found.values() if ported.step is not None]
-    for path, text in yaml.items():
-        ported_text = port_yaml(text, str(path))
-        for step in steps if path in hparams else ():
-            ported_text = with_step(ported_text, step.clip, step.factor)
-        changes.append(Change(path, text, ported_text))
+    step = ported[script].step
+    after = {path: each.text for path, each in ported.items()}
+    after |= {path: _port_yaml(path, text, step, hparams) for path, text in yaml.items()}
     if not brains:
-        changes = [Change(each.path, each.before, each.before) for each in changes]
+        after = {}
         remarks = remarks or [Remark(str(script), 1, "no subclass of Brain: nothing to port")]
+    changes = [
+        Change(path, text, after.get(path, text)) for path, text in (texts | yaml).items()
+    ]
     for change in changes:
-        check_parses(change.path, change.after)
-    hooks_apart = AROUND if steps else frozenset()
+        _check_parses(change.path, change.after)
+    hooks_apart = AROUND if step else frozenset()
     return PortedRecipe(script, list(hparams), changes, brains, remarks, hooks_apart)
 
 
-def check_parses(path: Path, text: str) -> None:
-    """Refuses a file that is no Python, or no YAML.
+def _ported(
+    script: Path, texts: Mapping[Path, str], values: Sequence[Mapping[str, str]]
+) -> dict[Path, PortedFile]:
+    """The script, and files with a Brain; others may use SpeechBrain's Stage, our equal."""
+    names = {_module_name(path, script) for path in texts}
+    found = {script: _port(script, texts[script], names, values)}
+    for path, text in texts.items():
+        # Most of what is beside a script prepares data.
+        if path != script and "Brain" in text:
+            # A fit_batch there may be that of many Brains.
+            found[path] = _port(path, text, names, [])
+    return {path: each for path, each in found.items() if path == script or each.brains}
 
-    Args:
-        path: The file.
-        text: Its text.
 
-    Raises:
-        RecipeError: It does not parse.
-    """
+def _port_yaml(path: Path, text: str, step: WrittenOut | None, hparams: Sequence[Path]) -> str:
+    ported = port_yaml(text, str(path))
+    if step is None or path not in hparams:
+        return ported
+    return with_step(ported, step.clip, step.factor)
+
+
+def _check_parses(path: Path, text: str) -> None:
+    """Refuses to hand out what could not be run."""
     if path.suffix == ".py":
         parse(text, path)
     else:
@@ -129,11 +135,6 @@ def _module_name(path: Path, script: Path) -> str:
     """What a script imports a module beside it by, as far as the first dot."""
     is_below = path.is_relative_to(script.parent)
     return path.relative_to(script.parent).parts[0].removesuffix(".py") if is_below else ""
-
-
-def _is_ported(path: Path, script: Path, found: dict[Path, PortedFile]) -> bool:
-    """Whether a file is: what has no Brain may name SpeechBrain's Stage, which equals ours."""
-    return path == script or bool(found[path].brains)
 
 
 def _port(

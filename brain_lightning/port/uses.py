@@ -37,6 +37,7 @@ class Uses(cst.CSTVisitor):
         replaced: Expressions such as ``sb.Stage``, and their name in ours.
         removed: Statements that go: lines that do nothing but start the process group.
         brains: The classes that are subclasses of a Brain as they are written.
+        bases: The names of all classes that others are subclasses of.
         remarks: Lines, and what stays on them.
     """
 
@@ -52,6 +53,7 @@ class Uses(cst.CSTVisitor):
         self._uses: dict[cst.CSTNode, str] = {}
         self._in_texts: set[str] = set()
         self.brains: list[cst.ClassDef] = []
+        self.bases: set[str] = set()
         self.remarks: list[tuple[int, str]] = []
 
     def is_unused(self, name: str) -> bool:
@@ -143,6 +145,7 @@ class Uses(cst.CSTVisitor):
         """Finds Brains, and what should be one and is not known to be."""
         self._classes.add(node.name.value)
         bases = [base.value for base in node.bases]
+        self.bases |= {base.value for base in bases if isinstance(base, cst.Name)}
         if any(self.dotted(base) in BRAINS for base in bases):
             self.brains.append(node)
             return

@@ -90,6 +90,8 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
     [
         ("", "", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
                  "    gradient_clip_val: !ref <clip>\n"),
+        # A Brain without hyperparameters could not read it.
+        ("self.hparams.", "", None),
         ("self.hparams.clip)", "0.5)", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
                                        "    gradient_clip_val: 0.5\n"),
         # Without it max_grad_norm would clip.
@@ -102,6 +104,7 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
         ("self.modules.parameters()", "self.modules.a.parameters()", None),
         ("            self.optimizer.zero_grad", "        self.optimizer.zero_grad", None),
         ("(sb.Brain)", "(Mixin, sb.Brain)", None),
+        ("class Toy", "class More(Toy):\n    pass\nclass Toy", None),
         ("def compute_forward", "def on_fit_batch_end", None),
         ("self.hparams.every", "self.hparams.missing", None),
         ("self.hparams.clip", "self.hparams.included", None),
