@@ -45,6 +45,8 @@ READ_BY_DEFAULT = frozenset({
 OF_HPARAMS = "self.hparams."
 CLIPS = matchers.Name("clip_grad_norm_") | matchers.Name("clip_grad_value_")
 POSITION = matchers.Name("limit") | matchers.Name("current")
+ASSIGNS = matchers.Assign(targets=[matchers.AssignTarget(matchers.Name())])
+OWN_WINDOW = re.compile(r"self\.step % (?!self\.grad_accumulation_factor\b)")
 CLIPPING = (
     "clips gradients by hand, which stays: max_grad_norm and Trainer(gradient_clip_val=...) "
     "do not change it"
@@ -141,18 +143,28 @@ def _remarks_on(method: cst.FunctionDef, uses: Uses) -> Iterator[tuple[int, str]
             yield uses.line(call), CLIPPING
         if _ends(function, matchers.Name("init_process_group")):
             yield uses.line(call), GROUP
-    counts = matchers.BinaryOperation(operator=matchers.Modulo())
-    for each in matchers.findall(method, counts) if method.name.value == "fit_batch" else ():
-        count = cst.ensure_type(each, cst.BinaryOperation)
-        if _code(count.left) == "self.step" and (
-            _code(count.right) != "self.grad_accumulation_factor"
-        ):
-            yield uses.line(each), ACCUMULATION
+    if method.name.value == "fit_batch":
+        yield from ((uses.line(each), ACCUMULATION) for each in _windows(method))
     for each in matchers.findall(
         method, matchers.AssignTarget(matchers.Attribute(attr=POSITION))
     ):
         if "epoch_counter." in _code(each):
             yield uses.line(each), STOPPING
+
+
+def _windows(method: cst.FunctionDef) -> Iterator[cst.CSTNode]:
+    """The conditions of its own on which an optimizer steps."""
+    assigned = [cst.ensure_type(n, cst.Assign) for n in matchers.findall(method, ASSIGNS)]
+    for each in matchers.findall(method, matchers.If()):
+        condition = cst.ensure_type(each, cst.If)
+        if ".step(" in _code(condition.body):
+            test = _code(condition.test)
+            # `should_step = self.step % ... == 0` comes first.
+            test += " ".join(
+                _code(n.value) for n in assigned if _code(n.targets[0].target) in test
+            )
+            if OWN_WINDOW.search(test):
+                yield condition
 
 
 def _ends(function: cst.CSTNode, name: matchers.BaseMatcherNode) -> bool:

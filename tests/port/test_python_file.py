@@ -182,8 +182,11 @@ REMARKS = {
     OF_A_BRAIN + "clip_grad_norm_(self.modules.parameters(), self.hparams.clip)": (
         4, "clips gradients by hand, which stays",
     ),
-    OF_A_BRAIN + "if self.step % self.hparams.every: pass": (
+    OF_A_BRAIN + "if self.step % self.hparams.every == 0: self.optimizer.step()": (
         4, "accumulates gradients by hand, which stays",
+    ),
+    OF_A_BRAIN + "ready = self.step % 4 == 0\n    if ready: self.optimizers_step.step()": (
+        5, "accumulates gradients by hand, which stays",
     ),
     OF_A_BRAIN + "self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit": (
         4, "moves the epoch counter by hand, which stays",
@@ -207,7 +210,9 @@ def test_what_run_options_and_the_trainer_reach_is_not_named() -> None:
         "from speechbrain import Brain\nfrom beside import Base\n"
         "class A(Brain):\n  def fit_batch(self, b):\n"
         "    clip_grad_norm_(self.modules.parameters(), self.max_grad_norm)\n"
-        "    if self.step % self.grad_accumulation_factor: pass\n"
+        "    should_step = self.step % self.grad_accumulation_factor == 0\n"
+        "    if should_step: self.optimizer.step()\n"
+        "    if self.step % self.hparams.log_interval == 0: self.log(b)\n"
         "class B(Base):\n  def compute_forward(self, b, s): ...\n"
         "class C(B):\n  def compute_forward(self, b, s): ...\n",
         local=["beside"],
