@@ -13,6 +13,7 @@ from .by_hand import WrittenOut, remarks, written_out_step
 from .equivalents import OURS
 from .uses import Uses, taken_names
 
+Line = cst.SimpleStatementLine
 Block = TypeVar("Block", cst.IndentedBlock, cst.Module)
 
 
@@ -85,7 +86,9 @@ class _Rewrite(cst.CSTTransformer):
 
     def _find_target(self, module: cst.Module) -> cst.CSTNode | None:
         """The line that all names are imported on: ours, else one that becomes ours."""
-        lines = [n for n in module.body if isinstance(n, cst.SimpleStatementLine)]
+        # One that comes later may come after the first use.
+        first = module.body[: imports.end_of_imports(module.body)]
+        lines = [n for n in first if isinstance(n, Line)]
         emptied = [n for n in lines if n in self._splits and not self._splits[n].kept]
         candidates = [
             *(line for line in lines if _imports_ours(line)),
@@ -114,7 +117,7 @@ class _Rewrite(cst.CSTTransformer):
         return found.with_changes(lpar=updated_node.lpar, rpar=updated_node.rpar)
 
     def leave_SimpleStatementLine(
-        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
+        self, original_node: Line, updated_node: Line
     ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
         """Changes imports, and empties the lines that go."""
         if original_node in self._uses.removed:
@@ -128,7 +131,7 @@ class _Rewrite(cst.CSTTransformer):
         return self._import(original_node, updated_node, split)
 
     def _import(
-        self, original: cst.CSTNode, line: cst.SimpleStatementLine, split: imports.Split
+        self, original: cst.CSTNode, line: Line, split: imports.Split
     ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
         found = imports.import_in(line)
         if split.kept or not split.ours:
@@ -160,22 +163,24 @@ class _Rewrite(cst.CSTTransformer):
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
         """Imports what no line of the file imports yet."""
         module = _without_empty(updated_node)
-        new: list[cst.BaseStatement] = []
+        new: list[Line] = []
         place = imports.end_of_imports(module.body)
-        if self._needed and self._target is None:
-            above = [cst.EmptyLine(indent=False)] if place else []
-            new.append(imports.from_ours(self._needed, above))
         if any(name in self._taken for name in self._uses.replaced.values()):
-            new.append(cst.parse_statement(f"import {OURS}"))
+            new.append(cst.ensure_type(cst.parse_statement(f"import {OURS}"), Line))
+        if self._needed and self._target is None:
+            new.append(imports.from_ours(self._needed))
+            # After other imports they are a group of their own.
+            above = [cst.EmptyLine(indent=False)] if place else []
+            new[0] = new[0].with_changes(leading_lines=above)
         return module.with_changes(body=[*module.body[:place], *new, *module.body[place:]])
 
 
-def _lines(module: cst.Module) -> list[cst.SimpleStatementLine]:
-    found: list[cst.SimpleStatementLine] = []
+def _lines(module: cst.Module) -> list[Line]:
+    found: list[Line] = []
     waiting: list[cst.CSTNode] = [module]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, cst.SimpleStatementLine):
+        if isinstance(node, Line):
             found.append(node)
         elif not isinstance(node, cst.BaseExpression):
             waiting += node.children
@@ -224,7 +229,7 @@ def _without_empty(block: Block) -> Block:
     kept: list[cst.BaseStatement] = []
     above: list[cst.EmptyLine] = []
     for statement in block.body:
-        if isinstance(statement, cst.SimpleStatementLine) and not statement.body:
+        if isinstance(statement, Line) and not statement.body:
             above += statement.leading_lines
             continue
         kept.append(_below(above, statement) if above else statement)

@@ -123,7 +123,7 @@ if __name__ == "__main__":
     "a name that is taken": (
         "import speechbrain as sb\nclass Brain(sb.Brain):\n    x = sb.Stage, sb.nnet\n",
         "import speechbrain as sb\n\n"
-        "from brain_lightning import Stage\nimport brain_lightning\n"
+        "import brain_lightning\nfrom brain_lightning import Stage\n"
         "class Brain(brain_lightning.Brain):\n    x = Stage, sb.nnet\n",
     ),
     "imports within a function; an argument of the same name": (
@@ -139,6 +139,22 @@ def make(sb):
     from brain_lightning import Brain
     class Toy(Brain): pass
     return sb.Stage, AMPConfig
+""",
+    ),
+    "an import that comes after the first use": (
+        """\
+import speechbrain as sb
+class Toy(sb.Brain): pass
+from speechbrain.core import Stage
+sb.nnet
+""",
+        """\
+import speechbrain as sb
+
+from brain_lightning import Brain
+class Toy(Brain): pass
+from brain_lightning import Stage
+sb.nnet
 """,
     ),
     "a type that is written as a text": (

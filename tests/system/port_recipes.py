@@ -3,15 +3,20 @@
     python -m tests.system.port_recipes CHECKOUT/recipes [recipes.tsv]
 
 Each train*.py with the YAML files of its folder, or each row of recipes.tsv, is ported. ``git
-apply`` and ``patch`` have to make the same files of the diff; these have to parse, and to be
-left alone by a second port. The exit status is 1 where one of that fails.
+apply`` and ``patch`` have to make the same files of the diff. These have to parse, to be left
+alone by a second port, to differ in nothing but what a port is for, and to have no name in
+them that ruff finds undefined or unused where it did not before. The exit status is 1 where
+one of that fails.
 """
 
 from __future__ import annotations
 
 import ast
 import collections
+import difflib
+import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -22,7 +27,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brain_lightning.port.files import changed_lines, unified_diff, write_beside
-from brain_lightning.port.recipe import PortedRecipe, port_recipe
+from brain_lightning.port.recipe import Change, PortedRecipe, port_recipe
+
+# What stands before a name of ours, and lines that a port may change as a whole.
+PREFIX = re.compile(
+    r"\b(sb|speechbrain|brain_lightning)\.(core\.)?(?=(Brain|Stage|parse_arguments)\b)"
+)
+WHOLE_LINE = re.compile(r"\s*(from [\w.]+ import .*|import .*|#.*|.*ddp_init_group\(.*\))?\n?")
+TAG = re.compile(
+    r"speechbrain\.utils\.(epoch_loop|checkpoints)\.(?=(EpochCounter|Checkpointer)\w*\b)"
+)
+LINT = ["ruff", "check", "--isolated", "--select=F401,F811,F821", "--output-format=json"]
 
 
 class Row(NamedTuple):
@@ -56,6 +71,10 @@ def check(script: Path, hparams: Sequence[Path]) -> Row:
         with tempfile.TemporaryDirectory() as folder:
             _check_diff(recipe, Path(folder), tool)
     _check_second(recipe)
+    for change in changed:
+        _check_lines(change)
+        if change.path.suffix == ".py":
+            assert not _lint(change.after) - _lint(change.before), change.path
     counts = {change.path: changed_lines(change) for change in changed}
     python = sum(count for path, count in counts.items() if path.suffix == ".py")
     return Row(script, recipe, python, [counts.get(path, 0) for path in recipe.hparams])
@@ -81,6 +100,29 @@ def _check_diff(recipe: PortedRecipe, folder: Path, tool: Sequence[str]) -> None
         assert text == change.after, f"{tool[0]}: {change.path}"
         if change.path.suffix == ".py":
             ast.parse(text)
+
+
+def _check_lines(change: Change) -> None:
+    """Without what stands before the names of ours a file is the same, but for some lines."""
+    if change.path.suffix != ".py":
+        expected = TAG.sub("brain_lightning.", change.before)
+        assert change.after == expected, change.path
+        return
+    before, after = (
+        PREFIX.sub("", text).splitlines(keepends=True)
+        for text in (change.before, change.after)
+    )
+    for line in difflib.ndiff(before, after):
+        if line[0] in "+-":
+            assert WHOLE_LINE.fullmatch(line[2:]), f"{change.path}: {line}"
+
+
+def _lint(text: str) -> collections.Counter[str]:
+    """What ruff finds in a script."""
+    done = subprocess.run(
+        [*LINT, "-"], input=text, capture_output=True, text=True, check=False
+    )
+    return collections.Counter(found["message"] for found in json.loads(done.stdout))
 
 
 def _check_second(recipe: PortedRecipe) -> None:
