@@ -71,7 +71,8 @@ def verify(
         words: Its command line.
         steps: Training batches of each Brain; 0 for all of them.
         trainer: Arguments of the Trainer.
-        ported: The script on our Brain and its command line, where that is another one.
+        ported: The script on our Brain and its command line, to run in the place of this one
+            on the Trainer.
 
     Returns:
         What both did, and where they differ first.
@@ -83,12 +84,14 @@ def verify(
         raise RecipeError("verify needs SpeechBrain: pip install speechbrain")
     check_script(script)
     task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
-    ours = task if ported is None else {**task, "script": ported[0], "words": ported[1]}
+    runs = {"speechbrain": task, "trainer": task}
+    if ported is not None:
+        runs = {
+            "speechbrain": task,
+            "ported": {**task, "script": ported[0], "words": ported[1]},
+        }
     with tempfile.TemporaryDirectory(prefix="brain_lightning_verify_") as folder:
-        sides = [
-            _run_side(side, each, Path(folder))
-            for side, each in (("speechbrain", task), ("trainer", ours))
-        ]
+        sides = [_run_side(side, each, Path(folder)) for side, each in runs.items()]
     return Comparison(*sides)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -43,11 +43,11 @@ class Comparison:
         Args:
             names: Hooks that are called on one side alone, and do nothing there.
         """
-        sides = [
+        theirs, ours = (
             [e for e in events if str(e.get("hook")).partition("(")[0] not in names]
             for events in (self.theirs, self.ours)
-        ]
-        return Comparison(*sides)
+        )
+        return replace(self, theirs=theirs, ours=ours)
 
     def as_json(self) -> str:
         """For scripts: both sides' steps, stages and hooks, and the verdict."""

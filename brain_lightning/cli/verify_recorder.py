@@ -32,7 +32,7 @@ from brain_lightning.brain.brain import Brain
 from brain_lightning.brain.patch import patch_speechbrain
 from brain_lightning.step.optimizers import parameters_of
 
-from .script import run_script
+from .script import run_recipe, run_script
 
 # Every hook of a Brain that its loops call, except fit_batch and optimizers_step: a Brain
 # that overrides them does its own stepping.
@@ -64,18 +64,12 @@ class Recorder:
         # A recipe may fit within a stage.
         self._stages: list[tuple[str, Any]] = []
 
-    def watch(self, *brain_classes: Any) -> None:
+    def watch(self, brain_class: Any) -> None:
         """Attaches to every Brain that is made after this call, and to every optimizer.
 
         Args:
-            *brain_classes: ``speechbrain.core.Brain``, and ours for a recipe that is ported.
+            brain_class: ``speechbrain.core.Brain``.
         """
-        for brain_class in brain_classes:
-            self._watch(brain_class)
-        register_optimizer_step_pre_hook(self.before_step)
-        register_optimizer_step_post_hook(self.after_step)
-
-    def _watch(self, brain_class: Any) -> None:
         make = brain_class.__init__
 
         @functools.wraps(make)
@@ -84,6 +78,8 @@ class Recorder:
             self.attach(brain)
 
         brain_class.__init__ = __init__
+        register_optimizer_step_pre_hook(self.before_step)
+        register_optimizer_step_post_hook(self.after_step)
 
     def attach(self, brain: Any) -> None:
         """Records the hooks of one Brain; its class stays as it is.
@@ -215,7 +211,7 @@ def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -
     """Runs a recipe and records what it does.
 
     Args:
-        side: ``speechbrain`` or ``trainer``: whose loops run.
+        side: ``speechbrain`` or ``trainer``: whose loops run; ``ported``: on our Brain.
         script: The script.
         words: Its command line.
         steps: See ``Recorder``.
@@ -226,11 +222,15 @@ def record(side: str, script: str, words: list[str], steps: int, trainer: Any) -
     """
     seed_everything()
     recorder = Recorder(steps)
-    recorder.watch(importlib.import_module("speechbrain.core").Brain, Brain)
+    theirs = importlib.import_module("speechbrain.core").Brain
+    recorder.watch(Brain if side == "ported" else theirs)
     seed_everything()
     try:
         with patch_speechbrain(trainer) if side == "trainer" else nullcontext():
-            run_script(script, words)
+            if side == "ported":
+                run_recipe(script, words, trainer)
+            else:
+                run_script(script, words)
     except SystemExit as end:
         if end.code not in (None, 0):
             recorder.add("error", error=f"exit status {end.code}")
