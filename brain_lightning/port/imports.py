@@ -15,6 +15,8 @@ Statements = Sequence[cst.BaseStatement]
 # Modules of which an import goes where nobody uses it any more.
 OWN_MODULES = frozenset({"speechbrain", "speechbrain.core", "speechbrain.utils.distributed"})
 
+# Stands on a line that goes: LibCST would drop an empty line with the comments above it.
+GONE = cst.Pass()
 DOCSTRING = matchers.SimpleStatementLine([matchers.Expr(matchers.SimpleString())])
 
 
@@ -100,12 +102,12 @@ def with_names(
         names: Those of its names that stay.
 
     Returns:
-        The line, empty where no name stays.
+        The line, gone where no name stays.
     """
     found = import_in(line)
     assert found is not None
     if not names:
-        return line.with_changes(body=[])
+        return line.with_changes(body=[GONE])
     assert not isinstance(found.names, cst.ImportStar)
     last = names[-1].with_changes(comma=_end(names[-1], found.names[-1]))
     return line.with_changes(body=[found.with_changes(names=[*names[:-1], last])])
@@ -184,7 +186,8 @@ def end_of_imports(body: Statements) -> int:
     first = next((n for n in places if is_speechbrains(body[n])), None)
     if first is None:
         # A file that imports nothing at its top may begin with a docstring.
-        first = next(iter(places), 0 if matchers.matches(body[0], DOCSTRING) else -1)
+        has_docstring = bool(body) and matchers.matches(body[0], DOCSTRING)
+        first = next(iter(places), 0 if has_docstring else -1)
     end = first + 1
     while end in places:
         end += 1

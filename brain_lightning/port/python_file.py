@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -13,6 +14,8 @@ from .by_hand import WrittenOut, remarks, written_out_step
 from .equivalents import OURS
 from .uses import Uses, taken_names
 
+# A comment that goes with what starts the process group.
+OF_THE_GROUP = re.compile("ddp|distributed|group|process|gpu|parallel|launch", re.IGNORECASE)
 Line = cst.SimpleStatementLine
 Block = TypeVar("Block", cst.IndentedBlock, cst.Module)
 
@@ -119,10 +122,11 @@ class _Rewrite(cst.CSTTransformer):
     def leave_SimpleStatementLine(
         self, original_node: Line, updated_node: Line
     ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
-        """Changes imports, and empties the lines that go."""
+        """Changes imports, and marks the lines that go."""
         if original_node in self._uses.removed:
             return updated_node.with_changes(
-                body=[], leading_lines=_without_last_comment(updated_node.leading_lines)
+                body=[imports.GONE],
+                leading_lines=_without_its_comment(updated_node.leading_lines),
             )
         split = self._splits.get(original_node)
         if split is None:
@@ -157,12 +161,12 @@ class _Rewrite(cst.CSTTransformer):
     def leave_IndentedBlock(
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.BaseSuite:
-        """Takes out the lines that were emptied; the last one becomes ``pass``."""
-        return _without_empty(updated_node)
+        """Takes out the lines that are gone; where no other is left, it needs a ``pass``."""
+        return _without_gone(updated_node)
 
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
         """Imports what no line of the file imports yet."""
-        module = _without_empty(updated_node)
+        module = _without_gone(updated_node)
         new: list[Line] = []
         place = imports.end_of_imports(module.body)
         if any(name in self._taken for name in self._uses.replaced.values()):
@@ -218,24 +222,26 @@ def _count(found: cst.Import | cst.ImportFrom | None) -> int:
     return len(found.names)
 
 
-def _without_last_comment(lines: Sequence[cst.EmptyLine]) -> Sequence[cst.EmptyLine]:
-    """The lines above a statement without the comment that is about it."""
+def _without_its_comment(lines: Sequence[cst.EmptyLine]) -> Sequence[cst.EmptyLine]:
+    """The lines above what starts the process group, without the comment that is about it."""
     blank = [n for n, line in enumerate(lines) if line.comment is None]
-    return lines[: blank[-1] + 1] if blank else []
+    start = blank[-1] + 1 if blank else 0
+    comments = [line.comment.value for line in lines[start:] if line.comment]
+    return lines[:start] if any(map(OF_THE_GROUP.search, comments)) else lines
 
 
-def _without_empty(block: Block) -> Block:
-    """Takes out the lines that were emptied, and keeps what stands above them."""
+def _without_gone(block: Block) -> Block:
+    """Takes out the lines that are gone, and keeps what stands above them."""
     kept: list[cst.BaseStatement] = []
     above: list[cst.EmptyLine] = []
     for statement in block.body:
-        if isinstance(statement, Line) and not statement.body:
+        if isinstance(statement, Line) and statement.body[0] is imports.GONE:
             above += statement.leading_lines
             continue
         kept.append(_below(above, statement) if above else statement)
         above = []
-    if len(kept) == len(block.body) or (not kept and isinstance(block, cst.IndentedBlock)):
-        return block
+    if not kept and block.body and isinstance(block, cst.IndentedBlock):
+        return block.with_changes(body=[Line([cst.Pass()], leading_lines=above)])
     return block.with_changes(body=kept, footer=[*above, *block.footer])
 
 

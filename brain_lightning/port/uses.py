@@ -122,6 +122,16 @@ class Uses(cst.CSTVisitor):
         node.value.visit(self)
         return False
 
+    def visit_AssignTarget(self, node: cst.AssignTarget) -> bool:
+        """``sb.Brain = ...`` replaces it for others too."""
+        name = self.dotted(node.target)
+        if name in IN_SCRIPTS:
+            says = f"{name} is set here, which stays: ours is {OURS}.{IN_SCRIPTS[name]}"
+            self.remarks.append((self.line(node), says))
+            for each in names_in(node):
+                self._uses[each] = each.value
+        return name not in IN_SCRIPTS
+
     def visit_Name(self, node: cst.Name) -> None:
         """Finds the uses of what is imported."""
         name = self.dotted(node)

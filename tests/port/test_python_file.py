@@ -195,6 +195,9 @@ REMARKS = {
     "from speechbrain.utils.distributed import ddp_init_group\nf(ddp_init_group)": (
         2, "ddp_init_group: take it out",
     ),
+    "import speechbrain as sb\nx = sb.nnet\nsb.core.Brain = x": (
+        3, "speechbrain.core.Brain is set here, which stays: ours is brain_lightning.Brain",
+    ),
     OF_A_BRAIN + "clip_grad_norm_(self.modules.parameters(), self.hparams.clip)": (
         4, "clips gradients by hand, which stays",
     ),
@@ -219,6 +222,19 @@ def test_what_stays_is_named(text: str) -> None:
     [(found, said)] = port_python(text).remarks
     assert found == line
     assert says in said
+
+
+def test_what_is_about_something_else_is_left_alone() -> None:
+    assert port_python("").text == ""
+    ported = port_python(
+        "import speechbrain as sb\nclass Toy(sb.Brain): pass\ndef main():\n"
+        "    # Read it.\n    sb.utils.distributed.ddp_init_group(1)\n    read()\n"
+    )
+    assert ported.text.endswith("def main():\n    # Read it.\n    read()\n")
+    monkeypatched = "import speechbrain as sb\nsb.Brain.fit_batch = mine\nsb.Brain = other\n"
+    assert port_python(monkeypatched).text.endswith(
+        "\nBrain.fit_batch = mine\nsb.Brain = other\n"
+    )
 
 
 def test_what_run_options_and_the_trainer_reach_is_not_named() -> None:
