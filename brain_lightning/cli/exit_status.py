@@ -6,7 +6,8 @@ MISTAKE = 2
 EXPLANATION = """\
 exit status:
   0    all is well
-  1    verify found a difference; or a crash, with its traceback
+  1    verify found a difference; port left something as it is; or a crash, with
+       its traceback
   2    a mistake in the command line, the recipe's options or its files
   130  Ctrl-C
   143  SIGTERM; what could be saved is saved

@@ -58,7 +58,11 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
 
 
 def verify(
-    script: str, words: Sequence[str], steps: int, trainer: Mapping[str, Any]
+    script: str,
+    words: Sequence[str],
+    steps: int,
+    trainer: Mapping[str, Any],
+    ported: tuple[str, Sequence[str]] | None = None,
 ) -> Comparison:
     """Runs a recipe through both loops from the same seed.
 
@@ -70,6 +74,8 @@ def verify(
         words: Its command line.
         steps: Training batches of each Brain; 0 for all of them.
         trainer: Arguments of the Trainer.
+        ported: The script on our Brain and its command line, to run in the place of this one
+            on the Trainer.
 
     Returns:
         What both did, and where they differ first.
@@ -81,8 +87,14 @@ def verify(
         raise RecipeError("verify needs SpeechBrain: pip install speechbrain")
     check_script(script)
     task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
+    runs = {"speechbrain": task, "trainer": task}
+    if ported is not None:
+        runs = {
+            "speechbrain": task,
+            "ported": {**task, "script": ported[0], "words": ported[1]},
+        }
     with tempfile.TemporaryDirectory(prefix="brain_lightning_verify_") as folder:
-        sides = [_run_side(side, task, Path(folder)) for side in ("speechbrain", "trainer")]
+        sides = [_run_side(side, each, Path(folder)) for side, each in runs.items()]
     theirs, ours = sides
     return Comparison(theirs["events"], ours["events"], Evidence.of(ours))
 

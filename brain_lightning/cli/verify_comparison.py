@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -45,6 +45,18 @@ class Comparison:
         """The first event that differs: with its epoch, its step and its tensor."""
         pairs = zip_longest(self.theirs, self.ours)
         return next((describe(theirs, ours) for theirs, ours in pairs if theirs != ours), None)
+
+    def without_hooks(self, names: Collection[str]) -> Comparison:
+        """The same without the calls of some hooks.
+
+        Args:
+            names: Hooks that are called on one side alone, and do nothing there.
+        """
+        theirs, ours = (
+            [e for e in events if str(e.get("hook")).partition("(")[0] not in names]
+            for events in (self.theirs, self.ours)
+        )
+        return replace(self, theirs=theirs, ours=ours)
 
     def as_json(self) -> str:
         """For scripts: both sides' steps, stages and hooks, and the verdict."""

@@ -29,10 +29,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from brain_lightning.brain.brain import Brain
 from brain_lightning.brain.patch import patch_speechbrain
 from brain_lightning.step.optimizers import parameters_of
 
-from .script import run_script
+from .script import run_recipe, run_script
 
 # Every hook of a Brain that its loops call, except fit_batch and optimizers_step: a Brain
 # that overrides them does its own stepping.
@@ -257,7 +258,7 @@ def record(
     """Runs a recipe and records what it does.
 
     Args:
-        side: ``speechbrain`` or ``trainer``: whose loops run.
+        side: ``speechbrain`` or ``trainer``: whose loops run; ``ported``: on our Brain.
         script: The script.
         words: Its command line.
         steps: See ``Recorder``.
@@ -270,11 +271,15 @@ def record(
     """
     seed_everything()
     recorder, witness = Recorder(steps), TrainerWitness()
-    recorder.watch(importlib.import_module("speechbrain.core").Brain)
+    theirs = importlib.import_module("speechbrain.core").Brain
+    recorder.watch(Brain if side == "ported" else theirs)
     seed_everything()
     try:
         with patch_speechbrain(trainer, [witness]) if side == "trainer" else nullcontext():
-            run_script(script, words)
+            if side == "ported":
+                run_recipe(script, words, trainer, [witness])
+            else:
+                run_script(script, words)
     except SystemExit as end:
         if end.code not in (None, 0):
             recorder.add("error", error=f"exit status {end.code}")

@@ -32,7 +32,7 @@ run_row() { # ROW PYTHON TORCH TORCHAUDIO LIGHTNING SPEECHBRAIN
     "$(interpreter "$2")" -m venv "$venv"
     printf '%s\n' "torch==$3" "torchaudio==$4" "lightning==$5" "speechbrain==$6" >"$venv/constraints.txt"
     "$venv/bin/pip" install -q -U pip
-    "$venv/bin/pip" install -q -c "$venv/constraints.txt" -e ".[test]"
+    "$venv/bin/pip" install -q -c "$venv/constraints.txt" -e ".[test,port]"
     # Warnings are errors on the tested versions only: each release has others.
     "$venv/bin/python" -m pytest -q -p no:cacheprovider -W default >"$venv/tests.log" 2>&1 || true
     echo "| $1 | $2 | $3 | $5 | $6 | $(tail -1 "$venv/tests.log") |"

@@ -1,4 +1,4 @@
-"""Recognizes tones, on Lightning's Trainer: ``python train.py hparams.yaml [--overrides]``."""
+"""Recognizes tones: ``python train.py hparams.yaml [--overrides]``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Recognizes tones, on SpeechBrain: ``python train.py hparams.yaml [--overrides]``."""
+"""Recognizes tones: ``python train.py hparams.yaml [--overrides]``."""
 
 import sys
 

@@ -1,0 +1,126 @@
+"""``brain-lightning port``: writes the port of a recipe."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from brain_lightning.errors import RecipeError
+from brain_lightning.options.parse_arguments import split_trainer
+
+from .script import check_script, parse_command
+from .verify import verify
+
+if TYPE_CHECKING:
+    # LibCST is an optional extra.
+    from brain_lightning.port.recipe import PortedRecipe
+
+
+def main(parser: ArgumentParser, words: list[str]) -> int:
+    """Ports a recipe, and says what of it stays as it is.
+
+    Args:
+        parser: The parser of this command.
+        words: What follows the command.
+
+    Returns:
+        The exit status: 0 where the whole recipe is ported.
+
+    Raises:
+        RecipeError: LibCST is not installed; a file cannot be read, ported or written.
+    """
+    parser.usage = (
+        "%(prog)s SCRIPT [HPARAMS ...] [--write | --out DIR] [--verify [--override=value]]"
+    )
+    parser.description = (
+        "Writes the port of a recipe to brain_lightning as a diff, for `git apply` or "
+        "`patch -p1`. What stays as it is, is said on stderr, line by line. The exit status "
+        "is 0 only where the whole recipe is ported."
+    )
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--write", action="store_true", help="change the files themselves")
+    target.add_argument(
+        "--out", metavar="DIR",
+        help="write the files into another folder, with the modules beside the script that "
+        "it imports",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="run the recipe on SpeechBrain's loop and its port, with the overrides that "
+        "follow, and compare as `verify` does",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="N",
+        help="for --verify: training batches of each Brain (default: %(default)s); 0: all",
+    )  # fmt: skip
+    options, script, rest = parse_command(parser, words)
+    files = [word for word in rest if word.endswith((".yaml", ".yml")) and word[0] != "-"]
+    overrides = [word for word in rest if word not in files]
+    if overrides and not options.verify:
+        parser.error(f"{' '.join(overrides)}: overrides are for --verify")
+    recipe = _ported(script, files)
+    # Before anything is written: --write changes what is to be compared with.
+    is_equal = not options.verify or _is_equal(recipe, options, overrides)
+    _give(recipe, options)
+    print(_summary(recipe), file=sys.stderr)  # noqa: T201
+    return 0 if is_equal and recipe.outcome == "whole" else 1
+
+
+def _ported(script: str, files: Sequence[str]) -> PortedRecipe:
+    if importlib.util.find_spec("libcst") is None:
+        raise RecipeError("port needs LibCST: pip install 'brain_lightning[port]'")
+    from brain_lightning.port.recipe import port_recipe
+
+    check_script(script)
+    return port_recipe(Path(script), [Path(file) for file in files])
+
+
+def _give(recipe: PortedRecipe, options: Namespace) -> None:
+    from brain_lightning.port.files import unified_diff, write_beside, write_in_place
+
+    if options.out is not None:
+        places = write_beside(recipe.changes, Path(options.out))
+        print(*places.values(), sep="\n")  # noqa: T201
+    elif options.write:
+        for path in write_in_place(recipe.changes):
+            print(path)  # noqa: T201
+    else:
+        sys.stdout.write(unified_diff(recipe.changes))
+
+
+def _is_equal(recipe: PortedRecipe, options: Namespace, overrides: Sequence[str]) -> bool:
+    """Runs the recipe, and its port in a folder like the recipe's own."""
+    from brain_lightning.port.files import link_rest, write_beside
+
+    trainer, words = split_trainer(overrides)
+    with tempfile.TemporaryDirectory(prefix="brain_lightning_port_") as folder:
+        places = write_beside(recipe.changes, Path(folder))
+        link_rest(places)
+        comparison = verify(
+            str(recipe.script),
+            [*map(str, recipe.hparams[:1]), *words],
+            options.steps,
+            trainer,
+            ported=(
+                str(places[recipe.script]),
+                [*(str(places[path]) for path in recipe.hparams[:1]), *words],
+            ),
+        )
+    comparison = comparison.without_hooks(recipe.hooks_apart)
+    print(comparison.as_text(), file=sys.stderr)  # noqa: T201
+    return comparison.verified
+
+
+def _summary(recipe: PortedRecipe) -> str:
+    from brain_lightning.port.files import changed_lines
+
+    counts = [count for change in recipe.changes if (count := changed_lines(change))]
+    said = f"ported {recipe.outcome}: {sum(counts)} lines changed (files: {len(counts)})"
+    if recipe.remarks:
+        said += f"; {len(recipe.remarks)} to look at"
+    return "\n".join([*map(str, recipe.remarks), f"{recipe.script}: {said}"])

@@ -1,0 +1,253 @@
+"""Ports a Python file: its concrete syntax tree keeps comments and layout as they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import libcst as cst
+from libcst.metadata import MetadataWrapper
+
+from . import imports
+from .by_hand import WrittenOut, remarks, written_out_step
+from .equivalents import OURS
+from .uses import Uses, taken_names
+
+# A comment that goes with what starts the process group.
+OF_THE_GROUP = re.compile("ddp|distributed|group|process|gpu|parallel|launch", re.IGNORECASE)
+Line = cst.SimpleStatementLine
+Block = TypeVar("Block", cst.IndentedBlock, cst.Module)
+
+
+class PortedFile(NamedTuple):
+    """A Python file that was ported.
+
+    Attributes:
+        text: Its text.
+        brains: The names of its Brains.
+        remarks: Lines of the file as it was, and what stays on them.
+        step: A ``fit_batch`` that is taken out, for arguments in YAML that do the same.
+    """
+
+    text: str
+    brains: list[str]
+    remarks: list[tuple[int, str]]
+    step: WrittenOut | None
+
+
+def port_python(
+    text: str, local: Collection[str] = (), hparams: Sequence[Mapping[str, str]] = ()
+) -> PortedFile:
+    """Replaces what ours has too, and takes out what starts the process group.
+
+    Args:
+        text: The file's text.
+        local: Names of modules beside it.
+        hparams: The plain hyperparameters of each of its YAML files.
+
+    Returns:
+        The text with those changes, and not one more.
+    """
+    wrapper = MetadataWrapper(cst.parse_module(text))
+    uses = Uses(wrapper, local)
+    wrapper.visit(uses)
+    step = written_out_step(uses, hparams)
+    if step is not None:
+        uses.removed.add(step.method)
+    ported = wrapper.module.visit(_Rewrite(wrapper.module, uses, taken_names(wrapper)))
+    stays = [*uses.remarks, *remarks(uses, step and step.method)]
+    names = [brain.name.value for brain in uses.brains]
+    return PortedFile(ported.code, names, sorted(stays), step)
+
+
+class _Rewrite(cst.CSTTransformer):
+    """Makes the changes.
+
+    Args:
+        module: The file.
+        uses: What was found in it.
+        taken: Names that mean something else in it.
+    """
+
+    def __init__(self, module: cst.Module, uses: Uses, taken: Collection[str]) -> None:
+        super().__init__()
+        self._uses, self._taken = uses, taken
+        self._top_level = set(module.body)
+        # What is to be imported at the top, and whether a line that imports it was found.
+        self._needed = {n for n in uses.replaced.values() if n not in taken}
+        self._splits: dict[cst.CSTNode, imports.Split] = {
+            line: imports.split(found, uses.is_unused)
+            for line in _lines(module)
+            if (found := _splittable(line)) is not None
+        }
+        for line, split in self._splits.items():
+            if line in self._top_level and split.kept:
+                self._needed.update(split.ours)
+        self._target = self._find_target(module)
+        self._merge(module)
+
+    def _find_target(self, module: cst.Module) -> cst.CSTNode | None:
+        """The line that all names are imported on: ours, else one that becomes ours."""
+        # One that comes later may come after the first use.
+        first = module.body[: imports.end_of_imports(module.body)]
+        lines = [n for n in first if isinstance(n, Line)]
+        emptied = [n for n in lines if n in self._splits and not self._splits[n].kept]
+        candidates = [
+            *(line for line in lines if _imports_ours(line)),
+            *(line for line in emptied if self._splits[line].ours),
+            *(line for line in emptied if imports.is_speechbrains(line)),
+        ]
+        return candidates[0] if candidates else None
+
+    def _merge(self, module: cst.Module) -> None:
+        """Lines that would import from ours too become one."""
+        for line in module.body if self._target is not None else ():
+            split = self._splits.get(line)
+            if split and split.ours and not split.kept and line is not self._target:
+                self._needed.update(split.ours)
+                self._splits[line] = imports.Split([], [])
+
+    def leave_Attribute(
+        self, original_node: cst.Attribute, updated_node: cst.Attribute
+    ) -> cst.BaseExpression:
+        """``sb.Stage`` becomes ``Stage``."""
+        name = self._uses.replaced.get(original_node)
+        if name is None:
+            return updated_node
+        ours = cst.Name(name)
+        found = cst.Attribute(cst.Name(OURS), ours) if name in self._taken else ours
+        return found.with_changes(lpar=updated_node.lpar, rpar=updated_node.rpar)
+
+    def leave_SimpleStatementLine(
+        self, original_node: Line, updated_node: Line
+    ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
+        """Changes imports, and marks the lines that go."""
+        if original_node in self._uses.removed:
+            return updated_node.with_changes(
+                body=[imports.GONE],
+                leading_lines=_without_its_comment(updated_node.leading_lines),
+            )
+        split = self._splits.get(original_node)
+        if split is None:
+            is_target = original_node is self._target
+            return imports.extended(updated_node, self._needed) if is_target else updated_node
+        return self._import(original_node, updated_node, split)
+
+    def _import(
+        self, original: cst.CSTNode, line: Line, split: imports.Split
+    ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
+        found = imports.import_in(line)
+        if split.kept or not split.ours:
+            if original is self._target and self._needed:
+                return imports.from_ours(self._needed, line.leading_lines)
+            kept = _kept(found, split)
+            line = imports.with_names(line, kept) if len(kept) < _count(found) else line
+            if split.ours and original not in self._top_level:
+                return cst.FlattenSentinel([line, imports.from_ours(split.ours)])
+            return line
+        assert isinstance(found, cst.ImportFrom)
+        moved = found.with_changes(module=cst.Name(OURS))
+        line = line.with_changes(body=[moved])
+        return imports.extended(line, self._needed) if original is self._target else line
+
+    def leave_FunctionDef(
+        self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
+    ) -> cst.BaseStatement | cst.RemovalSentinel:
+        """Takes out a method that goes."""
+        gone = original_node in self._uses.removed
+        return cst.RemoveFromParent() if gone else updated_node
+
+    def leave_IndentedBlock(
+        self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
+    ) -> cst.BaseSuite:
+        """Takes out the lines that are gone; where no other is left, it needs a ``pass``."""
+        return _without_gone(updated_node)
+
+    def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
+        """Imports what no line of the file imports yet."""
+        module = _without_gone(updated_node)
+        new: list[Line] = []
+        place = imports.end_of_imports(module.body)
+        if any(name in self._taken for name in self._uses.replaced.values()):
+            new.append(cst.ensure_type(cst.parse_statement(f"import {OURS}"), Line))
+        if self._needed and self._target is None:
+            new.append(imports.from_ours(self._needed))
+            # After other imports they are a group of their own.
+            above = [cst.EmptyLine(indent=False)] if place else []
+            new[0] = new[0].with_changes(leading_lines=above)
+        return module.with_changes(body=[*module.body[:place], *new, *module.body[place:]])
+
+
+def _lines(module: cst.Module) -> list[Line]:
+    found: list[Line] = []
+    waiting: list[cst.CSTNode] = [module]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Line):
+            found.append(node)
+        elif not isinstance(node, cst.BaseExpression):
+            waiting += node.children
+    return found
+
+
+def _splittable(line: cst.CSTNode) -> cst.Import | cst.ImportFrom | None:
+    found = imports.import_in(line)
+    has_names = found is not None and not isinstance(found.names, cst.ImportStar)
+    return found if has_names and not _imports_ours(line) else None
+
+
+def _imports_ours(line: cst.CSTNode) -> bool:
+    found = imports.import_in(line)
+    return (
+        isinstance(found, cst.ImportFrom)
+        and imports.module_of(found) == OURS
+        and not isinstance(found.names, cst.ImportStar)
+    )
+
+
+def _kept(
+    found: cst.Import | cst.ImportFrom | None, split: imports.Split
+) -> list[cst.ImportAlias]:
+    """The names that stay, as they are in a tree that was visited since."""
+    assert found is not None
+    assert not isinstance(found.names, cst.ImportStar)
+    kept = [alias.evaluated_name for alias in split.kept]
+    return [alias for alias in found.names if alias.evaluated_name in kept]
+
+
+def _count(found: cst.Import | cst.ImportFrom | None) -> int:
+    assert found is not None
+    assert not isinstance(found.names, cst.ImportStar)
+    return len(found.names)
+
+
+def _without_its_comment(lines: Sequence[cst.EmptyLine]) -> Sequence[cst.EmptyLine]:
+    """The lines above what starts the process group, without the comment that is about it."""
+    blank = [n for n, line in enumerate(lines) if line.comment is None]
+    start = blank[-1] + 1 if blank else 0
+    comments = [line.comment.value for line in lines[start:] if line.comment]
+    return lines[:start] if any(map(OF_THE_GROUP.search, comments)) else lines
+
+
+def _without_gone(block: Block) -> Block:
+    """Takes out the lines that are gone, and keeps what stands above them."""
+    kept: list[cst.BaseStatement] = []
+    above: list[cst.EmptyLine] = []
+    for statement in block.body:
+        if isinstance(statement, Line) and statement.body[0] is imports.GONE:
+            above += statement.leading_lines
+            continue
+        kept.append(_below(above, statement) if above else statement)
+        above = []
+    if not kept and block.body and isinstance(block, cst.IndentedBlock):
+        return block.with_changes(body=[Line([cst.Pass()], leading_lines=above)])
+    return block.with_changes(body=kept, footer=[*above, *block.footer])
+
+
+def _below(above: Sequence[cst.EmptyLine], statement: cst.BaseStatement) -> cst.BaseStatement:
+    """A statement with lines above it: one blank line, where there were two of them."""
+    lines: Sequence[cst.EmptyLine] = getattr(statement, "leading_lines", ())
+    if above[-1].comment is None and lines and lines[0].comment is None:
+        above = above[:-1]
+    return statement.with_changes(leading_lines=[*above, *lines])

@@ -1,0 +1,72 @@
+"""A port as a diff, in place, and beside."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from brain_lightning.errors import RecipeError
+from brain_lightning.port.files import (
+    changed_lines,
+    unified_diff,
+    write_beside,
+    write_in_place,
+)
+from brain_lightning.port.recipe import Change
+
+BEFORE = "one\ntwo\x0cstill two\r\nthree\nfour"
+AFTER = "one\n2\r\nthree\nfour and no end of line"
+
+
+@pytest.fixture
+def changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Change]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.py", "hparams/a.yaml", "same.py"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(BEFORE.encode())
+    Path("train.py").chmod(0o750)
+    return [
+        Change(Path("train.py"), BEFORE, AFTER),
+        Change(tmp_path / "hparams" / "a.yaml", BEFORE, AFTER),
+        Change(Path("same.py"), BEFORE, BEFORE),
+    ]
+
+
+@pytest.mark.parametrize("tool", [["git", "apply", "-"], ["patch", "-s", "-p1", "--binary"]])
+def test_the_diff_is_one_that_tools_apply(changes: list[Change], tool: list[str]) -> None:
+    diff = unified_diff(changes)
+    assert [line for line in diff.splitlines() if line.startswith("+++")] == [
+        "+++ b/train.py", "+++ b/hparams/a.yaml",
+    ]  # fmt: skip
+    subprocess.run(tool, input=diff.encode(), check=True)
+    for change in changes:
+        assert change.path.read_bytes().decode() == change.after
+    assert [changed_lines(change) for change in changes] == [4, 4, 0]
+
+
+def test_files_are_written_in_place_through_links(changes: list[Change]) -> None:
+    Path("train.py").rename("real.py")
+    Path("train.py").symlink_to("real.py")
+    assert write_in_place(changes) == [change.path for change in changes[:2]]
+    assert Path("train.py").is_symlink()
+    assert Path("real.py").read_bytes() == AFTER.encode()
+    assert Path("real.py").stat().st_mode & 0o777 == 0o750
+    # Nothing is left of what was written beside them.
+    assert not list(Path().rglob("tmp*"))
+
+
+def test_files_are_written_beside_and_over_no_other(changes: list[Change]) -> None:
+    places = write_beside(changes, Path("out"))
+    assert list(places.values()) == [
+        Path("out", n) for n in ("train.py", "hparams/a.yaml", "same.py")
+    ]
+    assert all(places[c.path].read_bytes().decode() == c.after for c in changes)
+    assert Path("train.py").read_bytes() == BEFORE.encode()
+    write_beside(changes, Path("out"))
+    Path("out/same.py").write_text("of somebody")
+    Path("out/train.py").unlink()
+    with pytest.raises(RecipeError, match="is there already, and is another file"):
+        write_beside(changes, Path("out"))
+    assert not Path("out/train.py").exists()

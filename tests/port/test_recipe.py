@@ -1,0 +1,146 @@
+"""A recipe is its script, the files its Brains come from, and its YAML files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from brain_lightning.errors import RecipeError
+from brain_lightning.port.recipe import port_recipe
+
+SCRIPT = """\
+import sys
+import speechbrain as sb
+from base import Base
+from tools.metrics import rate
+from prepare import prepare
+class Toy(Base):
+    def compute_forward(self, batch, stage):
+        return stage == sb.Stage.TRAIN
+run_opts = sb.parse_arguments(sys.argv[1:])
+"""
+BASE = "import speechbrain as sb\nfrom .inner import x\nclass Base(sb.Brain): pass\n"
+INNER = "import speechbrain as sb\nx = sb.Stage.TRAIN\n"
+YAML = "included: !include:more/model.yaml\nclip: 0.1\nevery: 2\n"
+COUNTER = "counter: !new:speechbrain.utils.epoch_loop.EpochCounter {limit: 1}\n"
+# SpeechBrain's fit_batch, with a clipping and an accumulation of its own.
+STEP = """\
+import torch
+import speechbrain as sb
+class Toy(sb.Brain):
+    def compute_forward(self, batch, stage):
+        return batch
+    def fit_batch(self, batch):
+        '''Fits.'''
+        out = self.compute_forward(batch, sb.Stage.TRAIN)
+        loss = self.compute_objectives(out, batch, sb.Stage.TRAIN)
+        (loss / self.hparams.every).backward()
+        if self.step % self.hparams.every == 0:
+            torch.nn.utils.clip_grad_norm_(self.modules.parameters(), self.hparams.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach().cpu()
+"""
+CLIP = "torch.nn.utils.clip_grad_norm_(self.modules.parameters(), self.hparams.clip)"
+
+
+def written(folder: Path, **texts: str) -> Path:
+    files = {"train.py": SCRIPT, "hparams.yaml": YAML, "more/model.yaml": COUNTER}
+    files |= {name.replace("_in_", "/") + ".py": text for name, text in texts.items()}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder / "train.py"
+
+
+def test_files_that_its_brains_come_from_are_ported_too(tmp_path: Path) -> None:
+    script = written(
+        tmp_path, base_in___init__=BASE, base_in_inner=INNER, tools_in_metrics="rate = 1\n",
+        prepare="import speechbrain\n", unrelated=BASE,
+    )  # fmt: skip
+    recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
+    assert (recipe.outcome, recipe.remarks) == ("whole", [])
+    assert recipe.brains == ["Base"]
+    found = {str(each.path.relative_to(tmp_path)): each for each in recipe.changes}
+    changed = {name for name, each in found.items() if each.before != each.after}
+    assert changed == {"train.py", "base/__init__.py", "more/model.yaml"}
+    # What the script needs beside it; Stage equals ours where no Brain is.
+    assert found.keys() - changed == {
+        "base/inner.py", "tools/metrics.py", "prepare.py", "hparams.yaml",
+    }  # fmt: skip
+    assert "class Base(Brain)" in found["base/__init__.py"].after
+    assert "stage == Stage.TRAIN" in found["train.py"].after
+
+
+def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
+    script = written(tmp_path)
+    recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
+    assert recipe.outcome == "not at all"
+    assert all(each.before == each.after for each in recipe.changes)
+    assert str(recipe.remarks[0]).startswith(f"{script}:6: Toy is a Brain by its methods")
+    script.write_text("import speechbrain as sb\nsb.parse_arguments([])\n")
+    assert str(port_recipe(script).remarks[0]).endswith(
+        ":1: no subclass of Brain: nothing to port"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "section"),
+    [
+        ("", "", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
+                 "    gradient_clip_val: !ref <clip>\n"),
+        # A Brain without hyperparameters could not read it.
+        ("self.hparams.", "", None),
+        ("self.hparams.clip)", "0.5)", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
+                                       "    gradient_clip_val: 0.5\n"),
+        # Without it max_grad_norm would clip.
+        (CLIP, "pass", None),
+        (f"            {CLIP}\n", "", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
+                                      "    gradient_clip_val: 0\n"),
+        # Not SpeechBrain's step.
+        ("loss.detach()", "2 * loss.detach()", None),
+        ("sb.Stage.TRAIN)\n        loss", "sb.Stage.VALID)\n        loss", None),
+        ("self.modules.parameters()", "self.modules.a.parameters()", None),
+        ("            self.optimizer.zero_grad", "        self.optimizer.zero_grad", None),
+        ("(sb.Brain)", "(Mixin, sb.Brain)", None),
+        ("class Toy", "class More(Toy):\n    pass\nclass Toy", None),
+        ("def compute_forward", "def on_fit_batch_end", None),
+        ("self.hparams.every", "self.hparams.missing", None),
+        ("self.hparams.clip", "self.hparams.included", None),
+    ],
+)  # fmt: skip
+def test_a_step_by_hand_that_is_speechbrains_own_becomes_arguments(
+    tmp_path: Path, old: str, new: str, section: str | None
+) -> None:
+    script = written(tmp_path)
+    script.write_text(STEP.replace(old, new) if old else STEP)
+    recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
+    python, yaml, _ = (change.after for change in recipe.changes)
+    if section is None:
+        assert (recipe.outcome, yaml) == ("in part", YAML)
+        assert "def fit_batch" in python
+    else:
+        assert (recipe.outcome, yaml) == ("whole", f"{YAML}\n{section}")
+        # It was there for the clipping alone.
+        assert ("import torch" in python) == (old.endswith("\n"))
+        assert "def fit_batch" not in python
+    # Without the YAML file it is not known.
+    assert "def fit_batch" in port_recipe(script).changes[0].after
+
+
+@pytest.mark.parametrize("more", ["max_grad_norm: 5.0", "precision: bf16", "trainer: {}"])
+def test_a_step_by_hand_stays_where_run_options_would_change_it(
+    tmp_path: Path, more: str
+) -> None:
+    script = written(tmp_path)
+    script.write_text(STEP)
+    (tmp_path / "hparams.yaml").write_text(f"{YAML}{more}\n")
+    assert port_recipe(script, [tmp_path / "hparams.yaml"]).outcome == "in part"
+
+
+def test_what_is_no_python_is_refused(tmp_path: Path) -> None:
+    script = written(tmp_path)
+    script.write_text("class A(:")
+    with pytest.raises(RecipeError, match=r"train\.py, line 1"):
+        port_recipe(script)
