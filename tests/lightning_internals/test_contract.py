@@ -36,7 +36,7 @@ LIGHTNINGS, TORCHS = ({row.name for row in rows} for rows in (LIGHTNING_PARTS, T
 # A module of the package, as the row itself would hide whether the name is used.
 TABLE = PACKAGE / "lightning_internals" / "contract.py"
 # The private names of a Brain, which SpeechBrain has too, are known to all files.
-BRAIN = ("protocol.py", "brain/base.py", "brain/brain.py")
+BRAIN = ("protocol.py", "brain/base.py", "brain/brain.py", "step/older_api.py")
 # Private names of neither Lightning nor torch.
 OTHERS = {
     "_HOOKS": "speechbrain.utils.checkpoints",
