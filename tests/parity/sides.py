@@ -179,6 +179,16 @@ def assert_equal(ours: Record, theirs: Record, random: bool = True) -> None:
             assert torch.equal(mine[name], other[name]), f"{name} differs at stage end {stage}"
 
 
+def assert_same_run(scenario: Scenario, side: Side, theirs: tuple[Record, Any]) -> None:
+    """A side runs a scenario as SpeechBrain did: bits, order, and what the Brain counts."""
+    expected, their_brain = theirs
+    ours, our_brain = run(side, scenario)
+    assert_equal(ours, expected)
+    for counter in ("step", "optimizer_step", "avg_train_loss"):
+        assert getattr(our_brain, counter) == getattr(their_brain, counter)
+    assert_moved(ours)
+
+
 def assert_moved(record: Record) -> None:
     """Some weight is not what it was when the Brain was made."""
     first = record.tensors[0]

@@ -23,7 +23,17 @@ from .recipes import (
     make,
     two_modules,
 )
-from .sides import OURS, PATCHED, SPEECHBRAIN, Record, Side, assert_equal, assert_moved, run
+from .sides import (
+    OURS,
+    PATCHED,
+    SPEECHBRAIN,
+    Record,
+    Side,
+    assert_equal,
+    assert_moved,
+    assert_same_run,
+    run,
+)
 
 SHUFFLED = {"batch_size": 4, "shuffle": True}
 
@@ -658,12 +668,7 @@ def by_speechbrain(scenario: Any) -> tuple[Record, Any]:
 @pytest.mark.parametrize("side", [OURS, PATCHED], ids=lambda side: side.name)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_same_bits_in_same_order(scenario: Any, side: Side) -> None:
-    theirs, their_brain = by_speechbrain(scenario)
-    ours, our_brain = run(side, scenario)
-    assert_equal(ours, theirs)
-    for counter in ("step", "optimizer_step", "avg_train_loss"):
-        assert getattr(our_brain, counter) == getattr(their_brain, counter)
-    assert_moved(ours)
+    assert_same_run(scenario, side, by_speechbrain(scenario))
 
 
 def test_every_pair_of_scenarios_is_a_different_run() -> None:
