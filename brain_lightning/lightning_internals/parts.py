@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from brain_lightning.resume.saved_state import EpochState
 from brain_lightning.stage import Stage
+from brain_lightning.stages.metrics import arguments_of
 from brain_lightning.stages.run import Run
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -54,9 +56,13 @@ class StageParts:
         self._has_begun = self._epoch_is_open = self._is_running = False
         # Whether the Trainer has ended the training, and whether it is it that validates.
         self._refuses = self._by_trainer = False
+        # The Brain's updates that the Trainer has counted.
+        self._counted = 0
         # The epoch that is resumed, until a part that was not over has begun.
         self._resumed: EpochState | None = None
         self._epoch: Any = None
+        # Of the part among those of the epoch.
+        self._index = 0
 
     @property
     def _loop(self) -> BrainFitLoop:
@@ -74,10 +80,27 @@ class StageParts:
 
     def run(self) -> None:
         """Runs all of ``fit``."""
-        self._fit() if self._own_fit is None else self._own_fit()
+        self._fit() if self._own_fit is None else self._fit_by_recipe(self._own_fit)
         self._end_epoch()
         if self._has_begun:
             self._loop.on_run_end()
+
+    def _fit_by_recipe(self, own_fit: Callable[[], Any]) -> None:
+        with TemporaryAttributes() as temporary:
+            hook = self._run.brain.on_stage_end
+            own = update_wrapper(partial(self._on_stage_end, hook), hook)
+            temporary.override(self._run.brain, "on_stage_end", own)
+            own_fit()
+
+    def _on_stage_end(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``on_stage_end`` of a stage that is in none of the parts is a part by itself."""
+        brain = self._run.brain
+        stage, _, epoch, *_ = (*arguments_of(hook, args, kwargs).values(), None)
+        if self._is_running or stage is brain._lightning.stage_type.TEST:
+            return hook(*args, **kwargs)
+        is_train = stage is brain._lightning.stage_type.TRAIN
+        run = self.train_by_recipe if is_train else self.valid_by_recipe
+        return run(lambda: brain.on_stage_end(*args, **kwargs), epoch)
 
     def _fit(self) -> None:
         """``speechbrain.Brain.fit``, of which the recipe overrides a part."""
@@ -122,6 +145,7 @@ class StageParts:
                 # The recipe begins with the next one.
                 state.resumed["epoch"] = None
         self._resumed = state.resumed_epoch
+        self._counted = self._run.brain.optimizer_step
         loop.setup_data()
         # Lightning enables gradients; a recipe may validate within an evaluation.
         with torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -173,13 +197,22 @@ class StageParts:
 
     def _train_by_recipe(self) -> None:
         brain, seen = self._run.brain, []
-        before = brain.optimizer_step
-        with register_optimizer_step_post_hook(lambda *_: seen.append(1)):
+        counts = register_optimizer_step_post_hook(lambda *_: seen.append(1))
+        with counts, TemporaryAttributes() as temporary:
+            temporary.set(brain, "optimizer_step_limit", self._optimizer_step_limit())
             self._run.train.run_by_recipe()
         # A recipe that steps by itself may leave optimizer_step alone.
-        steps = brain.optimizer_step - before or len(seen)
+        steps = brain.optimizer_step - self._counted or len(seen)
         count_steps(self._trainer, steps)
         self._loop.epoch_loop._batches_that_stepped += steps
+
+    def _optimizer_step_limit(self) -> int | None:
+        """The Brain's limit, or ``max_steps`` in its words: a copy of its loop asks for it."""
+        brain, trainer = self._run.brain, self._trainer
+        limits = [brain.optimizer_step_limit]
+        if trainer.max_steps >= 0:
+            limits.append(brain.optimizer_step + trainer.max_steps - trainer.global_step)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _run_epoch(self, epoch: Any, advance: Callable[[], None]) -> None:
         loop, run = self._loop, self._run
@@ -189,8 +222,8 @@ class StageParts:
         if run.train.is_running:
             # There was no batch.
             run.train.end()
-        run.run_state.parts_over += 1
         self._epoch_is_open = True
+        self._counted = run.brain.optimizer_step
 
     # ------------------------------------------------------------------- VALID
 
@@ -276,6 +309,9 @@ class StageParts:
             temporary.set(self._run.trainer, "shows_bar", bar)
             temporary.set(self, "_is_running", True)
             yield True
+        if not within:
+            self._index += 1
+            self._count_parts()
 
     def _may_run(self, kind: Stage, epoch: Any) -> bool:
         self._refuses |= self._trains_nothing
@@ -295,17 +331,23 @@ class StageParts:
         """Whether a part was over before the run was resumed."""
         state, resumed = self._run.run_state, self._resumed
         if epoch != self._epoch:
-            self._epoch, state.parts_over = epoch, 0
+            self._epoch, self._index = epoch, 0
         if resumed is not None and resumed["number"] in (epoch, None):
             over = resumed["train_part" if kind is Stage.TRAIN else "parts_over"]
-            if state.parts_over < over:
-                state.parts_over += 1
+            if self._index < over:
+                self._index += 1
                 return True
         elif resumed is not None and state.resumed is not None:
             # The recipe begins with another epoch.
             self._resumed = state.resumed["epoch"] = None
         if kind is Stage.TRAIN:
-            state.train_part = state.parts_over
+            state.train_part = self._index
         else:
             self._resumed = None
+        self._count_parts()
         return False
+
+    def _count_parts(self) -> None:
+        # Those that follow the TRAIN stage that is resumed may be over as well.
+        over = 0 if self._resumed is None else self._resumed["parts_over"]
+        self._run.run_state.parts_over = max(self._index, over)

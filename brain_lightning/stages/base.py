@@ -85,8 +85,9 @@ class RunStage:
             None
         """
         with TemporaryAttributes() as temporary:
-            hook = functools.partial(self._on_stage_end, self.brain.on_stage_end)
-            temporary.override(self.brain, "on_stage_end", hook)
+            hook = self.brain.on_stage_end
+            own = functools.update_wrapper(functools.partial(self._on_stage_end, hook), hook)
+            temporary.override(self.brain, "on_stage_end", own)
             temporary.override(self, "by_recipe", loop)
             yield
 

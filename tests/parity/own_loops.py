@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.distributed import is_initialized
+from torch.distributed import get_rank, is_initialized
 
 from .recipes import CLASSES, FEATURES, Noisy, dataset, loader, make, two_modules
-from .sides import Record, Side
+from .sides import SPEECHBRAIN, Record, Side
 
 
 def prepared(
@@ -26,7 +32,13 @@ def prepared(
     return train_set, valid_set
 
 
+# What every Brain of a scenario gets, of its run options and its hparams.
+GIVEN: dict[str, dict[str, Any]] = {}
+
+
 def made(side: Side, record: Record, **namespace: Any) -> Any:
+    for name, given in GIVEN.items():
+        namespace[name] = {**namespace.get(name, {}), **given}
     if not is_initialized():
         return make(side, record, two_modules(0.2), **namespace)
     # Without BatchNorm, with which SpeechBrain crashes in several processes on the CPU.
@@ -91,18 +103,31 @@ def a_training_loop_around_speechbrains(side: Side, record: Record) -> Any:
     return brain
 
 
+def attacked(self: Any, batch: Any, stage: Any) -> Any:
+    with torch.enable_grad():
+        x = batch[0].clone().requires_grad_()
+        loss = self.compute_objectives(
+            self.compute_forward([x, batch[1]], stage), batch, stage
+        )
+        (gradient,) = torch.autograd.grad(loss, x)
+    return [batch[0] + 0.1 * gradient.sign(), batch[1]]
+
+
+def validate_attacked(self: Any, stages: Any, valid_set: Any, epoch: Any) -> None:
+    self.on_stage_start(stages.VALID, epoch)
+    self.modules.eval()
+    average = 0.0
+    for batch in valid_set:
+        self.step += 1
+        loss = self.evaluate_batch(attacked(self, batch, stages.VALID), stages.VALID)
+        average = self.update_average(loss, average)
+    self.step = 0
+    self.on_stage_end(stages.VALID, average, epoch)
+
+
 def adversarial(side: Side, record: Record) -> Any:
     """robust_speech: a fit of parts, both written anew, with an attack in each."""
     stages = side.Stage
-
-    def attacked(self: Any, batch: Any, stage: Any) -> Any:
-        with torch.enable_grad():
-            x = batch[0].clone().requires_grad_()
-            loss = self.compute_objectives(
-                self.compute_forward([x, batch[1]], stage), batch, stage
-            )
-            (gradient,) = torch.autograd.grad(loss, x)
-        return [batch[0] + 0.1 * gradient.sign(), batch[1]]
 
     def _fit_train(self: Any, train_set: Any, epoch: Any, enable: bool) -> None:
         self.on_stage_start(stages.TRAIN, epoch)
@@ -118,15 +143,7 @@ def adversarial(side: Side, record: Record) -> Any:
         self.avg_train_loss, self.step = 0.0, 0
 
     def _fit_valid(self: Any, valid_set: Any, epoch: Any, enable: bool) -> None:
-        self.on_stage_start(stages.VALID, epoch)
-        self.modules.eval()
-        average = 0.0
-        for batch in valid_set:
-            self.step += 1
-            loss = self.evaluate_batch(attacked(self, batch, stages.VALID), stages.VALID)
-            average = self.update_average(loss, average)
-        self.step = 0
-        self.on_stage_end(stages.VALID, average, epoch)
+        validate_attacked(self, stages, valid_set, epoch)
 
     def fit(self: Any, epoch_counter: Any, train_set: Any, valid_set: Any) -> None:
         train_set, valid_set = prepared(
@@ -137,6 +154,30 @@ def adversarial(side: Side, record: Record) -> Any:
             self._fit_valid(valid_set, epoch, enable=False)
 
     brain = made(side, record, fit=fit, _fit_train=_fit_train, _fit_valid=_fit_valid)
+    brain.fit(side.EpochCounter(3), dataset(), dataset())
+    return brain
+
+
+def attacked_in_fit_batch(side: Side, record: Record) -> Any:
+    """The same by a fit_batch, which SpeechBrain's _fit_train calls."""
+
+    def fit_batch(self: Any, batch: Any) -> Tensor:
+        for attacked_batch in (batch, attacked(self, batch, side.Stage.TRAIN)):
+            outputs = self.compute_forward(attacked_batch, side.Stage.TRAIN)
+            loss = self.compute_objectives(outputs, batch, side.Stage.TRAIN)
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer_step += 1
+        return loss.detach().cpu()
+
+    def fit(self: Any, epoch_counter: Any, train_set: Any, valid_set: Any) -> None:
+        train_set, valid_set = prepared(side, self, train_set, valid_set, batch_size=4)
+        for epoch in epoch_counter:
+            self._fit_train(train_set=train_set, epoch=epoch, enable=False)
+            validate_attacked(self, side.Stage, valid_set, epoch)
+
+    brain = made(side, record, fit=fit, fit_batch=fit_batch)
     brain.fit(side.EpochCounter(3), dataset(), dataset())
     return brain
 
@@ -237,7 +278,12 @@ def a_brain_within_the_fit_of_another(side: Side, record: Record) -> Any:
 def a_client_of_a_federation(side: Side, record: Record) -> Any:
     """fit is called again and again, on another set each time."""
     brain = made(side, record)
-    for client in range(20):
+    updates = brain.optimizer_step_limit
+    # Each fit of several processes takes a second.
+    for client in range(6 if is_initialized() else 20):
+        if updates is not None:
+            # A Trainer's max_steps is of each fit.
+            brain.optimizer_step_limit = brain.optimizer_step + updates
         train = loader(
             record, brain, dataset(4 + 2 * client), batch_size=2, shuffle=client % 2 == 0
         )
@@ -287,7 +333,60 @@ def a_whole_loop(side: Side, record: Record) -> Any:
 
 SCENARIOS = [
     parts_with_every_second_epoch_validated, a_training_loop_around_speechbrains, adversarial,
+    attacked_in_fit_batch,
     several_sets_in_an_epoch, validations_in_hooks, parts_before_speechbrains_fit,
     brains_in_turns, a_brain_within_the_fit_of_another, a_client_of_a_federation,
     a_validation_that_counts_on, a_whole_loop,
+]  # fmt: skip
+
+
+# ------------------------------------------------- ended by a Trainer, or as SpeechBrain ends
+
+
+def by_max_steps(side: Side) -> tuple[Side, dict[str, Any], dict[str, Any]]:
+    """SpeechBrain's limit, and a Trainer's."""
+    return side, {"optimizer_step_limit": 7}, {"max_steps": 7}
+
+
+def by_early_stopping(side: Side) -> tuple[Side, dict[str, Any], dict[str, Any]]:
+    """Two epochs, and a Trainer that ends after the second."""
+    two = replace(side, EpochCounter=lambda _: side.EpochCounter(2))
+    stopping = EarlyStopping("valid_loss", min_delta=100.0, patience=1)
+    return two, {}, {"callbacks": [stopping]}
+
+
+def ended(scenario: Any, by: Any) -> Any:
+    """A scenario that ends early; what it has learned then is to be compared."""
+
+    def early(side: Side, record: Record) -> Any:
+        speechbrains, options, arguments = by(side)
+        with TemporaryDirectory() as folder:
+            logged = {**arguments, "logger": CSVLogger(folder, "", "")}
+            own = side is SPEECHBRAIN
+            given = {"run_opts": options} if own else {"hparams": {"trainer": logged}}
+            with mock.patch.dict(GIVEN, given):
+                brain = scenario(speechbrains if own else side, record)
+            rows = Path(folder, "metrics.csv")
+            on_main = not is_initialized() or get_rank() == 0
+            assert own or rows.exists() == on_main
+            assert own or not on_main or "train_loss" in rows.read_text()
+        last = record.stage_losses[: 4 if by is by_max_steps else None]
+        record.events.clear()
+        record.tensors.clear()
+        record.stage_losses[:] = last
+        record.results[:] = [brain.optimizer_step]
+        return brain
+
+    early.__name__ = f"{scenario.__name__}_ended_{by.__name__}"
+    return early
+
+
+ENDED = [
+    ended(scenario, by)
+    for scenario in (
+        a_training_loop_around_speechbrains, attacked_in_fit_batch, adversarial,
+        a_client_of_a_federation,
+    )
+    for by in (by_max_steps, by_early_stopping)
+    if scenario is not a_client_of_a_federation or by is by_max_steps
 ]  # fmt: skip

@@ -60,6 +60,14 @@ def test_a_loop_of_ones_own_on_every_rank(records: Any, scenario: Any, side: str
             assert_moved(ours)
 
 
+@pytest.mark.parametrize("scenario", own_loops.ENDED, ids=lambda scenario: scenario.__name__)
+def test_a_loop_of_ones_own_that_the_trainer_ends(records: Any, scenario: Any) -> None:
+    theirs = of(records, scenario, "speechbrain")
+    for rank, ours in enumerate(of(records, scenario)):
+        assert_equal(ours, theirs[rank], random=False)
+        assert ours.results[0] > 0
+
+
 @pytest.mark.gpu
 def test_batchnorm_is_synchronized_on_gpus(tmp_path: Path) -> None:
     torchrun = (*TORCHRUN[:-1], "--nproc_per_node=1")

@@ -43,6 +43,8 @@ def main(folder: str, backend: str = "gloo") -> None:
     loops = own_loops.SCENARIOS if backend == "gloo" else []
     rows = [(s, scenario) for scenario in shared for s in (SPEECHBRAIN, OURS)]
     rows += [(s, scenario) for scenario in loops for s in (SPEECHBRAIN, OURS, PATCHED)]
+    ended = own_loops.ENDED if backend == "gloo" else []
+    rows += [(s, scenario) for scenario in ended for s in (SPEECHBRAIN, OURS)]
     rows += [(OURS, scenario) for scenario in own]
     records = {(side.name, row.__name__): record_of(side, row) for side, row in rows}
     torch.save(records, Path(folder) / f"rank{os.environ['RANK']}.pt")
