@@ -168,7 +168,6 @@ class StageParts:
         if self._epoch_is_open:
             self._epoch_is_open = False
             self._loop.on_advance_end()
-            self._loop.on_iteration_done()
 
     # ------------------------------------------------------------------- TRAIN
 
@@ -337,9 +336,11 @@ class StageParts:
             if self._index < over:
                 self._index += 1
                 return True
-        elif resumed is not None and state.resumed is not None:
-            # The recipe begins with another epoch.
-            self._resumed = state.resumed["epoch"] = None
+        else:
+            self._resumed = None
+            if state.resumed is not None:
+                # The recipe begins with another epoch.
+                state.resumed["epoch"] = None
         if kind is Stage.TRAIN:
             state.train_part = self._index
         else:
