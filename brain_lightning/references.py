@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 # Whose own code is not looked into.
@@ -19,13 +19,19 @@ def referenced(owner: Any, methods: Iterable[str]) -> set[str]:
         methods: The methods to begin with; those of libraries are left out.
     """
     found: set[str] = set()
-    seen, waiting = set(methods), list(methods)
-    while waiting:
-        for function in own_functions(owner, waiting.pop()):
-            names = set(_names(function.__code__))
-            waiting += names - seen
-            seen |= names
-            found |= names
+    seen = set(methods)
+    functions = {function for name in seen for function in own_functions(owner, name)}
+    read: set[FunctionType] = set()
+    while functions:
+        function = functions.pop()
+        read.add(function)
+        names = set(_names(function.__code__))
+        found |= names
+        for name in names - seen:
+            functions |= set(own_functions(owner, name))
+        seen |= names
+        functions |= set(_called(function, names))
+        functions -= read
     return found
 
 
@@ -43,6 +49,21 @@ def own_functions(owner: Any, name: str) -> Iterator[FunctionType]:
         function = inspect.unwrap(value) if callable(value) else None
         if isinstance(function, FunctionType) and not _is_of_a_library(function):
             yield function
+
+
+def _called(function: FunctionType, names: Iterable[str]) -> Iterator[FunctionType]:
+    """Functions beside the methods: those of the module, and those that a decorator keeps."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    for value in (*(function.__globals__.get(name) for name in names), *cells):
+        if isinstance(value, FunctionType) and not _is_of_a_library(value):
+            yield value
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _is_of_a_library(function: FunctionType) -> bool:

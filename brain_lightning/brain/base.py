@@ -131,6 +131,8 @@ class BrainBase(OlderAPI, OptionValues):
         if self.device_type == "cuda":
             torch.cuda.set_device(torch.device(self.device).index or 0)
         self.modules = _on_device(modules or {}, self.device)
+        # SpeechBrain's name for them without a wrapper, which here each has on its own.
+        self.raw_modules = self.modules
 
         self.training_ctx: Any = autocast(self.device, self.precision)
         self.evaluation_ctx: Any = autocast(self.device, self.eval_precision)
@@ -151,11 +153,6 @@ class BrainBase(OlderAPI, OptionValues):
             _join(self, checkpointer)
         elif self._lightning.async_save:
             raise UnsupportedError("async_save saves nothing: give the Brain a checkpointer")
-
-    @property
-    def raw_modules(self) -> ModuleDict:
-        """The modules; each is wrapped on its own, not all of them together."""
-        return self.modules
 
     @property
     def _optimizer_step_limit_exceeded(self) -> bool:

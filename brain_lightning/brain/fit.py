@@ -148,11 +148,10 @@ def _fit_by_parts(
     """``speechbrain.Brain.fit`` within the run of a recipe's own ``fit``."""
     brain.on_fit_start()
     for epoch in epoch_counter:
-        brain._fit_train(train_set, epoch, bar)
-        brain._fit_valid(valid_set, epoch, bar)
-        limit = brain.optimizer_step_limit
+        brain._fit_train(train_set=train_set, epoch=epoch, enable=bar)
+        brain._fit_valid(valid_set=valid_set, epoch=epoch, enable=bar)
         debugged = brain.debug and epoch == brain.debug_epochs
-        if debugged or (limit is not None and brain.optimizer_step >= limit):
+        if debugged or brain._optimizer_step_limit_exceeded:
             break
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -15,7 +15,7 @@ from brain_lightning.errors import UnsupportedError
 from brain_lightning.module.to_lightning import to_lightning
 from brain_lightning.protocol import PARTS, BrainProtocol
 from brain_lightning.references import referenced
-from brain_lightning.stages.epochs import StoppableEpochs
+from brain_lightning.stages.epochs import make_stoppable
 from brain_lightning.stages.run import Run
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -24,7 +24,8 @@ from . import own_trainer as trainers
 logger = logging.getLogger(__name__)
 
 # What a Trainer is given at first; each part brings its own data.
-_NO_DATA = ((),)
+# Long, for Lightning refuses a fraction of it that is less than a batch.
+_NO_DATA = range(1_000_000)
 
 
 def run_part(brain: BrainProtocol, part: str, data: Any, epoch: Any, enable: bool) -> None:
@@ -118,12 +119,16 @@ def _fit_by_parts(
     bound.apply_defaults()
     validates = bound.arguments.get("valid_set", _NO_DATA) is not None
     counter = bound.arguments.get("epoch_counter")
-    if counter is not None:
-        bound.arguments["epoch_counter"] = StoppableEpochs(counter, lambda: _is_over(brain))
-    own_fit = functools.partial(fit, *bound.args, **bound.kwargs)
     running = trainers.trainer_for(brain, trainer)
     _check_validations(running, type(brain).__name__)
-    return _fit_on_trainer(brain, running, own_fit, counter, validates)
+    with TemporaryAttributes() as temporary:
+        if isinstance(counter, Iterable):
+            stoppable = make_stoppable(counter, lambda: _is_over(brain), temporary)
+            bound.arguments["epoch_counter"] = stoppable
+        else:
+            counter = None
+        own_fit = functools.partial(fit, *bound.args, **bound.kwargs)
+        return _fit_on_trainer(brain, running, own_fit, counter, validates)
 
 
 def _check_validations(trainer: Any, brain: str) -> None:
@@ -156,4 +161,5 @@ def _fit_on_trainer(
     module.is_of_fit = True
     valid_data = _NO_DATA if validates else None
     trainers.run(trainer, module, lambda: trainer.fit(module, _NO_DATA, valid_data))
-    return results[0]
+    # None where the Trainer has ended an endless loop.
+    return results[0] if results else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,7 +14,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from brain_lightning.compat.speechbrain import redirect_parts
 from brain_lightning.protocol import PARTS, BrainProtocol, has_own
 from brain_lightning.references import referenced
-from brain_lightning.stages.metrics import arguments_of
 from brain_lightning.stages.run import Run
 from brain_lightning.step.older_api import support_older_api
 from brain_lightning.temporary import TemporaryAttributes
@@ -91,12 +91,22 @@ def _let_run(
     _warn_of_own_loop(type(brain).__name__, part)
     run = parts.train_by_recipe if part == "_fit_train" else parts.valid_by_recipe
 
-    def within_hooks(*args: Any, **kwargs: Any) -> None:
-        epoch = arguments_of(recipe, args, kwargs)["epoch"]
-        run(partial(recipe, *args, **kwargs), epoch)
+    def within_hooks(*args: Any, **kwargs: Any) -> Any:
+        results: list[Any] = []
+        epoch = _epoch_of(recipe, args, kwargs)
+        run(lambda: results.append(recipe(*args, **kwargs)), epoch)
+        return results[0] if results else None
 
     within_hooks.recipe = recipe  # type: ignore[attr-defined]
     temporary.override(brain, part, within_hooks)
+
+
+def _epoch_of(recipe: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
+    """The epoch that a part is called with, whatever the recipe has made of its arguments."""
+    bound = inspect.signature(recipe).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = {**bound.arguments, **kwargs}
+    return given["epoch"] if "epoch" in given else args[1] if len(args) > 1 else None
 
 
 @cache

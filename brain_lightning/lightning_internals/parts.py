@@ -8,8 +8,9 @@ all that follows until the next one, so that callbacks hear of a validation with
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -28,6 +29,14 @@ from .loaders import StageSource
 from .loops import AFTER_TRAINING, BrainEpochLoop, BrainFitLoop, fit_loop_of
 
 logger = logging.getLogger(__name__)
+
+
+# Parts of one kind that a recipe's own loop may ask for after the end: more have no end.
+MOST_LEFT_OUT = 1000
+
+
+class _TrainerHasEnded(BaseException):
+    """Ends a recipe's own ``fit``."""
 
 
 class StageParts:
@@ -56,6 +65,7 @@ class StageParts:
         self._has_begun = self._epoch_is_open = self._is_running = False
         # Whether the Trainer has ended the training, and whether it is it that validates.
         self._refuses = self._by_trainer = False
+        self._refused: Counter[Stage] = Counter()
         # The Brain's updates that the Trainer has counted.
         self._counted = 0
         # The epoch that is resumed, until a part that was not over has begun.
@@ -80,7 +90,8 @@ class StageParts:
 
     def run(self) -> None:
         """Runs all of ``fit``."""
-        self._fit() if self._own_fit is None else self._fit_by_recipe(self._own_fit)
+        with suppress(_TrainerHasEnded):
+            self._fit() if self._own_fit is None else self._fit_by_recipe(self._own_fit)
         self._end_epoch()
         if self._has_begun:
             self._loop.on_run_end()
@@ -113,7 +124,7 @@ class StageParts:
         self._begin()
         while not loop.done:
             epoch, bar = run.epochs.current, run.trainer.shows_bar
-            run.brain._fit_train(run.train.loader.loader, epoch, bar)
+            run.brain._fit_train(train_set=run.train.loader.loader, epoch=epoch, enable=bar)
             if epoch_loop.validation_is_due():
                 self.validate_by_brain(bar)
             self._end_epoch()
@@ -131,7 +142,8 @@ class StageParts:
                 with self._validating():
                     self._loop.epoch_loop.val_loop.setup_data()
             self._given = self._run.valid.given()
-            self._run.brain._fit_valid(self._given, self._run.epochs.current, bar)
+            epoch = self._run.epochs.current
+            self._run.brain._fit_valid(valid_set=self._given, epoch=epoch, enable=bar)
 
     def _begin(self) -> None:
         if self._has_begun:
@@ -320,35 +332,53 @@ class StageParts:
             self._end_epoch()
             self._refuses = self._loop.is_over
         if self._refuses:
+            self._refuse(kind, epoch)
+        return not self._refuses and not self._was_over(kind, epoch)
+
+    def _refuse(self, kind: Stage, epoch: Any) -> None:
+        self._refused[kind] += 1
+        if self._refused[kind] == 1:
             name = "_fit_train" if kind is Stage.TRAIN else "_fit_valid"
             logger.warning(
-                "The Trainer has ended the training: %s of epoch %s is left out.", name, epoch
+                "The Trainer has ended the training: %s of epoch %s is left out, and what "
+                "follows.",
+                name,
+                epoch,
             )
-        return not self._refuses and not self._was_over(kind, epoch)
+        if self._refused[kind] == MOST_LEFT_OUT:
+            logger.warning(
+                "The loop of %s.fit has no end but that of its training, which is over: fit "
+                "ends here. Iterate the epoch_counter that it is given.",
+                type(self._run.brain).__name__,
+            )
+            raise _TrainerHasEnded
 
     def _was_over(self, kind: Stage, epoch: Any) -> bool:
         """Whether a part was over before the run was resumed."""
         state, resumed = self._run.run_state, self._resumed
         if epoch != self._epoch:
             self._epoch, self._index = epoch, 0
-        if resumed is not None and resumed["number"] in (epoch, None):
+        is_resumed = resumed is not None and resumed["number"] in (epoch, None)
+        if resumed is not None and is_resumed:
             over = resumed["train_part" if kind is Stage.TRAIN else "parts_over"]
             if self._index < over:
                 self._index += 1
                 return True
-        else:
+        elif kind is Stage.TRAIN:
             self._resumed = None
             if state.resumed is not None:
                 # The recipe begins with another epoch.
                 state.resumed["epoch"] = None
         if kind is Stage.TRAIN:
             state.train_part = self._index
-        else:
+        elif is_resumed:
             self._resumed = None
         self._count_parts()
         return False
 
     def _count_parts(self) -> None:
         # Those that follow the TRAIN stage that is resumed may be over as well.
-        over = 0 if self._resumed is None else self._resumed["parts_over"]
+        resumed = self._resumed
+        is_resumed = resumed is not None and resumed["number"] in (self._epoch, None)
+        over = resumed["parts_over"] if resumed is not None and is_resumed else 0
         self._run.run_state.parts_over = max(self._index, over)

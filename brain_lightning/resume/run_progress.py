@@ -13,6 +13,7 @@ from torch import Tensor
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.temporary import TemporaryAttributes
 
 from .before_batch import COUNTS, BeforeBatch, gradients, restore_gradients, undo
 from .data_position import DataPosition, recovered_batches
@@ -371,7 +372,7 @@ class RunProgress:
         statistics = None if starting else self._statistics.state()
         return {
             **self._epoch_at(position, 0 if starting else self.position.fitted, statistics),
-            "nonfinite_count": 0 if starting else self.brain.nonfinite_count,
+            "nonfinite_count": 0 if starting else self.counts["nonfinite_count"],
         }
 
     def _epoch_between_batches(
@@ -427,7 +428,10 @@ class RunProgress:
         brain, loss, average = self.brain, self.loss, self.brain.avg_train_loss
         if self.phase is Phase.STEPPED:
             loss = loss.detach().cpu() if isinstance(loss, Tensor) else loss
-            average = brain.update_average(loss, average)
+            with TemporaryAttributes() as temporary:
+                # A hook that validates has set it to 0.
+                temporary.set(brain, "step", self.counts["step"])
+                average = brain.update_average(loss, average)
         untold = self.trainer is not None and self.trainer.is_telling_of_batch()
         again = untold and self.position.can_fetch_again()
         return {

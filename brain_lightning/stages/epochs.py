@@ -13,6 +13,7 @@ from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import REMEDY, by_rank, compare
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import RankMismatchError
+from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
 
@@ -130,20 +131,19 @@ class EpochCounterWithStopper(EpochCounter):
 
 
 class StoppableEpochs:
-    """An epoch counter that ends as well when the Trainer has ended the training.
-
-    For a recipe's own ``fit``, which iterates it. All else is the counter's.
+    """Epoch numbers that end as well when the Trainer has ended the training.
 
     Args:
-        epoch_counter: Any iterable of epoch numbers.
+        numbers: Any iterable that has no position, such as a range or a list.
         is_over: Whether the Trainer has ended the training.
     """
 
-    def __init__(self, epoch_counter: Any, is_over: Callable[[], bool]) -> None:
-        vars(self).update(counter=epoch_counter, is_over=is_over)
+    def __init__(self, numbers: Any, is_over: Callable[[], bool]) -> None:
+        self.numbers = numbers
+        self.is_over = is_over
 
     def __iter__(self) -> Iterator[Any]:
-        numbers = iter(self.counter)
+        numbers = iter(self.numbers)
         while not self.is_over():
             for number in numbers:
                 yield number
@@ -151,25 +151,43 @@ class StoppableEpochs:
             else:
                 return
 
-    def __next__(self) -> Any:
-        if self.is_over():
-            raise StopIteration
-        return next(self.counter)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.counter, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.counter, name, value)
-
-    def __bool__(self) -> bool:
-        return bool(self.counter)
-
     def __len__(self) -> int:
-        return len(self.counter)
+        return len(self.numbers)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.counter[index]
+        return self.numbers[index]
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.numbers == other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def make_stoppable(
+    epoch_counter: Any, is_over: Callable[[], bool], temporary: TemporaryAttributes
+) -> Any:
+    """An epoch counter for a recipe's own ``fit``, which iterates it.
+
+    Args:
+        epoch_counter: Any iterable of epoch numbers.
+        is_over: Whether the Trainer has ended the training.
+        temporary: Records what is changed.
+
+    Returns:
+        The counter itself where it has a position, which recipes read and save.
+    """
+    cls: Any = type(epoch_counter)
+    if not isinstance(epoch_counter, Iterator) or not hasattr(epoch_counter, "__dict__"):
+        return StoppableEpochs(epoch_counter, is_over)
+
+    def __next__(self: Any) -> Any:  # noqa: N807
+        if is_over():
+            raise StopIteration
+        return cls.__next__(self)
+
+    own = {"__next__": __next__, "__module__": cls.__module__}
+    temporary.set(epoch_counter, "__class__", type(cls.__name__, (cls,), own))
+    return epoch_counter
 
 
 class Epochs:

@@ -194,8 +194,8 @@ class TrainStage(RunStage):
 
     def limit_reached(self) -> bool:
         """Whether there were as many updates as ``optimizer_step_limit`` allows."""
-        limit = self.brain.optimizer_step_limit
-        return limit is not None and self.brain.optimizer_step >= limit
+        # A recipe may override it.
+        return bool(self.brain._optimizer_step_limit_exceeded)
 
     def _average(self) -> float:
         return self.brain.avg_train_loss

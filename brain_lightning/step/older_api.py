@@ -156,5 +156,5 @@ def support_older_api(brain: Any, temporary: TemporaryAttributes) -> None:
     """
     if speechbrain.is_speechbrains(brain):
         add_older_api(speechbrain.brain_class(), temporary)
-    elif speechbrain.is_checkpointer(brain.checkpointer):
+    else:
         speechbrain.accept_devices(temporary)
