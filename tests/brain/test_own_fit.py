@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,65 @@ def test_an_error_in_a_loop_of_ones_own_leaves_everything_as_it_was(where: str) 
     before = weights(brain)
     brain.fit(range(1), loader(), loader())
     assert not all_equal(before, weights(brain))
+
+
+@pytest.mark.parametrize("arguments", [{"max_steps": 7}, {"max_epochs": 2}], ids=str)
+def test_a_loop_without_an_end_ends_with_the_trainer(
+    arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Endless(Regression):
+        def fit(self, train_set: Any) -> None:  # type: ignore[override]
+            self.on_fit_start()
+            epoch = 0
+            while self.optimizer_step < 100:
+                epoch += 1
+                self._fit_train(train_set, epoch, False)
+
+    brain = make(Endless)
+    brain.fit(loader(), trainer=arguments)
+    assert brain.optimizer_step == arguments.get("max_steps", 10)
+    assert caplog.text.count("The Trainer has ended the training") == 1
+    assert "The loop of Endless.fit has no end" in caplog.text
+
+
+def test_the_epoch_counter_of_a_fit_is_the_recipes() -> None:
+    class Reads(OwnFit):
+        def fit(self, epoch_counter: Any, *args: Any, **kwargs: Any) -> Any:
+            self.read = isinstance(epoch_counter, EpochCounter), epoch_counter == [4, 5]
+            self.copied = copy.deepcopy(epoch_counter)
+            return super().fit(epoch_counter, *args, **kwargs)
+
+    brain, counter = make(Reads), EpochCounter(9)
+    brain.fit(counter, loader(), trainer={"max_steps": 7})
+    assert brain.read == (True, False)
+    assert (counter.current, type(counter)) == (2, EpochCounter)
+    assert list(brain.copied) == list(range(1, 10))
+    brain.fit([4, 5], loader())
+    assert brain.read == (False, True)
+    assert [event[2] for event in brain.events[-4:]] == [4, 4, 5, 5]
+
+
+@pytest.mark.parametrize("name", ["limit_val_batches", "overfit_batches"])
+def test_fractions_are_of_the_sets_of_the_parts(name: str) -> None:
+    class Counts(OwnFit):
+        batches = 0
+
+        def evaluate_batch(self, batch: Any, stage: Any) -> Any:
+            self.batches += 1
+            return super().evaluate_batch(batch, stage)
+
+    brain = make(Counts)
+    brain.fit(range(1), loader(), loader(), trainer={name: 0.4})
+    assert brain.batches == 2
+
+
+def test_parts_that_a_script_calls_share_the_limits_of_one_trainer() -> None:
+    brain = make(hparams={"trainer": {"max_steps": 7}})
+    brain.on_fit_start()
+    for epoch in range(1, 4):
+        brain._fit_train(loader(), epoch, False)
+        brain._fit_valid(loader(8), epoch, False)
+    assert brain.optimizer_step == 7
+    assert [event[1:] for event in brain.events if event[0] == "start"][:4] == [
+        ("TRAIN", 1), ("VALID", 1), ("TRAIN", 2), ("VALID", 2),
+    ]  # fmt: skip

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
+from speechbrain.utils.checkpoints import Checkpointer
 from torch import Tensor, nn
 from torch.distributed import get_rank, is_initialized
 
@@ -331,12 +332,95 @@ def a_whole_loop(side: Side, record: Record) -> Any:
     return brain
 
 
+def plain(function: Any) -> Any:
+    """A decorator without functools.wraps."""
+    return lambda self, *args, **kwargs: function(self, *args, **kwargs)
+
+
+def parts_of_any_form(side: Side, record: Record) -> Any:
+    """By keywords alone, decorated, with results, and without nonfinite_count."""
+
+    def _fit_train(self: Any, **kwargs: Any) -> str:
+        self.on_stage_start(side.Stage.TRAIN, kwargs["epoch"])
+        self.modules.train()
+        for batch in kwargs["train_set"]:
+            self.step += 1
+            outputs = self.compute_forward(batch, side.Stage.TRAIN)
+            self.compute_objectives(outputs, batch, side.Stage.TRAIN).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.on_stage_end(side.Stage.TRAIN, 1.0, kwargs["epoch"])
+        self.step = 0
+        return "trained"
+
+    @plain
+    def _fit_valid(self: Any, *args: Any, epoch: Any = "none", **kwargs: Any) -> str:
+        side.Brain._fit_valid(self, *args, epoch=epoch, **kwargs)
+        return "validated"
+
+    def fit(self: Any, epochs: Any, data: Any) -> None:
+        self.on_fit_start()
+        for epoch in epochs:
+            parts = self._fit_train(train_set=data, epoch=epoch, enable=False)
+            self.parts = [parts, self._fit_valid(data, enable=False), list(epochs)]
+
+    brain = made(side, record, fit=fit, _fit_train=_fit_train, _fit_valid=_fit_valid)
+    brain.fit(range(2), loader(record, brain, shuffle=True))
+    record.results.append(brain.parts)
+    return brain
+
+
+def called_by_a_function(side: Side, record: Record) -> Any:
+    """A limit of the Brain's that the recipe has written, and parts that a function calls."""
+
+    def limit(self: Any) -> bool:
+        return self.optimizer_step >= 8
+
+    def fit(self: Any, epochs: Any, data: Any) -> None:
+        all_parts(self, epochs, data)
+
+    brain = made(side, record, fit=fit, _optimizer_step_limit_exceeded=property(limit))
+    brain.fit(range(3), loader(record, brain, shuffle=True))
+    brain.raw_modules = None
+    return brain
+
+
+def all_parts(brain: Any, epochs: Any, data: Any) -> None:
+    brain.on_fit_start()
+    for epoch in epochs:
+        brain._fit_train(data, epoch, False)
+        brain._fit_valid(data, epoch, False)
+
+
+def a_checkpoint_of_a_validation_in_a_batch(side: Side, record: Record) -> Any:
+    def on_fit_batch_end(self: Any, *_: Any) -> None:
+        if self.step % 2 == 0:
+            step = self.step
+            self._fit_valid(self.valid, 1, False)
+            self.step = step
+            self.modules.train()
+
+    def on_stage_end(self: Any, stage: Any, *_: Any) -> None:
+        if stage == side.Stage.VALID:
+            self.checkpointer.save_and_keep_only(end_of_epoch=False)
+
+    folder = TemporaryDirectory()
+    modules = two_modules(0.2)
+    brain = make(
+        side, record, modules, checkpointer=Checkpointer(folder.name, modules),
+        on_fit_batch_end=on_fit_batch_end, on_stage_end=on_stage_end,
+    )  # fmt: skip
+    brain.folder, brain.valid = folder, loader(record, brain)
+    brain.fit(range(1, 3), loader(record, brain, shuffle=True))
+    return brain
+
+
 SCENARIOS = [
     parts_with_every_second_epoch_validated, a_training_loop_around_speechbrains, adversarial,
     attacked_in_fit_batch,
     several_sets_in_an_epoch, validations_in_hooks, parts_before_speechbrains_fit,
     brains_in_turns, a_brain_within_the_fit_of_another, a_client_of_a_federation,
-    a_validation_that_counts_on, a_whole_loop,
+    a_validation_that_counts_on, a_whole_loop, parts_of_any_form, called_by_a_function,
 ]  # fmt: skip
 
 
@@ -381,6 +465,10 @@ def ended(scenario: Any, by: Any) -> Any:
     return early
 
 
+# Public recipes' own, in several processes on both Brains.
+PATTERNS = [a_training_loop_around_speechbrains, attacked_in_fit_batch, adversarial]
+# In several processes SpeechBrain's Checkpointer waits where one rank alone saves.
+IN_ONE_PROCESS = [a_checkpoint_of_a_validation_in_a_batch]
 ENDED = [
     ended(scenario, by)
     for scenario in (

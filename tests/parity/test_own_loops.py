@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .own_loops import ENDED, SCENARIOS
+from .own_loops import ENDED, IN_ONE_PROCESS, SCENARIOS
 from .sides import OURS, PATCHED, SPEECHBRAIN, Record, Side, assert_equal, assert_same_run, run
 
 
@@ -17,7 +17,9 @@ def by_speechbrain(scenario: Any) -> tuple[Record, Any]:
 
 
 @pytest.mark.parametrize("side", [OURS, PATCHED], ids=lambda side: side.name)
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize(
+    "scenario", SCENARIOS + IN_ONE_PROCESS, ids=lambda scenario: scenario.__name__
+)
 def test_a_loop_of_ones_own_gives_the_same_bits_in_the_same_order(
     scenario: Any, side: Side
 ) -> None:

@@ -48,11 +48,14 @@ def test_same_bits_in_same_order_on_every_rank(records: Any, scenario: Any) -> N
             assert_moved(ours)
 
 
-@pytest.mark.parametrize("side", ["brain_lightning", "patched"])
+ON_BOTH = [("brain_lightning", each) for each in own_loops.SCENARIOS]
+ON_BOTH += [("patched", each) for each in own_loops.PATTERNS]
+
+
 @pytest.mark.parametrize(
-    "scenario", own_loops.SCENARIOS, ids=lambda scenario: scenario.__name__
+    ("side", "scenario"), ON_BOTH, ids=lambda value: getattr(value, "__name__", value)
 )
-def test_a_loop_of_ones_own_on_every_rank(records: Any, scenario: Any, side: str) -> None:
+def test_a_loop_of_ones_own_on_every_rank(records: Any, side: str, scenario: Any) -> None:
     theirs = of(records, scenario, "speechbrain")
     for rank, ours in enumerate(of(records, scenario, side)):
         assert_equal(ours, theirs[rank])

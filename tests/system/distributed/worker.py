@@ -40,11 +40,11 @@ def main(folder: str, backend: str = "gloo") -> None:
     torch.distributed.init_process_group(backend, timeout=timeout)
     seed_everything(1)
     shared, own = (SHARED, OWN) if backend == "gloo" else (ON_A_GPU, [])
-    loops = own_loops.SCENARIOS if backend == "gloo" else []
+    loops = own_loops.SCENARIOS + own_loops.ENDED if backend == "gloo" else []
+    patched = own_loops.PATTERNS if backend == "gloo" else []
     rows = [(s, scenario) for scenario in shared for s in (SPEECHBRAIN, OURS)]
-    rows += [(s, scenario) for scenario in loops for s in (SPEECHBRAIN, OURS, PATCHED)]
-    ended = own_loops.ENDED if backend == "gloo" else []
-    rows += [(s, scenario) for scenario in ended for s in (SPEECHBRAIN, OURS)]
+    rows += [(s, scenario) for scenario in loops for s in (SPEECHBRAIN, OURS)]
+    rows += [(PATCHED, scenario) for scenario in patched]
     rows += [(OURS, scenario) for scenario in own]
     records = {(side.name, row.__name__): record_of(side, row) for side, row in rows}
     torch.save(records, Path(folder) / f"rank{os.environ['RANK']}.pt")
