@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 from brain_lightning.protocol import BrainProtocol
@@ -51,5 +52,11 @@ def reset_valid_step(brain: BrainProtocol) -> None:
 
 
 def _counts(brain: BrainProtocol) -> bool:
-    is_ours = isinstance(inspect.getattr_static(type(brain), "valid_step", None), ValidStep)
-    return is_ours and brain._lightning.counts_valid_steps
+    return brain._lightning.counts_valid_steps and _is_ours(type(brain))
+
+
+# Asked once for each batch.
+@cache
+def _is_ours(brain_class: type) -> bool:
+    member = inspect.getattr_static(brain_class, "valid_step", None)
+    return isinstance(member, ValidStep)
