@@ -98,6 +98,7 @@ class Method:
         reads: Attributes of ``self``, and where.
         sets: Attributes of ``self`` that are assigned, and where.
         calls: Methods called on anything, and where: ``backward``, ``step``…
+        optimizer_steps: Where ``step()`` of an optimizer is called.
         given: Methods of ``self`` that are called with arguments, and where.
         supers: Methods called on ``super()``, and where.
         super_in_branch: Those of them that are called under an ``if``.
@@ -116,6 +117,7 @@ class Method:
     reads: Locations = field(default_factory=_locations)
     sets: Locations = field(default_factory=_locations)
     calls: Locations = field(default_factory=_locations)
+    optimizer_steps: list[Location] = field(default_factory=list)
     given: Locations = field(default_factory=_locations)
     supers: Locations = field(default_factory=_locations)
     super_in_branch: set[str] = field(default_factory=set)
@@ -138,6 +140,7 @@ class Method:
                 getattr(self, name)[key].extend(locations)
         self.entries |= function.entries
         self.unwraps += function.unwraps
+        self.optimizer_steps += function.optimizer_steps
         self.entry_uses += function.entry_uses
         self.hparams_calls += function.hparams_calls
         self.unread += function.unread

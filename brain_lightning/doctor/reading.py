@@ -282,9 +282,14 @@ class _Reader(ast.NodeVisitor):
         function, at = node.func, self._at(node.func)
         if isinstance(function, (ast.Attribute, ast.Subscript)):
             self._read_hparams_call(function, at, len(node.args) + len(node.keywords))
+        method = self._method
+        if isinstance(function, ast.Name):
+            method.calls[function.id].append(at)
         if not isinstance(function, ast.Attribute):
             return
-        owner, method = function.value, self._method
+        owner = function.value
+        if function.attr == "step" and "opt" in ast.unparse(owner).lower():
+            method.optimizer_steps.append(at)
         if self._is_of_base(node):
             method.supers[function.attr].append(at)
             if self._branches:
