@@ -71,11 +71,13 @@ class Report:
         script: The script.
         brains: One report for each Brain in it, that it imports or that HPARAMS names.
         not_found: What it imports as a Brain and is in no file, and the line of each.
+        not_examined: Its classes that are based on that, and the line of each.
     """
 
     script: str
     brains: list[BrainReport]
     not_found: dict[str, int]
+    not_examined: dict[str, int]
 
 
 def examine(script: str, hparams: str | None = None) -> Report:
@@ -93,7 +95,7 @@ def examine(script: str, hparams: str | None = None) -> Report:
     """
     source = RecipeSource(script, hparams)
     brains = [_examine(brain, source) for brain in source.brains]
-    return Report(script, brains, source.not_found)
+    return Report(script, brains, source.not_found, source.not_examined)
 
 
 def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:

@@ -157,6 +157,7 @@ class RecipeSource:
             hyperparameters name.
         called: Dotted names of the functions that the script calls, and where.
         not_found: Names that the script imports as Brains and are in no file, and where.
+        not_examined: Its classes that are based on these, and where.
 
     Raises:
         RecipeError: A file cannot be read, or is no Python or YAML.
@@ -178,6 +179,7 @@ class RecipeSource:
         found = (self._brain(cls) for cls in [*classes, *self._from_elsewhere()])
         self.brains = [brain for brain in found if brain is not None]
         self.not_found = dict(self._missing())
+        self.not_examined = dict(self._based_on_missing())
 
     def show(self, path: Path) -> str:
         """A file as it is shown: from the script's folder on.
@@ -214,9 +216,25 @@ class RecipeSource:
         for node in imports:
             package = "." * node.level + (node.module or "")
             for alias in node.names:
-                found = self._modules.resolve(self._module, alias.asname or alias.name)
-                if alias.name.endswith("Brain") and found is None:
+                if self._is_missing(alias.name, alias.asname):
                     yield f"{package}.{alias.name}", node.lineno
+        for cls in self._module.classes.values():
+            for base in cls.node.bases:
+                if isinstance(base, ast.Attribute) and self._is_missing(dotted_name(base)):
+                    yield self._module.full_name(base), base.lineno
+
+    def _is_missing(self, name: str, local: str | None = None) -> bool:
+        found = self._modules.resolve(self._module, local or name)
+        return name.endswith("Brain") and found is None
+
+    def _based_on_missing(self) -> Iterator[tuple[str, int]]:
+        """Classes of the script that would be Brains by a base that is in no file."""
+        examined = {brain.name for brain in self.brains}
+        for name, cls in self._module.classes.items():
+            written = [c for c in self._modules.ancestors(cls) if isinstance(c, ClassSource)]
+            bases = {c.module.full_name(base) for c in written for base in c.node.bases}
+            if name not in examined and bases & self.not_found.keys():
+                yield name, cls.node.lineno
 
     def _brain(self, cls: ClassSource) -> BrainSource | None:
         """None for a class that is no Brain."""
