@@ -316,7 +316,8 @@ def _is_harmless(handover: Handover, module: ModuleSource) -> bool:
     first = handover.function.partition(".")[0]
     references = [reference.dotted for reference in module.names.get(first, [])]
     packages = {name.partition(".")[0] for name in references}
-    return hasattr(builtins, first) or bool(packages & WITHOUT_BRAINS)
+    # A partial calls what it is given.
+    return hasattr(builtins, first) or bool(packages & WITHOUT_BRAINS - {"functools"})
 
 
 def _add_chain(brain: BrainSource, name: str, levels: list[dict[str, Method]]) -> None:

@@ -70,6 +70,8 @@ def test_names_are_followed_to_entries_of_modules(tmp_path: Path, is_safe: bool)
 
 def test_what_is_given_the_modules_and_is_in_no_file_is_a_condition(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
-    path.write_text(RECIPE.format("return lost.run(self, batch)"))
-    (brain,) = examine(str(path)).brains
-    assert brain.strategies[-1].endswith("nothing that a wrapper lacks: lost.run (own.py:13)")
+    for called in ("lost.run", "partial"):
+        body = f"return {called}(self, batch)"
+        path.write_text("from functools import partial" + RECIPE.format(body))
+        (brain,) = examine(str(path)).brains
+        assert brain.strategies[-1].endswith(f"that a wrapper lacks: {called} (own.py:13)")
