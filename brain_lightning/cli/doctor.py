@@ -44,8 +44,13 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     else:
         texts = [_text(script, brain) for brain in report.brains]
         texts += [
-            f"{script}:{line}: {name} is in no file that can be found here"
+            f"{script}:{line}: {name} is in no file that can be found here; if its package is "
+            "in another folder, name that folder in PYTHONPATH"
             for name, line in report.not_found.items()
+        ]
+        texts += [
+            f"{script}:{line}: {name} is not examined, for its base is in no file"
+            for name, line in report.not_examined.items()
         ]
         print("\n\n".join(texts) or f"{script}: no subclass of Brain")  # noqa: T201
     return 0

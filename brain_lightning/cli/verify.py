@@ -35,7 +35,8 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         words: What follows the command.
 
     Returns:
-        The exit status: 0 where everything is equal, and a Trainer ran what is compared.
+        The exit status: 0 where everything is equal, the recipe does not fail, and a Trainer
+            ran what is compared.
     """
     parser.usage = (
         "%(prog)s SCRIPT [HPARAMS] [--override=value] [--steps=N] [--json] [--trainer.X=Y]"
@@ -43,7 +44,8 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     parser.description = (
         "Runs a recipe through SpeechBrain's loop and through a Trainer's, from the same "
         "seed, and compares hooks, losses, learning rates, gradients and weights. The exit "
-        "status is 0 only where everything is equal, and a Trainer ran one of them."
+        "status is 0 only where everything is equal, the recipe does not fail, and a Trainer "
+        "ran one of them."
     )
     parser.add_argument(
         "--steps", type=int, default=10, metavar="N",

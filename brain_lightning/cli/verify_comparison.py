@@ -32,13 +32,18 @@ class Comparison:
 
     @property
     def verified(self) -> bool:
-        """Whether every event is the same, and a Trainer ran those of one side."""
-        return self.equal and not self.evidence.without_trainer
+        """Whether every event is the same, without an error, and a Trainer ran one side."""
+        return self.equal and not self.error and not self.evidence.without_trainer
 
     @property
     def equal(self) -> bool:
         """Whether every event is the same on both sides, bit for bit."""
         return self.theirs == self.ours
+
+    @property
+    def error(self) -> str | None:
+        """The error that ended the recipe on SpeechBrain's loop."""
+        return next((event["error"] for event in _of_kind("error", self.theirs)), None)
 
     @property
     def first_difference(self) -> str | None:
@@ -72,6 +77,7 @@ class Comparison:
             "equal": self.equal,
             "first_difference": self.first_difference,
             "verified": self.verified,
+            "error": self.error,
             "without_trainer": self.evidence.without_trainer,
             "own_loops": self.evidence.own_loops,
         }
@@ -84,10 +90,14 @@ class Comparison:
         )
 
     def _verdict(self) -> Iterator[str]:
+        if self.error:
+            yield f"the recipe fails on SpeechBrain's own loop: {self.error}"
         if not self.equal:
             yield f"DIFFERENT: {self.first_difference}"
         elif missing := self.evidence.missing():
             yield f"NOT VERIFIED: {missing}"
+        elif self.error:
+            yield "NOT VERIFIED: every event before that error is the same on both sides"
         else:
             yield "equal: every event is the same on both sides, bit for bit"
             if note := self.evidence.note():

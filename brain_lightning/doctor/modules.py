@@ -56,12 +56,26 @@ class Reference(NamedTuple):
         return Reference(f"{self.dotted}.{rest}" if rest else self.dotted, self.root)
 
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionSource:
+    """A function as it is written, and the file that it is in."""
+
+    node: Function
+    module: ModuleSource
+
+
 @dataclass(frozen=True, eq=False)
 class ClassSource:
     """A class as it is written, and the file that it is in."""
 
     node: ast.ClassDef
     module: ModuleSource
+
+
+Found = ClassSource | FunctionSource | str
 
 
 class ModuleSource:
@@ -74,6 +88,7 @@ class ModuleSource:
         path: The file.
         nodes: All of its syntax tree.
         classes: Its classes, by name.
+        functions: Its functions that are in no class, by name.
         names: What names that are imported or assigned stand for; there may be several, as in
             ``try: from a import X``, ``except ImportError: from b import X``.
         stars: What ``import *`` is from.
@@ -84,9 +99,12 @@ class ModuleSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.nodes = list(ast.walk(_parse(path)))
+        tree = _parse(path)
+        self.nodes = list(ast.walk(tree))
         classes = [node for node in self.nodes if isinstance(node, ast.ClassDef)]
         self.classes = {node.name: ClassSource(node, self) for node in classes}
+        self.functions = {node.name: FunctionSource(node, self) for node in tree.body
+                          if isinstance(node, Function)}  # fmt: skip
         self.names: dict[str, list[Reference]] = defaultdict(list)
         self.stars: list[Reference] = []
         for node in self.nodes:
@@ -144,8 +162,8 @@ class Modules:
 
     def resolve(
         self, module: ModuleSource, dotted: str, seen: Seen | None = None
-    ) -> ClassSource | str | None:
-        """Finds a class by the name that it has in a file.
+    ) -> Found | None:
+        """Finds a class or a function by the name that it has in a file.
 
         Args:
             module: The file.
@@ -153,8 +171,8 @@ class Modules:
             seen: What was looked for already: imports may go in circles.
 
         Returns:
-            The class; for a Brain of SpeechBrain or ours what ``BRAINS`` says; None where the
-            name is no class, or is not found.
+            The class or function; for a Brain of SpeechBrain or ours what ``BRAINS`` says;
+            None where the name is something else, or is not found.
         """
         first, _, rest = dotted.partition(".")
         seen = set() if seen is None else seen
@@ -163,6 +181,8 @@ class Modules:
         seen.add((module.path, first))
         if first in module.classes and not rest:
             return module.classes[first]
+        if first in module.functions and not rest:
+            return module.functions[first]
         for reference in module.names.get(first, []):
             if reference.dotted.startswith(ALIAS):
                 name = reference.joined(rest).dotted.removeprefix(ALIAS)
@@ -176,8 +196,8 @@ class Modules:
 
     def follow(
         self, reference: Reference, importer: Path, seen: Seen | None = None
-    ) -> ClassSource | str | None:
-        """Finds a class by its name from the top package on.
+    ) -> Found | None:
+        """Finds a class or a function by its name from the top package on.
 
         Args:
             reference: The name.
@@ -210,9 +230,9 @@ class Modules:
             Classes; for a Brain of SpeechBrain or ours what ``BRAINS`` says.
         """
         found = [self._base(cls, dotted_name(base)) for base in cls.node.bases]
-        return [base for base in found if base is not None]
+        return [base for base in found if isinstance(base, (ClassSource, str))]
 
-    def _base(self, cls: ClassSource, name: str) -> ClassSource | str | None:
+    def _base(self, cls: ClassSource, name: str) -> Found | None:
         if name == cls.node.name:
             # class Brain(Brain): of the one that is imported.
             imported = cls.module.names.get(name, [])

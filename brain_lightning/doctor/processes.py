@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from .method import OF_A_MODULE_DICT, EntryUse, HparamsCall, Location
+from .meaning import OF_A_MODULE_DICT
+from .method import EntryUse, HparamsCall, Location
 from .modules import SPEECHBRAINS
 from .remark import DDP, ONE_DEVICE, Remark, remark
 from .source import BrainSource, RecipeSource
@@ -55,6 +56,20 @@ def process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark
     yield from _hparams_remarks(brain, source)
     yield from _wrapper_remarks(brain)
     yield from _group_remarks(brain, source)
+
+
+def unread_functions(brain: BrainSource) -> list[str]:
+    """Functions that are given the Brain or its modules, and are in no file.
+
+    Args:
+        brain: The Brain.
+
+    Returns:
+        Each once, with its line.
+    """
+    found = ((h.function, h.at) for method in brain.every() for h in method.unread
+             if method.name != "__init__" and h.processes != "one")  # fmt: skip
+    return [f"{name or 'a function'} ({at})" for name, at in dict(found).items()]
 
 
 def depends_on_hparams(brain: BrainSource, source: RecipeSource) -> bool:
@@ -125,6 +140,14 @@ def _wrapper_remarks(brain: BrainSource) -> Iterator[Remark]:
     )
     yield from _about_uses(
         DDP, says, (u for u in around if u.learns and u.attribute not in OF_A_MODULE)
+    )
+    kept = [use for use in uses if use.how == "kept" and use.at in learning and use.learns]
+    says = (
+        "gradients would not be averaged, for __init__ keeps an entry of modules before it is "
+        "in its wrapper: {}. Read it from self.modules"
+    )
+    yield from _about_uses(
+        DDP, says, (u for u in kept if u.attribute not in OF_A_MODULE - {"forward"})
     )
     says = "there is no wrapper in one process, and no .module: {}"
     alone = [u for u in bare if u.attribute == "module" and u.processes != "several"]

@@ -11,7 +11,7 @@ from brain_lightning.protocol import MANUAL_HOOKS
 
 from .loops import is_whole, loop_remarks
 from .method import Location
-from .processes import depends_on_hparams, process_remarks
+from .processes import depends_on_hparams, process_remarks, unread_functions
 from .remark import ARGUMENTS, DDP, ONE_DEVICE, Remark
 from .source import BrainSource, RecipeSource
 from .updates import old_api_remarks, update_remarks
@@ -26,6 +26,7 @@ PARALLEL = "ddp (each entry of modules in its own DistributedDataParallel)"
 IF_NO_ENTRY = (
     ", if nothing that it calls in hparams is one of modules (doctor SCRIPT HPARAMS looks)"
 )
+IF_READ = ", if what is given self or modules uses nothing that a wrapper lacks: {}"
 BACKBONE = "BackboneFinetuning unless init_optimizers leaves the backbone out"
 
 
@@ -70,11 +71,13 @@ class Report:
         script: The script.
         brains: One report for each Brain in it, that it imports or that HPARAMS names.
         not_found: What it imports as a Brain and is in no file, and the line of each.
+        not_examined: Its classes that are based on that, and the line of each.
     """
 
     script: str
     brains: list[BrainReport]
     not_found: dict[str, int]
+    not_examined: dict[str, int]
 
 
 def examine(script: str, hparams: str | None = None) -> Report:
@@ -92,7 +95,7 @@ def examine(script: str, hparams: str | None = None) -> Report:
     """
     source = RecipeSource(script, hparams)
     brains = [_examine(brain, source) for brain in source.brains]
-    return Report(script, brains, source.not_found)
+    return Report(script, brains, source.not_found, source.not_examined)
 
 
 def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
@@ -103,6 +106,8 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
     remarks = list(_remarks(brain, source))
     limited = {name for remark in remarks for name in remark.limits}
     parallel = PARALLEL + (IF_NO_ENTRY if depends_on_hparams(brain, source) else "")
+    if unread := unread_functions(brain):
+        parallel += IF_READ.format(", ".join(unread))
     strategies = {ONE_DEVICE: ONE_DEVICE, DDP: parallel}
     return BrainReport(
         name=brain.name,

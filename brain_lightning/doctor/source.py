@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .hparams import HparamsSource
-from .method import EntryUse, HparamsCall, Location, Locations, Method, read_method
-from .modules import ClassSource, Modules, ModuleSource, Reference, dotted_name
+from .meaning import ITSELF, MODULES, Kept
+from .method import EntryUse, Handover, HparamsCall, Location, Locations, Method
+from .modules import (
+    WITHOUT_BRAINS,
+    ClassSource,
+    Function,
+    FunctionSource,
+    Modules,
+    ModuleSource,
+    Reference,
+    dotted_name,
+)
+from .reading import read_function, read_method
 
 # Where a batch is learned from, as far as a Brain's methods are concerned.
 LEARNING = ("fit_batch", "compute_forward", "compute_objectives", "on_fit_batch_start",
@@ -145,6 +157,7 @@ class RecipeSource:
             hyperparameters name.
         called: Dotted names of the functions that the script calls, and where.
         not_found: Names that the script imports as Brains and are in no file, and where.
+        not_examined: Its classes that are based on these, and where.
 
     Raises:
         RecipeError: A file cannot be read, or is no Python or YAML.
@@ -166,6 +179,7 @@ class RecipeSource:
         found = (self._brain(cls) for cls in [*classes, *self._from_elsewhere()])
         self.brains = [brain for brain in found if brain is not None]
         self.not_found = dict(self._missing())
+        self.not_examined = dict(self._based_on_missing())
 
     def show(self, path: Path) -> str:
         """A file as it is shown: from the script's folder on.
@@ -202,9 +216,25 @@ class RecipeSource:
         for node in imports:
             package = "." * node.level + (node.module or "")
             for alias in node.names:
-                found = self._modules.resolve(self._module, alias.asname or alias.name)
-                if alias.name.endswith("Brain") and found is None:
+                if self._is_missing(alias.name, alias.asname):
                     yield f"{package}.{alias.name}", node.lineno
+        for cls in self._module.classes.values():
+            for base in cls.node.bases:
+                if isinstance(base, ast.Attribute) and self._is_missing(dotted_name(base)):
+                    yield self._module.full_name(base), base.lineno
+
+    def _is_missing(self, name: str, local: str | None = None) -> bool:
+        found = self._modules.resolve(self._module, local or name)
+        return name.endswith("Brain") and found is None
+
+    def _based_on_missing(self) -> Iterator[tuple[str, int]]:
+        """Classes of the script that would be Brains by a base that is in no file."""
+        examined = {brain.name for brain in self.brains}
+        for name, cls in self._module.classes.items():
+            written = [c for c in self._modules.ancestors(cls) if isinstance(c, ClassSource)]
+            bases = {c.module.full_name(base) for c in written for base in c.node.bases}
+            if name not in examined and bases & self.not_found.keys():
+                yield name, cls.node.lineno
 
     def _brain(self, cls: ClassSource) -> BrainSource | None:
         """None for a class that is no Brain."""
@@ -215,21 +245,79 @@ class RecipeSource:
         location = Location(self.show(cls.module.path), cls.node.lineno)
         brain = BrainSource(cls.node.name, location, base)
         written = [c for c in ancestors if isinstance(c, ClassSource)]
-        levels = [self._methods(c) for c in written]
+        levels = [self._methods(c, Kept()) for c in written]
+        kept = _kept(levels)
+        levels = [self._methods(c, kept) for c in written]
+        for cls, level in zip(written, levels, strict=True):
+            for method in level.values():
+                self._read_handovers(method, cls.module, written, kept, [])
         for name in dict.fromkeys(name for level in levels for name in level):
             _add_chain(brain, name, levels)
         return brain
 
-    def _methods(self, cls: ClassSource) -> dict[str, Method]:
+    def _methods(self, cls: ClassSource, kept: Kept) -> dict[str, Method]:
         """The methods of a class, and what takes the place of one: ``fit_batch = other``."""
         file, found = self.show(cls.module.path), {}
         for node in cls.node.body:
             match node:
                 case ast.FunctionDef() | ast.AsyncFunctionDef():
-                    found[node.name] = read_method(node, cls.node.name, file)
+                    found[node.name] = read_method(node, cls.node.name, file, kept)
                 case ast.Assign([ast.Name(name)]):
                     found[name] = Method(name, Location(file, node.lineno), cls.node.name)
         return found
+
+    def _read_handovers(
+        self,
+        method: Method,
+        module: ModuleSource,
+        written: list[ClassSource],
+        kept: Kept,
+        within: list[Function],
+    ) -> None:
+        """Reads the functions that a method gives the Brain or its modules to."""
+        for handover in method.handovers:
+            if _is_harmless(handover, module):
+                continue
+            found = self._function(handover, module, written)
+            if found is None and {ITSELF, MODULES} & {*handover.given.values()}:
+                method.unread.append(handover)
+            elif found is not None and found.node not in within:
+                file = self.show(found.module.path)
+                function = read_function(found.node, file, handover, kept)
+                inner = [*within, found.node]
+                self._read_handovers(function, found.module, written, kept, inner)
+                method.absorb(function)
+
+    def _function(
+        self, handover: Handover, module: ModuleSource, written: list[ClassSource]
+    ) -> FunctionSource | None:
+        owner, _, name = handover.function.rpartition(".")
+        if owner != "self":
+            found = self._modules.resolve(module, handover.function)
+            return found if isinstance(found, FunctionSource) else None
+        methods = ((cls, node) for cls in written for node in cls.node.body)
+        return next((FunctionSource(node, cls.module) for cls, node in methods
+                     if isinstance(node, Function) and node.name == name), None)  # fmt: skip
+
+
+def _kept(levels: list[dict[str, Method]]) -> Kept:
+    """What attributes stand for; ``__init__`` is over before entries are in wrappers."""
+    meanings: dict[str, str] = {}
+    bare: dict[str, str] = {}
+    for method in (method for level in levels for method in level.values()):
+        for name, meaning in method.keeps.items():
+            early = method.name == "__init__" and meaning != MODULES
+            (bare if early else meanings)[name] = meaning
+    return Kept({name: m for name, m in meanings.items() if name not in bare}, bare)
+
+
+def _is_harmless(handover: Handover, module: ModuleSource) -> bool:
+    """Functions of Python and torch use nothing of a Brain that a wrapper lacks."""
+    first = handover.function.partition(".")[0]
+    references = [reference.dotted for reference in module.names.get(first, [])]
+    packages = {name.partition(".")[0] for name in references}
+    # A partial calls what it is given.
+    return hasattr(builtins, first) or bool(packages & WITHOUT_BRAINS - {"functools"})
 
 
 def _add_chain(brain: BrainSource, name: str, levels: list[dict[str, Method]]) -> None:

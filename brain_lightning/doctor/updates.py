@@ -6,10 +6,15 @@ from collections.abc import Iterator
 
 from brain_lightning.protocol import MANUAL_HOOKS
 
+from .method import Location
 from .modules import SPEECHBRAINS
 from .remark import Remark, remark
 from .source import BrainSource
 
+# What Brain's own step does for its optimizers.
+OF_STEPS = (
+    "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision",
+)  # fmt: skip
 # What Brain has no longer since SpeechBrain 1.0, and what SpeechBrain's own loop says to it.
 OF_OLD = {
     "_compile_jit": "self._compile_jit()",
@@ -34,9 +39,36 @@ def update_remarks(brain: BrainSource) -> Iterator[Remark]:
         yield from _scaler_remarks(brain)
     elif "optimizers_step" in brain.chains and brain.base == SPEECHBRAINS:
         yield _algorithm_is_refused(brain)
+    if not steps_itself(brain):
+        yield from _beside_the_step(brain)
     if brain.is_own("evaluate_batch") and "evaluation_ctx" not in brain.reads:
         says = "validation stays fp32: compute it within self.evaluation_ctx"
         yield remark("precision", says, brain.methods["evaluate_batch"])
+
+
+def _beside_the_step(brain: BrainSource) -> Iterator[Remark]:
+    """What a recipe does beside Brain's own ``fit_batch``, where nothing of it reaches."""
+    if at := _update_beside_the_step(brain):
+        says = (
+            "this backward() or step() is beside Brain's own step: it is made in each batch "
+            "whatever accumulate_grad_batches is, is not clipped, and has no scaler"
+        )
+        yield remark("fit_batch", says, at, *OF_STEPS)
+    autocasts = [at for method in brain.learning for at in method.calls.get("autocast", [])]
+    if autocasts and not {"precision", "auto_mix_prec"} & _known(brain):
+        says = "the recipe's own autocast decides within it, not this: leave it out"
+        yield remark("precision", says, min(autocasts))
+
+
+def _update_beside_the_step(brain: BrainSource) -> Location | None:
+    """Where gradients are made or applied first, the methods of Brain's own step apart."""
+    own = brain.reached_from(["optimizers_step"])
+    methods = [*brain.learning, *brain.every(brain.reached_from(["on_fit_batch_end"]))]
+    found = [
+        at for method in methods if method.name not in own
+        for at in (*method.calls.get("backward", []), *method.optimizer_steps)
+    ]  # fmt: skip
+    return min(found, default=None)
 
 
 def steps_itself(brain: BrainSource) -> bool:

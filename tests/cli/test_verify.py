@@ -129,3 +129,35 @@ def test_a_recipe_that_fails_by_itself_is_told_so(
     error = capsys.readouterr().err
     assert "no batch was run on the side of speechbrain" in error
     assert "KeyError: 'wav'" in error
+
+
+FAILS_LATER = """
+import sys, torch, speechbrain as sb
+class Own(sb.Brain):
+    def compute_forward(self, batch, stage):
+        return self.modules.model(batch)
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.square().mean()
+Own({"model": torch.nn.Linear(3, 1)}, torch.optim.Adam, {}, {"device": "cpu"}).fit(
+    range(1), list(torch.rand(2, 2, 3)), progressbar=False
+)
+sys.exit(3)
+"""
+
+
+@pytest.mark.usefixtures("in_forks")
+def test_a_recipe_that_fails_on_both_sides_after_its_fit_is_not_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = verify(script(tmp_path, FAILS_LATER), capsys=capsys)
+    assert status == 1
+    assert found["equal"]
+    assert (found["verified"], found["error"]) == (False, "exit status 3")
+    event = {"kind": "error", "error": "RuntimeError: late", "stage": "", "epoch": None}
+    failed = [{**event, "step": 2}]
+    *_, said, verdict = Comparison(failed, failed).as_text().splitlines()
+    assert said == "the recipe fails on SpeechBrain's own loop: RuntimeError: late"
+    assert verdict.startswith("NOT VERIFIED: every event before that error is the same")
+    *_, said, verdict = Comparison(failed, []).as_text().splitlines()
+    assert said.endswith("RuntimeError: late")
+    assert verdict.startswith("DIFFERENT: ")

@@ -11,6 +11,9 @@ import pytest
 from lightning.pytorch import Trainer
 
 from brain_lightning.cli.main import main
+from brain_lightning.doctor import examine
+from brain_lightning.doctor.remark import ARGUMENTS
+from brain_lightning.doctor.updates import OF_STEPS
 from tests.support.scripts import TOY, script
 
 # SpeechBrain's own.
@@ -193,3 +196,35 @@ def test_doctor_of_a_script_without_brain_or_python(
     assert "no subclass of Brain" in capsys.readouterr().out
     assert main(["doctor", script(tmp_path, "def (")]) == 2
     assert "line 1: invalid syntax" in capsys.readouterr().err
+
+
+BESIDE = """
+import torch
+import speechbrain as sb
+from torch.amp import autocast
+
+class Beside(sb.Brain):
+    def compute_forward(self, batch, stage):
+        return self.modules.model(batch)
+
+    def compute_objectives(self, predictions, batch, stage):
+        {}
+        return predictions.sum()
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "unsafe"),
+    [
+        ("self.hparams.scheduler.step()", set()),
+        ("with torch.autocast('cpu', enabled=False): self.modules.a(batch)", {"precision"}),
+        ("with autocast('cuda'): self.modules.a(batch)", {"precision"}),
+        ("self.modules.disc(batch).sum().backward()", set(OF_STEPS)),
+        ("self.disc_opt.step()", set(OF_STEPS)),
+    ],
+)
+def test_doctor_sees_what_is_beside_brains_own_step(
+    tmp_path: Path, text: str, unsafe: set[str]
+) -> None:
+    (brain,) = examine(script(tmp_path, BESIDE.format(text))).brains
+    assert {*ARGUMENTS} - {*brain.arguments} - {"devices"} == unsafe

@@ -82,8 +82,15 @@ def test_a_brain_that_is_in_no_file_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "lost.py"
-    path.write_text(FILES["lost.py"])
+    path.write_text(
+        FILES["lost.py"] + "import nowhere as n\nclass Below(Lost): ...\n"
+        "class Dotted(n.brains.TheirBrain): ...\nclass NoBrain(n.Other): ...\n"
+    )
     report = examine(str(path))
-    assert report.not_found == {"nowhere_at_all.LostBrain": 1}
+    assert report.not_found == {"nowhere_at_all.LostBrain": 1, "nowhere.brains.TheirBrain": 5}
+    assert report.not_examined == {"Lost": 2, "Below": 4, "Dotted": 5}
     assert main(["doctor", str(path)]) == 0
-    assert "lost.py:1: nowhere_at_all.LostBrain is in no file" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "lost.py:1: nowhere_at_all.LostBrain is in no file" in shown
+    assert "name that folder in PYTHONPATH" in shown
+    assert "lost.py:4: Below is not examined, for its base is in no file" in shown
