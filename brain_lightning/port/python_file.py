@@ -26,12 +26,14 @@ class PortedFile(NamedTuple):
     Attributes:
         text: Its text.
         brains: The names of its Brains.
+        has_stage: Whether it used SpeechBrain's Stage, or imported it for others.
         remarks: Lines of the file as it was, and what stays on them.
         step: A ``fit_batch`` that is taken out, for arguments in YAML that do the same.
     """
 
     text: str
     brains: list[str]
+    has_stage: bool
     remarks: list[tuple[int, str]]
     step: WrittenOut | None
 
@@ -58,7 +60,7 @@ def port_python(
     ported = wrapper.module.visit(_Rewrite(wrapper.module, uses, taken_names(wrapper)))
     stays = [*uses.remarks, *remarks(uses, step and step.method)]
     names = [brain.name.value for brain in uses.brains]
-    return PortedFile(ported.code, names, sorted(stays), step)
+    return PortedFile(ported.code, names, uses.has_stage, sorted(stays), step)
 
 
 class _Rewrite(cst.CSTTransformer):

@@ -105,15 +105,19 @@ def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
 def _ported(
     script: Path, texts: Mapping[Path, str], values: Sequence[Mapping[str, str]]
 ) -> dict[Path, PortedFile]:
-    """The script, and files with a Brain; others may use SpeechBrain's Stage, our equal."""
+    """The script, and files with a Brain or a Stage: ours equals theirs, but is another."""
     names = {_module_name(path, script) for path in texts}
     found = {script: _port(script, texts[script], names, values)}
     for path, text in texts.items():
         # Most of what is beside a script prepares data.
-        if path != script and "Brain" in text:
+        if path != script and ("Brain" in text or "Stage" in text):
             # A fit_batch there may be that of many Brains.
             found[path] = _port(path, text, names, [])
-    return {path: each for path, each in found.items() if path == script or each.brains}
+    return {
+        path: each
+        for path, each in found.items()
+        if path == script or each.brains or each.has_stage
+    }
 
 
 def _port_yaml(path: Path, text: str, step: WrittenOut | None, hparams: Sequence[Path]) -> str:

@@ -38,6 +38,7 @@ class Uses(cst.CSTVisitor):
         removed: Statements that go: lines that do nothing but start the process group.
         brains: The classes that are subclasses of a Brain as they are written.
         bases: The names of all classes that others are subclasses of.
+        has_stage: Whether it uses SpeechBrain's Stage, or imports it for others.
         remarks: Lines, and what stays on them.
     """
 
@@ -54,6 +55,7 @@ class Uses(cst.CSTVisitor):
         self._in_texts: set[str] = set()
         self.brains: list[cst.ClassDef] = []
         self.bases: set[str] = set()
+        self.has_stage = False
         self.remarks: list[tuple[int, str]] = []
 
     def is_unused(self, name: str) -> bool:
@@ -97,6 +99,9 @@ class Uses(cst.CSTVisitor):
         if isinstance(node.names, cst.ImportStar) and module in MODULES:
             says = f"from {module} import *: write out Brain, Stage and what else is used"
             self.remarks.append((self.line(node), says))
+        elif not isinstance(node.names, cst.ImportStar):
+            names = {f"{module}.{alias.evaluated_name}" for alias in node.names}
+            self.has_stage |= any(IN_SCRIPTS.get(name) == "Stage" for name in names)
         return False
 
     def visit_SimpleStatementLine(self, node: cst.SimpleStatementLine) -> None:
@@ -112,6 +117,7 @@ class Uses(cst.CSTVisitor):
         name = self.dotted(node)
         if name in IN_SCRIPTS:
             self.replaced[node] = IN_SCRIPTS[name]
+            self.has_stage |= IN_SCRIPTS[name] == "Stage"
         self._check_group(node, name)
         # What comes after the dot is no name of this file.
         node.value.visit(self)

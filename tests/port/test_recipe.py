@@ -21,7 +21,7 @@ class Toy(Base):
 run_opts = sb.parse_arguments(sys.argv[1:])
 """
 BASE = "import speechbrain as sb\nfrom .inner import x\nclass Base(sb.Brain): pass\n"
-INNER = "import speechbrain as sb\nx = sb.Stage.TRAIN\n"
+INNER = "import speechbrain as sb\ndef x(stage): return stage is sb.Stage.TRAIN\n"
 YAML = "included: !include:more/model.yaml\nclip: 0.1\nevery: 2\n"
 COUNTER = "counter: !new:speechbrain.utils.epoch_loop.EpochCounter {limit: 1}\n"
 # SpeechBrain's fit_batch, with a clipping and an accumulation of its own.
@@ -57,20 +57,22 @@ def written(folder: Path, **texts: str) -> Path:
 def test_files_that_its_brains_come_from_are_ported_too(tmp_path: Path) -> None:
     script = written(
         tmp_path, base_in___init__=BASE, base_in_inner=INNER, tools_in_metrics="rate = 1\n",
-        prepare="import speechbrain\n", unrelated=BASE,
+        prepare="import speechbrain\nBrain = 'no Stage'\n", unrelated=BASE,
     )  # fmt: skip
     recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
     assert (recipe.outcome, recipe.remarks) == ("whole", [])
     assert recipe.brains == ["Base"]
     found = {str(each.path.relative_to(tmp_path)): each for each in recipe.changes}
     changed = {name for name, each in found.items() if each.before != each.after}
-    assert changed == {"train.py", "base/__init__.py", "more/model.yaml"}
-    # What the script needs beside it; Stage equals ours where no Brain is.
-    assert found.keys() - changed == {
-        "base/inner.py", "tools/metrics.py", "prepare.py", "hparams.yaml",
-    }  # fmt: skip
+    assert changed == {"train.py", "base/__init__.py", "base/inner.py", "more/model.yaml"}
+    # What the script needs beside it.
+    assert found.keys() - changed == {"tools/metrics.py", "prepare.py", "hparams.yaml"}
     assert "class Base(Brain)" in found["base/__init__.py"].after
     assert "stage == Stage.TRAIN" in found["train.py"].after
+    # Stage equals ours, and is another one.
+    assert found["base/inner.py"].after == (
+        "from brain_lightning import Stage\ndef x(stage): return stage is Stage.TRAIN\n"
+    )
 
 
 def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
