@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -54,7 +55,7 @@ def port_python(
     wrapper = MetadataWrapper(cst.parse_module(text))
     uses = Uses(wrapper, local)
     wrapper.visit(uses)
-    step = written_out_step(uses, hparams)
+    step = written_out_step(uses, ast.parse(text), hparams)
     if step is not None:
         uses.removed.add(step.method)
     ported = wrapper.module.visit(_Rewrite(wrapper.module, uses, taken_names(wrapper)))

@@ -41,7 +41,15 @@ class Toy(sb.Brain):
             self.optimizer.step()
             self.optimizer.zero_grad()
         return loss.detach().cpu()
+def data(hparams):
+    hparams["loader"] = {"batch_size": 2}
+if __name__ == "__main__":
+    file, run_opts, overrides = sb.parse_arguments([])
+    with open(file) as fin:
+        hparams = load_hyperpyyaml(fin, overrides)
+    brain = Toy({}, lambda p: torch.optim.SGD(p, 0.1), hparams, run_opts=run_opts)
 """
+BOTH = "grad_accumulation_factor: !ref <every>\ntrainer:\n    gradient_clip_val: !ref <clip>\n"
 CLIP = "torch.nn.utils.clip_grad_norm_(self.modules.parameters(), self.hparams.clip)"
 
 
@@ -90,8 +98,7 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "section"),
     [
-        ("", "", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
-                 "    gradient_clip_val: !ref <clip>\n"),
+        ("", "", BOTH),
         # A Brain without hyperparameters could not read it.
         ("self.hparams.", "", None),
         ("self.hparams.clip)", "0.5)", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
@@ -110,6 +117,25 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
         ("def compute_forward", "def on_fit_batch_end", None),
         ("self.hparams.every", "self.hparams.missing", None),
         ("self.hparams.clip", "self.hparams.included", None),
+        # An optimizer of all of its modules' parameters.
+        ("lambda p: torch.optim.SGD(p, 0.1)", "hparams['opt']", BOTH),
+        ("lambda p: torch.optim.SGD(p, 0.1)", "torch.optim.Adam", BOTH),
+        ("SGD(p,", "SGD(model.parameters(),", None),
+        ("SGD(p,", "SGD([x for x in p if x.ndim],", None),
+        ("lambda p: torch.optim.SGD(p, 0.1)", "choose(hparams)", None),
+        ("def fit_batch", "def on_fit_start(self): self.optimizer, x = 1, 2\n    def fit_batch",
+         None),
+        # The hyperparameters and run options that were loaded, all of them.
+        ("hparams, run_opts=", "{**hparams}, run_opts=", None),
+        ("run_opts=run_opts", "run_opts={'max_grad_norm': 1}", None),
+        ("hparams, run_opts=run_opts", "hparams, **run_opts", None),
+        ('hparams["loader"]', 'hparams["clip"]', None),
+        ("    brain =", "    hparams.update(clip=1)\n    brain =", None),
+        ("    brain =", "    run_opts = {}\n    brain =", None),
+        ("    brain =", "    make(Toy)\n    brain =", None),
+        ('if __name__ == "__main__":', "def main(hparams):", None),
+        ("    brain = Toy", "    brain = Other", None),
+        ("def compute_forward", "def __init__", None),
     ],
 )  # fmt: skip
 def test_a_step_by_hand_that_is_speechbrains_own_becomes_arguments(
@@ -124,8 +150,6 @@ def test_a_step_by_hand_that_is_speechbrains_own_becomes_arguments(
         assert "def fit_batch" in python
     else:
         assert (recipe.outcome, yaml) == ("whole", f"{YAML}\n{section}")
-        # It was there for the clipping alone.
-        assert ("import torch" in python) == (old.endswith("\n"))
         assert "def fit_batch" not in python
     # Without the YAML file it is not known.
     assert "def fit_batch" in port_recipe(script).changes[0].after
