@@ -13,7 +13,7 @@ from libcst.metadata import MetadataWrapper
 from . import imports
 from .by_hand import WrittenOut, remarks, written_out_step
 from .equivalents import OURS
-from .uses import Uses, taken_names
+from .uses import Uses, qualified_uses
 
 # A comment that goes with what starts the process group.
 OF_THE_GROUP = re.compile("ddp|distributed|group|process|gpu|parallel|launch", re.IGNORECASE)
@@ -58,7 +58,8 @@ def port_python(
     step = written_out_step(uses, ast.parse(text), hparams)
     if step is not None:
         uses.removed.add(step.method)
-    ported = wrapper.module.visit(_Rewrite(wrapper.module, uses, taken_names(wrapper)))
+    qualified = qualified_uses(wrapper, uses.replaced)
+    ported = wrapper.module.visit(_Rewrite(wrapper.module, uses, qualified))
     stays = [*uses.remarks, *remarks(uses, step and step.method)]
     names = [brain.name.value for brain in uses.brains]
     return PortedFile(ported.code, names, uses.has_stage, sorted(stays), step)
@@ -70,15 +71,17 @@ class _Rewrite(cst.CSTTransformer):
     Args:
         module: The file.
         uses: What was found in it.
-        taken: Names that mean something else in it.
+        qualified: What is replaced where its name means something else.
     """
 
-    def __init__(self, module: cst.Module, uses: Uses, taken: Collection[str]) -> None:
+    def __init__(
+        self, module: cst.Module, uses: Uses, qualified: Collection[cst.CSTNode]
+    ) -> None:
         super().__init__()
-        self._uses, self._taken = uses, taken
+        self._uses, self._qualified = uses, qualified
         self._top_level = set(module.body)
         # What is to be imported at the top, and whether a line that imports it was found.
-        self._needed = {n for n in uses.replaced.values() if n not in taken}
+        self._needed = {name for n, name in uses.replaced.items() if n not in qualified}
         self._splits: dict[cst.CSTNode, imports.Split] = {
             line: imports.split(found, uses.is_unused)
             for line in _lines(module)
@@ -119,7 +122,8 @@ class _Rewrite(cst.CSTTransformer):
         if name is None:
             return updated_node
         ours = cst.Name(name)
-        found = cst.Attribute(cst.Name(OURS), ours) if name in self._taken else ours
+        is_qualified = original_node in self._qualified
+        found = cst.Attribute(cst.Name(OURS), ours) if is_qualified else ours
         return found.with_changes(lpar=updated_node.lpar, rpar=updated_node.rpar)
 
     def leave_SimpleStatementLine(
@@ -172,7 +176,7 @@ class _Rewrite(cst.CSTTransformer):
         module = _without_gone(updated_node)
         new: list[Line] = []
         place = imports.end_of_imports(module.body)
-        if any(name in self._taken for name in self._uses.replaced.values()):
+        if self._qualified:
             new.append(cst.ensure_type(cst.parse_statement(f"import {OURS}"), Line))
         if self._needed and self._target is None:
             new.append(imports.from_ours(self._needed))

@@ -116,7 +116,7 @@ def _ported(
     return {
         path: each
         for path, each in found.items()
-        if path == script or each.brains or each.has_stage
+        if path == script or each.brains or each.has_stage or each.remarks
     }
 
 

@@ -123,7 +123,7 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
         ("SGD(p,", "SGD(model.parameters(),", None),
         ("SGD(p,", "SGD([x for x in p if x.ndim],", None),
         ("lambda p: torch.optim.SGD(p, 0.1)", "choose(hparams)", None),
-        ("def fit_batch", "def on_fit_start(self): self.optimizer, x = 1, 2\n    def fit_batch",
+        ("def fit", "def on_fit_start(self): self.optimizer, a = 1, 2\n    def fit",
          None),
         # The hyperparameters and run options that were loaded, all of them.
         ("hparams, run_opts=", "{**hparams}, run_opts=", None),
