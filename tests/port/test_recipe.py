@@ -165,6 +165,38 @@ def test_a_step_by_hand_stays_where_run_options_would_change_it(
     assert port_recipe(script, [tmp_path / "hparams.yaml"]).outcome == "in part"
 
 
+def test_brains_that_yaml_alone_names_are_named(tmp_path: Path) -> None:
+    script = written(tmp_path, base=BASE.replace("from .inner import x\n", ""))
+    script.write_text("import speechbrain as sb\nsb.parse_arguments([])\n")
+    hparams = tmp_path / "hparams.yaml"
+    hparams.write_text(
+        "a: 1\nb: !new:base.Base\nc: !name:library.OtherBrain {}\nd: !new:base.Other\n"
+        "e: !new:brain_lightning.Brain\n"
+    )
+    recipe = port_recipe(script, [hparams])
+    assert [str(each).partition(" is a Brain that no file")[0] for each in recipe.remarks] == [
+        f"{hparams}:2: base.Base", f"{hparams}:3: library.OtherBrain",
+    ]  # fmt: skip
+    # One that the script imports is ported.
+    script.write_text("import base\n")
+    recipe = port_recipe(script, [hparams])
+    assert [each.line for each in recipe.remarks] == [3]
+
+
+def test_a_byte_order_mark_and_line_ends_stay(tmp_path: Path) -> None:
+    script = written(tmp_path)
+    hparams = tmp_path / "hparams.yaml"
+    script.write_bytes(f"\ufeff{STEP}".encode())
+    text = "\ufeffclip: 0.1\r\nevery: 2\r\nc: !new:speechbrain.utils.epoch_loop.EpochCounter"
+    hparams.write_bytes(text.encode())
+    recipe = port_recipe(script, [hparams])
+    python, yaml = (change.after for change in recipe.changes)
+    assert python.startswith("\ufeffimport torch\n")
+    assert "def fit_batch" not in python
+    after = "\ufeffclip: 0.1\r\nevery: 2\r\nc: !new:brain_lightning.EpochCounter\r\n\r\n"
+    assert yaml == after + BOTH.replace("\n", "\r\n")
+
+
 def test_what_is_no_python_is_refused(tmp_path: Path) -> None:
     script = written(tmp_path)
     script.write_text("class A(:")
