@@ -14,6 +14,7 @@ from typing import NamedTuple
 import libcst as cst
 from libcst import matchers
 
+from .instantiation import is_plain
 from .uses import Uses
 
 # The step of SpeechBrain's fit_batch, as ast.unparse writes it; what clips it, and how often.
@@ -37,6 +38,8 @@ AROUND = frozenset({
     "on_fit_batch_start", "on_fit_batch_end", "optimizers_step", "check_gradients",
     "zero_grad", "freeze_optimizers", "check_loss_isfinite", "init_optimizers", "no_sync",
 })  # fmt: skip
+# With one of its own nobody knows what a Brain is given.
+CONSTRUCTOR = "__init__"
 # Run options among hyperparameters, which SpeechBrain's fit_batch reads and this one does not.
 READ_BY_DEFAULT = frozenset({
     "max_grad_norm", "grad_accumulation_factor", "precision", "auto_mix_prec",
@@ -77,11 +80,14 @@ class WrittenOut(NamedTuple):
     factor: str | None
 
 
-def written_out_step(uses: Uses, hparams: Sequence[Mapping[str, str]]) -> WrittenOut | None:
+def written_out_step(
+    uses: Uses, tree: ast.Module, hparams: Sequence[Mapping[str, str]]
+) -> WrittenOut | None:
     """Finds a ``fit_batch`` that a Trainer's arguments replace, with the same numbers.
 
     Args:
         uses: What was found in the file.
+        tree: The file.
         hparams: The plain hyperparameters of each YAML file.
 
     Returns:
@@ -93,12 +99,14 @@ def written_out_step(uses: Uses, hparams: Sequence[Mapping[str, str]]) -> Writte
     found = STEP.fullmatch(_body(methods["fit_batch"])) if "fit_batch" in methods else None
     if (
         found is None
-        or AROUND & methods.keys()
+        or (AROUND | {CONSTRUCTOR}) & methods.keys()
         or bool(found["indent"]) != bool(found["factor"])
     ):
         return None
     norm, factor = found["norm"], found["factor"]
     read = {name.removeprefix(OF_HPARAMS) for name in (norm, factor) if name}
+    if not is_plain(tree, uses.brains[0].name.value, READ_BY_DEFAULT | read):
+        return None
     for values in hparams:
         if (READ_BY_DEFAULT & values.keys()) - read:
             return None

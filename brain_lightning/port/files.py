@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from brain_lightning.errors import RecipeError
@@ -57,7 +58,7 @@ def changed_lines(change: Change) -> int:
 
 
 def write_in_place(changes: Iterable[Change]) -> list[Path]:
-    """Writes each file that changes, whole or not at all.
+    """Writes all files that change, or none.
 
     Args:
         changes: Files as they were and as they become.
@@ -69,9 +70,8 @@ def write_in_place(changes: Iterable[Change]) -> list[Path]:
         RecipeError: One cannot be written.
     """
     written = [change for change in changes if change.before != change.after]
-    for change in written:
-        # What a link stands for, and not the link.
-        _replace(change.path.resolve(), change.after)
+    # What a link stands for, and not the link.
+    _replace({change.path.resolve(): (change.path, change.after) for change in written})
     return [change.path for change in written]
 
 
@@ -86,22 +86,22 @@ def write_beside(changes: Sequence[Change], folder: Path) -> dict[Path, Path]:
         Where each file is now.
 
     Raises:
-        RecipeError: A file is there already, and is another one.
+        RecipeError: A file is there already, and is another one; one cannot be written.
     """
     absolute = {change.path: Path(os.path.abspath(change.path)) for change in changes}
     root = os.path.commonpath([path.parent for path in absolute.values()])
     places = {path: folder / there.relative_to(root) for path, there in absolute.items()}
     for change in changes:
         place = places[change.path]
-        if place.exists() and place.read_bytes() != change.after.encode():
+        if place.is_file() and place.read_bytes() != change.after.encode():
             raise RecipeError(
                 f"{place} is there already, and is another file: remove it, or choose "
                 "another folder for --out"
             )
-    for change in changes:
-        place = places[change.path]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _replace(place, change.after, like=change.path)
+    for place in places.values():
+        with _named(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+    _replace({places[change.path]: (change.path, change.after) for change in changes})
     return places
 
 
@@ -117,12 +117,49 @@ def link_rest(places: Mapping[Path, Path]) -> None:
                 (place.parent / other.name).symlink_to(other)
 
 
-def _replace(path: Path, text: str, like: Path | None = None) -> None:
-    """Writes a file beside its place, and renames it."""
+def _replace(files: Mapping[Path, tuple[Path, str]]) -> None:
+    """Writes files beside their places and renames them; all of them, or none.
+
+    Args:
+        files: Where to, the file whose mode it gets, and the text.
+    """
+    with ExitStack() as undo:
+        written: dict[Path, Path] = {}
+        for path, (like, text) in files.items():
+            with _named(path):
+                written[path] = _temporary(path, text.encode(), like)
+                undo.callback(written[path].unlink, missing_ok=True)
+        for path, temporary in written.items():
+            with _named(path):
+                before = path.read_bytes() if path.is_file() else None
+                os.replace(temporary, path)
+                undo.callback(_restore, path, before)
+        undo.pop_all()
+
+
+def _restore(path: Path, before: bytes | None) -> None:
+    if before is None:
+        path.unlink()
+    else:
+        os.replace(_temporary(path, before, path), path)
+
+
+def _temporary(path: Path, text: bytes, like: Path) -> Path:
+    """A file beside a place, with the mode of another one; nothing is left where it fails."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    with ExitStack() as undo:
+        undo.callback(os.unlink, name)
+        with open(descriptor, "wb") as file:
+            file.write(text)
+        shutil.copymode(like, name)
+        undo.pop_all()
+    return Path(name)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says which file it was that could not be written."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(text.encode())
-        shutil.copymode(like or path, file.name)
-        os.replace(file.name, path)
+        yield
     except OSError as error:
         raise RecipeError(f"{path} cannot be written: {error.strerror}") from error

@@ -157,12 +157,12 @@ def extended(line: cst.SimpleStatementLine, names: Collection[str]) -> cst.Simpl
     """
     found = cst.ensure_type(line.body[0], cst.ImportFrom)
     assert not isinstance(found.names, cst.ImportStar)
-    there = {get_full_name_for_node(alias.name) for alias in found.names}
+    there = {_as(alias.evaluated_name, alias) for alias in found.names}
     more = [name for name in sorted(names) if name not in there]
     if not more:
         return line
     if found.lpar is None and all(alias.asname is None for alias in found.names):
-        return from_ours([*filter(None, there), *more], line.leading_lines).with_changes(
+        return from_ours([*there, *more], line.leading_lines).with_changes(
             trailing_whitespace=line.trailing_whitespace
         )
     added = cst.ensure_type(from_ours(more).body[0], cst.ImportFrom).names

@@ -10,6 +10,8 @@ from brain_lightning.errors import RecipeError
 
 from .equivalents import OURS
 
+# What some editors begin a file in UTF-8 with; it stays.
+BYTE_ORDER_MARK = "\ufeff"
 # A folder of this name beside a script is a checkout of it, not a part of the recipe.
 NOT_LOCAL = frozenset({"speechbrain", OURS})
 
@@ -46,7 +48,7 @@ def parse(text: str, path: Path) -> ast.Module:
         RecipeError: It is no Python.
     """
     try:
-        return ast.parse(text, str(path))
+        return ast.parse(text.removeprefix(BYTE_ORDER_MARK), str(path))
     except (SyntaxError, ValueError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise RecipeError(f"{path}{line}: {error}") from error
@@ -80,16 +82,24 @@ def _imported(tree: ast.Module, here: Path, root: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield from _files(root, alias.name.split("."))
+                yield from files_of(root, alias.name.split("."))
         if isinstance(node, ast.ImportFrom):
             start = root if not node.level else [here, *here.parents][node.level - 1]
             parts = node.module.split(".") if node.module else []
             for alias in node.names:
-                yield from _files(start, [*parts, alias.name])
+                yield from files_of(start, [*parts, alias.name])
 
 
-def _files(folder: Path, parts: list[str]) -> Iterator[Path]:
-    """The modules on the way of a dotted name, packages among them."""
+def files_of(folder: Path, parts: list[str]) -> Iterator[Path]:
+    """The modules on the way of a dotted name, packages among them.
+
+    Args:
+        folder: Where its first part is looked for.
+        parts: The parts of the name.
+
+    Yields:
+        Those that are files.
+    """
     if parts[0] in NOT_LOCAL:
         return
     for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -12,7 +13,7 @@ from libcst.metadata import MetadataWrapper
 from . import imports
 from .by_hand import WrittenOut, remarks, written_out_step
 from .equivalents import OURS
-from .uses import Uses, taken_names
+from .uses import Uses, qualified_uses
 
 # A comment that goes with what starts the process group.
 OF_THE_GROUP = re.compile("ddp|distributed|group|process|gpu|parallel|launch", re.IGNORECASE)
@@ -26,12 +27,14 @@ class PortedFile(NamedTuple):
     Attributes:
         text: Its text.
         brains: The names of its Brains.
+        has_stage: Whether it used SpeechBrain's Stage, or imported it for others.
         remarks: Lines of the file as it was, and what stays on them.
         step: A ``fit_batch`` that is taken out, for arguments in YAML that do the same.
     """
 
     text: str
     brains: list[str]
+    has_stage: bool
     remarks: list[tuple[int, str]]
     step: WrittenOut | None
 
@@ -52,13 +55,14 @@ def port_python(
     wrapper = MetadataWrapper(cst.parse_module(text))
     uses = Uses(wrapper, local)
     wrapper.visit(uses)
-    step = written_out_step(uses, hparams)
+    step = written_out_step(uses, ast.parse(text), hparams)
     if step is not None:
         uses.removed.add(step.method)
-    ported = wrapper.module.visit(_Rewrite(wrapper.module, uses, taken_names(wrapper)))
+    qualified = qualified_uses(wrapper, uses.replaced)
+    ported = wrapper.module.visit(_Rewrite(wrapper.module, uses, qualified))
     stays = [*uses.remarks, *remarks(uses, step and step.method)]
     names = [brain.name.value for brain in uses.brains]
-    return PortedFile(ported.code, names, sorted(stays), step)
+    return PortedFile(ported.code, names, uses.has_stage, sorted(stays), step)
 
 
 class _Rewrite(cst.CSTTransformer):
@@ -67,15 +71,17 @@ class _Rewrite(cst.CSTTransformer):
     Args:
         module: The file.
         uses: What was found in it.
-        taken: Names that mean something else in it.
+        qualified: What is replaced where its name means something else.
     """
 
-    def __init__(self, module: cst.Module, uses: Uses, taken: Collection[str]) -> None:
+    def __init__(
+        self, module: cst.Module, uses: Uses, qualified: Collection[cst.CSTNode]
+    ) -> None:
         super().__init__()
-        self._uses, self._taken = uses, taken
+        self._uses, self._qualified = uses, qualified
         self._top_level = set(module.body)
         # What is to be imported at the top, and whether a line that imports it was found.
-        self._needed = {n for n in uses.replaced.values() if n not in taken}
+        self._needed = {name for n, name in uses.replaced.items() if n not in qualified}
         self._splits: dict[cst.CSTNode, imports.Split] = {
             line: imports.split(found, uses.is_unused)
             for line in _lines(module)
@@ -116,7 +122,8 @@ class _Rewrite(cst.CSTTransformer):
         if name is None:
             return updated_node
         ours = cst.Name(name)
-        found = cst.Attribute(cst.Name(OURS), ours) if name in self._taken else ours
+        is_qualified = original_node in self._qualified
+        found = cst.Attribute(cst.Name(OURS), ours) if is_qualified else ours
         return found.with_changes(lpar=updated_node.lpar, rpar=updated_node.rpar)
 
     def leave_SimpleStatementLine(
@@ -169,7 +176,7 @@ class _Rewrite(cst.CSTTransformer):
         module = _without_gone(updated_node)
         new: list[Line] = []
         place = imports.end_of_imports(module.body)
-        if any(name in self._taken for name in self._uses.replaced.values()):
+        if self._qualified:
             new.append(cst.ensure_type(cst.parse_statement(f"import {OURS}"), Line))
         if self._needed and self._target is None:
             new.append(imports.from_ours(self._needed))

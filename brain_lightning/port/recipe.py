@@ -11,10 +11,10 @@ import libcst
 from brain_lightning.errors import RecipeError
 
 from .by_hand import AROUND, WrittenOut
-from .equivalents import Remark
-from .local_modules import local_modules, parse, read_script
+from .equivalents import OURS, Remark
+from .local_modules import BYTE_ORDER_MARK, files_of, local_modules, parse, read_script
 from .python_file import PortedFile, port_python
-from .yaml_file import included_files, plain_values, port_yaml, with_step
+from .yaml_file import included_files, named_objects, plain_values, port_yaml, with_step
 
 WHOLE, IN_PART, NOT_AT_ALL = "whole", "in part", "not at all"
 
@@ -87,6 +87,7 @@ def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
         for path, each in ported.items()
         for line, says in each.remarks
     ]
+    remarks += _brains_in(yaml, script, ported)
     step = ported[script].step
     after = {path: each.text for path, each in ported.items()}
     after |= {path: _port_yaml(path, text, step, hparams) for path, text in yaml.items()}
@@ -105,15 +106,42 @@ def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
 def _ported(
     script: Path, texts: Mapping[Path, str], values: Sequence[Mapping[str, str]]
 ) -> dict[Path, PortedFile]:
-    """The script, and files with a Brain; others may use SpeechBrain's Stage, our equal."""
+    """The script, and files with a Brain or a Stage: ours equals theirs, but is another."""
     names = {_module_name(path, script) for path in texts}
     found = {script: _port(script, texts[script], names, values)}
     for path, text in texts.items():
         # Most of what is beside a script prepares data.
-        if path != script and "Brain" in text:
+        if path != script and ("Brain" in text or "Stage" in text):
             # A fit_batch there may be that of many Brains.
             found[path] = _port(path, text, names, [])
-    return {path: each for path, each in found.items() if path == script or each.brains}
+    return {
+        path: each
+        for path, each in found.items()
+        if path == script or each.brains or each.has_stage or each.remarks
+    }
+
+
+def _brains_in(
+    yaml: Mapping[Path, str], script: Path, ported: Mapping[Path, PortedFile]
+) -> Iterator[Remark]:
+    """Names Brains that YAML files make, and that are in no file that is ported."""
+    for path, text in yaml.items():
+        for line, name in named_objects(text, str(path)):
+            files = list(files_of(script.parent, name.split(".")[:-1] or [name]))
+            if not ported.keys() & files and _is_brain(name, files):
+                says = (
+                    f"{name} is a Brain that no file of the recipe imports, and stays: give "
+                    "it brain_lightning.Brain where it is defined"
+                )
+                yield Remark(str(path), line, says)
+
+
+def _is_brain(name: str, files: Sequence[Path]) -> bool:
+    """Whether a name is a Brain by its file, or, without a file, by what it is called."""
+    root, attribute = name.split(".")[0], name.split(".")[-1]
+    if files:
+        return any(attribute in _port(f, read_script(f), set(), []).brains for f in files)
+    return attribute.endswith("Brain") and root != OURS
 
 
 def _port_yaml(path: Path, text: str, step: WrittenOut | None, hparams: Sequence[Path]) -> str:
@@ -142,9 +170,11 @@ def _port(
 ) -> PortedFile:
     parse(text, path)
     try:
-        return port_python(text, names, values)
+        ported = port_python(text.removeprefix(BYTE_ORDER_MARK), names, values)
     except libcst.ParserSyntaxError as error:
         raise RecipeError(f"{path}, line {error.raw_line}: {error.message}") from error
+    mark = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
+    return ported._replace(text=mark + ported.text)
 
 
 def _with_included(paths: Sequence[Path]) -> Iterator[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import libcst as cst
@@ -11,6 +11,8 @@ from libcst import matchers
 from libcst.helpers import get_full_name_for_node
 from libcst.metadata import (
     Assignment,
+    BuiltinScope,
+    GlobalScope,
     ImportAssignment,
     MetadataWrapper,
     PositionProvider,
@@ -22,8 +24,14 @@ from libcst.metadata import (
 
 from .equivalents import BRAINS, IN_SCRIPTS, MODULES, OURS, STARTS_PROCESS_GROUP
 
-# A class with one of these is meant to be a Brain.
-OF_A_BRAIN = frozenset({"compute_forward", "compute_objectives", "fit_batch"})
+# A class with a base and one of these is meant to be a Brain.
+OF_A_BRAIN = frozenset({
+    "compute_forward", "compute_objectives", "fit_batch", "evaluate_batch", "on_stage_start",
+    "on_stage_end", "on_fit_batch_start", "on_fit_batch_end", "on_evaluate_start",
+    "init_optimizers", "optimizers_step",
+})  # fmt: skip
+# Theirs are no Brains, whatever they are called.
+KNOWN = frozenset({"speechbrain", OURS})
 
 
 class Uses(cst.CSTVisitor):
@@ -38,6 +46,7 @@ class Uses(cst.CSTVisitor):
         removed: Statements that go: lines that do nothing but start the process group.
         brains: The classes that are subclasses of a Brain as they are written.
         bases: The names of all classes that others are subclasses of.
+        has_stage: Whether it uses SpeechBrain's Stage, or imports it for others.
         remarks: Lines, and what stays on them.
     """
 
@@ -48,12 +57,14 @@ class Uses(cst.CSTVisitor):
         self._positions = wrapper.resolve(PositionProvider)
         self._local = local
         self._classes: set[str] = set()
+        self._named: set[str] = set()
         self.replaced: dict[cst.CSTNode, str] = {}
         self.removed: set[cst.CSTNode] = set()
         self._uses: dict[cst.CSTNode, str] = {}
         self._in_texts: set[str] = set()
         self.brains: list[cst.ClassDef] = []
         self.bases: set[str] = set()
+        self.has_stage = False
         self.remarks: list[tuple[int, str]] = []
 
     def is_unused(self, name: str) -> bool:
@@ -97,6 +108,11 @@ class Uses(cst.CSTVisitor):
         if isinstance(node.names, cst.ImportStar) and module in MODULES:
             says = f"from {module} import *: write out Brain, Stage and what else is used"
             self.remarks.append((self.line(node), says))
+        elif not isinstance(node.names, cst.ImportStar):
+            names = {f"{module}.{alias.evaluated_name}" for alias in node.names}
+            self.has_stage |= any(IN_SCRIPTS.get(name) == "Stage" for name in names)
+            for name in () if node.relative else sorted(names):
+                self._check_brain(node, name)
         return False
 
     def visit_SimpleStatementLine(self, node: cst.SimpleStatementLine) -> None:
@@ -112,6 +128,8 @@ class Uses(cst.CSTVisitor):
         name = self.dotted(node)
         if name in IN_SCRIPTS:
             self.replaced[node] = IN_SCRIPTS[name]
+            self.has_stage |= IN_SCRIPTS[name] == "Stage"
+        self._check_brain(node, name)
         self._check_group(node, name)
         # What comes after the dot is no name of this file.
         node.value.visit(self)
@@ -151,6 +169,18 @@ class Uses(cst.CSTVisitor):
             says = "ddp_init_group: take it out, for the Trainer starts the process group"
             self.remarks.append((self.line(node), says))
 
+    def _check_brain(self, node: cst.CSTNode, name: str) -> None:
+        """Names, once, a Brain that is imported from where nothing is ported."""
+        root, _, attribute = name.rpartition(".")
+        is_elsewhere = name and root.split(".")[0] not in {*KNOWN, *self._local, ""}
+        if is_elsewhere and attribute.endswith("Brain") and name not in self._named:
+            self._named.add(name)
+            says = (
+                f"{name} is a Brain by its name, and is in no file beside the script: "
+                "give it brain_lightning.Brain where it is defined"
+            )
+            self.remarks.append((self.line(node), says))
+
     def visit_ClassDef(self, node: cst.ClassDef) -> None:
         """Finds Brains, and what should be one and is not known to be."""
         self._classes.add(node.name.value)
@@ -163,6 +193,9 @@ class Uses(cst.CSTVisitor):
         if not OF_A_BRAIN & methods or any(self._is_local(base) for base in bases):
             return
         for base in bases[:1]:
+            if self.dotted(base) in self._named:
+                continue
+            self._named.add(self.dotted(base))
             says = (
                 f"{node.name.value} is a Brain by its methods, and its base "
                 f"{cst.Module([]).code_for_node(base)} is in no file beside the script: "
@@ -192,16 +225,38 @@ def names_in(node: cst.CSTNode) -> Iterator[cst.Name]:
         yield from names_in(child)
 
 
-def taken_names(wrapper: MetadataWrapper) -> set[str]:
-    """Names that a file gives to something else than to what ours has.
+def qualified_uses(
+    wrapper: MetadataWrapper, replaced: Mapping[cst.CSTNode, str]
+) -> set[cst.CSTNode]:
+    """Uses of what ours has too, where its name is another's, or a function's own.
 
     Args:
         wrapper: The file.
+        replaced: Expressions, and their name in ours.
 
     Returns:
-        The names: none of them may be imported from ours.
+        Those that have to become ``brain_lightning.Stage`` and the like.
     """
-    scopes = {s for s in wrapper.resolve(ScopeProvider).values() if isinstance(s, Scope)}
+    found = wrapper.resolve(ScopeProvider)
+    taken = _taken_names({scope for scope in found.values() if isinstance(scope, Scope)})
+    return {
+        node
+        for node, name in replaced.items()
+        if name in taken or _is_bound_within(name, found.get(node))
+    }
+
+
+def _is_bound_within(name: str, scope: Any) -> bool:
+    """Whether a scope, or one around it, binds a name before the file itself does."""
+    while scope is not None and not isinstance(scope, GlobalScope | BuiltinScope):
+        if any(each.name == name for each in scope.assignments):
+            return True
+        scope = scope.parent
+    return False
+
+
+def _taken_names(scopes: Collection[Scope]) -> set[str]:
+    """Names that a file gives to something else than to what ours has."""
     assignments = {a for scope in scopes for a in scope.assignments}
     return {
         each.name

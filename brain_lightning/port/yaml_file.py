@@ -52,6 +52,26 @@ def included_files(text: str, path: str) -> list[str]:
     return [tag.removeprefix("include:") for tag in tags if tag.startswith("include:")]
 
 
+def named_objects(text: str, path: str) -> list[tuple[int, str]]:
+    """What of Python's a file makes, names or calls.
+
+    Args:
+        text: The file's text.
+        path: The file, for an error.
+
+    Returns:
+        The line of each tag, and the dotted name in it.
+
+    Raises:
+        RecipeError: It is no YAML.
+    """
+    return [
+        (text.count("\n", 0, start) + 1, found[2])
+        for start, _, tag in _tags(text, path)
+        if (found := TAG.fullmatch(tag))
+    ]
+
+
 def plain_values(text: str, path: str) -> dict[str, str]:
     """The hyperparameters of a file.
 
@@ -91,8 +111,9 @@ def with_step(text: str, clip: str | None, factor: str | None) -> str:
     lines += [] if clip is None else ["trainer:", f"    gradient_clip_val: {clip}"]
     if not lines:
         return text
-    end = "" if text.endswith("\n") else "\n"
-    return "\n".join([f"{text}{end}", *lines, ""])
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    end = "" if text.endswith("\n") else line_end
+    return line_end.join([f"{text}{end}", *lines, ""])
 
 
 def _tags(text: str, path: str) -> Iterator[tuple[int, int, str]]:

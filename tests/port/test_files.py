@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -70,3 +71,34 @@ def test_files_are_written_beside_and_over_no_other(changes: list[Change]) -> No
     with pytest.raises(RecipeError, match="is there already, and is another file"):
         write_beside(changes, Path("out"))
     assert not Path("out/train.py").exists()
+
+
+def test_all_files_are_written_or_none(
+    changes: list[Change], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def fails_on_yaml(source: str | Path, place: str | Path) -> None:
+        if Path(place).suffix == ".yaml":
+            raise PermissionError(13, "Permission denied")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", fails_on_yaml)
+    for write in (write_in_place, lambda changes: write_beside(changes, Path("out"))):
+        with pytest.raises(RecipeError, match=r"a\.yaml cannot be written: Permission denied"):
+            write(changes)
+        assert not list(Path().rglob("tmp*"))
+    assert Path("train.py").read_bytes() == BEFORE.encode()
+    assert Path("train.py").stat().st_mode & 0o777 == 0o750
+    assert not Path("out/train.py").exists()
+
+
+def test_a_folder_that_is_a_file_is_one_mistake(changes: list[Change]) -> None:
+    for folder in ("same.py", "same.py/within"):
+        with pytest.raises(RecipeError, match=r"same\.py.* cannot be written: "):
+            write_beside(changes, Path(folder))
+    # And a file that is a folder.
+    Path("out/train.py").mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"out/train\.py cannot be written: "):
+        write_beside(changes, Path("out"))
+    assert not list(Path().rglob("tmp*"))

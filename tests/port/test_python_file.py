@@ -157,6 +157,40 @@ from brain_lightning import Stage
 sb.nnet
 """,
     ),
+    "a function that imports the name itself, later": (
+        """\
+import speechbrain as sb
+class Toy(sb.Brain):
+    def compute_forward(self, batch, stage):
+        if stage == sb.Stage.TRAIN: pass
+        from speechbrain import Stage
+""",
+        """\
+from brain_lightning import Brain
+import brain_lightning
+class Toy(Brain):
+    def compute_forward(self, batch, stage):
+        if stage == brain_lightning.Stage.TRAIN: pass
+        from brain_lightning import Stage
+""",
+    ),
+    "a name and another one for it": (
+        """\
+from speechbrain import (  # names
+    Stage as S,  # its stage
+)
+from speechbrain.core import Brain, Stage
+class Toy(Brain):
+    x = S, Stage
+""",
+        """\
+from brain_lightning import (  # names
+    Stage as S, Brain, Stage,  # its stage
+)
+class Toy(Brain):
+    x = S, Stage
+""",
+    ),
     "a type that is written as a text": (
         "import speechbrain as sb\nclass Toy(sb.Brain):\n    stage: 'sb.Stage'\n",
         "import speechbrain as sb\n\nfrom brain_lightning import Brain\n"
@@ -191,6 +225,16 @@ REMARKS = {
     "import speechbrain as sb\ncore = sb.core\n"
     "class A(core.Brain):\n    def fit_batch(self): ...": (
         3, "its base core.Brain is in no file",
+    ),
+    "from library.base import OtherBrain as B\n"
+    "class A(B):\n    def on_stage_end(self): ...\nB()": (
+        1, "library.base.OtherBrain is a Brain by its name, and is in no file beside",
+    ),
+    "import library\nlibrary.a.OtherBrain()\nclass A(library.a.OtherBrain): ...": (
+        2, "library.a.OtherBrain is a Brain by its name",
+    ),
+    "from library import Base\nclass A(Base):\n    def on_stage_end(self): ...": (
+        2, "A is a Brain by its methods",
     ),
     "from speechbrain.utils.distributed import ddp_init_group\nf(ddp_init_group)": (
         2, "ddp_init_group: take it out",

@@ -21,7 +21,7 @@ class Toy(Base):
 run_opts = sb.parse_arguments(sys.argv[1:])
 """
 BASE = "import speechbrain as sb\nfrom .inner import x\nclass Base(sb.Brain): pass\n"
-INNER = "import speechbrain as sb\nx = sb.Stage.TRAIN\n"
+INNER = "import speechbrain as sb\ndef x(stage): return stage is sb.Stage.TRAIN\n"
 YAML = "included: !include:more/model.yaml\nclip: 0.1\nevery: 2\n"
 COUNTER = "counter: !new:speechbrain.utils.epoch_loop.EpochCounter {limit: 1}\n"
 # SpeechBrain's fit_batch, with a clipping and an accumulation of its own.
@@ -41,7 +41,15 @@ class Toy(sb.Brain):
             self.optimizer.step()
             self.optimizer.zero_grad()
         return loss.detach().cpu()
+def data(hparams):
+    hparams["loader"] = {"batch_size": 2}
+if __name__ == "__main__":
+    file, run_opts, overrides = sb.parse_arguments([])
+    with open(file) as fin:
+        hparams = load_hyperpyyaml(fin, overrides)
+    brain = Toy({}, lambda p: torch.optim.SGD(p, 0.1), hparams, run_opts=run_opts)
 """
+BOTH = "grad_accumulation_factor: !ref <every>\ntrainer:\n    gradient_clip_val: !ref <clip>\n"
 CLIP = "torch.nn.utils.clip_grad_norm_(self.modules.parameters(), self.hparams.clip)"
 
 
@@ -57,20 +65,22 @@ def written(folder: Path, **texts: str) -> Path:
 def test_files_that_its_brains_come_from_are_ported_too(tmp_path: Path) -> None:
     script = written(
         tmp_path, base_in___init__=BASE, base_in_inner=INNER, tools_in_metrics="rate = 1\n",
-        prepare="import speechbrain\n", unrelated=BASE,
+        prepare="import speechbrain\nBrain = 'no Stage'\n", unrelated=BASE,
     )  # fmt: skip
     recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
     assert (recipe.outcome, recipe.remarks) == ("whole", [])
     assert recipe.brains == ["Base"]
     found = {str(each.path.relative_to(tmp_path)): each for each in recipe.changes}
     changed = {name for name, each in found.items() if each.before != each.after}
-    assert changed == {"train.py", "base/__init__.py", "more/model.yaml"}
-    # What the script needs beside it; Stage equals ours where no Brain is.
-    assert found.keys() - changed == {
-        "base/inner.py", "tools/metrics.py", "prepare.py", "hparams.yaml",
-    }  # fmt: skip
+    assert changed == {"train.py", "base/__init__.py", "base/inner.py", "more/model.yaml"}
+    # What the script needs beside it.
+    assert found.keys() - changed == {"tools/metrics.py", "prepare.py", "hparams.yaml"}
     assert "class Base(Brain)" in found["base/__init__.py"].after
     assert "stage == Stage.TRAIN" in found["train.py"].after
+    # Stage equals ours, and is another one.
+    assert found["base/inner.py"].after == (
+        "from brain_lightning import Stage\ndef x(stage): return stage is Stage.TRAIN\n"
+    )
 
 
 def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
@@ -88,8 +98,7 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "section"),
     [
-        ("", "", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
-                 "    gradient_clip_val: !ref <clip>\n"),
+        ("", "", BOTH),
         # A Brain without hyperparameters could not read it.
         ("self.hparams.", "", None),
         ("self.hparams.clip)", "0.5)", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
@@ -108,6 +117,25 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
         ("def compute_forward", "def on_fit_batch_end", None),
         ("self.hparams.every", "self.hparams.missing", None),
         ("self.hparams.clip", "self.hparams.included", None),
+        # An optimizer of all of its modules' parameters.
+        ("lambda p: torch.optim.SGD(p, 0.1)", "hparams['opt']", BOTH),
+        ("lambda p: torch.optim.SGD(p, 0.1)", "torch.optim.Adam", BOTH),
+        ("SGD(p,", "SGD(model.parameters(),", None),
+        ("SGD(p,", "SGD([x for x in p if x.ndim],", None),
+        ("lambda p: torch.optim.SGD(p, 0.1)", "choose(hparams)", None),
+        ("def fit", "def on_fit_start(self): self.optimizer, a = 1, 2\n    def fit",
+         None),
+        # The hyperparameters and run options that were loaded, all of them.
+        ("hparams, run_opts=", "{**hparams}, run_opts=", None),
+        ("run_opts=run_opts", "run_opts={'max_grad_norm': 1}", None),
+        ("hparams, run_opts=run_opts", "hparams, **run_opts", None),
+        ('hparams["loader"]', 'hparams["clip"]', None),
+        ("    brain =", "    hparams.update(clip=1)\n    brain =", None),
+        ("    brain =", "    run_opts = {}\n    brain =", None),
+        ("    brain =", "    make(Toy)\n    brain =", None),
+        ('if __name__ == "__main__":', "def main(hparams):", None),
+        ("    brain = Toy", "    brain = Other", None),
+        ("def compute_forward", "def __init__", None),
     ],
 )  # fmt: skip
 def test_a_step_by_hand_that_is_speechbrains_own_becomes_arguments(
@@ -122,8 +150,6 @@ def test_a_step_by_hand_that_is_speechbrains_own_becomes_arguments(
         assert "def fit_batch" in python
     else:
         assert (recipe.outcome, yaml) == ("whole", f"{YAML}\n{section}")
-        # It was there for the clipping alone.
-        assert ("import torch" in python) == (old.endswith("\n"))
         assert "def fit_batch" not in python
     # Without the YAML file it is not known.
     assert "def fit_batch" in port_recipe(script).changes[0].after
@@ -137,6 +163,38 @@ def test_a_step_by_hand_stays_where_run_options_would_change_it(
     script.write_text(STEP)
     (tmp_path / "hparams.yaml").write_text(f"{YAML}{more}\n")
     assert port_recipe(script, [tmp_path / "hparams.yaml"]).outcome == "in part"
+
+
+def test_brains_that_yaml_alone_names_are_named(tmp_path: Path) -> None:
+    script = written(tmp_path, base=BASE.replace("from .inner import x\n", ""))
+    script.write_text("import speechbrain as sb\nsb.parse_arguments([])\n")
+    hparams = tmp_path / "hparams.yaml"
+    hparams.write_text(
+        "a: 1\nb: !new:base.Base\nc: !name:library.OtherBrain {}\nd: !new:base.Other\n"
+        "e: !new:brain_lightning.Brain\n"
+    )
+    recipe = port_recipe(script, [hparams])
+    assert [str(each).partition(" is a Brain that no file")[0] for each in recipe.remarks] == [
+        f"{hparams}:2: base.Base", f"{hparams}:3: library.OtherBrain",
+    ]  # fmt: skip
+    # One that the script imports is ported.
+    script.write_text("import base\n")
+    recipe = port_recipe(script, [hparams])
+    assert [each.line for each in recipe.remarks] == [3]
+
+
+def test_a_byte_order_mark_and_line_ends_stay(tmp_path: Path) -> None:
+    script = written(tmp_path)
+    hparams = tmp_path / "hparams.yaml"
+    script.write_bytes(f"\ufeff{STEP}".encode())
+    text = "\ufeffclip: 0.1\r\nevery: 2\r\nc: !new:speechbrain.utils.epoch_loop.EpochCounter"
+    hparams.write_bytes(text.encode())
+    recipe = port_recipe(script, [hparams])
+    python, yaml = (change.after for change in recipe.changes)
+    assert python.startswith("\ufeffimport torch\n")
+    assert "def fit_batch" not in python
+    after = "\ufeffclip: 0.1\r\nevery: 2\r\nc: !new:brain_lightning.EpochCounter\r\n\r\n"
+    assert yaml == after + BOTH.replace("\n", "\r\n")
 
 
 def test_what_is_no_python_is_refused(tmp_path: Path) -> None:
