@@ -33,7 +33,7 @@ from brain_lightning.protocol import (
 )
 from brain_lightning.stage import Stage
 from brain_lightning.stages.epochs import EpochCounter, EpochCounterWithStopper
-from brain_lightning.step.older_api import OlderAPI
+from brain_lightning.step.older_api import Fallback, OlderAPI
 from brain_lightning.step.precision import autocast, device_type, gradient_scaler, infer_device
 
 from .settings import OptionSetting, Setting
@@ -87,6 +87,8 @@ class BrainBase(OlderAPI, OptionValues):
     async_save = OptionSetting()
     # SpeechBrain's, for loops that recipes have copied from it: here the Trainer has one.
     profiler = None
+    # SpeechBrain's name for the modules without a wrapper, which here each has on its own.
+    raw_modules = Fallback(lambda brain: brain.modules)
 
     def __init__(
         self,
@@ -131,8 +133,6 @@ class BrainBase(OlderAPI, OptionValues):
         if self.device_type == "cuda":
             torch.cuda.set_device(torch.device(self.device).index or 0)
         self.modules = _on_device(modules or {}, self.device)
-        # SpeechBrain's name for them without a wrapper, which here each has on its own.
-        self.raw_modules = self.modules
 
         self.training_ctx: Any = autocast(self.device, self.precision)
         self.evaluation_ctx: Any = autocast(self.device, self.eval_precision)

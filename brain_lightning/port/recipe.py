@@ -174,7 +174,7 @@ def _port(
     except libcst.ParserSyntaxError as error:
         raise RecipeError(f"{path}, line {error.raw_line}: {error.message}") from error
     mark = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
-    return ported._replace(text=mark + ported.text)
+    return PortedFile(mark + ported.text, *ported[1:])
 
 
 def _with_included(paths: Sequence[Path]) -> Iterator[Path]:
