@@ -281,7 +281,7 @@ def a_client_of_a_federation(side: Side, record: Record) -> Any:
     brain = made(side, record)
     updates = brain.optimizer_step_limit
     # Each fit of several processes takes a second.
-    for client in range(6 if is_initialized() else 20):
+    for client in range(6 if is_initialized() or GIVEN else 20):
         if updates is not None:
             # A Trainer's max_steps is of each fit.
             brain.optimizer_step_limit = brain.optimizer_step + updates
@@ -404,14 +404,14 @@ def a_checkpoint_of_a_validation_in_a_batch(side: Side, record: Record) -> Any:
         if stage == side.Stage.VALID:
             self.checkpointer.save_and_keep_only(end_of_epoch=False)
 
-    folder = TemporaryDirectory()
     modules = two_modules(0.2)
-    brain = make(
-        side, record, modules, checkpointer=Checkpointer(folder.name, modules),
-        on_fit_batch_end=on_fit_batch_end, on_stage_end=on_stage_end,
-    )  # fmt: skip
-    brain.folder, brain.valid = folder, loader(record, brain)
-    brain.fit(range(1, 3), loader(record, brain, shuffle=True))
+    with TemporaryDirectory() as folder:
+        brain = make(
+            side, record, modules, checkpointer=Checkpointer(folder, modules),
+            on_fit_batch_end=on_fit_batch_end, on_stage_end=on_stage_end,
+        )  # fmt: skip
+        brain.valid = loader(record, brain)
+        brain.fit(range(1, 3), loader(record, brain, shuffle=True))
     return brain
 
 
