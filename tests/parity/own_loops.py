@@ -467,6 +467,10 @@ def ended(scenario: Any, by: Any) -> Any:
 
 # Public recipes' own, in several processes on both Brains.
 PATTERNS = [a_training_loop_around_speechbrains, attacked_in_fit_batch, adversarial]
+IN_TWO_PROCESSES = [
+    *PATTERNS, parts_with_every_second_epoch_validated, several_sets_in_an_epoch,
+    validations_in_hooks, a_client_of_a_federation,
+]  # fmt: skip
 # In several processes SpeechBrain's Checkpointer waits where one rank alone saves.
 IN_ONE_PROCESS = [a_checkpoint_of_a_validation_in_a_batch]
 ENDED = [

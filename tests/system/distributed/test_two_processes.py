@@ -48,7 +48,7 @@ def test_same_bits_in_same_order_on_every_rank(records: Any, scenario: Any) -> N
             assert_moved(ours)
 
 
-ON_BOTH = [("brain_lightning", each) for each in own_loops.SCENARIOS]
+ON_BOTH = [("brain_lightning", each) for each in own_loops.IN_TWO_PROCESSES]
 ON_BOTH += [("patched", each) for each in own_loops.PATTERNS]
 
 

@@ -40,7 +40,7 @@ def main(folder: str, backend: str = "gloo") -> None:
     torch.distributed.init_process_group(backend, timeout=timeout)
     seed_everything(1)
     shared, own = (SHARED, OWN) if backend == "gloo" else (ON_A_GPU, [])
-    loops = own_loops.SCENARIOS + own_loops.ENDED if backend == "gloo" else []
+    loops = own_loops.IN_TWO_PROCESSES + own_loops.ENDED if backend == "gloo" else []
     patched = own_loops.PATTERNS if backend == "gloo" else []
     rows = [(s, scenario) for scenario in shared for s in (SPEECHBRAIN, OURS)]
     rows += [(s, scenario) for scenario in loops for s in (SPEECHBRAIN, OURS)]
