@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial, update_wrapper
 from typing import Any
 
 
@@ -38,6 +40,17 @@ class TemporaryAttributes(ExitStack):
         else:
             self.callback(delattr, owner, name)
         setattr(owner, name, value)
+
+    def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Puts a function around a method of one object.
+
+        Args:
+            owner: The object.
+            name: The method.
+            wrapper: Gets the method, bound, and what it is called with.
+        """
+        method = getattr(owner, name)
+        self.override(owner, name, update_wrapper(partial(wrapper, method), method))
 
     def restore(self) -> None:
         """Undoes everything, the last change first; a second call does nothing."""

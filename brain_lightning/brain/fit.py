@@ -12,7 +12,7 @@ from brain_lightning.data import dataloaders as data
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.module.to_lightning import to_lightning
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.stages.run import Run
+from brain_lightning.stages.run import Run, is_last_epoch
 
 from . import own_trainer as trainers
 from .own_fit import is_on_trainer, on_trainer, run_part
@@ -75,7 +75,7 @@ class FitAndEvaluate:
             valid_set = self.make_dataloader(valid_set, stage=stage.VALID, **kwargs)
         shows_bar = _shows_bar(self, progressbar)
         if running is None:
-            _fit_by_parts(self, epoch_counter, train_set, valid_set, shows_bar)
+            _fit_within_own_fit(self, epoch_counter, train_set, valid_set, shows_bar)
             return
         module = to_lightning(self, epoch_counter=epoch_counter, progressbar=shows_bar)
         module.is_of_fit = True
@@ -138,7 +138,7 @@ class FitAndEvaluate:
         return module.run.test.average
 
 
-def _fit_by_parts(
+def _fit_within_own_fit(
     brain: BrainProtocol,
     epoch_counter: Iterable[Any],
     train_set: Any,
@@ -150,8 +150,7 @@ def _fit_by_parts(
     for epoch in epoch_counter:
         brain._fit_train(train_set=train_set, epoch=epoch, enable=bar)
         brain._fit_valid(valid_set=valid_set, epoch=epoch, enable=bar)
-        debugged = brain.debug and epoch == brain.debug_epochs
-        if debugged or brain._optimizer_step_limit_exceeded:
+        if is_last_epoch(brain, epoch):
             break
 
 

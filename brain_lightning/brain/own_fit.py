@@ -80,13 +80,14 @@ def is_on_trainer(fit: Callable[..., Any], default: Callable[..., Any]) -> bool:
 def _run_own_fit(
     fit: Callable[..., Any], brain: BrainProtocol, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    parts, names = Run.parts_of(brain), referenced(brain, ["fit"])
+    parts = Run.parts_of(brain)
     if parts is not None and parts.may_train:
         # The fit of a base class, called by that of a subclass.
         return fit(brain, *args, **kwargs)
     trainer = None
     if "trainer" not in inspect.signature(fit).parameters:
         trainer = kwargs.pop("trainer", None)
+    names = referenced(brain, ["fit"])
     if names & PARTS.keys():
         return _fit_by_parts(fit, brain, args, kwargs, trainer)
     if "fit" not in names:

@@ -11,7 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -98,9 +97,7 @@ class StageParts:
 
     def _fit_by_recipe(self, own_fit: Callable[[], Any]) -> None:
         with TemporaryAttributes() as temporary:
-            hook = self._run.brain.on_stage_end
-            own = update_wrapper(partial(self._on_stage_end, hook), hook)
-            temporary.override(self._run.brain, "on_stage_end", own)
+            temporary.wrap(self._run.brain, "on_stage_end", self._on_stage_end)
             own_fit()
 
     def _on_stage_end(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -355,11 +352,11 @@ class StageParts:
 
     def _was_over(self, kind: Stage, epoch: Any) -> bool:
         """Whether a part was over before the run was resumed."""
-        state, resumed = self._run.run_state, self._resumed
+        state = self._run.run_state
         if epoch != self._epoch:
             self._epoch, self._index = epoch, 0
-        is_resumed = resumed is not None and resumed["number"] in (epoch, None)
-        if resumed is not None and is_resumed:
+        resumed = self._resumed_here
+        if resumed is not None:
             over = resumed["train_part" if kind is Stage.TRAIN else "parts_over"]
             if self._index < over:
                 self._index += 1
@@ -371,14 +368,20 @@ class StageParts:
                 state.resumed["epoch"] = None
         if kind is Stage.TRAIN:
             state.train_part = self._index
-        elif is_resumed:
+        elif resumed is not None:
             self._resumed = None
         self._count_parts()
         return False
 
+    @property
+    def _resumed_here(self) -> EpochState | None:
+        """The epoch that is resumed, if it is the one that the recipe asks for."""
+        resumed = self._resumed
+        is_asked_for = resumed is not None and resumed["number"] in (self._epoch, None)
+        return resumed if is_asked_for else None
+
     def _count_parts(self) -> None:
         # Those that follow the TRAIN stage that is resumed may be over as well.
-        resumed = self._resumed
-        is_resumed = resumed is not None and resumed["number"] in (self._epoch, None)
-        over = resumed["parts_over"] if resumed is not None and is_resumed else 0
+        resumed = self._resumed_here
+        over = 0 if resumed is None else resumed["parts_over"]
         self._run.run_state.parts_over = max(self._index, over)

@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -160,8 +159,7 @@ class BrainModule(LightningModule):
         counts = brain.step, brain.avg_train_loss
         together = recovers_together(brain.checkpointer) if several else nullcontext()
         with together, TemporaryAttributes() as temporary:
-            make = partial(self._init_optimizers, brain.init_optimizers)
-            temporary.override(brain, "init_optimizers", make)
+            temporary.wrap(brain, "init_optimizers", self._init_optimizers)
             on_fit_start()
         recovered = (brain.step, brain.avg_train_loss) != counts
         self.run.run_state.has_recovered_counts = recovered

@@ -31,6 +31,9 @@ on_stage_end(TEST)      run.test.end                M.on_test_epoch_end
 (the end, or an error)  Run.close                   C.teardown, C.on_exception
 ======================  ==========================  =======================================
 
+A recipe that calls ``_fit_train`` and ``_fit_valid`` itself runs the same stages one by one,
+through ``Run.parts``.
+
 ``epochs`` has the epoch counters; ``loader`` what Lightning iterates; ``progress`` the bar;
 ``metrics`` the numbers of the stages; ``interval_checkpoints`` saves within an epoch;
 ``sharded_evaluation`` divides a validation among ranks; ``error_context`` adds to an error

@@ -85,9 +85,7 @@ class RunStage:
             None
         """
         with TemporaryAttributes() as temporary:
-            hook = self.brain.on_stage_end
-            own = functools.update_wrapper(functools.partial(self._on_stage_end, hook), hook)
-            temporary.override(self.brain, "on_stage_end", own)
+            temporary.wrap(self.brain, "on_stage_end", self._on_stage_end)
             temporary.override(self, "by_recipe", loop)
             yield
 

@@ -29,6 +29,17 @@ from .train import TrainStage
 logger = logging.getLogger(__name__)
 
 
+def is_last_epoch(brain: BrainProtocol, epoch: Any) -> bool:
+    """Whether ``speechbrain.Brain.fit`` ends with an epoch, whatever its counter says.
+
+    Args:
+        brain: The Brain after training and validation.
+        epoch: The number of the epoch.
+    """
+    debugged = brain.debug and epoch == brain.debug_epochs
+    return debugged or bool(brain._optimizer_step_limit_exceeded)
+
+
 class Parts(Protocol):
     """``_fit_train`` and ``_fit_valid``: a run stage by stage, as a recipe asks for them."""
 
@@ -158,10 +169,8 @@ class Run:
 
     def end_epoch(self) -> None:
         """Decides, after validation, whether another epoch may follow."""
-        brain = self.brain
         self.run_state.phase = Phase.VALID_OVER
-        debugged = brain.debug and self.epochs.current == brain.debug_epochs
-        if debugged or self.train.limit_reached():
+        if is_last_epoch(self.brain, self.epochs.current):
             self.epochs.stop()
 
     def save_within_epoch(self) -> None:

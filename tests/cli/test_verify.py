@@ -84,13 +84,17 @@ def _clipped(step: dict[str, Any], to: float) -> bool:
     return any(float(norm) > to for norm in step["norms"])
 
 
-WITHOUT_TRAINER = """
-import torch, speechbrain as sb
+OWN = """
+import sys, torch, speechbrain as sb
 class Own(sb.Brain):
     def compute_forward(self, batch, stage):
         return self.modules.model(batch)
     def compute_objectives(self, predictions, batch, stage):
         return predictions.square().mean()
+"""
+WITHOUT_TRAINER = (
+    OWN
+    + """\
     def fit(self, data):
         self.on_fit_start()
         for self.step, batch in enumerate(data, 1):
@@ -99,6 +103,7 @@ Own({"model": torch.nn.Linear(3, 1)}, torch.optim.Adam, {}, {"device": "cpu"}).f
     list(torch.rand(4, 2, 3))
 )
 """
+)
 
 
 @pytest.mark.usefixtures("in_forks")
@@ -131,18 +136,15 @@ def test_a_recipe_that_fails_by_itself_is_told_so(
     assert "KeyError: 'wav'" in error
 
 
-FAILS_LATER = """
-import sys, torch, speechbrain as sb
-class Own(sb.Brain):
-    def compute_forward(self, batch, stage):
-        return self.modules.model(batch)
-    def compute_objectives(self, predictions, batch, stage):
-        return predictions.square().mean()
+FAILS_LATER = (
+    OWN
+    + """\
 Own({"model": torch.nn.Linear(3, 1)}, torch.optim.Adam, {}, {"device": "cpu"}).fit(
     range(1), list(torch.rand(2, 2, 3)), progressbar=False
 )
 sys.exit(3)
 """
+)
 
 
 @pytest.mark.usefixtures("in_forks")
