@@ -65,6 +65,15 @@ def twin(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     return new
 
 
+def has_indices(loader: object) -> bool:
+    """Whether a loader draws indices, which say where it is in its data, as a stream has none.
+
+    Args:
+        loader: Any iterable.
+    """
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
 def is_loader(data: object) -> bool:
     """Whether ``fit`` iterates ``data`` directly, rather than making a loader for it."""
     return isinstance(data, DataLoader) or speechbrain.is_looped_loader(data)

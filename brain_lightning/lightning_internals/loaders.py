@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,9 +16,11 @@ from lightning.pytorch.trainer.connectors.data_connector import (
 )
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from torch.utils.data import DataLoader, DistributedSampler
 
+from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.stage import Stage
 from brain_lightning.stages.base import RunStage
@@ -49,7 +54,7 @@ class StageSource(_DataLoaderSource):
         if self.stage.kind is not Stage.TRAIN and combined._mode == "sequential":
             return self._wrap(combined.flattened)
         one = combined.iterables is combined.flattened[0]
-        loader = combined.flattened[0] if one else SeveralLoaders(combined)
+        loader = combined.flattened[0] if one else _several(combined)
         return self._wrap([loader])[0]
 
     def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
@@ -136,19 +141,29 @@ class _Samplers(list[Any]):
                 sampler.set_epoch(epoch)
 
 
-class SeveralLoaders:
-    """The batches of several loaders together, without Lightning's indices."""
+def _several(combined: CombinedLoader) -> SeveralLoaders:
+    """What a CombinedLoader combines, as it does."""
+    total = _SUPPORTED_MODES[combined._mode]["fn"]
+    return SeveralLoaders(combined.flattened, partial(_combine, combined), total)
 
-    def __init__(self, combined: CombinedLoader) -> None:
-        self._combined = combined
 
-    def __len__(self) -> int:
-        lengths = [len(loader) for loader in self._combined.flattened]
-        return min(lengths) if self._combined._mode == "min_size" else max(lengths)
+def _combine(combined: CombinedLoader, iterables: list[Any]) -> Iterator[Any]:
+    """Begins to iterate others as a CombinedLoader would its own; without its indices."""
+    others = copy.copy(combined)
+    others.flattened = iterables
+    others.limits = None
+    iter(others)
+    return map(itemgetter(0), _Begun(others))
 
-    def __iter__(self) -> Iterator[Any]:
-        for batch, _, _ in iter(self._combined):
-            yield batch
+
+@dataclass
+class _Begun(Iterator[Any]):
+    """Iterates a CombinedLoader that has begun, whose ``__iter__`` would begin anew."""
+
+    combined: CombinedLoader
+
+    def __next__(self) -> Any:
+        return next(self.combined)
 
 
 # Arguments that mean a part of a set where they are a fraction.
