@@ -176,32 +176,48 @@ class Part:
     Args:
         loader: The loader.
         position: In its data.
-        earlier: How many passes were over when the run was resumed: each is empty now.
+        is_again: Whether the pass that is resumed is not the first one.
     """
 
-    def __init__(self, loader: Any, position: Position, earlier: int = 0) -> None:
-        self.loader, self.position, self._earlier = loader, position, earlier
+    def __init__(self, loader: Any, position: Position, is_again: bool = False) -> None:
+        self.loader, self.position = loader, position
+        self._is_again, self._resumes = is_again, False
 
     def __iter__(self) -> Iterator[Any]:
-        if self._earlier:
-            self._earlier -= 1
+        if self._is_again:
+            # The end of this one stands for that of those before.
+            self._is_again, self._resumes = False, True
             return iter(())
+        resumes, self._resumes = self._resumes, False
+        return PartPass(self, resumes)
+
+    def begin(self) -> Iterator[Any]:
+        """Begins a pass."""
         self.position.passes += 1
-        return PartPass(self.position, self.position.begin(self.loader))
+        return self.position.begin(self.loader)
 
 
 class PartPass(Iterator[Any]):
     """One pass over a ``Part``.
 
     Args:
-        position: In its data.
-        batches: The batches.
+        part: The part.
+        resumes: Whether to go on with the next pass, where the one that is resumed had come
+            to its end, and nobody had noticed.
     """
 
-    def __init__(self, position: Position, batches: Iterator[Any]) -> None:
-        self.position, self._batches = position, batches
+    def __init__(self, part: Part, resumes: bool) -> None:
+        self.position = part.position
+        self._part, self._batches, self._resumes = part, part.begin(), resumes
 
     def __next__(self) -> Any:
+        resumes, self._resumes = self._resumes, False
+        try:
+            return next(self._batches)
+        except StopIteration:
+            if not resumes:
+                raise
+        self._batches = self._part.begin()
         return next(self._batches)
 
 
@@ -310,7 +326,7 @@ class SeveralPositions(_Joint):
     def _begin_parts(self, loader: SeveralLoaders, resumed: State) -> Iterator[Any]:
         self._take(loader)
         resumes, pairs = bool(resumed), zip(loader.loaders, self._parts, strict=True)
-        parts = [Part(each, part, part.begin_part(resumes)) for each, part in pairs]
+        parts = [Part(each, part, part.begin_part(resumes) > 0) for each, part in pairs]
         return loader.combine(parts)
 
 
