@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -20,7 +20,12 @@ from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from torch.utils.data import DataLoader, DistributedSampler
 
-from brain_lightning.data.several_loaders import SeveralLoaders
+from brain_lightning.data.several_loaders import (
+    SeveralLoaders,
+    SeveralSamplers,
+    are_several,
+    set_names,
+)
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.stage import Stage
 from brain_lightning.stages.base import RunStage
@@ -52,14 +57,14 @@ class StageSource(_DataLoaderSource):
         """The loaders, wrapped: one for training, a list for evaluation."""
         combined = self._combined()
         if self.stage.kind is not Stage.TRAIN and combined._mode == "sequential":
-            return self._wrap(combined.flattened)
+            return self._wrap(combined.flattened, set_names(combined.iterables))
         one = combined.iterables is combined.flattened[0]
         loader = combined.flattened[0] if one else _several(combined)
         return self._wrap([loader])[0]
 
-    def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
+    def _wrap(self, loaders: list[Any], names: Sequence[str] = ("",)) -> list[StageLoader]:
         sets = [each.part if isinstance(each, _Part) else each for each in loaders]
-        wrapped = self.stage.wrap(sets)
+        wrapped = self.stage.wrap(sets, names)
         if any(loader.known_length() is None for loader in wrapped):
             _check_no_fraction(self.trainer, self.stage.kind)
         return wrapped
@@ -80,13 +85,13 @@ class StageSource(_DataLoaderSource):
         return loaders
 
     def _part(self) -> Any:
-        is_loader = isinstance(self.part, DataLoader)
+        is_loader = isinstance(self.part, DataLoader) or are_several(self.part)
         return self.part if is_loader else _Part(self.part)
 
     def _shard(self, loaders: list[Any]) -> list[Any]:
         """Lightning's way, which does not find the loaders behind ours; the Brain counts."""
         sharded = [self._sharded(loader) for loader in loaders]
-        samplers = _Samplers(
+        samplers = SeveralSamplers(
             new.sampler for old, new in zip(loaders, sharded, strict=True) if new is not old
         )
         if samplers:
@@ -132,27 +137,22 @@ class _Part:
         return iter(self.part)
 
 
-class _Samplers(list[Any]):
-    """The samplers of the training loaders, which learn the epoch together."""
-
-    def set_epoch(self, epoch: int) -> None:
-        for sampler in self:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-
-
 def _several(combined: CombinedLoader) -> SeveralLoaders:
     """What a CombinedLoader combines, as it does."""
     total = _SUPPORTED_MODES[combined._mode]["fn"]
     return SeveralLoaders(combined.flattened, partial(_combine, combined), total)
 
 
-def _combine(combined: CombinedLoader, iterables: list[Any]) -> Iterator[Any]:
+def _combine(
+    combined: CombinedLoader, iterables: list[Any], again: list[bool]
+) -> Iterator[Any]:
     """Begins to iterate others as a CombinedLoader would its own; without its indices."""
     others = copy.copy(combined)
     others.flattened = iterables
     others.limits = None
     iter(others)
+    if any(again):
+        others._iterator._consumed = again  # type: ignore[union-attr]
     return map(itemgetter(0), _Begun(others))
 
 

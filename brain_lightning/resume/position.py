@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -170,55 +171,37 @@ class MakePosition(Protocol):
         """
 
 
+@dataclass
 class Part:
     """One of the loaders that are iterated together, which tells its position of each pass.
 
-    Args:
+    Attributes:
         loader: The loader.
         position: In its data.
-        is_again: Whether the pass that is resumed is not the first one.
     """
 
-    def __init__(self, loader: Any, position: Position, is_again: bool = False) -> None:
-        self.loader, self.position = loader, position
-        self._is_again, self._resumes = is_again, False
+    loader: Any
+    position: Position
 
     def __iter__(self) -> Iterator[Any]:
-        if self._is_again:
-            # The end of this one stands for that of those before.
-            self._is_again, self._resumes = False, True
-            return iter(())
-        resumes, self._resumes = self._resumes, False
-        return PartPass(self, resumes)
-
-    def begin(self) -> Iterator[Any]:
-        """Begins a pass."""
         self.position.passes += 1
-        return self.position.begin(self.loader)
+        return PartPass(self.position, self.position.begin(self.loader))
 
 
+@dataclass
 class PartPass(Iterator[Any]):
     """One pass over a ``Part``.
 
-    Args:
-        part: The part.
-        resumes: Whether to go on with the next pass, where the one that is resumed had come
-            to its end, and nobody had noticed.
+    Attributes:
+        position: In its data.
+        batches: The batches.
     """
 
-    def __init__(self, part: Part, resumes: bool) -> None:
-        self.position = part.position
-        self._part, self._batches, self._resumes = part, part.begin(), resumes
+    position: Position
+    batches: Iterator[Any]
 
     def __next__(self) -> Any:
-        resumes, self._resumes = self._resumes, False
-        try:
-            return next(self._batches)
-        except StopIteration:
-            if not resumes:
-                raise
-        self._batches = self._part.begin()
-        return next(self._batches)
+        return next(self.batches)
 
 
 class _Joint(Position):
@@ -325,9 +308,9 @@ class SeveralPositions(_Joint):
 
     def _begin_parts(self, loader: SeveralLoaders, resumed: State) -> Iterator[Any]:
         self._take(loader)
-        resumes, pairs = bool(resumed), zip(loader.loaders, self._parts, strict=True)
-        parts = [Part(each, part, part.begin_part(resumes) > 0) for each, part in pairs]
-        return loader.combine(parts)
+        earlier = [part.begin_part(bool(resumed)) for part in self._parts]
+        parts = [Part(*each) for each in zip(loader.loaders, self._parts, strict=True)]
+        return loader.combine(parts, [passes > 0 for passes in earlier])
 
 
 # What SpeechBrain's LoopedLoader counts.

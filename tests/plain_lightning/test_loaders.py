@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,16 @@ class Together(Regression):
         return torch.nn.functional.mse_loss(predictions, y)
 
 
-class AsksTogether(Asks):
+class FirstOf(Regression):
     def compute_forward(self, batch: Any, stage: Any) -> Any:
         return self.modules.model(_parts(batch)[0][0])
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         return torch.nn.functional.mse_loss(predictions, _parts(batch)[0][1])
+
+
+class AsksTogether(FirstOf, Asks):
+    """Both."""
 
 
 class PlainTogether(PlainAsks):
@@ -280,3 +285,72 @@ def test_several_training_loaders(mode: Any, tmp_path: Path) -> None:
         assert 0 < len(seen) < len(whole.hparams.seen)
         assert seen == whole.hparams.seen[-len(seen) :], (by_trainer, cut)
         assert all_equal(weights(whole), weights(resumed))
+
+
+# ------------------------------------------------------- several sets to validate and test
+
+
+class Named(FirstOf):
+    """Notes its stages, and what set they are of."""
+
+    cut: tuple[str, Any] | None = None
+
+    def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
+        self.hparams.seen.append(("start", stage.name, epoch, self._lightning.set_name))
+
+    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        name = self._lightning.set_name
+        self.hparams.seen.append(("end", stage.name, name, stage_loss))
+        if (name, epoch) == self.cut:
+            raise Cut
+        if stage.name == "VALID" and self.checkpointer is not None and name != "clean":
+            self.checkpointer.save_checkpoint(meta={"loss": stage_loss})
+
+
+def fit_on_several(folder: Path, cut: Any = None) -> tuple[Any, dict[str, Any]]:
+    counter, losses = EpochCounter(2), {}
+    checkpointer = Checkpointer(folder, {"counter": counter})
+    hparams = {"epoch_counter": counter, "seen": []}
+    brain = make(Named, hparams=hparams, checkpointer=checkpointer, ckpt_interval_steps=2)
+    checkpointer.add_recoverable("model", brain.modules.model)
+    brain.cut = cut
+    seed(3)
+
+    class Notes(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            losses.update(trainer.callback_metrics)
+
+    train = {"a": Noise(8), "b": DataLoader(Noise(4), 2)}
+    valid = {"clean": pairs(8), "noisy": DataLoader(Noise(6), 2, shuffle=True)}
+    kwargs = {"train_loader_kwargs": {"batch_size": 2, "shuffle": True}}
+    kwargs["valid_loader_kwargs"] = {"batch_size": 4}
+    with nullcontext() if cut is None else pytest.raises(Cut):
+        brain.fit(counter, train, valid, trainer={"callbacks": [Notes()]}, **kwargs)
+    return brain, losses
+
+
+def test_each_of_several_sets_is_a_stage(tmp_path: Path) -> None:
+    brain, losses = fit_on_several(tmp_path / "whole")
+    found = {e[2]: e[3] for e in brain.hparams.seen if e[:2] == ("end", "VALID")}
+    assert losses["valid_loss_clean"] == pytest.approx(found["clean"])
+    assert losses["valid_loss_noisy"] == pytest.approx(found["noisy"])
+    assert "valid_loss" not in losses
+    order = [e[:2] + e[-1:] if e[0] == "start" else e[:3] for e in brain.hparams.seen]
+    assert order == 2 * [
+        ("start", "TRAIN", ""), ("end", "TRAIN", ""),
+        ("start", "VALID", "clean"), ("end", "VALID", "clean"),
+        ("start", "VALID", "noisy"), ("end", "VALID", "noisy"),
+    ]  # fmt: skip
+    for cut in (("", 2), ("clean", 2), ("noisy", 1)):
+        folder = tmp_path / str(cut)
+        fit_on_several(folder, cut)
+        resumed, again = fit_on_several(folder)
+        assert all_equal(weights(resumed), weights(brain))
+        assert again == losses, cut
+        assert resumed.hparams.seen[-4:] == brain.hparams.seen[-4:]
+
+    each = {name: brain.evaluate(pairs(n), min_key="loss") for name, n in (("x", 4), ("y", 6))}
+    assert len(set(each.values())) == 2
+    assert brain.evaluate({"x": pairs(4), "y": DataLoader(pairs(6))}, min_key="loss") == each
+    assert brain.evaluate([pairs(4), pairs(6)], min_key="loss") == list(each.values())
+    assert brain._lightning.set_name == ""
