@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
+from weakref import WeakSet
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.data_connector import (
@@ -15,11 +17,13 @@ from lightning.pytorch.trainer.connectors.data_connector import (
     _resolve_overfit_batches,
 )
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
+from brain_lightning.compat.speechbrain import is_looped_loader
+from brain_lightning.data.dataloaders import has_indices, is_sharded
 from brain_lightning.data.several_loaders import (
     SeveralLoaders,
     SeveralSamplers,
@@ -33,6 +37,8 @@ from brain_lightning.stages.loader import StageLoader
 from brain_lightning.temporary import TemporaryAttributes
 
 from .strategies import shards_training_data
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,8 +81,10 @@ class StageSource(_DataLoaderSource):
         if not isinstance(loaders, CombinedLoader):
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
         fitting = self.trainer.state.fn is TrainerFn.FITTING
-        if training and shards_training_data(self.trainer):
-            loaders.flattened = self._shard(loaders.flattened)
+        if training and self.trainer.world_size > 1:
+            if shards_training_data(self.trainer):
+                loaders.flattened = self._shard(loaders.flattened)
+            warn_if_whole(loaders.flattened, self.trainer)
         # An attribute that Lightning's type hints do not show.
         if fitting and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning looks for shuffling samplers, which it would not find in ours.
@@ -99,24 +107,53 @@ class StageSource(_DataLoaderSource):
         return sharded
 
     def _sharded(self, loader: Any) -> Any:
-        samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
-        if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+        if is_sharded(loader):
             return loader
         try:
             prepare = self.trainer._data_connector._prepare_dataloader
             sharded = prepare(loader, _is_dataloader_shuffled(loader), RunningStage.TRAINING)
         except TypeError as error:
-            name = type(samplers[1]).__name__
+            name = type(loader.batch_sampler).__name__
             raise UnsupportedError(
                 f"the batch sampler {name} cannot be shared out among processes: wrap it in "
                 "brain_lightning.DistributedSamplerWrapper, or give brain.fit a dataset and "
                 "train_loader_kwargs, or say Trainer(use_distributed_sampler=False)"
             ) from error
-        if sharded is loader:
-            rank_zero_warn(f"{type(loader).__name__}: every process trains on all of its data")
-        else:
+        if sharded is not loader:
             _recover_instead(self.stage.brain.checkpointer, loader, sharded)
         return sharded
+
+
+# Loaders that were warned of.
+_WHOLE: WeakSet[Any] = WeakSet()
+
+
+def warn_if_whole(loaders: list[Any], trainer: Trainer) -> None:
+    """Warns, once, of training loaders that give every process all of their data.
+
+    Args:
+        loaders: The loaders as they are iterated.
+        trainer: A Trainer of several processes.
+    """
+    for loader in loaders:
+        data = loader.loader if is_looped_loader(loader) else loader
+        is_whole = isinstance(data, DataLoader) and not is_sharded(data)
+        if is_whole and data not in _WHOLE and trainer.is_global_zero:
+            _WHOLE.add(data)
+            message = INDICES_ARE_WHOLE if has_indices(data) else STREAM_IS_WHOLE
+            logger.warning(message, trainer.world_size, type(data.dataset).__name__)
+
+
+INDICES_ARE_WHOLE = (
+    "The training loader is not shared out: each of the %d processes trains on all of its %s. "
+    "Give brain.fit the dataset and train_loader_kwargs, a loader from "
+    "brain.make_dataloader(dataset, Stage.TRAIN) or one with a DistributedSampler, or say "
+    "trainer={'use_distributed_sampler': True}."
+)
+STREAM_IS_WHOLE = (
+    "A training stream is not shared out: each of the %d processes trains on all of its %s, "
+    "unless that takes its own share by its rank."
+)
 
 
 def _recover_instead(checkpointer: Any, loader: Any, sharded: Any) -> None:
