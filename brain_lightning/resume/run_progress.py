@@ -18,7 +18,7 @@ from brain_lightning.temporary import TemporaryAttributes
 from .before_batch import COUNTS, BeforeBatch, gradients, restore_gradients, undo
 from .data_position import DataPosition, position_in, recovered_batches
 from .epoch_statistics import EpochStatistics
-from .plain_values import NotPlainError, State, plain
+from .plain_values import State, plain, plain_or_none
 from .position import Position
 from .process_state import (
     buffers,
@@ -396,7 +396,7 @@ class RunProgress:
     def _epoch_at(self, position: State, batches: int, statistics: State | None) -> EpochState:
         return {
             "phase": self.phase.name,
-            "number": _plain_or_none(self.number),
+            "number": plain_or_none(self.number),
             "stage_random": self._stage_random,
             "position": position,
             "batches": batches,
@@ -442,12 +442,5 @@ class RunProgress:
             **self._epoch_between_batches(self.position.fitted + (not again)),
             "phase": (Phase.FITTED if again else Phase.BATCH_OVER).name,
             "avg_train_loss": average,
-            "loss": _plain_or_none(loss) if again else None,
+            "loss": plain_or_none(loss) if again else None,
         }
-
-
-def _plain_or_none(value: Any) -> Any:
-    try:
-        return plain(value)
-    except NotPlainError:
-        return None
