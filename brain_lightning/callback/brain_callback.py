@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from brain_lightning.checkpoints.checkpointer import Checkpointer
-from brain_lightning.distributed.communication import collectively, end_group_at_exit
+from brain_lightning.distributed.communication import collectively
 from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.lightning_internals import strategies
 from brain_lightning.lightning_internals.attach import attach
@@ -90,7 +90,6 @@ class BrainCallback(Callback):
         self._side = LightningSide(trainer, self.run, shows_bar)
         self.run.begin(self._side)
         if strategies.is_parallel(trainer):
-            end_group_at_exit()
             strategies.disable_synchronization(pl_module)
         show_running_loss(trainer, self.run, self._for_the_run)
         self.run.metrics.watch(self.run.brain, self._for_the_run)

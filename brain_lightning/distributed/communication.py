@@ -6,7 +6,6 @@ Where there is one process only, a collective operation just returns this proces
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import pickle
@@ -30,21 +29,6 @@ def is_launched() -> bool:
 def is_distributed_initialized() -> bool:
     """Whether there is a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-@functools.cache
-def end_group_at_exit() -> None:
-    """Ends the process group with the process, as Lightning does where the backend is nccl.
-
-    The threads of gloo would else be running when the interpreter is gone, and now and then
-    a process that has done all of its work ends by SIGABRT.
-    """
-    atexit.register(_end_group)
-
-
-def _end_group() -> None:
-    if is_distributed_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
 
 
 def rank() -> int:
