@@ -53,6 +53,7 @@ class LightningSettings:
         ends_window: Whether the current batch ends an accumulation window early.
         counts_valid_steps: Whether ``valid_step`` is ours: see ``step/valid_step.py``.
         valid_step_was_read: Whether the recipe has read it.
+        set_name: Of the set that is validated or tested, where there are several.
         trainer_of_parts: For all parts of fit that a script calls outside of any fit, so that
             limits count over them.
         ddp_arguments: Arguments of a Trainer's strategy for ``DistributedDataParallel``.
@@ -73,6 +74,7 @@ class LightningSettings:
     ends_window: bool = False
     counts_valid_steps: bool = True
     valid_step_was_read: bool = False
+    set_name: str = ""
     trainer_of_parts: Any = None
     ddp_arguments: Mapping[str, Any] = field(default_factory=dict)
     progress: str = "auto"

@@ -7,8 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 
 from brain_lightning.data import dataloaders as data
+from brain_lightning.data.several_loaders import (
+    SeveralSamplers,
+    are_several,
+    map_sets,
+    set_names,
+)
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.module.to_lightning import to_lightning
 from brain_lightning.protocol import BrainProtocol
@@ -44,8 +51,10 @@ class FitAndEvaluate:
 
         Args:
             epoch_counter: Yields the number of each epoch.
-            train_set: A DataLoader, or a dataset to make one for.
-            valid_set: The same for validation; None validates nothing.
+            train_set: A DataLoader, or a dataset to make one for; or several, in a dict, a
+                list or a CombinedLoader, whose batches are combined as Lightning does.
+            valid_set: The same for validation, or several in a dict or a list, of which each
+                is a VALID stage of its own; None validates nothing.
             progressbar: Whether to show a bar; by default unless ``noprogressbar``.
             train_loader_kwargs: Arguments of the training DataLoader.
             valid_loader_kwargs: Arguments of the validation DataLoader.
@@ -66,13 +75,10 @@ class FitAndEvaluate:
         within_own = parts is not None and parts.may_train
         running = None if within_own else trainers.trainer_for(self, trainer)
         stage = self._lightning.stage_type
-        if not data.is_loader(train_set):
-            train_set = self.make_dataloader(
-                train_set, stage=stage.TRAIN, **train_loader_kwargs
-            )
-        if valid_set is not None and not data.is_loader(valid_set):
+        train_set = _train_loaders(self, train_set, train_loader_kwargs)
+        if valid_set is not None:
             kwargs = {"ckpt_prefix": None, **valid_loader_kwargs}
-            valid_set = self.make_dataloader(valid_set, stage=stage.VALID, **kwargs)
+            valid_set = _loaders(self, valid_set, stage.VALID, kwargs)
         shows_bar = _shows_bar(self, progressbar)
         if running is None:
             _fit_within_own_fit(self, epoch_counter, train_set, valid_set, shows_bar)
@@ -113,11 +119,12 @@ class FitAndEvaluate:
         test_loader_kwargs: Mapping[str, Any] = {},
         *,
         trainer: Trainer | Mapping[str, Any] | None = None,
-    ) -> float:
+    ) -> Any:
         """Evaluates on a dataset, by default with the best checkpoint.
 
         Args:
-            test_set: A DataLoader, or a dataset to make one for.
+            test_set: A DataLoader, or a dataset to make one for; or several in a dict or a
+                list, of which each is a TEST stage of its own.
             max_key: For ``on_evaluate_start``.
             min_key: For ``on_evaluate_start``.
             progressbar: Whether to show a bar; by default unless ``noprogressbar``.
@@ -125,17 +132,47 @@ class FitAndEvaluate:
             trainer: As for ``fit``.
 
         Returns:
-            The average loss.
+            The average loss; of several sets a dict or a list.
         """
         running = trainers.trainer_for(self, trainer, collective=False)
-        if not data.is_loader(test_set):
-            kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
-            stage = self._lightning.stage_type.TEST
-            test_set = self.make_dataloader(test_set, stage, **kwargs)
+        kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
+        loaders = _loaders(self, test_set, self._lightning.stage_type.TEST, kwargs)
         shows_bar = _shows_bar(self, progressbar)
         module = to_lightning(self, progressbar=shows_bar, max_key=max_key, min_key=min_key)
-        trainers.run(running, module, lambda: running.test(module, test_set, verbose=False))
-        return module.run.test.average
+        trainers.run(running, module, lambda: running.test(module, loaders, verbose=False))
+        averages = iter(module.run.test.averages)
+        return map_sets(lambda _: next(averages, 0.0), test_set)
+
+
+def _loaders(brain: BrainProtocol, sets: Any, stage: Any, kwargs: Mapping[str, Any]) -> Any:
+    """A loader for each set to evaluate."""
+
+    def loader(each: Any) -> Any:
+        is_loader = data.is_loader(each)
+        return each if is_loader else brain.make_dataloader(each, stage=stage, **kwargs)
+
+    return map_sets(loader, sets)
+
+
+def _train_loaders(brain: BrainProtocol, sets: Any, kwargs: Mapping[str, Any]) -> Any:
+    """A training loader for each set; their samplers learn the epoch together."""
+    samplers: list[Any] = []
+    prefixes = iter(set_names(sets) if are_several(sets) else [""])
+
+    def loader(each: Any) -> Any:
+        name = next(prefixes)
+        if data.is_loader(each) or isinstance(each, CombinedLoader):
+            return each
+        of_name = {"ckpt_prefix": f"dataloader-{name}-"} if name else {}
+        stage = brain._lightning.stage_type.TRAIN
+        made = brain.make_dataloader(each, stage=stage, **{**of_name, **kwargs})
+        samplers.append(brain.train_sampler)
+        return made
+
+    loaders = map_sets(loader, sets)
+    if len(samplers) > 1:
+        brain.train_sampler = SeveralSamplers(samplers)
+    return loaders
 
 
 def _fit_within_own_fit(

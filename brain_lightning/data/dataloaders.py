@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Mapping
 from os import PathLike
@@ -17,8 +16,6 @@ from brain_lightning.compat import speechbrain
 from brain_lightning.errors import UnsupportedError
 
 from .samplers import DEFAULT_SEED, DistributedSamplerWrapper, ReproducibleRandomSampler
-
-logger = logging.getLogger(__name__)
 
 
 class _Position(Protocol):
@@ -65,6 +62,31 @@ def twin(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     return new
 
 
+def has_indices(loader: object) -> bool:
+    """Whether a loader draws indices, which say where it is in its data, as a stream has none.
+
+    Args:
+        loader: Any iterable.
+    """
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def is_sharded(loader: Any) -> bool:
+    """Whether a loader gives each process its own share, as far as it can be seen.
+
+    Args:
+        loader: A DataLoader.
+    """
+    batches = loader.batch_sampler
+    samplers = (loader.sampler, batches, getattr(batches, "sampler", None))
+    if has_indices(loader):
+        # One of somebody else's may have these names too.
+        return any(hasattr(sampler, "num_replicas") for sampler in samplers)
+    # The stages of a WebDataset.
+    stages = getattr(loader.dataset, "pipeline", ())
+    return any("split_by_node" in repr(stage) for stage in stages)
+
+
 def is_loader(data: object) -> bool:
     """Whether ``fit`` iterates ``data`` directly, rather than making a loader for it."""
     return isinstance(data, DataLoader) or speechbrain.is_looped_loader(data)
@@ -106,13 +128,9 @@ def distributed_sampler(
         **shard: ``rank`` and ``num_replicas``.
 
     Returns:
-        ``sampler`` or ``batch_sampler``; nothing for a stream, with a warning.
+        ``sampler`` or ``batch_sampler``; nothing for a stream, of which ``fit`` warns.
     """
     if isinstance(dataset, IterableDataset):
-        logger.warning(
-            "An IterableDataset is not shared out: every process trains on all of it, "
-            "unless the dataset itself looks at the rank."
-        )
         return {}
     options: dict[str, Any] = {"drop_last": loader_kwargs.get("drop_last", False), **shard}
     sampler, batches = loader_kwargs.get("sampler"), loader_kwargs.get("batch_sampler")

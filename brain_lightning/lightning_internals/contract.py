@@ -141,6 +141,10 @@ LIGHTNING_PARTS = (
     Row(_EVALUATION, "_max_batches", _EXHAUSTION),
     Row(_COMBINED, "_iterator", "its limits were set before the stage began"),
     Row(_COMBINED, "_mode", "how several loaders are combined is not said otherwise"),
+    Row("lightning.pytorch.utilities.combined_loader:_MaxSizeCycle", "_consumed",
+        "a pass may be resumed in which a shorter loader had begun again"),
+    Row("lightning.pytorch.utilities.combined_loader", "_SUPPORTED_MODES",
+        "the length of a CombinedLoader is known only once it is iterated"),
     # Strategies.
     Row(_DDP, "_start_method", "what a copy of the Brain in another process learns is lost"),
     Row(_DDP, "_ddp_kwargs", "each entry of modules is wrapped with the same arguments"),

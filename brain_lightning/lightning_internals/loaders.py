@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
+from weakref import WeakSet
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.data_connector import (
@@ -12,10 +17,19 @@ from lightning.pytorch.trainer.connectors.data_connector import (
     _resolve_overfit_batches,
 )
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
+from brain_lightning.compat.speechbrain import is_looped_loader
+from brain_lightning.data.dataloaders import has_indices, is_sharded
+from brain_lightning.data.several_loaders import (
+    SeveralLoaders,
+    SeveralSamplers,
+    are_several,
+    set_names,
+)
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.stage import Stage
 from brain_lightning.stages.base import RunStage
@@ -23,6 +37,8 @@ from brain_lightning.stages.loader import StageLoader
 from brain_lightning.temporary import TemporaryAttributes
 
 from .strategies import shards_training_data
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,14 +63,14 @@ class StageSource(_DataLoaderSource):
         """The loaders, wrapped: one for training, a list for evaluation."""
         combined = self._combined()
         if self.stage.kind is not Stage.TRAIN and combined._mode == "sequential":
-            return self._wrap(combined.flattened)
+            return self._wrap(combined.flattened, set_names(combined.iterables))
         one = combined.iterables is combined.flattened[0]
-        loader = combined.flattened[0] if one else SeveralLoaders(combined)
+        loader = combined.flattened[0] if one else _several(combined)
         return self._wrap([loader])[0]
 
-    def _wrap(self, loaders: list[Any]) -> list[StageLoader]:
+    def _wrap(self, loaders: list[Any], names: Sequence[str] = ("",)) -> list[StageLoader]:
         sets = [each.part if isinstance(each, _Part) else each for each in loaders]
-        wrapped = self.stage.wrap(sets)
+        wrapped = self.stage.wrap(sets, names)
         if any(loader.known_length() is None for loader in wrapped):
             _check_no_fraction(self.trainer, self.stage.kind)
         return wrapped
@@ -65,8 +81,10 @@ class StageSource(_DataLoaderSource):
         if not isinstance(loaders, CombinedLoader):
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
         fitting = self.trainer.state.fn is TrainerFn.FITTING
-        if training and shards_training_data(self.trainer):
-            loaders.flattened = self._shard(loaders.flattened)
+        if training and self.trainer.world_size > 1:
+            if shards_training_data(self.trainer):
+                loaders.flattened = self._shard(loaders.flattened)
+            warn_if_whole(loaders.flattened, self.trainer)
         # An attribute that Lightning's type hints do not show.
         if fitting and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning looks for shuffling samplers, which it would not find in ours.
@@ -75,13 +93,13 @@ class StageSource(_DataLoaderSource):
         return loaders
 
     def _part(self) -> Any:
-        is_loader = isinstance(self.part, DataLoader)
+        is_loader = isinstance(self.part, DataLoader) or are_several(self.part)
         return self.part if is_loader else _Part(self.part)
 
     def _shard(self, loaders: list[Any]) -> list[Any]:
         """Lightning's way, which does not find the loaders behind ours; the Brain counts."""
         sharded = [self._sharded(loader) for loader in loaders]
-        samplers = _Samplers(
+        samplers = SeveralSamplers(
             new.sampler for old, new in zip(loaders, sharded, strict=True) if new is not old
         )
         if samplers:
@@ -89,24 +107,53 @@ class StageSource(_DataLoaderSource):
         return sharded
 
     def _sharded(self, loader: Any) -> Any:
-        samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
-        if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+        if is_sharded(loader):
             return loader
         try:
             prepare = self.trainer._data_connector._prepare_dataloader
             sharded = prepare(loader, _is_dataloader_shuffled(loader), RunningStage.TRAINING)
         except TypeError as error:
-            name = type(samplers[1]).__name__
+            name = type(loader.batch_sampler).__name__
             raise UnsupportedError(
                 f"the batch sampler {name} cannot be shared out among processes: wrap it in "
                 "brain_lightning.DistributedSamplerWrapper, or give brain.fit a dataset and "
                 "train_loader_kwargs, or say Trainer(use_distributed_sampler=False)"
             ) from error
-        if sharded is loader:
-            rank_zero_warn(f"{type(loader).__name__}: every process trains on all of its data")
-        else:
+        if sharded is not loader:
             _recover_instead(self.stage.brain.checkpointer, loader, sharded)
         return sharded
+
+
+# Loaders that were warned of.
+_WHOLE: WeakSet[Any] = WeakSet()
+
+
+def warn_if_whole(loaders: list[Any], trainer: Trainer) -> None:
+    """Warns, once, of training loaders that give every process all of their data.
+
+    Args:
+        loaders: The loaders as they are iterated.
+        trainer: A Trainer of several processes.
+    """
+    for loader in loaders:
+        data = loader.loader if is_looped_loader(loader) else loader
+        is_whole = isinstance(data, DataLoader) and not is_sharded(data)
+        if is_whole and data not in _WHOLE and trainer.is_global_zero:
+            _WHOLE.add(data)
+            message = INDICES_ARE_WHOLE if has_indices(data) else STREAM_IS_WHOLE
+            logger.warning(message, trainer.world_size, type(data.dataset).__name__)
+
+
+INDICES_ARE_WHOLE = (
+    "The training loader is not shared out: each of the %d processes trains on all of its %s. "
+    "Give brain.fit the dataset and train_loader_kwargs, a loader from "
+    "brain.make_dataloader(dataset, Stage.TRAIN) or one with a DistributedSampler, or say "
+    "trainer={'use_distributed_sampler': True}."
+)
+STREAM_IS_WHOLE = (
+    "A training stream is not shared out: each of the %d processes trains on all of its %s, "
+    "unless that takes its own share by its rank."
+)
 
 
 def _recover_instead(checkpointer: Any, loader: Any, sharded: Any) -> None:
@@ -127,28 +174,33 @@ class _Part:
         return iter(self.part)
 
 
-class _Samplers(list[Any]):
-    """The samplers of the training loaders, which learn the epoch together."""
-
-    def set_epoch(self, epoch: int) -> None:
-        for sampler in self:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
+def _several(combined: CombinedLoader) -> SeveralLoaders:
+    """What a CombinedLoader combines, as it does."""
+    total = _SUPPORTED_MODES[combined._mode]["fn"]
+    return SeveralLoaders(combined.flattened, partial(_combine, combined), total)
 
 
-class SeveralLoaders:
-    """The batches of several loaders together, without Lightning's indices."""
+def _combine(
+    combined: CombinedLoader, iterables: list[Any], again: list[bool]
+) -> Iterator[Any]:
+    """Begins to iterate others as a CombinedLoader would its own; without its indices."""
+    others = copy.copy(combined)
+    others.flattened = iterables
+    others.limits = None
+    iter(others)
+    if any(again):
+        others._iterator._consumed = again  # type: ignore[union-attr]
+    return map(itemgetter(0), _Begun(others))
 
-    def __init__(self, combined: CombinedLoader) -> None:
-        self._combined = combined
 
-    def __len__(self) -> int:
-        lengths = [len(loader) for loader in self._combined.flattened]
-        return min(lengths) if self._combined._mode == "min_size" else max(lengths)
+@dataclass
+class _Begun(Iterator[Any]):
+    """Iterates a CombinedLoader that has begun, whose ``__iter__`` would begin anew."""
 
-    def __iter__(self) -> Iterator[Any]:
-        for batch, _, _ in iter(self._combined):
-            yield batch
+    combined: CombinedLoader
+
+    def __next__(self) -> Any:
+        return next(self.combined)
 
 
 # Arguments that mean a part of a set where they are a fraction.

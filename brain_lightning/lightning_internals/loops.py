@@ -51,6 +51,12 @@ class BrainFitLoop(_FitLoop):
         resumed_phase = self.brain_run.run_state.resumed_phase
         return super().done and resumed_phase not in AFTER_TRAINING
 
+    def setup_data(self) -> None:
+        """Makes the training loader, if there is none or it is time for another."""
+        super().setup_data()
+        if self._data_fetcher is not None:
+            fetch_on_demand(self._data_fetcher)
+
     def run(self) -> None:
         """Runs the epochs."""
         super().run() if self.brain_runs_parts is None else self.brain_runs_parts()
@@ -219,6 +225,11 @@ class BrainEpochLoop(_TrainingEpochLoop):
 class BrainEvaluationLoop(_EvaluationLoop):
     """An evaluation loop that runs to the end of its loaders."""
 
+    def reset(self) -> None:
+        """Begins the evaluation, and fetches nothing before the stage begins."""
+        super().reset()
+        fetch_on_demand(self._data_fetcher)
+
     def end_by_exhaustion(self, sharded: bool) -> None:
         """Leaves no limit but one that the Trainer was given.
 
@@ -236,6 +247,17 @@ class BrainEvaluationLoop(_EvaluationLoop):
             limits = [shard_length(all_of_them) for all_of_them in limits]
         combined._iterator.limits = limits  # type: ignore[union-attr]
         fetcher.length, fetcher.done = None, False
+
+
+def fetch_on_demand(fetcher: Any) -> None:
+    """Keeps Lightning from fetching a batch ahead where there is no length.
+
+    Args:
+        fetcher: The loop's, which has tried to, and found no batch: no stage has begun.
+    """
+    if fetcher.prefetch_batches:
+        fetcher.prefetch_batches = 0
+        iter(fetcher)
 
 
 def become(loop: Any, cls: type, temporary: TemporaryAttributes, **attributes: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,14 +10,16 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from brain_lightning.compat import speechbrain
-from brain_lightning.data.dataloaders import SaveableDataLoader, twin
+from brain_lightning.data.dataloaders import SaveableDataLoader, has_indices, twin
 from brain_lightning.data.examples import CountedBatches, Examples, adapt, layout, varies, warn
+from brain_lightning.data.several_loaders import SeveralLoaders
 
 from . import worker_states as workers
 from .plain_values import State
+from .position import LoopedPosition, Position, SeveralPositions
 from .random_state import random_state, set_random_state
 from .sampler_states import SamplerStates, plain_states
 
@@ -27,33 +30,20 @@ logger = logging.getLogger(__name__)
 _PERSISTENT: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
 
 
-class DataPosition:
-    """The position of a run in its training data.
+class DataPosition(Position):
+    """The position in the data of one loader.
 
     A pass that is resumed first takes the same indices from the sampler again, with the
     random state that the pass had begun with and without loading anything, and then
     restores the state that was saved.
-
-    Attributes:
-        fitted: Batches of this pass that have been fitted.
-        records_fetches: Whether to record the state before each batch is fetched. Needed
-            where a checkpoint may be saved between fetching a batch and fitting it.
     """
 
     def __init__(self) -> None:
-        self.fitted = 0
-        self.records_fetches = False
-        self._fetched = 0
-        # Whether the next batch is being fetched, or could not be.
-        self._fetching = False
-        # Whether the pass has ended: a stream that is asked again may start again.
-        self._over = False
+        super().__init__()
         self._loader: Any = None
         self._examples = Examples(None)
         self._begun: State = {"samplers": []}
         self._samplers = SamplerStates(None)
-        self._before_fetch: State | None = None
-        self._resumed: State | None = None
         # By the number of the worker; never changed, but replaced.
         self._workers: dict[int, State] = {}
         self._next_worker = 0
@@ -63,13 +53,7 @@ class DataPosition:
     # ------------------------------------------------------------------ saving
 
     def state(self, fitted: int, after_fetch: State | None) -> State:
-        """The state to resume from, within a pass.
-
-        Args:
-            fitted: The number of batches after which to resume.
-            after_fetch: The random state with which to fit the next batch, if that was
-                fetched already; None for the state that fetching it leaves.
-        """
+        """See ``Position``."""
         ahead = self._fetched > fitted
         begun = ahead or self._fetching
         draw = self._before_fetch if begun and self._before_fetch is not None else self._now()
@@ -89,12 +73,8 @@ class DataPosition:
             "num_workers": getattr(self._loader, "num_workers", 0),
         }
 
-    def can_fetch_again(self) -> bool:
-        """Whether the batch that was fetched last could be fetched again, and be the same."""
-        return self._before_fetch is not None
-
     def state_between_passes(self) -> State:
-        """The state to resume from before the next pass."""
+        """See ``Position``."""
         if self._resumed is not None and "begun" not in self._resumed:
             # What was restored has not taken effect.
             return self._resumed
@@ -108,13 +88,7 @@ class DataPosition:
         }
 
     def resume(self, state: State, loader: Any) -> None:
-        """Restores a state, which takes effect in the next pass.
-
-        Args:
-            state: From ``state`` or ``state_between_passes``. It is changed where the
-                batches of the loader are not those that it was saved with.
-            loader: What ``fit`` was given; the epoch of its sampler is set later.
-        """
+        """See ``Position``."""
         if _layout(loader):
             adapt(state, loader)
         self._resumed = state
@@ -128,34 +102,23 @@ class DataPosition:
     def _now(self) -> State:
         return {"random": random_state(), **_state_of_stream(self._loader)}
 
+    def mark(self, records: bool) -> DataPosition:
+        """See ``Position``."""
+        marked = copy.copy(self)
+        marked._examples, marked._fetching = copy.copy(self._examples), True
+        runs = self.passes and not self._over
+        marked._before_fetch = _state_of_stream(self._loader) if records and runs else None
+        return marked
+
     # --------------------------------------------------------------- iterating
 
-    def batches(self, loader: Any) -> Iterator[Any]:
-        """One pass over the training data, from the resumed position on.
-
-        Args:
-            loader: What ``fit`` was given.
-
-        Yields:
-            The batches.
-        """
-        resumed, self._resumed = self._resumed or {}, None
-        iterator = self._begin(loader, resumed)
-        self._over, after_fetch = resumed.get("over", False), resumed.get("drawn")
-        while not self._over:
-            if self.records_fetches:
-                self._before_fetch = self._now()
-            self._fetching = True
-            try:
-                batch = self._fetch(iterator)
-            except StopIteration:
-                self._over, self._fetching = True, False
-                return
-            self._fetching = False
-            if after_fetch is not None:
-                set_random_state(after_fetch)
-                after_fetch = None
-            yield batch
+    def _record(self) -> None:
+        if self.passes:
+            # Others have fetched since the pass began, and a sampler draws at its first index.
+            if "first" not in self._begun:
+                self._begun["first"] = random_state()
+        elif self.records_fetches:
+            self._before_fetch = self._now()
 
     def _fetch(self, iterator: Iterator[Any]) -> Any:
         item = next(iterator)
@@ -172,11 +135,18 @@ class DataPosition:
 
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
         self._loader, self._before_fetch, self._fetching = loader, None, False
-        samplers, begun = self._states_of(loader), resumed.get("begun")
+        samplers, begun, draw = self._states_of(loader), resumed.get("begun"), None
+        if resumed.get("over") and begun is None:
+            # One among several, whose pass was over: its next one begins as was restored.
+            self._resumed = resumed
+            return iter(())
+        if "draw" in resumed:
+            draw = resumed["draw"].get("random") or random_state()
         if begun is not None:
             set_random_state(begun["random"])
             samplers.resume(begun["samplers"])
         self._begun = {
+            **({"first": begun["first"]} if begun and "first" in begun else {}),
             "random": random_state(),
             "samplers": samplers.now(),
             "workers_persisted": resumed.get("workers_persisted", _persist(loader)),
@@ -185,8 +155,8 @@ class DataPosition:
         recovered = _take_position(loader, self)
         self.fitted = self._fetched = resumed.get("batches", recovered)
         iterator = self._iterator(loader, resumed)
-        if "draw" in resumed:
-            set_random_state(resumed["draw"]["random"])
+        if draw is not None:
+            set_random_state(draw)
         return iterator
 
     def _iterator(self, loader: Any, resumed: State) -> Iterator[Any]:
@@ -199,11 +169,11 @@ class DataPosition:
         if isinstance(loader, Sequence):
             return itertools.islice(loader, self._fetched, None)
         if not _is_data_loader(loader):
+            if has_indices(loader):
+                return self._loaded_again(loader)
             self._warn_if_it_restarts(loader)
             return iter(loader)
-        if isinstance(loader.dataset, IterableDataset) and not workers.is_stateful(
-            loader.dataset
-        ):
+        if not has_indices(loader) and not workers.is_stateful(loader.dataset):
             self._warn_if_it_restarts(loader.dataset)
         self._resume_workers(loader, resumed)
         if self._fetched or loader.num_workers:
@@ -211,6 +181,14 @@ class DataPosition:
         # What a Checkpointer has recovered of it may be of another layout.
         speechbrain.clear_position(loader)
         return self._counted_iterator(loader) if varies(loader) else iter(loader)
+
+    def _loaded_again(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Iterates a loader in its own way, of which the samplers do not tell the position."""
+        iterator = iter(loader)
+        if "first" in self._begun:
+            set_random_state(self._begun["first"])
+        next(itertools.islice(iterator, self._fetched, self._fetched), None)
+        return iterator
 
     def _counted_iterator(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """Iterates a copy of the loader that records how large its batches are."""
@@ -254,6 +232,8 @@ class DataPosition:
         if loader.persistent_workers:
             _PERSISTENT[loader] = new
         iterator = iter(new)
+        if "first" in self._begun and not loader.num_workers:
+            set_random_state(self._begun["first"])
         for sampler in (new.batch_sampler, new.sampler):
             if isinstance(sampler, workers.SkippingSampler):
                 sampler.skip()
@@ -287,7 +267,7 @@ class DataPosition:
         placeholder = [workers.PLACEHOLDER] if batched else workers.PLACEHOLDER
         before: list[Any] = [placeholder] * waiting
         name = "batch_sampler" if batched else "sampler"
-        skip = 0 if isinstance(loader.dataset, IterableDataset) else self._fetched
+        skip = self._fetched if has_indices(loader) else 0
         # Persistent workers begin a pass without the random number that new ones need.
         persisted = bool(resumed) and self._begun["workers_persisted"]
         random = self._begun["random"] if persisted else None
@@ -301,12 +281,38 @@ class DataPosition:
         return new
 
 
+def position_in(loader: Any, last: Position | None = None) -> Position:
+    """The position in the data of a loader of any kind.
+
+    Args:
+        loader: What ``fit`` was given.
+        last: In the data of the pass before.
+
+    Returns:
+        ``last``, where that is of this kind.
+    """
+    position: Position
+    if isinstance(loader, SeveralLoaders):
+        position = SeveralPositions(position_in)
+    elif speechbrain.is_looped_loader(loader):
+        position = LoopedPosition(position_in)
+    else:
+        position = DataPosition()
+    if last is not None:
+        if type(last) is type(position):
+            return last
+        position.records_fetches = last.records_fetches
+    return position
+
+
 def recovered_batches(loader: Any) -> int:
     """The position of a loader that a Checkpointer has recovered, by itself.
 
     Args:
         loader: What ``fit`` was given.
     """
+    if isinstance(loader, SeveralLoaders):
+        return max(map(recovered_batches, loader.loaders))
     if isinstance(loader, SaveableDataLoader):
         return loader.recovered
     return speechbrain.recovered_position(loader)

@@ -44,6 +44,18 @@ def plain(value: Any) -> Any:
     raise NotPlainError(type(value).__name__)
 
 
+def plain_or_none(value: Any) -> Any:
+    """The same, or None where it cannot be saved.
+
+    Args:
+        value: The value.
+    """
+    try:
+        return plain(value)
+    except NotPlainError:
+        return None
+
+
 def plain_values(values: Mapping[str, Any]) -> State:
     """Copies those of several values that are plain, or containers of plain values.
 

@@ -16,9 +16,10 @@ from brain_lightning.protocol import BrainProtocol
 from brain_lightning.temporary import TemporaryAttributes
 
 from .before_batch import COUNTS, BeforeBatch, gradients, restore_gradients, undo
-from .data_position import DataPosition, recovered_batches
+from .data_position import DataPosition, position_in, recovered_batches
 from .epoch_statistics import EpochStatistics
-from .plain_values import NotPlainError, State, plain
+from .plain_values import State, plain, plain_or_none
+from .position import Position
 from .process_state import (
     buffers,
     restore_buffers,
@@ -79,7 +80,7 @@ class RunProgress:
     def begin(self) -> None:
         """Begins a run."""
         self.phase = Phase.EPOCH_OVER
-        self.position = DataPosition()
+        self.position: Position = DataPosition()
         self.before = BeforeBatch(self.brain)
         self.trainer: TrainerSide | None = None
         self.epochs = self.drawn = 0
@@ -89,7 +90,7 @@ class RunProgress:
         self.explicit = False
         self.has_recovered_counts = False
         self.parts_over = self.train_part = 0
-        self.validations: list[DataPosition] = []
+        self.validations: list[Position] = []
         self._resumed_validations: dict[int, State] = {}
         self._statistics = EpochStatistics(self.brain)
         self._stage_random: State = {}
@@ -153,6 +154,7 @@ class RunProgress:
             loader: What ``fit`` was given.
         """
         resumed, epoch = self.resumed, self.resumed_epoch
+        self.position = position_in(loader, self.position)
         if resumed is not None:
             self.position.resume(
                 resumed["between"] if epoch is None else epoch["position"], loader
@@ -199,6 +201,7 @@ class RunProgress:
         """
         assert self.resumed is not None
         assert self.resumed_epoch is not None
+        self.position = position_in(loader, self.position)
         self.position.resume(self.resumed["between"], loader)
         set_random_state(self.resumed["random"])
         self.position.fitted = self.resumed_epoch["batches"]
@@ -243,7 +246,7 @@ class RunProgress:
     def end_batch(self) -> None:
         """Counts a batch of which every callback has heard."""
         self.before.forget()
-        self.position.fitted += 1
+        self.position.count()
         self.phase = Phase.BATCH_OVER
 
     def cut_short(self) -> None:
@@ -296,6 +299,7 @@ class RunProgress:
         """
         while len(self.validations) <= index:
             self.validations.append(DataPosition())
+        self.validations[index] = position_in(loader, self.validations[index])
         if index in self._resumed_validations:
             self.validations[index].resume(self._resumed_validations.pop(index), loader)
         return self.validations[index].batches(loader)
@@ -392,7 +396,7 @@ class RunProgress:
     def _epoch_at(self, position: State, batches: int, statistics: State | None) -> EpochState:
         return {
             "phase": self.phase.name,
-            "number": _plain_or_none(self.number),
+            "number": plain_or_none(self.number),
             "stage_random": self._stage_random,
             "position": position,
             "batches": batches,
@@ -438,12 +442,5 @@ class RunProgress:
             **self._epoch_between_batches(self.position.fitted + (not again)),
             "phase": (Phase.FITTED if again else Phase.BATCH_OVER).name,
             "avg_train_loss": average,
-            "loss": _plain_or_none(loss) if again else None,
+            "loss": plain_or_none(loss) if again else None,
         }
-
-
-def _plain_or_none(value: Any) -> Any:
-    try:
-        return plain(value)
-    except NotPlainError:
-        return None

@@ -33,6 +33,7 @@ class RunStage:
         run_state: What is saved of the run.
         brain_stage: ``kind`` in the Brain's own enumeration: a recipe may compare with ``is``.
         loaders: The loaders, as the Trainer iterates them.
+        set_names: Of its sets, where there are several.
         by_recipe: The loop of the stage, where the recipe has written it itself.
     """
 
@@ -43,6 +44,7 @@ class RunStage:
         self.run, self.brain, self.run_state = run, run.brain, run.run_state
         self.brain_stage: Any = run.brain._lightning.stage_type[self.kind.name]
         self.loaders: list[StageLoader] = []
+        self.set_names: Sequence[str] = ("",)
 
     @property
     def phase_after(self) -> Phase:
@@ -54,15 +56,19 @@ class RunStage:
         """The number of the epoch; None in TEST."""
         return self.run.epochs.current
 
-    def wrap(self, loaders: Sequence[Iterable[Any]]) -> list[StageLoader]:
+    def wrap(
+        self, loaders: Sequence[Iterable[Any]], names: Sequence[str] = ("",)
+    ) -> list[StageLoader]:
         """Puts the loaders under the control of the stage.
 
         Args:
             loaders: What the Trainer was given for the stage.
+            names: Of the sets, where there are several.
 
         Returns:
             What the Trainer is to iterate.
         """
+        self.set_names = names
         self.loaders = [
             StageLoader(loader, functools.partial(self._batches, position=position))
             for position, loader in enumerate(loaders)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,17 +22,19 @@ class EvaluationStage(RunStage):
 
     Attributes:
         average: The average loss of the stage that is running or ran last.
+        averages: Those of the stages that are over, one for each loader.
         is_part: Whether the recipe runs it, by ``_fit_valid``, rather than the Trainer.
     """
 
     average = 0.0
+    averages: Sequence[float] = ()
     is_part = False
     _position = 0
 
     @with_error_context
     def start(self) -> None:
         """Starts the stage, of the first loader where there are several."""
-        self._position = 0
+        self._position, self.averages = 0, ()
         for loader in self.loaders:
             loader.start()
         self._start()
@@ -40,7 +42,19 @@ class EvaluationStage(RunStage):
     @with_error_context
     def end(self) -> None:
         """Ends the stage, of the last loader where there are several."""
+        self._go_on_to(len(self.loaders) - 1)
         self._end()
+        self.brain._lightning.set_name = ""
+
+    def _go_on_to(self, position: int) -> None:
+        """Ends the stage of one loader and starts that of another one.
+
+        Lightning passes over those of which a limit leaves no batch for this process.
+        """
+        while self._position < position:
+            self._end()
+            self._position += 1
+            self._start()
 
     @with_error_context
     def evaluate(self, batch: Any) -> Any:
@@ -65,6 +79,7 @@ class EvaluationStage(RunStage):
     def _start(self) -> None:
         self.run.current = self
         self.average = 0.0
+        self.brain._lightning.set_name = self.set_names[self._position]
         if self.by_recipe is not None:
             return
         if not self.is_part:
@@ -88,8 +103,9 @@ class EvaluationStage(RunStage):
         brain.on_stage_end(self.brain_stage, self.average, self.epoch)
         brain.step = 0
         metrics.add(self.kind, {"loss": self.average})
-        if len(self.loaders) > 1:
-            metrics.number_by_loader(self.kind, self._position)
+        self.averages = [*self.averages, self.average]
+        if name := self.set_names[self._position]:
+            metrics.name_by_set(self.kind, name)
 
     def _average(self) -> float:
         return self.average
@@ -104,10 +120,7 @@ class EvaluationStage(RunStage):
             with torch.set_grad_enabled(self.run.grad_enabled):
                 self.by_recipe()
             return
-        if position:
-            self._end()
-            self._position = position
-            self._start()
+        self._go_on_to(position)
         # Only now, after on_stage_start: a recipe may change shard_eval there.
         with self._bar(self._part(loader), position) as bar:
             for batch in bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -34,13 +33,18 @@ class StageLoader:
         self._ahead: Any = _NOTHING
 
     def __len__(self) -> int:
-        """A guess that keeps Lightning from prefetching; exhaustion ends a pass.
+        """For those who display it; exhaustion ends a pass.
 
         Never 0: Lightning skips a stage whose loader is empty, while SpeechBrain
         runs its hooks.
+
+        Raises:
+            TypeError: The loader has none, which is ``inf`` for Lightning.
         """
         length = self.known_length()
-        return sys.maxsize if length is None else max(1, length)
+        if length is None:
+            raise TypeError(f"{type(self.loader).__name__} has no length")
+        return max(1, length)
 
     def known_length(self) -> int | None:
         """The loader's own length, now, or None where it has none."""

@@ -68,15 +68,15 @@ class Metrics:
         """
         self._found[stage] |= numbers_in(numbers)
 
-    def number_by_loader(self, stage: Stage, position: int) -> None:
-        """Names what a stage found after its loader, where each of several is a stage.
+    def name_by_set(self, stage: Stage, set_name: str) -> None:
+        """Names what a stage found after its set, where each of several is a stage.
 
         Args:
             stage: The stage that has ended.
-            position: Of its loader among the others, from 0: ``valid_loss_0``.
+            set_name: Of its set among the others: ``valid_loss_clean``, ``valid_loss_0``.
         """
         found = self._found[stage]
-        self._plain |= {f"{staged(stage, name)}_{position}": v for name, v in found.items()}
+        self._plain |= {f"{staged(stage, name)}_{set_name}": v for name, v in found.items()}
         found.clear()
 
     def found(self, from_all_ranks: bool = False) -> dict[str, float]:

@@ -46,7 +46,9 @@ class TrainStage(RunStage):
     # Stages whose batch is being fitted; a recipe may fit another Brain within.
     _fitting: ClassVar[list[TrainStage]] = []
 
-    def wrap(self, loaders: Sequence[Iterable[Any]]) -> list[StageLoader]:
+    def wrap(
+        self, loaders: Sequence[Iterable[Any]], names: Sequence[str] = ("",)
+    ) -> list[StageLoader]:
         """See ``RunStage.wrap``; there is one loader."""
         (self.loader,) = super().wrap(loaders)
         return self.loaders

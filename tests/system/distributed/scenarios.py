@@ -308,9 +308,13 @@ def automatic_on_the_users_trainer(side: Side, record: Record) -> Any:
 
 
 def the_loaders_as_they_are(side: Side, record: Record) -> Any:
+    heard = logging.getLogger("brain_lightning.lightning_internals.loaders")
+    handler = Heard(record)
+    heard.addHandler(handler)
     brain = make(side, record)
     trainer = trainer_with(devices=2, strategy="ddp", use_distributed_sampler=False)
     trainer.fit(to_lightning(brain), loader(record, brain), loader(record, brain))
+    heard.removeHandler(handler)
     return brain
 
 
@@ -655,8 +659,9 @@ def more_processes_than_batches(side: Side, record: Record) -> Any:
     modules = {"normalize": Statistics(), **encoder_and_head(dropout=0.0)}
     brain = make(side, record, modules, run_opts={**GLOO, "shard_eval": True})
     kwargs = {"batch_size": 20}
+    sets = {"one": dataset(), "several": DataLoader(dataset(), 5), "last": dataset()}
     brain.fit(
-        range(1, 3), dataset(), dataset(),
+        range(1, 3), dataset(), sets,
         train_loader_kwargs={"batch_size": 4}, valid_loader_kwargs=kwargs,
     )  # fmt: skip
     record.results.extend(loss for stage, _, loss in record.stage_losses if stage == "VALID")

@@ -107,6 +107,9 @@ def test_the_trainer_shares_out_the_data(records: Any) -> None:
 def test_the_trainer_leaves_the_data_alone_if_told_to(records: Any) -> None:
     for record in of(records, scenarios.the_loaders_as_they_are):
         assert sum(event[0] == "fetch" for event in record.events) == 2 * 2 * (5 + 1)
+    told, other = (record.results for record in of(records, scenarios.the_loaders_as_they_are))
+    assert "not shared out: each of the 2 processes trains on all of its" in str(told)
+    assert not [each for each in other if "shared out" in str(each)]
 
 
 def test_names_in_a_checkpoint_are_those_of_one_process(records: Any) -> None:
@@ -235,7 +238,9 @@ def test_a_validation_that_is_shared_out_finds_the_same_numbers(records: Any) ->
 def test_a_process_without_a_batch_waits_for_the_others(records: Any) -> None:
     one, other = of(records, scenarios.more_processes_than_batches)
     assert one.results == other.results
-    assert len(one.results) == 2
+    # Three sets: the first and the last are one batch, and the same.
+    assert len(one.results) == 2 * 3
+    assert one.results[::3] == pytest.approx(one.results[2::3])
 
 
 def test_what_the_main_process_does_alone(records: Any) -> None:

@@ -1,0 +1,71 @@
+"""Which training loaders are warned of where several processes train."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from speechbrain.dataio.dataloader import LoopedLoader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from brain_lightning import DistributedSamplerWrapper
+from brain_lightning.lightning_internals.loaders import warn_if_whole
+
+
+class Stream(IterableDataset[Any]):
+    pipeline: Any = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(8))
+
+
+def split_by_node(source: Any) -> Any:
+    """Of webdataset, whose streams have their stages in a list."""
+
+
+class SplitStream(Stream):
+    pipeline = (functools.partial(split_by_node, ()),)
+
+
+ITEMS: Any = range(8)
+SHARD = {"num_replicas": 2, "rank": 0}
+WHOLE = {
+    "loader": (lambda: DataLoader(ITEMS), "The training loader is not shared out"),
+    "looped": (
+        lambda: LoopedLoader(DataLoader(ITEMS), 3),
+        "The training loader is not shared",
+    ),
+    "stream": (lambda: DataLoader(Stream()), "unless that takes its own share by its rank"),
+}
+SHARED = {
+    "sampler": lambda: DataLoader(ITEMS, sampler=DistributedSampler(ITEMS, **SHARD)),
+    "wrapped": lambda: DataLoader(
+        ITEMS, batch_sampler=DistributedSamplerWrapper([[0, 1], [2, 3]], **SHARD)
+    ),
+    "webdataset": lambda: DataLoader(SplitStream()),
+    # What a recipe yields itself, nobody knows.
+    "generator": lambda: iter(ITEMS),
+}
+TRAINER: Any = SimpleNamespace(world_size=2, is_global_zero=True)
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_loader_that_is_not_shared_out_is_warned_of_once(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, message = WHOLE[case]
+    loader = make()
+    for _ in range(2):
+        warn_if_whole([loader], TRAINER)
+    (record,) = caplog.records
+    assert message in record.getMessage()
+    assert "each of the 2 processes trains on all of its" in record.getMessage()
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_one_that_is_shared_out_is_not(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_whole([SHARED[case]()], TRAINER)
+    assert not caplog.records
