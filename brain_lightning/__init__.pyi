@@ -36,4 +36,4 @@ from .options.run_options import RunOptions as RunOptions
 from .stage import Stage as Stage
 from .stages.epochs import EpochCounter as EpochCounter
 from .stages.epochs import EpochCounterWithStopper as EpochCounterWithStopper
-from .step.optimizers import OptimizerGroup as OptimizerGroup
+from .step.optimizer_group import OptimizerGroup as OptimizerGroup

@@ -169,6 +169,7 @@ class BrainCallback(Callback):
             self.run.train.end()
             fit_loop_of(trainer).run_validation()
         self.run.end_epoch()
+        self._side.show_unfrozen()
         self._for_the_epoch.restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -84,6 +84,8 @@ LIGHTNING_PARTS = (
     Row(f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector", "_parse_ckpt_path", _LAST),
     Row("lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",
         "_find_last_checkpoints", "whether there is a last checkpoint is not said otherwise"),
+    Row("lightning.pytorch.callbacks.finetuning:BaseFinetuning.__init__", "_restarting",
+        "a state that comes from a directory is loaded when the callback has started"),
     Row("lightning.pytorch.callbacks.weight_averaging:WeightAveraging", "_swap_models",
         "a save in a validation has to hold the weights, not their average", "2.6"),
     Row("lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -44,6 +44,18 @@ def overwrite_files(trainer: Trainer, temporary: TemporaryAttributes) -> None:
     for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint):
             temporary.set(callback, "_enable_version_counter", False)
+
+
+def leave_groups_as_recovered(callback: Callback) -> None:
+    """Keeps BaseFinetuning from assigning, when the next run starts, the groups of its state.
+
+    They are recovered with the optimizers, by name.
+
+    Args:
+        callback: A callback that has loaded its state after ``on_fit_start``.
+    """
+    if isinstance(callback, BaseFinetuning):
+        callback._restarting = False
 
 
 class AverageInUse:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from brain_lightning.callback.brain_callback import BrainCallback
 from brain_lightning.callback.profiling import end_when_profiled
 from brain_lightning.callback.recoverables import run_state
-from brain_lightning.callback.unsupported import check_backbone
 from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
@@ -30,9 +29,9 @@ from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
 from brain_lightning.stages.run import Run
-from brain_lightning.step.added_groups import AddedGroups
 from brain_lightning.step.compile import plain_name
-from brain_lightning.step.optimizers import OptimizerGroup
+from brain_lightning.step.initial_groups import InitialGroups
+from brain_lightning.step.optimizer_group import OptimizerGroup
 from brain_lightning.temporary import TemporaryAttributes
 
 from .checkpoint_file import check_content, content, recover
@@ -136,9 +135,10 @@ class BrainModule(LightningModule):
         Lightning calls this once the modules are on their device and the
         process group is up.
         """
+        self._initial_groups = InitialGroups(self.brain)
         if self._own_fit is None:
             self._start_fit(self.brain.on_fit_start)
-        return OptimizerGroup(self.brain)
+        return OptimizerGroup(self.brain, self._initial_groups)
 
     def _fit_by_recipe(self) -> None:
         assert self._own_fit is not None
@@ -180,8 +180,8 @@ class BrainModule(LightningModule):
     def _init_optimizers(self, init_optimizers: Callable[[], None]) -> None:
         """``init_optimizers`` of the Brain, before anything is recovered."""
         init_optimizers()
-        check_backbone(self.trainer, self.brain, OptimizerGroup(self.brain))
-        AddedGroups(self.brain)
+        self._initial_groups.remember()
+        self.run.trainer.remember_trained()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights by the names that they have where nothing is compiled or wrapped."""

@@ -137,6 +137,9 @@ class TrainerSide(Protocol):
             checkpoint: The content of a Lightning file.
         """
 
+    def remember_trained(self) -> None:
+        """Remembers what is trained when a run starts, before anything is recovered."""
+
     def state_beside_weights(self) -> State:
         """Everything that is saved but modules, optimizers and the state of the run."""
 
