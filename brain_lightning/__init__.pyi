@@ -24,6 +24,7 @@ from .errors import CheckpointSaveError as CheckpointSaveError
 from .errors import HookStoppedError as HookStoppedError
 from .errors import MainProcessError as MainProcessError
 from .errors import NonFiniteLossError as NonFiniteLossError
+from .errors import NoSuchCheckpointError as NoSuchCheckpointError
 from .errors import RunOptionError as RunOptionError
 from .errors import UnequalDataError as UnequalDataError
 from .errors import UnsupportedError as UnsupportedError

@@ -256,3 +256,46 @@ def test_what_a_script_freezes_itself_is_its_own_affair(tmp_path: Path) -> None:
     assert not torch.equal(
         first.brain.modules.backbone[0].weight, second.brain.modules.backbone[0].weight
     )
+
+
+class TrainedOnly(Callback):
+    """Leaves out of the checkpoint what is pretrained."""
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {n: w for n, w in weights.items() if "backbone" not in n}
+
+
+@pytest.mark.parametrize("cls", [Plain, Tuned])
+def test_a_checkpoint_without_what_is_frozen_is_loaded_where_it_need_not_be_whole(
+    tmp_path: Path, cls: Any
+) -> None:
+    def make(strict: bool = False) -> Any:
+        module = Plain(only_trained=True) if cls is Plain else ours(cls)
+        module.backbone.requires_grad_(False)
+        module.strict_loading = strict
+        return module
+
+    def files(name: str) -> list[Callback]:
+        return [ModelCheckpoint(tmp_path / name, save_last=True), TrainedOnly()]
+
+    def parameters(module: Any) -> list[Tensor]:
+        return [p.detach() for p in module.parameters()]
+
+    whole, cut, resumed = make(), make(), make()
+    fit(whole, *files("whole"), Watch())
+    with pytest.raises(ConnectionError):
+        fit(cut, *files("cut"), Watch(13))
+    fit(resumed, *files("cut"), Watch(), ckpt_path="last")
+    assert all_equal(parameters(whole), parameters(resumed))
+    assert not torch.equal(parameters(whole)[-1], parameters(cut)[-1])
+    last = tmp_path / "cut" / "last.ckpt"
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fit(make(strict=True), Watch(), ckpt_path=last)
+    arguments = {"only_trained": True} if cls is Plain else {"brain": ours(cls).brain}
+    loaded = type(whole).load_from_checkpoint(last, strict=False, **arguments)
+    assert torch.equal(parameters(loaded)[-1], parameters(resumed)[-1])
+    if cls is Tuned:
+        tested = make()
+        trainer_with().test(tested, loader(), ckpt_path=last, verbose=False)
+        assert all_equal(parameters(tested), parameters(resumed))
