@@ -94,6 +94,7 @@ class LightningSide:
         states = {}
         for callback in callbacks_of(self._trainer):
             state, whole = {}, not has_hook(callback, "on_save_checkpoint")
+            whole |= self.average.is_saved(callback)
             try:
                 state = plain(callback.state_dict())
             except NotPlainError:
@@ -116,6 +117,10 @@ class LightningSide:
     def weights(self) -> AbstractContextManager[None]:
         """See ``TrainerSide``."""
         return self.average.put_back(self._trainer.lightning_module)
+
+    def measured(self) -> AbstractContextManager[None]:
+        """See ``TrainerSide``."""
+        return self.average.measured(self._trainer.lightning_module)
 
     def correct(self, checkpoint: dict[str, Any]) -> None:
         """See ``TrainerSide``."""

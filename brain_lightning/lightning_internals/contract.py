@@ -88,6 +88,8 @@ LIGHTNING_PARTS = (
         "a state that comes from a directory is loaded when the callback has started"),
     Row("lightning.pytorch.callbacks.weight_averaging:WeightAveraging", "_swap_models",
         "a save in a validation has to hold the weights, not their average", "2.6"),
+    Row("lightning.pytorch.callbacks.weight_averaging:WeightAveraging.__init__",
+        "_average_model", "a checkpoint directory has to hold the average", "2.6"),
     Row("lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",
         "_enable_version_counter", "a file of the moment that is made up for has its name"),
     Row(_TRAINER, "_data_connector", _SHARDED),

@@ -268,7 +268,8 @@ class BrainModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Ends the VALID stage, before callbacks look at what it changed."""
-        self.run.valid.end()
+        with self.run.trainer.measured():
+            self.run.valid.end()
         self._log_metrics()
 
     def on_test_model_eval(self) -> None:

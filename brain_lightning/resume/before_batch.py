@@ -153,7 +153,8 @@ def undo(brain: BrainProtocol, state: BatchState) -> None:
     weights = parameters(brain)
     with torch.no_grad():
         for index, value in state["weights"].items():
-            weights[index].copy_(value)
+            if weights[index].shape == value.shape:
+                weights[index].copy_(value)
     restore_buffers(brain, state["buffers"])
     optimizers = _optimizers(brain)
     for name, saved_optimizer in state["optimizers"].items():

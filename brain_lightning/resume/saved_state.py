@@ -130,6 +130,9 @@ class TrainerSide(Protocol):
     def weights(self) -> AbstractContextManager[None]:
         """A context in which the weights are those that are trained, not an average."""
 
+    def measured(self) -> AbstractContextManager[None]:
+        """A context in which the weights are those that a validation has just measured."""
+
     def correct(self, checkpoint: State) -> None:
         """Exchanges an average for the weights in what is saved.
 
