@@ -24,6 +24,7 @@ from .errors import CheckpointSaveError as CheckpointSaveError
 from .errors import HookStoppedError as HookStoppedError
 from .errors import MainProcessError as MainProcessError
 from .errors import NonFiniteLossError as NonFiniteLossError
+from .errors import NoSuchCheckpointError as NoSuchCheckpointError
 from .errors import RunOptionError as RunOptionError
 from .errors import UnequalDataError as UnequalDataError
 from .errors import UnsupportedError as UnsupportedError
@@ -36,4 +37,4 @@ from .options.run_options import RunOptions as RunOptions
 from .stage import Stage as Stage
 from .stages.epochs import EpochCounter as EpochCounter
 from .stages.epochs import EpochCounterWithStopper as EpochCounterWithStopper
-from .step.optimizers import OptimizerGroup as OptimizerGroup
+from .step.optimizer_group import OptimizerGroup as OptimizerGroup

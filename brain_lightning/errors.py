@@ -56,5 +56,9 @@ class NotInCheckpointError(CheckpointError):
     """A checkpoint was saved without something that is to be recovered."""
 
 
+class NoSuchCheckpointError(ValueError):
+    """A checkpoint is asked for that is not there, or beside a key that chooses another."""
+
+
 class CheckpointSaveError(OSError):
     """A checkpoint could not be written; the earlier ones are as they were."""

@@ -19,6 +19,7 @@ from speechbrain.utils import epoch_loop
 import brain_lightning
 from brain_lightning import Brain, RunOptions
 from brain_lightning.compat.versions import run_option_defaults
+from brain_lightning.module.named_checkpoint import Recovery
 from tests.support.upstream import needs_speechbrain
 
 PACKAGE = Path(brain_lightning.__file__).parent
@@ -31,7 +32,7 @@ OTHER_DEFAULTS = {
 # SpeechBrain 0.5 gives check_gradients the loss.
 EXTRA_ARGUMENTS = {
     "fit": [("trainer", None)],
-    "evaluate": [("trainer", None)],
+    "evaluate": [("trainer", None), ("ckpt", Recovery.BY_KEYS)],
     "check_gradients": [("loss", None)],
 }
 

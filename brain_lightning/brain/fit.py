@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 
+from brain_lightning.checkpoints.checkpoint import Checkpoint
 from brain_lightning.data import dataloaders as data
 from brain_lightning.data.several_loaders import (
     SeveralSamplers,
@@ -16,7 +18,8 @@ from brain_lightning.data.several_loaders import (
     map_sets,
     set_names,
 )
-from brain_lightning.errors import BrainTypeError
+from brain_lightning.errors import BrainTypeError, NoSuchCheckpointError
+from brain_lightning.module.named_checkpoint import Recovery, named_checkpoint
 from brain_lightning.module.to_lightning import to_lightning
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.stages.run import Run, is_last_epoch
@@ -119,6 +122,7 @@ class FitAndEvaluate:
         test_loader_kwargs: Mapping[str, Any] = {},
         *,
         trainer: Trainer | Mapping[str, Any] | None = None,
+        ckpt: str | PathLike[str] | Recovery | None = Recovery.BY_KEYS,
     ) -> Any:
         """Evaluates on a dataset, by default with the best checkpoint.
 
@@ -130,15 +134,23 @@ class FitAndEvaluate:
             progressbar: Whether to show a bar; by default unless ``noprogressbar``.
             test_loader_kwargs: Arguments of the DataLoader.
             trainer: As for ``fit``.
+            ckpt: A checkpoint, by its name in the Checkpointer's folder or its path; it is
+                the only one that ``on_evaluate_start`` finds. None evaluates the modules as
+                they are, and does not call it.
 
         Returns:
             The average loss; of several sets a dict or a list.
+
+        Raises:
+            NoSuchCheckpointError: There is no such checkpoint, or a key is given as well.
         """
+        recovers = _recovers(self, ckpt, max_key, min_key)
         running = trainers.trainer_for(self, trainer, collective=False)
         kwargs = {**test_loader_kwargs, "ckpt_prefix": None}
         loaders = _loaders(self, test_set, self._lightning.stage_type.TEST, kwargs)
         shows_bar = _shows_bar(self, progressbar)
         module = to_lightning(self, progressbar=shows_bar, max_key=max_key, min_key=min_key)
+        module.recovers = recovers
         trainers.run(running, module, lambda: running.test(module, loaders, verbose=False))
         averages = iter(module.run.test.averages)
         return map_sets(lambda _: next(averages, 0.0), test_set)
@@ -189,6 +201,22 @@ def _fit_within_own_fit(
         brain._fit_valid(valid_set=valid_set, epoch=epoch, enable=bar)
         if is_last_epoch(brain, epoch):
             break
+
+
+def _recovers(
+    brain: BrainProtocol,
+    ckpt: str | PathLike[str] | Recovery | None,
+    max_key: str | None,
+    min_key: str | None,
+) -> Checkpoint | Recovery | None:
+    if isinstance(ckpt, Recovery):
+        return ckpt
+    if max_key is not None or min_key is not None:
+        raise NoSuchCheckpointError(
+            f"evaluate(ckpt={ckpt!r}, max_key={max_key!r}, min_key={min_key!r}): a key "
+            "chooses a checkpoint, and ckpt names one, or None for none: give one of the three"
+        )
+    return None if ckpt is None else named_checkpoint(brain, ckpt)
 
 
 def _shows_bar(brain: BrainProtocol, progressbar: bool | None) -> bool:

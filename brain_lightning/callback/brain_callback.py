@@ -28,6 +28,7 @@ from brain_lightning.temporary import TemporaryAttributes
 
 from .lightning_bars import show_epoch, show_running_loss
 from .reconcile import reconcile, reconcile_accumulation, wraps_itself
+from .recoverables import is_saved
 from .trainer_side import LightningSide
 from .unsupported import check_callbacks, warn_of_unused_average
 
@@ -91,6 +92,10 @@ class BrainCallback(Callback):
         self.run.begin(self._side)
         if strategies.is_parallel(trainer):
             strategies.disable_synchronization(pl_module)
+        if is_saved(self.run):
+            checkpointer = self.run.brain.checkpointer
+            others = callbacks_of(trainer)
+            self._side.average.register(others, checkpointer, self._for_the_run)
         show_running_loss(trainer, self.run, self._for_the_run)
         self.run.metrics.watch(self.run.brain, self._for_the_run)
         leave_to_trainer(self.run.brain, trainer.loggers, self._for_the_run)
@@ -109,6 +114,9 @@ class BrainCallback(Callback):
         state.position.records_fetches = self._side.draws_ahead
         if state.resumed is not None:
             self._side.resume(state.resumed)
+        if not state.explicit:
+            resumes = state.resumed is not None
+            self._side.average.resume(trainer.lightning_module, resumes)
         others = _without(callbacks_of(trainer), [self])
         self._side.told.watch(others, self._for_the_run)
         self._side.average.watch(others, self._for_the_run)
@@ -169,6 +177,7 @@ class BrainCallback(Callback):
             self.run.train.end()
             fit_loop_of(trainer).run_validation()
         self.run.end_epoch()
+        self._side.show_unfrozen()
         self._for_the_epoch.restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from brain_lightning.checkpoints.content import Content, content_of, load_content
 from brain_lightning.checkpoints.hooks import load_hook, save_hook
 from brain_lightning.checkpoints.recoverables import Recoverables
+from brain_lightning.lightning_internals.trainer_callbacks import AVERAGES
 from brain_lightning.protocol import BrainProtocol, hparams_of
 from brain_lightning.resume.plain_values import State, plain_values
 from brain_lightning.resume.run_state import KEY, RunState
@@ -39,6 +40,15 @@ def run_state(brain: BrainProtocol) -> RunState:
     return new
 
 
+def is_saved(run: Run) -> bool:
+    """Whether the Brain's Checkpointer saves the state of a run, which is no evaluation.
+
+    Args:
+        run: The run.
+    """
+    return getattr(run.brain.checkpointer, "recoverables", {}).get(KEY) is run.run_state
+
+
 def recoverables_of(run: Run) -> Recoverables:
     """What the Brain's Checkpointer recovers; without one, every recoverable of the Brain.
 
@@ -50,6 +60,8 @@ def recoverables_of(run: Run) -> Recoverables:
     found: dict[str, Any] = {"brain": brain}
     if hasattr(checkpointer, "recoverables"):
         found |= checkpointer.recoverables
+        # In Lightning's files the callbacks save it themselves.
+        found.pop(AVERAGES, None)
     else:
         hparams = hparams_of(brain)
         found |= {n: o for n, o in hparams.items() if _is_recoverable(o) and not _is_frozen(o)}

@@ -23,12 +23,15 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
     AverageInUse,
     callbacks_of,
     has_hook,
+    leave_groups_as_recovered,
 )
 from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
+from brain_lightning.step.optimizer_group import OptimizerGroup
+from brain_lightning.step.trained_parts import TrainedParts, switches
 
 from .recoverables import recover_beside_weights, recover_options, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch
@@ -59,6 +62,7 @@ class LightningSide:
         self.draws_ahead = self.saves_within_batch or saves_between_batches(trainer)
         self.told = Told(trainer, run)
         self.average = AverageInUse()
+        self._trained = TrainedParts(run.brain)
         self._reloads: list[float] = []
         self._groups: State = {}
         self._reported: set[str] = set()
@@ -73,16 +77,24 @@ class LightningSide:
             "progress": {**counts, "batches": train.earlier},
             "callbacks": self._callback_states(),
             "reloads": reloads(trainer),
+            "trained": self._trained.changed(self._switches()),
             "told": self.told.state(),
             "metrics": metrics,
             "found": self._run.metrics.state(),
             "should_stop": trainer.should_stop and _has_stopped_early(trainer),
         }
 
+    def _switches(self) -> dict[str, bool]:
+        state = self._run.run_state
+        # A batch of which a part is done is fitted again.
+        before = state.before.switches if state.phase is Phase.FITTING else {}
+        return before or switches(self._run.brain)
+
     def _callback_states(self) -> State:
         states = {}
         for callback in callbacks_of(self._trainer):
             state, whole = {}, not has_hook(callback, "on_save_checkpoint")
+            whole |= self.average.is_saved(callback)
             try:
                 state = plain(callback.state_dict())
             except NotPlainError:
@@ -106,9 +118,17 @@ class LightningSide:
         """See ``TrainerSide``."""
         return self.average.put_back(self._trainer.lightning_module)
 
+    def measured(self) -> AbstractContextManager[None]:
+        """See ``TrainerSide``."""
+        return self.average.measured(self._trainer.lightning_module)
+
     def correct(self, checkpoint: dict[str, Any]) -> None:
         """See ``TrainerSide``."""
         self.average.correct(checkpoint)
+
+    def remember_trained(self) -> None:
+        """See ``TrainerSide``."""
+        self._trained.remember()
 
     def state_beside_weights(self) -> State:
         """See ``TrainerSide``."""
@@ -150,6 +170,8 @@ class LightningSide:
         counts["batches"] += 0 if epoch is None else epoch["batches"]
         run.train.batches = counts["batches"]
         set_progress(trainer, **counts)
+        self._trained.restore(state.get("trained", {}))
+        self.show_unfrozen()
         for callback in callbacks_of(trainer):
             if callback.state_key in state["callbacks"]:
                 _load(callback, state["callbacks"][callback.state_key])
@@ -179,6 +201,12 @@ class LightningSide:
         # Callbacks have not read it yet, and what they have is of the epoch before.
         return found.keys() or state["metrics"].keys()
 
+    def show_unfrozen(self) -> None:
+        """Lets callbacks see what was unfrozen among the parameters that are optimized."""
+        for optimizer in self._trainer.optimizers:
+            if isinstance(optimizer, OptimizerGroup):
+                optimizer.show_unfrozen()
+
     def resume_after_loading(self) -> None:
         """Restores what the Trainer has changed since ``resume``: it made loaders."""
         if self._groups:
@@ -192,6 +220,7 @@ def _load(callback: Callback, state: State) -> None:
         # From a Lightning file it is loaded already; else max_time is per start.
         return
     callback.load_state_dict(state)
+    leave_groups_as_recovered(callback)
     if isinstance(callback, ModelCheckpoint):
         # It saves it, and does not load it.
         callback.current_score = state["current_score"]

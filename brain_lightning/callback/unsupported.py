@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
     BatchSizeFinder,
     LearningRateFinder,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 
 from brain_lightning.compat.versions import AVERAGES_WITHOUT_END
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.step.optimizers import parameters_of
 
 # Those that cannot at all, and why.
 REFUSED_CALLBACKS: dict[type[Callback], str] = {
@@ -71,29 +68,4 @@ def warn_of_unused_average(trainer: Trainer) -> None:
             f"StochasticWeightAveraging waited for epoch {trainer.max_epochs}, but the run "
             f"ended after {trainer.current_epoch}: the weights are those of the last update. "
             "Give Trainer(max_epochs=-1), and the average is taken whenever the run ends"
-        )
-
-
-def check_backbone(trainer: Trainer, brain: BrainProtocol, optimizer: Optimizer) -> None:
-    """Refuses to unfreeze a backbone that the optimizer has already.
-
-    BackboneFinetuning would skip its parameters with a warning, and then set the
-    learning rate of the last group, which is another one.
-
-    Args:
-        trainer: The Trainer.
-        brain: The Brain after ``init_optimizers``.
-        optimizer: Its optimizers.
-
-    Raises:
-        UnsupportedError: The backbone is in the optimizer.
-    """
-    if not any(isinstance(callback, BackboneFinetuning) for callback in callbacks_of(trainer)):
-        return
-    optimized = {id(p) for p in parameters_of(optimizer)}
-    backbone = brain.modules["backbone"].parameters() if "backbone" in brain.modules else ()
-    if any(id(p) in optimized for p in backbone):
-        raise UnsupportedError(
-            "BackboneFinetuning gives the optimizer the backbone's parameters itself, once it "
-            "unfreezes them: override init_optimizers and leave them out"
         )

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,6 +51,7 @@ class Checkpointer(Recoverables):
             it was the end of an epoch.
         custom_save_hooks: By name, each called with the object and the path.
         allow_partial_load: Whether a checkpoint may lack a recoverable.
+        ignore_mismatched_sizes: See ``Recoverables``.
 
     Attributes:
         async_save: Whether tensors are written in the background.
@@ -67,10 +68,12 @@ class Checkpointer(Recoverables):
         custom_load_hooks: Mapping[str, Hook] | None = None,
         custom_save_hooks: Mapping[str, Hook] | None = None,
         allow_partial_load: bool = False,
+        ignore_mismatched_sizes: Collection[str] = (),
     ) -> None:
         super().__init__(
             recoverables, custom_load_hooks, custom_save_hooks, allow_partial_load
         )
+        self.ignore_mismatched_sizes = ignore_mismatched_sizes
         # Absolute: a script may change directory before a save is done.
         self.checkpoints_dir = Path(checkpoints_dir).absolute()
         self.async_save = False
@@ -377,12 +380,7 @@ class Checkpointer(Recoverables):
         with loading_to(device):
             self.load(files, found, checkpoint.meta["end-of-epoch"], checked)
 
-    def _remedy(self, name: str) -> str:
-        hooks = "; ".join(
-            f"checkpointer.custom_load_hooks[{each!r}] = lambda *_: None"
-            for each in (name, *self.optimizers_of(name))
-        )
-        return f"To go on with the rest, and leave it as it is made: {hooks}."
+    _remedy = Recoverables.remedy_by_name
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint, in no order; one whose meta cannot be read is left out."""

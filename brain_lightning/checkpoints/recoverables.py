@@ -7,7 +7,7 @@ import logging
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,14 @@ class Recoverables:
             it.
         custom_save_hooks: By name, each called with the object and the path.
         allow_partial_load: Whether a checkpoint may lack a recoverable.
+
+    Attributes:
+        ignore_mismatched_sizes: Parts of recoverable modules that are left as they are made
+            where their shape is another in the checkpoint, an output layer say: the names of
+            recoverables, or of what is in them, ``model.output``.
     """
+
+    ignore_mismatched_sizes: Collection[str] = ()
 
     def __init__(
         self,
@@ -217,22 +224,69 @@ class Recoverables:
                 raise _no_hook("recover", name, obj, "load_state_dict", "custom_load_hook")
             hooks[name] = without_device(hook, *LOAD_HOOK)
         recovered: list[str] = []
+        parts = self._mismatched_parts(states)
         for name, path in files.items():
             try:
                 if name in states:
-                    state_files.apply_state(self.recoverables[name], states[name])
+                    self._apply(name, states[name])
                 else:
                     with loading_to(None, device_of(self.recoverables.get("brain"))):
                         hooks[name](self.recoverables[name], path, end_of_epoch)
             except Exception as error:
                 # Torch's archives have checksums of their own.
                 unsure = not checked and not zipfile.is_zipfile(path)
-                self._explain(error, name, path, recovered, unsure)
+                self._explain(error, name, path, recovered, unsure, self._remedy(name, parts))
                 raise
             recovered.append(name)
+        self._reset_optimizers(parts)
+
+    def _apply(self, name: str, state: dict[str, Any]) -> None:
+        """Gives an object its state, but what may be left out and has another shape."""
+        obj = self.recoverables[name]
+        for key in state_files.mismatched(obj, state):
+            if self._is_ignored(f"{name}.{key}"):
+                own = obj.state_dict()[key]
+                logger.warning(
+                    "%s.%s is left as it is made: its shape is %s, and %s in the checkpoint.",
+                    name,
+                    key,
+                    tuple(own.shape),
+                    tuple(state[key].shape),
+                )
+                state[key] = own
+        state_files.apply_state(obj, state)
+
+    def _mismatched_parts(self, states: Mapping[str, Any]) -> dict[str, list[str]]:
+        """By the name of a recoverable what has another shape in the checkpoint."""
+        found = {n: state_files.mismatched(self.recoverables[n], s) for n, s in states.items()}
+        return {name: keys for name, keys in found.items() if keys}
+
+    def _is_ignored(self, part: str) -> bool:
+        named = self.ignore_mismatched_sizes
+        named = (named,) if isinstance(named, str) else named
+        return any(part == each or part.startswith(f"{each}.") for each in named)
+
+    def _reset_optimizers(self, left_out: Mapping[str, Collection[str]]) -> None:
+        """Lets optimizers begin anew with parameters that were left out."""
+        parameters = [
+            parameter
+            for name, keys in left_out.items()
+            for key, parameter in self.recoverables[name].named_parameters()
+            if key in keys
+        ]
+        for obj in self.recoverables.values() if parameters else ():
+            if isinstance(obj, Optimizer):
+                for parameter in parameters:
+                    obj.state.pop(parameter, None)
 
     def _explain(
-        self, error: Exception, name: str, path: Path, recovered: Iterable[str], unsure: bool
+        self,
+        error: Exception,
+        name: str,
+        path: Path,
+        recovered: Iterable[str],
+        unsure: bool,
+        remedy: str,
     ) -> None:
         """Says where an error comes from, and what it leaves behind."""
         changed = ", ".join(map(repr, recovered)) or "nothing"
@@ -241,14 +295,34 @@ class Recoverables:
             raise DamagedCheckpointError(
                 f"{path} cannot be read: {error}; {before}"
             ) from error
-        note = f"{name!r} could not be recovered from {path}; {before}. {self._remedy(name)}"
+        note = f"{name!r} could not be recovered from {path}; {before}. {remedy}"
         if unsure:
             note += " The file has no checksum: a kill may also have cut it short."
         add_note(error, note.strip())
 
-    def _remedy(self, name: str) -> str:
-        """What may be done about an object that cannot be recovered."""
+    def _remedy(self, name: str, mismatched: Mapping[str, Collection[str]]) -> str:
+        """What may be done about an object that cannot be recovered, and what does not fit."""
         return ""
+
+    def remedy_by_name(self, name: str, mismatched: Mapping[str, Collection[str]]) -> str:
+        """What may be done where the user has these objects by name, in a Checkpointer.
+
+        Args:
+            name: The recoverable that could not be recovered.
+            mismatched: By name the keys of what has another shape in the checkpoint.
+        """
+        if name in mismatched:
+            keys = [f"{each}.{key}" for each, own in mismatched.items() for key in own]
+            parts = sorted({key.rpartition(".")[0] for key in keys})
+            return (
+                "To recover the rest, and leave what has another shape as it is made: "
+                f"checkpointer.ignore_mismatched_sizes = {parts}."
+            )
+        hooks = "; ".join(
+            f"checkpointer.custom_load_hooks[{each!r}] = lambda *_: None"
+            for each in (name, *self.optimizers_of(name))
+        )
+        return f"To go on with the rest, and leave it as it is made: {hooks}."
 
     def optimizers_of(self, name: str) -> list[str]:
         """The recoverable optimizers that hold a parameter of a module.

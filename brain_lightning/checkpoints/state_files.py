@@ -119,6 +119,26 @@ def apply_state(obj: Any, state: Mapping[str, Any]) -> None:
         obj.load_state_dict(state)
 
 
+def mismatched(obj: Any, state: Any) -> list[str]:
+    """The keys of those tensors of a module that have another shape in a file.
+
+    Args:
+        obj: Anything; what is no module has none.
+        state: What ``load_state`` returned for it.
+    """
+    if not isinstance(obj, torch.nn.Module) or not isinstance(state, dict):
+        return []
+    own = obj.state_dict()
+    return [
+        key
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+        and isinstance(own.get(key), Tensor)
+        and not is_lazy(own[key])
+        and own[key].shape != value.shape
+    ]
+
+
 def torch_recovery(obj: Any, path: str | Path, end_of_epoch: bool) -> None:  # noqa: ARG001
     """Recovers what ``torch_save`` has saved.
 

@@ -251,6 +251,11 @@ def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[
         if weight not in known:
             name, _, key = weight.removeprefix(f"{MODULES}.").partition(".")
             entries.setdefault(name, {"keys": {}, "metadata": {}})["keys"][key] = weight
+    if missing := sorted(known - state.keys()):
+        raise CheckpointError(
+            f"the file lacks weights of the modules, such as {missing[0]!r}, and a checkpoint "
+            "directory has all: resume it by fit(ckpt_path=...) with strict_loading = False"
+        )
     modules: dict[str, Any] = {}
     for name, each in {**entries, **described}.items():
         modules[name] = OrderedDict((key, state[w]) for key, w in each["keys"].items())

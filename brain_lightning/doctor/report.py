@@ -27,7 +27,6 @@ IF_NO_ENTRY = (
     ", if nothing that it calls in hparams is one of modules (doctor SCRIPT HPARAMS looks)"
 )
 IF_READ = ", if what is given self or modules uses nothing that a wrapper lacks: {}"
-BACKBONE = "BackboneFinetuning unless init_optimizers leaves the backbone out"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
     overrides = {name: str(at) for name, at in brain.methods.items() if name in HOOKS}
     manual = [hook for hook in MANUAL_HOOKS if hook in overrides]
     refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
-    refused += ["StochasticWeightAveraging with BatchNorm", BACKBONE]
+    refused.append("StochasticWeightAveraging with BatchNorm")
     remarks = list(_remarks(brain, source))
     limited = {name for remark in remarks for name in remark.limits}
     parallel = PARALLEL + (IF_NO_ENTRY if depends_on_hparams(brain, source) else "")

@@ -1,8 +1,9 @@
-"""``ckpt_path="last"`` where there is no last checkpoint."""
+"""``ckpt_path`` where it is ``"last"`` and there is none, or a checkpoint directory."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from .trainer_callbacks import callbacks_of
 
 
-def take_newest_for_last(trainer: Trainer) -> None:
-    """Lets ``ckpt_path="last"`` of the next run mean the newest, where there is no last.
+def read_ckpt_path(trainer: Trainer, take: Callable[[Any], bool]) -> None:
+    """Reads the ``ckpt_path`` of the next run in the place of Lightning.
 
-    Lightning would start from scratch, with a warning (``_parse_ckpt_path``), and has no
-    hook between the call of ``fit`` and its decision.
+    ``"last"`` means the newest where there is no last: Lightning would start from scratch,
+    with a warning (``_parse_ckpt_path``). It has no hook between the call of ``fit`` and its
+    decision.
 
     Args:
         trainer: The Trainer that has just been given a module.
+        take: Whether the module takes care of a ``ckpt_path``; Lightning loads nothing then.
     """
     connector: Any = trainer._checkpoint_connector
     vars(connector).pop("_parse_ckpt_path", None)
@@ -27,6 +30,8 @@ def take_newest_for_last(trainer: Trainer) -> None:
 
     def _parse_ckpt_path(state_fn: Any, ckpt_path: Any, **kwargs: Any) -> Any:
         vars(connector).pop("_parse_ckpt_path", None)
+        if take(ckpt_path):
+            return None
         if ckpt_path == "last" and not _has_last(trainer):
             ckpt_path = _newest(trainer) or ckpt_path
         return parse(state_fn, ckpt_path, **kwargs)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 
+from brain_lightning.checkpoints.state_files import load_state, write_state
+from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.temporary import TemporaryAttributes
+
+# The name of the recoverable.
+AVERAGES = "brain_lightning_averages"
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -46,15 +52,99 @@ def overwrite_files(trainer: Trainer, temporary: TemporaryAttributes) -> None:
             temporary.set(callback, "_enable_version_counter", False)
 
 
-class AverageInUse:
-    """The averages that callbacks have put in place of the weights.
+def leave_groups_as_recovered(callback: Callback) -> None:
+    """Keeps BaseFinetuning from assigning, when the next run starts, the groups of its state.
 
-    ``WeightAveraging`` of Lightning 2.6 exchanges both while it validates. What is saved then
-    has to hold the weights.
+    They are recovered with the optimizers, by name.
+
+    Args:
+        callback: A callback that has loaded its state after ``on_fit_start``.
+    """
+    if isinstance(callback, BaseFinetuning):
+        callback._restarting = False
+
+
+class AverageInUse:
+    """The averages that callbacks have put in place of the weights, and save.
+
+    ``WeightAveraging`` of Lightning 2.6 exchanges both while it validates. A recipe's own
+    checkpoint, saved when a validation ends, holds in its modules what was measured, the
+    average; the weights are in a file beside, with which training is resumed.
     """
 
     def __init__(self) -> None:
+        self._averaging: list[Any] = []
         self._in_use: dict[int, Any] = {}
+        # Those that were exchanged back last.
+        self._measured: list[Any] = []
+        self._recovered: dict[str, Any] = {}
+
+    def register(
+        self, callbacks: Sequence[Callback], checkpointer: Any, temporary: TemporaryAttributes
+    ) -> None:
+        """Makes the averages recoverables for the time of a run, where there are any.
+
+        Args:
+            callbacks: Those of the Trainer.
+            checkpointer: The Brain's.
+            temporary: Records what is changed on it.
+        """
+        self._averaging = [each for each in callbacks if hasattr(each, "_swap_models")]
+        if self._averaging:
+            hooks = (AverageInUse.recover, AverageInUse.save)
+            checkpointer.add_recoverable(AVERAGES, self, *hooks, optional_load=True)
+            temporary.callback(checkpointer.recoverables.pop, AVERAGES, None)
+
+    def is_saved(self, callback: Callback) -> bool:
+        """Whether the average of a callback is a recoverable.
+
+        Args:
+            callback: One of the Trainer's.
+        """
+        return any(callback is each for each in self._averaging)
+
+    def save(self, path: str | Path) -> None:
+        """Saves the averages, or what they have been exchanged for.
+
+        Args:
+            path: The file.
+        """
+        states = {
+            callback.state_key: {
+                "in_use": id(callback) in self._in_use,
+                "state": callback._average_model.state_dict(),
+            }
+            for callback in self._averaging
+        }
+        if if_main_process():
+            write_state(states, path)
+
+    def recover(self, path: str | Path, end_of_epoch: bool) -> None:
+        """Reads what ``save`` has written; it takes effect when training starts.
+
+        Args:
+            path: The file.
+            end_of_epoch: Of no importance here.
+        """
+        self._recovered = load_state(path)
+
+    def resume(self, module: LightningModule, resumes: bool) -> None:
+        """Resumes averages, and the weights that were saved in their place.
+
+        Args:
+            module: The module, which has recovered its weights.
+            resumes: Whether a run is resumed from a directory: where that has no average,
+                it begins with the weights, as Lightning's does.
+        """
+        recovered, self._recovered = self._recovered, {}
+        for callback in self._averaging:
+            average, saved = callback._average_model, recovered.get(callback.state_key)
+            if saved is not None:
+                average.load_state_dict(saved["state"])
+                if saved["in_use"]:
+                    callback._swap_models(module)
+            elif resumes:
+                average.module.load_state_dict(module.state_dict())
 
     def watch(self, callbacks: Sequence[Callback], temporary: TemporaryAttributes) -> None:
         """Records each exchange, until ``temporary`` is restored.
@@ -73,6 +163,30 @@ class AverageInUse:
         swap(module)
         if self._in_use.pop(id(callback), None) is None:
             self._in_use[id(callback)] = swap
+        else:
+            self._measured.append(callback)
+
+    @contextmanager
+    def measured(self, module: LightningModule) -> Iterator[None]:
+        """Has the averages in use that a validation has just measured, while it ends.
+
+        Lightning exchanges them before a module hears that the validation is over.
+
+        Args:
+            module: The module that trains.
+
+        Yields:
+            None
+        """
+        measured, self._measured = self._measured, []
+        for callback in measured:
+            callback._swap_models(module)
+        try:
+            yield
+        finally:
+            for callback in reversed(measured):
+                callback._swap_models(module)
+            self._measured = []
 
     @contextmanager
     def put_back(self, module: LightningModule) -> Iterator[None]:
@@ -84,12 +198,14 @@ class AverageInUse:
         Yields:
             None
         """
-        swaps = list(self._in_use.values())
+        in_use, self._in_use = self._in_use, {}
+        swaps = list(in_use.values())
         for swap in swaps:
             swap(module)
         yield
         for swap in reversed(swaps):
             swap(module)
+        self._in_use = in_use
 
     def correct(self, checkpoint: dict[str, Any]) -> None:
         """Exchanges them in a file that ``WeightAveraging`` has written both to.

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step import update as updates
-from brain_lightning.step.optimizers import OptimizerGroup, has_optimizer
+from brain_lightning.step.optimizer_group import OptimizerGroup
+from brain_lightning.step.optimizers import has_optimizer
 
 from .brain_module import BrainModule
 

@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 from brain_lightning.callback.brain_callback import BrainCallback
 from brain_lightning.callback.profiling import end_when_profiled
 from brain_lightning.callback.recoverables import run_state
-from brain_lightning.callback.unsupported import check_backbone
+from brain_lightning.checkpoints.checkpoint import Checkpoint
 from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
 from brain_lightning.distributed.ddp import unwrap_modules
-from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
+from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_path
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
@@ -30,12 +30,13 @@ from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs
 from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
 from brain_lightning.stages.run import Run
-from brain_lightning.step.added_groups import AddedGroups
 from brain_lightning.step.compile import plain_name
-from brain_lightning.step.optimizers import OptimizerGroup
+from brain_lightning.step.initial_groups import InitialGroups
+from brain_lightning.step.optimizer_group import OptimizerGroup
 from brain_lightning.temporary import TemporaryAttributes
 
 from .checkpoint_file import check_content, content, recover
+from .named_checkpoint import Recovery, is_directory, named_checkpoint, recovering
 
 
 class BrainModule(LightningModule):
@@ -57,9 +58,13 @@ class BrainModule(LightningModule):
     Attributes:
         run: The current or last run.
         is_of_fit: Whether it is the Brain's ``fit`` that runs it.
+        recovers: What to recover for TEST; None leaves the modules as they are.
     """
 
     is_of_fit = False
+    recovers: Checkpoint | Recovery | None = Recovery.BY_KEYS
+    # By ckpt_path.
+    _named: Checkpoint | None = None
 
     def __init__(
         self,
@@ -92,7 +97,13 @@ class BrainModule(LightningModule):
         LightningModule.trainer.__set__(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
             # The only call that a module gets before Lightning looks at ckpt_path.
-            take_newest_for_last(trainer)
+            self._named = None
+            read_ckpt_path(trainer, self._take_directory)
+
+    def _take_directory(self, ckpt_path: Any) -> bool:
+        if is_directory(ckpt_path):
+            self._named = named_checkpoint(self.brain, ckpt_path)
+        return self._named is not None
 
     def configure_callbacks(self) -> list[Callback]:
         """Begins a run: new stages over the same Brain, and the callback that runs them."""
@@ -136,9 +147,10 @@ class BrainModule(LightningModule):
         Lightning calls this once the modules are on their device and the
         process group is up.
         """
+        self._initial_groups = InitialGroups(self.brain)
         if self._own_fit is None:
             self._start_fit(self.brain.on_fit_start)
-        return OptimizerGroup(self.brain)
+        return OptimizerGroup(self.brain, self._initial_groups)
 
     def _fit_by_recipe(self) -> None:
         assert self._own_fit is not None
@@ -160,14 +172,16 @@ class BrainModule(LightningModule):
         together = recovers_together(brain.checkpointer) if several else nullcontext()
         with together, TemporaryAttributes() as temporary:
             temporary.wrap(brain, "init_optimizers", self._init_optimizers)
+            temporary.enter_context(recovering(brain, self._named))
             on_fit_start()
         recovered = (brain.step, brain.avg_train_loss) != counts
         self.run.run_state.has_recovered_counts = recovered
         if self._explicit is not None:
             # A callback that averages weights replaces the state by its average.
             weights = self._explicit.get("current_model_state", self._explicit["state_dict"])
-            self.load_state_dict(weights)
-            recover(self._explicit, self.run, self.state_dict(keep_vars=True))
+            self.load_state_dict(weights, self.strict_loading)
+            own = self.state_dict(keep_vars=True)
+            recover(self._explicit, self.run, own, self.strict_loading)
             self._explicit = None
         if several:
             check_same(
@@ -180,8 +194,8 @@ class BrainModule(LightningModule):
     def _init_optimizers(self, init_optimizers: Callable[[], None]) -> None:
         """``init_optimizers`` of the Brain, before anything is recovered."""
         init_optimizers()
-        check_backbone(self.trainer, self.brain, OptimizerGroup(self.brain))
-        AddedGroups(self.brain)
+        self._initial_groups.remember()
+        self.run.trainer.remember_trained()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights by the names that they have where nothing is compiled or wrapped."""
@@ -244,6 +258,8 @@ class BrainModule(LightningModule):
 
     def on_validation_model_eval(self) -> None:
         """Begins the VALID stage: the hook first, then ``eval()``."""
+        if self._running() is TrainerFn.VALIDATING:
+            self._recover_named()
         self.run.valid.start()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
@@ -252,14 +268,19 @@ class BrainModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Ends the VALID stage, before callbacks look at what it changed."""
-        self.run.valid.end()
+        with self.run.trainer.measured():
+            self.run.valid.end()
         self._log_metrics()
 
     def on_test_model_eval(self) -> None:
         """Begins an evaluation: the best or an explicit checkpoint, then the TEST stage."""
-        self.run.test.recover_best()
+        recovers = self._named or self.recovers
+        if recovers is not None:
+            named = None if isinstance(recovers, Recovery) else recovers
+            with recovering(self.brain, named):
+                self.run.test.recover_best()
         if self._explicit is not None:
-            self.load_state_dict(self._explicit["state_dict"])
+            self.load_state_dict(self._explicit["state_dict"], self.strict_loading)
             self._explicit = None
         self.run.test.start()
 
@@ -317,7 +338,12 @@ class BrainModule(LightningModule):
 
     def on_predict_model_eval(self) -> None:
         """Puts the modules in eval mode, as every evaluation of a Brain does."""
+        self._recover_named()
         self.brain.modules.eval()
+
+    def _recover_named(self) -> None:
+        if self._named is not None:
+            self.brain.checkpointer.load_checkpoint(self._named)
 
     def on_validation_model_train(self) -> None:
         """Nothing: a Brain stays in eval mode until its next TRAIN stage."""

@@ -44,7 +44,9 @@ def content(run: Run, weights: Mapping[str, Any]) -> Content:
     return own and {**saved_by_lightning, **own}
 
 
-def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
+def recover(
+    checkpoint: Content, run: Run, weights: Mapping[str, Any], strict: bool = True
+) -> None:
     """Recovers everything but what Lightning loads itself.
 
     Args:
@@ -52,6 +54,7 @@ def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
             Brain calls them.
         run: The run that begins, after ``on_fit_start``.
         weights: As for ``content``.
+        strict: Whether the file may not lack anything (``LightningModule.strict_loading``).
 
     Raises:
         CheckpointError: The file lacks something, or was not written of a Brain.
@@ -59,6 +62,7 @@ def recover(checkpoint: Content, run: Run, weights: Mapping[str, Any]) -> None:
     own = checkpoint[KEY]
     objects, saved_by_lightning = _split(run, weights)
     _rename_optimizers(checkpoint, saved_by_lightning["optimizers"])
+    objects.allow_partial_load |= not strict
     load_content(objects, own)
     run.run_state.explicit = True
 

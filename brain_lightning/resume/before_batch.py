@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import all_optimizers, parameters_of
+from brain_lightning.step.trained_parts import Switches, switches
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State
@@ -46,6 +47,7 @@ class BeforeBatch:
         random: The random state.
         statistics: What hooks had accumulated.
         gradients: By the index of the parameter.
+        switches: What was trained.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -56,6 +58,7 @@ class BeforeBatch:
         self.random: State = {}
         self.statistics: State = {}
         self.gradients: dict[int, Tensor] = {}
+        self.switches: Switches = {}
         self._buffers: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
         self._optimizers: dict[str, State] = {}
@@ -78,6 +81,7 @@ class BeforeBatch:
         self.is_whole = True
         self.random = random_state()
         self.statistics = statistics.copy()
+        self.switches = switches(brain)
         self._scaler = brain.scaler.state_dict()
         with self._as_far_as_there_is_memory():
             self.gradients = {i: grad.clone() for i, grad in gradients(brain).items()}
@@ -126,7 +130,7 @@ class BeforeBatch:
         """Frees the copies, once the batch is over."""
         self.is_whole = False
         self.statistics, self.gradients, self._buffers = {}, {}, {}
-        self._weights, self._optimizers = {}, {}
+        self._weights, self._optimizers, self.switches = {}, {}, {}
 
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""
@@ -149,7 +153,8 @@ def undo(brain: BrainProtocol, state: BatchState) -> None:
     weights = parameters(brain)
     with torch.no_grad():
         for index, value in state["weights"].items():
-            weights[index].copy_(value)
+            if weights[index].shape == value.shape:
+                weights[index].copy_(value)
     restore_buffers(brain, state["buffers"])
     optimizers = _optimizers(brain)
     for name, saved_optimizer in state["optimizers"].items():

@@ -130,12 +130,18 @@ class TrainerSide(Protocol):
     def weights(self) -> AbstractContextManager[None]:
         """A context in which the weights are those that are trained, not an average."""
 
+    def measured(self) -> AbstractContextManager[None]:
+        """A context in which the weights are those that a validation has just measured."""
+
     def correct(self, checkpoint: State) -> None:
         """Exchanges an average for the weights in what is saved.
 
         Args:
             checkpoint: The content of a Lightning file.
         """
+
+    def remember_trained(self) -> None:
+        """Remembers what is trained when a run starts, before anything is recovered."""
 
     def state_beside_weights(self) -> State:
         """Everything that is saved but modules, optimizers and the state of the run."""

@@ -1,9 +1,8 @@
-"""The optimizers of a Brain: which there are, and one group of all of them."""
+"""The optimizers of a Brain: which there are, and which are active."""
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch.nn import Module, Parameter
@@ -74,88 +73,3 @@ def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:
         {"params": [p for p in trainable if p.dim() == 1], "weight_decay": 0.0},
         {"params": [p for p in trainable if p.dim() != 1]},
     ]
-
-
-class OptimizerGroup(Optimizer):
-    """A Brain's optimizers as the one optimizer of Lightning's automatic optimization.
-
-    It has no state: ``param_groups`` are views of the members' groups, named after
-    the member for a LearningRateMonitor; members are looked up at each use, and
-    ``step`` steps those in ``active``, through the Brain's scaler. So a recipe uses
-    its torch optimizers as before.
-
-    Args:
-        brain: The Brain whose optimizers these are.
-    """
-
-    def __init__(self, brain: BrainProtocol) -> None:
-        self._brain = brain
-        self.active: Mapping[str, Optimizer] = {}
-        # torch requires a parameter group; the setter below ignores an empty one.
-        super().__init__([{"params": []}], {})
-
-    @property
-    def members(self) -> dict[str, Optimizer]:
-        """The optimizers by name."""
-        return all_optimizers(self._brain)
-
-    @property
-    def param_groups(self) -> list[Any]:
-        """The members' parameter groups; changing one changes the member."""
-        return [
-            ChainMap(group, {"name": name if not index else f"{name}/{index}"})
-            for name, member in self.members.items()
-            for index, group in enumerate(member.param_groups)
-        ]
-
-    @param_groups.setter
-    def param_groups(self, value: list[Any]) -> None:
-        """Ignores what BackboneFinetuning restores, for ``AddedGroups`` has, and ``[]``."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Gives the last member another group, as BackboneFinetuning asks for.
-
-        Args:
-            param_group: Parameters, and options of that member.
-        """
-        if param_group["params"]:
-            list(self.members.values())[-1].add_param_group(param_group)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps the active members.
-
-        Args:
-            closure: Called first, as torch's optimizers do; Lightning clips in it.
-
-        Returns:
-            What the closure returned.
-        """
-        result = None if closure is None else closure()
-        for member in self.active.values():
-            self._brain.scaler.step(member)
-        return result
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients of every member."""
-        for member in self.members.values():
-            member.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The members' states by name."""
-        return {name: member.state_dict() for name, member in self.members.items()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` gave.
-
-        Args:
-            state_dict: One state for each member.
-
-        Raises:
-            KeyError: A member has no state in it.
-        """
-        for name, member in self.members.items():
-            member.load_state_dict(state_dict[name])
-
-
-# torch would otherwise call its global step hooks for the group too, after each member's.
-OptimizerGroup.step.hooked = True  # type: ignore[attr-defined]

@@ -427,14 +427,6 @@ def test_averaging_with_batch_norm_is_refused() -> None:
         fit(brain, averaging)
 
 
-def test_a_backbone_in_the_optimizer_is_refused() -> None:
-    class Plain(Regression):
-        compute_forward = TwoParts.compute_forward
-
-    with pytest.raises(UnsupportedError, match="override init_optimizers and leave them out"):
-        fit(two_parts(Plain), callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1))
-
-
 def test_a_copy_of_the_module_has_weights_of_its_own() -> None:
     brain = make(hparams={"epoch_counter": iter([1, 2])})
     copied = copy.deepcopy(to_lightning(brain))

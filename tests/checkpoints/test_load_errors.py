@@ -14,6 +14,7 @@ from torch import nn
 import brain_lightning
 from brain_lightning import Checkpointer, CheckpointError, patch_speechbrain
 from brain_lightning.errors import DamagedCheckpointError, UnsafeCheckpointError
+from tests.support.brains import Regression, all_equal, loader, weights
 from tests.support.states import State, recovered, saved
 
 CHECKPOINTERS = {"ours": Checkpointer, "speechbrain": SpeechBrainCheckpointer}
@@ -93,8 +94,54 @@ def test_a_class_count_that_changed_is_told_and_the_rest_can_be_recovered(
         ]
         told = f"'classifier' could not be recovered from {path}; 'encoder' was recovered"
         assert told in notes_of(caught.value)
-        for name in leave:
-            assert LEAVE.format(name) in notes_of(caught.value)
+        assert "checkpointer.ignore_mismatched_sizes = ['classifier']" in notes_of(
+            caught.value
+        )
+
+
+def test_parts_of_another_shape_are_left_out_where_they_are_named(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The state of the optimizer for them, too; and only while their shape differs."""
+
+    def brain_of(classes: int) -> Any:
+        model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(3, classes)))
+        head = nn.Linear(4, classes)
+        named = ["model.1", "head"]
+        checkpointer = Checkpointer(
+            folder, {"model": model, "head": head}, ignore_mismatched_sizes=named
+        )
+        modules = {"model": model, "head": head}
+        options = {"device": "cpu", "noprogressbar": True}
+        return Classes(modules, torch.optim.Adam, None, options, checkpointer)
+
+    class Classes(Regression):
+        def compute_forward(self, batch: Any, stage: Any) -> Any:
+            return self.modules.model(batch[0]) + self.modules.head(batch[0])
+
+        def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+            return predictions.square().mean()
+
+        def on_fit_start(self) -> None:
+            super().on_fit_start()
+            self.found = weights(self)
+            self.steps = [float(s["step"]) for s in self.optimizer.state.values()]
+
+        def on_stage_end(self, *_: Any) -> None:
+            self.checkpointer.save_checkpoint()
+
+    first, second, third = brain_of(3), brain_of(5), brain_of(5)
+    first.fit(range(1), loader())
+    second.fit(range(1), loader())
+    assert all_equal(second.found[:2], weights(first)[:2])
+    assert second.steps == [5.0, 5.0]
+    assert [p.shape[0] for p in second.found[2:]] == [5, 5, 5, 5]
+    left = "model.1.0.weight is left as it is made: its shape is (5, 3), and (3, 3) in the"
+    assert left in caplog.text
+    assert not all_equal(second.found, weights(second))
+    third.fit(range(1), loader())
+    assert all_equal(third.found, weights(second))
+    assert third.steps == [10.0, 10.0, 5.0, 5.0, 5.0, 5.0]
 
 
 def test_an_optimizer_of_other_parameters_is_not_named(folder: Path) -> None:
@@ -106,6 +153,11 @@ def test_an_optimizer_of_other_parameters_is_not_named(folder: Path) -> None:
     other = {**nets, **optimizers, "a": nn.Linear(2, 1)}
     other["of_a"] = torch.optim.SGD(other["a"].parameters(), 1.0)
     with pytest.raises(RuntimeError, match="size mismatch") as caught:
+        Checkpointer(folder, other).recover_if_possible()
+    assert "ignore_mismatched_sizes = ['a']" in notes_of(caught.value)
+    other["a"] = nn.Linear(1, 1, bias=False)
+    other["of_a"] = torch.optim.SGD(other["a"].parameters(), 1.0)
+    with pytest.raises(RuntimeError, match="Unexpected key") as caught:
         Checkpointer(folder, other).recover_if_possible()
     assert LEAVE.format("of_a") in notes_of(caught.value)
     assert "of_b" not in notes_of(caught.value)

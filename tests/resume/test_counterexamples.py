@@ -438,13 +438,13 @@ def test_averaged_weights_go_on_from_a_lightning_checkpoint(tmp_path: Path) -> N
     assert_same(whole, resumed)
 
 
-@needs_lightning("2.6")
 def test_a_callback_that_a_directory_cannot_hold_is_told_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     brain = brain_in(tmp_path, ckpt_interval_steps=5)
-    fit(brain, train_set(), trainer={"callbacks": [callbacks.EMAWeightAveraging(decay=0.9)]})
-    assert caplog.text.count("do not hold all of the state of EMAWeightAveraging") == 1
+    writing = callbacks.LambdaCallback(on_save_checkpoint=lambda *_: None)
+    fit(brain, train_set(), trainer={"callbacks": [writing]})
+    assert caplog.text.count("do not hold all of the state of LambdaCallback") == 1
 
 
 def test_a_teacher_beside_the_modules_is_in_the_file(tmp_path: Path) -> None:
