@@ -19,7 +19,11 @@ from brain_lightning.lightning_internals.contract import check_contract
 from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
 from brain_lightning.lightning_internals.signals import is_lightning_handler
-from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, overwrite_files
+from brain_lightning.lightning_internals.trainer_callbacks import (
+    callbacks_of,
+    overwrite_files,
+    save_as_automatic,
+)
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
@@ -110,6 +114,8 @@ class BrainCallback(Callback):
         if state.resumed is not None:
             self._side.resume(state.resumed)
         others = _without(callbacks_of(trainer), [self])
+        if not trainer.lightning_module.automatic_optimization:
+            save_as_automatic(trainer, self._for_the_run)
         self._side.told.watch(others, self._for_the_run)
         self._side.average.watch(others, self._for_the_run)
         self._begin_log()
@@ -157,11 +163,10 @@ class BrainCallback(Callback):
         if trainer.global_step == 0:
             # One that has trained nothing would log at the very beginning.
             before = progress(trainer)
-            self._for_the_run.callback(set_progress, trainer, **before, batches=0)
+            self._for_the_run.callback(set_progress, trainer, **before, batches=0, windows=0)
             steps = self.run.brain.optimizer_step
-            # Lightning's loggers count batches.
             batches = steps * self.run.brain.grad_accumulation_factor
-            set_progress(trainer, self._epochs_over(), steps, batches)
+            set_progress(trainer, self._epochs_over(), steps, batches, windows=steps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends an epoch that had no batch, and decides about the next one."""
