@@ -1,4 +1,4 @@
-"""The callbacks of a Trainer: their hooks, when they save, whether they exchange the weights."""
+"""The callbacks of a Trainer: their hooks, when they save, and who exchanges the weights."""
 
 from __future__ import annotations
 

@@ -220,7 +220,9 @@ def scalar(value: Any) -> Tensor | None:
         if value.numel() != 1 or value.is_complex():
             return None
         keeps = value.dtype in (torch.float32, torch.float64)
-        return value.detach().reshape(()).to(value.dtype if keeps else torch.get_default_dtype())
+        return (
+            value.detach().reshape(()).to(value.dtype if keeps else torch.get_default_dtype())
+        )
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     return torch.tensor(float(value)) if is_number else None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import pickle
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +18,6 @@ from torch import Tensor
 from brain_lightning import Brain, EpochCounter, to_lightning
 from tests.support.brains import Regression, loader, make, same_state, trainer_with
 from tests.support.plain_modules import PlainRegression
-
-Row = dict[str, str]
 
 
 class ByHand(Regression):
@@ -42,6 +38,9 @@ class PlainByHand(PlainRegression):
         optimizer.step()
         return loss
 
+
+# Lightning warns of a set that is missing, and of modules that log at every step.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 PAIRS = [(PlainRegression, Regression), (PlainByHand, ByHand)]
 
@@ -88,7 +87,8 @@ def test_a_callback_reads_the_loss_of_the_step(
         trainer.fit(module, loader(), loader())
         seen.append((reading.seen, float(trainer.callback_metrics["train_loss_step"])))
     assert seen[0] == seen[1]
-    assert len({values["train_loss"] for _, values in seen[0][0][2:] if values}) == 5
+    read = [values["train_loss"] for _, values in seen[0][0] if "train_loss" in values]
+    assert len(set(read)) == 5
     assert same_weights(plain, brain)
 
 
@@ -145,7 +145,8 @@ def test_callbacks_act_on_the_loss_within_the_epoch(tmp_path: Path) -> None:
         stopping = WithinEpoch("train_loss", patience=3, min_delta=0.2)
         trainer = trainer_with(stopping, saving, max_epochs=4, enable_checkpointing=True)
         trainer.fit(module, loader(80))
-        names = sorted(path.name for path in (tmp_path / str(number)).iterdir())
+        # Not the one of ours, of the moment at which the epoch was ended.
+        names = sorted(path.name for path in (tmp_path / str(number)).glob("step=*"))
         score = float(stopping.best_score), float(saving.best_model_score or 0)
         found.append((names, trainer.global_step, stopping.stopped_epoch, score))
     assert found[0] == found[1]
@@ -222,21 +223,20 @@ def test_the_axis_counts_on_after_a_kill(brain_class: type[Brain], tmp_path: Pat
             self.batch -= 1
             if not self.batch:
                 trainer.save_checkpoint(tmp_path / "kill.ckpt")
-                raise KeyboardInterrupt
+                raise ConnectionError
 
     def fit(name: str, *callbacks: Callback, ckpt_path: Any = None) -> dict[str, Any]:
         logger = CSVLogger(tmp_path, "", name)
         trainer = trainer_with(*callbacks, logger=logger, log_every_n_steps=1)
-        options = {"grad_accumulation_factor": 2, "epoch_counter": range(1, 3)}
         brain = make(brain_class, grad_accumulation_factor=2)
-        module = to_lightning(brain, epoch_counter=options["epoch_counter"])
+        module = to_lightning(brain, epoch_counter=range(1, 3))
         trainer.fit(module, loader(24), loader(), ckpt_path=ckpt_path)
         return axis(trainer)
 
     whole = fit("whole")
     assert [step for step, _ in whole["train_loss_step"]] == list(range(6))
     for batch in (3, 4, 6):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ConnectionError):
             fit(f"killed {batch}", Killing(batch))
         resumed = fit(f"resumed {batch}", ckpt_path=tmp_path / "kill.ckpt")
         for name in ("train_loss_step", "valid_loss"):
