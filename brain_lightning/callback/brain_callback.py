@@ -31,6 +31,7 @@ from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
 
 from .lightning_bars import show_epoch, show_running_loss
+from .monitored import warn_of_unknown_names
 from .reconcile import reconcile, reconcile_accumulation, wraps_itself
 from .trainer_side import LightningSide
 from .unsupported import check_callbacks, warn_of_unused_average
@@ -102,6 +103,8 @@ class BrainCallback(Callback):
             self.run.metrics.valids.add("loss")
         resume = partial(self._resume, trainer)
         attach(trainer, self.run, self._for_the_run, self._own_fit, resume)
+        if stage == "fit":
+            warn_of_unknown_names(trainer, self.run.brain, self._side.validates)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resumes from what was recovered, if anything was; an own ``fit`` recovers later."""

@@ -99,14 +99,16 @@ def test_the_loss_of_a_step_stays_a_tensor_that_nobody_has_waited_for() -> None:
             return self.last
 
     class Same(Callback):
-        found: list[bool] = []
+        def __init__(self) -> None:
+            self.found: list[bool] = []
 
         def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
             read = trainer.callback_metrics["train_loss_step"]
             self.found.append(read.data_ptr() == module.brain.last.data_ptr())
 
-    trainer_with(Same(), max_epochs=1).fit(to_lightning(make(OnDevice)), loader())
-    assert Same.found == [True] * 5
+    same = Same()
+    trainer_with(same, max_epochs=1).fit(to_lightning(make(OnDevice)), loader())
+    assert same.found == [True] * 5
 
 
 @pytest.mark.parametrize("loss", [None, 0, 0.5, torch.ones(1, dtype=torch.bfloat16)])
