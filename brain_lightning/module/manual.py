@@ -42,7 +42,7 @@ class ManualModule(BrainModule):
             hook = partial(self._on_fit_batch_end, self.brain.on_fit_batch_end)
             temporary.override(self.brain, "on_fit_batch_end", hook)
             loss = self._fit(batch, batch_idx, self._fit_and_count)
-        count_steps(self.trainer, self._steps())
+        count_steps(self.trainer, self.run.train.steps)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 

@@ -160,7 +160,7 @@ def test_callbacks_act_on_the_loss_within_the_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "trigger",
     [
-        {"every_n_train_steps": 3}, {"train_time_interval": timedelta(0)},
+        {"every_n_train_steps": 3}, {"train_time_interval": timedelta(microseconds=1)},
         {"every_n_train_steps": 3, "monitor": "train_loss_step"},
     ],
     ids=str,
