@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
 # Whose own code is not looked into.
 LIBRARIES = ("brain_lightning.", "speechbrain.", "lightning.", "torch.")
+
+# Of what texts are looked for in: what is larger is data, or holds itself.
+MOST_ITEMS = 2000
+DEEPEST = 8
 
 
 def referenced(owner: Any, methods: Iterable[str]) -> set[str]:
@@ -18,7 +22,59 @@ def referenced(owner: Any, methods: Iterable[str]) -> set[str]:
         owner: An object, or a class.
         methods: The methods to begin with; those of libraries are left out.
     """
+    return {name for each in _reached(owner, methods) for name in _names(each.__code__)}
+
+
+def own_methods(owner: Any) -> set[str]:
+    """The names of all methods of an object that are not a library's.
+
+    Args:
+        owner: An object.
+    """
+    names = {name for holder in (owner, *type(owner).__mro__) for name in vars(holder)}
+    return {name for name in names if any(own_functions(owner, name))}
+
+
+def texts(owner: Any) -> set[str]:
+    """The texts in the code of all own methods of an object, and in what that code names.
+
+    Args:
+        owner: An object.
+    """
     found: set[str] = set()
+    for function in _reached(owner, own_methods(owner)):
+        found |= texts_in(function)
+        named = [function.__globals__.get(name) for name in _names(function.__code__)]
+        found |= texts_in([each for each in named if not isinstance(each, FunctionType)])
+    own = [cls for cls in type(owner).__mro__ if not cls.__module__.startswith(LIBRARIES)]
+    values = [value for cls in own for value in vars(cls).values()]
+    return found | texts_in([each for each in values if not isinstance(each, FunctionType)])
+
+
+def texts_in(value: Any, depth: int = 0) -> set[str]:
+    """The texts in a value: those of collections, and the constants of functions.
+
+    Args:
+        value: Anything; large collections are data, and have none.
+        depth: In how many others it is.
+    """
+    if isinstance(value, str):
+        return {value}
+    items: Collection[Any] = ()
+    if isinstance(value, FunctionType):
+        items = value.__code__.co_consts
+    elif isinstance(value, CodeType):
+        items = value.co_consts
+    elif isinstance(value, Mapping):
+        items = (*value.keys(), *value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        items = value
+    if depth > DEEPEST or len(items) > MOST_ITEMS:
+        return set()
+    return {text for item in items for text in texts_in(item, depth + 1)}
+
+
+def _reached(owner: Any, methods: Iterable[str]) -> set[FunctionType]:
     seen = set(methods)
     functions = {function for name in seen for function in own_functions(owner, name)}
     read: set[FunctionType] = set()
@@ -26,13 +82,12 @@ def referenced(owner: Any, methods: Iterable[str]) -> set[str]:
         function = functions.pop()
         read.add(function)
         names = set(_names(function.__code__))
-        found |= names
         for name in names - seen:
             functions |= set(own_functions(owner, name))
         seen |= names
         functions |= set(_called(function, names))
         functions -= read
-    return found
+    return read
 
 
 def own_functions(owner: Any, name: str) -> Iterator[FunctionType]:

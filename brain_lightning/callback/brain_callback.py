@@ -19,7 +19,11 @@ from brain_lightning.lightning_internals.contract import check_contract
 from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
 from brain_lightning.lightning_internals.signals import is_lightning_handler
-from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, overwrite_files
+from brain_lightning.lightning_internals.trainer_callbacks import (
+    callbacks_of,
+    overwrite_files,
+    save_as_automatic,
+)
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
@@ -27,6 +31,7 @@ from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
 
 from .lightning_bars import show_epoch, show_running_loss
+from .monitored import warn_of_unknown_names
 from .reconcile import reconcile, reconcile_accumulation, wraps_itself
 from .recoverables import is_saved
 from .trainer_side import LightningSide
@@ -103,6 +108,8 @@ class BrainCallback(Callback):
             self.run.metrics.valids.add("loss")
         resume = partial(self._resume, trainer)
         attach(trainer, self.run, self._for_the_run, self._own_fit, resume)
+        if stage == "fit":
+            warn_of_unknown_names(trainer, self.run.brain, self._side.validates)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resumes from what was recovered, if anything was; an own ``fit`` recovers later."""
@@ -118,6 +125,8 @@ class BrainCallback(Callback):
             resumes = state.resumed is not None
             self._side.average.resume(trainer.lightning_module, resumes)
         others = _without(callbacks_of(trainer), [self])
+        if not trainer.lightning_module.automatic_optimization:
+            save_as_automatic(trainer, self._for_the_run)
         self._side.told.watch(others, self._for_the_run)
         self._side.average.watch(others, self._for_the_run)
         self._begin_log()
@@ -165,11 +174,10 @@ class BrainCallback(Callback):
         if trainer.global_step == 0:
             # One that has trained nothing would log at the very beginning.
             before = progress(trainer)
-            self._for_the_run.callback(set_progress, trainer, **before, batches=0)
+            self._for_the_run.callback(set_progress, trainer, **before, batches=0, windows=0)
             steps = self.run.brain.optimizer_step
-            # Lightning's loggers count batches.
             batches = steps * self.run.brain.grad_accumulation_factor
-            set_progress(trainer, self._epochs_over(), steps, batches)
+            set_progress(trainer, self._epochs_over(), steps, batches, windows=steps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends an epoch that had no batch, and decides about the next one."""

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.counters import (
+    batches_so_far,
     progress,
     reloads,
     set_progress,
@@ -66,15 +67,21 @@ class LightningSide:
         self._reloads: list[float] = []
         self._groups: State = {}
         self._reported: set[str] = set()
+        batches, run.train.windows = batches_so_far(trainer)
+        run.train.batches = run.train.earlier = batches
 
     def state(self) -> State:
         """See ``TrainerSide``."""
         trainer, train = self._trainer, self._run.train
         counts = progress(trainer)
         counts["global_step"] += train.uncounted_steps
+        # Where the state is that of after a batch that is not counted yet.
+        counts_batch = train.is_fitted and not self.is_telling_of_batch()
         metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
         return {
             "progress": {**counts, "batches": train.earlier},
+            "windows": train.windows + (counts_batch and not train.accumulates),
+            "last_batch": {"steps": train.steps, "accumulates": train.accumulates},
             "callbacks": self._callback_states(),
             "reloads": reloads(trainer),
             "trained": self._trained.changed(self._switches()),
@@ -112,7 +119,8 @@ class LightningSide:
 
     def is_telling_of_batch(self) -> bool:
         """See ``TrainerSide``."""
-        return self.told.is_telling("on_train_batch_end")
+        can_tell = self._run.run_state.position.can_fetch_again()
+        return can_tell and self.told.is_telling("on_train_batch_end")
 
     def weights(self) -> AbstractContextManager[None]:
         """See ``TrainerSide``."""
@@ -169,7 +177,11 @@ class LightningSide:
         run.train.earlier = counts["batches"]
         counts["batches"] += 0 if epoch is None else epoch["batches"]
         run.train.batches = counts["batches"]
-        set_progress(trainer, **counts)
+        # Older files count batches.
+        run.train.windows = state.get("windows", counts["batches"])
+        for name, value in state.get("last_batch", {}).items():
+            setattr(run.train, name, value)
+        set_progress(trainer, **counts, windows=run.train.windows)
         self._trained.restore(state.get("trained", {}))
         self.show_unfrozen()
         for callback in callbacks_of(trainer):

@@ -20,6 +20,7 @@ from brain_lightning.temporary import TemporaryAttributes
 
 from .lean_loops import make_lean
 from .loaders import StageSource
+from .loggers import BrainLoggerConnector, keep_step_metrics
 from .loops import BrainEpochLoop, BrainEvaluationLoop, BrainFitLoop, become
 from .parts import StageParts
 
@@ -57,6 +58,10 @@ def attach(
             fit.epoch_loop, BrainEpochLoop, temporary,
             brain_run=run, brain_validates_after=by_parts,
         )  # fmt: skip
+        connector = trainer._logger_connector
+        become(connector, BrainLoggerConnector, temporary, brain_run=run)
+        # Also of a batch after which the run was interrupted.
+        temporary.callback(keep_step_metrics, trainer)
         redirect_parts(run.brain, Run.parts_of, temporary)
         for part in overridden:
             _let_run(parts, part, run.brain, temporary)

@@ -53,6 +53,7 @@ _SIGNALS = "put back in on_train_start, handlers leave SIGTERM unhandled while p
 _LAST = 'no hook is between fit(ckpt_path="last") and the choice of a file'
 _LEAN = "the hooks that no callback has cost more than a small model"
 _LOGGED = "what a callback logs with self.log is collected batch by batch"
+_STEP = "a loss that is logged by self.log in each step costs more than a small model"
 _STEPS = "global_step counts what optimizer_step counts"
 _SAMPLER = "the Trainer's argument use_distributed_sampler cannot be read otherwise"
 _RELOADED = "a resumed run makes its loaders again in the epochs in which it would have"
@@ -103,6 +104,12 @@ LIGHTNING_PARTS = (
     Row(_LOGGER_CONNECTOR, "on_batch_start", _LOGGED),
     Row(_LOGGER_CONNECTOR, "on_batch_end", _LOGGED),
     Row(_LOGGER_CONNECTOR, "update_train_step_metrics", _LOGGED),
+    Row(f"{_CONNECTORS}.logger_connector.logger_connector", "_LoggerConnector", _STEP),
+    Row(_LOGGER_CONNECTOR, "callback_metrics", _STEP),
+    Row(_LOGGER_CONNECTOR, "logged_metrics", _STEP),
+    Row(_LOGGER_CONNECTOR, "should_update_logs", _STEP),
+    Row(f"{_LOGGER_CONNECTOR}.__init__", "_callback_metrics", _STEP),
+    Row(f"{_LOGGER_CONNECTOR}.__init__", "_logged_metrics", _STEP),
     Row(f"{_LOGGER_CONNECTOR}.__init__", "_first_loop_iter",
         "a validation in the middle of a batch must not change what is logged of that"),
     Row(f"{_FIT}.setup_data", "val_check_batch", _EXHAUSTION),
@@ -126,7 +133,8 @@ LIGHTNING_PARTS = (
     Row(_EPOCH, "batch_progress", "an epoch may resume in its middle"),
     Row(_EPOCH, "automatic_optimization", _STEPS),
     Row(_EPOCH, "manual_optimization", _STEPS),
-    Row(_EPOCH, "_batches_that_stepped", "loggers count batches by it"),
+    Row(_EPOCH, "_batches_that_stepped", "loggers count by it"),
+    Row(_EPOCH, "_should_accumulate", "loggers count updates, which the Brain makes"),
     Row(_EPOCH, "_should_check_val_fx", "when a validation is due is not said otherwise"),
     Row(_EPOCH, "_should_check_val_epoch",
         "an epoch without a batch is validated, as SpeechBrain does"),

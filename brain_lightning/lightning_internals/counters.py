@@ -47,7 +47,22 @@ def progress(trainer: Trainer) -> dict[str, int]:
     return {"epochs": epochs, "global_step": trainer.global_step}
 
 
-def set_progress(trainer: Trainer, epochs: int, global_step: int, batches: int) -> None:
+def batches_so_far(trainer: Trainer) -> tuple[int, int]:
+    """What a Trainer has counted in the fits before, all of them together.
+
+    Args:
+        trainer: The Trainer before its loops begin.
+
+    Returns:
+        Its batches, and those by which loggers count.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    return loop.batch_progress.total.ready, loop._batches_that_stepped
+
+
+def set_progress(
+    trainer: Trainer, epochs: int, global_step: int, batches: int, windows: int
+) -> None:
     """Sets the counts of a Trainer, before its loops begin.
 
     Args:
@@ -55,9 +70,10 @@ def set_progress(trainer: Trainer, epochs: int, global_step: int, batches: int) 
         epochs: Epochs that are over.
         global_step: Steps so far.
         batches: Batches so far, over all epochs.
+        windows: Those of them that ended a window of accumulation.
     """
     loop, epoch_progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress
-    loop._batches_that_stepped = batches
+    loop._batches_that_stepped = windows
     for tracker, events in (
         (epoch_progress.total, epochs),
         (epoch_progress.current, epochs),

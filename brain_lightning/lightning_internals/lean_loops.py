@@ -91,7 +91,7 @@ class LeanEpochLoop(BrainEpochLoop):
         if self.brain_watchers is None or ends or self._should_check_val_fx(data_fetcher):
             super().on_advance_end(data_fetcher)
         else:
-            self._batches_that_stepped += 1
+            self._batches_that_stepped += not self._should_accumulate()
 
 
 class LeanEvaluationLoop(BrainEvaluationLoop):

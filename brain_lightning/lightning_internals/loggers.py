@@ -1,8 +1,79 @@
-"""Whether a version was asked for, and whether anything was written: only a logger knows."""
+"""What only a logger knows, and the numbers of a step that a Trainer gives to who asks."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import (
+    _LoggerConnector,
+)
+
+from brain_lightning.stages.run import Run
+
+
+class BrainLoggerConnector(_LoggerConnector):
+    """A logger connector that knows the loss of the last batch, which costs nothing unread.
+
+    ``self.log`` in each step costs more than the whole loop of a small model.
+    """
+
+    brain_run: Run
+
+    @property
+    def callback_metrics(self) -> Any:
+        """Those that ``ModelCheckpoint`` and ``EarlyStopping`` monitor."""
+        self.keep_step_metrics()
+        return super().callback_metrics
+
+    @property
+    def logged_metrics(self) -> Any:
+        """What was given to loggers last."""
+        self.keep_step_metrics()
+        return super().logged_metrics
+
+    def keep_step_metrics(self) -> None:
+        """Stores what is read from now on, also once TRAIN is over."""
+        numbers = self.brain_run.train.step_metrics()
+        self._callback_metrics.update(numbers)
+        self._logged_metrics.update(_logged(numbers))
+
+    def log_step_metrics(self) -> None:
+        """Logs the loss, every ``log_every_n_steps``."""
+        if not self.should_update_logs:
+            return
+        numbers = _logged(self.brain_run.train.step_metrics())
+        self._logged_metrics.update(numbers)
+        found = {name: float(value) for name, value in numbers.items()}
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in self.trainer.loggers if found else ():
+            # A dictionary for each: some loggers change it.
+            logger.log_metrics({**found, "epoch": self.trainer.current_epoch}, step)
+            logger.save()
+
+
+def _logged(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Without ``train_loss``, which is that of an epoch in a log."""
+    return {name: value for name, value in numbers.items() if name != "train_loss"}
+
+
+def keep_step_metrics(trainer: Trainer) -> None:
+    """Stores the numbers of the last batch, before its stage is over.
+
+    Args:
+        trainer: The Trainer of a Brain, in training.
+    """
+    trainer._logger_connector.keep_step_metrics()  # type: ignore[attr-defined]
+
+
+def log_step_metrics(trainer: Trainer) -> None:
+    """Logs the numbers of a batch where a LightningModule would.
+
+    Args:
+        trainer: The Trainer of a Brain, in ``on_train_batch_end``.
+    """
+    trainer._logger_connector.log_step_metrics()  # type: ignore[attr-defined]
 
 
 def is_open(logger: CSVLogger | TensorBoardLogger) -> bool:

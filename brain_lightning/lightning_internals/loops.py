@@ -19,6 +19,7 @@ from brain_lightning.stages.sharded_evaluation import shard_length
 from brain_lightning.temporary import TemporaryAttributes
 
 from .counters import add
+from .loggers import keep_step_metrics
 
 # Where a resumed epoch has no batch left.
 AFTER_TRAINING = (Phase.TRAIN_OVER, Phase.VALID_OVER)
@@ -109,6 +110,7 @@ class BrainFitLoop(_FitLoop):
         last = stopped or batches >= limit or not run.train.fetch()
         self._mark_last_batch(last)
         if last:
+            keep_step_metrics(self.trainer)
             run.train.end()
         return not last
 
@@ -148,6 +150,15 @@ class BrainEpochLoop(_TrainingEpochLoop):
     brain_run: Run
     # Whether the last validation of an epoch follows when this loop is over.
     brain_validates_after: bool
+
+    def advance(self, data_fetcher: Any) -> None:
+        """Fits one batch, for which Lightning's loop always asks for an update."""
+        self.brain_run.train.accumulates = False
+        super().advance(data_fetcher)
+
+    def _should_accumulate(self) -> bool:
+        """Whether the Brain made no update: loggers count updates, and log after one."""
+        return self.brain_run.train.accumulates
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
         """Whether to validate after a batch."""
@@ -204,9 +215,11 @@ class BrainEpochLoop(_TrainingEpochLoop):
         self.trainer.training = True
 
     def _validate_if_due(self, data_fetcher: Any) -> None:
+        counted = self._batches_that_stepped
+        # Loggers see a validation at its batch, which was counted before it was saved.
+        self._batches_that_stepped -= min(counted, not self._should_accumulate())
         self.on_advance_end(data_fetcher)
-        # The batch was counted before it was saved.
-        self._batches_that_stepped -= 1
+        self._batches_that_stepped = counted
 
     def _tell_of_batch(self) -> None:
         """Tells of a batch that was fitted before the run was resumed."""

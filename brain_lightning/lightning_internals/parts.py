@@ -213,6 +213,7 @@ class StageParts:
         steps = brain.optimizer_step - self._counted or len(seen)
         count_steps(self._trainer, steps)
         self._loop.epoch_loop._batches_that_stepped += steps
+        self._run.train.windows += steps
 
     def _optimizer_step_limit(self) -> int | None:
         """The Brain's limit, or ``max_steps`` in its words: a copy of its loop asks for it."""

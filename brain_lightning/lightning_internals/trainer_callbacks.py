@@ -1,4 +1,4 @@
-"""The callbacks of a Trainer: which hooks they have, and whether they exchange the weights."""
+"""The callbacks of a Trainer: their hooks, when they save, and who exchanges the weights."""
 
 from __future__ import annotations
 
@@ -50,6 +50,40 @@ def overwrite_files(trainer: Trainer, temporary: TemporaryAttributes) -> None:
     for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint):
             temporary.set(callback, "_enable_version_counter", False)
+
+
+def save_as_automatic(trainer: Trainer, temporary: TemporaryAttributes) -> None:
+    """Lets ModelCheckpoint save after a batch, whoever makes the steps.
+
+    Since Lightning 2.6 it looks at ``every_n_train_steps`` alone with manual optimization, and
+    warns of weights that it would save after a step
+    (https://github.com/Lightning-AI/pytorch-lightning/issues/21699).
+
+    Args:
+        trainer: The Trainer of a Brain that overrides ``fit_batch``.
+        temporary: Records what is changed on its callbacks.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelCheckpoint):
+            temporary.wrap(callback, "on_train_batch_end", _told_by_automatic)
+
+
+def _told_by_automatic(
+    hook: Any, trainer: Trainer, module: LightningModule, *args: Any, **kwargs: Any
+) -> None:
+    hook(trainer, _Automatic(module), *args, **kwargs)
+
+
+class _Automatic:
+    """A module, as ModelCheckpoint sees one with automatic optimization."""
+
+    automatic_optimization = True
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def leave_groups_as_recovered(callback: Callback) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -23,12 +22,13 @@ from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
 from brain_lightning.distributed.ddp import unwrap_modules
 from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_path
+from brain_lightning.lightning_internals.loggers import log_step_metrics
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
 from brain_lightning.resume.run_state import KEY, RunState
-from brain_lightning.stages.epochs import Epochs
-from brain_lightning.stages.metrics import is_of_a_stage, numbers_in
+from brain_lightning.stages.epochs import Epochs, EpochsOfTrainer
+from brain_lightning.stages.metrics import is_of_a_stage
 from brain_lightning.stages.run import Run
 from brain_lightning.step.compile import plain_name
 from brain_lightning.step.initial_groups import InitialGroups
@@ -48,7 +48,8 @@ class BrainModule(LightningModule):
     Args:
         brain: The Brain to run.
         epoch_counter: Its epochs; ``hparams.epoch_counter`` if not given, and
-            where there is none 1, 2, … until the Trainer stops.
+            where there is none 1, 2, … until the Trainer stops, which counts on in
+            another ``fit``.
         progressbar: Whether to show SpeechBrain's bar where the Trainer has none.
         max_key: For ``on_evaluate_start``.
         min_key: For ``on_evaluate_start``.
@@ -114,7 +115,9 @@ class BrainModule(LightningModule):
                 check_fit(self.brain)
         self._explicit = None
         counters = (self._epoch_counter, hparam(self.brain, "epoch_counter"))
-        counter = next((each for each in counters if each is not None), itertools.count(1))
+        counter = next((each for each in counters if each is not None), None)
+        if counter is None:
+            counter = EpochsOfTrainer(lambda: self.trainer.current_epoch)
         within = not fitting or Run.is_running(self.brain)
         state = RunState(self.brain) if within else run_state(self.brain)
         self.run = Run(self.brain, Epochs(counter), state, self._best_keys)
@@ -251,7 +254,8 @@ class BrainModule(LightningModule):
 
         The last hook of a batch: the callbacks' come before.
         """
-        self._log_running_loss()
+        if self.trainer.loggers and not self.run.train.accumulates:
+            log_step_metrics(self.trainer)
         end_when_profiled(self.trainer, self.brain, self.run.train.batches)
         self.run.train.end_batch()
         fit_loop_of(self.trainer).fetch_batch()
@@ -296,17 +300,6 @@ class BrainModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Logs what no validation has logged, before callbacks that monitor read it."""
         self._log_metrics()
-
-    def _log_running_loss(self) -> None:
-        # Not self.log, which costs more than the whole loop where it runs at every step.
-        trainer, batches = self.trainer, self.run.train.batches
-        # An attribute that Lightning's type hints do not show.
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.loggers and every and not batches % every:
-            loss = numbers_in({"train_loss_step": self.run.run_state.loss})
-            for logger in trainer.loggers:
-                # Counted as Lightning counts for its own metrics: batches, from 0.
-                logger.log_metrics(dict(loss), batches - 1)
 
     def _log_metrics(self) -> None:
         several = self.trainer.world_size > 1

@@ -41,8 +41,8 @@ class ManualModule(BrainModule):
         with before, after, TemporaryAttributes() as temporary:
             hook = partial(self._on_fit_batch_end, self.brain.on_fit_batch_end)
             temporary.override(self.brain, "on_fit_batch_end", hook)
-            loss = self._fit(batch, batch_idx, self.brain.fit_batch)
-        count_steps(self.trainer, self._steps())
+            loss = self._fit(batch, batch_idx, self._fit_and_count)
+        count_steps(self.trainer, self.run.train.steps)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 
@@ -50,6 +50,12 @@ class ManualModule(BrainModule):
         """``training_step`` without Lightning's hooks: see ``BrainModule``."""
         loss = self.training_step(batch, batch_idx)
         return {} if loss is None else {"loss": loss}
+
+    def _fit_and_count(self, batch: Any) -> Any:
+        loss = self.brain.fit_batch(batch)
+        # Its fit_batch need not call on_fit_batch_end.
+        self.run.train.steps = self._steps()
+        return loss
 
     def _steps(self) -> int:
         return self._optimizer_steps if has_optimizer(self.brain) else 1

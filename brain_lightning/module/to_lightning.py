@@ -52,7 +52,8 @@ def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
     Args:
         brain: The Brain; its modules are shared, not copied.
         **kwargs: ``epoch_counter``, by default ``hparams["epoch_counter"]``, else the
-            epochs are 1, 2, … until the Trainer stops; and others of ``BrainModule``.
+            epochs are 1, 2, … until the Trainer stops, and count on where it fits again;
+            and others of ``BrainModule``.
 
     Returns:
         ``trainer.fit(to_lightning(brain), train_loader, valid_loader)`` gives the

@@ -436,8 +436,7 @@ class RunProgress:
                 # A hook that validates has set it to 0.
                 temporary.set(brain, "step", self.counts["step"])
                 average = brain.update_average(loss, average)
-        untold = self.trainer is not None and self.trainer.is_telling_of_batch()
-        again = untold and self.position.can_fetch_again()
+        again = self.trainer is not None and self.trainer.is_telling_of_batch()
         return {
             **self._epoch_between_batches(self.position.fitted + (not again)),
             "phase": (Phase.FITTED if again else Phase.BATCH_OVER).name,

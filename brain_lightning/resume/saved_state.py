@@ -150,7 +150,7 @@ class TrainerSide(Protocol):
         """Saves with the Trainer, and replaces what it has saved before."""
 
     def is_telling_of_batch(self) -> bool:
-        """Whether some callback has not heard yet that the last batch is over."""
+        """Whether some callback has not heard that the last batch is over, and yet can."""
 
 
 def migrated(state: State, end_of_epoch: bool) -> ProcessState:

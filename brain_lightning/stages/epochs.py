@@ -190,6 +190,28 @@ def make_stoppable(
     return epoch_counter
 
 
+class EpochsOfTrainer:
+    """The epochs where nobody has given a counter: 1, 2, … as the Trainer counts them.
+
+    It counts on in a second ``fit``, and where it resumes.
+
+    Args:
+        over: Returns how many epochs are over, for the Trainer.
+    """
+
+    def __init__(self, over: Callable[[], int]) -> None:
+        self._over = over
+
+    @property
+    def current(self) -> int:
+        """The last epoch that is over, as a counter with a position has it."""
+        return self._over()
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield self._over() + 1
+
+
 class Epochs:
     """Advances an epoch counter exactly when ``for epoch in epoch_counter`` would.
 

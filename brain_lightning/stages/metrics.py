@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from brain_lightning.distributed.communication import gather
 from brain_lightning.protocol import BrainProtocol, hparam
@@ -206,6 +207,26 @@ def leaves(values: Any, within: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{within}{name}", value
 
 
+def scalar(value: Any) -> Tensor | None:
+    """A number as ``LightningModule.log`` stores it; it stays on its device.
+
+    Args:
+        value: What a recipe calls a loss.
+
+    Returns:
+        None where it is no number.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            return None
+        keeps = value.dtype in (torch.float32, torch.float64)
+        return (
+            value.detach().reshape(()).to(value.dtype if keeps else torch.get_default_dtype())
+        )
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return torch.tensor(float(value)) if is_number else None
+
+
 def numbers_in(values: Any) -> dict[str, float]:
     """What is a number among the values that a recipe reports.
 
@@ -221,7 +242,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, (list, tuple)):
         numbers: list[Any] = [_number(each) for each in value]
         return None if None in numbers or not numbers else sum(numbers) / len(numbers)
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         is_number = value.numel() == 1 and not value.is_complex()
     else:
         is_number = isinstance(value, Real) and not isinstance(value, bool)

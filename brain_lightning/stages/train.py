@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
@@ -15,6 +17,7 @@ from .base import RunStage
 from .error_context import with_error_context
 from .interval_checkpoints import IntervalCheckpoints
 from .loader import StageLoader
+from .metrics import scalar
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,10 @@ class TrainStage(RunStage):
         fetches_collectively: Whether ranks may run out of data at different batches.
         batches: Training batches so far, over all epochs.
         earlier: Those of the epochs that are over.
-        steps: Steps of the last batch, for its ``on_fit_batch_end``.
+        windows: Batches that ended a window of accumulation, over all epochs: loggers count by
+            it, and where nothing is accumulated it is each batch.
+        steps: Steps of the last batch.
+        accumulates: Whether the last batch made no update, for its window is not full.
         step: The Brain's, in the batch in hand.
     """
 
@@ -40,7 +46,9 @@ class TrainStage(RunStage):
     fetches_collectively = False
     batches = 0
     earlier = 0
+    windows = 0
     steps = 0
+    accumulates = False
     step = 0
     _checkpoints: IntervalCheckpoints
     # Stages whose batch is being fitted; a recipe may fit another Brain within.
@@ -126,6 +134,7 @@ class TrainStage(RunStage):
         finally:
             self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
+        self._count_steps(self.steps)
         state.loss, state.phase = loss, Phase.FITTED
         self.batches += 1
         return loss
@@ -134,6 +143,11 @@ class TrainStage(RunStage):
     def fitted_batches(self) -> int:
         """``batches``, and the one whose ``on_fit_batch_end`` runs."""
         return self.batches + (self.run_state.phase is Phase.STEPPED)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a batch in hand that has made its update."""
+        return self.run_state.phase in (Phase.STEPPED, Phase.FITTED)
 
     @property
     def uncounted_steps(self) -> int:
@@ -148,10 +162,26 @@ class TrainStage(RunStage):
             steps: Steps that the Trainer has not counted.
         """
         self.run_state.loss, self.run_state.phase = loss, Phase.STEPPED
+        self._count_steps(steps)
+
+    def _count_steps(self, steps: int) -> None:
         self.steps = steps
+        self.accumulates = self.brain.grad_accumulation_factor > 1 and not steps
+
+    def step_metrics(self) -> dict[str, Tensor]:
+        """The loss of the last batch by the names that ``LightningModule.log`` gives it.
+
+        Returns:
+            Nothing outside of TRAIN, before its first batch, and where a recipe's own
+            ``fit_batch`` returns no number.
+        """
+        fitted = self.is_running and self.batches > self.earlier
+        loss = scalar(self.run_state.loss) if fitted else None
+        return {} if loss is None else {"train_loss_step": loss, "train_loss": loss}
 
     def end_batch(self) -> None:
         """Counts a batch of which every callback has heard; may save, or end the run."""
+        self.windows += not self.accumulates
         self.run_state.end_batch()
         if not self._is_debugged():
             self._checkpoints.after_step()

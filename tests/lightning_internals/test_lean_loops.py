@@ -224,7 +224,8 @@ def test_what_is_logged_before_a_step_is_logged(cls: Any) -> None:
 
 def test_a_metric_that_nobody_reports_is_an_error(tmp_path: Any) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="typo")
-    with pytest.raises(MisconfigurationException, match="typo"):
+    warns = pytest.warns(UserWarning, match="typo.*There are train_loss")
+    with warns, pytest.raises(MisconfigurationException, match="typo"):
         fit(Dropping, callbacks=[saver], enable_checkpointing=True)
 
 

@@ -138,7 +138,7 @@ def test_each_logger_gets_its_own_numbers() -> None:
     loggers = [Emptying(), Emptying()]
     trainer = trainer_with(max_epochs=1, logger=loggers, log_every_n_steps=1)
     trainer.fit(to_lightning(make()), loader(), loader())
-    assert loggers[0].found == loggers[1].found == ["train_loss_step"] * 5
+    assert loggers[0].found == loggers[1].found == ["train_loss_step", "epoch"] * 5
 
 
 @pytest.mark.parametrize("brain_class", [Regression, Manual, OwnStep])
