@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from brain_lightning.lightning_internals.attach import attach
 from brain_lightning.lightning_internals.contract import check_contract
 from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
-from brain_lightning.lightning_internals.signals import is_lightning_handler
+from brain_lightning.lightning_internals.signals import is_lightning_handler, requeue_signal
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, overwrite_files
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
@@ -115,13 +116,16 @@ class BrainCallback(Callback):
         self._begin_log()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles SIGTERM, where there is something to save with."""
+        """Handles signals to end, where there is something to save with."""
         self._side.resume_after_loading()
         if self._detects_anomalies:
             # By detect_anomaly around the run, which Lightning has just switched off.
             torch.autograd.set_detect_anomaly(True)
-        if self.run.brain.checkpointer is not None or self._side.saves:
-            self.run.termination.install(is_lightning_handler)
+        requeues = requeue_signal(trainer)
+        if requeues is not None:
+            self.run.termination.install(requeues, is_lightning_handler)
+        if requeues is not None or self.run.saves:
+            self.run.termination.install(signal.SIGTERM, is_lightning_handler)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage, unless a resumed epoch is validated already."""

@@ -19,6 +19,7 @@ from brain_lightning.lightning_internals.counters import (
     set_progress,
     set_reloads,
 )
+from brain_lightning.lightning_internals.signals import requeue_job, requeue_path
 from brain_lightning.lightning_internals.trainer_callbacks import (
     AverageInUse,
     callbacks_of,
@@ -120,14 +121,24 @@ class LightningSide:
         default = os.path.join(trainer.default_root_dir, "checkpoints")
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or default
         # ModelCheckpoint finds it for fit(ckpt_path="last").
-        path = os.path.join(folder, "last-within-epoch.ckpt")
+        self._save(folder, "last-within-epoch.ckpt")
+
+    def requeue(self) -> bool:
+        """See ``TrainerSide``."""
+        if self._run.brain.checkpointer is None:
+            self._save(*os.path.split(requeue_path(self._trainer)))
+        return requeue_job(self._trainer)
+
+    def _save(self, folder: str, name: str) -> None:
+        trainer, path = self._trainer, os.path.join(folder, name)
         if "://" in folder:
             trainer.save_checkpoint(path)
             return
-        # Lightning may write to $TMPDIR first, and copy from there.
-        trainer.save_checkpoint(f"{path}.part")
+        # Lightning may write to $TMPDIR first, and copy from there. It looks for "hpc_ckpt_".
+        part = os.path.join(folder, "within-epoch.ckpt.part")
+        trainer.save_checkpoint(part)
         if trainer.is_global_zero:
-            os.replace(f"{path}.part", path)
+            os.replace(part, path)
         trainer.strategy.barrier("save_within_epoch")
 
     def resume(self, resumed: ProcessState) -> None:

@@ -1,4 +1,4 @@
-"""``ckpt_path="last"`` where there is no last checkpoint."""
+"""Which file a run begins with, where Lightning chooses another than is meant."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from .trainer_callbacks import callbacks_of
 
 
-def take_newest_for_last(trainer: Trainer) -> None:
+def choose_file(trainer: Trainer, is_within: bool) -> None:
     """Lets ``ckpt_path="last"`` of the next run mean the newest, where there is no last.
 
     Lightning would start from scratch, with a warning (``_parse_ckpt_path``), and has no
-    hook between the call of ``fit`` and its decision.
+    hook between the call of ``fit`` and its decision. In a job of SLURM's that was requeued
+    it would resume everything from what the job has saved: an evaluation of the weights in
+    memory as well, and a fit within the fit that is resumed.
 
     Args:
         trainer: The Trainer that has just been given a module.
+        is_within: Whether the next run is within another one of the same Brain.
     """
     connector: Any = trainer._checkpoint_connector
     vars(connector).pop("_parse_ckpt_path", None)
@@ -27,6 +31,9 @@ def take_newest_for_last(trainer: Trainer) -> None:
 
     def _parse_ckpt_path(state_fn: Any, ckpt_path: Any, **kwargs: Any) -> Any:
         vars(connector).pop("_parse_ckpt_path", None)
+        if ckpt_path is None and kwargs["model_provided"]:
+            if is_within or state_fn is not TrainerFn.FITTING:
+                return None
         if ckpt_path == "last" and not _has_last(trainer):
             ckpt_path = _newest(trainer) or ckpt_path
         return parse(state_fn, ckpt_path, **kwargs)

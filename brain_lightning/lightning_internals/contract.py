@@ -76,6 +76,8 @@ LIGHTNING_PARTS = (
     Row("lightning.pytorch.utilities.data", "_is_dataloader_shuffled", _SHARDED),
     Row(f"{_CONNECTORS}.signal_connector", "_HandlersCompose",
         "a handler of Lightning's alone may be replaced, one of the user's may not"),
+    Row(f"{_CONNECTORS}.signal_connector", "_SignalConnector",
+        "a handler of Lightning's alone may be replaced, one of the user's may not"),
     # The Trainer.
     Row(_TRAINER, "_signal_connector", _SIGNALS),
     Row(f"{_CONNECTORS}.signal_connector:_SignalConnector", "register_signal_handlers",

@@ -22,7 +22,7 @@ from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
 from brain_lightning.distributed.ddp import unwrap_modules
-from brain_lightning.lightning_internals.checkpoint_connector import take_newest_for_last
+from brain_lightning.lightning_internals.checkpoint_connector import choose_file
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
@@ -92,7 +92,7 @@ class BrainModule(LightningModule):
         LightningModule.trainer.__set__(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
             # The only call that a module gets before Lightning looks at ckpt_path.
-            take_newest_for_last(trainer)
+            choose_file(trainer, Run.is_running(self.brain))
 
     def configure_callbacks(self) -> list[Callback]:
         """Begins a run: new stages over the same Brain, and the callback that runs them."""
