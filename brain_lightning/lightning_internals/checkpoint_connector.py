@@ -31,9 +31,9 @@ def choose_file(trainer: Trainer, is_within: bool) -> None:
 
     def _parse_ckpt_path(state_fn: Any, ckpt_path: Any, **kwargs: Any) -> Any:
         vars(connector).pop("_parse_ckpt_path", None)
-        if ckpt_path is None and kwargs["model_provided"]:
-            if is_within or state_fn is not TrainerFn.FITTING:
-                return None
+        resumes = state_fn is TrainerFn.FITTING and not is_within
+        if ckpt_path is None and kwargs["model_provided"] and not resumes:
+            return None
         if ckpt_path == "last" and not _has_last(trainer):
             ckpt_path = _newest(trainer) or ckpt_path
         return parse(state_fn, ckpt_path, **kwargs)

@@ -90,7 +90,7 @@ def _requeue() -> bool:
     job = os.environ.get("SLURM_JOB_ID", "") if array is None else f"{array}_{task}"
     command = ["scontrol", "requeue", job]
     try:
-        status: object = subprocess.run(command, check=False).returncode
+        status: object = subprocess.run(command, check=False).returncode  # noqa: S603
     except OSError as error:
         status = error
     if status:

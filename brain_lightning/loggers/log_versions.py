@@ -90,6 +90,14 @@ class Log:
         self.logger.save()
         return True
 
+    def write_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Logs the hyperparameters of the run.
+
+        Args:
+            hyperparameters: By name.
+        """
+        self.logger.log_hyperparams(hyperparameters)
+
     def _begin(self, resumes: bool) -> bool:
         """Whether there may be entries of earlier processes."""
         return False
@@ -238,6 +246,14 @@ class _ServiceLog(Log):
         # The last number of each name, of earlier processes.
         self._last = self._last_numbers() if resumes else {}
         return resumes
+
+    def write_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Logs them; MLflow refuses another value of one that its run has."""
+        logger = self.logger
+        if isinstance(logger, MLFlowLogger):
+            there = logger.experiment.get_run(logger.run_id).data.params
+            hyperparameters = {n: v for n, v in hyperparameters.items() if n not in there}
+        logger.log_hyperparams(hyperparameters)
 
     def _last_numbers(self) -> dict[str, float]:
         logger = self.logger

@@ -25,6 +25,7 @@ from brain_lightning.distributed.ddp import unwrap_modules
 from brain_lightning.lightning_internals.checkpoint_connector import choose_file
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
+from brain_lightning.loggers.hyperparameters import hyperparameters
 from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
 from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs
@@ -81,6 +82,8 @@ class BrainModule(LightningModule):
         self._progressbar = progressbar
         self._own_fit = own_fit
         self._best_keys = {"max_key": max_key, "min_key": min_key}
+        if found := hyperparameters(brain):
+            self.save_hyperparameters(found)
 
     @property
     def trainer(self) -> Trainer:
@@ -206,6 +209,9 @@ class BrainModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning does not save, unless weights alone are saved."""
+        if self.hparams and checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_NAME) is None:
+            # Else load_from_checkpoint calls the constructor with each of them.
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = "hparams"
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
             checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
             # After the callbacks: WeightAveraging may have exchanged the weights.

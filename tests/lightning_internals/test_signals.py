@@ -1,4 +1,4 @@
-"""Signals: none is Lightning's with the Trainer of ``brain.fit``, and SLURM requeues its jobs."""
+"""Signals: none is Lightning's with the Trainer of ``brain.fit``; SLURM requeues jobs."""
 
 from __future__ import annotations
 
