@@ -115,6 +115,7 @@ class _Versions(Log):
     """
 
     logger: CSVLogger | TensorBoardLogger
+    _has_earlier = False
 
     @property
     def _mark(self) -> Path:
@@ -127,6 +128,7 @@ class _Versions(Log):
             return False
         if resumes and not internals.has_version(self.logger):
             self._choose_version()
+        self._has_earlier = resumes and self._mark.exists()
         self._take_over() if resumes else self._begin_anew()
         # Makes the folder; Lightning warns of one that is not empty, so the mark is last.
         self.logger.save()
@@ -221,6 +223,11 @@ class _TensorBoardLog(_Versions):
     """TensorBoard leaves out what a later file of events replaces, by its ``purge_step``."""
 
     logger: TensorBoardLogger
+
+    def write_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Logs them once, for each time adds a number to its curves, ``hp_metric``."""
+        if not self._has_earlier:
+            super().write_hyperparameters(hyperparameters)
 
     def _begin_anew(self) -> None:
         if self._mark.exists():

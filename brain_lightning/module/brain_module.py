@@ -210,7 +210,7 @@ class BrainModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning does not save, unless weights alone are saved."""
         if self.hparams and checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_NAME) is None:
-            # Else load_from_checkpoint calls the constructor with each of them.
+            # What load_from_checkpoint gives them to the constructor as.
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = "hparams"
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
             checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
