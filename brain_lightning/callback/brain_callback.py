@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from brain_lightning.checkpoints.checkpointer import Checkpointer
 from brain_lightning.distributed.communication import collectively
@@ -21,6 +22,7 @@ from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
 from brain_lightning.lightning_internals.signals import is_lightning_handler, requeue_signal
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, overwrite_files
+from brain_lightning.loggers.csv_rows import RunRows
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
@@ -72,6 +74,8 @@ class BrainCallback(Callback):
         check_contract()
         strategies.check_strategy(trainer)
         check_callbacks(trainer, run.brain)
+        is_fit = trainer.state.fn is TrainerFn.FITTING
+        self._rows = RunRows(trainer.loggers if is_fit and trainer.is_global_zero else ())
         with TemporaryAttributes() as temporary:
             reconcile(trainer, run.brain, temporary)
             # Where that fails, everything is restored here.
@@ -88,7 +92,7 @@ class BrainCallback(Callback):
         # On one process of several, evaluate() runs on a Trainer of that process alone.
         is_first = trainer.is_global_zero and not getattr(self.run.brain, "rank", 0)
         shows_bar = self._progressbar and is_first and trainer.progress_bar_callback is None
-        self._side = LightningSide(trainer, self.run, shows_bar)
+        self._side = LightningSide(trainer, self.run, self._rows, shows_bar)
         self.run.begin(self._side)
         if strategies.is_parallel(trainer):
             strategies.disable_synchronization(pl_module)
@@ -110,6 +114,8 @@ class BrainCallback(Callback):
         state.position.records_fetches = self._side.draws_ahead
         if state.resumed is not None:
             self._side.resume(state.resumed)
+        else:
+            self._rows.begin()
         others = _without(callbacks_of(trainer), [self])
         self._side.told.watch(others, self._for_the_run)
         self._side.average.watch(others, self._for_the_run)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.counters import (
+    logged_steps,
     progress,
     reloads,
     set_progress,
@@ -25,6 +26,7 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
     callbacks_of,
     has_hook,
 )
+from brain_lightning.loggers.csv_rows import RunRows
 from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
@@ -44,6 +46,7 @@ class LightningSide:
     Args:
         trainer: The Trainer in its ``setup``.
         run: The run.
+        rows: What the Trainer's loggers have written of it.
         shows_bar: Whether to show SpeechBrain's bar.
 
     Attributes:
@@ -51,8 +54,8 @@ class LightningSide:
         average: The average of weights that stands in for them.
     """
 
-    def __init__(self, trainer: Trainer, run: Run, shows_bar: bool) -> None:
-        self._trainer, self._run = trainer, run
+    def __init__(self, trainer: Trainer, run: Run, rows: RunRows, shows_bar: bool) -> None:
+        self._trainer, self._run, self._rows = trainer, run, rows
         self.shows_bar = shows_bar
         self.validates = trainer.enable_validation
         self.saves = bool(trainer.checkpoint_callbacks) or is_asked_for(run.brain)
@@ -76,6 +79,7 @@ class LightningSide:
             "reloads": reloads(trainer),
             "told": self.told.state(),
             "metrics": metrics,
+            "rows": self._rows.save(logged_steps(trainer)),
             "found": self._run.metrics.state(),
             "should_stop": trainer.should_stop and _has_stopped_early(trainer),
         }
@@ -154,6 +158,7 @@ class LightningSide:
         _resume_epochs(self._run, resumed)
         state = resumed["trainer"]
         if not state:
+            self._rows.begin()
             return
         trainer, run, epoch = self._trainer, self._run, resumed["epoch"]
         counts = dict(state["progress"])
@@ -161,6 +166,8 @@ class LightningSide:
         counts["batches"] += 0 if epoch is None else epoch["batches"]
         run.train.batches = counts["batches"]
         set_progress(trainer, **counts)
+        # Of earlier versions it is known by the step alone.
+        self._rows.resume(state.get("rows", {}), logged_steps(trainer))
         for callback in callbacks_of(trainer):
             if callback.state_key in state["callbacks"]:
                 _load(callback, state["callbacks"][callback.state_key])

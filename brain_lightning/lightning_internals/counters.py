@@ -47,6 +47,15 @@ def progress(trainer: Trainer) -> dict[str, int]:
     return {"epochs": epochs, "global_step": trainer.global_step}
 
 
+def logged_steps(trainer: Trainer) -> int:
+    """How many steps loggers have counted.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def set_progress(trainer: Trainer, epochs: int, global_step: int, batches: int) -> None:
     """Sets the counts of a Trainer, before its loops begin.
 

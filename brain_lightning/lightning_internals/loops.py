@@ -198,9 +198,9 @@ class BrainEpochLoop(_TrainingEpochLoop):
         self.trainer.training = True
 
     def _validate_if_due(self, data_fetcher: Any) -> None:
-        self.on_advance_end(data_fetcher)
-        # The batch was counted before it was saved.
+        # The batch was counted before it was saved, and loggers log the validation at it.
         self._batches_that_stepped -= 1
+        self.on_advance_end(data_fetcher)
 
     def _tell_of_batch(self) -> None:
         """Tells of a batch that was fitted before the run was resumed."""

@@ -6,7 +6,6 @@ again.
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from brain_lightning.lightning_internals import loggers as internals
 
-Row = dict[str, str]
+from .csv_rows import Row, rows_of
 
 
 class Entry(NamedTuple):
@@ -189,7 +188,7 @@ class _CSVLog(_Versions):
             warnings.filterwarnings("ignore", "Experiment logs directory")
             writer = self.logger.experiment
         writer.metrics_keys.clear()
-        for row in filter(is_kept, _rows(self._aside)):
+        for row in filter(is_kept, filter(_is_of_numbers, rows_of(self._aside))):
             # As they stand there: a prefix is in their names already, and no digit changes.
             values: Any = {name: value for name, value in row.items() if value}
             writer.log_metrics(values, int(values.pop("step")))
@@ -197,24 +196,13 @@ class _CSVLog(_Versions):
         self._aside.unlink(missing_ok=True)
 
 
-def _rows(file: Path) -> list[Row]:
-    """The rows of a CSV file, without those that a kill, or a power cut, has left damaged."""
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8", errors="replace")
-    # What has no end of line may be half a number.
-    lines = [line for line in text.split("\n")[:-1] if "\0" not in line]
-    return [row for row in csv.DictReader(lines) if _is_whole(row)]
-
-
-def _is_whole(row: dict[Any, Any]) -> bool:
-    # A field too many is a list, one too few is None.
+def _is_of_numbers(row: Row) -> bool:
     try:
         int(row["step"])
         for value in row.values():
             if value != "":
                 float(value)
-    except (KeyError, TypeError, ValueError):
+    except ValueError:
         return False
     return True
 

@@ -38,7 +38,10 @@ def _module_class(brain_class: type, manual: bool) -> type[BrainModule]:
     base: type[BrainModule] = ManualModule if manual else AutomaticModule
 
     def __init__(  # noqa: N807
-        self: BrainModule, brain: Any, hparams: Any = None, **kwargs: Any
+        self: BrainModule,
+        brain: Any,
+        hparams: Any = None,  # noqa: ARG001
+        **kwargs: Any,
     ) -> None:
         # Not those that load_from_checkpoint has read: the Brain has its own.
         base.__init__(self, brain, **kwargs)
