@@ -72,7 +72,7 @@ def test_counters_have_speechbrains_signatures(name: str) -> None:
 @needs_speechbrain("1.1")
 def test_every_run_option_of_speechbrain_is_there_with_its_default() -> None:
     expected = {**run_option_defaults(speechbrain.core), **OTHER_DEFAULTS}
-    assert dict(RunOptions()) == expected
+    assert RunOptions().as_dict() == expected
 
 
 def test_a_recipes_class_may_have_any_metaclass() -> None:

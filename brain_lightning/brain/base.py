@@ -32,7 +32,6 @@ from brain_lightning.protocol import (
     trainer_arguments,
 )
 from brain_lightning.stage import Stage
-from brain_lightning.stages.epochs import EpochCounter, EpochCounterWithStopper
 from brain_lightning.step.older_api import Fallback, OlderAPI
 from brain_lightning.step.precision import autocast, device_type, gradient_scaler, infer_device
 
@@ -199,7 +198,7 @@ class BrainBase(OlderAPI, OptionValues):
 def _join(brain: BrainBase, checkpointer: Any) -> None:
     """Adds the Brain to what the checkpointer recovers."""
     if speechbrain.is_checkpointer(checkpointer):
-        speechbrain.register_checkpoint_hooks(BrainBase, EpochCounter, EpochCounterWithStopper)
+        hooks.share_with_speechbrain()
     if isinstance(checkpointer, Checkpointer):
         checkpointer.async_save = checkpointer.async_save or brain._lightning.async_save
     elif brain._lightning.async_save:

@@ -99,17 +99,19 @@ def own_trainer_arguments(brain: BrainProtocol, collective: bool = True) -> dict
         "enable_progress_bar": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
-        **(_several_processes() if several else _one_process(brain.device)),
+        **(_several_processes() if several else _one_process(brain.device, collective)),
         "accelerator": torch.device(brain.device).type,
     }
 
 
-def _one_process(device: str) -> dict[str, Any]:
+def _one_process(device: str, trains: bool) -> dict[str, Any]:
     where = torch.device(device)
+    # Of SLURM it takes the signal that the job is requeued by; else its variables, and those
+    # of the like, do not matter.
+    requeues = trains and _tasks_of_slurm() == 1
     return {
         "devices": 1 if where.index is None or where.type == "cpu" else [where.index],
-        # Also where the variables of SLURM or the like are set.
-        "plugins": [LightningEnvironment()],
+        "plugins": [SLURMEnvironment() if requeues else LightningEnvironment()],
     }
 
 
@@ -203,15 +205,17 @@ def _own_and_given(
             del own["accelerator"]
     elsewhere = getattr(strategy, "cluster_environment", None) is not None
     several = any(name in given for name in PROCESSES)
-    if elsewhere or "num_nodes" in given or (several and _is_task_of_slurm()):
+    if elsewhere or "num_nodes" in given or (several and _tasks_of_slurm() > 1):
         del own["plugins"]
+    elif several and _tasks_of_slurm() == 1:
+        own["plugins"] = [LightningEnvironment()]
     return own | given
 
 
-def _is_task_of_slurm() -> bool:
-    """Whether srun started this process and others, which Lightning finds out about."""
+def _tasks_of_slurm() -> int:
+    """How many processes srun started, this one among them; Lightning finds out about them."""
     started = SLURMEnvironment.detect() and not is_launched()
-    return started and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return int(os.environ.get("SLURM_NTASKS", 1)) if started else 0
 
 
 def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:

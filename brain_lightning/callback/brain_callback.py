@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from brain_lightning.checkpoints.checkpointer import Checkpointer
 from brain_lightning.distributed.communication import collectively
@@ -18,12 +20,13 @@ from brain_lightning.lightning_internals.attach import attach
 from brain_lightning.lightning_internals.contract import check_contract
 from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
-from brain_lightning.lightning_internals.signals import is_lightning_handler
+from brain_lightning.lightning_internals.signals import is_lightning_handler, requeue_signal
 from brain_lightning.lightning_internals.trainer_callbacks import (
     callbacks_of,
     overwrite_files,
     save_as_automatic,
 )
+from brain_lightning.loggers.csv_rows import RunRows
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
@@ -77,6 +80,8 @@ class BrainCallback(Callback):
         check_contract()
         strategies.check_strategy(trainer)
         check_callbacks(trainer, run.brain)
+        is_fit = trainer.state.fn is TrainerFn.FITTING
+        self._rows = RunRows(trainer.loggers if is_fit and trainer.is_global_zero else ())
         with TemporaryAttributes() as temporary:
             reconcile(trainer, run.brain, temporary)
             # Where that fails, everything is restored here.
@@ -93,7 +98,7 @@ class BrainCallback(Callback):
         # On one process of several, evaluate() runs on a Trainer of that process alone.
         is_first = trainer.is_global_zero and not getattr(self.run.brain, "rank", 0)
         shows_bar = self._progressbar and is_first and trainer.progress_bar_callback is None
-        self._side = LightningSide(trainer, self.run, shows_bar)
+        self._side = LightningSide(trainer, self.run, self._rows, shows_bar)
         self.run.begin(self._side)
         if strategies.is_parallel(trainer):
             strategies.disable_synchronization(pl_module)
@@ -121,6 +126,8 @@ class BrainCallback(Callback):
         state.position.records_fetches = self._side.draws_ahead
         if state.resumed is not None:
             self._side.resume(state.resumed)
+        else:
+            self._rows.begin()
         if not state.explicit:
             resumes = state.resumed is not None
             self._side.average.resume(trainer.lightning_module, resumes)
@@ -132,13 +139,16 @@ class BrainCallback(Callback):
         self._begin_log()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles SIGTERM, where there is something to save with."""
+        """Handles signals to end, where there is something to save with."""
         self._side.resume_after_loading()
         if self._detects_anomalies:
             # By detect_anomaly around the run, which Lightning has just switched off.
             torch.autograd.set_detect_anomaly(True)
-        if self.run.brain.checkpointer is not None or self._side.saves:
-            self.run.termination.install(is_lightning_handler)
+        requeues = requeue_signal(trainer)
+        if requeues is not None:
+            self.run.termination.install(requeues, is_lightning_handler)
+        if requeues is not None or self.run.saves:
+            self.run.termination.install(signal.SIGTERM, is_lightning_handler)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the TRAIN stage, unless a resumed epoch is validated already."""

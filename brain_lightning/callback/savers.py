@@ -9,7 +9,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from brain_lightning.lightning_internals.lean_loops import BATCH_HOOKS, STEP_HOOKS
-from brain_lightning.lightning_internals.strategies import is_requeued
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.references import referenced
@@ -49,7 +48,6 @@ def saves_within_batch(trainer: Trainer, brain: BrainProtocol) -> bool:
     callbacks = callbacks_of(trainer)
     return (
         any(_saves_on_exception(callback) for callback in callbacks)
-        or is_requeued(trainer)
         or _any_saves(callbacks, STEP_HOOKS)
         or _any_saves([brain], WITHIN)
     )

@@ -15,17 +15,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.counters import (
     batches_so_far,
+    logged_steps,
     progress,
     reloads,
     set_progress,
     set_reloads,
 )
+from brain_lightning.lightning_internals.signals import requeue_job, requeue_path
 from brain_lightning.lightning_internals.trainer_callbacks import (
     AverageInUse,
     callbacks_of,
     has_hook,
     leave_groups_as_recovered,
 )
+from brain_lightning.loggers.csv_rows import RunRows
 from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
@@ -47,6 +50,7 @@ class LightningSide:
     Args:
         trainer: The Trainer in its ``setup``.
         run: The run.
+        rows: What the Trainer's loggers have written of it.
         shows_bar: Whether to show SpeechBrain's bar.
 
     Attributes:
@@ -54,8 +58,8 @@ class LightningSide:
         average: The average of weights that stands in for them.
     """
 
-    def __init__(self, trainer: Trainer, run: Run, shows_bar: bool) -> None:
-        self._trainer, self._run = trainer, run
+    def __init__(self, trainer: Trainer, run: Run, rows: RunRows, shows_bar: bool) -> None:
+        self._trainer, self._run, self._rows = trainer, run, rows
         self.shows_bar = shows_bar
         self.validates = trainer.enable_validation
         self.saves = bool(trainer.checkpoint_callbacks) or is_asked_for(run.brain)
@@ -87,6 +91,7 @@ class LightningSide:
             "trained": self._trained.changed(self._switches()),
             "told": self.told.state(),
             "metrics": metrics,
+            "rows": self._rows.save(logged_steps(trainer)),
             "found": self._run.metrics.state(),
             "should_stop": trainer.should_stop and _has_stopped_early(trainer),
         }
@@ -148,14 +153,24 @@ class LightningSide:
         default = os.path.join(trainer.default_root_dir, "checkpoints")
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or default
         # ModelCheckpoint finds it for fit(ckpt_path="last").
-        path = os.path.join(folder, "last-within-epoch.ckpt")
+        self._save(folder, "last-within-epoch.ckpt")
+
+    def requeue(self) -> bool:
+        """See ``TrainerSide``."""
+        if self._run.brain.checkpointer is None:
+            self._save(*os.path.split(requeue_path(self._trainer)))
+        return requeue_job(self._trainer)
+
+    def _save(self, folder: str, name: str) -> None:
+        trainer, path = self._trainer, os.path.join(folder, name)
         if "://" in folder:
             trainer.save_checkpoint(path)
             return
-        # Lightning may write to $TMPDIR first, and copy from there.
-        trainer.save_checkpoint(f"{path}.part")
+        # Lightning may write to $TMPDIR first, and copy from there. It looks for "hpc_ckpt_".
+        part = os.path.join(folder, "within-epoch.ckpt.part")
+        trainer.save_checkpoint(part)
         if trainer.is_global_zero:
-            os.replace(f"{path}.part", path)
+            os.replace(part, path)
         trainer.strategy.barrier("save_within_epoch")
 
     def resume(self, resumed: ProcessState) -> None:
@@ -171,6 +186,7 @@ class LightningSide:
         _resume_epochs(self._run, resumed)
         state = resumed["trainer"]
         if not state:
+            self._rows.begin()
             return
         trainer, run, epoch = self._trainer, self._run, resumed["epoch"]
         counts = dict(state["progress"])
@@ -182,6 +198,8 @@ class LightningSide:
         for name, value in state.get("last_batch", {}).items():
             setattr(run.train, name, value)
         set_progress(trainer, **counts, windows=run.train.windows)
+        # Of earlier versions it is known by the step alone.
+        self._rows.resume(state.get("rows", {}), logged_steps(trainer))
         self._trained.restore(state.get("trained", {}))
         self.show_unfrozen()
         for callback in callbacks_of(trainer):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from brain_lightning.compat.load_hooks import binds
+from brain_lightning.compat.load_hooks import LOAD_HOOK, binds, without_device
 from brain_lightning.compat.speechbrain import default_hooks, repaired_kind
 from brain_lightning.distributed.communication import if_main_process
 
@@ -32,6 +32,8 @@ STATEFUL = (
 )
 DEFAULT_SAVE_HOOKS: dict[type, Hook] = dict.fromkeys(STATEFUL, torch_save)
 DEFAULT_LOAD_HOOKS: dict[type, Hook] = dict.fromkeys(STATEFUL, torch_recovery)
+# For SpeechBrain's Pretrainer alone, which calls load hooks where there is none.
+DEFAULT_TRANSFER_HOOKS: dict[type, Hook] = {}
 
 
 def _on_main(method: Hook) -> Hook:
@@ -144,6 +146,8 @@ def _marked(
 def register_checkpoint_hooks(cls: Class, save_on_main_only: bool = True) -> Class:
     """Registers the marked methods of a class, as a decorator.
 
+    SpeechBrain's Checkpointer and its Pretrainer know them too, where it is in use.
+
     Args:
         cls: The class.
         save_on_main_only: Whether only the first of several processes saves; False
@@ -157,4 +161,28 @@ def register_checkpoint_hooks(cls: Class, save_on_main_only: bool = True) -> Cla
             DEFAULT_SAVE_HOOKS[cls] = _on_main(method) if save_on_main_only else method
         if hasattr(method, "_speechbrain_loader"):
             DEFAULT_LOAD_HOOKS[cls] = method
+        if hasattr(method, "_speechbrain_transfer"):
+            DEFAULT_TRANSFER_HOOKS[cls] = method
+    share_with_speechbrain()
     return cls
+
+
+def share_with_speechbrain() -> None:
+    """Registers our classes with SpeechBrain, if that is loaded by now.
+
+    It may be loaded after a class was registered here: by a YAML file.
+    """
+    tables: dict[str, tuple[Mapping[type, Hook], Callable[[Hook], Hook]]] = {
+        "SAVE": (DEFAULT_SAVE_HOOKS, lambda hook: hook),
+        "LOAD": (DEFAULT_LOAD_HOOKS, lambda hook: without_device(hook, *LOAD_HOOK)),
+        "TRANSFER": (
+            DEFAULT_TRANSFER_HOOKS,
+            lambda hook: without_device(hook, "self", "path"),
+        ),
+    }
+    for kind, (ours, adapted) in tables.items():
+        theirs = default_hooks(kind)
+        for cls in ours.keys() - theirs.keys():
+            # SpeechBrain has its own for torch's classes.
+            if cls not in STATEFUL:
+                theirs[cls] = adapted(ours[cls])

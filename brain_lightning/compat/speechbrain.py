@@ -329,20 +329,3 @@ def repaired_kind(cls: type) -> str | None:
         None for those that are saved and recovered as their class says.
     """
     return _REPAIRED.get((cls.__module__, cls.__name__))
-
-
-def register_checkpoint_hooks(*classes: Any) -> None:
-    """Registers our classes with SpeechBrain's Checkpointer.
-
-    As ``speechbrain.utils.checkpoints.register_checkpoint_hooks``, for classes that
-    could not be decorated with it.
-
-    Args:
-        *classes: Each with ``_save(path)`` and ``_recover(path, end_of_epoch)``.
-    """
-    for cls in classes:
-        default_hooks("SAVE").setdefault(cls, cls._save)
-        default_hooks("LOAD").setdefault(cls, cls._recover)
-        if hasattr(cls._recover, "_speechbrain_transfer"):
-            # Of a Pretrainer, which calls it with a path alone.
-            default_hooks("TRANSFER").setdefault(cls, cls._recover)

@@ -1,4 +1,4 @@
-"""SIGTERM during training: recorded, and acted upon between two batches."""
+"""Signals that end a run: recorded, and acted upon between two batches."""
 
 from __future__ import annotations
 
@@ -10,60 +10,82 @@ from typing import Any
 
 from .communication import on_any_rank
 
-# The exit status that a shell reports for a process that a signal has ended.
+# The exit status that a shell reports for a process that SIGTERM has ended.
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class Termination:
-    """Handles SIGTERM during a run: the first is recorded, a second ends the process."""
+    """Handles SIGTERM during a run, and the signal that a scheduler requeues its job by.
+
+    They are recorded. A second SIGTERM ends the process, unless the run is ending already.
+    """
 
     def __init__(self) -> None:
-        self._received = False
+        self._received: set[int] = set()
+        self._previous: dict[int, Any] = {}
         self._process = 0
-        self._previous: Any = None
+        self._is_ending = False
 
-    def install(self, is_free: Callable[[Any], bool]) -> None:
-        """Installs the handler, unless the recipe has one.
+    def install(self, signum: int, is_free: Callable[[Any], bool]) -> None:
+        """Handles a signal, unless the recipe does.
 
         Args:
+            signum: The signal; of several that were received, the first installed counts.
             is_free: Whether a handler may be replaced.
         """
         is_main = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGTERM)
+        handler = signal.getsignal(signum)
         if is_main and (handler is signal.SIG_DFL or is_free(handler)):
-            self._previous, self._process = handler, os.getpid()
-            signal.signal(signal.SIGTERM, self._handle)
+            self._previous[signum], self._process = handler, os.getpid()
+            signal.signal(signum, self._handle)
 
-    def _handle(self, *_: Any) -> None:
-        # A process that a hook has forked has nothing to save.
-        if self._received or os.getpid() != self._process:
+    def _handle(self, signum: int, _: Any) -> None:
+        # A process that a hook or a loader has forked has nothing to save.
+        is_alone = os.getpid() != self._process
+        is_second = signum in self._received and not self._is_ending
+        if signum == signal.SIGTERM and (is_alone or is_second):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
-        self._received = True
+        self._received.add(signum)
 
     @property
-    def is_installed(self) -> bool:
+    def handles_sigterm(self) -> bool:
         """Whether SIGTERM is handled here."""
-        return self._previous is not None
+        return signal.SIGTERM in self._previous
 
-    def is_requested(self, device: str) -> bool:
-        """Whether any process has received SIGTERM.
+    def requested(self, device: str) -> int | None:
+        """The signal to act upon, the same in all processes; None where none received one.
 
         Args:
             device: The device that processes communicate from.
         """
-        return self.is_installed and on_any_rank(self._received, device)
+        if not self._previous or not on_any_rank(bool(self._received), device):
+            return None
+        return next(
+            signum
+            for signum in self._previous
+            if on_any_rank(signum in self._received, device)
+        )
+
+    def forget(self, signum: int) -> None:
+        """Records that a signal was acted upon, and that the run goes on.
+
+        Args:
+            signum: The signal.
+        """
+        self._received.discard(signum)
 
     def acknowledge(self) -> None:
         """Records that the run has saved its state, and is about to end."""
-        self._received = False
+        self._received.clear()
+        self._is_ending = True
 
     def restore(self) -> None:
-        """Restores the previous handler; a signal that was not acknowledged is raised now."""
-        if self._previous is None:
-            return
-        if signal.getsignal(signal.SIGTERM) == self._handle:
-            signal.signal(signal.SIGTERM, self._previous)
-        self._previous = None
-        if self._received:
+        """Restores the previous handlers; a SIGTERM that nothing came of is raised now."""
+        for signum, handler in self._previous.items():
+            if signal.getsignal(signum) == self._handle:
+                signal.signal(signum, handler)
+        is_open = self.handles_sigterm and signal.SIGTERM in self._received
+        self._previous.clear()
+        if is_open and not self._is_ending:
             signal.raise_signal(signal.SIGTERM)

@@ -59,6 +59,7 @@ _SAMPLER = "the Trainer's argument use_distributed_sampler cannot be read otherw
 _RELOADED = "a resumed run makes its loaders again in the epochs in which it would have"
 _NAMES = "what was logged is read back, and the prefix is part of its names"
 _WHOLE_MODULE = "an argument for one DDP around the whole module cannot be read otherwise"
+_ROWS = "a file of rows is deleted, or written anew, without a moment between for anybody"
 _NUMBERED = "asking for the public property would choose a version and make its folder"
 
 # fmt: off
@@ -76,6 +77,8 @@ LIGHTNING_PARTS = (
         "Lightning looks for shuffling samplers, which it does not find in our loaders"),
     Row("lightning.pytorch.utilities.data", "_is_dataloader_shuffled", _SHARDED),
     Row(f"{_CONNECTORS}.signal_connector", "_HandlersCompose",
+        "a handler of Lightning's alone may be replaced, one of the user's may not"),
+    Row(f"{_CONNECTORS}.signal_connector", "_SignalConnector",
         "a handler of Lightning's alone may be replaced, one of the user's may not"),
     # The Trainer.
     Row(_TRAINER, "_signal_connector", _SIGNALS),
@@ -170,6 +173,8 @@ LIGHTNING_PARTS = (
     Row(f"{_LOGGERS}.csv_logs:CSVLogger", "_version", _NUMBERED),
     Row(f"{_LOGGERS}.csv_logs:CSVLogger", "_experiment", _NUMBERED),
     Row(f"{_LOGGERS}.csv_logs:CSVLogger", "_prefix", _NAMES),
+    Row(f"{_LOGGERS}.csv_logs:ExperimentWriter", "_check_log_dir_exists", _ROWS),
+    Row(f"{_LOGGERS}.csv_logs:ExperimentWriter", "_rewrite_with_new_header", _ROWS),
     Row(f"{_LOGGERS}.tensorboard:TensorBoardLogger", "_version", _NUMBERED),
     Row(f"{_LOGGERS}.tensorboard:TensorBoardLogger", "_experiment", _NUMBERED),
     Row(f"{_LOGGERS}.wandb:WandbLogger", "_prefix", _NAMES),

@@ -47,6 +47,15 @@ def progress(trainer: Trainer) -> dict[str, int]:
     return {"epochs": epochs, "global_step": trainer.global_step}
 
 
+def logged_steps(trainer: Trainer) -> int:
+    """How many steps loggers have counted.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def batches_so_far(trainer: Trainer) -> tuple[int, int]:
     """What a Trainer has counted in the fits before, all of them together.
 
@@ -57,7 +66,7 @@ def batches_so_far(trainer: Trainer) -> tuple[int, int]:
         Its batches, and those by which loggers count.
     """
     loop = trainer.fit_loop.epoch_loop
-    return loop.batch_progress.total.ready, loop._batches_that_stepped
+    return loop.batch_progress.total.ready, logged_steps(trainer)
 
 
 def set_progress(

@@ -50,7 +50,11 @@ class LeanEpochLoop(BrainEpochLoop):
             super().advance(data_fetcher)
             return
         trainer, progress, run = self.trainer, self.batch_progress, self.brain_run
-        if BROADCASTS_SIGTERM and trainer.world_size > 1 and not run.termination.is_installed:
+        if (
+            BROADCASTS_SIGTERM
+            and trainer.world_size > 1
+            and not run.termination.handles_sigterm
+        ):
             # Lightning's handler of SIGTERM, in another process, waits for this answer.
             self._broadcast_sigterm_tensor()
         batch = next(run.train.loader)

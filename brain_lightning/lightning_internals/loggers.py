@@ -1,16 +1,21 @@
-"""What only a logger knows, and the numbers of a step that a Trainer gives to who asks."""
+"""What only a logger knows and writes; the numbers of a step, for whoever asks a Trainer."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import (
     _LoggerConnector,
 )
 
 from brain_lightning.stages.run import Run
+
+from .counters import logged_steps
 
 
 class BrainLoggerConnector(_LoggerConnector):
@@ -46,7 +51,7 @@ class BrainLoggerConnector(_LoggerConnector):
         numbers = _logged(self.brain_run.train.step_metrics())
         self._logged_metrics.update(numbers)
         found = {name: float(value) for name, value in numbers.items()}
-        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logged_steps(self.trainer)
         for logger in self.trainer.loggers if found else ():
             # A dictionary for each: some loggers change it.
             logger.log_metrics({**found, "epoch": self.trainer.current_epoch}, step)
@@ -111,3 +116,39 @@ def name_prefix(logger: CSVLogger | WandbLogger | MLFlowLogger) -> str:
         logger: The logger.
     """
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+
+
+def open_with(logger: CSVLogger, writer: ExperimentWriter) -> None:
+    """Lets a logger write with this writer, where its own would delete a file.
+
+    Args:
+        logger: A logger that has not begun to write.
+        writer: Its writer.
+    """
+    logger._experiment = writer
+
+
+class WriterParts:
+    """What a writer of CSV files does where Lightning's deletes one, or writes it anew."""
+
+    log_dir: str
+    _is_used = False
+
+    def delete_earlier(self) -> None:
+        """Deletes the file of another run, with Lightning's warning."""
+        if self._is_used:
+            ExperimentWriter._check_log_dir_exists(self)  # type: ignore[arg-type]
+
+    def rewrite(self, names: Sequence[str]) -> None:
+        """Writes the file again, with more columns.
+
+        Args:
+            names: Of all columns.
+        """
+
+    def _check_log_dir_exists(self) -> None:
+        """Looks, when it is made: the file may be of the run that is going to resume."""
+        self._is_used = os.path.isdir(self.log_dir) and bool(os.listdir(self.log_dir))
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self.rewrite(fieldnames)

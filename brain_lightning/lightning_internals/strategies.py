@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
@@ -113,13 +112,3 @@ def shards_training_data(trainer: Trainer) -> bool:
         trainer: The Trainer.
     """
     return is_parallel(trainer) and trainer._accelerator_connector.use_distributed_sampler
-
-
-def is_requeued(trainer: Trainer) -> bool:
-    """Whether SLURM's signal makes the Trainer save, at any moment, to be queued again.
-
-    Args:
-        trainer: The Trainer.
-    """
-    environment = trainer._accelerator_connector.cluster_environment
-    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue

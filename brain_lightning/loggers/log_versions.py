@@ -6,7 +6,6 @@ again.
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from brain_lightning.lightning_internals import loggers as internals
 
-Row = dict[str, str]
+from .csv_rows import Row, rows_of
 
 
 class Entry(NamedTuple):
@@ -90,6 +89,14 @@ class Log:
         self.logger.save()
         return True
 
+    def write_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Logs the hyperparameters of the run.
+
+        Args:
+            hyperparameters: By name.
+        """
+        self.logger.log_hyperparams(hyperparameters)
+
     def _begin(self, resumes: bool) -> bool:
         """Whether there may be entries of earlier processes."""
         return False
@@ -107,6 +114,7 @@ class _Versions(Log):
     """
 
     logger: CSVLogger | TensorBoardLogger
+    _has_earlier = False
 
     @property
     def _mark(self) -> Path:
@@ -119,6 +127,7 @@ class _Versions(Log):
             return False
         if resumes and not internals.has_version(self.logger):
             self._choose_version()
+        self._has_earlier = resumes and self._mark.exists()
         self._take_over() if resumes else self._begin_anew()
         # Makes the folder; Lightning warns of one that is not empty, so the mark is last.
         self.logger.save()
@@ -179,7 +188,7 @@ class _CSVLog(_Versions):
             warnings.filterwarnings("ignore", "Experiment logs directory")
             writer = self.logger.experiment
         writer.metrics_keys.clear()
-        for row in filter(is_kept, _rows(self._aside)):
+        for row in filter(is_kept, filter(_is_of_numbers, rows_of(self._aside))):
             # As they stand there: a prefix is in their names already, and no digit changes.
             values: Any = {name: value for name, value in row.items() if value}
             writer.log_metrics(values, int(values.pop("step")))
@@ -187,24 +196,13 @@ class _CSVLog(_Versions):
         self._aside.unlink(missing_ok=True)
 
 
-def _rows(file: Path) -> list[Row]:
-    """The rows of a CSV file, without those that a kill, or a power cut, has left damaged."""
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8", errors="replace")
-    # What has no end of line may be half a number.
-    lines = [line for line in text.split("\n")[:-1] if "\0" not in line]
-    return [row for row in csv.DictReader(lines) if _is_whole(row)]
-
-
-def _is_whole(row: dict[Any, Any]) -> bool:
-    # A field too many is a list, one too few is None.
+def _is_of_numbers(row: Row) -> bool:
     try:
         int(row["step"])
         for value in row.values():
             if value != "":
                 float(value)
-    except (KeyError, TypeError, ValueError):
+    except ValueError:
         return False
     return True
 
@@ -213,6 +211,11 @@ class _TensorBoardLog(_Versions):
     """TensorBoard leaves out what a later file of events replaces, by its ``purge_step``."""
 
     logger: TensorBoardLogger
+
+    def write_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Logs them once, for each time adds a number to its curves, ``hp_metric``."""
+        if not self._has_earlier:
+            super().write_hyperparameters(hyperparameters)
 
     def _begin_anew(self) -> None:
         if self._mark.exists():
@@ -238,6 +241,14 @@ class _ServiceLog(Log):
         # The last number of each name, of earlier processes.
         self._last = self._last_numbers() if resumes else {}
         return resumes
+
+    def write_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Logs them; MLflow refuses another value of one that its run has."""
+        logger = self.logger
+        if isinstance(logger, MLFlowLogger):
+            there = logger.experiment.get_run(logger.run_id).data.params
+            hyperparameters = {n: v for n, v in hyperparameters.items() if n not in there}
+        logger.log_hyperparams(hyperparameters)
 
     def _last_numbers(self) -> dict[str, float]:
         logger = self.logger

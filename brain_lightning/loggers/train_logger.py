@@ -17,6 +17,7 @@ from brain_lightning.stage import Stage
 from brain_lightning.stages.metrics import leaves, numbers_in, staged
 from brain_lightning.temporary import TemporaryAttributes
 
+from .hyperparameters import hyperparameters
 from .log_versions import Entry, Log, is_of_test, log_class
 from .media import log_audio, log_figure, spectrogram
 
@@ -65,10 +66,16 @@ class LightningTrainLogger:
         self.fed_by_trainer: Sequence[Logger] = ()
         self._resumes: bool | None = None
         self._position = 0
+        self._hyperparameters: Mapping[str, Any] = {}
         self._warned: set[str] = set()
         self._opened: list[Log] = []
 
-    def begin_run(self, goes_on: bool, position: int = 0) -> None:
+    def begin_run(
+        self,
+        goes_on: bool,
+        position: int = 0,
+        hyperparameters: Mapping[str, Any] = {},
+    ) -> None:
         """Says whether the run resumes that of an earlier process; a Trainer calls this.
 
         The first call counts. Nothing is written yet.
@@ -76,9 +83,11 @@ class LightningTrainLogger:
         Args:
             goes_on: Whether something was recovered.
             position: The last epoch that is over.
+            hyperparameters: Of the run, for each of the loggers.
         """
         if self._resumes is None:
             self._resumes = goes_on
+            self._hyperparameters = hyperparameters
             self._position = max(self._position, position)
 
     def log_stats(
@@ -165,7 +174,11 @@ class LightningTrainLogger:
         """Each is opened with its first entry: then it is known whether the run resumes."""
         for index, each in enumerate(self.loggers):
             if index == len(self._opened):
-                self._opened.append(log_class(each)(each, index, bool(self._resumes)))
+                opened = log_class(each)(each, index, bool(self._resumes))
+                self._opened.append(opened)
+                is_fed = any(each is fed for fed in self.fed_by_trainer)
+                if self._hyperparameters and not is_fed:
+                    opened.write_hyperparameters(dict(self._hyperparameters))
             yield self._opened[index]
 
     def _warn(self, message: str) -> None:
@@ -197,7 +210,7 @@ def begin_log(brain: BrainProtocol, resumes: bool, position: int) -> None:
         position: The last epoch that is over.
     """
     if (train_logger := _train_logger_of(brain)) is not None:
-        train_logger.begin_run(resumes, position)
+        train_logger.begin_run(resumes, position, hyperparameters(brain))
 
 
 def _train_logger_of(brain: BrainProtocol) -> LightningTrainLogger | None:

@@ -25,6 +25,7 @@ from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_p
 from brain_lightning.lightning_internals.loggers import log_step_metrics
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
+from brain_lightning.loggers.hyperparameters import hyperparameters
 from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
 from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs, EpochsOfTrainer
@@ -87,6 +88,8 @@ class BrainModule(LightningModule):
         self._progressbar = progressbar
         self._own_fit = own_fit
         self._best_keys = {"max_key": max_key, "min_key": min_key}
+        if found := hyperparameters(brain):
+            self.save_hyperparameters(found)
 
     @property
     def trainer(self) -> Trainer:
@@ -99,7 +102,7 @@ class BrainModule(LightningModule):
         if trainer is not None:
             # The only call that a module gets before Lightning looks at ckpt_path.
             self._named = None
-            read_ckpt_path(trainer, self._take_directory)
+            read_ckpt_path(trainer, self._take_directory, Run.is_running(self.brain))
 
     def _take_directory(self, ckpt_path: Any) -> bool:
         if is_directory(ckpt_path):
@@ -223,6 +226,9 @@ class BrainModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning does not save, unless weights alone are saved."""
+        if self.hparams and checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_NAME) is None:
+            # What load_from_checkpoint gives them to the constructor as.
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = "hparams"
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
             checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
             # After the callbacks: WeightAveraging may have exchanged the weights.

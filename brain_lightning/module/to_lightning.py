@@ -37,7 +37,13 @@ def _module_class(brain_class: type, manual: bool) -> type[BrainModule]:
         raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
     base: type[BrainModule] = ManualModule if manual else AutomaticModule
 
-    def __init__(self: BrainModule, brain: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(  # noqa: N807
+        self: BrainModule,
+        brain: Any,
+        hparams: Any = None,  # noqa: ARG001
+        **kwargs: Any,
+    ) -> None:
+        # Not those that load_from_checkpoint has read: the Brain has its own.
         base.__init__(self, brain, **kwargs)
 
     # What LightningCLI is to build a Brain of.

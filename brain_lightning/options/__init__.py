@@ -1,7 +1,7 @@
 """Run options: how to run an experiment, apart from what the experiment is.
 
 ``run_options`` declares them, each with its default and its help. ``parse_arguments`` reads
-them from a recipe's command line, with the Trainer's arguments and the overrides of the YAML
+them from a recipe's command line, with the Trainer's arguments; ``overrides`` are of the YAML
 file. ``resolve`` chooses the value of each where the command line and hparams differ.
 ``trainer_arguments`` knows the arguments of Lightning's Trainer, and what each does with a
 Brain: ``--trainer.help`` shows it.

@@ -14,12 +14,15 @@ import yaml
 from brain_lightning.distributed.communication import is_launched
 from brain_lightning.errors import RunOptionError
 
+from .overrides import overrides_to_yaml
 from .run_options import CHOICES, RunOptions
 
 logger = logging.getLogger(__name__)
 
 TRAINER_PREFIX = "--trainer."
 TRAINER_HELP = f"{TRAINER_PREFIX}help"
+LOCAL_RANKS = ("--local-rank", "--local_rank")
+TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 
 
 class Arguments(NamedTuple):
@@ -35,8 +38,8 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
 
     ``--a=b`` and ``--a b`` are the same, and a flag may be given as ``--debug``
     or ``--debug=true``. What names no run option is an override of the YAML
-    file; what starts with ``--trainer.`` is an argument of Lightning's Trainer,
-    its value read as YAML.
+    file, ``--section.key=value`` of one key within a section; what starts with
+    ``--trainer.`` is an argument of Lightning's Trainer, its value read as YAML.
 
     Args:
         arg_list: The words of the command line; ``sys.argv[1:]`` if not given.
@@ -46,7 +49,7 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
         text for ``load_hyperpyyaml``.
     """
     trainer, words = split_trainer(sys.argv[1:] if arg_list is None else arg_list)
-    words = [word for word in words if not _is_of_a_launcher(word)]
+    words = _without_launchers(words)
     parsed, rest = _parser().parse_known_args(_expand_flags(words))
     given = vars(parsed)
     hparams_file = given.pop("param_file")
@@ -56,21 +59,28 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
         trainer=trainer,
         overridden_args=frozenset(given) | ({"trainer"} if trainer else set()),
     )
-    return Arguments(hparams_file, run_opts, _overrides_to_yaml(rest))
+    return Arguments(hparams_file, run_opts, overrides_to_yaml(rest, hparams_file))
 
 
-def _is_of_a_launcher(word: str) -> bool:
-    """Whether a word says what the environment says, too.
+def _without_launchers(words: Sequence[str]) -> list[str]:
+    """Leaves out what the environment says, too.
 
     ``torch.distributed.launch`` appends ``--local-rank=0``, and SpeechBrain 0.5 was told of a
     launch by ``--distributed_launch``.
     """
-    if word == "--distributed_launch":
-        if not is_launched():
-            logger.warning("%s has no effect: start the script with torchrun", word)
-        return True
-    rank = os.environ.get("LOCAL_RANK")
-    return word in (f"--local-rank={rank}", f"--local_rank={rank}")
+    rest: list[str] = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        name, has_value, value = word.partition("=")
+        if name == "--distributed_launch":
+            if not has_value and remaining and remaining[0].lower() in TRUTHS:
+                value = remaining.pop(0)
+            if TRUTHS.get(value.lower(), True) and not is_launched():
+                logger.warning("%s has no effect: start the script with torchrun", name)
+        elif not (name in LOCAL_RANKS and value == os.environ.get("LOCAL_RANK")):
+            rest.append(word)
+    return rest
 
 
 def _parser() -> ArgumentParser:
@@ -155,17 +165,3 @@ def _from_yaml(word: str, value: str) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RunOptionError(f"{word}: {value!r} is not YAML: {error}") from error
-
-
-def _overrides_to_yaml(words: Sequence[str]) -> str:
-    """``--a=b`` and ``--a b`` become lines ``a: b`` (``RunOptions._convert_to_yaml``)."""
-    lines: list[str] = []
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            lines.append(f"{name}: {value}".rstrip())
-        elif lines:
-            lines[-1] += f" {word}"
-        else:
-            raise RunOptionError(f"{word!r} belongs to no option: overrides are --name=value")
-    return "\n".join(lines)

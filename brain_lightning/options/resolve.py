@@ -33,7 +33,7 @@ def resolve_run_options(
         RunOptionError: The value of an option makes no sense.
         UnsupportedError: An option cannot be honoured.
     """
-    defaults = RunOptions()
+    defaults = RunOptions().as_dict()
     on_command_line = run_opts.overridden_args
     values = {
         name: run_opts[name] if name in on_command_line else hparams.get(name, default)
@@ -42,8 +42,8 @@ def resolve_run_options(
     given = {*on_command_line} | {
         name
         for name in RunOptions.option_names()
-        # hparams.update(run_opts) copies every default, with overridden_args as the record
-        # that it did: a default there is not explicit.
+        # With SpeechBrain's run_opts hparams.update(run_opts) copies every default, with
+        # overridden_args as the record that it did: a default there is not explicit.
         if name in hparams
         and ("overridden_args" not in hparams or hparams[name] != defaults[name])
     }
@@ -78,7 +78,7 @@ def _leave_to_recipe(values: dict[str, Any], in_hparams: Collection[str]) -> Non
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
     """Refuses a text where a number should be, as a YAML file may have it."""
-    for name, default in RunOptions().items():
+    for name, default in RunOptions().as_dict().items():
         is_number = type(default) in (int, float)
         if (is_number or name == "optimizer_step_limit") and isinstance(values[name], str):
             raise RunOptionError(

@@ -50,7 +50,8 @@ class RunOptions(Mapping[str, Any]):
     """How to run an experiment, apart from what the experiment is.
 
     Also a mapping, for recipes do ``hparams.update(run_opts)`` and
-    ``run_opts["device"]``. An option counts as given where ``overridden_args``
+    ``run_opts["device"]``: it has every option, and yields those that were given, so that
+    what the YAML file sets stays. An option counts as given where ``overridden_args``
     names it; only then it outranks the same key in ``hparams``. What ``--help``
     shows are the texts below.
 
@@ -187,18 +188,19 @@ class RunOptions(Mapping[str, Any]):
         return {name: " ".join(texts.get(name, "").split()) for name in names}
 
     def as_dict(self) -> dict[str, Any]:
-        """A plain dictionary with the same keys and values."""
-        return dict(self)
+        """A plain dictionary of every option."""
+        names = (f.name for f in dataclasses.fields(self))
+        # An empty `trainer` must not overwrite the one in hparams.
+        return {n: getattr(self, n) for n in names if n != "trainer" or self.trainer}
 
     def __getitem__(self, key: str) -> Any:
-        if key not in iter(self):
+        if key not in self.__dataclass_fields__:
             raise KeyError(key)
         return getattr(self, key)
 
     def __iter__(self) -> Iterator[str]:
-        # An empty `trainer` must not overwrite the one in hparams on hparams.update(run_opts).
         names = (f.name for f in dataclasses.fields(self))
-        return (name for name in names if name != "trainer" or self.trainer)
+        return (name for name in names if name in self.overridden_args)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -149,6 +149,13 @@ class TrainerSide(Protocol):
     def save_within_epoch(self) -> None:
         """Saves with the Trainer, and replaces what it has saved before."""
 
+    def requeue(self) -> bool:
+        """Requeues the job of a scheduler, which finds what the Trainer saves for it.
+
+        Returns:
+            Whether the scheduler has agreed.
+        """
+
     def is_telling_of_batch(self) -> bool:
         """Whether some callback has not heard that the last batch is over, and yet can."""
 

@@ -9,7 +9,6 @@ from os import PathLike
 from typing import Any
 
 from brain_lightning.checkpoints import epoch_files, hooks
-from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import REMEDY, by_rank, compare
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import RankMismatchError
@@ -38,7 +37,7 @@ class EpochCounter:
         self.current = 0
         self.limit = int(limit)
         # SpeechBrain's Checkpointer may be asked to save it before there is a Brain.
-        speechbrain.register_checkpoint_hooks(EpochCounter, EpochCounterWithStopper)
+        hooks.share_with_speechbrain()
 
     def __iter__(self) -> Iterator[int]:
         return self

@@ -7,6 +7,7 @@ Read together, ``train.py`` and ``evaluation.py`` are ``speechbrain.Brain._fit_t
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -90,7 +91,7 @@ class Run:
         current: The stage that is running or ran last.
         trainer: The Trainer's side, from ``begin`` on.
         parts: Its stages one by one; None where it does not fit.
-        termination: Handles SIGTERM.
+        termination: Handles SIGTERM, and the signal that the job is requeued by.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers that the stages found.
     """
@@ -180,28 +181,42 @@ class Run:
         elif self.trainer.saves:
             self.trainer.save_within_epoch()
 
+    @property
+    def saves(self) -> bool:
+        """Whether there is something to save with within an epoch."""
+        return self.brain.checkpointer is not None or self.trainer.saves
+
     def cut_short(self) -> None:
         """Saves where the run is: a limit of the Trainer's ends the epoch in its middle."""
-        if self.brain.checkpointer is not None or self.trainer.saves:
+        if self.saves:
             self.save_within_epoch()
             self.run_state.cut_short()
 
     def end_if_terminated(self) -> None:
-        """Saves and ends the process after a SIGTERM; called between two batches.
+        """Saves and ends the process after a signal to do so; called between two batches.
+
+        Without success in requeuing its job it goes on.
 
         Raises:
             SystemExit: With a status that is not zero.
         """
-        brain = self.brain
-        if not self.termination.is_requested(brain.device):
+        signum = self.termination.requested(self.brain.device)
+        if signum is None:
             return
         with self.trainer.weights(), TemporaryAttributes() as temporary:
             for name, value in self.run_state.counts.items():
-                temporary.set(brain, name, value)
+                temporary.set(self.brain, name, value)
             self.save_within_epoch()
+            requeues = signum != signal.SIGTERM
+            if requeues and not self.trainer.requeue():
+                self.termination.forget(signum)
+                return
         self.termination.acknowledge()
         logger.warning(
-            "SIGTERM: the run is saved, within epoch %s, and ends.", self.epochs.current
+            "%s: the run is %s, within epoch %s, and ends.",
+            signal.Signals(signum).name,
+            "saved" if self.saves or requeues else "not saved",
+            self.epochs.current,
         )
         raise SystemExit(EXIT_STATUS)
 

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
 from brain_lightning import Checkpointer
@@ -126,13 +125,6 @@ def test_a_callback_of_an_older_lightning_has_no_such_argument() -> None:
 @pytest.mark.parametrize("interval", [3, 0.5])
 def test_a_validation_in_the_middle_of_an_epoch_may_save(interval: float) -> None:
     assert saves_between_batches(trainer_with(val_check_interval=interval))
-
-
-@pytest.mark.parametrize("requeues", [True, False])
-def test_slurm_saves_whenever_its_signal_comes(requeues: bool) -> None:
-    environment = SLURMEnvironment(auto_requeue=requeues)
-    trainer = trainer_with(plugins=[environment])
-    assert saves_within_batch(trainer, make()) is requeues
 
 
 # ----------------------------------------------------------------------- by a recipe's code

@@ -14,10 +14,17 @@ import torch
 from speechbrain.processing.features import InputNormalization
 from speechbrain.utils import epoch_loop
 from speechbrain.utils.checkpoints import Checkpointer as SpeechBrainCheckpointer
+from speechbrain.utils.parameter_transfer import Pretrainer
 from torch import nn
 
 import brain_lightning
 from brain_lightning import Checkpointer
+from brain_lightning.checkpoints.hooks import (
+    mark_as_loader,
+    mark_as_saver,
+    mark_as_transfer,
+    register_checkpoint_hooks,
+)
 
 # Where it is an attribute of speechbrain.nnet, it is loaded when it is used.
 schedulers = importlib.import_module("speechbrain.nnet.schedulers")
@@ -276,3 +283,78 @@ def test_input_normalization_within_a_module(tmp_path: Path, writer: str, reader
     load(reader, tmp_path, second)
     # Its statistics are no buffers: neither side saves them but on their own.
     assert second["norm"].count == 0
+
+
+# ------------------------------------------------- classes that are registered with us alone
+
+
+@register_checkpoint_hooks
+class Marked:
+    """Remembers by which of its methods it was given its number."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number, self.by = number, ""
+
+    @mark_as_saver
+    def save(self, path: str) -> None:
+        Path(path).write_text(str(self.number), encoding="utf-8")
+
+    @mark_as_loader
+    def load(self, path: str, end_of_epoch: bool) -> None:
+        self.number, self.by = int(Path(path).read_text(encoding="utf-8")), "load"
+
+    @mark_as_transfer
+    def transfer(self, path: str) -> None:
+        self.number, self.by = int(Path(path).read_text(encoding="utf-8")), "transfer"
+
+
+@register_checkpoint_hooks
+class MarkedAgain(Marked):
+    @mark_as_transfer
+    @mark_as_loader
+    def load(self, path: str, end_of_epoch: bool = True) -> None:
+        super().load(path, end_of_epoch)
+
+
+@register_checkpoint_hooks
+class MarkedModule(nn.Linear):
+    by = ""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1)
+
+    @mark_as_transfer
+    def transfer(self, path: str, device: Any = None) -> None:
+        self.load_state_dict(torch.load(path))
+        self.by = "transfer"
+
+
+@both_ways
+def test_a_class_that_is_registered_with_us_is_known_to_both(
+    tmp_path: Path, writer: str, reader: str
+) -> None:
+    save(writer, tmp_path, Marked(7))
+    found = load(reader, tmp_path, Marked())
+    assert (found.number, found.by) == (7, "load")
+
+
+@pytest.mark.parametrize("writer", CHECKPOINTERS)
+def test_transfer_hooks_are_called_by_a_pretrainer(tmp_path: Path, writer: str) -> None:
+    module = MarkedModule()
+    each: dict[Any, tuple[Any, str]] = {
+        "marked": (Marked(7), "transfer"),
+        "again": (MarkedAgain(7), "load"),
+        "sub": (type("Sub", (Marked,), {})(7), "transfer"),
+        "module": (module, "transfer"),
+    }
+    for name, (saved, by) in each.items():
+        folder = tmp_path / name
+        save(writer, folder, saved)
+        loaded = type(saved)()
+        (directory,) = folder.glob("CKPT*")
+        transfer = Pretrainer(folder / "transfer", loadables={"object": loaded})
+        transfer.collect_files(str(directory))
+        transfer.load_collected()
+        assert loaded.by == by
+        assert getattr(loaded, "number", 7) == 7
+        assert torch.equal(getattr(loaded, "weight", module.weight), module.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -60,6 +61,56 @@ def test_an_override_may_hold_an_equals_sign() -> None:
     }
 
 
+SECTIONS = """
+lr: 0.1
+a.b: 1
+optimizer: !new:collections.Counter
+    lr: !ref <lr>
+    decay: {rate: 2, steps: 3}
+again: !ref <optimizer[decay][rate]>
+merged:
+    <<: {size: 1}
+words: [a, b]
+trainer: {max_epochs: 1}
+"""
+
+
+def test_one_key_within_a_section_is_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "h.yaml"
+    file.write_text(SECTIONS, encoding="utf-8")
+    words = [
+        "--optimizer.decay.rate=5", "--lr", "0.2", "--optimizer.lr=!ref <lr> * 2", "--a.b=7",
+        "--merged.size", "[1,", "2]", "--trainer.max_epochs=3",
+    ]  # fmt: skip
+    _, run_opts, overrides = parse_arguments([str(file), *words])
+    found = load_hyperpyyaml(SECTIONS, overrides)
+    assert found["optimizer"] == {"lr": 0.4, "decay": {"rate": 5, "steps": 3}}
+    assert (found["lr"], found["again"], found["a.b"]) == (0.2, 5, 7)
+    assert found["merged"] == {"size": [1, 2]}
+    # As ever an argument of the Trainer.
+    assert (run_opts.trainer, found["trainer"]) == ({"max_epochs": 3}, {"max_epochs": 1})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optimizer.rate=1"], "unknown key of optimizer.*'rate': choose from lr, decay"),
+        (["--optimiser.lr=1"], "'optimiser': did you mean 'optimizer'"),
+        (["--lr.x=1"], "--lr.x: 'lr' is no section"),
+        (["--words.0=1"], "'words' is no section"),
+        (["--optimizer.decay=1", "--optimizer.decay.rate=2"], "not both"),
+        (["--optimizer.decay.rate=2", "--optimizer.decay=1"], "not both"),
+    ],
+)
+def test_a_key_that_a_section_does_not_have_is_refused(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    file = tmp_path / "h.yaml"
+    file.write_text(SECTIONS, encoding="utf-8")
+    with pytest.raises(RunOptionError, match=message):
+        parse_arguments([str(file), *words])
+
+
 def test_a_flag_may_be_given_a_truth() -> None:
     opts = parse_arguments(["h.yaml", "--debug=true", "--test_only=false"]).run_opts
     assert (opts.debug, opts.test_only) == (True, False)
@@ -97,26 +148,33 @@ def test_run_options_are_a_mapping() -> None:
     assert opts.get("nothing", 5) == 5
     assert "precision" in opts
     assert "device" in list(opts.keys())
-    hparams: dict[str, Any] = {"precision": "bf16", "trainer": {"devices": 1}, "lr": 1}
-    hparams.update(opts)
-    # What that overwrites stays overwritten, as in SpeechBrain.
-    brain = Brain(hparams=hparams, run_opts=opts)
-    assert brain.precision == "fp32"
-    assert brain._lightning.trainer_arguments == {"devices": 1}
-    # The default minutes that came along do not stand against the steps.
-    assert (brain.ckpt_interval_minutes, brain.ckpt_interval_steps) == (0, 3)
+    yaml: dict[str, Any] = {"precision": "bf16", "trainer": {"devices": 1}, "device": "cuda"}
+    given = {"device": "cpu", "ckpt_interval_steps": 3}
+    assert {**opts} == given
+    for hparams in (yaml | given, {**yaml, **opts}, {**opts.as_dict(), **yaml}):
+        brain = Brain(hparams=hparams, run_opts=opts)
+        # What the YAML file has set stays, but for what was given.
+        assert (brain.precision, brain.device) == ("bf16", "cpu")
+        assert brain._lightning.trainer_arguments == {"devices": 1}
+        # The default minutes do not stand against the steps.
+        assert (brain.ckpt_interval_minutes, brain.ckpt_interval_steps) == (0, 3)
 
 
 def test_what_launchers_add_is_no_override(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``torch.distributed.launch`` appends the rank; SpeechBrain 0.5 had a flag."""
+    assert parse_arguments(["h.yaml", "--distributed_launch=False"]).overrides == ""
+    assert caplog.text == ""
     assert parse_arguments(["h.yaml", "--distributed_launch"]).overrides == ""
     assert "--distributed_launch has no effect: start the script with torchrun" in caplog.text
     caplog.clear()
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    words = ["h.yaml", "--distributed_launch", "--lr=2", "--local_rank=1", "--local-rank=1"]
+    words = [
+        "h.yaml", "--distributed_launch", "--lr=2", "--local_rank=1", "--local-rank=1",
+        "--distributed_launch=True", "--distributed_launch", "true",
+    ]  # fmt: skip
     assert parse_arguments(words).overrides == "lr: 2"
     assert parse_arguments(["h.yaml", "--local_rank=3"]).overrides == "local_rank: 3"
     assert caplog.text == ""
