@@ -19,7 +19,11 @@ from brain_lightning.lightning_internals.contract import check_contract
 from brain_lightning.lightning_internals.counters import progress, set_progress
 from brain_lightning.lightning_internals.loops import evaluation_loop_of, fit_loop_of
 from brain_lightning.lightning_internals.signals import is_lightning_handler
-from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of, overwrite_files
+from brain_lightning.lightning_internals.trainer_callbacks import (
+    callbacks_of,
+    overwrite_files,
+    repair,
+)
 from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
@@ -88,6 +92,8 @@ class BrainCallback(Callback):
         is_first = trainer.is_global_zero and not getattr(self.run.brain, "rank", 0)
         shows_bar = self._progressbar and is_first and trainer.progress_bar_callback is None
         self._side = LightningSide(trainer, self.run, shows_bar)
+        for callback in callbacks_of(trainer):
+            repair(callback, self._for_the_run)
         self.run.begin(self._side)
         if strategies.is_parallel(trainer):
             strategies.disable_synchronization(pl_module)

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    Timer,
+)
 
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.counters import (
@@ -23,18 +28,25 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
     AverageInUse,
     callbacks_of,
     has_hook,
+    load_state,
+    state_of,
 )
 from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
+from brain_lightning.step.compile import plain_name
+from brain_lightning.step.pruning import masks, restore_masks
 
 from .recoverables import recover_beside_weights, recover_options, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch
 from .told import Told
 
 logger = logging.getLogger(__name__)
+
+# Their states are as large as the weights, and the same in all processes.
+OF_WEIGHTS = (ModelPruning, StochasticWeightAveraging)
 
 
 class LightningSide:
@@ -77,14 +89,23 @@ class LightningSide:
             "metrics": metrics,
             "found": self._run.metrics.state(),
             "should_stop": trainer.should_stop and _has_stopped_early(trainer),
+            "masks": plain(masks(self._run.brain.modules, self._plain_name)),
         }
+
+    def _plain_name(self, name: str) -> str:
+        return plain_name(name, self._run.brain)
 
     def _callback_states(self) -> State:
         states = {}
         for callback in callbacks_of(self._trainer):
-            state, whole = {}, not has_hook(callback, "on_save_checkpoint")
+            if isinstance(callback, OF_WEIGHTS) and not self._trainer.is_global_zero:
+                # The first process has it.
+                continue
+            # What ModelPruning saves are the weights.
+            whole = isinstance(callback, ModelPruning)
+            state, whole = {}, whole or not has_hook(callback, "on_save_checkpoint")
             try:
-                state = plain(callback.state_dict())
+                state = plain(state_of(callback))
             except NotPlainError:
                 whole = False
             if not whole and callback.state_key not in self._reported:
@@ -153,6 +174,8 @@ class LightningSide:
         for callback in callbacks_of(trainer):
             if callback.state_key in state["callbacks"]:
                 _load(callback, state["callbacks"][callback.state_key])
+        if "masks" in state:
+            restore_masks(run.brain.modules, state["masks"], self._plain_name)
         # Since version 1.
         if "told" in state:
             self._reloads = state["reloads"]
@@ -191,7 +214,7 @@ def _load(callback: Callback, state: State) -> None:
     if isinstance(callback, Timer):
         # From a Lightning file it is loaded already; else max_time is per start.
         return
-    callback.load_state_dict(state)
+    load_state(callback, state)
     if isinstance(callback, ModelCheckpoint):
         # It saves it, and does not load it.
         callback.current_score = state["current_score"]

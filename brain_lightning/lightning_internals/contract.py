@@ -58,6 +58,7 @@ _SAMPLER = "the Trainer's argument use_distributed_sampler cannot be read otherw
 _RELOADED = "a resumed run makes its loaders again in the epochs in which it would have"
 _NAMES = "what was logged is read back, and the prefix is part of its names"
 _WHOLE_MODULE = "an argument for one DDP around the whole module cannot be read otherwise"
+_PRUNED = "ModelPruning does not save what its lottery ticket resets weights to"
 _NUMBERED = "asking for the public property would choose a version and make its folder"
 
 # fmt: off
@@ -88,6 +89,10 @@ LIGHTNING_PARTS = (
         "a save in a validation has to hold the weights, not their average", "2.6"),
     Row("lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",
         "_enable_version_counter", "a file of the moment that is made up for has its name"),
+    Row("lightning.pytorch.callbacks.pruning:ModelPruning", "_original_layers", _PRUNED),
+    Row("lightning.pytorch.callbacks.pruning:ModelPruning", "_parameters_to_prune", _PRUNED),
+    Row("torchmetrics.wrappers.running:Running", "_num_vals_seen",
+        "where the window of SpikeDetection begins is not in its state"),
     Row(_TRAINER, "_data_connector", _SHARDED),
     Row(f"{_CONNECTORS}.data_connector:_DataConnector", "_prepare_dataloader", _SHARDED),
     Row(_TRAINER, "_accelerator_connector", _SAMPLER),
