@@ -43,6 +43,7 @@ _EVALUATION = "lightning.pytorch.loops.evaluation_loop:_EvaluationLoop"
 _COMBINED = "lightning.pytorch.utilities.combined_loader:CombinedLoader"
 _DDP = "lightning.pytorch.strategies.ddp:DDPStrategy"
 _LOGGER_CONNECTOR = f"{_CONNECTORS}.logger_connector.logger_connector:_LoggerConnector"
+_PRUNE = "torch.nn.utils.prune:BasePruningMethod.apply"
 _LOGGERS = "lightning.pytorch.loggers"
 
 _ORDER = "no hook is at this point of SpeechBrain's order of events"
@@ -168,6 +169,8 @@ LIGHTNING_PARTS = (
 TORCH_PARTS = (
     Row("torch.nn.modules.batchnorm", "_BatchNorm", "the base of every BatchNorm"),
     Row("torch.nn:Module", "_modules", "__getattr__ must not look for an attribute"),
+    Row(_PRUNE, "_orig", "what a pruned module has saved is loaded by one that is not"),
+    Row(_PRUNE, "_mask", "what a pruned module has saved is loaded by one that is not"),
     Row("torch.nn:Module.state_dict", "_metadata",
         "the versions of modules go along with their weights"),
     Row("torch.nn.parallel:DistributedDataParallel",
