@@ -5,6 +5,7 @@
 and run options that mean the same one value, and ``unsupported`` refuses callbacks that cannot
 do their work with a Brain. ``trainer_side`` saves and resumes the Trainer's counts and its
 callbacks' states, ``told`` which callbacks have heard what, and ``recoverables`` has the
-objects that are saved; ``savers`` finds who may save when. ``lightning_bars`` feeds
-Lightning's bars; ``profiling`` profiles the first steps.
+objects that are saved; ``savers`` finds who may save when. ``averaged_weights`` ends
+StochasticWeightAveraging; ``lightning_bars`` feeds Lightning's bars; ``profiling`` profiles
+the first steps.
 """

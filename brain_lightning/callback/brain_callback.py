@@ -30,10 +30,11 @@ from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
 
+from .averaged_weights import average_at_end
 from .lightning_bars import show_epoch, show_running_loss
 from .reconcile import reconcile, reconcile_accumulation, wraps_itself
 from .trainer_side import LightningSide
-from .unsupported import check_callbacks, warn_of_unused_average
+from .unsupported import check_callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class BrainCallback(Callback):
         self._detects_anomalies = torch.is_anomaly_enabled()
         check_contract()
         strategies.check_strategy(trainer)
-        check_callbacks(trainer, run.brain)
+        check_callbacks(trainer)
         with TemporaryAttributes() as temporary:
             reconcile(trainer, run.brain, temporary)
             # Where that fails, everything is restored here.
@@ -94,6 +95,7 @@ class BrainCallback(Callback):
         self._side = LightningSide(trainer, self.run, shows_bar)
         for callback in callbacks_of(trainer):
             repair(callback, self._for_the_run)
+        average_at_end(trainer, self.run, self._for_the_run)
         self.run.begin(self._side)
         if strategies.is_parallel(trainer):
             strategies.disable_synchronization(pl_module)
@@ -178,12 +180,11 @@ class BrainCallback(Callback):
         self._for_the_epoch.restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what has ended the training, and warns of an average that was not taken."""
+        """Logs what has ended the training."""
         for stopping in trainer.early_stopping_callbacks:
             if stopping is not None and stopping.stopped_epoch:
                 message = "EarlyStopping(%r) ended the training after epoch %s."
                 logger.info(message, stopping.monitor, self.run.epochs.current)
-        warn_of_unused_average(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
