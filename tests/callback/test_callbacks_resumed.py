@@ -1,4 +1,4 @@
-"""Every callback that Lightning ships: after a kill and a resume it has done what it does without.
+"""Every callback that Lightning ships does the same with a kill and a resume as without.
 
 ``python -m pytest tests/callback/test_callbacks_resumed.py -v`` prints the matrix.
 ``test_lightning_callbacks.py`` asserts what the effects are.

@@ -89,7 +89,7 @@ class Ended:
         return self.callbacks[0]
 
     def rows(self) -> set[tuple[str, str]]:
-        """The columns and steps of what was logged; a batch that was fitted again counts once."""
+        """The columns and steps of what was logged, each once: a batch may be fitted again."""
         texts = [file.read_text() for file in self.folder.rglob("metrics.csv")]
         rows = [row for text in texts for row in csv.DictReader(text.splitlines())]
         return {(name, row["step"]) for row in rows for name, value in row.items() if value}
