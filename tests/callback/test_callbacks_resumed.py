@@ -23,6 +23,7 @@ from torch import Tensor
 
 from brain_lightning import to_lightning
 from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
+from brain_lightning.cli.convert import from_lightning
 from brain_lightning.compat.versions import LIGHTNING
 from tests.support.brains import loader, trainer_with
 from tests.support.killed import (
@@ -302,6 +303,18 @@ def test_a_timer_goes_on_from_a_file_and_counts_per_start_from_directories(
     assert_resumed(whole, resumed, rates)
     elapsed = [run.first.time_elapsed() for run in (whole, resumed)]
     assert elapsed == [15, seconds]
+
+
+def test_a_file_of_pruned_weights_becomes_a_directory(
+    tmp_path: Path, capsys: Any, caplog: Any
+) -> None:
+    runs = Runs(ROWS["ModelPruning"], "file", capsys, caplog)
+    runs.run(tmp_path, KILLED_IN)
+    file = tmp_path / "saved" / "saved.ckpt"
+    directory = from_lightning(file, tmp_path / "CKPT+converted")
+    head = torch.load(directory / "head.ckpt")
+    assert torch.equal(head["weight"], load(file)["state_dict"]["brain_modules.head.weight"])
+    assert (head["weight"] == 0).any()
 
 
 def test_every_callback_of_lightning_has_a_row() -> None:
