@@ -34,6 +34,7 @@ from tests.support.killed import (
     Recipe,
     Runs,
     assert_resumed,
+    load,
 )
 
 # Lightning's advice about workers, loggers and the like, as any user of it sees.
