@@ -309,9 +309,13 @@ def test_a_timer_goes_on_from_a_file_and_counts_per_start_from_directories(
 def test_a_file_of_pruned_weights_becomes_a_directory(
     tmp_path: Path, capsys: Any, caplog: Any
 ) -> None:
-    runs = Runs(ROWS["ModelPruning"], "file", capsys, caplog)
-    runs.run(tmp_path, KILLED_IN)
-    file = tmp_path / "saved" / "saved.ckpt"
+    def pruning(folder: Path) -> list[Callback]:
+        saver = callbacks.ModelCheckpoint(folder, "saved", every_n_train_steps=3)
+        return [*ROWS["ModelPruning"].make(folder), saver]
+
+    # With a Checkpointer, a file says which weights are in which of its recoverables.
+    Runs(Case(pruning, zeros), "directory", capsys, caplog).run(tmp_path, (2, 5))
+    (file,) = tmp_path.rglob("saved.ckpt")
     directory = from_lightning(file, tmp_path / "CKPT+converted")
     head = torch.load(directory / "head.ckpt")
     assert torch.equal(head["weight"], load(file)["state_dict"]["brain_modules.head.weight"])
