@@ -24,6 +24,7 @@ from brain_lightning.lightning_internals.signals import is_lightning_handler, re
 from brain_lightning.lightning_internals.trainer_callbacks import (
     callbacks_of,
     overwrite_files,
+    repair,
     save_as_automatic,
 )
 from brain_lightning.loggers.csv_rows import RunRows
@@ -33,12 +34,13 @@ from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.temporary import TemporaryAttributes
 
+from .averaged_weights import average_at_end
 from .lightning_bars import show_epoch, show_running_loss
 from .monitored import warn_of_unknown_names
 from .reconcile import reconcile, reconcile_accumulation, wraps_itself
 from .recoverables import is_saved
 from .trainer_side import LightningSide
-from .unsupported import check_callbacks, warn_of_unused_average
+from .unsupported import check_callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class BrainCallback(Callback):
         self._detects_anomalies = torch.is_anomaly_enabled()
         check_contract()
         strategies.check_strategy(trainer)
-        check_callbacks(trainer, run.brain)
+        check_callbacks(trainer)
         is_fit = trainer.state.fn is TrainerFn.FITTING
         self._rows = RunRows(trainer.loggers if is_fit and trainer.is_global_zero else ())
         with TemporaryAttributes() as temporary:
@@ -99,6 +101,9 @@ class BrainCallback(Callback):
         is_first = trainer.is_global_zero and not getattr(self.run.brain, "rank", 0)
         shows_bar = self._progressbar and is_first and trainer.progress_bar_callback is None
         self._side = LightningSide(trainer, self.run, self._rows, shows_bar)
+        for callback in callbacks_of(trainer):
+            repair(callback, self._for_the_run)
+        average_at_end(trainer, self.run, self._for_the_run)
         self.run.begin(self._side)
         if strategies.is_parallel(trainer):
             strategies.disable_synchronization(pl_module)
@@ -199,12 +204,11 @@ class BrainCallback(Callback):
         self._for_the_epoch.restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what has ended the training, and warns of an average that was not taken."""
+        """Logs what has ended the training."""
         for stopping in trainer.early_stopping_callbacks:
             if stopping is not None and stopping.stopped_epoch:
                 message = "EarlyStopping(%r) ended the training after epoch %s."
                 logger.info(message, stopping.monitor, self.run.epochs.current)
-        warn_of_unused_average(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    Timer,
+)
 
 from brain_lightning.checkpoints.hooks import load_hook
 from brain_lightning.lightning_internals.counters import (
@@ -27,6 +32,8 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
     callbacks_of,
     has_hook,
     leave_groups_as_recovered,
+    load_state,
+    state_of,
 )
 from brain_lightning.loggers.csv_rows import RunRows
 from brain_lightning.phase import Phase
@@ -34,7 +41,9 @@ from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
+from brain_lightning.step.compile import plain_name
 from brain_lightning.step.optimizer_group import OptimizerGroup
+from brain_lightning.step.pruning import masks, restore_masks
 from brain_lightning.step.trained_parts import TrainedParts, switches
 
 from .recoverables import recover_beside_weights, recover_options, state_beside_weights
@@ -42,6 +51,9 @@ from .savers import saves_between_batches, saves_within_batch
 from .told import Told
 
 logger = logging.getLogger(__name__)
+
+# Their states are as large as the weights, and the same in all processes.
+OF_WEIGHTS = (ModelPruning, StochasticWeightAveraging)
 
 
 class LightningSide:
@@ -94,6 +106,7 @@ class LightningSide:
             "rows": self._rows.save(logged_steps(trainer)),
             "found": self._run.metrics.state(),
             "should_stop": trainer.should_stop and _has_stopped_early(trainer),
+            "masks": plain(masks(self._run.brain.modules, self._plain_name)),
         }
 
     def _switches(self) -> dict[str, bool]:
@@ -102,13 +115,20 @@ class LightningSide:
         before = state.before.switches if state.phase is Phase.FITTING else {}
         return before or switches(self._run.brain)
 
+    def _plain_name(self, name: str) -> str:
+        return plain_name(name, self._run.brain)
+
     def _callback_states(self) -> State:
         states = {}
         for callback in callbacks_of(self._trainer):
-            state, whole = {}, not has_hook(callback, "on_save_checkpoint")
-            whole |= self.average.is_saved(callback)
+            if isinstance(callback, OF_WEIGHTS) and not self._trainer.is_global_zero:
+                # The first process has it.
+                continue
+            # What ModelPruning saves are the weights; averages are in a file of their own.
+            elsewhere = isinstance(callback, ModelPruning) or self.average.is_saved(callback)
+            state, whole = {}, elsewhere or not has_hook(callback, "on_save_checkpoint")
             try:
-                state = plain(callback.state_dict())
+                state = plain(state_of(callback))
             except NotPlainError:
                 whole = False
             if not whole and callback.state_key not in self._reported:
@@ -205,6 +225,8 @@ class LightningSide:
         for callback in callbacks_of(trainer):
             if callback.state_key in state["callbacks"]:
                 _load(callback, state["callbacks"][callback.state_key])
+        if "masks" in state:
+            restore_masks(run.brain.modules, state["masks"], self._plain_name)
         # Since version 1.
         if "told" in state:
             self._reloads = state["reloads"]
@@ -249,7 +271,7 @@ def _load(callback: Callback, state: State) -> None:
     if isinstance(callback, Timer):
         # From a Lightning file it is loaded already; else max_time is per start.
         return
-    callback.load_state_dict(state)
+    load_state(callback, state)
     leave_groups_as_recovered(callback)
     if isinstance(callback, ModelCheckpoint):
         # It saves it, and does not load it.

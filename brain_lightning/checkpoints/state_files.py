@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from brain_lightning.compat.versions import PLAIN_GLOBALS
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
+from brain_lightning.step.pruning import prune_as_saved
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def apply_state(obj: Any, state: Mapping[str, Any]) -> None:
         state: What ``load_state`` returned.
     """
     if isinstance(obj, torch.nn.Module):
+        prune_as_saved(obj, state)
         obj.load_state_dict(state, strict=True)
     else:
         obj.load_state_dict(state)

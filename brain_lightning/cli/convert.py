@@ -245,7 +245,9 @@ def from_lightning(source: Path, directory: Path) -> Path:
 
 def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Any]:
     """Recoverable modules; weights that are in none of them belong to their entry."""
-    known = {weight for each in described.values() for weight in each["keys"].values()}
+    # ModelPruning has saved weights under other names than the module had, masked.
+    there = {n: each for n, each in described.items() if {*each["keys"].values()} <= {*state}}
+    known = {weight for each in there.values() for weight in each["keys"].values()}
     entries: dict[str, Any] = {}
     for weight in state:
         if weight not in known:
@@ -257,7 +259,7 @@ def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[
             "directory has all: resume it by fit(ckpt_path=...) with strict_loading = False"
         )
     modules: dict[str, Any] = {}
-    for name, each in {**entries, **described}.items():
+    for name, each in {**entries, **there}.items():
         modules[name] = OrderedDict((key, state[w]) for key, w in each["keys"].items())
         modules[name]._metadata = OrderedDict(each["metadata"])
     return modules

@@ -101,7 +101,6 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
     overrides = {name: str(at) for name, at in brain.methods.items() if name in HOOKS}
     manual = [hook for hook in MANUAL_HOOKS if hook in overrides]
     refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
-    refused.append("StochasticWeightAveraging with BatchNorm")
     remarks = list(_remarks(brain, source))
     limited = {name for remark in remarks for name in remark.limits}
     parallel = PARALLEL + (IF_NO_ENTRY if depends_on_hparams(brain, source) else "")

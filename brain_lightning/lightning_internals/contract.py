@@ -43,6 +43,7 @@ _EVALUATION = "lightning.pytorch.loops.evaluation_loop:_EvaluationLoop"
 _COMBINED = "lightning.pytorch.utilities.combined_loader:CombinedLoader"
 _DDP = "lightning.pytorch.strategies.ddp:DDPStrategy"
 _LOGGER_CONNECTOR = f"{_CONNECTORS}.logger_connector.logger_connector:_LoggerConnector"
+_PRUNE = "torch.nn.utils.prune:BasePruningMethod.apply"
 _LOGGERS = "lightning.pytorch.loggers"
 
 _ORDER = "no hook is at this point of SpeechBrain's order of events"
@@ -60,6 +61,7 @@ _RELOADED = "a resumed run makes its loaders again in the epochs in which it wou
 _NAMES = "what was logged is read back, and the prefix is part of its names"
 _WHOLE_MODULE = "an argument for one DDP around the whole module cannot be read otherwise"
 _ROWS = "a file of rows is deleted, or written anew, without a moment between for anybody"
+_PRUNED = "ModelPruning does not save what its lottery ticket resets weights to"
 _NUMBERED = "asking for the public property would choose a version and make its folder"
 
 # fmt: off
@@ -96,6 +98,10 @@ LIGHTNING_PARTS = (
         "_average_model", "a checkpoint directory has to hold the average", "2.6"),
     Row("lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",
         "_enable_version_counter", "a file of the moment that is made up for has its name"),
+    Row("lightning.pytorch.callbacks.pruning:ModelPruning", "_original_layers", _PRUNED),
+    Row("lightning.pytorch.callbacks.pruning:ModelPruning", "_parameters_to_prune", _PRUNED),
+    Row("torchmetrics.wrappers.running:Running", "_num_vals_seen",
+        "where the window of SpikeDetection begins is not in its state"),
     Row(_TRAINER, "_data_connector", _SHARDED),
     Row(f"{_CONNECTORS}.data_connector:_DataConnector", "_prepare_dataloader", _SHARDED),
     Row(_TRAINER, "_accelerator_connector", _SAMPLER),
@@ -184,6 +190,8 @@ LIGHTNING_PARTS = (
 TORCH_PARTS = (
     Row("torch.nn.modules.batchnorm", "_BatchNorm", "the base of every BatchNorm"),
     Row("torch.nn:Module", "_modules", "__getattr__ must not look for an attribute"),
+    Row(_PRUNE, "_orig", "what a pruned module has saved is loaded by one that is not"),
+    Row(_PRUNE, "_mask", "what a pruned module has saved is loaded by one that is not"),
     Row("torch.nn:Module.state_dict", "_metadata",
         "the versions of modules go along with their weights"),
     Row("torch.nn.parallel:DistributedDataParallel",

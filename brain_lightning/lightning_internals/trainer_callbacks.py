@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks.spike import SpikeDetection
+from torch import Tensor, nn
 
-from brain_lightning.checkpoints.state_files import load_state, write_state
+from brain_lightning.checkpoints import state_files
 from brain_lightning.distributed.communication import if_main_process
+from brain_lightning.step.pruning import ORIGINAL
 from brain_lightning.temporary import TemporaryAttributes
 
 # The name of the recoverable.
@@ -50,6 +53,80 @@ def overwrite_files(trainer: Trainer, temporary: TemporaryAttributes) -> None:
     for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint):
             temporary.set(callback, "_enable_version_counter", False)
+
+
+def state_of(callback: Callback) -> dict[str, Any]:
+    """What a callback needs to resume.
+
+    Args:
+        callback: The callback.
+
+    Returns:
+        Its ``state_dict``. ModelPruning has none: the weights that its lottery ticket resets
+        to, or None for one that it has reset: from then on it shares the trained weight.
+    """
+    if not isinstance(callback, ModelPruning):
+        return callback.state_dict()
+    tickets = {
+        str(index): None if first.data_ptr() == trained.data_ptr() else first.detach().cpu()
+        for index, first, trained in _tickets(callback)
+    }
+    return {"tickets": tickets} if tickets else {}
+
+
+def load_state(callback: Callback, state: dict[str, Any]) -> None:
+    """Restores it.
+
+    Args:
+        callback: The callback.
+        state: From ``state_of``.
+    """
+    if not isinstance(callback, ModelPruning):
+        callback.load_state_dict(state)
+        return
+    for index, first, trained in _tickets(callback):
+        saved = state["tickets"][str(index)]
+        first.data = trained.data if saved is None else saved.to(first.device)
+
+
+def _tickets(callback: ModelPruning) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
+    """What a weight is reset to, and the weight."""
+    for layer in (callback._original_layers or {}).values():
+        for index, name in layer["names"]:
+            module, _ = callback._parameters_to_prune[index]
+            trained = getattr(module, name + ORIGINAL, None)
+            yield (
+                index,
+                getattr(layer["data"], name),
+                getattr(module, name) if trained is None else trained,
+            )
+
+
+def repair(callback: Callback, temporary: TemporaryAttributes) -> None:
+    """Lets SpikeDetection resume, which of Lightning 2.6.6 cannot.
+
+    Its ``load_state_dict`` looks for ``running``, and the window of losses, which is
+    ``running_mean``, is not in its state.
+
+    Args:
+        callback: Any callback.
+        temporary: Records what is changed.
+    """
+    if not isinstance(callback, SpikeDetection):
+        return
+    window = callback.running_mean
+    window.persistent(True)
+    temporary.override(callback, "running", window)
+
+    def state_dict(original: Any) -> dict[str, Any]:
+        return {**original(), "seen": window._num_vals_seen}
+
+    def load_state_dict(original: Any, state: dict[str, Any]) -> None:
+        window._num_vals_seen = state.pop("seen", 0)
+        original(state)
+
+    temporary.wrap(callback, "state_dict", state_dict)
+    temporary.wrap(callback, "load_state_dict", load_state_dict)
 
 
 def save_as_automatic(trainer: Trainer, temporary: TemporaryAttributes) -> None:
@@ -151,7 +228,7 @@ class AverageInUse:
             for callback in self._averaging
         }
         if if_main_process():
-            write_state(states, path)
+            state_files.write_state(states, path)
 
     def recover(self, path: str | Path, end_of_epoch: bool) -> None:
         """Reads what ``save`` has written; it takes effect when training starts.
@@ -160,7 +237,7 @@ class AverageInUse:
             path: The file.
             end_of_epoch: Of no importance here.
         """
-        self._recovered = load_state(path)
+        self._recovered = state_files.load_state(path)
 
     def resume(self, module: LightningModule, resumes: bool) -> None:
         """Resumes averages, and the weights that were saved in their place.

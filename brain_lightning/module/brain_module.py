@@ -34,6 +34,7 @@ from brain_lightning.stages.run import Run
 from brain_lightning.step.compile import plain_name
 from brain_lightning.step.initial_groups import InitialGroups
 from brain_lightning.step.optimizer_group import OptimizerGroup
+from brain_lightning.step.pruning import prune_as_saved
 from brain_lightning.temporary import TemporaryAttributes
 
 from .checkpoint_file import check_content, content, recover
@@ -215,6 +216,7 @@ class BrainModule(LightningModule):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Takes what ``state_dict`` gave, whatever the modules are wrapped in by now."""
+        prune_as_saved(self, state_dict, self._plain)
         names = {self._plain(name): name for name in super().state_dict()}
         renamed = {names.get(name, name): value for name, value in state_dict.items()}
         return super().load_state_dict(renamed, strict, assign)

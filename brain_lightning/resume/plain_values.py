@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +39,7 @@ def plain(value: Any) -> Any:
         return value.detach().clone()
     if type(value) in (list, tuple):
         return type(value)(plain(each) for each in value)
-    if type(value) is dict:
+    if type(value) in (dict, OrderedDict):
         return {plain(key): plain(each) for key, each in value.items()}
     raise NotPlainError(type(value).__name__)
 

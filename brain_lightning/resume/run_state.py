@@ -59,6 +59,9 @@ class RunState(RunProgress):
         state = migrated(states[rank() % len(states)], end_of_epoch)
         # The main process has them.
         state["beside_weights"] = states[0].get("beside_weights", {})
+        if state["trainer"]:
+            first = states[0]["trainer"]["callbacks"]
+            state["trainer"]["callbacks"] = {**first, **state["trainer"]["callbacks"]}
         is_own = state["saved_by"] == self._saved_by
         is_own = is_own and end_of_epoch and not state["beside_weights"]
         self.resumed = None if is_own else state

@@ -4,5 +4,5 @@
 ``optimizers`` the optimizers of a Brain, ``optimizer_group`` the ``OptimizerGroup`` that is
 all of them in Lightning, ``initial_groups`` parameter groups that change, ``trained_parts``
 what is frozen and unfrozen; ``precision`` device, autocast and gradient scaler; ``compile``
-compiled modules.
+compiled modules, ``pruning`` pruned ones.
 """

@@ -419,12 +419,13 @@ def test_an_average_that_was_not_taken_is_warned_of() -> None:
         fit(brain, averaging, max_epochs=5)
 
 
-def test_averaging_with_batch_norm_is_refused() -> None:
-    brain = make()
-    brain.modules["norm"] = nn.BatchNorm1d(2)
-    averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=1)
-    with pytest.raises(UnsupportedError, match=r"BatchNorm.*use WeightAveraging"):
-        fit(brain, averaging)
+@pytest.mark.parametrize("max_epochs", [pytest.param(-1, marks=needs_lightning("2.6.1")), 5])
+def test_without_an_average_the_weights_stay(max_epochs: int) -> None:
+    brain = make(Snapshots, hparams={"epoch_counter": range(2)})
+    averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=4)
+    with pytest.warns(UserWarning, match=r"starts in epoch 4, but the run ended after 2"):
+        fit(brain, averaging, max_epochs=max_epochs)
+    assert all_equal(weights(brain), brain.seen[-1])
 
 
 def test_a_copy_of_the_module_has_weights_of_its_own() -> None:
