@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -58,6 +58,8 @@ class StageSource(_DataLoaderSource):
     stage: RunStage
     temporary: TemporaryAttributes
     part: Any = None
+    _told: Any = field(default=None, init=False)
+    _own_sampler: Any = field(default=None, init=False)
 
     def dataloader(self) -> Any:
         """The loaders, wrapped: one for training, a list for evaluation."""
@@ -81,10 +83,13 @@ class StageSource(_DataLoaderSource):
         if not isinstance(loaders, CombinedLoader):
             loaders = CombinedLoader(loaders, "max_size_cycle" if training else "sequential")
         fitting = self.trainer.state.fn is TrainerFn.FITTING
-        if training and self.trainer.world_size > 1:
-            if shards_training_data(self.trainer):
-                loaders.flattened = self._shard(loaders.flattened)
-            warn_if_whole(loaders.flattened, self.trainer)
+        if training:
+            given = loaders.flattened
+            if self.trainer.world_size > 1:
+                if shards_training_data(self.trainer):
+                    loaders.flattened = [self._sharded(loader) for loader in given]
+                warn_if_whole(loaders.flattened, self.trainer)
+            self._tell_epochs(given, loaders.flattened)
         # An attribute that Lightning's type hints do not show.
         if fitting and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning looks for shuffling samplers, which it would not find in ours.
@@ -96,15 +101,24 @@ class StageSource(_DataLoaderSource):
         is_loader = isinstance(self.part, DataLoader) or are_several(self.part)
         return self.part if is_loader else _Part(self.part)
 
-    def _shard(self, loaders: list[Any]) -> list[Any]:
-        """Lightning's way, which does not find the loaders behind ours; the Brain counts."""
-        sharded = [self._sharded(loader) for loader in loaders]
-        samplers = SeveralSamplers(
-            new.sampler for old, new in zip(loaders, sharded, strict=True) if new is not old
-        )
+    def _tell_epochs(self, given: list[Any], iterated: list[Any]) -> None:
+        """Lightning's way, which does not find the samplers behind ours; the Brain counts.
+
+        As in SpeechBrain, a loader given to ``brain.fit`` needs ``brain.train_sampler``.
+        """
+        brain, of_fit = self.stage.brain, self.trainer.lightning_module.is_of_fit
+        if brain.train_sampler is not self._told:
+            # Not that of loaders that are made again within the run.
+            self._own_sampler = brain.train_sampler
+        samplers = [
+            sampler
+            for old, new in zip(given, iterated, strict=True)
+            if new is not old or not of_fit
+            for sampler in _samplers_of(new)
+        ]
         if samplers:
-            self.temporary.set(self.stage.brain, "train_sampler", samplers)
-        return sharded
+            self._told = SeveralSamplers([*samplers, self._own_sampler])
+            self.temporary.set(brain, "train_sampler", self._told)
 
     def _sharded(self, loader: Any) -> Any:
         if is_sharded(loader):
@@ -122,6 +136,16 @@ class StageSource(_DataLoaderSource):
         if sharded is not loader:
             _recover_instead(self.stage.brain.checkpointer, loader, sharded)
         return sharded
+
+
+def _samplers_of(loader: Any) -> list[Any]:
+    """The samplers of a loader that Lightning tells the epoch."""
+    found = (
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
+    # Often one and the same.
+    return list({id(each): each for each in found if hasattr(each, "set_epoch")}.values())
 
 
 # Loaders that were warned of.

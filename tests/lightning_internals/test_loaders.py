@@ -11,8 +11,9 @@ import pytest
 from speechbrain.dataio.dataloader import LoopedLoader
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from brain_lightning import DistributedSamplerWrapper
+from brain_lightning import DistributedSamplerWrapper, to_lightning
 from brain_lightning.lightning_internals.loaders import warn_if_whole
+from tests.support.brains import dataset, make, trainer_with
 
 
 class Stream(IterableDataset[Any]):
@@ -69,3 +70,21 @@ def test_a_loader_that_is_not_shared_out_is_warned_of_once(
 def test_one_that_is_shared_out_is_not(case: str, caplog: pytest.LogCaptureFixture) -> None:
     warn_if_whole([SHARED[case]()], TRAINER)
     assert not caplog.records
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_sampler_in_a_loader_of_the_trainer_learns_the_epoch() -> None:
+    class Told(DistributedSampler[Any]):
+        epochs: tuple[int, ...] = ()
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs += (epoch,)
+
+    data, own = dataset(), Told(ITEMS, **SHARD)
+    sampler = Told(data, **SHARD)
+    brain = make()
+    brain.train_sampler = own
+    trained = DataLoader(data, 4, sampler=sampler)
+    trainer_with(max_epochs=3).fit(to_lightning(brain), trained, DataLoader(data, 4))
+    assert sampler.epochs == own.epochs == (1, 2, 3)
+    assert brain.train_sampler is own
