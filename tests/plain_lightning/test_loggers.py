@@ -202,3 +202,18 @@ def test_a_run_that_begins_replaces_the_rows_as_lightning_does(tmp_path: Path) -
         with pytest.warns(UserWarning, match="Previous log files in this directory"):
             train(folder, module, ckpt_path=None)
         assert [step for _, step, _ in losses(folder)] == ["4", "9", "14"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+def test_the_row_of_an_epoch_that_ends_between_two_updates_is_kept(tmp_path: Path) -> None:
+    for name, kills in {"whole": [()], "killed": [(6,), ()]}.items():
+        for kill in kills:
+            saver = Checkpointer(
+                tmp_path / name / "save", {"counter": (count := EpochCounter(3))}
+            )
+            brain = make(Saving, checkpointer=saver, grad_accumulation_factor=3)
+            train(tmp_path / name, to_lightning(brain, epoch_counter=count), *kill)
+    assert [row[0] for row in losses(tmp_path / "whole")] == ["0", "1", "2"]
+    assert [row[:2] for row in losses(tmp_path / "killed")] == [
+        row[:2] for row in losses(tmp_path / "whole")
+    ]
