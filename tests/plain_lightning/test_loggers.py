@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,9 +21,13 @@ from tests.support.plain_modules import PlainRegression
 
 # ----------------------------------------------------------------------- hyperparameters
 
-NESTED = {"lr": 0.1, "name": "asr", "sizes": (3, 4), "optimizer": {"lr": 0.2, "betas": [0, 1]}}
+NESTED = {
+    "lr": 0.1, "name": "asr", "sizes": (3, 4), "optimizer": {"lr": 0.2, "betas": [0, 1]},
+    "rate": np.float32(0.5), "place": PurePosixPath("/data"), "on": [torch.device("cpu")],
+}  # fmt: skip
 PLAIN = {
     "lr": 0.1, "name": "asr", "sizes": [3, 4], "optimizer/lr": 0.2, "optimizer/betas": [0, 1],
+    "rate": 0.5, "place": "/data", "on": ["cpu"],
 }  # fmt: skip
 # Not for loggers: objects, and data.
 OTHERS = {"model": torch.nn.Linear(1, 1), "words": ["a"] * 101, "fs": [{"x": torch.nn.ReLU()}]}
