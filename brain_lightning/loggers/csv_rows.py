@@ -74,10 +74,11 @@ class RunWriter(internals.WriterParts, ExperimentWriter):
 
         Args:
             rows: How many it had when it was saved; more may be there.
-            step: The first that it is going to log again.
+            step: The first that it is going to log again. What else has it is of a validation
+                whose last batch made no update, and is not logged again.
         """
         found = rows_of(self._file)
-        kept = [*found[:rows], *(row for row in found[rows:] if float(row["step"]) < step)]
+        kept = [*found[:rows], *(row for row in found[rows:] if float(row["step"]) <= step)]
         self._earlier = {_key(row) for row in kept}
         self.metrics_keys[:] = kept[0] if kept else []
         self._write(kept)

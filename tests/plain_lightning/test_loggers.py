@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,9 +21,13 @@ from tests.support.plain_modules import PlainRegression
 
 # ----------------------------------------------------------------------- hyperparameters
 
-NESTED = {"lr": 0.1, "name": "asr", "sizes": (3, 4), "optimizer": {"lr": 0.2, "betas": [0, 1]}}
+NESTED = {
+    "lr": 0.1, "name": "asr", "sizes": (3, 4), "optimizer": {"lr": 0.2, "betas": [0, 1]},
+    "rate": np.float32(0.5), "place": PurePosixPath("/data"), "on": [torch.device("cpu")],
+}  # fmt: skip
 PLAIN = {
     "lr": 0.1, "name": "asr", "sizes": [3, 4], "optimizer/lr": 0.2, "optimizer/betas": [0, 1],
+    "rate": 0.5, "place": "/data", "on": ["cpu"],
 }  # fmt: skip
 # Not for loggers: objects, and data.
 OTHERS = {"model": torch.nn.Linear(1, 1), "words": ["a"] * 101, "fs": [{"x": torch.nn.ReLU()}]}
@@ -202,3 +207,18 @@ def test_a_run_that_begins_replaces_the_rows_as_lightning_does(tmp_path: Path) -
         with pytest.warns(UserWarning, match="Previous log files in this directory"):
             train(folder, module, ckpt_path=None)
         assert [step for _, step, _ in losses(folder)] == ["4", "9", "14"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+def test_the_row_of_an_epoch_that_ends_between_two_updates_is_kept(tmp_path: Path) -> None:
+    for name, kills in {"whole": [()], "killed": [(6,), ()]}.items():
+        for kill in kills:
+            saver = Checkpointer(
+                tmp_path / name / "save", {"counter": (count := EpochCounter(3))}
+            )
+            brain = make(Saving, checkpointer=saver, grad_accumulation_factor=3)
+            train(tmp_path / name, to_lightning(brain, epoch_counter=count), *kill)
+    assert [row[0] for row in losses(tmp_path / "whole")] == ["0", "1", "2"]
+    assert [row[:2] for row in losses(tmp_path / "killed")] == [
+        row[:2] for row in losses(tmp_path / "whole")
+    ]
