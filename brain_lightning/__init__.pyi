@@ -28,6 +28,7 @@ from .errors import NoSuchCheckpointError as NoSuchCheckpointError
 from .errors import RunOptionError as RunOptionError
 from .errors import UnequalDataError as UnequalDataError
 from .errors import UnsupportedError as UnsupportedError
+from .fsdp2.strategy import FSDP2Strategy as FSDP2Strategy
 from .loggers.curve_plot import CurvePlot as CurvePlot
 from .loggers.train_logger import LightningTrainLogger as LightningTrainLogger
 from .module.to_lightning import lightning_module_class as lightning_module_class

@@ -57,6 +57,8 @@ class LightningSettings:
         trainer_of_parts: For all parts of fit that a script calls outside of any fit, so that
             limits count over them.
         ddp_arguments: Arguments of a Trainer's strategy for ``DistributedDataParallel``.
+        sharding: How a Trainer's strategy shards modules (``fsdp2.sharding.Sharding``); None
+            for DistributedDataParallel.
         progress: The run option.
         progress_interval: The run option.
         shard_eval: The run option.
@@ -77,6 +79,7 @@ class LightningSettings:
     set_name: str = ""
     trainer_of_parts: Any = None
     ddp_arguments: Mapping[str, Any] = field(default_factory=dict)
+    sharding: Any = None
     progress: str = "auto"
     progress_interval: float = 10
     shard_eval: bool = False

@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from brain_lightning.checkpoints.checkpointer import Checkpointer
 from brain_lightning.distributed.communication import collectively
-from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.lightning_internals import strategies
 from brain_lightning.lightning_internals.attach import attach
 from brain_lightning.lightning_internals.contract import check_contract
@@ -32,12 +31,13 @@ from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
+from brain_lightning.step.wrap import wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
 
 from .averaged_weights import average_at_end
 from .lightning_bars import show_epoch, show_running_loss
 from .monitored import warn_of_unknown_names
-from .reconcile import reconcile, reconcile_accumulation, wraps_itself
+from .reconcile import reconcile, reconcile_accumulation
 from .recoverables import is_saved
 from .trainer_side import LightningSide
 from .unsupported import check_callbacks

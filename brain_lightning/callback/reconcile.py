@@ -14,11 +14,12 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
 from brain_lightning.compat.speechbrain import is_speechbrains, set_processes
-from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.errors import RunOptionError, UnsupportedError
+from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.lightning_internals import strategies
-from brain_lightning.protocol import BrainProtocol, is_explicit, overrides, steps_itself
+from brain_lightning.protocol import BrainProtocol, is_explicit, steps_itself
 from brain_lightning.step.precision import autocast, gradient_scaler
+from brain_lightning.step.wrap import wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
 
 from .profiling import profile
@@ -121,7 +122,9 @@ def reconcile_processes(
 def _reconcile_wrapping(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
-    """Each entry of ``modules`` in its own DDP, made with the strategy's arguments."""
+    """Each entry of ``modules`` in its own DDP, or in shards, as the strategy says."""
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        temporary.set(brain._lightning, "sharding", trainer.strategy.sharding)
     arguments = strategies.ddp_arguments(trainer)
     if "find_unused_parameters" in arguments:
         unused = arguments["find_unused_parameters"]
@@ -134,17 +137,6 @@ def _reconcile_wrapping(
     if not wraps_itself(brain):
         # Recipes that override on_fit_start call it by this name.
         temporary.override(brain, "_wrap_distributed", partial(wrap_modules, brain))
-
-
-def wraps_itself(brain: BrainProtocol) -> bool:
-    """Whether a recipe wraps its modules for several processes itself.
-
-    Args:
-        brain: The Brain, before or within a run.
-    """
-    own = vars(brain).get("_wrap_distributed")
-    ours = isinstance(own, partial) and own.func is wrap_modules
-    return overrides(type(brain), "_wrap_distributed") or not (own is None or ours)
 
 
 def _reconcile_device(trainer: Trainer, brain: BrainProtocol) -> None:

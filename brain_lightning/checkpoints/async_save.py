@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state_files import state_to_save
-
 logger = logging.getLogger(__name__)
 
 
@@ -29,17 +27,16 @@ class Snapshots:
         self._free: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         self._used: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
 
-    def take(self, obj: Any) -> Any:
-        """Copies an object's state, so that training may change it.
+    def take(self, state: Any) -> Any:
+        """Copies a state, so that training may change the object that it is of.
 
         Args:
-            obj: Anything with a ``state_dict``.
+            state: A ``state_dict``.
 
         Returns:
             The state, its tensors copied to the CPU; those that share memory share it
             in the copy.
         """
-        state = state_to_save(obj)
         copies: dict[tuple[Any, ...], Tensor] = {}
         memo: dict[int, Tensor] = {}
         for tensor in _tensors_in(state):

@@ -17,6 +17,7 @@ from brain_lightning.distributed.communication import (
     collectively,
     communicates,
     ddp_broadcast,
+    gather,
     if_main_process,
 )
 from brain_lightning.errors import (
@@ -160,7 +161,7 @@ class Checkpointer(Recoverables):
         afterwards: Callable[[], None],
     ) -> Checkpoint | None:
         collectively(self.wait)
-        if not ddp_broadcast(collectively(self.may_be_saved)):
+        if not all(gather(collectively(self.may_be_saved))):
             return None
         begun = collectively(lambda: self._begin(meta, end_of_epoch, name))
         directory, saved = ddp_broadcast(begun)

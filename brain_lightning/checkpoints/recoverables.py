@@ -23,6 +23,7 @@ from brain_lightning.errors import (
     DamagedCheckpointError,
     NotInCheckpointError,
 )
+from brain_lightning.fsdp2.state_dict import is_saved_together
 
 from . import state_files
 from .async_save import Snapshots
@@ -139,18 +140,28 @@ class Recoverables:
         Raises:
             CheckpointError: A recoverable has no way to be saved.
         """
+        hooks = {name: self._save_hook(name) for name in self.recoverables}
+        by_torch = [name for name, hook in hooks.items() if hook is state_files.torch_save]
+        # By all processes together, before one of them may fail to write.
+        gathered = {
+            name: state_files.state_to_save(self.recoverables[name])
+            for name in by_torch
+            if is_saved_together(self.recoverables[name])
+        }
         deferred: dict[Path, Any] = {}
-        for name, obj in self.recoverables.items():
-            path = directory / f"{name}{state_files.PARAMFILE_EXT}"
-            hook = self.custom_save_hooks.get(name) or save_hook(obj)
-            if hook is None:
-                raise _no_hook("save", name, obj, "state_dict", "custom_save_hook")
-            if hook is state_files.torch_save and not if_main_process():
-                continue
-            if hook is state_files.torch_save and snapshots is not None:
-                deferred[path] = snapshots.take(obj)
-            else:
+        for name, hook in hooks.items():
+            obj, path = (
+                self.recoverables[name],
+                directory / f"{name}{state_files.PARAMFILE_EXT}",
+            )
+            if name not in by_torch:
                 hook(obj, path)
+            elif if_main_process():
+                state = gathered.get(name) or state_files.state_to_save(obj)
+                if snapshots is None:
+                    state_files.write_state(state, path)
+                else:
+                    deferred[path] = snapshots.take(state)
         return deferred
 
     def files_to_load(self, path: Path, found: Mapping[str, Path]) -> dict[str, Path]:
@@ -245,7 +256,7 @@ class Recoverables:
         obj = self.recoverables[name]
         for key in state_files.mismatched(obj, state):
             if self._is_ignored(f"{name}.{key}"):
-                own = obj.state_dict()[key]
+                own = obj.state_dict(keep_vars=True)[key]
                 logger.warning(
                     "%s.%s is left as it is made: its shape is %s, and %s in the checkpoint.",
                     name,
@@ -338,6 +349,13 @@ class Recoverables:
             if isinstance(obj, Optimizer)
             and any(id(p) in own for group in obj.param_groups for p in group["params"])
         ]
+
+    def _save_hook(self, name: str) -> Hook:
+        obj = self.recoverables[name]
+        hook = self.custom_save_hooks.get(name) or save_hook(obj)
+        if hook is None:
+            raise _no_hook("save", name, obj, "state_dict", "custom_save_hook")
+        return hook
 
     def _load_hook(self, name: str) -> Hook | None:
         return self.custom_load_hooks.get(name) or load_hook(self.recoverables[name])

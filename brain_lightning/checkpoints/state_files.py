@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from brain_lightning.compat.versions import PLAIN_GLOBALS
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
+from brain_lightning.fsdp2.tensors import local
 from brain_lightning.step.pruning import prune_as_saved
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def mismatched(obj: Any, state: Any) -> list[str]:
     """
     if not isinstance(obj, torch.nn.Module) or not isinstance(state, dict):
         return []
-    own = obj.state_dict()
+    own = obj.state_dict(keep_vars=True)
     return [
         key
         for key, value in state.items()
@@ -155,12 +156,14 @@ def torch_recovery(obj: Any, path: str | Path, end_of_epoch: bool) -> None:  # n
 def is_finite(obj: Any) -> bool:
     """Whether every parameter that is trained is finite; others may hold what they like.
 
+    Of shards each process looks at its own.
+
     Args:
         obj: Anything; what is no module is finite.
     """
     if not isinstance(obj, torch.nn.Module):
         return True
-    return all(_is_finite(p.detach()) for p in obj.parameters() if p.requires_grad)
+    return all(_is_finite(local(p.detach())) for p in obj.parameters() if p.requires_grad)
 
 
 def _is_finite(tensor: Tensor) -> bool:

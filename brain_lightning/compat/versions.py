@@ -10,7 +10,7 @@ import _codecs
 import logging
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -38,6 +38,21 @@ AVERAGES_WITHOUT_END = LIGHTNING >= "2.6.1"
 
 # What bytes are pickled as; torch loads it as a plain value from 2.6 on.
 PLAIN_GLOBALS: list[Any] = [] if torch.__version__ >= "2.6" else [_codecs.encode]
+
+# From 2.8 on gradients of sharded modules are averaged on the CPU too, if it is asked for by
+# set_force_sum_reduction_for_comms; earlier versions lack some of what is used.
+SHARDS = torch.__version__ >= "2.8" and torch.distributed.is_available()
+if TYPE_CHECKING or SHARDS:
+    from torch.distributed.fsdp import FSDPModule as FSDPModule
+    from torch.distributed.tensor import DTensor as DTensor
+else:
+
+    class FSDPModule:
+        """Of which there are no instances."""
+
+    class DTensor:
+        """Of which there are no instances."""
+
 
 # torch has it from 2.6 on.
 accelerator: Any = getattr(torch, "accelerator", None) or SimpleNamespace(

@@ -104,7 +104,7 @@ def _wrap(brain: BrainProtocol, name: str, module: Module) -> Module:
     index = next(module.parameters()).device.index
     arguments = {"find_unused_parameters": brain.find_unused_parameters}
     wrapper = DistributedDataParallel(
-        _with_batchnorm_for(torch.device(brain.device).type, name, module),
+        with_batchnorm_for(torch.device(brain.device).type, name, module),
         device_ids=None if index is None else [index],
         **{**arguments, **brain._lightning.ddp_arguments},
     )
@@ -112,8 +112,20 @@ def _wrap(brain: BrainProtocol, name: str, module: Module) -> Module:
     return wrapper
 
 
-def _with_batchnorm_for(device_type: str, name: str, module: Module) -> Module:
-    """SyncBatchNorm exists for GPUs only; SpeechBrain crashes on the CPU."""
+def with_batchnorm_for(device_type: str, name: str, module: Module) -> Module:
+    """An entry with SyncBatchNorm, which exists for GPUs only; SpeechBrain crashes on the CPU.
+
+    Args:
+        device_type: Where it is trained.
+        name: The entry of ``brain.modules``.
+        module: What is there.
+
+    Returns:
+        The module, or what replaces it.
+
+    Raises:
+        UnsupportedError: There is a SyncBatchNorm on the CPU.
+    """
     if device_type != "cpu":
         return SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-any-return, no-untyped-call]
     if any(isinstance(part, SyncBatchNorm) for part in module.modules()):

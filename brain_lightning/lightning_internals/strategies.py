@@ -9,6 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning.errors import UnsupportedError
+from brain_lightning.fsdp2.strategy import FSDP2Strategy
+from brain_lightning.fsdp2.unsupported import check_version
 from brain_lightning.temporary import TemporaryAttributes
 
 # Arguments of DDPStrategy that speak of one DistributedDataParallel for the whole module.
@@ -46,8 +48,11 @@ def check_strategy(trainer: Trainer) -> None:
         raise UnsupportedError(
             f"{name} cannot run a Brain: it wraps the whole LightningModule, and gradients of "
             "a recipe's own loss.backward() would not be averaged. Use strategy='ddp', "
-            "'ddp_find_unused_parameters_true', DDPStrategy(...), or one device"
+            "'ddp_find_unused_parameters_true', DDPStrategy(...), 'fsdp2' for a model larger "
+            "than one device, or one device"
         )
+    if isinstance(strategy, FSDP2Strategy):
+        check_version()
     if strategy._start_method != "popen":
         raise UnsupportedError(
             f"{name}(start_method={strategy._start_method!r}) trains a copy of the Brain in "

@@ -35,6 +35,7 @@ from brain_lightning.step.compile import plain_name
 from brain_lightning.step.initial_groups import InitialGroups
 from brain_lightning.step.optimizer_group import OptimizerGroup
 from brain_lightning.step.pruning import prune_as_saved
+from brain_lightning.step.wrap import save_whole
 from brain_lightning.temporary import TemporaryAttributes
 
 from .checkpoint_file import check_content, content, recover
@@ -201,6 +202,7 @@ class BrainModule(LightningModule):
     def _init_optimizers(self, init_optimizers: Callable[[], None]) -> None:
         """``init_optimizers`` of the Brain, before anything is recovered."""
         init_optimizers()
+        save_whole(self.brain)
         self._initial_groups.remember()
         self.run.trainer.remember_trained()
 

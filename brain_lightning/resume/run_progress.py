@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from brain_lightning.distributed.communication import world_size
+from brain_lightning.fsdp2.evaluate import release
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.temporary import TemporaryAttributes
@@ -321,6 +322,7 @@ class RunProgress:
 
     def state(self) -> ProcessState:
         """The state of this process."""
+        release(self.brain)
         of_trainer = {} if self.trainer is None else self.trainer.state()
         if self.resumed is not None:
             # Nothing of it has taken effect.

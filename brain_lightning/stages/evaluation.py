@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from brain_lightning.distributed.communication import world_size
+from brain_lightning.fsdp2.evaluate import gathered
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
 
 from . import sharded_evaluation as sharding
 from .base import RunStage
 from .error_context import with_error_context
+
+if TYPE_CHECKING:
+    from .run import Run
 
 
 class EvaluationStage(RunStage):
@@ -30,6 +34,16 @@ class EvaluationStage(RunStage):
     averages: Sequence[float] = ()
     is_part = False
     _position = 0
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        # Where modules are sharded, from after on_stage_start until after on_stage_end.
+        self._gathered = ExitStack()
+
+    def close(self) -> None:
+        """See ``RunStage.close``."""
+        super().close()
+        self._gathered.close()
 
     @with_error_context
     def start(self) -> None:
@@ -88,6 +102,7 @@ class EvaluationStage(RunStage):
         with torch.set_grad_enabled(self.run.grad_enabled):
             self.brain.on_stage_start(self.brain_stage, self.epoch)
         self.brain.modules.eval()
+        self._gathered.enter_context(gathered(self.brain))
 
     def _end(self) -> None:
         brain, metrics = self.brain, self.run.metrics
@@ -101,6 +116,7 @@ class EvaluationStage(RunStage):
         # Twice, as TRAIN's.
         metrics.add(self.kind, {"loss": self.average})
         brain.on_stage_end(self.brain_stage, self.average, self.epoch)
+        self._gathered.close()
         brain.step = 0
         metrics.add(self.kind, {"loss": self.average})
         self.averages = [*self.averages, self.average]
@@ -117,7 +133,7 @@ class EvaluationStage(RunStage):
         second when it is done with the first.
         """
         if self.by_recipe is not None:
-            with torch.set_grad_enabled(self.run.grad_enabled):
+            with torch.set_grad_enabled(self.run.grad_enabled), gathered(self.brain):
                 self.by_recipe()
             return
         self._go_on_to(position)

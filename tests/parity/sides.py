@@ -20,11 +20,14 @@ from speechbrain.utils.epoch_loop import (
     EpochCounterWithStopper as SpeechBrainEpochCounterWithStopper,
 )
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import brain_lightning
 from brain_lightning.cli.verify_recorder import HOOKS
+from brain_lightning.fsdp2.tensors import whole
+from brain_lightning.step.optimizers import parameters_of
 from tests.support.environment import seed_everything
 
 
@@ -67,7 +70,9 @@ class Record:
     results: list[Any] = field(default_factory=list)
 
     def event(self, brain: Any, name: str, *details: Any) -> None:
-        training = tuple(m.training for m in brain.modules.modules())
+        # A wrapper says no more than what it wraps.
+        parts = (m for m in brain.modules.modules() if type(m) is not DistributedDataParallel)
+        training = tuple(m.training for m in parts)
         self.events.append(
             (name, *details, torch.is_grad_enabled(), training, brain.step, rng_digest())
         )
@@ -106,16 +111,17 @@ def _recorded(record: Record, brain: Any, name: str, hook: Callable[..., Any]) -
 
 
 def tensors_of(brain: Any) -> dict[str, Tensor]:
-    """Copies of every weight, buffer, gradient and optimizer tensor."""
-    found = dict(brain.modules.state_dict())
+    """Copies of every weight, buffer, gradient and optimizer tensor; of shards the whole."""
+    found = dict(brain.modules.state_dict(keep_vars=True))
     found |= {
         f"grad.{n}": p.grad for n, p in brain.modules.named_parameters() if p.grad is not None
     }
     for name, optimizer in vars(brain).items():
         if isinstance(optimizer, Optimizer):
-            for index, state in optimizer.state_dict()["state"].items():
+            for index, parameter in enumerate(parameters_of(optimizer)):
+                state = optimizer.state.get(parameter, {})
                 found |= {f"{name}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+    return {name: whole(tensor.detach()).clone() for name, tensor in found.items()}
 
 
 class TracedLoader(DataLoader):

@@ -1,0 +1,63 @@
+"""Weights that are whole while a stage evaluates, in which processes do different things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.nn import Module
+
+from brain_lightning.compat.versions import FSDPModule
+from brain_lightning.protocol import BrainProtocol
+
+from .hooks import synchronize_buffers
+
+
+def is_sharded(module: Module | None) -> bool:
+    """Whether a module, or something in it, is in shards.
+
+    Args:
+        module: An entry of ``brain.modules``.
+    """
+    return module is not None and any(isinstance(m, FSDPModule) for m in module.modules())
+
+
+def _sharded(brain: BrainProtocol) -> list[Any]:
+    return [module for module in brain.modules.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def gathered(brain: BrainProtocol) -> Iterator[None]:
+    """A context in which all weights are whole in each process, without communication.
+
+    All processes enter it together. What saves in it releases the weights, and they are
+    gathered again where they are used, by all processes together.
+
+    Args:
+        brain: Where nothing of it is sharded, nothing happens.
+
+    Yields:
+        None
+    """
+    modules = _sharded(brain)
+    try:
+        for module in modules:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+            synchronize_buffers(module)
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+        release(brain)
+
+
+def release(brain: BrainProtocol) -> None:
+    """Releases weights that are whole: the parameters are those that optimizers have.
+
+    Args:
+        brain: The Brain.
+    """
+    for module in _sharded(brain):
+        module.reshard()

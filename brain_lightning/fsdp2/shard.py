@@ -1,0 +1,97 @@
+"""Puts each entry of a Brain's modules in shards, where DDP would wrap it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from brain_lightning.distributed.communication import world_size
+from brain_lightning.distributed.ddp import with_batchnorm_for
+from brain_lightning.protocol import BrainProtocol
+
+from .blocks import blocks, units
+from .evaluate import is_sharded
+from .hooks import broadcast, clone_views, keep_buffers_equal
+from .methods import METHODS, register_methods
+from .sharding import Sharding
+from .state_dict import save_whole_module
+from .unsupported import check_modules
+
+# Of the processes: copies of the model, and its shards.
+AXES = ("replicate", "shard")
+
+
+def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
+    """Shards each entry (``torch.distributed.fsdp.fully_shard``).
+
+    One that is sharded already stays as it is.
+
+    Args:
+        brain: The Brain, in a process group; compiled already, and without optimizers.
+        sharding: How.
+
+    Raises:
+        UnsupportedError: It cannot be sharded.
+    """
+    check_modules(brain, sharding)
+    options = _options(brain, sharding)
+    for name, module in brain.modules.items():
+        if module is None or is_sharded(module):
+            continue
+        if any(p.requires_grad for p in module.parameters()):
+            kind = options["mesh"].device_type
+            brain.modules[name] = module = with_batchnorm_for(kind, name, module)
+        for unit in units(module):
+            _shard(unit, sharding, options)
+
+
+def _options(brain: BrainProtocol, sharding: Sharding) -> dict[str, Any]:
+    """Arguments of ``fully_shard``."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    kind, copies = torch.device(brain.device).type, sharding.replicate
+    mesh = init_device_mesh(kind, (copies, world_size() // copies), mesh_dim_names=AXES)
+    # Else weights are no shards between a forward pass without gradients and the next one.
+    options: dict[str, Any] = {"reshard_after_forward": True}
+    if sharding.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    return {"mesh": mesh if copies > 1 else mesh[AXES[1]], **options}
+
+
+def _shard(unit: Module, sharding: Sharding, options: dict[str, Any]) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = options["mesh"]
+    unit.to(mesh.device_type)
+    # Processes may have initialized it differently.
+    broadcast([*unit.parameters(), *unit.buffers()])
+    if any(p.requires_grad for p in unit.parameters()):
+        keep_buffers_equal(unit)
+    inner = blocks(unit, sharding.blocks)
+    for module in (*inner, unit):
+        clone_views(module)
+        sharded: Any = fully_shard(module, **options)
+        if mesh.device_type == "cpu":
+            # Gloo would add gradients up where it is asked for their average (torch 2.8).
+            sharded.set_force_sum_reduction_for_comms(True)
+    _initialize(unit)
+    for module in (*inner, unit):
+        register_methods(module, (*METHODS, *sharding.methods))
+    save_whole_module(unit)
+    # SpeechBrain's recipes look for what DDP wraps; here nothing does.
+    if not hasattr(unit, "module"):
+        vars(unit)["module"] = unit
+
+
+def _initialize(unit: Module) -> None:
+    """Lets FSDP2 set itself up with the unit as root, before a block of it is called."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    vars(unit)["_set_up"] = lambda: None
+    register_fsdp_forward_method(unit, "_set_up")
+    with torch.no_grad():
+        unit._set_up()  # type: ignore[operator]
+    del vars(unit)["_set_up"]

@@ -1,0 +1,65 @@
+"""The strategy that shards a Brain's modules, for a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+
+from .sharding import AUTO, Sharding
+
+NAME = "fsdp2"
+
+
+class FSDP2Strategy(DDPStrategy):
+    """Trains a Brain whose weights, gradients and optimizer states are shared out.
+
+    Each process holds a part of them, and gathers the weights of an entry of ``modules``, or
+    of a block of it, while it computes (``torch.distributed.fsdp.fully_shard``). Processes,
+    samplers and checkpoints are those of ``strategy="ddp"``, and so is what is learned.
+    ``Trainer(strategy="fsdp2")`` is this with its defaults.
+
+    Args:
+        blocks: Names of classes whose instances are gathered one by one, rather than the
+            whole entry at once. By default these are layers of a million parameters and more
+            in a ``ModuleList``; ``[]`` for none.
+        methods: Names of methods, besides ``forward``, that the recipe calls on an entry or a
+            block and that use its weights; the usual ones are known (``methods.METHODS``).
+        gather_to_evaluate: Whether each process gathers all weights for VALID and TEST, where
+            it may evaluate other batches than the others. ``False`` for a model that does not
+            fit.
+        cpu_offload: Keeps shards in memory of the CPU, where the optimizer steps as well.
+        replicate: Copies of the model (HSDP): each is shared out over as many processes as
+            there are, divided by this.
+        sharded_checkpoints: Lets each process write its own shards to a ``CKPT+`` directory,
+            instead of whole tensors by the first one.
+        **kwargs: Of Lightning's ``DDPStrategy``, but for those that are for
+            ``DistributedDataParallel``.
+
+    Raises:
+        UnsupportedError: A value makes no sense.
+    """
+
+    strategy_name = NAME
+
+    def __init__(
+        self,
+        blocks: Collection[str] | str = AUTO,
+        methods: Collection[str] = (),
+        gather_to_evaluate: bool = True,
+        cpu_offload: bool = False,
+        replicate: int = 1,
+        sharded_checkpoints: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sharding = Sharding(
+            blocks, methods, gather_to_evaluate, cpu_offload, replicate, sharded_checkpoints
+        )
+
+    def configure_ddp(self) -> None:
+        """Nothing: each entry of ``modules`` is sharded by itself, after it is compiled."""
+
+
+StrategyRegistry.register(NAME, FSDP2Strategy, description=FSDP2Strategy.__name__)

@@ -1,0 +1,54 @@
+"""Each entry of a Brain's modules on several processes: in DDP, or in shards."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from torch.optim import Optimizer
+
+from brain_lightning.distributed import ddp
+from brain_lightning.fsdp2.shard import shard_modules
+from brain_lightning.fsdp2.sharding import Sharding
+from brain_lightning.fsdp2.state_dict import save_whole_optimizers
+from brain_lightning.protocol import BrainProtocol, overrides
+
+from .optimizers import all_optimizers
+
+
+def wrap_modules(brain: BrainProtocol) -> None:
+    """Wraps or shards each entry, as the strategy says.
+
+    Args:
+        brain: The Brain, on its device, in a process group; compiled already.
+
+    Raises:
+        UnsupportedError: There is a module that cannot be trained by several processes.
+    """
+    sharding: Sharding | None = brain._lightning.sharding
+    if sharding is None:
+        ddp.wrap_modules(brain)
+    else:
+        shard_modules(brain, sharding)
+
+
+def wraps_itself(brain: BrainProtocol) -> bool:
+    """Whether a recipe wraps its modules for several processes itself.
+
+    Args:
+        brain: The Brain, before or within a run.
+    """
+    own = vars(brain).get("_wrap_distributed")
+    ours = isinstance(own, partial) and own.func is wrap_modules
+    return overrides(type(brain), "_wrap_distributed") or not (own is None or ours)
+
+
+def save_whole(brain: BrainProtocol) -> None:
+    """Makes the optimizers of sharded modules save and load whole tensors.
+
+    Args:
+        brain: The Brain, with its optimizers.
+    """
+    own: Any = (value for value in vars(brain).values() if isinstance(value, Optimizer))
+    save_whole_optimizers(chain(own, all_optimizers(brain).values()))
