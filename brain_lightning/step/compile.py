@@ -9,6 +9,7 @@ import torch
 
 from brain_lightning.distributed.ddp import unwrapped_name
 from brain_lightning.errors import RunOptionError
+from brain_lightning.fsdp2.evaluate import is_sharded
 from brain_lightning.protocol import BrainProtocol
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,9 @@ def _keys(brain: BrainProtocol, option: str, keys: list[str] | None) -> list[str
 def _compile(brain: BrainProtocol, name: str) -> bool:
     # A module that an earlier fit compiled is compiled again, not twice.
     plain = getattr(brain.modules[name], "_orig_mod", brain.modules[name])
+    if plain is not brain.modules[name] and is_sharded(brain.modules[name]):
+        # Its weights are gathered by what is compiled already.
+        return True
     try:
         module: Any = torch.compile(
             plain,

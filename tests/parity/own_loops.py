@@ -55,7 +55,8 @@ def wrapped_once(brain: Any, record: Record) -> Any:
     """SpeechBrain wraps again in each fit: its names, and numbers of modules, differ."""
     if is_initialized():
         for name, module in brain.modules.items():
-            while hasattr(module.module, "module"):
+            # What is sharded is its own module.
+            while hasattr(module.module, "module") and module.module is not module:
                 module = module.module
             brain.modules[name] = module
         record.events.clear()
