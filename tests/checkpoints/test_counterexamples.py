@@ -243,7 +243,7 @@ class Strange:
 
 def test_a_copy_is_one_of_everything() -> None:
     strange = Strange()
-    copy = Snapshots().take(strange)
+    copy = Snapshots().take(strange.state_dict())
     strange.array[:], strange.counts["a"] = 7, 7
     assert copy["array"].tolist() == copy["list"][0].tolist() == [1, 1, 1]
     assert copy["counts"] == {"a": 1}
@@ -255,13 +255,13 @@ def test_shared_parameters_are_copied_once_and_memory_is_used_again() -> None:
     tied.register_buffer("strided", torch.zeros(10, 20)[:, ::2])
     snapshots = Snapshots()
     for _ in range(4):
-        state = snapshots.take(tied)
+        state = snapshots.take(tied.state_dict())
         snapshots.recycle()
     assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr()
     held = sum(len(buffers) for buffers in snapshots._free.values())
     assert held == len({t.data_ptr() for t in tied.state_dict().values()})
     tied.register_buffer("larger", torch.zeros(9))
-    snapshots.take(tied)
+    snapshots.take(tied.state_dict())
     snapshots.recycle()
     assert sum(len(buffers) for buffers in snapshots._free.values()) == held + 1
 
