@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from brain_lightning.compat.speechbrain import is_speechbrains, set_processes
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.fsdp2.strategy import FSDP2Strategy
+from brain_lightning.fsdp2.unsupported import check_not_sharded
 from brain_lightning.lightning_internals import strategies
 from brain_lightning.protocol import BrainProtocol, is_explicit, steps_itself
 from brain_lightning.step.precision import autocast, gradient_scaler
@@ -38,8 +39,11 @@ def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttrib
 
     Raises:
         RunOptionError: An argument of the Trainer contradicts a run option.
+        UnsupportedError: Its strategy cannot train modules that an earlier run has sharded.
     """
     reconcile_processes(trainer, brain, temporary)
+    if trainer.training and not isinstance(trainer.strategy, FSDP2Strategy):
+        check_not_sharded(brain)
     if strategies.is_parallel(trainer):
         _reconcile_wrapping(trainer, brain, temporary)
     _reconcile_clipping(trainer, brain, temporary)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
 
 from brain_lightning.compat.versions import AVERAGES_WITHOUT_END
 from brain_lightning.errors import UnsupportedError
+from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 
 # Those that cannot at all, and why.
@@ -19,6 +20,15 @@ REFUSED_CALLBACKS: dict[type[Callback], str] = {
     "would move the epoch counter; try learning rates with overrides, --lr=0.01",
     BatchSizeFinder: "its trial runs would move the epoch counter and the checkpointer; "
     "give batch_size in train_loader_kwargs",
+}
+
+# Those that cannot where modules are sharded, and why. WeightAveraging and EMAWeightAveraging
+# came with Lightning 2.6.
+COPIES = "it copies modules, and there is no copy of one in shards"
+REFUSED_WITH_SHARDS = {
+    "WeightAveraging": COPIES,
+    "StochasticWeightAveraging": COPIES,
+    "ModelPruning": "it looks for the smallest of all weights, and each process has a part",
 }
 
 
@@ -35,8 +45,19 @@ def check_callbacks(trainer: Trainer) -> None:
         for cls, reason in REFUSED_CALLBACKS.items():
             if isinstance(callback, cls):
                 raise UnsupportedError(f"{cls.__name__} does not work with a Brain: {reason}")
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            _check_with_shards(callback)
         if isinstance(callback, StochasticWeightAveraging):
             _check_averaging(trainer)
+
+
+def _check_with_shards(callback: Callback) -> None:
+    for cls in type(callback).__mro__:
+        if cls.__name__ in REFUSED_WITH_SHARDS:
+            raise UnsupportedError(
+                f"{type(callback).__name__} does not work with strategy='fsdp2': "
+                f"{REFUSED_WITH_SHARDS[cls.__name__]}. Leave it out, or use strategy='ddp'"
+            )
 
 
 def _check_averaging(trainer: Trainer) -> None:

@@ -54,6 +54,9 @@ else:
         """Of which there are no instances."""
 
 
+# Whether gradients are averaged where a process has not used a parameter, and others have.
+REDUCES_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
 # torch has it from 2.6 on.
 accelerator: Any = getattr(torch, "accelerator", None) or SimpleNamespace(
     is_available=torch.cuda.is_available,

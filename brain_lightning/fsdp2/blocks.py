@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterator
 
 from torch.nn import Module, ModuleDict, ModuleList
 
+from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import UnsupportedError
 
 from .sharding import AUTO
+
+logger = logging.getLogger(__name__)
 
 # Fewer parameters are not worth a collective of their own.
 SMALLEST = 1_000_000
@@ -53,7 +58,11 @@ def blocks(unit: Module, chosen: Collection[str] | str) -> list[Module]:
         UnsupportedError: Processes would gather different blocks.
     """
     if chosen == AUTO:
-        return [] if _drops_layers(unit) else list(_large_layers(unit))
+        layers = list(_large_layers(unit))
+        if layers and (name := _drops_layers(unit)):
+            _say_whole(name)
+            return []
+        return layers
     found = [m for m in unit.modules() if type(m).__name__ in chosen and m is not unit]
     if found and (name := _drops_layers(unit)):
         raise UnsupportedError(
@@ -61,6 +70,18 @@ def blocks(unit: Module, chosen: Collection[str] | str) -> list[Module]:
             f"each other for ever: set it to 0, or leave out blocks={list(chosen)}"
         )
     return found[::-1]
+
+
+@functools.cache
+def _say_whole(name: str) -> None:
+    """Says once why a unit has no blocks."""
+    if if_main_process():
+        logger.warning(
+            "%s leaves out layers by chance, in each process others: its layers are gathered "
+            "all together, which takes more memory. Set it to 0 to have them gathered one by "
+            "one",
+            name,
+        )
 
 
 def _drops_layers(unit: Module) -> str:

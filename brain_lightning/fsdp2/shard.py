@@ -17,7 +17,7 @@ from .hooks import broadcast, clone_views, keep_buffers_equal
 from .methods import METHODS, register_methods
 from .sharding import Sharding
 from .state_dict import save_whole_module
-from .unsupported import check_modules
+from .unsupported import check_modules, refuse_comm_hooks
 
 # Of the processes: copies of the model, and its shards.
 AXES = ("replicate", "shard")
@@ -45,6 +45,8 @@ def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
             brain.modules[name] = module = with_batchnorm_for(kind, name, module)
         for unit in units(module):
             _shard(unit, sharding, options)
+            if brain.find_unused_parameters:
+                unit.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
 
 def _options(brain: BrainProtocol, sharding: Sharding) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def _shard(unit: Module, sharding: Sharding, options: dict[str, Any]) -> None:
     # SpeechBrain's recipes look for what DDP wraps; here nothing does.
     if not hasattr(unit, "module"):
         vars(unit)["module"] = unit
+    refuse_comm_hooks(unit)
 
 
 def _initialize(unit: Module) -> None:

@@ -1,23 +1,31 @@
-"""What cannot be sharded, refused before training."""
+"""What cannot be sharded, refused before training; and what torch's errors mean."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch.jit import ScriptModule
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
-from brain_lightning.compat.versions import SHARDS
+from brain_lightning.compat.versions import REDUCES_UNUSED, SHARDS
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol, hparams_of
 
 from .blocks import blocks, units
-from .sharding import Sharding
+from .evaluate import is_sharded
+from .sharding import AUTO, Sharding
 from .tensors import is_shard
+
+# Parameters that were replaced by shards, while something has them still.
+_replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# What torch says where weights are used that are not gathered.
+NOT_GATHERED = ("mixed torch.Tensor and DTensor", "sharding strategy registered")
 
 
 def check_version() -> None:
@@ -32,6 +40,23 @@ def check_version() -> None:
         )
 
 
+def check_not_sharded(brain: BrainProtocol) -> None:
+    """Refuses to train modules in shards by another strategy.
+
+    Args:
+        brain: The Brain.
+
+    Raises:
+        UnsupportedError: An earlier run has sharded a module of it.
+    """
+    for name, module in brain.modules.items():
+        if is_sharded(module):
+            raise UnsupportedError(
+                f"{name!r} is in shards since an earlier fit with strategy='fsdp2': train it "
+                "with that strategy again, or make a new Brain and recover its checkpoint"
+            )
+
+
 def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     """Refuses modules that cannot be sharded.
 
@@ -42,16 +67,41 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     Raises:
         UnsupportedError: There is one; it is named, with a remedy.
     """
-    if brain.jit:
-        raise UnsupportedError("--jit makes modules that cannot be sharded: use --compile")
     if world_size() % sharding.replicate:
         raise UnsupportedError(
             f"FSDP2Strategy(replicate={sharding.replicate}) does not divide the "
             f"{world_size()} processes"
         )
+    if brain.find_unused_parameters and not REDUCES_UNUSED:
+        raise UnsupportedError(
+            "find_unused_parameters=True with strategy='fsdp2' needs "
+            f"FSDPModule.set_reduce_scatter_unused_params, which torch {torch.__version__} "
+            "does not have: leave it out, if all processes use the same parameters"
+        )
+    entries = {name: module for name, module in brain.modules.items() if module is not None}
+    _check_shared(entries)
+    for name, module in entries.items():
+        for part in module.modules():
+            if isinstance(part, ScriptModule) and any(True for _ in part.parameters()):
+                raise UnsupportedError(
+                    f"{name} is TorchScript, which cannot be sharded: use --compile instead "
+                    "of --jit"
+                )
+        for unit in units(module):
+            _check_types(name, unit, sharding)
+    # An entry that is sharded has another class.
+    if not any(map(is_sharded, entries.values())):
+        _check_names([unit for module in entries.values() for unit in units(module)], sharding)
+    for parameter in brain.modules.parameters():
+        if not is_shard(parameter):
+            _replaced[parameter] = True
+
+
+def _check_shared(entries: dict[str, Module]) -> None:
+    """Refuses a parameter of two entries, and one of which there are no shards."""
     owners: dict[int, str] = {}
-    for name, module in brain.modules.items():
-        for key, parameter in () if module is None else module.named_parameters():
+    for name, module in entries.items():
+        for key, parameter in module.named_parameters():
             _check_parameter(f"{name}.{key}", parameter)
             first = owners.setdefault(id(parameter), f"{name}.{key}")
             if first.partition(".")[0] != name:
@@ -59,9 +109,6 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
                     f"{name}.{key} and {first} are the same parameter, and each entry of "
                     "modules is sharded by itself: put both in one entry"
                 )
-        for unit in () if module is None else units(module):
-            _check_types(name, unit, sharding)
-    _check_optimizers(brain)
 
 
 def _check_parameter(name: str, parameter: Parameter) -> None:
@@ -91,11 +138,52 @@ def _check_types(name: str, unit: Module, sharding: Sharding) -> None:
             )
 
 
-def _check_optimizers(brain: BrainProtocol) -> None:
-    """Refuses an optimizer whose parameters are about to be replaced by shards."""
-    replaced = {id(p) for p in brain.modules.parameters() if not is_shard(p)}
+def _check_names(units: list[Module], sharding: Sharding) -> None:
+    """Refuses names of classes and of methods that no module has."""
+    parts = [part for unit in units for part in unit.modules()]
+    classes = sorted({type(p).__name__ for p in parts if any(True for _ in p.parameters())})
+    for name in () if sharding.blocks == AUTO else sharding.blocks:
+        if name not in classes:
+            raise UnsupportedError(
+                f"FSDP2Strategy(blocks=[{name!r}]): no module with parameters is of that "
+                f"class; there are {', '.join(classes)}"
+            )
+    gathered = [*units, *(b for unit in units for b in blocks(unit, sharding.blocks))]
+    for name in sharding.methods:
+        if not any(_has_method(module, name) for module in gathered):
+            raise UnsupportedError(
+                f"FSDP2Strategy(methods=[{name!r}]): no entry of modules, and no block, has "
+                f"that method; {_where_it_is(name, parts, gathered)}"
+            )
+
+
+def _has_method(module: Module, name: str) -> bool:
+    method = getattr(module, name, None)
+    return callable(method) and not isinstance(method, Module)
+
+
+def _where_it_is(name: str, parts: list[Module], gathered: list[Module]) -> str:
+    """What was meant by a method that no entry has."""
+    owners = {type(part).__name__ for part in parts if _has_method(part, name)}
+    named = [getattr(module, name, None) for module in gathered]
+    owners |= {type(module).__name__ for module in named if isinstance(module, Module)}
+    if owners:
+        return f"a part of one has: name its class, blocks={sorted(owners)}"
+    own = {method for module in gathered for method in dir(type(module))} - {*dir(Module)}
+    return f"there are {', '.join(sorted(n for n in own if not n.startswith('_'))) or 'none'}"
+
+
+def check_optimizers(brain: BrainProtocol) -> None:
+    """Refuses an optimizer of parameters that were replaced by shards.
+
+    Args:
+        brain: The Brain, after ``init_optimizers``.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
     for name, optimizer in _optimizers(brain):
-        if any(id(p) in replaced for group in optimizer.param_groups for p in group["params"]):
+        if any(p in _replaced for group in optimizer.param_groups for p in group["params"]):
             raise UnsupportedError(
                 f"{name} was made before the modules were sharded, and would train nothing: "
                 "make it in init_optimizers"
@@ -109,3 +197,38 @@ def _optimizers(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
             for key, each in found.items():
                 if isinstance(each, Optimizer):
                     yield f"{owner}.{name}" + (f"[{key!r}]" if key else ""), each
+
+
+def refuse_comm_hooks(module: Module) -> None:
+    """Gives a module ``DistributedDataParallel.register_comm_hook``, which refuses in words.
+
+    Args:
+        module: A module that ``fully_shard`` was called on.
+    """
+
+    def register_comm_hook(*_: object, **__: object) -> NoReturn:
+        raise UnsupportedError(
+            "register_comm_hook is for gradients that DistributedDataParallel averages, and "
+            "strategy='fsdp2' has none of these: leave it out"
+        )
+
+    vars(module)["register_comm_hook"] = register_comm_hook
+
+
+def explanation(error: Exception) -> str:
+    """What an error of torch's means where weights are in shards.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        A sentence with the remedy, or nothing for another error.
+    """
+    if not any(words in str(error) for words in NOT_GATHERED):
+        return ""
+    return (
+        "brain_lightning: weights in shards are gathered while an entry of modules is called, "
+        "and here a part, another method or a parameter of one was used by itself. Call the "
+        "entry, name the method in FSDP2Strategy(methods=[...]), name the class of the part "
+        "in FSDP2Strategy(blocks=[...]), or make it an entry"
+    )

@@ -9,9 +9,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.fsdp2.strategy import FSDP2Strategy
+from brain_lightning.fsdp2.strategy import NAME, FSDP2Strategy
 from brain_lightning.fsdp2.unsupported import check_version
 from brain_lightning.temporary import TemporaryAttributes
+
+# How names of strategies begin that shard a whole LightningModule.
+OF_WHOLE_MODULES = ("fsdp", "deepspeed", "model_parallel")
 
 # Arguments of DDPStrategy that speak of one DistributedDataParallel for the whole module.
 WHOLE_MODULE = (
@@ -31,6 +34,32 @@ def is_parallel(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, DDPStrategy)
 
 
+def check_strategy_name(strategy: object) -> None:
+    """Refuses names of strategies that a Trainer may not even be made with.
+
+    Args:
+        strategy: What a Trainer is to be given: a name, or anything else.
+
+    Raises:
+        UnsupportedError: It is a name of one that shards the whole LightningModule.
+    """
+    if (
+        isinstance(strategy, str)
+        and strategy != NAME
+        and strategy.startswith(OF_WHOLE_MODULES)
+    ):
+        raise _cannot_run(f"strategy={strategy!r}")
+
+
+def _cannot_run(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} cannot run a Brain: it wraps the whole LightningModule, and gradients of "
+        "a recipe's own loss.backward() would not be averaged. Use strategy='fsdp2', which "
+        "shards each entry of modules, for a model larger than one device; else 'ddp', "
+        "'ddp_find_unused_parameters_true', DDPStrategy(...) or one device"
+    )
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Refuses the strategies that a Brain cannot run on.
 
@@ -45,25 +74,32 @@ def check_strategy(trainer: Trainer) -> None:
         return
     name = type(strategy).__name__
     if not isinstance(strategy, DDPStrategy):
-        raise UnsupportedError(
-            f"{name} cannot run a Brain: it wraps the whole LightningModule, and gradients of "
-            "a recipe's own loss.backward() would not be averaged. Use strategy='ddp', "
-            "'ddp_find_unused_parameters_true', DDPStrategy(...), 'fsdp2' for a model larger "
-            "than one device, or one device"
-        )
-    if isinstance(strategy, FSDP2Strategy):
-        check_version()
+        raise _cannot_run(name)
     if strategy._start_method != "popen":
         raise UnsupportedError(
             f"{name}(start_method={strategy._start_method!r}) trains a copy of the Brain in "
             "another process, and what it learns stays there: use strategy='ddp', or torchrun"
         )
+    if isinstance(strategy, FSDP2Strategy):
+        _check_sharding(strategy)
     for argument in WHOLE_MODULE:
         if getattr(strategy, argument) is not None:
             raise UnsupportedError(
                 f"{name}({argument[1:]}=...) is for one DistributedDataParallel, and a Brain "
                 "has one for each entry of its modules: leave it out"
             )
+
+
+def _check_sharding(strategy: FSDP2Strategy) -> None:
+    check_version()
+    given = [name for name in WHOLE_MODULE if getattr(strategy, name) is not None]
+    # It has a meaning for shards too.
+    given += [name for name in strategy._ddp_kwargs if name != "find_unused_parameters"]
+    if given:
+        raise UnsupportedError(
+            f"FSDP2Strategy({given[0].removeprefix('_')}=...) is for DistributedDataParallel, "
+            "of which there is none: leave it out"
+        )
 
 
 def ddp_arguments(trainer: Trainer) -> dict[str, Any]:

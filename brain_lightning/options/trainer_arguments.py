@@ -37,7 +37,7 @@ WITH_A_BRAIN = {
     "num_sanity_val_steps": "switched off: recipes set up in TRAIN what VALID reads",
     "precision": "mixed precisions are translated into the run options precision and "
     "eval_precision",
-    "strategy": "one device or ddp; others are refused before training",
+    "strategy": "one device, ddp or fsdp2; others are refused before training",
     "use_distributed_sampler": "holds for loaders that the Trainer is given; datasets that "
     "brain.fit makes loaders for are shared out as in SpeechBrain",
 }

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from brain_lightning.compat.versions import add_note
 from brain_lightning.errors import HookStoppedError
+from brain_lightning.fsdp2.unsupported import explanation
 from brain_lightning.stage import Stage
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -62,6 +63,8 @@ def add_context(error: Exception, stage: Stage, epoch: Any, step: str, batch: An
     with suppress(Exception):
         where = ", ".join(filter(None, context))
         add_note(error, f"brain_lightning: in {where}{_ids_of(batch)}")
+        if meaning := explanation(error):
+            add_note(error, meaning)
 
 
 def _ids_of(batch: Any) -> str:

@@ -12,6 +12,7 @@ from brain_lightning.distributed import ddp
 from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.state_dict import save_whole_optimizers
+from brain_lightning.fsdp2.unsupported import check_optimizers
 from brain_lightning.protocol import BrainProtocol, overrides
 
 from .optimizers import all_optimizers
@@ -49,6 +50,10 @@ def save_whole(brain: BrainProtocol) -> None:
 
     Args:
         brain: The Brain, with its optimizers.
+
+    Raises:
+        UnsupportedError: One was made before the modules were sharded.
     """
+    check_optimizers(brain)
     own: Any = (value for value in vars(brain).values() if isinstance(value, Optimizer))
     save_whole_optimizers(chain(own, all_optimizers(brain).values()))

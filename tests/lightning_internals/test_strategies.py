@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from brain_lightning import RunOptionError, UnsupportedError, to_lightning
+from brain_lightning import FSDP2Strategy, RunOptionError, UnsupportedError, to_lightning
 from brain_lightning.callback.reconcile import reconcile
 from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.temporary import TemporaryAttributes
@@ -25,13 +25,25 @@ def ddp(**kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
-        (ModelParallelStrategy, r"ModelParallelStrategy cannot run a Brain.*strategy='ddp'"),
+        (ModelParallelStrategy, r"ModelParallelStrategy cannot run a Brain.*strategy='fsdp2'"),
+        (lambda: FSDP2Strategy(start_method="spawn"), r"FSDP2Strategy\(start_method='spawn'"),
+        (lambda: FSDP2Strategy(static_graph=True), r"FSDP2Strategy\(static_graph=\.\.\.\) is"),
+        (lambda: FSDP2Strategy(ddp_comm_hook=print), r"ddp_comm_hook=.*leave it out"),
         (lambda: "ddp_spawn", r"start_method='spawn'.*use strategy='ddp', or torchrun"),
         (lambda: "ddp_notebook", r"start_method='fork'"),
         (lambda: DDPStrategy(ddp_comm_hook=print), r"ddp_comm_hook=\.\.\..*leave it out"),
         (lambda: DDPStrategy(model_averaging_period=2), r"model_averaging_period=\.\.\."),
     ],
-    ids=["model_parallel", "ddp_spawn", "ddp_notebook", "comm_hook", "model_averaging"],
+    ids=[
+        "model_parallel",
+        "spawn",
+        "static_graph",
+        "hook",
+        "ddp_spawn",
+        "ddp_notebook",
+        "comm_hook",
+        "model_averaging",
+    ],
 )
 def test_what_cannot_run_a_brain_is_refused(strategy: Callable[[], Any], words: str) -> None:
     brain = make()
@@ -42,6 +54,14 @@ def test_what_cannot_run_a_brain_is_refused(strategy: Callable[[], Any], words: 
     module.trainer = trainer_with(**{**arguments, "strategy": strategy()})
     with pytest.raises(UnsupportedError, match=words):
         module.configure_callbacks()
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3"])
+def test_names_of_strategies_that_shard_the_whole_are_refused(name: str) -> None:
+    with pytest.raises(
+        UnsupportedError, match=rf"strategy='{name}' cannot.*Use strategy='fsdp2'"
+    ):
+        make().fit(range(1), loader(), trainer={"devices": 1, "strategy": name})
 
 
 def test_the_strategys_arguments_reach_every_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,266 @@
+"""What cannot be sharded is refused in words before training; no other process is started."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import callbacks
+from torch import Tensor, nn
+
+from brain_lightning import FSDP2Strategy, UnsupportedError, to_lightning
+from brain_lightning.fsdp2 import blocks, tensors, unsupported
+from brain_lightning.fsdp2.sharding import Sharding
+from tests.support.brains import Regression, loader, make, sgd, trainer_with
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.output = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.encoder(x))
+
+    def score(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+class Dropping(nn.Module):
+    """As a transformer of SpeechBrain's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layerdrop_prob = 0.1
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+
+@pytest.fixture
+def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A group of the one process that this is, which a fit leaves alone."""
+    # Lightning sets it.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(strategy: Any = "fsdp2", **arguments: Any) -> dict[str, Any]:
+    return {"strategy": strategy, "devices": 1, **arguments}
+
+
+def with_model(cls: type[Regression] = Regression, **options: Any) -> Any:
+    brain = make(cls, **options)
+    brain.modules.model = Model()
+    return brain
+
+
+def tied() -> dict[str, nn.Module]:
+    encoder = nn.Linear(4, 4)
+    return {"encoder": encoder, "decoder": nn.Sequential(encoder)}
+
+
+def scalar() -> dict[str, nn.Module]:
+    model = nn.Linear(4, 4)
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    return {"model": model}
+
+
+MODULES: dict[str, tuple[Callable[[], dict[str, nn.Module]], dict[str, Any], str]] = {
+    "tied": (tied, {}, r"decoder\.0\.weight and encoder\.weight are the same.*in one entry"),
+    "scalar": (scalar, {}, r"model\.scale is a scalar.*torch\.tensor\(\[\.\.\.\]\)"),
+    "lazy": (lambda: {"m": nn.LazyLinear(2)}, {}, r"m\.weight has no shape yet: give"),
+    "types": (
+        lambda: {"m": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())}, {},
+        r"m has parameters of bfloat16 and float32 that are gathered together.*blocks=",
+    ),
+    "script": (
+        lambda: {"m": torch.jit.script(nn.Linear(2, 2))}, {},
+        "m is TorchScript, which cannot be sharded: use --compile instead of --jit",
+    ),
+    "replicate": (
+        lambda: {"m": Model()}, {"replicate": 3}, r"replicate=3\) does not divide the 1 proc"
+    ),
+    "layerdrop": (
+        lambda: {"m": Dropping()}, {"blocks": ["Linear"]},
+        r"Dropping with layerdrop_prob=0\.1 leaves out layers by chance.*set it to 0",
+    ),
+    "no class": (
+        lambda: {"m": Model()}, {"blocks": ["Layer"]},
+        r"blocks=\['Layer'\]\): no module.* there are Encoder, Linear, Model$",
+    ),
+    "no method": (
+        lambda: {"m": Model()}, {"methods": ["sing"]},
+        r"methods=\['sing'\]\): no entry.* there are score$",
+    ),
+    "a part": (
+        lambda: {"m": Model()}, {"methods": ["encoder"]},
+        r"name its class, blocks=\['Encoder'\]",
+    ),
+    "method of a part": (
+        lambda: {"m": Model()}, {"methods": ["project"]},
+        r"name its class, blocks=\['Encoder'\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("modules", "settings", "words"), MODULES.values(), ids=MODULES)
+def test_modules_are_refused(
+    modules: Callable[[], dict[str, nn.Module]], settings: dict[str, Any], words: str
+) -> None:
+    brain = make()
+    brain.modules = nn.ModuleDict(modules())
+    with pytest.raises(UnsupportedError, match=words):
+        unsupported.check_modules(brain, Sharding(**settings))
+
+
+def test_names_that_there_are_and_types_in_blocks_of_their_own_are_accepted() -> None:
+    brain = with_model()
+    unsupported.check_modules(
+        brain, Sharding(blocks=["Encoder"], methods=["score", "project"])
+    )
+    brain.modules.model.encoder.bfloat16()
+    unsupported.check_modules(brain, Sharding(blocks=["Encoder"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"blocks": "Encoder"}, r"give 'auto', a list of names.*\['Encoder'\]"),
+        ({"methods": "score"}, r"give a list, \['score'\]"),
+        ({"replicate": 0}, r"replicate=0\) must be the number of copies"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        FSDP2Strategy(**settings)
+
+
+def test_layers_that_are_left_out_by_chance_are_gathered_together_which_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(blocks, "SMALLEST", 1)
+    model = Dropping()
+    with caplog.at_level(logging.WARNING):
+        assert blocks.blocks(model, "auto") == blocks.blocks(model, "auto") == []
+    (record,) = caplog.records
+    assert "Dropping with layerdrop_prob=0.1 leaves out layers" in record.getMessage()
+    model.layerdrop_prob = 0.0
+    assert blocks.blocks(model, "auto") == [model.layers[0]]
+
+
+def test_versions_of_torch_that_shard_wrongly_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    brain = make(find_unused_parameters=True)
+    monkeypatch.setattr(unsupported, "REDUCES_UNUSED", False)
+    with pytest.raises(UnsupportedError, match=r"find_unused_parameters=True.*leave it out"):
+        unsupported.check_modules(brain, Sharding())
+    monkeypatch.setattr(unsupported, "SHARDS", False)
+    with pytest.raises(UnsupportedError, match=r"needs torch 2\.8 or newer, and this is"):
+        brain.fit(range(1), loader(), trainer=sharded())
+
+
+def trap(name: str) -> Any:
+    class Trapped(Regression):
+        def init_optimizers(self) -> None:
+            if name == "hook":
+                self.modules.model.register_comm_hook(None, print)
+            if name != "optimizer":
+                super().init_optimizers()
+
+        def compute_forward(self, batch: Any, stage: Any) -> Any:
+            if name == "part":
+                return self.modules.model.output(batch[0])
+            return super().compute_forward(batch, stage)
+
+    brain = with_model(Trapped)
+    if name == "optimizer":
+        brain.optimizer = sgd(brain.modules.parameters())
+    return brain
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
+    for name, words in {
+        "optimizer": r"self\.optimizer was made before.*make it in init_optimizers",
+        "hook": r"register_comm_hook is for gradients that DistributedDataParallel averages",
+    }.items():
+        with pytest.raises(UnsupportedError, match=words):
+            trap(name).fit(range(1), loader(), trainer=sharded())
+    with pytest.raises(RuntimeError, match="mixed") as error:
+        trap("part").fit(range(1), loader(), trainer=sharded())
+    assert any("FSDP2Strategy(methods=[...])" in note for note in error.value.__notes__)
+    trap("part").fit(range(1), loader(), trainer=sharded(FSDP2Strategy(blocks=["Linear"])))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_after_a_fit_in_shards_modules_are_trained_in_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    brain = with_model()
+    brain.fit(range(1), loader(), trainer={"devices": 1})
+    # Its optimizer is of whole parameters, and the next fit makes another one.
+    brain.fit(range(1), loader(), trainer=sharded(FSDP2Strategy(methods=["score"])))
+    before = tensors.whole(brain.modules.model.output.weight).detach().clone()
+    brain.fit(range(1), loader(), trainer=sharded(FSDP2Strategy(methods=["score"])))
+    assert not torch.equal(before, tensors.whole(brain.modules.model.output.weight))
+    for strategy in ("ddp", "auto"):
+        with pytest.raises(UnsupportedError, match=r"'model' is in shards since.*again, or"):
+            brain.fit(range(1), loader(), trainer=sharded(strategy))
+    assert torch.isfinite(torch.tensor(brain.evaluate(loader())))
+    # A state is asked for by the main process alone, in run_on_main.
+    monkeypatch.setattr(tensors, "world_size", lambda: 2)
+    monkeypatch.setattr(tensors, "communicates", lambda: False)
+    with pytest.raises(UnsupportedError, match=r"call state_dict\(\) in all processes"):
+        brain.modules.model.state_dict()
+
+
+REFUSED = {
+    "WeightAveraging": "it copies modules",
+    "EMAWeightAveraging": "it copies modules",
+    "StochasticWeightAveraging": "it copies modules",
+    "ModelPruning": "it looks for the smallest",
+    "LearningRateFinder": "would move the epoch counter",
+}
+
+
+def callback(name: str) -> Any:
+    cls = getattr(callbacks, name, None)
+    if cls is None:
+        pytest.skip(f"this Lightning has no {name}")
+    return cls(
+        **{
+            "StochasticWeightAveraging": {"swa_lrs": 0.1},
+            "ModelPruning": {"pruning_fn": "l1_unstructured"},
+        }.get(name, {})
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_callbacks_that_copy_modules_are_refused(name: str) -> None:
+    words = rf"{name} does not work with .*{REFUSED[name]}"
+    module = to_lightning(make())
+    module.trainer = trainer_with(callback(name), **sharded())
+    with pytest.raises(UnsupportedError, match=words):
+        module.configure_callbacks()
