@@ -59,12 +59,12 @@ def blocks(unit: Module, chosen: Collection[str] | str) -> list[Module]:
     """
     if chosen == AUTO:
         layers = list(_large_layers(unit))
-        if layers and (name := _drops_layers(unit)):
+        if layers and (name := drops_layers(unit)):
             _say_whole(name)
             return []
         return layers
     found = [m for m in unit.modules() if type(m).__name__ in chosen and m is not unit]
-    if found and (name := _drops_layers(unit)):
+    if found and (name := drops_layers(unit)):
         raise UnsupportedError(
             f"{name} leaves out layers by chance, in each process others, which then wait for "
             f"each other for ever: set it to 0, or leave out blocks={list(chosen)}"
@@ -84,8 +84,15 @@ def _say_whole(name: str) -> None:
         )
 
 
-def _drops_layers(unit: Module) -> str:
-    """By which of its options a unit leaves out layers; empty where it does not."""
+def drops_layers(unit: Module) -> str:
+    """By which of its options a unit leaves out layers.
+
+    Args:
+        unit: What is sharded.
+
+    Returns:
+        The class and the option; empty where it leaves out none.
+    """
     for module in unit.modules():
         for owner in (module, getattr(module, "config", None)):
             for option in LAYERDROP:

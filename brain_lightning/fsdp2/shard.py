@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from brain_lightning.compat.versions import REDUCES_UNUSED
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.distributed.ddp import with_batchnorm_for
 from brain_lightning.protocol import BrainProtocol
@@ -45,7 +46,9 @@ def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
             brain.modules[name] = module = with_batchnorm_for(kind, name, module)
         for unit in units(module):
             _shard(unit, sharding, options)
-            if brain.find_unused_parameters:
+            if REDUCES_UNUSED and world_size() > 1:
+                # Else gradients of a parameter that one process leaves out would be added to
+                # those of another one, without a word.
                 unit.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
 

@@ -17,7 +17,7 @@ from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol, hparams_of
 
-from .blocks import blocks, units
+from .blocks import blocks, drops_layers, units
 from .evaluate import is_sharded
 from .sharding import AUTO, Sharding
 from .tensors import is_shard
@@ -72,12 +72,6 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
             f"FSDP2Strategy(replicate={sharding.replicate}) does not divide the "
             f"{world_size()} processes"
         )
-    if brain.find_unused_parameters and not REDUCES_UNUSED:
-        raise UnsupportedError(
-            "find_unused_parameters=True with strategy='fsdp2' needs "
-            f"FSDPModule.set_reduce_scatter_unused_params, which torch {torch.__version__} "
-            "does not have: leave it out, if all processes use the same parameters"
-        )
     entries = {name: module for name, module in brain.modules.items() if module is not None}
     _check_shared(entries)
     for name, module in entries.items():
@@ -88,6 +82,7 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
                     "of --jit"
                 )
         for unit in units(module):
+            _check_unused(brain, unit)
             _check_types(name, unit, sharding)
     # An entry that is sharded has another class.
     if not any(map(is_sharded, entries.values())):
@@ -120,6 +115,18 @@ def _check_parameter(name: str, parameter: Parameter) -> None:
         raise UnsupportedError(
             f"{name} is a scalar, of which there are no shards: make it torch.nn.Parameter("
             "torch.tensor([...])), with one element"
+        )
+
+
+def _check_unused(brain: BrainProtocol, unit: Module) -> None:
+    """Refuses parameters that one process may leave out, where others would get wrong ones."""
+    option = "find_unused_parameters=True" if brain.find_unused_parameters else ""
+    if (option := option or drops_layers(unit)) and not REDUCES_UNUSED:
+        raise UnsupportedError(
+            f"{option}: each process may leave out other parameters, and torch "
+            f"{torch.__version__} would average gradients of different ones with "
+            "strategy='fsdp2'. Set it to 0 or False, or upgrade torch until FSDPModule has "
+            "set_reduce_scatter_unused_params"
         )
 
 

@@ -174,7 +174,12 @@ def test_versions_of_torch_that_shard_wrongly_are_refused(
 ) -> None:
     brain = make(find_unused_parameters=True)
     monkeypatch.setattr(unsupported, "REDUCES_UNUSED", False)
-    with pytest.raises(UnsupportedError, match=r"find_unused_parameters=True.*leave it out"):
+    with pytest.raises(
+        UnsupportedError, match=r"find_unused_parameters=True: .*upgrade torch"
+    ):
+        unsupported.check_modules(brain, Sharding())
+    brain.find_unused_parameters, brain.modules.model = False, Dropping()
+    with pytest.raises(UnsupportedError, match=r"layerdrop_prob=0\.1: each process may leave"):
         unsupported.check_modules(brain, Sharding())
     monkeypatch.setattr(unsupported, "SHARDS", False)
     with pytest.raises(UnsupportedError, match=r"needs torch 2\.8 or newer, and this is"):

@@ -124,6 +124,29 @@ def an_unused_entry(side: Side, record: Record) -> Any:
     return brain
 
 
+def a_layer_that_one_process_leaves_out(side: Side, record: Record) -> Any:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(FEATURES, FEATURES) for _ in range(2)])
+            self.output, self.calls = nn.Linear(FEATURES, CLASSES), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            for index, layer in enumerate(self.layers):
+                if (
+                    not self.training
+                    or (index + self.calls + torch.distributed.get_rank()) % 2
+                ):
+                    x = layer(x)
+            return self.output(x)
+
+    options = {**GLOO, "find_unused_parameters": True}
+    brain = make(side, record, {"model": Dropping()}, run_opts=options)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 4})
+    return brain
+
+
 def accumulation_counted(side: Side, record: Record) -> Any:
     """Counts the all-reduces: as many as there are updates, for each entry."""
 
@@ -733,5 +756,5 @@ OWN = [
     compiled_and_fitted_twice, shards_of_different_lengths, streams_of_different_lengths,
     a_stream_without_anything_on_one_rank, a_whole_validation, a_validation_that_is_shared_out,
     more_processes_than_batches, on_the_main_process, counted_with_tensors,
-    limited_to_the_same_length,
+    limited_to_the_same_length, a_layer_that_one_process_leaves_out,
 ]  # fmt: skip
