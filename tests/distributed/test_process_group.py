@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 from torch import distributed
 
+from brain_lightning.distributed import process_group as module
 from brain_lightning.distributed.process_group import process_group
 from tests.support.ports import free_port
 
@@ -32,6 +33,16 @@ def test_it_ends_with_a_script_that_makes_none() -> None:
             # Torch's own function, of a script that has made one already.
             distributed.distributed_c10d.init_process_group("gloo")
     assert not distributed.is_initialized()
+
+
+def test_nothing_of_it_is_found_by_the_scripts_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another process it would find where that one was before."""
+    store = distributed.HashStore()
+    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    with process_group("gloo"):
+        keys = store.num_keys()
+        distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        assert store.num_keys() == 2 * keys > 0
 
 
 def test_an_error_leaves_it_to_the_others() -> None:

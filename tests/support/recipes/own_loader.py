@@ -28,11 +28,14 @@ def train(base, hparams, run_opts):
 
     seen = []
     brain = OwnLoader(hparams["modules"], hparams["opt_class"], hparams, run_opts)
+    bias = hparams["model"][0].bias.detach().clone()
     data = torch.utils.data.TensorDataset(*hparams["data"])
     loader = brain.make_dataloader(data, sb.Stage.TRAIN, batch_size=4, shuffle=True)
     brain.fit(hparams["epoch_counter"], loader, data, valid_loader_kwargs={"batch_size": 5})
     loss = brain.evaluate(data, test_loader_kwargs={"batch_size": 5})
-    return {"weights": brain.modules.state_dict(), "loss": loss, "seen": seen}
+    moved = not torch.equal(bias, hparams["model"][0].bias)
+    weights = brain.modules.state_dict()
+    return {"weights": weights, "loss": loss, "seen": seen, "moved": moved}
 
 
 if __name__ == "__main__":
