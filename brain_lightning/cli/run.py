@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +18,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from brain_lightning.brain.own_trainer import PROCESSES
 from brain_lightning.compat.versions import accelerator
 from brain_lightning.distributed.communication import is_launched
-from brain_lightning.distributed.process_group import process_group, use_variables_of_slurm
+from brain_lightning.distributed.process_group import (
+    check_gpus,
+    process_group,
+    use_variables_of_slurm,
+)
 from brain_lightning.errors import RecipeError
 from brain_lightning.loggers.curve_plot import CurvePlot
 from brain_lightning.options.parse_arguments import TRAINER_HELP, split_trainer
@@ -86,30 +90,30 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     # Before each of several processes says so.
     check_script(script)
     check_trainer_arguments(trainer)
-    asked, given = {**processes_in_file(rest), **trainer}, _given(rest)
-    on_cpu = "cpu" in (given.device, asked.get("accelerator")) or not torch.cuda.is_available()
+    asked = {**processes_in_file(rest), **trainer}
+    on_cpu, backend = _where(rest, asked)
+    processes = processes_to_launch(asked, on_cpu)
+    if processes > 1:
+        check_gpus(backend, processes)
+        return launch(processes, ["run", *words, f"--distributed_backend={backend}"])
     if is_task_of_slurm(asked):
         use_variables_of_slurm()
         # Lightning would take torchrun's variables for torchrun, which requeues no job.
         trainer.setdefault("plugins", [SLURMEnvironment()])
-    processes = processes_to_launch(asked, on_cpu)
-    if processes > 1:
-        # SpeechBrain's default, nccl, needs a GPU for each process.
-        needs_gloo = on_cpu and given.distributed_backend is None
-        gloo = ["--distributed_backend=gloo"] if needs_gloo else []
-        return launch(processes, ["run", *words, *gloo])
-    backend = given.distributed_backend or ("gloo" if on_cpu else "nccl")
     with process_group(backend) if is_launched() else nullcontext():
         run_recipe(script, rest, trainer, callbacks)
     return 0
 
 
-def _given(words: Sequence[str]) -> Namespace:
-    """The run options that decide where processes run, and how they communicate."""
+def _where(words: Sequence[str], trainer: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a run is on the CPU, and the backend by which its processes communicate."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--device", "--distributed_backend"):
         parser.add_argument(name, nargs="?")
-    return parser.parse_known_args(words)[0]
+    given = parser.parse_known_args(words)[0]
+    on_cpu = "cpu" in (given.device, trainer.get("accelerator"))
+    on_cpu = on_cpu or not torch.cuda.is_available()
+    return on_cpu, given.distributed_backend or ("gloo" if on_cpu else "nccl")
 
 
 def is_task_of_slurm(trainer: Mapping[str, Any]) -> bool:
@@ -119,8 +123,10 @@ def is_task_of_slurm(trainer: Mapping[str, Any]) -> bool:
         trainer: Arguments for the Trainer.
     """
     asks = any(name in trainer for name in PROCESSES)
+    # Not so in the script of sbatch, which is one process, whatever tasks it may start.
+    in_a_step = "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect()
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
-    return asks and tasks > 1 and SLURMEnvironment.detect() and not is_launched()
+    return asks and in_a_step and tasks > 1 and not is_launched()
 
 
 def processes_to_launch(trainer: Mapping[str, Any], on_cpu: bool) -> int:
@@ -137,7 +143,7 @@ def processes_to_launch(trainer: Mapping[str, Any], on_cpu: bool) -> int:
         RecipeError: Several nodes, or devices by name, are asked for.
     """
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    if is_launched():
+    if is_launched() or is_task_of_slurm(trainer):
         return 1
     if nodes != 1:
         raise RecipeError(
@@ -146,6 +152,8 @@ def processes_to_launch(trainer: Mapping[str, Any], on_cpu: bool) -> int:
         )
     if devices in ("auto", -1, "-1"):
         return 1 if on_cpu else max(1, int(accelerator.device_count()))
+    if devices is None or (isinstance(devices, list) and len(devices) == 1):
+        return 1
     if not str(devices).isdecimal():
         raise RecipeError(
             f"--trainer.devices={devices!r}: give a number, and choose which ones by "

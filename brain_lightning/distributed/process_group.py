@@ -15,10 +15,30 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from brain_lightning.errors import UnsupportedError
 from brain_lightning.temporary import TemporaryAttributes
 
 # SpeechBrain's: the main process may prepare data while the others wait.
 TIMEOUT = timedelta(seconds=7200)
+
+
+def check_gpus(backend: str, processes: int) -> None:
+    """Refuses nccl where a process would have no GPU.
+
+    Args:
+        backend: nccl, gloo or mpi, or torch's ``cpu:gloo,cuda:nccl``.
+        processes: How many there are on this machine, as far as this one knows.
+
+    Raises:
+        UnsupportedError: There are not as many GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if "nccl" in backend and processes > gpus:
+        raise UnsupportedError(
+            f"the backend nccl needs a GPU for each process, and for {processes} there are "
+            f"{gpus}: --trainer.devices={gpus or 1}, or --device=cpu "
+            "--distributed_backend=gloo"
+        )
 
 
 def use_variables_of_slurm() -> None:
@@ -46,7 +66,10 @@ def process_group(backend: str) -> Iterator[None]:
     ``init_process_group``, takes the place of this one, with the script's own arguments.
 
     Args:
-        backend: nccl, gloo or mpi.
+        backend: nccl, gloo or mpi, or torch's ``cpu:gloo,cuda:nccl``.
+
+    Raises:
+        UnsupportedError: nccl, and this process has no GPU.
     """
     initialize, hook = distributed.init_process_group, sys.excepthook
     _initialize(backend)
@@ -69,8 +92,10 @@ def process_group(backend: str) -> Iterator[None]:
 
 
 def _initialize(backend: str) -> None:
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    check_gpus(backend, local_rank + 1)
+    if "nccl" in backend:
+        torch.cuda.set_device(local_rank)
     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
     store.set_timeout(TIMEOUT)
     # The script's own group would find in the same store where this one was.

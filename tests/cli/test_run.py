@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from brain_lightning.cli import run
 from brain_lightning.cli.main import main
@@ -74,7 +77,7 @@ def test_processes_are_as_many_as_the_file_says(
     ("trainer", "on_cpu", "processes"),
     [
         ({}, True, 1), ({"devices": 3}, True, 3), ({"devices": "2"}, False, 2),
-        ({"devices": "auto"}, True, 1),
+        ({"devices": "auto"}, True, 1), ({"devices": [1]}, False, 1), ({"devices": None}, True, 1),
         ({"devices": -1}, False, max(1, accelerator.device_count())),
     ],
 )  # fmt: skip
@@ -84,28 +87,71 @@ def test_processes_are_as_many_as_devices(
     assert processes_to_launch(trainer, on_cpu) == processes
 
 
+def test_the_script_of_sbatch_starts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NTASKS": "2", "JOB_NAME": "train", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert processes_to_launch({"devices": 2}, on_cpu=True) == 2
+
+
 def test_torchruns_processes_start_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
     assert processes_to_launch({"devices": 2}, on_cpu=True) == 1
 
 
+@pytest.mark.parametrize("words", [[], ["--trainer.num_nodes=2"], ["--trainer.devices=2"]])
+def test_tasks_of_slurm_are_the_processes_where_some_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """With a signal that requeues the job, and torchrun's variables for the script."""
+    torchruns = {
+        "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node7", "MASTER_PORT": "15123",
+    }  # fmt: skip
+    for name in torchruns:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    slurms = {
+        "PROCID": "3", "LOCALID": "1", "NODEID": "1", "NTASKS": "4", "NTASKS_PER_NODE": "2",
+        "NNODES": "2", "NODELIST": "node[7,9]", "JOB_ID": "123", "JOB_NAME": "train",
+        "STEP_ID": "0",
+    }  # fmt: skip
+    for name, value in slurms.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    ran: list[Any] = []
+    monkeypatch.setattr(run, "process_group", lambda backend: nullcontext(ran.append(backend)))
+    monkeypatch.setattr(run, "run_recipe", lambda *given: ran.append(given))
+    assert main(["run", *TOY, "--device=cpu", *words]) == 0
+    *groups, (_, _, trainer, _) = ran
+    assert groups == (["gloo"] if words else [])
+    assert [type(each) for each in trainer.get("plugins", [])] == [SLURMEnvironment] * len(
+        words
+    )
+    found = {name: os.environ[name] for name in torchruns if name in os.environ}
+    assert found == (torchruns if words else {})
+
+
 def test_each_process_gets_the_whole_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
     monkeypatch.setattr(run, "launch", lambda *given: launched.append(given) or 7)
     words = ["run", *TOY, "--device", "cpu", "--trainer.devices=2", "--debug-traceback"]
-    assert main(words) == 7
-    assert main([*words, "--distributed_backend", "mpi"]) == 7
-    assert launched == [(2, [*words, GLOO]), (2, [*words, "--distributed_backend", "mpi"])]
+    given = [*words, "--distributed_backend", "mpi"]
+    assert main(words) == main(given) == 7
+    assert launched == [(2, [*words, GLOO]), (2, [*given, "--distributed_backend=mpi"])]
 
 
 def test_a_mistake_is_told_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "launch", lambda *_: 0)
-    for words in (["nowhere.py"], [*TOY, "--trainer.max_step=3"], [TOY[0], "nowhere.yaml"]):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    nccl = "--distributed_backend=nccl"
+    mistakes = (["nowhere.py"], [*TOY, "--trainer.max_step=3"], [TOY[0], "nowhere.yaml"])
+    for words in (*mistakes, [*TOY, nccl]):
         assert main(["run", *words, "--trainer.devices=2"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 3
+    *_, no_gpus = told = capsys.readouterr().err.splitlines()
+    assert len(told) == 4
+    assert "for 2 there are 1: --trainer.devices=1, or" in no_gpus
 
 
 def test_lightning_starts_no_process_that_lacks_the_command(
