@@ -16,7 +16,7 @@ from hyperpyyaml import load_hyperpyyaml, resolve_references
 from lightning.pytorch import Callback
 
 from brain_lightning.brain.brain import Brain
-from brain_lightning.brain.own_trainer import OwnTrainer
+from brain_lightning.brain.own_trainer import PROCESSES, OwnTrainer
 from brain_lightning.brain.patch import patch_speechbrain
 from brain_lightning.errors import RecipeError
 from brain_lightning.options.parse_arguments import parse_arguments
@@ -87,7 +87,7 @@ def hyperparameters_file(words: Sequence[str]) -> str | None:
 
 
 def processes_in_file(words: Sequence[str]) -> dict[str, Any]:
-    """How many processes the ``trainer`` section of a hyperparameters file asks for.
+    """In how many processes the ``trainer`` section of a hyperparameters file asks to run.
 
     Nothing that the file names is made.
 
@@ -95,7 +95,7 @@ def processes_in_file(words: Sequence[str]) -> dict[str, Any]:
         words: The script's command line, whose overrides count.
 
     Returns:
-        ``devices`` and ``num_nodes``, where it has them as plain values.
+        Those of ``PROCESSES`` and ``accelerator`` that it has as plain values.
 
     Raises:
         RecipeError: There is no such file.
@@ -111,7 +111,7 @@ def processes_in_file(words: Sequence[str]) -> dict[str, Any]:
     return {
         key.value: yaml.safe_load(yaml.serialize(value))
         for key, value in pairs
-        if key.value in ("devices", "num_nodes") and not value.tag.startswith("!")
+        if key.value in (*PROCESSES, "accelerator") and not value.tag.startswith("!")
     }
 
 

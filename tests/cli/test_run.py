@@ -61,6 +61,7 @@ def test_two_processes_learn_what_torchruns_do(tmp_path: Path) -> None:
     [
         ("devices: !ref <processes>\n    num_nodes: 2", {"devices": 3, "num_nodes": 2}),
         ("devices: '2'\n    callbacks: [!new:not.there []]", {"devices": "2"}),
+        ("accelerator: cpu\n    strategy: !new:not.there []", {"accelerator": "cpu"}),
         ("devices: !apply:os.cpu_count", {}),
         ("[devices]", {}),
     ],
@@ -77,7 +78,8 @@ def test_processes_are_as_many_as_the_file_says(
     ("trainer", "on_cpu", "processes"),
     [
         ({}, True, 1), ({"devices": 3}, True, 3), ({"devices": "2"}, False, 2),
-        ({"devices": "auto"}, True, 1), ({"devices": [1]}, False, 1), ({"devices": None}, True, 1),
+        ({"devices": "auto"}, True, 1), ({"devices": None}, True, 1),
+        ({"devices": [1]}, False, 1),
         ({"devices": -1}, False, max(1, accelerator.device_count())),
     ],
 )  # fmt: skip
