@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from brain_lightning.fsdp2.evaluate import release
 from brain_lightning.protocol import BrainProtocol
 
 from .compile import plain_name
@@ -111,6 +112,7 @@ class InitialGroups:
         A parameter that is in no module has its number in the groups that were made.
         """
         brain = self._brain
+        release(brain)
         named = {plain_name(name, brain): p for name, p in brain.modules.named_parameters()}
         known = set(map(id, named.values()))
         others = enumerate(chain.from_iterable(self._made[optimizer]))
