@@ -15,6 +15,8 @@ NAMES = re.compile(r"!(?:name|new|apply|applyref):(.+)")
 REFERENCE = re.compile(r"<([^<>.\[]+)[^<>]*>")
 # Objects that can be called for their result; a list or a number cannot.
 OBJECT = re.compile(r"!(new|apply|ref|applyref)\b")
+OPTIMIZER = re.compile(r"!new:torch\.optim\.(?!lr_scheduler)")
+LIST = re.compile(r"!new:torch\.nn\.Module(List|Dict)$")
 
 
 class HparamsSource:
@@ -28,6 +30,9 @@ class HparamsSource:
         named: Dotted names of classes and functions, and the line of each.
         modules: The entries of ``modules``; None where it has no such section.
         parts: The names of all that the entries are made of, and the entry of each.
+        inner: Those of them that are called within an entry, and are neither one themselves
+            nor in a list that is one.
+        optimizers: Names of optimizers that are made with the file, and the line of each.
 
     Raises:
         RecipeError: It cannot be read, or is no YAML.
@@ -49,6 +54,21 @@ class HparamsSource:
         self.parts.update({entry: entry for entry in _mapping(modules)})
         for entry, node in _mapping(modules).items():
             self._add_parts(entry, node, set())
+        called = {name for node in _mapping(modules).values() for name in self._called(node)}
+        self.inner = self.parts.keys() - called - _mapping(modules).keys()
+        made = {name: node for name, node in values.items() if OPTIMIZER.match(node.tag)}
+        self.optimizers = {name: node.start_mark.line + 1 for name, node in made.items()}
+
+    def _called(self, node: yaml.Node) -> Iterator[str]:
+        """Names of what an entry is, or of what is called in a list that is one."""
+        names = [name for name, value in self._values.items() if value is node]
+        if node.tag == "!ref" and isinstance(node, yaml.ScalarNode):
+            names += REFERENCE.findall(node.value)
+        yield from names
+        for value in [node, *(self._values.get(name, node) for name in names)]:
+            if LIST.match(value.tag):
+                for part in _walk(value):
+                    yield from self._called(part) if part is not value else ()
 
     def _add_parts(self, entry: str, node: yaml.Node, seen: set[str]) -> None:
         """Follows references and aliases; parts of parts are parts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .remark import ARGUMENTS, DDP, Remark, remark
+from .remark import ARGUMENTS, DDP, FSDP2, Remark, remark
 from .source import BrainSource
 
 PARTS = ("_fit_train", "_fit_valid")
@@ -87,7 +87,7 @@ def _fit_remark(brain: BrainSource) -> Remark:
             "reaches into it, no argument and no callback. Call self._fit_train and "
             f"self._fit_valid in it, or super().fit; {refused}"
         )
-        return remark("fit", says, method.at, *ARGUMENTS, DDP)
+        return remark("fit", says, method.at, *ARGUMENTS, DDP, FSDP2)
     says = (
         f"{name} is the recipe's own loop: each _fit_train and _fit_valid that it calls is a "
         "stage of one Trainer, but how many epochs there are is for the loop to say. Where "
@@ -95,7 +95,7 @@ def _fit_remark(brain: BrainSource) -> Remark:
         f"{refused}"
     )
     wraps = {"on_fit_start", "_wrap_distributed"} & {*brain.reads, *brain.supers}
-    return remark("fit", says, method.at, *OF_EPOCHS, *([] if wraps else [DDP]))
+    return remark("fit", says, method.at, *OF_EPOCHS, *([] if wraps else [DDP, FSDP2]))
 
 
 def _part_remark(brain: BrainSource, name: str) -> Remark:

@@ -24,6 +24,8 @@ SEVERAL = re.compile(
     r"|distributed_launch|is_initialized\(\)|world_size(\(\))? > 1"
 )
 ONE = re.compile(r"world_size(\(\))? (==|<=) 1|world_size(\(\))? < 2")
+# Tests that are true in the main process alone.
+MAIN = re.compile(r"^(?!not ).*(if_main_process\(\)|\brank == 0|is_global_zero)")
 TRAIN = re.compile(r"Stage\.TRAIN\b")
 LATER = re.compile(r"Stage\.(VALID|TEST)\b")
 NO_GRADIENTS = ("no_grad", "inference_mode")
@@ -212,6 +214,15 @@ def processes(test: ast.expr) -> tuple[str, str]:
     if ONE.search(text):
         return "one", "several"
     return ("several", "one") if SEVERAL.search(text) else ("", "")
+
+
+def is_on_main(test: ast.expr) -> bool:
+    """Whether a test is true in the main process alone.
+
+    Args:
+        test: The test.
+    """
+    return bool(MAIN.search(ast.unparse(test)))
 
 
 def learns(test: ast.expr) -> tuple[bool, bool]:

@@ -26,8 +26,9 @@ class EntryUse(NamedTuple):
     Attributes:
         entry: The entry, or ``EACH_ENTRY``.
         attribute: What is used of it; ``[]`` where it is indexed, empty where it is replaced.
-        how: ``read``, ``set``, ``around`` (a call of what is in ``.module``), ``replace`` or
-            ``kept`` (what ``__init__`` has kept of it, which is not the wrapper).
+        how: ``read``, ``set``, ``around`` (a call of what is in ``.module``), ``part`` (a call
+            of a method or a part of it, whose path is ``attribute``), ``replace`` or ``kept``
+            (what ``__init__`` has kept of it, which is not the wrapper).
         text: As it is written.
         at: Where.
         processes: ``one`` or ``several`` where a test asked for that before, else empty.
@@ -109,6 +110,7 @@ class Method:
         keeps: Attributes of ``self`` that are assigned modules or an entry of them.
         handovers: What is given to functions.
         unread: Those of them whose function is in no file.
+        on_main: What is called in the main process alone that saves, and where.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Method:
     keeps: dict[str, str] = field(default_factory=dict)
     handovers: list[Handover] = field(default_factory=list)
     unread: list[Handover] = field(default_factory=list)
+    on_main: list[tuple[str, Location]] = field(default_factory=list)
 
     def absorb(self, function: Method) -> None:
         """Takes what a function does that this method calls for what it does itself.
@@ -144,3 +147,4 @@ class Method:
         self.entry_uses += function.entry_uses
         self.hparams_calls += function.hparams_calls
         self.unread += function.unread
+        self.on_main += function.on_main

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from brain_lightning.fsdp2.methods import METHODS
+
 from .meaning import OF_A_MODULE_DICT
 from .method import EntryUse, HparamsCall, Location
 from .modules import SPEECHBRAINS
-from .remark import DDP, ONE_DEVICE, Remark, remark
+from .remark import DDP, FSDP2, ONE_DEVICE, Remark, remark
 from .source import BrainSource, RecipeSource
 
 OF_A_MODULE = frozenset(dir(torch.nn.Module())) | {"device"}
@@ -20,6 +22,9 @@ WITH_OTHER_NAMES = frozenset(
     {"state_dict", "load_state_dict", "get_submodule", "get_parameter", "get_buffer",
      "children", "named_children"}
 )  # fmt: skip
+OPTIMIZERS = {
+    name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)
+} | {"opt_class"}
 SHOWN = 4
 UNWRAP = "Use getattr(entry, 'module', entry)"
 # What reads and changes of an entry come to where it is in a wrapper.
@@ -52,9 +57,10 @@ def process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark
     """
     if brain.is_own("on_fit_start") and "_wrap_distributed" not in brain.reads:
         says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
-        yield remark(DDP, says, brain.methods["on_fit_start"])
+        yield remark(DDP, says, brain.methods["on_fit_start"], DDP, FSDP2)
     yield from _hparams_remarks(brain, source)
     yield from _wrapper_remarks(brain)
+    yield from _shard_remarks(brain, source)
     yield from _group_remarks(brain, source)
 
 
@@ -132,6 +138,8 @@ def _wrapper_remarks(brain: BrainSource) -> Iterator[Remark]:
         yield from _about_uses(DDP, says, filter(applies, bare))
     says = "an entry of modules that is replaced has no wrapper any more: {}"
     yield from _about_uses(DDP, says, (use for use in uses if use.how == "replace"))
+    says = "an entry of modules that is replaced is not sharded: {}"
+    yield from _about_uses(FSDP2, says, (use for use in uses if use.how == "replace"))
     learning = {use.at for method in brain.learning for use in method.entry_uses}
     around = [use for use in uses if use.how == "around" and use.at in learning]
     says = (
@@ -152,6 +160,98 @@ def _wrapper_remarks(brain: BrainSource) -> Iterator[Remark]:
     says = "there is no wrapper in one process, and no .module: {}"
     alone = [u for u in bare if u.attribute == "module" and u.processes != "several"]
     yield from _about_uses(ONE_DEVICE, says, alone)
+
+
+def methods_to_name(brain: BrainSource, source: RecipeSource) -> list[str]:
+    """Methods of entries that a batch is learned by, and that are not known to use weights.
+
+    Args:
+        brain: The Brain.
+        source: The recipe that it belongs to.
+
+    Returns:
+        Their names, as ``FSDP2Strategy(methods=...)`` takes them.
+    """
+    return sorted({name for name, _, _ in _methods(brain, source)})
+
+
+def _methods(brain: BrainSource, source: RecipeSource) -> Iterator[tuple[str, str, Location]]:
+    known = OF_A_MODULE | {*METHODS, "", "[]"}
+    for use in _part_calls(brain):
+        if "." not in use.attribute and use.attribute not in known:
+            yield use.attribute, use.text, use.at
+    hparams = source.hparams
+    entries = set() if hparams is None else hparams.parts.keys() - hparams.inner
+    for call in brain.hparams_calls:
+        if call.name in entries and "." not in call.method and call.method not in known:
+            yield call.method, call.text, call.at
+
+
+def _part_calls(brain: BrainSource) -> list[EntryUse]:
+    """Calls of methods and parts of entries by which a batch is learned."""
+    learning = {use.at for method in brain.learning for use in method.entry_uses}
+    return [
+        use for use in brain.entry_uses
+        if use.how == "part" and use.learns and use.at in learning and use.processes != "one"
+    ]  # fmt: skip
+
+
+def _shard_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
+    """What a Brain does that modules in shards do not stand."""
+    if methods := list(_methods(brain, source)):
+        listed = _listed([(text, at) for _, text, at in methods])
+        says = (
+            f"weights are gathered for forward, and not for {listed}: where it uses weights, "
+            f"name it, FSDP2Strategy(methods={methods_to_name(brain, source)})"
+        )
+        at = min(at for _, _, at in methods)
+        yield Remark(FSDP2, says, at.line, at.file)
+    parts = [(use.text, use.at) for use in _part_calls(brain) if _is_of_a_part(use.attribute)]
+    inner = set() if source.hparams is None else source.hparams.inner
+    parts += [(call.text, call.at) for call in _computing(brain) if call.name in inner]
+    yield from _about_shards(
+        "weights of a part are gathered while its entry of modules is called, and not for {}: "
+        "name its class, FSDP2Strategy(blocks=[...]), or make it an entry", parts,
+    )  # fmt: skip
+    after = [method for method in brain.every() if method.name != "__init__"]
+    yield from _about_shards(
+        "all processes make a state together, and wait for ever where the main process alone "
+        "calls {}: call it in all of them", (each for m in after for each in m.on_main),
+    )  # fmt: skip
+    copies = [h for m in after for h in m.handovers if h.function.endswith("deepcopy")]
+    yield from _about_shards(
+        "there is no copy of a module in shards: {}. Make it in __init__",
+        ((f"{h.function}({', '.join(h.given.values())})", h.at) for h in copies),
+    )
+    hooks = brain.calls.get("register_comm_hook", [])
+    yield from _about_shards("{} is refused", (("register_comm_hook", at) for at in hooks))
+    yield from _optimizer_remarks(brain, source)
+
+
+def _is_of_a_part(path: str) -> bool:
+    *owners, name = path.split(".")
+    return path == "[]" or (bool(owners) and name not in OF_A_MODULE - {"forward"})
+
+
+def _optimizer_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
+    early = [method for method in brain.every() if method.name == "__init__"]
+    found = [
+        (name, at) for method in early for name, places in method.calls.items()
+        for at in places if name in OPTIMIZERS
+    ]  # fmt: skip
+    hparams = source.hparams
+    if hparams is not None:
+        file = source.show(hparams.path)
+        found += [(name, Location(file, at)) for name, at in hparams.optimizers.items()]
+    yield from _about_shards(
+        "an optimizer that is made before modules are sharded is refused: {}. Make it in "
+        "init_optimizers", found,
+    )  # fmt: skip
+
+
+def _about_shards(says: str, found: Iterable[tuple[str, Location]]) -> Iterator[Remark]:
+    if found := list(found):
+        yield remark(FSDP2, says.format(_listed(found)), min(at for _, at in found))
 
 
 def _about_uses(about: str, says: str, uses: Iterable[EntryUse]) -> Iterator[Remark]:

@@ -7,13 +7,26 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from .meaning import ITSELF, MODULES, Kept, Names, learns, names_in, processes, stops_gradients
+from .meaning import (
+    ITSELF,
+    MODULES,
+    Kept,
+    Names,
+    is_on_main,
+    learns,
+    names_in,
+    processes,
+    stops_gradients,
+)
 from .method import EntryUse, Handover, HparamsCall, Location, Method
 from .modules import dotted_name
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 # Functions that want a sequence, which a wrapper of one is not.
 SEQUENCES = frozenset({"len", "enumerate", "iter", "list", "tuple", "zip", "reversed"})
+
+# What all processes call together, where modules are in shards.
+SAVING = frozenset({"state_dict", "save_checkpoint", "save_and_keep_only"})
 
 
 def read_method(node: Function, owner: str, file: str, kept: Kept | None = None) -> Method:
@@ -71,6 +84,7 @@ class _Reader(ast.NodeVisitor):
         self._entry = names.entry
         self._processes = ""
         self._learns = True
+        self._is_on_main = False
         self._branches = 0
 
     def read(self, node: Function, count: str = "", learned: bool = True) -> None:
@@ -102,8 +116,11 @@ class _Reader(ast.NodeVisitor):
         then, otherwise = processes(node.test)
         learned, learned_otherwise = learns(node.test)
         self._branches += 1
+        before = self._is_on_main
+        self._is_on_main = before or is_on_main(node.test)
         with self._within(then, learned):
             self._visit_all(node.body)
+        self._is_on_main = before
         with self._within(otherwise, learned_otherwise):
             self._visit_all(node.orelse)
         self._branches -= 1
@@ -231,6 +248,8 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         self._read_function(node)
+        self._read_part(node.func)
+        self._read_saving(node.func)
         self._read_handover(node)
         name = dotted_name(node.func)
         if name in ("getattr", "hasattr") and len(node.args) > 1:
@@ -302,6 +321,23 @@ class _Reader(ast.NodeVisitor):
             self._add_use(entry, "", "around", function)
         elif around := self._wrapped(owner):
             self._add_use(around, function.attr, "around", function)
+
+    def _read_saving(self, function: ast.expr) -> None:
+        is_saving = isinstance(function, ast.Attribute) and function.attr in SAVING
+        if is_saving and self._is_on_main:
+            self._method.on_main.append((ast.unparse(function), self._at(function)))
+
+    def _read_part(self, function: ast.expr) -> None:
+        """A call of a method or a part of an entry, whether in a wrapper or not."""
+        path: list[str] = []
+        node = function
+        while isinstance(node, (ast.Attribute, ast.Subscript)):
+            path.insert(0, node.attr if isinstance(node, ast.Attribute) else "[]")
+            node = node.value
+            if entry := self._entry(node):
+                inner = ".".join(path).removeprefix("module").removeprefix(".")
+                self._add_use(entry, inner, "part", function)
+                return
 
     def _wrapped(self, node: ast.expr) -> str:
         """The entry whose ``.module``, or a part of that, is written."""

@@ -8,6 +8,7 @@ from .method import Location
 
 ONE_DEVICE = "one device"
 DDP = "strategy=ddp"
+FSDP2 = "strategy=fsdp2"
 ARGUMENTS = (
     "accelerator", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run",
     "max_epochs", "min_epochs", "max_steps", "max_time", "limit_train_batches",

@@ -11,8 +11,13 @@ from brain_lightning.protocol import MANUAL_HOOKS
 
 from .loops import is_whole, loop_remarks
 from .method import Location
-from .processes import depends_on_hparams, process_remarks, unread_functions
-from .remark import ARGUMENTS, DDP, ONE_DEVICE, Remark
+from .processes import (
+    depends_on_hparams,
+    methods_to_name,
+    process_remarks,
+    unread_functions,
+)
+from .remark import ARGUMENTS, DDP, FSDP2, ONE_DEVICE, Remark
 from .source import BrainSource, RecipeSource
 from .updates import old_api_remarks, update_remarks
 
@@ -23,9 +28,16 @@ HOOKS = frozenset(
 STEPPING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
 CALLS = ("backward", "clip_grad_norm_")
 PARALLEL = "ddp (each entry of modules in its own DistributedDataParallel)"
+SHARDED = "fsdp2 (each entry of modules in shards, for models larger than one device)"
+IF_NAMED = ", with FSDP2Strategy(methods={})"
+IF_NO_PART = (
+    ", if nothing that it calls in hparams is a part of one of modules (doctor SCRIPT HPARAMS "
+    "looks)"
+)
 IF_NO_ENTRY = (
     ", if nothing that it calls in hparams is one of modules (doctor SCRIPT HPARAMS looks)"
 )
+IF_CALLED = ", if what is given self or modules uses weights by calling entries alone: {}"
 IF_READ = ", if what is given self or modules uses nothing that a wrapper lacks: {}"
 
 
@@ -106,7 +118,7 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
     parallel = PARALLEL + (IF_NO_ENTRY if depends_on_hparams(brain, source) else "")
     if unread := unread_functions(brain):
         parallel += IF_READ.format(", ".join(unread))
-    strategies = {ONE_DEVICE: ONE_DEVICE, DDP: parallel}
+    strategies = {ONE_DEVICE: ONE_DEVICE, DDP: parallel, FSDP2: _sharded(brain, source)}
     return BrainReport(
         name=brain.name,
         line=brain.location.line,
@@ -121,6 +133,18 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
         callbacks_refused=refused + (["GradientAccumulationScheduler"] if manual else []),
         file=brain.location.file,
     )
+
+
+def _sharded(brain: BrainSource, source: RecipeSource) -> str:
+    """What it takes to shard its modules."""
+    text = SHARDED
+    if methods := methods_to_name(brain, source):
+        text += IF_NAMED.format(methods)
+    if depends_on_hparams(brain, source):
+        text += IF_NO_PART
+    if unread := unread_functions(brain):
+        text += IF_CALLED.format(", ".join(unread))
+    return text
 
 
 def _why(overrides: dict[str, str]) -> str:

@@ -23,7 +23,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning.doctor import examine
+from brain_lightning.doctor.processes import OF_A_MODULE
 from brain_lightning.doctor.report import BrainReport
+from brain_lightning.fsdp2.methods import METHODS
 
 CLASS = re.compile(r"^class (\w+)\(([^)]*)\)\s*:", re.MULTILINE)
 METHOD = re.compile(r"^(?:    @.*\n)*    (?:async )?def (\w+)", re.MULTILINE)
@@ -245,13 +247,28 @@ def _against_strategy(source: Source, strategy: str, hparams: Path | None) -> st
         if strategy == "one device":
             if re.search(rf"{ENTRY}\.module\b", joined) and not guarded:
                 return line.strip()
+        elif strategy.startswith("fsdp2"):
+            if (unnamed := _part_called(joined, strategy)) and not _is_of_evaluation(
+                source, line
+            ):
+                return f"{line.strip()}: {unnamed}"
         elif (found := _lacks(joined)) and not guarded:
             return f"{line.strip()}: {found}"
     if strategy != "one device":
         start = source.defined.get("on_fit_start", "super().on_fit_start")
         if "super().on_fit_start" not in start and "_wrap_distributed" not in source.text:
             return "on_fit_start wraps nothing"
-        return _around(source, strategy, hparams)
+        return "" if strategy.startswith("fsdp2") else _around(source, strategy, hparams)
+    return ""
+
+
+def _part_called(line: str, strategy: str) -> str:
+    """What is called of an entry, and is neither known nor said to be named."""
+    for path in re.findall(rf"{ENTRY}((?:\.\w+|\[\w+\])+)\(", line):
+        name = path.removeprefix(".module").removeprefix(".")
+        known = OF_A_MODULE | {*METHODS, ""}
+        if name.rpartition(".")[2] not in known and repr(name) not in strategy:
+            return str(path)
     return ""
 
 
