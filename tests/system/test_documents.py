@@ -103,7 +103,9 @@ def test_an_output_may_differ_in_its_numbers_alone() -> None:
 
 
 # They leave threads, and variables of the environment, behind.
-SERVICES = {"WandbLogger": {"WANDB_MODE": "offline"}, "MLFlowLogger": {}}
+SERVICES = {
+    "WandbLogger": {"WANDB_MODE": "offline"}, "MLFlowLogger": {}, "FSDP2Strategy": {}
+}  # fmt: skip
 
 
 @of("yaml")
