@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.jit import ScriptModule
@@ -24,6 +25,8 @@ from .tensors import is_shard
 
 # Parameters that were replaced by shards, while something has them still.
 _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Entries, and the settings that they were sharded with.
+_settings: WeakKeyDictionary[Module, Sharding] = WeakKeyDictionary()
 # What torch says where weights are used that are not gathered.
 NOT_GATHERED = ("mixed torch.Tensor and DTensor", "sharding strategy registered")
 
@@ -75,6 +78,7 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     entries = {name: module for name, module in brain.modules.items() if module is not None}
     _check_shared(entries)
     for name, module in entries.items():
+        _check_settings(name, module, sharding)
         for part in module.modules():
             if isinstance(part, ScriptModule) and any(True for _ in part.parameters()):
                 raise UnsupportedError(
@@ -90,6 +94,21 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     for parameter in brain.modules.parameters():
         if not is_shard(parameter):
             _replaced[parameter] = True
+
+
+def _check_settings(name: str, module: Module, sharding: Sharding) -> None:
+    """Refuses other settings for a module that is sharded already."""
+    first = _settings.setdefault(module, sharding)
+    if not is_sharded(module):
+        _settings[module] = sharding
+        return
+    for setting in ("blocks", "methods", "cpu_offload", "replicate"):
+        before, now = getattr(first, setting), getattr(sharding, setting)
+        if before != now:
+            raise UnsupportedError(
+                f"{name!r} is in shards since an earlier fit with FSDP2Strategy({setting}="
+                f"{before!r}), and stays so: {setting}={now!r} needs a new Brain"
+            )
 
 
 def _check_shared(entries: dict[str, Module]) -> None:

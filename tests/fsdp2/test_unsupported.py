@@ -213,6 +213,12 @@ def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
     }.items():
         with pytest.raises(UnsupportedError, match=words):
             trap(name).fit(range(1), loader(), trainer=sharded())
+    brain = with_model()
+    brain.modules.model.norm = nn.SyncBatchNorm(2)
+    with pytest.raises(
+        UnsupportedError, match=r"'model' has a SyncBatchNorm, which needs a GPU"
+    ):
+        brain.fit(range(1), loader(), trainer=sharded())
     with pytest.raises(RuntimeError, match="mixed") as error:
         trap("part").fit(range(1), loader(), trainer=sharded())
     assert any("FSDP2Strategy(methods=[...])" in note for note in error.value.__notes__)
@@ -230,6 +236,10 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
     before = tensors.whole(brain.modules.model.output.weight).detach().clone()
     brain.fit(range(1), loader(), trainer=sharded(FSDP2Strategy(methods=["score"])))
     assert not torch.equal(before, tensors.whole(brain.modules.model.output.weight))
+    with pytest.raises(
+        UnsupportedError, match=r"methods=\['score'\]\).*methods=\(\) needs a new"
+    ):
+        brain.fit(range(1), loader(), trainer=sharded())
     for strategy in ("ddp", "auto"):
         with pytest.raises(UnsupportedError, match=r"'model' is in shards since.*again, or"):
             brain.fit(range(1), loader(), trainer=sharded(strategy))

@@ -14,6 +14,7 @@ from torch import nn
 from brain_lightning import FSDP2Strategy, RunOptionError, UnsupportedError, to_lightning
 from brain_lightning.callback.reconcile import reconcile
 from brain_lightning.distributed.ddp import wrap_modules
+from brain_lightning.lightning_internals.strategies import check_strategy
 from brain_lightning.temporary import TemporaryAttributes
 from tests.support.brains import loader, make, trainer_with
 
@@ -86,6 +87,18 @@ def test_the_strategys_arguments_reach_every_wrapper(monkeypatch: pytest.MonkeyP
     temporary.restore()
     assert "_wrap_distributed" not in vars(brain)
     assert "configure_ddp" not in vars(trainer.strategy)
+
+
+def test_what_ddp_finds_shards_find_too() -> None:
+    brain, temporary = make(), TemporaryAttributes()
+    strategy = FSDP2Strategy(find_unused_parameters=True, methods=["score"])
+    trainer = trainer_with(devices=2, strategy=strategy)
+    check_strategy(trainer)
+    reconcile(trainer, brain, temporary)
+    assert brain.find_unused_parameters
+    assert brain._lightning.sharding.methods == ["score"]
+    temporary.restore()
+    assert (brain.find_unused_parameters, brain._lightning.sharding) == (False, None)
 
 
 def test_a_recipes_own_wrapping_is_left_to_it() -> None:
