@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from brain_lightning.compat.versions import REDUCES_UNUSED
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.distributed.ddp import with_batchnorm_for
 from brain_lightning.protocol import BrainProtocol
@@ -18,7 +17,7 @@ from .hooks import broadcast, clone_views, keep_buffers_equal
 from .methods import METHODS, register_methods
 from .sharding import Sharding
 from .state_dict import save_whole_module
-from .unsupported import check_modules, refuse_comm_hooks
+from .unsupported import check_modules, may_leave_out, refuse_comm_hooks
 
 # Of the processes: copies of the model, and its shards.
 AXES = ("replicate", "shard")
@@ -46,9 +45,8 @@ def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
             brain.modules[name] = module = with_batchnorm_for(kind, name, module)
         for unit in units(module):
             _shard(unit, sharding, options)
-            if REDUCES_UNUSED and world_size() > 1:
-                # Else gradients of a parameter that one process leaves out would be added to
-                # those of another one, without a word.
+            if may_leave_out(brain, unit):
+                # Else gradients of different parameters would be averaged, without a word.
                 unit.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
 

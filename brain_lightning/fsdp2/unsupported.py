@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -23,8 +24,15 @@ from .evaluate import is_sharded
 from .sharding import AUTO, Sharding
 from .tensors import is_shard
 
+logger = logging.getLogger(__name__)
+
 # Parameters that were replaced by shards, while something has them still.
 _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+UNUSED = (
+    "%s parameters of %r have no gradient. If processes leave out different ones, they need "
+    "--find_unused_parameters, as with strategy='ddp': without it gradients of different "
+    "parameters are averaged"
+)
 # Entries, and the settings that they were sharded with.
 _settings: WeakKeyDictionary[Module, Sharding] = WeakKeyDictionary()
 # What torch says where weights are used that are not gathered.
@@ -137,10 +145,48 @@ def _check_parameter(name: str, parameter: Parameter) -> None:
         )
 
 
+def may_leave_out(brain: BrainProtocol, unit: Module) -> str:
+    """By which option a process may leave out parameters that others use.
+
+    Args:
+        brain: The Brain.
+        unit: What is sharded.
+
+    Returns:
+        The option and its value; empty where there is none.
+    """
+    found = "find_unused_parameters=True" if brain.find_unused_parameters else ""
+    return found or drops_layers(unit)
+
+
+def warn_of_unused(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> None:
+    """Has the first step of each optimizer warn of parameters that this process left out.
+
+    ``DistributedDataParallel`` ends with an error there. Torch's shards say nothing, and
+    average gradients of different parameters where processes left out different ones.
+
+    Args:
+        brain: The Brain, whose modules are in shards.
+        optimizers: Its optimizers.
+    """
+    if world_size() == 1 or brain.find_unused_parameters:
+        return
+
+    def warn(optimizer: Optimizer, *_: object) -> None:
+        handles.pop(optimizer).remove()
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, module in brain.modules.items():
+            trained = [p for p in module.parameters() if p.requires_grad] if module else []
+            unused = [p for p in trained if id(p) in own and p.grad is None]
+            if unused and len(unused) < len(trained) and not drops_layers(module):
+                logger.warning(UNUSED, len(unused), name)
+
+    handles = {each: each.register_step_pre_hook(warn) for each in optimizers}
+
+
 def _check_unused(brain: BrainProtocol, unit: Module) -> None:
     """Refuses parameters that one process may leave out, where others would get wrong ones."""
-    option = "find_unused_parameters=True" if brain.find_unused_parameters else ""
-    if (option := option or drops_layers(unit)) and not REDUCES_UNUSED:
+    if (option := may_leave_out(brain, unit)) and not REDUCES_UNUSED:
         raise UnsupportedError(
             f"{option}: each process may leave out other parameters, and torch "
             f"{torch.__version__} would average gradients of different ones with "

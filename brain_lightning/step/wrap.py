@@ -12,7 +12,7 @@ from brain_lightning.distributed import ddp
 from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.state_dict import save_whole_optimizers
-from brain_lightning.fsdp2.unsupported import check_optimizers
+from brain_lightning.fsdp2.unsupported import check_optimizers, warn_of_unused
 from brain_lightning.protocol import BrainProtocol, overrides
 
 from .optimizers import all_optimizers
@@ -56,4 +56,7 @@ def save_whole(brain: BrainProtocol) -> None:
     """
     check_optimizers(brain)
     own: Any = (value for value in vars(brain).values() if isinstance(value, Optimizer))
-    save_whole_optimizers(chain(own, all_optimizers(brain).values()))
+    optimizers = {id(each): each for each in chain(own, all_optimizers(brain).values())}
+    save_whole_optimizers(optimizers.values())
+    if brain._lightning.sharding is not None:
+        warn_of_unused(brain, optimizers.values())

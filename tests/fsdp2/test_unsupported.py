@@ -251,6 +251,24 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
         brain.modules.model.state_dict()
 
 
+@pytest.mark.usefixtures("one_process")
+def test_parameters_that_are_not_used_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As of several processes, which may use different ones.
+    monkeypatch.setattr(unsupported, "world_size", lambda: 2)
+    for options, warned in (({}, 1), ({"find_unused_parameters": True}, 0)):
+        caplog.clear()
+        brain = with_model(**options)
+        brain.modules.model.spare = nn.Linear(2, 2)
+        brain.modules["unused"] = nn.Linear(2, 2)
+        brain.fit(range(2), loader(), trainer=sharded())
+        found = [r.getMessage() for r in caplog.records if "no gradient" in r.getMessage()]
+        assert [text.startswith("2 parameters of 'model'") for text in found] == [
+            True
+        ] * warned
+
+
 REFUSED = {
     "WeightAveraging": "it copies modules",
     "EMAWeightAveraging": "it copies modules",
