@@ -91,7 +91,6 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def _check_sharding(strategy: FSDP2Strategy) -> None:
-    check_version()
     given = [name for name in WHOLE_MODULE if getattr(strategy, name) is not None]
     # It has a meaning for shards too.
     given += [name for name in strategy._ddp_kwargs if name != "find_unused_parameters"]
@@ -100,6 +99,7 @@ def _check_sharding(strategy: FSDP2Strategy) -> None:
             f"FSDP2Strategy({given[0].removeprefix('_')}=...) is for DistributedDataParallel, "
             "of which there is none: leave it out"
         )
+    check_version()
 
 
 def ddp_arguments(trainer: Trainer) -> dict[str, Any]:

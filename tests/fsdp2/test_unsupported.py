@@ -16,6 +16,7 @@ from brain_lightning import FSDP2Strategy, UnsupportedError, to_lightning
 from brain_lightning.fsdp2 import blocks, tensors, unsupported
 from brain_lightning.fsdp2.sharding import Sharding
 from tests.support.brains import Regression, loader, make, sgd, trainer_with
+from tests.support.upstream import needs_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -126,8 +127,13 @@ MODULES: dict[str, tuple[Callable[[], dict[str, nn.Module]], dict[str, Any], str
 
 @pytest.mark.parametrize(("modules", "settings", "words"), MODULES.values(), ids=MODULES)
 def test_modules_are_refused(
-    modules: Callable[[], dict[str, nn.Module]], settings: dict[str, Any], words: str
+    modules: Callable[[], dict[str, nn.Module]],
+    settings: dict[str, Any],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # As of a torch that has what layerdrop needs.
+    monkeypatch.setattr(unsupported, "REDUCES_UNUSED", True)
     brain = make()
     brain.modules = nn.ModuleDict(modules())
     with pytest.raises(UnsupportedError, match=words):
@@ -205,6 +211,7 @@ def trap(name: str) -> Any:
     return brain
 
 
+@needs_shards
 @pytest.mark.usefixtures("one_process")
 def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
     for name, words in {
@@ -225,6 +232,7 @@ def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
     trap("part").fit(range(1), loader(), trainer=sharded(FSDP2Strategy(blocks=["Linear"])))
 
 
+@needs_shards
 @pytest.mark.usefixtures("one_process")
 def test_after_a_fit_in_shards_modules_are_trained_in_shards(
     monkeypatch: pytest.MonkeyPatch,
@@ -251,6 +259,7 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
         brain.modules.model.state_dict()
 
 
+@needs_shards
 @pytest.mark.usefixtures("one_process")
 def test_parameters_that_are_not_used_are_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -290,6 +299,7 @@ def callback(name: str) -> Any:
     )
 
 
+@needs_shards
 @pytest.mark.parametrize("name", REFUSED)
 def test_callbacks_that_copy_modules_are_refused(name: str) -> None:
     words = rf"{name} does not work with .*{REFUSED[name]}"

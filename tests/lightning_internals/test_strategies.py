@@ -17,6 +17,7 @@ from brain_lightning.distributed.ddp import wrap_modules
 from brain_lightning.lightning_internals.strategies import check_strategy
 from brain_lightning.temporary import TemporaryAttributes
 from tests.support.brains import loader, make, trainer_with
+from tests.support.upstream import needs_shards
 
 
 def ddp(**kwargs: Any) -> Any:
@@ -89,6 +90,7 @@ def test_the_strategys_arguments_reach_every_wrapper(monkeypatch: pytest.MonkeyP
     assert "configure_ddp" not in vars(trainer.strategy)
 
 
+@needs_shards
 def test_what_ddp_finds_shards_find_too() -> None:
     brain, temporary = make(), TemporaryAttributes()
     strategy = FSDP2Strategy(find_unused_parameters=True, methods=["score"])

@@ -8,9 +8,13 @@ import pytest
 import speechbrain
 from torch.torch_version import TorchVersion
 
-from brain_lightning.compat.versions import LIGHTNING
+from brain_lightning.compat.versions import LIGHTNING, SHARDS
 
 SPEECHBRAIN = TorchVersion(speechbrain.__version__)
+
+
+# Modules in shards, on a torch that averages their gradients as it should.
+needs_shards = pytest.mark.skipif(not SHARDS, reason="needs torch 2.8")
 
 
 def needs_lightning(version: str) -> pytest.MarkDecorator:
