@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -58,8 +58,22 @@ class FSDP2Strategy(DDPStrategy):
             blocks, methods, gather_to_evaluate, cpu_offload, replicate, sharded_checkpoints
         )
 
+    def model_to_device(self) -> None:
+        """Nothing: each entry of ``modules`` is moved by itself, and sharded before the next."""
+
     def configure_ddp(self) -> None:
         """Nothing: each entry of ``modules`` is sharded by itself, after it is compiled."""
+
+
+def shards(trainer: Any) -> bool:
+    """Whether a Trainer, or arguments for one, say that modules are sharded.
+
+    Args:
+        trainer: One of both.
+    """
+    is_mapping = isinstance(trainer, Mapping)
+    strategy = trainer.get("strategy") if is_mapping else getattr(trainer, "strategy", None)
+    return strategy == NAME or isinstance(strategy, FSDP2Strategy)
 
 
 StrategyRegistry.register(NAME, FSDP2Strategy, description=FSDP2Strategy.__name__)

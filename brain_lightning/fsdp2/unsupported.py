@@ -16,6 +16,7 @@ from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol, hparams_of
 
 from .blocks import blocks, units
+from .meta import check_resets
 from .sharding import Sharding
 from .tensors import is_shard
 
@@ -61,6 +62,8 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
                 )
         for unit in () if module is None else units(module):
             _check_types(name, unit, sharding)
+        if module is not None:
+            check_resets(name, module)
     _check_optimizers(brain)
 
 
