@@ -59,7 +59,7 @@ class FSDP2Strategy(DDPStrategy):
         )
 
     def model_to_device(self) -> None:
-        """Nothing: each entry of ``modules`` is moved by itself, and sharded before the next."""
+        """Nothing: an entry of ``modules`` is moved and sharded before the next one is."""
 
     def configure_ddp(self) -> None:
         """Nothing: each entry of ``modules`` is sharded by itself, after it is compiled."""
