@@ -12,7 +12,7 @@ from brain_lightning.distributed.ddp import with_batchnorm_for
 from brain_lightning.protocol import BrainProtocol
 
 from .blocks import blocks, units
-from .evaluate import is_sharded
+from .evaluate import check_evaluation, is_sharded
 from .hooks import broadcast, clone_views, keep_buffers_equal
 from .meta import is_meta, materialize
 from .methods import METHODS, register_methods
@@ -38,6 +38,7 @@ def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
         UnsupportedError: It cannot be sharded.
     """
     check_modules(brain, sharding)
+    check_evaluation(brain, sharding)
     options, device = _options(brain, sharding), torch.device(brain.device)
     for name, module in brain.modules.items():
         if module is None or is_sharded(module):

@@ -28,8 +28,9 @@ class FSDP2Strategy(DDPStrategy):
             block and that use its weights; the usual ones are known (``methods.METHODS``).
         gather_to_evaluate: Whether each process gathers all weights for VALID and TEST, where
             it may evaluate other batches than the others. ``False`` for a model that does not
-            fit.
-        cpu_offload: Keeps shards in memory of the CPU, where the optimizer steps as well.
+            fit: processes then evaluate as many batches each, by the same calls.
+        cpu_offload: Keeps shards in memory of the CPU, where the optimizer steps as well. On
+            the CPU they are there anyway.
         replicate: Copies of the model (HSDP): each is shared out over as many processes as
             there are, divided by this.
         sharded_checkpoints: Lets each process write its own shards to a ``CKPT+`` directory,
