@@ -18,7 +18,7 @@ from .meta import is_meta, materialize
 from .methods import METHODS, register_methods
 from .sharding import Sharding
 from .state_dict import save_whole_module
-from .unsupported import check_modules
+from .unsupported import check_modules, check_offload
 
 # Of the processes: copies of the model, and its shards.
 AXES = ("replicate", "shard")
@@ -62,6 +62,7 @@ def _options(brain: BrainProtocol, sharding: Sharding) -> dict[str, Any]:
     # Else weights are no shards between a forward pass without gradients and the next one.
     options: dict[str, Any] = {"reshard_after_forward": True}
     if sharding.cpu_offload and kind != "cpu":
+        check_offload()
         options["offload_policy"] = CPUOffloadPolicy()
     return {"mesh": mesh if copies > 1 else mesh[AXES[1]], **options}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -65,6 +66,19 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
         if module is not None:
             check_resets(name, module)
     _check_optimizers(brain)
+
+
+def check_offload() -> None:
+    """Refuses shards on the CPU of which processes cannot communicate.
+
+    Raises:
+        UnsupportedError: The process group is for GPUs alone.
+    """
+    if "cpu" not in distributed.get_backend_config():
+        raise UnsupportedError(
+            "FSDP2Strategy(cpu_offload=True): processes also communicate about shards on the "
+            "CPU, which nccl does not: --distributed_backend=cpu:gloo,cuda:nccl"
+        )
 
 
 def _check_parameter(name: str, parameter: Parameter) -> None:

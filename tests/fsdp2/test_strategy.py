@@ -13,6 +13,8 @@ from brain_lightning import FSDP2Strategy
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.fsdp2.evaluate import check_evaluation
 from brain_lightning.fsdp2.sharding import Sharding
+from brain_lightning.fsdp2.strategy import move_to_parameters
+from brain_lightning.fsdp2.unsupported import check_offload
 from tests.support.brains import make
 from tests.support.processes import TORCHRUN, check_python
 
@@ -102,3 +104,26 @@ def test_processes_that_would_evaluate_different_numbers_of_batches_are_refused(
     check_evaluation(brain, Sharding())
     with pytest.raises(UnsupportedError, match="shard_eval gives processes different"):
         check_evaluation(brain, Sharding(gather_to_evaluate=False))
+
+
+def test_what_is_recovered_of_an_optimizer_stays_with_shards_on_the_cpu() -> None:
+    """The device of the parameter is "meta" here: there may be no GPU."""
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.state[parameter] = {"exp_avg": torch.zeros(2), "step": torch.zeros(())}
+    move_to_parameters(optimizer)
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].is_meta
+    assert not state["step"].is_meta
+
+
+def test_shards_on_the_cpu_need_a_backend_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert FSDP2Strategy().process_group_backend is None
+    backend = FSDP2Strategy(cpu_offload=True).process_group_backend
+    assert backend is not None
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backend)
+    check_offload()
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(UnsupportedError, match="--distributed_backend=cpu:gloo,cuda:nccl"):
+        check_offload()
