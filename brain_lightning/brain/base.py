@@ -22,6 +22,8 @@ from brain_lightning.checkpoints import hooks
 from brain_lightning.checkpoints.checkpointer import Checkpointer
 from brain_lightning.compat import speechbrain
 from brain_lightning.errors import BrainTypeError, UnsupportedError
+from brain_lightning.fsdp2.meta import is_meta
+from brain_lightning.fsdp2.strategy import shards
 from brain_lightning.loggers.console import abbreviated, show_information
 from brain_lightning.options.resolve import DEPRECATED_PRECISIONS, resolve_run_options
 from brain_lightning.options.run_options import RunOptions
@@ -131,7 +133,9 @@ class BrainBase(OlderAPI, OptionValues):
         self.device_type = device_type(self.device)
         if self.device_type == "cuda":
             torch.cuda.set_device(torch.device(self.device).index or 0)
-        self.modules = _on_device(modules or {}, self.device)
+        self.modules = _module_dict(modules or {})
+        if not _is_sharded(self._lightning):
+            _move(self.modules, self.device)
 
         self.training_ctx: Any = autocast(self.device, self.precision)
         self.evaluation_ctx: Any = autocast(self.device, self.eval_precision)
@@ -213,7 +217,7 @@ def _join(brain: BrainBase, checkpointer: Any) -> None:
     checkpointer.add_recoverable("brain", brain)
 
 
-def _on_device(modules: Any, device: str) -> ModuleDict:
+def _module_dict(modules: Any) -> ModuleDict:
     if isinstance(modules, ModuleDict):
         modules = dict(modules.items())
     # None stands for a module that an experiment leaves out.
@@ -225,13 +229,23 @@ def _on_device(modules: Any, device: str) -> ModuleDict:
             "modules must be a dict of torch.nn.Module by name, "
             f"got {found or type(modules).__name__}: Brain(modules={{'model': model}})"
         )
-    on_device = ModuleDict(dict(modules)).to(device)
+    return ModuleDict(dict(modules))
+
+
+def _is_sharded(settings: LightningSettings) -> bool:
+    """Whether modules are moved to the device one by one, when each is sharded."""
+    overrides = settings.trainer_overrides
+    return shards(overrides if "strategy" in overrides else settings.trainer_arguments)
+
+
+def _move(modules: ModuleDict, device: str) -> None:
+    """Moves modules to the device; those on the meta device are for fsdp2 to materialize."""
+    real = {name: m for name, m in modules.items() if m is not None and not is_meta(m)}
+    ModuleDict(real).to(device)
     # A second time one by one: a module may override to() to move what is no parameter,
     # as SpeechBrain's InputNormalization does.
-    for name, module in on_device.items():
-        if module is not None:
-            on_device[name] = module.to(device)
-    return on_device
+    for name, module in real.items():
+        modules[name] = module.to(device)
 
 
 def _move_to_temporary_directory(checkpointer: Any) -> None:

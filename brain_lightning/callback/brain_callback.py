@@ -108,6 +108,9 @@ class BrainCallback(Callback):
         self.run.begin(self._side)
         if strategies.is_parallel(trainer):
             strategies.disable_synchronization(pl_module)
+            if stage != "fit" and self.run.brain._lightning.sharding is not None:
+                # A fit does so after it has compiled.
+                wrap_modules(self.run.brain)
         if is_saved(self.run):
             checkpointer = self.run.brain.checkpointer
             others = callbacks_of(trainer)

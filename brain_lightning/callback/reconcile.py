@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from brain_lightning.compat.speechbrain import is_speechbrains, set_processes
 from brain_lightning.errors import RunOptionError, UnsupportedError
+from brain_lightning.fsdp2.meta import check_memory
 from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.fsdp2.unsupported import check_not_sharded
 from brain_lightning.lightning_internals import strategies
@@ -46,6 +47,8 @@ def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttrib
         check_not_sharded(brain)
     if strategies.is_parallel(trainer):
         _reconcile_wrapping(trainer, brain, temporary)
+    if brain._lightning.sharding is None:
+        check_memory(brain)
     _reconcile_clipping(trainer, brain, temporary)
     _reconcile_precision(trainer, brain, temporary)
     if trainer.accumulate_grad_batches != 1:

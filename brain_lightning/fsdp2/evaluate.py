@@ -9,9 +9,11 @@ from typing import Any
 from torch.nn import Module
 
 from brain_lightning.compat.versions import FSDPModule
+from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol
 
 from .hooks import synchronize_buffers
+from .sharding import Sharding
 
 
 def is_sharded(module: Module | None) -> bool:
@@ -27,11 +29,30 @@ def _sharded(brain: BrainProtocol) -> list[Any]:
     return [module for module in brain.modules.modules() if isinstance(module, FSDPModule)]
 
 
+def check_evaluation(brain: BrainProtocol, sharding: Sharding) -> None:
+    """Refuses stages in which processes would wait for each other for ever.
+
+    Args:
+        brain: The Brain.
+        sharding: How its modules are sharded.
+
+    Raises:
+        UnsupportedError: Each process gets other batches to evaluate.
+    """
+    if brain._lightning.shard_eval and not sharding.gather_to_evaluate:
+        raise UnsupportedError(
+            "shard_eval gives processes different numbers of batches, and with "
+            "FSDP2Strategy(gather_to_evaluate=False) each batch needs all processes: leave "
+            "one of them out"
+        )
+
+
 @contextmanager
 def gathered(brain: BrainProtocol) -> Iterator[None]:
     """A context in which all weights are whole in each process, without communication.
 
-    All processes enter it together. What saves in it releases the weights, and they are
+    With ``gather_to_evaluate=False`` they are as in TRAIN: each call gathers them. All
+    processes enter it together. What saves in it releases the weights, and they are
     gathered again where they are used, by all processes together.
 
     Args:
@@ -40,11 +61,13 @@ def gathered(brain: BrainProtocol) -> Iterator[None]:
     Yields:
         None
     """
-    modules = _sharded(brain)
+    sharding: Sharding | None = brain._lightning.sharding
+    modules = _sharded(brain) if sharding is None or sharding.gather_to_evaluate else []
     try:
         for module in modules:
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
+        for module in _sharded(brain):
             synchronize_buffers(module)
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -87,8 +87,12 @@ def synchronize_buffers(module: Module) -> None:
         _buffers[module].synchronize(module)
 
 
+# Bytes that are sent together: they are copied for it.
+TOGETHER = 32 * 2**20
+
+
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Makes tensors those of the first process, by one collective for each type.
+    """Makes tensors those of the first process; small ones of a type are sent together.
 
     Args:
         tensors: The same in all processes, but for their values.
@@ -97,8 +101,22 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         by_type[tensor.dtype].append(tensor.detach())
     for same in by_type.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        distributed.broadcast(flat, src=0)
-        parts = torch.split(flat, [tensor.numel() for tensor in same])
-        for tensor, part in zip(same, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        for batch in _batches(same):
+            flats = [tensor.reshape(-1) for tensor in batch]
+            # A large one by itself, without a copy.
+            flat = torch.cat(flats) if len(flats) > 1 else flats[0]
+            distributed.broadcast(flat, src=0)
+            parts = torch.split(flat, [tensor.numel() for tensor in batch])
+            for tensor, part in zip(batch, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+
+def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    batch, size = list[Tensor](), 0
+    for tensor in tensors:
+        if batch and size + tensor.nbytes > TOGETHER:
+            yield batch
+            batch, size = [], 0
+        batch.append(tensor)
+        size += tensor.nbytes
+    yield batch

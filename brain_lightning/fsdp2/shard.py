@@ -12,12 +12,13 @@ from brain_lightning.distributed.ddp import with_batchnorm_for
 from brain_lightning.protocol import BrainProtocol
 
 from .blocks import blocks, units
-from .evaluate import is_sharded
+from .evaluate import check_evaluation, is_sharded
 from .hooks import broadcast, clone_views, keep_buffers_equal
+from .meta import is_meta, materialize
 from .methods import METHODS, register_methods
 from .sharding import Sharding
 from .state_dict import save_whole_module
-from .unsupported import check_modules, may_leave_out, refuse_comm_hooks
+from .unsupported import check_modules, check_offload, may_leave_out, refuse_comm_hooks
 
 # Of the processes: copies of the model, and its shards.
 AXES = ("replicate", "shard")
@@ -26,7 +27,8 @@ AXES = ("replicate", "shard")
 def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     """Shards each entry (``torch.distributed.fsdp.fully_shard``).
 
-    One that is sharded already stays as it is.
+    One is moved to the device, or gets its memory there, after the one before it is sharded:
+    no more than one is ever whole there. One that is sharded already stays as it is.
 
     Args:
         brain: The Brain, in a process group; compiled already, and without optimizers.
@@ -36,13 +38,16 @@ def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
         UnsupportedError: It cannot be sharded.
     """
     check_modules(brain, sharding)
-    options = _options(brain, sharding)
+    check_evaluation(brain, sharding)
+    options, device = _options(brain, sharding), torch.device(brain.device)
     for name, module in brain.modules.items():
         if module is None or is_sharded(module):
             continue
+        if is_meta(module):
+            materialize(name, module, device)
+        brain.modules[name] = module = module.to(device)
         if any(p.requires_grad for p in module.parameters()):
-            kind = options["mesh"].device_type
-            brain.modules[name] = module = with_batchnorm_for(kind, name, module)
+            brain.modules[name] = module = with_batchnorm_for(device.type, name, module)
         for unit in units(module):
             _shard(unit, sharding, options)
             if may_leave_out(brain, unit):
@@ -59,7 +64,8 @@ def _options(brain: BrainProtocol, sharding: Sharding) -> dict[str, Any]:
     mesh = init_device_mesh(kind, (copies, world_size() // copies), mesh_dim_names=AXES)
     # Else weights are no shards between a forward pass without gradients and the next one.
     options: dict[str, Any] = {"reshard_after_forward": True}
-    if sharding.cpu_offload:
+    if sharding.cpu_offload and kind != "cpu":
+        check_offload()
         options["offload_policy"] = CPUOffloadPolicy()
     return {"mesh": mesh if copies > 1 else mesh[AXES[1]], **options}
 
@@ -67,8 +73,6 @@ def _options(brain: BrainProtocol, sharding: Sharding) -> dict[str, Any]:
 def _shard(unit: Module, sharding: Sharding, options: dict[str, Any]) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = options["mesh"]
-    unit.to(mesh.device_type)
     # Processes may have initialized it differently.
     broadcast([*unit.parameters(), *unit.buffers()])
     if any(p.requires_grad for p in unit.parameters()):
@@ -77,7 +81,7 @@ def _shard(unit: Module, sharding: Sharding, options: dict[str, Any]) -> None:
     for module in (*inner, unit):
         clone_views(module)
         sharded: Any = fully_shard(module, **options)
-        if mesh.device_type == "cpu":
+        if options["mesh"].device_type == "cpu":
             # Gloo would add gradients up where it is asked for their average (torch 2.8).
             sharded.set_force_sum_reduction_for_comms(True)
     _initialize(unit)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import distributed
 from torch.jit import ScriptModule
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
@@ -21,6 +22,7 @@ from brain_lightning.protocol import BrainProtocol, hparams_of
 
 from .blocks import blocks, drops_layers, units
 from .evaluate import is_sharded
+from .meta import check_resets
 from .sharding import AUTO, Sharding
 from .tensors import is_shard
 
@@ -87,6 +89,7 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     _check_shared(entries)
     for name, module in entries.items():
         _check_settings(name, module, sharding)
+        check_resets(name, module)
         for part in module.modules():
             if isinstance(part, ScriptModule) and any(True for _ in part.parameters()):
                 raise UnsupportedError(
@@ -131,6 +134,19 @@ def _check_shared(entries: dict[str, Module]) -> None:
                     f"{name}.{key} and {first} are the same parameter, and each entry of "
                     "modules is sharded by itself: put both in one entry"
                 )
+
+
+def check_offload() -> None:
+    """Refuses shards on the CPU of which processes cannot communicate.
+
+    Raises:
+        UnsupportedError: The process group is for GPUs alone.
+    """
+    if "cpu" not in distributed.get_backend_config():
+        raise UnsupportedError(
+            "FSDP2Strategy(cpu_offload=True): processes also communicate about shards on the "
+            "CPU, which nccl does not: --distributed_backend=cpu:gloo,cuda:nccl"
+        )
 
 
 def _check_parameter(name: str, parameter: Parameter) -> None:

@@ -98,5 +98,7 @@ def _compile(brain: BrainProtocol, name: str) -> bool:
     except Exception as error:  # noqa: BLE001  any compiler may fail in any way
         logger.warning("%r failed to compile and is left as it is: %s", name, error)
         return False
-    brain.modules[name] = module.to(brain.device)
+    # What is going to be sharded is moved then.
+    is_moved = brain._lightning.sharding is None
+    brain.modules[name] = module.to(brain.device) if is_moved else module
     return True
