@@ -9,6 +9,7 @@ from torch.nn import Module
 
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.distributed.ddp import with_batchnorm_for
+from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol
 
 from .blocks import blocks, units
@@ -39,7 +40,7 @@ def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     """
     check_modules(brain, sharding)
     check_evaluation(brain, sharding)
-    options, device = _options(brain, sharding), torch.device(brain.device)
+    device, options = torch.device(brain.device), dict[str, Any]()
     for name, module in brain.modules.items():
         if module is None or is_sharded(module):
             continue
@@ -49,10 +50,31 @@ def shard_modules(brain: BrainProtocol, sharding: Sharding) -> None:
         if any(p.requires_grad for p in module.parameters()):
             brain.modules[name] = module = with_batchnorm_for(device.type, name, module)
         for unit in units(module):
+            # Not before: they make process groups, and most calls find nothing to shard.
+            options = options or _options(brain, sharding)
             _shard(unit, sharding, options)
             if may_leave_out(brain, unit):
                 # Else gradients of different parameters would be averaged, without a word.
                 unit.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+
+
+def check_sharded(brain: BrainProtocol) -> None:
+    """Refuses to train an entry that is not sharded: it is not on the device either.
+
+    Args:
+        brain: The Brain, about to make its optimizers.
+
+    Raises:
+        UnsupportedError: There is one: the recipe wraps its modules itself, or not at all.
+    """
+    for name, module in brain.modules.items():
+        trained = module is not None and any(p.requires_grad for p in module.parameters())
+        if trained and brain._lightning.sharding is not None and not is_sharded(module):
+            raise UnsupportedError(
+                f"modules[{name!r}] is not sharded when optimizers are made: on_fit_start "
+                "has to call self._wrap_distributed(), and one of the recipe's own "
+                "super()._wrap_distributed(). Or use strategy='ddp'"
+            )
 
 
 def _options(brain: BrainProtocol, sharding: Sharding) -> dict[str, Any]:

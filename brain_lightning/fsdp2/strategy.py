@@ -6,10 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 from torch.optim import Optimizer
+
+from brain_lightning.errors import UnsupportedError
 
 from .sharding import AUTO, Sharding
 
@@ -66,6 +68,22 @@ class FSDP2Strategy(DDPStrategy):
         self.sharding = Sharding(
             blocks, methods, gather_to_evaluate, cpu_offload, replicate, sharded_checkpoints
         )
+
+    def connect(self, model: LightningModule) -> None:
+        """Lightning's, which gets the module of a run.
+
+        Args:
+            model: The module.
+
+        Raises:
+            UnsupportedError: It is not of a Brain: nothing would be sharded.
+        """
+        if not hasattr(model, "brain"):
+            raise UnsupportedError(
+                f"strategy='fsdp2' shards modules of a Brain, and {type(model).__name__} is "
+                "of none: give the Trainer to_lightning(brain), or another strategy"
+            )
+        super().connect(model)
 
     def setup(self, trainer: Trainer) -> None:
         """Lightning's, which moves what was recovered of optimizers to the device.

@@ -21,6 +21,7 @@ from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
 from brain_lightning.distributed.ddp import unwrap_modules
+from brain_lightning.fsdp2.shard import check_sharded
 from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_path
 from brain_lightning.lightning_internals.loggers import log_step_metrics
 from brain_lightning.lightning_internals.loops import fit_loop_of
@@ -201,6 +202,7 @@ class BrainModule(LightningModule):
 
     def _init_optimizers(self, init_optimizers: Callable[[], None]) -> None:
         """``init_optimizers`` of the Brain, before anything is recovered."""
+        check_sharded(self.brain)
         init_optimizers()
         save_whole(self.brain)
         self._initial_groups.remember()
@@ -343,6 +345,8 @@ class BrainModule(LightningModule):
         """Puts the modules in eval mode, as every evaluation of a Brain does."""
         self._recover_named()
         self.brain.modules.eval()
+        # Processes have different numbers of batches to predict.
+        self.run.test.gather()
 
     def _recover_named(self) -> None:
         if self._named is not None:

@@ -102,6 +102,10 @@ class EvaluationStage(RunStage):
         with torch.set_grad_enabled(self.run.grad_enabled):
             self.brain.on_stage_start(self.brain_stage, self.epoch)
         self.brain.modules.eval()
+        self.gather()
+
+    def gather(self) -> None:
+        """Makes weights that are in shards whole until the stage, or the run, is over."""
         self._gathered.enter_context(gathered(self.brain))
 
     def _end(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from brain_lightning import FSDP2Strategy, RunOptions, patch_speechbrain, to_lightning
+from brain_lightning.errors import UnsupportedError
 from brain_lightning.fsdp2.tensors import is_shard
 from brain_lightning.protocol import BrainProtocol
 from tests.support.brains import Regression, dataset, trainer_with
@@ -176,6 +177,27 @@ def only_tested() -> Any:
     return by_hand, tested(), tested(gather_to_evaluate=False)
 
 
+def predicted() -> list[Tensor]:
+    """In shards and in DDP, of five batches: the first process of two has one more."""
+    predictions: list[Tensor] = []
+    for strategy in ("fsdp2", "ddp"):
+        trainer = trainer_with(strategy=strategy, devices=processes())
+        found = trainer.predict(to_lightning(make()), DataLoader(dataset(5), batch_size=1))
+        predictions.append(torch.cat(found or []))
+    return predictions
+
+
+def wrapped_by_nobody() -> str:
+    """How a Brain is refused whose modules are not sharded."""
+    brain = make(hparams={"trainer": fsdp2()})
+    vars(brain)["on_fit_start"] = lambda: brain.init_optimizers()
+    try:
+        brain.fit(range(1), dataset())
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
 class Wide(nn.Module):
     """An entry of one weight; records how many entries are sharded when it is moved."""
 
@@ -227,18 +249,12 @@ def from_the_meta_device() -> Any:
 
 
 RUNS: tuple[Callable[[], Any], ...] = (
-    plain,
-    by_call,
-    by_hparams,
-    by_command_line,
-    by_ones_own_trainer,
-    in_copies,
-    not_gathered,
-    twice_with_one_strategy,
-    on_the_meta_device,
-    by_speechbrain,
-)
-OTHERS: tuple[Callable[[], Any], ...] = (only_tested, from_the_cpu, from_the_meta_device)
+    plain, by_call, by_hparams, by_command_line, by_ones_own_trainer, in_copies, not_gathered,
+    twice_with_one_strategy, on_the_meta_device, by_speechbrain,
+)  # fmt: skip
+OTHERS: tuple[Callable[[], Any], ...] = (
+    only_tested, predicted, wrapped_by_nobody, from_the_cpu, from_the_meta_device,
+)  # fmt: skip
 
 
 def main(folder: str) -> None:

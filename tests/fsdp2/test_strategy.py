@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from brain_lightning import FSDP2Strategy
+from brain_lightning.compat.versions import SHARDS
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.fsdp2.evaluate import check_evaluation
 from brain_lightning.fsdp2.sharding import Sharding
@@ -20,6 +22,7 @@ from tests.support.processes import TORCHRUN, check_python
 
 from .runs import RUNS
 
+pytestmark = pytest.mark.skipif(not SHARDS, reason="torch 2.8 shards")
 SHARDED = [run.__name__ for run in RUNS if run.__name__ != "plain"]
 
 
@@ -70,6 +73,19 @@ def test_modules_that_are_only_tested_are_sharded(one: Any, two: Any) -> None:
         expected, gathered, not_gathered = process["only_tested"]
         assert gathered == (expected, [False, False])
         assert not_gathered == (expected, [True, True])
+
+
+def test_processes_may_predict_different_numbers_of_batches(one: Any, two: Any) -> None:
+    counts = []
+    for process in (one, *two):
+        in_shards, in_ddp = process["predicted"]
+        assert torch.equal(in_shards, in_ddp)
+        counts.append(len(in_shards))
+    assert counts == [5, 3, 2]
+
+
+def test_a_recipe_that_does_not_wrap_its_modules_is_refused(one: Any) -> None:
+    assert "'model'] is not sharded when optimizers are made" in one["wrapped_by_nobody"]
 
 
 @pytest.mark.parametrize("run", ["from_the_cpu", "from_the_meta_device"])
@@ -127,3 +143,8 @@ def test_shards_on_the_cpu_need_a_backend_for_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
     with pytest.raises(UnsupportedError, match="--distributed_backend=cpu:gloo,cuda:nccl"):
         check_offload()
+
+
+def test_a_module_that_is_of_no_brain_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="LightningModule is of none: give the Trainer"):
+        FSDP2Strategy().connect(LightningModule())

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, UntypedStorage
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from brain_lightning.compat.versions import DTensor
 
 
 class LiveBytes(TorchDispatchMode):

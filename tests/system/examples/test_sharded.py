@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
+from brain_lightning.compat.versions import SHARDS
 from tests.support.processes import check_python
 
 from .example import EXAMPLES
 
 
+@pytest.mark.skipif(not SHARDS, reason="torch 2.8 shards")
 def test_each_process_holds_a_half_and_learns_the_same(tmp_path: Path) -> None:
     files = [str(EXAMPLES / "sharded" / name) for name in ("memory.py", "hparams.yaml")]
     short = ["--hidden=64", "--train_lines=32", "--device=cpu", "--noprogressbar"]
