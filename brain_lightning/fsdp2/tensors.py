@@ -66,7 +66,13 @@ def on_main(value: Any) -> Any:
         )
     with torch.no_grad():
         gathered = value.full_tensor()
-    return gathered.cpu() if if_main_process() else value
+    return _alone(gathered.cpu()) if if_main_process() else value
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor that is alone in its memory, all of which is written to a file."""
+    is_alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if is_alone else tensor.clone()
 
 
 def like(value: Any, tensor: Tensor) -> Any:

@@ -1,0 +1,192 @@
+"""One of several processes: trains under DDP and in shards, saves, is cut, and resumes.
+
+``torchrun --nproc_per_node=2 -m tests.fsdp2.saving FOLDER [ROW...]``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import logging
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor, nn
+
+from brain_lightning import Brain, Checkpointer
+from brain_lightning.distributed.communication import ddp_barrier, if_main_process, world_size
+from brain_lightning.fsdp2.tensors import whole
+from brain_lightning.step.optimizers import parameters_of
+from tests.parity.recipes import CLASSES, FEATURES, adam, classifier, dataset
+from tests.parity.sides import OURS
+from tests.support.environment import seed_everything  # First: SpeechBrain is importable.
+
+STRATEGIES = ("ddp", "fsdp2")
+SAVERS = ("ours", "async", "speechbrain", "lightning")
+PAIRS = list(itertools.product(STRATEGIES, STRATEGIES))
+# An epoch has 5 batches in each of two processes, of which the last is in no window.
+EPOCHS, WINDOW, INTERVAL = 3, 2, 3
+CUT_IN = (2, 4)
+
+Learned = dict[str, Tensor]
+
+
+class Cut(RuntimeError):  # noqa: N818  no error of anybody's
+    """What ends a run here, in all processes."""
+
+
+def cuts(hook: str) -> dict[str, Any]:
+    """A Brain that fails in a hook, within a batch after a save."""
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (self.hparams.counter.current, self.step) == CUT_IN and self.modules.training:
+            raise Cut
+        return getattr(super(type(self), self), hook)(*args, **kwargs)
+
+    return {hook: failing}
+
+
+def saves(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+    """``on_stage_end`` of a recipe."""
+    if stage.name == "VALID" and self.checkpointer is not None:
+        self.checkpointer.save_and_keep_only({"loss": stage_loss}, num_to_keep=9)
+
+
+def make(
+    folder: Path, saver: str = "ours", side: Any = OURS, epochs: int = EPOCHS,
+    norm: Any = nn.BatchNorm1d, window: int = WINDOW, **hooks: Any,
+) -> Any:  # fmt: skip
+    """A Brain of two entries, whose parameters no number of processes divides.
+
+    It saves a list of its entries, a part of one, and its optimizer.
+    """
+    seed_everything(3)
+    encoder = nn.Sequential(nn.Linear(FEATURES, 7), norm(7), nn.Dropout(0.3), nn.Tanh())
+    entries = {"encoder": encoder, "head": nn.Linear(7, CLASSES)}
+    counter = side.EpochCounter(epochs)
+    model = nn.ModuleList(entries.values())
+    recoverables = {"model": model, "part": encoder[0], "counter": counter}
+    theirs = sys.modules["speechbrain.utils.checkpoints"].Checkpointer
+    checkpointer: Any = (theirs if saver == "speechbrain" else Checkpointer)(
+        folder, recoverables
+    )
+    checkpointer.async_save = saver == "async"
+    return classifier(side, on_stage_end=saves, **hooks)(
+        entries, adam, {"counter": counter},
+        {
+            "device": "cpu", "distributed_backend": "gloo", "noprogressbar": True,
+            "grad_accumulation_factor": window, "ckpt_interval_steps": INTERVAL,
+        },
+        None if saver == "lightning" else checkpointer,
+    )  # fmt: skip
+
+
+def fit(
+    brain: Any, strategy: str = "auto", folder: Path | None = None, path: Any = None
+) -> Any:
+    """Trains, on a Trainer that saves to a folder if there is one; what was learned, whole."""
+    loaders = {
+        "train_loader_kwargs": {"batch_size": 2}, "valid_loader_kwargs": {"batch_size": 5}
+    }  # fmt: skip
+    if not isinstance(brain, Brain):
+        brain.fit(brain.hparams.counter, dataset(), dataset(), **loaders)
+        return learned(brain)
+    callbacks: list[Any] = []
+    if folder is not None:
+        saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_exception=False)
+        callbacks = [saver, OnExceptionCheckpoint(folder, "cut")]
+    trainer = {
+        "strategy": strategy, "devices": world_size(), "logger": False, "accelerator": "cpu",
+        "callbacks": callbacks, "enable_checkpointing": bool(callbacks),
+    }  # fmt: skip
+    brain.fit(brain.hparams.counter, dataset(), dataset(), **loaders, trainer=trainer)
+    return learned(brain)
+
+
+def learned(brain: Any) -> Learned:
+    """Weights, buffers and the state of the optimizer."""
+    found = dict(brain.modules.state_dict(keep_vars=True))
+    for index, parameter in enumerate(parameters_of(brain.optimizer)):
+        state = brain.optimizer.state[parameter]
+        found |= {f"{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    found["steps"] = torch.tensor(brain.optimizer_step)
+    return {n.replace(".module.", "."): whole(t.detach()).clone() for n, t in found.items()}
+
+
+def cut(
+    folder: Path, strategy: str, saver: str = "ours", hook: str = "on_fit_batch_start"
+) -> None:
+    """Trains until it is cut."""
+    with contextlib.suppress(Cut):
+        of_trainer = folder if saver == "lightning" else None
+        fit(make(folder, saver, **cuts(hook)), strategy, of_trainer)
+        raise AssertionError("it was not cut")
+
+
+def copied(folder: Path, name: str) -> Path:
+    """A copy for another run, which goes on there."""
+    ddp_barrier()
+    copy = folder.with_name(f"{folder.name}-{name}")
+    if if_main_process():
+        shutil.copytree(folder, copy)
+    ddp_barrier()
+    return copy
+
+
+# ------------------------------------------------------------------------------- rows
+
+
+def saved(folder: Path) -> dict[Any, Learned]:
+    """What is saved by each saver."""
+    rows = {}
+    for saver, strategy in itertools.product(SAVERS, STRATEGIES):
+        own = folder / f"{saver}-{strategy}"
+        of_trainer = own if saver == "lightning" else None
+        rows[saver, strategy] = fit(make(own, saver, window=1), strategy, of_trainer)
+    return rows
+
+
+def resumed(folder: Path) -> dict[Any, Learned]:
+    """Cut within a window under one strategy, and resumed under another or the same."""
+    rows = {}
+    for strategy in STRATEGIES:
+        rows["whole", strategy] = fit(make(folder / f"whole-{strategy}"), strategy)
+        own = folder / f"cut-{strategy}"
+        cut(own, strategy)
+        for other in STRATEGIES:
+            rows[strategy, other] = fit(make(copied(own, other)), other)
+    for saver in ("async", "speechbrain"):
+        cut(folder / f"cut-{saver}", "fsdp2", saver)
+        rows[saver] = fit(make(folder / f"cut-{saver}", saver), "fsdp2")
+    return rows
+
+
+def main(folder: str, *names: str) -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    # A rank that fails must not keep the other waiting.
+    timeout = datetime.timedelta(seconds=20)
+    torch.distributed.init_process_group("gloo", timeout=timeout)
+    rows: dict[str, Any] = {}
+    for row in (saved, resumed):
+        if not names or row.__name__ in names:
+            try:
+                rows[row.__name__] = row(Path(folder))
+            except Exception:  # noqa: BLE001  whatever it is, the test shows it
+                rows[row.__name__] = traceback.format_exc()
+                print(rows[row.__name__])
+    torch.save(rows, Path(folder) / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
