@@ -21,12 +21,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
-from brain_lightning import Brain, Checkpointer
+from brain_lightning import Brain, Checkpointer, Stage, to_lightning
 from brain_lightning.distributed.communication import ddp_barrier, if_main_process, world_size
 from brain_lightning.fsdp2.tensors import whole
 from brain_lightning.step.optimizers import parameters_of
-from tests.parity.recipes import CLASSES, FEATURES, adam, classifier, dataset
-from tests.parity.sides import OURS
+from tests.parity.recipes import CLASSES, FEATURES, classifier, dataset
+from tests.parity.sides import OURS, SPEECHBRAIN
+from tests.support.brains import trainer_with
 from tests.support.environment import seed_everything  # First: SpeechBrain is importable.
 
 STRATEGIES = ("ddp", "fsdp2")
@@ -46,18 +47,29 @@ class Cut(RuntimeError):  # noqa: N818  no error of anybody's
 def cuts(hook: str) -> dict[str, Any]:
     """A Brain that fails in a hook, within a batch after a save."""
 
-    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (self.hparams.counter.current, self.step) == CUT_IN and self.modules.training:
+    def check(self: Any) -> None:
+        if (self.hparams.counter.current, self.step) == CUT_IN:
             raise Cut
-        return getattr(super(type(self), self), hook)(*args, **kwargs)
 
-    return {hook: failing}
+    def on_fit_batch_start(self: Any, *_: Any) -> None:
+        check(self)
+
+    def init_optimizers(self: Any) -> None:
+        Brain.init_optimizers(self)
+        self.optimizer.register_step_post_hook(lambda *_: check(self))
+
+    return {hook: {f.__name__: f for f in (on_fit_batch_start, init_optimizers)}[hook]}
 
 
 def saves(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
     """``on_stage_end`` of a recipe."""
     if stage.name == "VALID" and self.checkpointer is not None:
         self.checkpointer.save_and_keep_only({"loss": stage_loss}, num_to_keep=9)
+
+
+def adam(parameters: Any) -> torch.optim.Adam:
+    """With which a rounding error of a gradient stays as small."""
+    return torch.optim.Adam(parameters, lr=0.01, eps=1e-3)
 
 
 def make(
@@ -69,7 +81,9 @@ def make(
     It saves a list of its entries, a part of one, and its optimizer.
     """
     seed_everything(3)
-    encoder = nn.Sequential(nn.Linear(FEATURES, 7), norm(7), nn.Dropout(0.3), nn.Tanh())
+    encoder = nn.Sequential(
+        nn.Linear(FEATURES, 7, bias=False), norm(7), nn.Dropout(0.3), nn.Tanh()
+    )
     entries = {"encoder": encoder, "head": nn.Linear(7, CLASSES)}
     counter = side.EpochCounter(epochs)
     model = nn.ModuleList(entries.values())
@@ -91,23 +105,28 @@ def make(
 
 def fit(
     brain: Any, strategy: str = "auto", folder: Path | None = None, path: Any = None
-) -> Any:
-    """Trains, on a Trainer that saves to a folder if there is one; what was learned, whole."""
-    loaders = {
-        "train_loader_kwargs": {"batch_size": 2}, "valid_loader_kwargs": {"batch_size": 5}
-    }  # fmt: skip
+) -> Learned:
+    """Trains, on a Trainer that saves to a folder if there is one; what was learned."""
     if not isinstance(brain, Brain):
-        brain.fit(brain.hparams.counter, dataset(), dataset(), **loaders)
+        sizes = {
+            "train_loader_kwargs": {"batch_size": 2}, "valid_loader_kwargs": {"batch_size": 5}
+        }  # fmt: skip
+        brain.fit(brain.hparams.counter, dataset(), dataset(), **sizes)
         return learned(brain)
     callbacks: list[Any] = []
     if folder is not None:
-        saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_exception=False)
+        saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
         callbacks = [saver, OnExceptionCheckpoint(folder, "cut")]
-    trainer = {
-        "strategy": strategy, "devices": world_size(), "logger": False, "accelerator": "cpu",
-        "callbacks": callbacks, "enable_checkpointing": bool(callbacks),
-    }  # fmt: skip
-    brain.fit(brain.hparams.counter, dataset(), dataset(), **loaders, trainer=trainer)
+    trainer = trainer_with(
+        *callbacks, strategy=strategy, devices=world_size(), max_epochs=-1,
+        enable_checkpointing=bool(callbacks),
+    )  # fmt: skip
+    module = to_lightning(brain, epoch_counter=brain.hparams.counter)
+    loaders = (
+        brain.make_dataloader(dataset(), stage, ckpt_prefix=None, batch_size=size)
+        for stage, size in ((Stage.TRAIN, 2), (Stage.VALID, 5))
+    )
+    trainer.fit(module, *loaders, ckpt_path=path)
     return learned(brain)
 
 
@@ -169,6 +188,33 @@ def resumed(folder: Path) -> dict[Any, Learned]:
     return rows
 
 
+def from_exceptions(folder: Path) -> dict[Any, Learned]:
+    """Cut when the optimizer has stepped in a batch, and resumed from Lightning's file."""
+    rows = {}
+    for strategy in STRATEGIES:
+        own = folder / f"batch-{strategy}"
+        cut(own, strategy, "lightning", "init_optimizers")
+        for other in STRATEGIES:
+            brain = make(copied(own, other), "lightning")
+            rows[strategy, other] = fit(brain, other, path=own / "cut.ckpt")
+    return rows
+
+
+def native(folder: Path) -> dict[Any, Learned]:
+    """From SpeechBrain's own loop and back."""
+    rows = {}
+    options = {"saver": "speechbrain", "norm": nn.LayerNorm, "window": 1}
+    fit(make(folder / "native", side=SPEECHBRAIN, epochs=1, **options))
+    for strategy in STRATEGIES:
+        own = copied(folder / "native", strategy)
+        rows[strategy] = fit(make(own, epochs=2, **options), strategy)
+        rows["back", strategy] = fit(make(own, side=SPEECHBRAIN, **options))
+    return rows
+
+
+ROWS = (saved, resumed, from_exceptions, native)
+
+
 def main(folder: str, *names: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
@@ -176,7 +222,7 @@ def main(folder: str, *names: str) -> None:
     timeout = datetime.timedelta(seconds=20)
     torch.distributed.init_process_group("gloo", timeout=timeout)
     rows: dict[str, Any] = {}
-    for row in (saved, resumed):
+    for row in ROWS:
         if not names or row.__name__ in names:
             try:
                 rows[row.__name__] = row(Path(folder))
