@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 
 from brain_lightning.compat.versions import PLAIN_GLOBALS
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
-from brain_lightning.fsdp2.state_dict import release_weights
 from brain_lightning.fsdp2.tensors import local
 from brain_lightning.step.pruning import prune_as_saved
 
@@ -37,7 +36,6 @@ def state_to_save(obj: Any) -> dict[str, Any]:
     Args:
         obj: Anything with a ``state_dict``.
     """
-    release_weights(obj)
     state: dict[str, Any] = obj.state_dict()
     if not state:
         logger.warning("Saving an empty state_dict for %s.", type(obj).__name__)

@@ -21,9 +21,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
-from brain_lightning import Brain, Checkpointer, Stage, to_lightning
+from brain_lightning import (
+    Brain,
+    Checkpointer,
+    Stage,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+    to_lightning,
+)
 from brain_lightning.distributed.communication import ddp_barrier, if_main_process, world_size
-from brain_lightning.fsdp2.tensors import whole
+from brain_lightning.fsdp2.tensors import like, whole
 from brain_lightning.step.optimizers import parameters_of
 from tests.parity.recipes import CLASSES, FEATURES, classifier, dataset
 from tests.parity.sides import OURS, SPEECHBRAIN
@@ -72,18 +80,41 @@ def adam(parameters: Any) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=0.01, eps=1e-3)
 
 
+@register_checkpoint_hooks
+class Adapted(nn.Sequential):
+    """Saved in the main process alone, its own way, as SpeechBrain's AdaptedModel is."""
+
+    @mark_as_saver
+    def saver(self, path: Path) -> None:
+        torch.save({"own": self.state_dict()}, path)
+
+    @mark_as_loader
+    def loader(self, path: Path, end_of_epoch: bool) -> None:
+        self.load_state_dict(torch.load(path)["own"])
+
+
+def begins_itself(self: Any) -> None:
+    """``on_fit_start`` of a recipe that makes its optimizer there."""
+    self._compile()
+    self._wrap_distributed()
+    self.optimizer = adam(self.modules.parameters())
+    self.optimizers_dict = {"own": self.optimizer}
+    self.checkpointer.add_recoverable("optimizer", self.optimizer)
+    self.checkpointer.add_recoverable("encoder", self.modules.encoder)
+    self.checkpointer.recover_if_possible()
+
+
 def make(
     folder: Path, saver: str = "ours", side: Any = OURS, epochs: int = EPOCHS,
-    norm: Any = nn.BatchNorm1d, window: int = WINDOW, **hooks: Any,
+    norm: Any = nn.BatchNorm1d, window: int = WINDOW, entry: Any = nn.Sequential, **hooks: Any,
 ) -> Any:  # fmt: skip
     """A Brain of two entries, whose parameters no number of processes divides.
 
     It saves a list of its entries, a part of one, and its optimizer.
     """
     seed_everything(3)
-    encoder = nn.Sequential(
-        nn.Linear(FEATURES, 7, bias=False), norm(7), nn.Dropout(0.3), nn.Tanh()
-    )
+    first = nn.Linear(FEATURES, 7, bias=False)
+    encoder = entry(first, norm(7), nn.Dropout(0.3), nn.Tanh())
     entries = {"encoder": encoder, "head": nn.Linear(7, CLASSES)}
     counter = side.EpochCounter(epochs)
     model = nn.ModuleList(entries.values())
@@ -212,7 +243,59 @@ def native(folder: Path) -> dict[Any, Learned]:
     return rows
 
 
-ROWS = (saved, resumed, from_exceptions, native)
+def odd(folder: Path) -> dict[Any, Learned]:
+    """A module with its own saver, an optimizer that a recipe makes before it recovers."""
+    rows = {}
+    for saver, strategy in itertools.product(("ours", "speechbrain"), STRATEGIES):
+        for epochs in (1, 2):
+            options = {
+                "epochs": epochs,
+                "window": 1,
+                "on_fit_start": begins_itself,
+                "entry": Adapted,
+            }
+            brain = make(folder / f"odd-{saver}-{strategy}", saver, **options)
+            rows[saver, strategy] = fit(brain, strategy)
+    return rows
+
+
+def failures(folder: Path) -> dict[Any, Any]:
+    """What each process says where one cannot save, and what is saved then."""
+    brain = make(folder / "failures", epochs=1)
+    fit(brain, "fsdp2")
+    rows: dict[Any, Any] = {}
+    checkpointer = brain.checkpointer
+    for name, rank in itertools.product(("part", "counter"), (0, 1)):
+        checkpointer.custom_save_hooks[name] = fails_in(rank)
+        try:
+            checkpointer.save_checkpoint(name="failed")
+        except Exception as error:  # noqa: BLE001  compared by the test
+            rows[name, rank] = repr(error)
+        del checkpointer.custom_save_hooks[name]
+    weight = brain.modules.head.weight
+    # The last row, of which one process has its part.
+    before = whole(weight.detach()).clone()
+    with torch.no_grad():
+        shard = weight.to_local()
+        if shard.numel() and not if_main_process():
+            shard[-1] = torch.nan
+    rows["not finite"] = checkpointer.save_checkpoint(name="nan")
+    with torch.no_grad():
+        weight.copy_(like(before, weight))
+    checkpointer.save_checkpoint(name="good")
+    rows["saved"] = sorted(path.name for path in (folder / "failures").iterdir())
+    return rows
+
+
+def fails_in(rank: int) -> Any:
+    def hook(obj: Any, path: Path) -> None:
+        if torch.distributed.get_rank() == rank:
+            raise OSError(28, "No space left on device")
+
+    return hook
+
+
+ROWS = (saved, resumed, from_exceptions, native, odd, failures)
 
 
 def main(folder: str, *names: str) -> None:
