@@ -40,8 +40,8 @@ from tests.support.environment import seed_everything  # First: SpeechBrain is i
 
 STRATEGIES = ("ddp", "fsdp2")
 SAVERS = ("ours", "async", "speechbrain", "lightning")
-# An epoch has 5 batches in each of two processes, of which the last is in no window.
-EPOCHS, WINDOW, INTERVAL = 2, 2, 3
+# With 28 items an epoch has 7 batches in each of two processes: the last is in no window.
+ITEMS, EPOCHS, WINDOW, INTERVAL = 28, 2, 2, 3
 CUT_IN = (2, 4)
 
 Learned = dict[str, Tensor]
@@ -141,7 +141,7 @@ def fit(
         sizes = {
             "train_loader_kwargs": {"batch_size": 2}, "valid_loader_kwargs": {"batch_size": 5}
         }  # fmt: skip
-        brain.fit(brain.hparams.counter, dataset(), dataset(), **sizes)
+        brain.fit(brain.hparams.counter, dataset(ITEMS), dataset(ITEMS), **sizes)
         return learned(brain)
     callbacks: list[Any] = []
     if folder is not None:
@@ -153,7 +153,7 @@ def fit(
     )  # fmt: skip
     module = to_lightning(brain, epoch_counter=brain.hparams.counter)
     loaders = (
-        brain.make_dataloader(dataset(), stage, ckpt_prefix=None, batch_size=size)
+        brain.make_dataloader(dataset(ITEMS), stage, ckpt_prefix=None, batch_size=size)
         for stage, size in ((Stage.TRAIN, 2), (Stage.VALID, 5))
     )
     trainer.fit(module, *loaders, ckpt_path=path)
