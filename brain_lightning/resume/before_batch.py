@@ -197,8 +197,9 @@ def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None
         gradient = saved.get(index)
         if gradient is not None and gradient.shape != parameter.shape:
             gradient = None
-        own = None if gradient is None else gradient.to(parameter.device)
-        parameter.grad = like(own, parameter)
+        parameter.grad = like(gradient, parameter)
+        if gradient is not None and not is_shard(parameter):
+            parameter.grad = gradient.to(parameter.device)
 
 
 def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:

@@ -134,10 +134,14 @@ def make(
 
 
 def fit(
-    brain: Any, strategy: str = "auto", folder: Path | None = None, path: Any = None
+    brain: Any, strategy: str | None, folder: Path | None = None, path: Any = None
 ) -> Learned:
-    """Trains, on a Trainer that saves to a folder if there is one; what was learned."""
-    if not isinstance(brain, Brain):
+    """Trains; what was learned.
+
+    In SpeechBrain's own loop where there is no strategy, else on a Trainer, which saves to
+    a folder if there is one.
+    """
+    if strategy is None:
         sizes = {
             "train_loader_kwargs": {"batch_size": 2}, "valid_loader_kwargs": {"batch_size": 5}
         }  # fmt: skip
@@ -244,15 +248,14 @@ def from_exceptions(folder: Path) -> dict[Any, Learned]:
 
 
 def native(folder: Path) -> dict[Any, Learned]:
-    """From SpeechBrain's own loop and back."""
+    """From SpeechBrain's own loop, by its Brain on a Trainer, and back."""
     rows = {}
-    options = {"saver": "speechbrain", "norm": nn.LayerNorm, "window": 1}
-    fit(make(folder / "native", side=SPEECHBRAIN, epochs=1, **options))
+    options = {"saver": "speechbrain", "side": SPEECHBRAIN, "norm": nn.LayerNorm, "window": 1}
+    fit(make(folder / "native", epochs=1, **options), None)
     for strategy in STRATEGIES:
         own = copied(folder / "native", strategy)
         rows[strategy] = fit(make(own, epochs=2, **options), strategy)
-        back = make(own, side=SPEECHBRAIN, epochs=3, **options)
-        rows["back", strategy] = fit(back)
+        rows["back", strategy] = fit(make(own, epochs=3, **options), None)
     return rows
 
 
