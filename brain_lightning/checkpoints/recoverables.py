@@ -23,7 +23,11 @@ from brain_lightning.errors import (
     DamagedCheckpointError,
     NotInCheckpointError,
 )
-from brain_lightning.fsdp2.state_dict import is_saved_together
+from brain_lightning.fsdp2.state_dict import (
+    is_saved_together,
+    made_whole,
+    save_whole_optimizers,
+)
 
 from . import state_files
 from .async_save import Snapshots
@@ -139,29 +143,20 @@ class Recoverables:
 
         Raises:
             CheckpointError: A recoverable has no way to be saved.
+            Exception: A hook failed. The rest was saved all the same, for which other
+                processes may have waited.
         """
         hooks = {name: self._save_hook(name) for name in self.recoverables}
-        by_torch = [name for name, hook in hooks.items() if hook is state_files.torch_save]
-        # By all processes together, before one of them may fail to write.
-        gathered = {
-            name: state_files.state_to_save(self.recoverables[name])
-            for name in by_torch
-            if is_saved_together(self.recoverables[name])
-        }
         deferred: dict[Path, Any] = {}
+        failures: list[Exception] = []
         for name, hook in hooks.items():
-            obj, path = (
-                self.recoverables[name],
-                directory / f"{name}{state_files.PARAMFILE_EXT}",
-            )
-            if name not in by_torch:
-                hook(obj, path)
-            elif if_main_process():
-                state = gathered.get(name) or state_files.state_to_save(obj)
-                if snapshots is None:
-                    state_files.write_state(state, path)
-                else:
-                    deferred[path] = snapshots.take(state)
+            path = directory / f"{name}{state_files.PARAMFILE_EXT}"
+            try:
+                deferred |= _write(self.recoverables[name], hook, path, snapshots)
+            except Exception as error:  # noqa: BLE001  raised below
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return deferred
 
     def files_to_load(self, path: Path, found: Mapping[str, Path]) -> dict[str, Path]:
@@ -234,6 +229,7 @@ class Recoverables:
             if hook is None:
                 raise _no_hook("recover", name, obj, "load_state_dict", "custom_load_hook")
             hooks[name] = without_device(hook, *LOAD_HOOK)
+        save_whole_optimizers(self.recoverables.values())
         recovered: list[str] = []
         parts = self._mismatched_parts(states)
         for name, path in files.items():
@@ -359,6 +355,23 @@ class Recoverables:
 
     def _load_hook(self, name: str) -> Hook | None:
         return self.custom_load_hooks.get(name) or load_hook(self.recoverables[name])
+
+
+def _write(obj: Any, hook: Hook, path: Path, snapshots: Snapshots | None) -> dict[Path, Any]:
+    """Saves one object; returns a copy of its state where that is still to be written."""
+    if hook is not state_files.torch_save:
+        with made_whole(obj):
+            hook(obj, path)
+        return {}
+    if not if_main_process() and not is_saved_together(obj):
+        return {}
+    state = state_files.state_to_save(obj)
+    if not if_main_process():
+        return {}
+    if snapshots is not None:
+        return {path: snapshots.take(state)}
+    state_files.write_state(state, path)
+    return {}
 
 
 def _no_hook(verb: str, name: str, obj: Any, method: str, argument: str) -> CheckpointError:

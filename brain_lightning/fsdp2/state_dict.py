@@ -8,16 +8,24 @@ a Trainer or a recipe itself, writes the file that it would write under DDP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
+from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from .tensors import is_shard, like, on_main
 
 _watched: WeakSet[Optimizer] = WeakSet()
+# Parts of sharded modules, which have weights of their own.
+_sharded: WeakSet[Module] = WeakSet()
+# Within ``made_whole``: by the id of the parameter.
+_made: dict[int, Tensor] = {}
+# Within ``as_shards``.
+_as_shards: list[None] = []
 
 
 def save_whole_module(module: Module) -> None:
@@ -27,22 +35,25 @@ def save_whole_module(module: Module) -> None:
         module: Sharded, and ready for use.
     """
     for part in module.modules():
-        if any(map(is_shard, part.parameters(recurse=False))):
+        if part not in _sharded and any(map(is_shard, part.parameters(recurse=False))):
+            _sharded.add(part)
             part.register_state_dict_post_hook(_gather)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_shard)  # type: ignore[no-untyped-call]
 
 
-def save_whole_optimizers(optimizers: Iterable[Optimizer]) -> None:
+def save_whole_optimizers(objects: Iterable[object]) -> None:
     """Makes optimizers save and load whole tensors, where they have sharded parameters.
 
     Args:
-        optimizers: The optimizers; those that do already stay as they are.
+        objects: Optimizers among others; those that do already stay as they are.
     """
-    for optimizer in optimizers:
-        if optimizer not in _watched and any(map(is_shard, _parameters(optimizer))):
-            _watched.add(optimizer)
-            optimizer.register_state_dict_post_hook(_gather_state)
-            optimizer.register_load_state_dict_pre_hook(_shard_state)
+    for each in objects:
+        if not isinstance(each, Optimizer) or each in _watched:
+            continue
+        if any(map(is_shard, _parameters(each))):
+            _watched.add(each)
+            each.register_state_dict_post_hook(_gather_state)
+            each.register_load_state_dict_pre_hook(_shard_state)
 
 
 def is_saved_together(obj: object) -> bool:
@@ -52,19 +63,62 @@ def is_saved_together(obj: object) -> bool:
         obj: Anything.
     """
     if isinstance(obj, Module):
-        return any(map(is_shard, obj.state_dict(keep_vars=True).values()))
+        # Where weights are whole, it releases them.
+        return any(part in _sharded for part in obj.modules())
+    # A recipe may have made it by itself, and only now.
+    save_whole_optimizers([obj])
     return isinstance(obj, Optimizer) and obj in _watched
+
+
+@contextmanager
+def made_whole(obj: Any) -> Iterator[None]:
+    """A context in which ``state_dict`` has whole tensors without communication.
+
+    All processes enter it together, for a function that saves the module its own way, in the
+    main process alone perhaps.
+
+    Args:
+        obj: A module, or a part of one; with anything else nothing happens.
+
+    Yields:
+        None
+    """
+    state = obj.state_dict(keep_vars=True) if is_saved_together(obj) else {}
+    for parameter in state.values():
+        if is_shard(parameter):
+            whole = on_main(parameter.detach())
+            _made[id(parameter)] = whole.requires_grad_(parameter.requires_grad)
+    try:
+        yield
+    finally:
+        _made.clear()
+
+
+@contextmanager
+def as_shards() -> Iterator[None]:
+    """A context in which a ``state_dict`` has shards, without communication."""
+    _as_shards.append(None)
+    try:
+        yield
+    finally:
+        _as_shards.pop()
 
 
 def _parameters(optimizer: Optimizer) -> Iterable[Any]:
     return (p for group in optimizer.param_groups for p in group["params"])
 
 
-def _gather(module: Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-    for name, _ in module.named_parameters(recurse=False, remove_duplicate=False):
+def _gather(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         key = f"{prefix}{name}"
+        if key not in state or _as_shards:
+            continue
         # With keep_vars=True they are asked for as they are.
-        if key in state and not isinstance(state[key], Parameter):
+        as_they_are = isinstance(state[key], Parameter)
+        if id(parameter) in _made:
+            made = _made[id(parameter)]
+            state[key] = made if as_they_are else made.detach()
+        elif not as_they_are:
             state[key] = on_main(state[key])
 
 
@@ -76,6 +130,8 @@ def _shard(module: Module, state: dict[str, Any], prefix: str, *__: Any) -> None
 
 
 def _gather_state(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    if _as_shards:
+        return state
     # Its dictionaries are those of the optimizer: they are copied.
     gathered: dict[Any, Any] = {
         index: {name: on_main(value) for name, value in found.items()}

@@ -27,7 +27,11 @@ def whole(tensor: Tensor) -> Tensor:
     Args:
         tensor: Where it is a shard, all processes call this.
     """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # With cpu_offload it is in memory of the CPU, from where devices do not communicate.
+    shard: Any = tensor.to(tensor.device_mesh.device_type)
+    return shard.full_tensor()  # type: ignore[no-any-return]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -65,8 +69,14 @@ def on_main(value: Any) -> Any:
             "run_on_main: call state_dict() in all processes, and write what it returns there"
         )
     with torch.no_grad():
-        gathered = value.full_tensor()
-    return gathered.cpu() if if_main_process() else value
+        gathered = whole(value)
+    return _alone(gathered.cpu()) if if_main_process() else value
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor that is alone in its memory, all of which is written to a file."""
+    is_alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if is_alone else tensor.clone()
 
 
 def like(value: Any, tensor: Tensor) -> Any:
@@ -83,5 +93,7 @@ def like(value: Any, tensor: Tensor) -> Any:
     from torch.distributed.tensor import distribute_tensor
 
     # Each process has all of it: it takes its part.
-    value = value.detach().to(tensor.device)
-    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return distribute_tensor(value.detach(), mesh, placements, src_data_rank=None).to(
+        tensor.device
+    )

@@ -183,6 +183,8 @@ class BrainModule(LightningModule):
             temporary.wrap(brain, "init_optimizers", self._init_optimizers)
             temporary.enter_context(recovering(brain, self._named))
             on_fit_start()
+        # It may have made some by itself.
+        save_whole(brain)
         recovered = (brain.step, brain.avg_train_loss) != counts
         self.run.run_state.has_recovered_counts = recovered
         if self._explicit is not None:
@@ -221,7 +223,7 @@ class BrainModule(LightningModule):
     ) -> Any:
         """Takes what ``state_dict`` gave, whatever the modules are wrapped in by now."""
         prune_as_saved(self, state_dict, self._plain)
-        names = {self._plain(name): name for name in super().state_dict()}
+        names = {self._plain(name): name for name in super().state_dict(keep_vars=True)}
         renamed = {names.get(name, name): value for name, value in state_dict.items()}
         return super().load_state_dict(renamed, strict, assign)
 

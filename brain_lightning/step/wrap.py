@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import Any
 
 from torch.optim import Optimizer
 
@@ -55,8 +54,8 @@ def save_whole(brain: BrainProtocol) -> None:
         UnsupportedError: One was made before the modules were sharded.
     """
     check_optimizers(brain)
-    own: Any = (value for value in vars(brain).values() if isinstance(value, Optimizer))
-    optimizers = {id(each): each for each in chain(own, all_optimizers(brain).values())}
+    found = chain(vars(brain).values(), all_optimizers(brain).values())
+    optimizers = {id(each): each for each in found if isinstance(each, Optimizer)}
     save_whole_optimizers(optimizers.values())
     if brain._lightning.sharding is not None:
         warn_of_unused(brain, optimizers.values())
