@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from brain_lightning.compat.versions import PLAIN_GLOBALS
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
+from brain_lightning.fsdp2 import sharded_files
 from brain_lightning.fsdp2.tensors import local
 from brain_lightning.step.pruning import prune_as_saved
 
@@ -72,11 +73,13 @@ def write_state(state: Any, path: str | Path) -> None:
         raise OSError(f"torch could not write {path}: {error}") from error
 
 
-def load_state(path: str | Path) -> dict[str, Any]:
+def load_state(path: str | Path, obj: Any = None) -> dict[str, Any]:
     """Reads a ``state_dict`` without running anything that is in it.
 
     Args:
-        path: The file.
+        path: The file, or the folder of one that is in shards.
+        obj: What the state is for: where that is sharded, its shards are read from a folder,
+            and nothing else.
 
     Returns:
         The state, on the CPU; keys that SpeechBrain has renamed have their new names.
@@ -86,6 +89,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
         CheckpointError: The file is damaged; or would run code, which nobody can tell
             where it is no archive.
     """
+    if Path(path).is_dir():
+        structure = load_state(Path(path, sharded_files.STRUCTURE))
+        return sharded_files.read(structure, Path(path), obj)
     torch.serialization.add_safe_globals(PLAIN_GLOBALS)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
