@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info
 
+from brain_lightning.checkpoints.hooks import save_shards
 from brain_lightning.compat.speechbrain import is_speechbrains, set_processes
 from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.fsdp2.strategy import FSDP2Strategy
@@ -125,6 +126,7 @@ def _reconcile_wrapping(
     """Each entry of ``modules`` in its own DDP, or in shards, as the strategy says."""
     if isinstance(trainer.strategy, FSDP2Strategy):
         temporary.set(brain._lightning, "sharding", trainer.strategy.sharding)
+        save_shards(temporary)
     arguments = strategies.ddp_arguments(trainer)
     if "find_unused_parameters" in arguments:
         unused = arguments["find_unused_parameters"]

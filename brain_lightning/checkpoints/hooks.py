@@ -14,11 +14,17 @@ from typing import Any, TypeVar
 import torch
 
 from brain_lightning.compat.load_hooks import LOAD_HOOK, binds, without_device
-from brain_lightning.compat.speechbrain import default_hooks, repaired_kind
+from brain_lightning.compat.speechbrain import default_hooks, repaired_kind, state_savers
 from brain_lightning.distributed.communication import if_main_process
+from brain_lightning.fsdp2.state_dict import (
+    is_saved_together,
+    save_whole_optimizers,
+    whole_weights,
+)
+from brain_lightning.temporary import TemporaryAttributes
 
 from . import epoch_files
-from .state_files import torch_recovery, torch_save
+from .state_files import state_to_save, torch_recovery, torch_save
 
 Hook = Callable[..., Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -186,3 +192,41 @@ def share_with_speechbrain() -> None:
             # SpeechBrain has its own for torch's classes.
             if cls not in STATEFUL:
                 theirs[cls] = adapted(ours[cls])
+
+
+def save_shards(temporary: TemporaryAttributes) -> None:
+    """Lets SpeechBrain's Checkpointer save and load what is sharded, if that is in use.
+
+    Its own hooks make a ``state_dict`` in the main process alone.
+
+    Args:
+        temporary: Records what is changed.
+    """
+    arounds: dict[str, Hook] = {"SAVE": _save_theirs, "LOAD": _load_theirs}
+    for kind, around in arounds.items():
+        theirs = default_hooks(kind)
+        for cls, hook in list(theirs.items()):
+            temporary.callback(theirs.__setitem__, cls, hook)
+            theirs[cls] = functools.partial(around, hook)
+
+
+class _Made:
+    """Stands for an object of which the state is made already."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state_dict = lambda: state
+
+
+def _save_theirs(hook: Hook, obj: Any, path: str | Path) -> None:
+    savers = state_savers()
+    if hook in savers and is_saved_together(obj):
+        # Whole in the main process alone, and on no other node.
+        savers[0](_Made(state_to_save(obj)), path)
+        return
+    with whole_weights(obj):
+        hook(obj, path)
+
+
+def _load_theirs(hook: Hook, obj: Any, path: str | Path, end_of_epoch: bool) -> None:
+    save_whole_optimizers([obj])
+    hook(obj, path, end_of_epoch)

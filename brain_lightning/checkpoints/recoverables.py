@@ -23,9 +23,13 @@ from brain_lightning.errors import (
     DamagedCheckpointError,
     NotInCheckpointError,
 )
-from brain_lightning.fsdp2.state_dict import is_saved_together
+from brain_lightning.fsdp2.state_dict import (
+    is_saved_together,
+    save_whole_optimizers,
+    whole_weights,
+)
 
-from . import state_files
+from . import integrity, state_files
 from .async_save import Snapshots
 from .hooks import Hook, load_hook, save_hook
 
@@ -57,8 +61,12 @@ class Recoverables:
         ignore_mismatched_sizes: Parts of recoverable modules that are left as they are made
             where their shape is another in the checkpoint, an output layer say: the names of
             recoverables, or of what is in them, ``model.output``.
+        writes_shards: Whether each process writes its own shards of what is sharded
+            (``FSDP2Strategy(sharded_checkpoints=True)``), into a folder with the name that
+            the file would have.
     """
 
+    writes_shards = False
     ignore_mismatched_sizes: Collection[str] = ()
 
     def __init__(
@@ -139,29 +147,24 @@ class Recoverables:
 
         Raises:
             CheckpointError: A recoverable has no way to be saved.
+            Exception: A hook failed. The rest was saved all the same, for which other
+                processes may have waited.
         """
         hooks = {name: self._save_hook(name) for name in self.recoverables}
-        by_torch = [name for name, hook in hooks.items() if hook is state_files.torch_save]
-        # By all processes together, before one of them may fail to write.
-        gathered = {
-            name: state_files.state_to_save(self.recoverables[name])
-            for name in by_torch
-            if is_saved_together(self.recoverables[name])
-        }
         deferred: dict[Path, Any] = {}
+        failures: list[Exception] = []
         for name, hook in hooks.items():
-            obj, path = (
-                self.recoverables[name],
-                directory / f"{name}{state_files.PARAMFILE_EXT}",
-            )
-            if name not in by_torch:
-                hook(obj, path)
-            elif if_main_process():
-                state = gathered.get(name) or state_files.state_to_save(obj)
-                if snapshots is None:
-                    state_files.write_state(state, path)
+            path = directory / f"{name}{state_files.PARAMFILE_EXT}"
+            try:
+                if self.writes_shards and self._may_be_in_shards(name, hook):
+                    own = state_files.write_shards(self.recoverables[name], path)
+                    integrity.write_checksums_together(path, own)
                 else:
-                    deferred[path] = snapshots.take(state)
+                    deferred |= _write(self.recoverables[name], hook, path, snapshots)
+            except Exception as error:  # noqa: BLE001  raised below
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return deferred
 
     def files_to_load(self, path: Path, found: Mapping[str, Path]) -> dict[str, Path]:
@@ -200,7 +203,7 @@ class Recoverables:
             CheckpointError: A file cannot be read, or would run code.
         """
         return {
-            name: state_files.load_state(path)
+            name: state_files.load_state(path, self.recoverables[name])
             for name, path in files.items()
             if name in self.recoverables
             and self._load_hook(name) is state_files.torch_recovery
@@ -234,6 +237,7 @@ class Recoverables:
             if hook is None:
                 raise _no_hook("recover", name, obj, "load_state_dict", "custom_load_hook")
             hooks[name] = without_device(hook, *LOAD_HOOK)
+        save_whole_optimizers(self.recoverables.values())
         recovered: list[str] = []
         parts = self._mismatched_parts(states)
         for name, path in files.items():
@@ -350,6 +354,12 @@ class Recoverables:
             and any(id(p) in own for group in obj.param_groups for p in group["params"])
         ]
 
+    def _may_be_in_shards(self, name: str, hook: Hook) -> bool:
+        """Whether an object is sharded, and saved and loaded by no hook of its own."""
+        by_torch = hook is state_files.torch_save
+        by_torch = by_torch and self._load_hook(name) is state_files.torch_recovery
+        return by_torch and is_saved_together(self.recoverables[name])
+
     def _save_hook(self, name: str) -> Hook:
         obj = self.recoverables[name]
         hook = self.custom_save_hooks.get(name) or save_hook(obj)
@@ -359,6 +369,23 @@ class Recoverables:
 
     def _load_hook(self, name: str) -> Hook | None:
         return self.custom_load_hooks.get(name) or load_hook(self.recoverables[name])
+
+
+def _write(obj: Any, hook: Hook, path: Path, snapshots: Snapshots | None) -> dict[Path, Any]:
+    """Saves one object; returns a copy of its state where that is still to be written."""
+    if hook is not state_files.torch_save:
+        with whole_weights(obj):
+            hook(obj, path)
+        return {}
+    if not if_main_process() and not is_saved_together(obj):
+        return {}
+    state = state_files.state_to_save(obj)
+    if not if_main_process():
+        return {}
+    if snapshots is not None:
+        return {path: snapshots.take(state)}
+    state_files.write_state(state, path)
+    return {}
 
 
 def _no_hook(verb: str, name: str, obj: Any, method: str, argument: str) -> CheckpointError:

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from brain_lightning.compat.versions import PLAIN_GLOBALS
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
 from brain_lightning.fsdp2 import sharded_files
+from brain_lightning.fsdp2.state_dict import as_shards, release_weights
 from brain_lightning.fsdp2.tensors import local
 from brain_lightning.step.pruning import prune_as_saved
 
@@ -37,6 +38,7 @@ def state_to_save(obj: Any) -> dict[str, Any]:
     Args:
         obj: Anything with a ``state_dict``.
     """
+    release_weights(obj)
     state: dict[str, Any] = obj.state_dict()
     if not state:
         logger.warning("Saving an empty state_dict for %s.", type(obj).__name__)
@@ -73,6 +75,34 @@ def write_state(state: Any, path: str | Path) -> None:
         raise OSError(f"torch could not write {path}: {error}") from error
 
 
+def write_shards(obj: Any, folder: Path) -> list[Path]:
+    """Saves the ``state_dict`` of what is sharded, all processes together.
+
+    Args:
+        obj: A module or an optimizer.
+        folder: Where each process writes its own shards to.
+
+    Returns:
+        The files that this process has written.
+
+    Raises:
+        OSError: A process could not write.
+        UnsupportedError: The processes do not share the folder.
+    """
+    with as_shards():
+        state = state_to_save(obj)
+    return sharded_files.write(state, folder, write_state)
+
+
+def is_in_shards(path: Path) -> bool:
+    """Whether a recoverable was saved by ``write_shards``, to a folder.
+
+    Args:
+        path: What has the name of its file.
+    """
+    return (path / sharded_files.STRUCTURE).is_file()
+
+
 def load_state(path: str | Path, obj: Any = None) -> dict[str, Any]:
     """Reads a ``state_dict`` without running anything that is in it.
 
@@ -89,7 +119,7 @@ def load_state(path: str | Path, obj: Any = None) -> dict[str, Any]:
         CheckpointError: The file is damaged; or would run code, which nobody can tell
             where it is no archive.
     """
-    if Path(path).is_dir():
+    if is_in_shards(Path(path)):
         structure = load_state(Path(path, sharded_files.STRUCTURE))
         return sharded_files.read(structure, Path(path), obj)
     torch.serialization.add_safe_globals(PLAIN_GLOBALS)

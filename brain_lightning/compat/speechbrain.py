@@ -311,6 +311,12 @@ def default_hooks(kind: str) -> dict[type, Any]:
     return _loaded("utils.checkpoints", f"DEFAULT_{kind}_HOOKS") or {}
 
 
+def state_savers() -> list[Any]:
+    """The hooks of SpeechBrain that write a ``state_dict``, the default one first."""
+    names = ("torch_save", "torch_save_once_per_node")
+    return [_loaded("utils.checkpoints", name) for name in names]
+
+
 # Classes whose own hooks save too little, or recover too little: see checkpoints/hooks.py.
 _REPAIRED = {
     ("speechbrain.utils.epoch_loop", "EpochCounter"): "counter",

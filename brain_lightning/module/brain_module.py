@@ -21,6 +21,7 @@ from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
 from brain_lightning.distributed.ddp import unwrap_modules
+from brain_lightning.fsdp2.evaluate import release
 from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_path
 from brain_lightning.lightning_internals.loggers import log_step_metrics
 from brain_lightning.lightning_internals.loops import fit_loop_of
@@ -182,6 +183,8 @@ class BrainModule(LightningModule):
             temporary.wrap(brain, "init_optimizers", self._init_optimizers)
             temporary.enter_context(recovering(brain, self._named))
             on_fit_start()
+        # It may have made some by itself.
+        save_whole(brain)
         recovered = (brain.step, brain.avg_train_loss) != counts
         self.run.run_state.has_recovered_counts = recovered
         if self._explicit is not None:
@@ -208,6 +211,7 @@ class BrainModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights by the names that they have where nothing is compiled or wrapped."""
+        release(self.brain)
         state = super().state_dict(*args, **kwargs)
         for name in list(state):
             # In place: the dictionary carries metadata; all of them, to keep the order.
@@ -219,7 +223,7 @@ class BrainModule(LightningModule):
     ) -> Any:
         """Takes what ``state_dict`` gave, whatever the modules are wrapped in by now."""
         prune_as_saved(self, state_dict, self._plain)
-        names = {self._plain(name): name for name in super().state_dict()}
+        names = {self._plain(name): name for name in super().state_dict(keep_vars=True)}
         renamed = {names.get(name, name): value for name, value in state_dict.items()}
         return super().load_state_dict(renamed, strict, assign)
 

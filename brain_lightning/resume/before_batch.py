@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from brain_lightning.fsdp2.state_dict import as_shards
+from brain_lightning.fsdp2.tensors import is_shard, like
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import all_optimizers, parameters_of
 from brain_lightning.step.trained_parts import Switches, switches
@@ -103,7 +105,8 @@ class BeforeBatch:
                 if name is not None and name not in self._optimizers:
                     for p in parameters_of(optimizer):
                         self._weights.setdefault(index[id(p)], p.detach().clone())
-                    self._optimizers[name] = copy.deepcopy(optimizer.state_dict())
+                    with as_shards():
+                        self._optimizers[name] = copy.deepcopy(optimizer.state_dict())
 
     @contextmanager
     def _as_far_as_there_is_memory(self) -> Iterator[None]:
@@ -135,8 +138,8 @@ class BeforeBatch:
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""
         return {
-            "weights": _on_cpu(self._weights),
-            "buffers": _on_cpu(self._buffers),
+            "weights": on_cpu(self._weights),
+            "buffers": on_cpu(self._buffers),
             "optimizers": self._optimizers,
             "scaler": self._scaler,
             "optimizer_step": self.counts["optimizer_step"],
@@ -154,7 +157,7 @@ def undo(brain: BrainProtocol, state: BatchState) -> None:
     with torch.no_grad():
         for index, value in state["weights"].items():
             if weights[index].shape == value.shape:
-                weights[index].copy_(value)
+                weights[index].copy_(like(value, weights[index]))
     restore_buffers(brain, state["buffers"])
     optimizers = _optimizers(brain)
     for name, saved_optimizer in state["optimizers"].items():
@@ -194,7 +197,8 @@ def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None
         gradient = saved.get(index)
         if gradient is not None and gradient.shape != parameter.shape:
             gradient = None
-        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        own = None if gradient is None else gradient.to(parameter.device)
+        parameter.grad = like(own, parameter)
 
 
 def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
@@ -203,5 +207,10 @@ def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
     return {**own, **all_optimizers(brain)}
 
 
-def _on_cpu(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-    return {key: tensor.cpu() for key, tensor in tensors.items()}
+def on_cpu(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """Tensors as they are saved; shards, which become whole then, as they are.
+
+    Args:
+        tensors: By index.
+    """
+    return {key: t if is_shard(t) else t.cpu() for key, t in tensors.items()}

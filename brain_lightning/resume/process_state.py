@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from brain_lightning.distributed.communication import world_size
+from brain_lightning.distributed.communication import if_main_process, world_size
+from brain_lightning.fsdp2.tensors import is_shard, on_main
 from brain_lightning.protocol import BrainProtocol
+
+# Stands for what only the state of the main process has.
+IN_FIRST = "brain_lightning: in the state of the first process"
 
 
 def buffers(brain: BrainProtocol) -> dict[int, Tensor]:
@@ -76,3 +82,48 @@ def _wrapped(brain: BrainProtocol) -> list[DistributedDataParallel]:
         return []
     modules = brain.modules.values()
     return [module for module in modules if isinstance(module, DistributedDataParallel)]
+
+
+def whole_in_first(state: Any) -> Any:
+    """A state in which shards are whole in the main process, and left out in the others.
+
+    Args:
+        state: Dicts and lists of anything. All processes call this.
+    """
+    if is_shard(state):
+        whole = on_main(state)
+        return whole if if_main_process() else IN_FIRST
+    if isinstance(state, dict):
+        return {key: whole_in_first(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(whole_in_first, state))
+    return state
+
+
+def with_whole(state: Any, first: Any) -> Any:
+    """The state of a process with what was left out of it.
+
+    Args:
+        state: From ``whole_in_first``, after it was saved.
+        first: That of the main process.
+    """
+    if isinstance(state, str) and state == IN_FIRST:
+        return first
+    if isinstance(state, dict) and isinstance(first, dict):
+        return {key: with_whole(value, first.get(key)) for key, value in state.items()}
+    return state
+
+
+def mean_gradients(states: Sequence[Any]) -> dict[int, Tensor]:
+    """The average of the gradients of a window over processes.
+
+    Args:
+        states: Of all processes, within an epoch. What was left out of some is the average
+            already.
+    """
+    every = [state["epoch"]["gradients"] for state in states if state["epoch"] is not None]
+    own = [each for each in every if not any(isinstance(v, str) for v in each.values())]
+    return {
+        index: sum(found[index] for found in own if index in found) / len(own)
+        for index in dict.fromkeys(chain(*own))
+    }

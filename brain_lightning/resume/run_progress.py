@@ -16,7 +16,7 @@ from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.temporary import TemporaryAttributes
 
-from .before_batch import COUNTS, BeforeBatch, gradients, restore_gradients, undo
+from .before_batch import COUNTS, BeforeBatch, gradients, on_cpu, restore_gradients, undo
 from .data_position import DataPosition, position_in, recovered_batches
 from .epoch_statistics import EpochStatistics
 from .plain_values import State, plain, plain_or_none
@@ -26,6 +26,7 @@ from .process_state import (
     restore_buffers,
     restore_synchronizes,
     synchronizes,
+    whole_in_first,
 )
 from .random_state import random_state, set_random_state
 from .saved_state import VERSION, EpochState, ProcessState, TrainerSide
@@ -258,7 +259,8 @@ class RunProgress:
         """
         assert self.trainer is not None
         beside_weights = self.trainer.state_beside_weights()
-        self._cut_short = plain({**self.state(), "beside_weights": beside_weights})
+        state = whole_in_first(self.state())
+        self._cut_short = plain({**state, "beside_weights": beside_weights})
 
     # ------------------------------------------------------- TRAIN ends, VALID
 
@@ -392,7 +394,7 @@ class RunProgress:
         return {
             **self._epoch_at(self.position.state(fitted, random), fitted, statistics),
             **self.counts,  # type: ignore[typeddict-item]
-            "gradients": {index: grad.cpu() for index, grad in grads.items()},
+            "gradients": on_cpu(grads),
         }
 
     def _epoch_at(self, position: State, batches: int, statistics: State | None) -> EpochState:

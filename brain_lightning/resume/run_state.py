@@ -6,10 +6,16 @@ import logging
 from os import PathLike
 
 from brain_lightning.checkpoints.state_files import load_state, write_state
-from brain_lightning.distributed.communication import gather, if_main_process, rank, world_size
+from brain_lightning.distributed.communication import (
+    collectively,
+    gather,
+    if_main_process,
+    rank,
+    world_size,
+)
 from brain_lightning.phase import Phase
 
-from .process_state import differing
+from .process_state import differing, mean_gradients, whole_in_first, with_whole
 from .run_progress import RunProgress
 from .saved_state import migrated
 
@@ -28,7 +34,7 @@ class RunState(RunProgress):
         Args:
             path: The file.
         """
-        states = gather(self.state())
+        states = gather(collectively(lambda: whole_in_first(self.state())))
         if if_main_process():
             first = states[0]["buffers"]
             for state in states:
@@ -56,7 +62,12 @@ class RunState(RunProgress):
                 len(states),
                 world_size(),
             )
-        state = migrated(states[rank() % len(states)], end_of_epoch)
+        own = with_whole(states[rank() % len(states)], states[0])
+        state = migrated(own, end_of_epoch)
+        is_sharded = self.brain._lightning.sharding is not None
+        if state["epoch"] is not None and (is_sharded or len(states) != world_size()):
+            # Of a window: here all processes have the same gradients, or other batches.
+            state["epoch"]["gradients"] = mean_gradients(states)
         # The main process has them.
         state["beside_weights"] = states[0].get("beside_weights", {})
         if state["trainer"]:

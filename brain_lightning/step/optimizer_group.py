@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from brain_lightning.errors import CheckpointError, UnsupportedError
+from brain_lightning.fsdp2.state_dict import save_whole_optimizers
 from brain_lightning.protocol import BrainProtocol
 
 from .initial_groups import InitialGroups
@@ -216,6 +217,8 @@ class OptimizerGroup(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The members' states by name."""
+        # A recipe may have replaced one.
+        save_whole_optimizers(self.members.values())
         return {name: member.state_dict() for name, member in self.members.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -227,6 +230,7 @@ class OptimizerGroup(Optimizer):
         Raises:
             CheckpointError: A member has no state in it.
         """
+        save_whole_optimizers(self.members.values())
         for name, member in self.members.items():
             if name not in state_dict:
                 raise CheckpointError(

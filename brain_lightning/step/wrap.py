@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import Any
-
-from torch.optim import Optimizer
 
 from brain_lightning.distributed import ddp
 from brain_lightning.fsdp2.shard import shard_modules
@@ -50,5 +47,4 @@ def save_whole(brain: BrainProtocol) -> None:
     Args:
         brain: The Brain, with its optimizers.
     """
-    own: Any = (value for value in vars(brain).values() if isinstance(value, Optimizer))
-    save_whole_optimizers(chain(own, all_optimizers(brain).values()))
+    save_whole_optimizers(chain(vars(brain).values(), all_optimizers(brain).values()))
