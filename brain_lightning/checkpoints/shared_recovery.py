@@ -224,9 +224,7 @@ def _content(directory: Path) -> str:
             digest.update(f"{name}\0".encode())
             # What is in a folder is shards, and too large to be read once more.
             is_known = name in known and path.parent != directory
-            digest.update(
-                repr(known[name]).encode() if is_known else _content_of_file(path)
-            )
+            digest.update(repr(known[name]).encode() if is_known else _content_of_file(path))
     except Exception:  # noqa: BLE001  what is damaged makes zipfile raise almost anything
         return ""
     return digest.hexdigest()

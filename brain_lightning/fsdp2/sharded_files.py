@@ -1,4 +1,4 @@
-"""Files to which each process writes the shards that it has (``torch.distributed.checkpoint``).
+"""Files to which each process writes its own shards (``torch.distributed.checkpoint``).
 
 A state becomes a folder: ``structure.pt`` is the state with empty tensors where the shards
 are, and the other files hold the shards by the place that each has in the state, such as
@@ -113,11 +113,13 @@ def write(
 
 
 def _write_shards(shards: State, folder: Path) -> None:
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        checkpoint.save(shards, storage_writer=checkpoint.FileSystemWriter(folder))
-    except checkpoint.CheckpointException as error:
+        save(shards, storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:
         # In all processes, and with the traceback of each: no subclass of Exception.
         first, (cause, _) = min(error.failures.items())
         raise OSError(f"rank {first} could not write its shards: {cause}") from error
@@ -186,19 +188,19 @@ def _read_shards(found: State, folder: Path) -> None:
             f"{folder} was saved by FSDP2Strategy(sharded_checkpoints=True), and torch "
             f"{torch.__version__} cannot read it: it needs torch 2.8 or newer"
         )
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    class Reader(checkpoint.FileSystemReader):
-        def read_metadata(self, *_: Any, **__: Any) -> Any:
-            return metadata
-
-    metadata = _read_metadata(folder / ".metadata")
+    metadata, reader = _read_metadata(folder / ".metadata"), FileSystemReader(folder)
+    # Its own unpickles anything.
+    vars(reader)["read_metadata"] = lambda *_, **__: metadata
     with warnings.catch_warnings():
         # It is read without communication.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
-            checkpoint.load(found, storage_reader=Reader(folder), no_dist=True)
-        except checkpoint.CheckpointException as error:
+            load(found, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             raise CheckpointError(f"{folder} cannot be read: {cause}") from error
 
