@@ -29,7 +29,7 @@ def write_checksums(directory: Path) -> None:
         directory: The checkpoint.
     """
     known: dict[str, dict[str, Any]] = {}
-    for part in sorted(directory.glob(f"*/{CHECKSUMS}")):
+    for part in sorted(directory.glob(f"*{PARAMFILE_EXT}/{CHECKSUMS}")):
         name = part.parent.name
         known |= {f"{name}/{file}": each for file, each in checksums(part.parent).items()}
         part.unlink()

@@ -66,7 +66,11 @@ def on_main(value: Any) -> Any:
         )
     with torch.no_grad():
         gathered = value.full_tensor()
-    return gathered.cpu() if if_main_process() else value
+    if not if_main_process():
+        return value
+    is_part = gathered.untyped_storage().nbytes() > gathered.nbytes
+    # Uneven shards are gathered to larger memory, all of which would be saved.
+    return gathered.clone().cpu() if is_part else gathered.cpu()
 
 
 def like(value: Any, tensor: Tensor) -> Any:
