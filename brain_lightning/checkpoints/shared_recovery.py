@@ -30,6 +30,7 @@ from . import integrity
 from .atomic_directory import may_be_checkpoint
 from .checkpoint import Checkpoint, checkpoint_in, saved_in
 from .meta_file import METAFNAME
+from .state_files import is_in_shards
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ def _recover_speechbrains(checkpointer: Any, original: Any, *args: Any, **kwargs
         return original(*args, **kwargs)
 
     def load(checkpoint: Any, _: list[Any]) -> bool:
+        if any(map(is_in_shards, checkpoint.paramfiles.values())):
+            raise CheckpointError(
+                f"{checkpoint.path} was saved with sharded_checkpoints=True, which "
+                "SpeechBrain's Checkpointer cannot read: use brain_lightning.Checkpointer, or "
+                "make it whole with brain-lightning convert"
+            )
         checkpointer.load_checkpoint(checkpoint)
         return True
 
