@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from brain_lightning.data import dataloaders as data
@@ -24,6 +23,7 @@ from brain_lightning.step.older_api import may_step, zero_grad_of_optimizer
 from brain_lightning.step.optimizers import split_vectors_from_weight_decay
 from brain_lightning.step.update import RawUpdate, fit_batch, optimizers_step
 from brain_lightning.step.wrap import wrap_modules
+from brain_lightning.temporary import TemporaryAttributes
 
 from .base import BrainBase
 from .fit import FitAndEvaluate
@@ -316,10 +316,11 @@ class Brain(FitAndEvaluate, BrainBase):
         Yields:
             None
         """
-        with ExitStack() as stack:
+        with TemporaryAttributes() as temporary:
             for module in self.modules.values() if use else ():
-                if isinstance(module, DistributedDataParallel):
-                    stack.enter_context(module.no_sync())
+                # In DDP; of shards gradients are averaged all the same.
+                if hasattr(module, "require_backward_grad_sync"):
+                    temporary.set(module, "require_backward_grad_sync", False)
             yield
 
     # ------------------------------------------------------------------- data

@@ -18,8 +18,8 @@ from brain_lightning.compat.speechbrain import default_hooks, repaired_kind, sta
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.fsdp2.state_dict import (
     is_saved_together,
+    made_whole,
     save_whole_optimizers,
-    whole_weights,
 )
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -223,7 +223,7 @@ def _save_theirs(hook: Hook, obj: Any, path: str | Path) -> None:
         # Whole in the main process alone, and on no other node.
         savers[0](_Made(state_to_save(obj)), path)
         return
-    with whole_weights(obj):
+    with made_whole(obj):
         hook(obj, path)
 
 

@@ -25,8 +25,8 @@ from brain_lightning.errors import (
 )
 from brain_lightning.fsdp2.state_dict import (
     is_saved_together,
+    made_whole,
     save_whole_optimizers,
-    whole_weights,
 )
 
 from . import integrity, state_files
@@ -374,7 +374,7 @@ class Recoverables:
 def _write(obj: Any, hook: Hook, path: Path, snapshots: Snapshots | None) -> dict[Path, Any]:
     """Saves one object; returns a copy of its state where that is still to be written."""
     if hook is not state_files.torch_save:
-        with whole_weights(obj):
+        with made_whole(obj):
             hook(obj, path)
         return {}
     if not if_main_process() and not is_saved_together(obj):

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from brain_lightning.compat.versions import PLAIN_GLOBALS
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
 from brain_lightning.fsdp2 import sharded_files
-from brain_lightning.fsdp2.state_dict import as_shards, release_weights
+from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import local
 from brain_lightning.step.pruning import prune_as_saved
 
@@ -38,7 +38,6 @@ def state_to_save(obj: Any) -> dict[str, Any]:
     Args:
         obj: Anything with a ``state_dict``.
     """
-    release_weights(obj)
     state: dict[str, Any] = obj.state_dict()
     if not state:
         logger.warning("Saving an empty state_dict for %s.", type(obj).__name__)

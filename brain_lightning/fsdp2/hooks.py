@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed
 from torch.nn import Module
 from torch.utils._pytree import tree_map_only
-
-# Of modules whose buffers are to become those of the first process.
-_buffers: WeakKeyDictionary[Module, _BufferSynchronization] = WeakKeyDictionary()
 
 
 def clone_views(module: Module) -> None:
@@ -37,44 +33,26 @@ def _cloned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor._is_view() and tensor.requires_grad else tensor
 
 
-class _BufferSynchronization:
-    """Makes the buffers those of the first process, when DDP does so.
-
-    It does in the forward pass after one that may have a backward pass
-    (``DistributedDataParallel(broadcast_buffers=True)``).
-
-    Args:
-        module: The module.
-    """
-
-    def __init__(self, module: Module) -> None:
-        self._is_due = True
-        module.register_forward_pre_hook(self._before_forward)
-
-    def _before_forward(self, module: Module, _: Any) -> None:
-        if module.training:
-            self.synchronize(module)
-            self._is_due = torch.is_grad_enabled()
-
-    def synchronize(self, module: Module) -> None:
-        """Makes them those of the first process, if they may differ.
-
-        Args:
-            module: The module.
-        """
-        if self._is_due:
-            self._is_due = False
-            broadcast(module.buffers())
-
-
 def keep_buffers_equal(module: Module) -> None:
-    """Has the buffers of a module made those of the first process, as DDP does.
+    """Has the buffers of a module made those of the first process, when DDP does so.
+
+    It does in the forward pass after one whose gradients were to be averaged
+    (``DistributedDataParallel(broadcast_buffers=True)``), which two attributes say: the module
+    gets them as well. ``no_sync`` of a Brain, ours or SpeechBrain's, changes the first.
 
     Args:
         module: A module that is trained.
     """
-    if any(True for _ in module.buffers()):
-        _buffers[module] = _BufferSynchronization(module)
+    trained: Any = module
+    trained.require_backward_grad_sync = trained.require_forward_param_sync = True
+    module.register_forward_pre_hook(_before_forward)
+
+
+def _before_forward(module: Any, _: Any) -> None:
+    if module.training:
+        synchronize_buffers(module)
+        is_averaged = torch.is_grad_enabled() and module.require_backward_grad_sync
+        module.require_forward_param_sync = is_averaged
 
 
 def synchronize_buffers(module: Module) -> None:
@@ -83,8 +61,9 @@ def synchronize_buffers(module: Module) -> None:
     Args:
         module: Any module.
     """
-    if module in _buffers:
-        _buffers[module].synchronize(module)
+    if getattr(module, "require_forward_param_sync", False):
+        vars(module)["require_forward_param_sync"] = False
+        broadcast(module.buffers())
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

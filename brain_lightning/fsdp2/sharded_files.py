@@ -31,7 +31,7 @@ from brain_lightning.distributed.communication import (
 )
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError, UnsupportedError
 
-from .state_dict import parameters_by_index, release_weights
+from .state_dict import parameters_by_index
 from .tensors import is_shard
 
 STRUCTURE = "structure.pt"
@@ -228,7 +228,6 @@ def _read_metadata(path: Path) -> Any:
 def _shards_of(obj: Any, structure: State) -> Callable[[Place], Any]:
     """Gives the tensor of an object, maybe a shard, that what is at a place is for."""
     if isinstance(obj, Module):
-        release_weights(obj)
         own = obj.state_dict(keep_vars=True)
         return lambda place: own.get(place[0])
     if isinstance(obj, Optimizer):

@@ -11,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakSet
 
+from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
-
-from brain_lightning.compat.versions import FSDPModule
 
 from .tensors import is_shard, like, on_main
 
 _watched: WeakSet[Optimizer] = WeakSet()
-# By each part of a sharded module what gathers and releases its weights.
-_gatherers: WeakKeyDictionary[Module, Any] = WeakKeyDictionary()
+# Parts of sharded modules, which have weights of their own.
+_sharded: WeakSet[Module] = WeakSet()
+# Within ``made_whole``: by the id of the parameter.
+_made: dict[int, Tensor] = {}
 # Within ``as_shards``.
 _as_shards: list[None] = []
 
@@ -33,20 +34,11 @@ def save_whole_module(module: Module) -> None:
     Args:
         module: Sharded, and ready for use.
     """
-    for owner, part in _with_owners(module, module):
-        is_new = part not in _gatherers
-        if is_new and any(is_shard(p) for p in part._parameters.values()):
-            _gatherers[part] = ref(owner)
+    for part in module.modules():
+        if part not in _sharded and any(map(is_shard, part._parameters.values())):
+            _sharded.add(part)
             part.register_state_dict_post_hook(_gather)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_shard)  # type: ignore[no-untyped-call]
-
-
-def _with_owners(owner: Module, module: Module) -> Iterator[tuple[Module, Module]]:
-    """Each part of a module, with the innermost module that gathers its weights."""
-    owner = module if isinstance(module, FSDPModule) else owner
-    yield owner, module
-    for child in module.children():
-        yield from _with_owners(owner, child)
 
 
 def save_whole_optimizers(objects: Iterable[object]) -> None:
@@ -71,28 +63,19 @@ def is_saved_together(obj: object) -> bool:
         obj: Anything.
     """
     if isinstance(obj, Module):
-        return bool(_gatherers_of(obj))
+        # Where weights are whole, it releases them.
+        return any(part in _sharded for part in obj.modules())
     # A recipe may have made it by itself, and only now.
     save_whole_optimizers([obj])
     return isinstance(obj, Optimizer) and obj in _watched
 
 
-def release_weights(obj: object) -> None:
-    """Releases weights that are whole, and in larger memory, which would be saved with them.
-
-    Args:
-        obj: A module, or a part of one; with anything else nothing happens.
-    """
-    for each in _gatherers_of(obj) if isinstance(obj, Module) else ():
-        each.reshard()
-
-
 @contextmanager
-def whole_weights(obj: object) -> Iterator[None]:
-    """A context in which the weights of a module are whole in all processes.
+def made_whole(obj: Any) -> Iterator[None]:
+    """A context in which ``state_dict`` has whole tensors without communication.
 
-    All of them enter it together, for a function that saves the module its own way, in one
-    process alone perhaps.
+    All processes enter it together, for a function that saves the module its own way, in the
+    main process alone perhaps.
 
     Args:
         obj: A module, or a part of one; with anything else nothing happens.
@@ -100,20 +83,15 @@ def whole_weights(obj: object) -> Iterator[None]:
     Yields:
         None
     """
-    gatherers = _gatherers_of(obj) if isinstance(obj, Module) else []
+    state = obj.state_dict(keep_vars=True) if is_saved_together(obj) else {}
+    for parameter in state.values():
+        if is_shard(parameter):
+            whole = on_main(parameter.detach())
+            _made[id(parameter)] = whole.requires_grad_(parameter.requires_grad)
     try:
-        for each in gatherers:
-            each.unshard()
         yield
     finally:
-        for each in gatherers:
-            each.reshard()
-
-
-def _gatherers_of(module: Module) -> list[Any]:
-    """What gathers the weights of a module, or of parts of it."""
-    found = [_gatherers[part]() for part in module.modules() if part in _gatherers]
-    return list(dict.fromkeys(found))
+        _made.clear()
 
 
 @contextmanager
@@ -131,10 +109,16 @@ def _parameters(optimizer: Optimizer) -> Iterable[Any]:
 
 
 def _gather(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in module._parameters:
+    for name, parameter in module._parameters.items():
         key = f"{prefix}{name}"
+        if key not in state or _as_shards:
+            continue
         # With keep_vars=True they are asked for as they are.
-        if key in state and not isinstance(state[key], Parameter) and not _as_shards:
+        as_they_are = isinstance(state[key], Parameter)
+        if id(parameter) in _made:
+            made = _made[id(parameter)]
+            state[key] = made if as_they_are else made.detach()
+        elif not as_they_are:
             state[key] = on_main(state[key])
 
 

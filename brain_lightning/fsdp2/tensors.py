@@ -66,11 +66,13 @@ def on_main(value: Any) -> Any:
         )
     with torch.no_grad():
         gathered = value.full_tensor()
-    if not if_main_process():
-        return value
-    is_part = gathered.untyped_storage().nbytes() > gathered.nbytes
-    # Uneven shards are gathered to larger memory, all of which would be saved.
-    return gathered.clone().cpu() if is_part else gathered.cpu()
+    return _alone(gathered.cpu()) if if_main_process() else value
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor that is alone in its memory, all of which is written to a file."""
+    is_alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if is_alone else tensor.clone()
 
 
 def like(value: Any, tensor: Tensor) -> Any:

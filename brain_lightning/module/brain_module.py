@@ -21,7 +21,6 @@ from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
 from brain_lightning.distributed.ddp import unwrap_modules
-from brain_lightning.fsdp2.evaluate import release
 from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_path
 from brain_lightning.lightning_internals.loggers import log_step_metrics
 from brain_lightning.lightning_internals.loops import fit_loop_of
@@ -211,7 +210,6 @@ class BrainModule(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights by the names that they have where nothing is compiled or wrapped."""
-        release(self.brain)
         state = super().state_dict(*args, **kwargs)
         for name in list(state):
             # In place: the dictionary carries metadata; all of them, to keep the order.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning.distributed.communication import if_main_process, world_size
 from brain_lightning.fsdp2.tensors import is_shard, on_main
@@ -77,11 +76,12 @@ def restore_synchronizes(brain: BrainProtocol, saved: list[bool]) -> None:
         module.require_forward_param_sync = value
 
 
-def _wrapped(brain: BrainProtocol) -> list[DistributedDataParallel]:
+def _wrapped(brain: BrainProtocol) -> list[Any]:
+    """What is in DDP, or sharded and trained."""
     if world_size() == 1:
         return []
     modules = brain.modules.values()
-    return [module for module in modules if isinstance(module, DistributedDataParallel)]
+    return [module for module in modules if hasattr(module, "require_forward_param_sync")]
 
 
 def whole_in_first(state: Any) -> Any:
