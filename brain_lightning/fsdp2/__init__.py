@@ -5,5 +5,6 @@ entry in shards; ``blocks`` chooses the parts of it that are gathered one by one
 has them gathered for more than ``forward``, ``hooks`` mends what a sharded module would do
 differently from one in DDP, and ``unsupported`` refuses what cannot be sharded. ``evaluate``
 gathers the weights for VALID and TEST. ``state_dict`` makes a sharded module, or an optimizer
-of one, save and load whole tensors, and ``tensors`` translates these.
+of one, save and load whole tensors, and ``tensors`` translates these; ``sharded_files`` lets
+each process save its own shards instead.
 """

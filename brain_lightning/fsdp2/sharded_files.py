@@ -69,8 +69,8 @@ def check_is_shared(folder: Path) -> None:
         words = by_rank(["found" if each else "not found" for each in seen])
         raise UnsupportedError(
             "FSDP2Strategy(sharded_checkpoints=True) needs a folder of checkpoints that all "
-            f"processes share, and {folder.parent} is another one for some of them ({words}): "
-            "put it on a shared file system, or leave sharded_checkpoints out"
+            f"processes share, and what rank 0 has in {folder.parent} others have not "
+            f"({words}): put it on a shared file system, or leave sharded_checkpoints out"
         )
 
 

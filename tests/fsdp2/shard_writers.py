@@ -20,13 +20,18 @@ from unittest import mock
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from speechbrain.utils.checkpoints import Checkpointer as SpeechBrainCheckpointer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from brain_lightning import Checkpointer, EpochCounter, FSDP2Strategy, ddp_barrier
+from brain_lightning.checkpoints.state_files import load_state
 from tests.support.brains import Regression, dataset
 
 RANK = int(os.environ.get("RANK", 0))
+IN_SHARDS = ("net", "tied", "optimizer")
 EPOCHS, WITHIN_WINDOW = 2, 3
 
 
@@ -123,7 +128,17 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
 
 def straight(folder: Path) -> Any:
     lightning = ModelCheckpoint(folder / "lightning", filename="last")
-    return fit(writer(folder, RANK, strategy=STRATEGIES["shards"](), callbacks=[lightning]))
+    brain = writer(folder, RANK, strategy=STRATEGIES["shards"](), callbacks=[lightning])
+    done = fit(brain)
+    return {**done, "read": {each: elements_read(folder, brain, each) for each in IN_SHARDS}}
+
+
+def elements_read(folder: Path, brain: Any, name: str) -> int:
+    """How many elements a process reads of what is sharded, to load it into shards."""
+    path = folder / "CKPT+window" / f"{name}.ckpt"
+    state = load_state(path, brain.checkpointer.recoverables[name])
+    leaves = tree_leaves(state)
+    return sum(each.to_local().numel() for each in leaves if isinstance(each, DTensor))
 
 
 def resumed_from(name: str, strategy: str) -> Callable[[Path], Any]:
@@ -142,6 +157,16 @@ def without_shared_disk(folder: Path) -> Any:
     if RANK == 0:
         shutil.copytree(folder.parent / "straight" / "CKPT+window", folder / "0" / "CKPT+a")
     return fit(writer(folder / str(RANK), seed=5, strategy="fsdp2"))
+
+
+def speechbrains_checkpointer(folder: Path) -> Any:
+    if RANK == 0:
+        shutil.copytree(folder.parent / "straight" / "CKPT+window", folder / "CKPT+a")
+    ddp_barrier()
+    brain = writer(folder, seed=5, strategy="ddp")
+    recoverables = brain.checkpointer.recoverables
+    brain.checkpointer = SpeechBrainCheckpointer(folder, recoverables)
+    return error_of(lambda: fit(brain))
 
 
 def no_space_on_rank_1(folder: Path) -> Any:
@@ -182,7 +207,8 @@ RESUMED = [
     resumed_from("end", "ddp"), resumed_from("end_whole", "ddp"),
 ]  # fmt: skip
 SCENARIOS: list[Callable[[Path], Any]] = [
-    straight, *RESUMED, without_shared_disk, no_space_on_rank_1, private_folders,
+    straight, *RESUMED, without_shared_disk, speechbrains_checkpointer, no_space_on_rank_1,
+    private_folders,
 ]  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from tests.support.processes import TORCHRUN, check_python
 from . import shard_writers as writers
 
 RANKS = (0, 1)
-IN_SHARDS = ("net", "tied", "optimizer")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def same(one: Any, other: Any) -> bool:
 def whole(folder: Path, name: str) -> dict[str, Any]:
     """What was saved at the same moment without shards."""
     path = folder / "straight" / f"CKPT+{name}_whole"
-    return {each: torch.load(path / f"{each}.ckpt") for each in IN_SHARDS}
+    return {each: torch.load(path / f"{each}.ckpt") for each in writers.IN_SHARDS}
 
 
 def test_each_process_writes_its_part(folder: Path) -> None:
@@ -81,6 +80,18 @@ def test_each_process_writes_its_part(folder: Path) -> None:
         # Torch writes a header for each shard.
         assert 0.4 * total < min(sizes) <= max(sizes) < 0.6 * total
     assert (folder / "straight" / "CKPT+window" / "brain.ckpt").is_file()
+
+
+def test_each_process_reads_its_part(folder: Path, found: list[Any]) -> None:
+    # What is whole in each process.
+    others = ("step", "running_mean", "running_var", "num_batches_tracked")
+    for name in writers.IN_SHARDS:
+        parts = [found[rank]["straight"]["read"][name] for rank in RANKS]
+        state = flat(whole(folder, "window")[name])
+        sizes = {place: t.numel() for place, t in state.items() if torch.is_tensor(t)}
+        total = sum(n for place, n in sizes.items() if not str(place[-1]).endswith(others))
+        assert sum(parts) == total
+        assert max(parts) <= total / 2 + 8
 
 
 @pytest.mark.parametrize("row", [row.__name__ for row in writers.RESUMED])
@@ -105,6 +116,12 @@ def test_lightnings_file_is_whole(folder: Path, found: list[Any]) -> None:
     weights = {f"{n}.{k}": v for n in ("net", "tied") for k, v in trained[n].items()}
     lightnings = {k.partition("modules.")[2]: v for k, v in content["state_dict"].items()}
     assert same(lightnings, weights)
+
+
+def test_speechbrains_checkpointer_cannot_read_it_and_says_so(found: list[Any]) -> None:
+    for rank in RANKS:
+        words = "was saved with sharded_checkpoints=True, which SpeechBrain's Checkpointer "
+        assert words in found[rank]["speechbrains_checkpointer"]
 
 
 def test_where_a_process_cannot_write_there_is_no_checkpoint(found: list[Any]) -> None:
