@@ -15,7 +15,12 @@ from torch import nn
 from brain_lightning import Checkpointer
 from brain_lightning.callback.sharded_checkpoints import reconcile_sharded_checkpoints
 from brain_lightning.checkpoints.checkpoint import average_checkpoints
-from brain_lightning.checkpoints.integrity import CHECKSUMS
+from brain_lightning.checkpoints.integrity import (
+    CHECKSUMS,
+    check,
+    write_checksums,
+    write_checksums_together,
+)
 from brain_lightning.cli.convert import convert
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError, UnsupportedError
 from brain_lightning.fsdp2.sharding import Sharding
@@ -244,3 +249,15 @@ def test_what_cannot_write_shards_is_refused(tmp_path: Path) -> None:
     assert refusal(theirs).startswith(f"{option} needs brain_lightning.Checkpointer, and the ")
     in_background = make(checkpointer=Checkpointer(tmp_path), async_save=True)
     assert refusal(in_background).startswith(f"async_save and {option} exclude each other")
+
+
+def test_checksums_of_shards_are_taken_by_the_process_that_wrote_them(tmp_path: Path) -> None:
+    part = tmp_path / "net.ckpt"
+    part.mkdir()
+    (part / "__0_0.distcp").write_text("shards")
+    write_checksums_together(part, part.iterdir())
+    (part / "__0_0.distcp").write_text("broken")
+    write_checksums(tmp_path)
+    with pytest.raises(CheckpointError, match="__0_0.distcp was changed since it was saved"):
+        check(tmp_path)
+    assert not (part / CHECKSUMS).exists()
