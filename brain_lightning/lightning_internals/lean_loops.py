@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import WarningCache  # type: ignore[attr-defined]
 
 from brain_lightning.compat.versions import BROADCASTS_SIGTERM
+from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.temporary import TemporaryAttributes
 
 from .loops import BrainEpochLoop, BrainEvaluationLoop, become
@@ -164,7 +165,7 @@ def _watchers(trainer: Trainer) -> list[Callback] | None:
 def _is_plain(trainer: Trainer) -> bool:
     """Whether a batch is for the Brain alone: nothing converts it, moves it or times it."""
     return (
-        type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy)
+        type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)
         and type(trainer.precision_plugin) is Precision
         and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
         and trainer.datamodule is None  # type: ignore[attr-defined]
