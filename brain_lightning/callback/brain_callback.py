@@ -39,6 +39,7 @@ from .lightning_bars import show_epoch, show_running_loss
 from .monitored import warn_of_unknown_names
 from .reconcile import reconcile, reconcile_accumulation
 from .recoverables import is_saved
+from .sharded_checkpoints import check_folder
 from .trainer_side import LightningSide
 from .unsupported import check_callbacks
 
@@ -98,6 +99,8 @@ class BrainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the loops, before any loader is looked at."""
         self._for_the_check.restore()
+        if stage == "fit":
+            check_folder(self.run.brain)
         # On one process of several, evaluate() runs on a Trainer of that process alone.
         is_first = trainer.is_global_zero and not getattr(self.run.brain, "rank", 0)
         shows_bar = self._progressbar and is_first and trainer.progress_bar_callback is None

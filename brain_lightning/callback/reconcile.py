@@ -26,6 +26,7 @@ from brain_lightning.step.wrap import wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
 
 from .profiling import profile
+from .sharded_checkpoints import reconcile_sharded_checkpoints
 
 # Lightning's names of mixed precision, in SpeechBrain's words.
 MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
@@ -133,6 +134,7 @@ def _reconcile_wrapping(
     """Each entry of ``modules`` in its own DDP, or in shards, as the strategy says."""
     if isinstance(trainer.strategy, FSDP2Strategy):
         temporary.set(brain._lightning, "sharding", trainer.strategy.sharding)
+        reconcile_sharded_checkpoints(brain, temporary)
         save_shards(temporary)
     arguments = strategies.ddp_arguments(trainer)
     if "find_unused_parameters" in arguments:

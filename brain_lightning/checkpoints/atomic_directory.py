@@ -157,6 +157,16 @@ def new_directory(parent: Path) -> Path:
     return path
 
 
+def remove(directory: Path) -> None:
+    """Removes a directory that is not to become a checkpoint.
+
+    Args:
+        directory: What ``new_directory`` made.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    _unlock(directory)
+
+
 @contextmanager
 def removed_on_failure(directory: Path) -> Iterator[None]:
     """Leaves nothing half-written behind, and says what failed.
@@ -170,8 +180,7 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(directory, ignore_errors=True)
-        _unlock(directory)
+        remove(directory)
         if not isinstance(error, OSError) or isinstance(error, CheckpointSaveError):
             raise
         where = str(directory.parent)

@@ -14,7 +14,7 @@ from .checkpoint import checkpoint_in
 from .integrity import CHECKSUMS
 from .meta_file import METAFNAME, dump_meta
 from .recoverables import Recoverables
-from .state_files import PARAMFILE_EXT, load_state, write_state
+from .state_files import PARAMFILE_EXT, is_in_shards, load_state, write_state
 
 Content = dict[str, Any]
 
@@ -73,15 +73,21 @@ def read_files(directory: Path) -> Content:
         state = _state_in(path) if name == f"{path.stem}{PARAMFILE_EXT}" else None
         if state is not None:
             states[path.stem] = state
-        elif path.is_file() and name not in (METAFNAME, CHECKSUMS):
+        elif path.is_file() and name not in (METAFNAME, CHECKSUMS) and not _is_shard(path):
             files[name] = path.read_bytes()
     meta = (directory / METAFNAME).read_text(encoding="utf-8")
     return {"meta": meta, "states": states, "files": files}
 
 
+def _is_shard(path: Path) -> bool:
+    """Whether a file is one of a folder that a whole state is read from."""
+    return path.parent.suffix == PARAMFILE_EXT and is_in_shards(path.parent)
+
+
 def _state_in(path: Path) -> Any:
     try:
-        return load_state(path) if zipfile.is_zipfile(path) else None
+        is_read = is_in_shards(path) or zipfile.is_zipfile(path)
+        return load_state(path) if is_read else None
     except CheckpointError:
         # A hook of the recipe wrote it, and reads it.
         return None

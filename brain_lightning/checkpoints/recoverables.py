@@ -29,7 +29,7 @@ from brain_lightning.fsdp2.state_dict import (
     save_whole_optimizers,
 )
 
-from . import state_files
+from . import integrity, state_files
 from .async_save import Snapshots
 from .hooks import Hook, load_hook, save_hook
 
@@ -61,8 +61,12 @@ class Recoverables:
         ignore_mismatched_sizes: Parts of recoverable modules that are left as they are made
             where their shape is another in the checkpoint, an output layer say: the names of
             recoverables, or of what is in them, ``model.output``.
+        writes_shards: Whether each process writes its own shards of what is sharded
+            (``FSDP2Strategy(sharded_checkpoints=True)``), into a folder with the name that
+            the file would have.
     """
 
+    writes_shards = False
     ignore_mismatched_sizes: Collection[str] = ()
 
     def __init__(
@@ -152,7 +156,11 @@ class Recoverables:
         for name, hook in hooks.items():
             path = directory / f"{name}{state_files.PARAMFILE_EXT}"
             try:
-                deferred |= _write(self.recoverables[name], hook, path, snapshots)
+                if self.writes_shards and self._may_be_in_shards(name, hook):
+                    own = state_files.write_shards(self.recoverables[name], path)
+                    integrity.write_checksums_together(path, own)
+                else:
+                    deferred |= _write(self.recoverables[name], hook, path, snapshots)
             except Exception as error:  # noqa: BLE001  raised below
                 failures.append(error)
         if failures:
@@ -195,7 +203,7 @@ class Recoverables:
             CheckpointError: A file cannot be read, or would run code.
         """
         return {
-            name: state_files.load_state(path)
+            name: state_files.load_state(path, self.recoverables[name])
             for name, path in files.items()
             if name in self.recoverables
             and self._load_hook(name) is state_files.torch_recovery
@@ -345,6 +353,12 @@ class Recoverables:
             if isinstance(obj, Optimizer)
             and any(id(p) in own for group in obj.param_groups for p in group["params"])
         ]
+
+    def _may_be_in_shards(self, name: str, hook: Hook) -> bool:
+        """Whether an object is sharded, and saved and loaded by no hook of its own."""
+        by_torch = hook is state_files.torch_save
+        by_torch = by_torch and self._load_hook(name) is state_files.torch_recovery
+        return by_torch and is_saved_together(self.recoverables[name])
 
     def _save_hook(self, name: str) -> Hook:
         obj = self.recoverables[name]

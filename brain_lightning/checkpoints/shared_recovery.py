@@ -30,6 +30,7 @@ from . import integrity
 from .atomic_directory import may_be_checkpoint
 from .checkpoint import Checkpoint, checkpoint_in, saved_in
 from .meta_file import METAFNAME
+from .state_files import is_in_shards
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,6 @@ logger = logging.getLogger(__name__)
 Load = Callable[[Any, list[Any]], bool]
 
 NONE = "none"
-
-# A file is sent in pieces, of which one is in memory at a time.
-PIECE = 32 * 2**20
 
 
 @contextmanager
@@ -66,6 +64,12 @@ def _recover_speechbrains(checkpointer: Any, original: Any, *args: Any, **kwargs
         return original(*args, **kwargs)
 
     def load(checkpoint: Any, _: list[Any]) -> bool:
+        if any(map(is_in_shards, checkpoint.paramfiles.values())):
+            raise CheckpointError(
+                f"{checkpoint.path} was saved with sharded_checkpoints=True, which "
+                "SpeechBrain's Checkpointer cannot read: use brain_lightning.Checkpointer, or "
+                "make it whole with brain-lightning convert"
+            )
         checkpointer.load_checkpoint(checkpoint)
         return True
 
@@ -221,9 +225,13 @@ def _content(directory: Path) -> str:
     """What a checkpoint holds, in a word; an empty one where it cannot be read."""
     digest = hashlib.sha256()
     try:
+        known = integrity.checksums(directory)
         for path in _files(directory):
-            digest.update(f"{path.relative_to(directory)}\0".encode())
-            digest.update(_content_of_file(path))
+            name = str(path.relative_to(directory))
+            digest.update(f"{name}\0".encode())
+            # What is in a folder is shards, and too large to be read once more.
+            is_known = name in known and path.parent != directory
+            digest.update(repr(known[name]).encode() if is_known else _content_of_file(path))
     except Exception:  # noqa: BLE001  what is damaged makes zipfile raise almost anything
         return ""
     return digest.hexdigest()
@@ -231,23 +239,14 @@ def _content(directory: Path) -> str:
 
 def _content_of_file(path: Path) -> bytes:
     """Torch's files are zip archives, which hold a checksum of each of their parts."""
-    if zipfile.is_zipfile(path):
+    if integrity.is_archive(path):
         with zipfile.ZipFile(path) as archive:
             parts = [(each.filename, each.file_size, each.CRC) for each in archive.infolist()]
         return repr(parts).encode()
     digest = hashlib.sha256()
-    for piece in _pieces(path):
+    for piece in integrity.pieces(path):
         digest.update(piece)
     return digest.digest()
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    """The content of a file; of an empty one there is one piece, to be sent as any."""
-    with path.open("rb") as content:
-        piece: bytes | None = content.read(PIECE)
-        while piece is not None:
-            yield piece
-            piece = content.read(PIECE) or None
 
 
 def _files(directory: Path) -> list[Path]:
@@ -259,7 +258,7 @@ def _send(directory: Path) -> None:
     try:
         integrity.check(directory)
         for path in _files(directory):
-            for piece in _pieces(path):
+            for piece in integrity.pieces(path):
                 ddp_broadcast((path.relative_to(directory).as_posix(), piece))
     except (CheckpointError, OSError) as error:
         ddp_broadcast(DamagedCheckpointError(str(error)))

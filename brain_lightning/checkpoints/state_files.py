@@ -16,6 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from brain_lightning.compat.versions import PLAIN_GLOBALS
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
+from brain_lightning.fsdp2 import sharded_files
+from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import local
 from brain_lightning.step.pruning import prune_as_saved
 
@@ -72,11 +74,41 @@ def write_state(state: Any, path: str | Path) -> None:
         raise OSError(f"torch could not write {path}: {error}") from error
 
 
-def load_state(path: str | Path) -> dict[str, Any]:
+def write_shards(obj: Any, folder: Path) -> list[Path]:
+    """Saves the ``state_dict`` of what is sharded, all processes together.
+
+    Args:
+        obj: A module or an optimizer.
+        folder: Where each process writes its own shards to.
+
+    Returns:
+        The files that this process has written.
+
+    Raises:
+        OSError: A process could not write.
+        UnsupportedError: The processes do not share the folder.
+    """
+    with as_shards():
+        state = state_to_save(obj)
+    return sharded_files.write(state, folder, write_state)
+
+
+def is_in_shards(path: Path) -> bool:
+    """Whether a recoverable was saved by ``write_shards``, to a folder.
+
+    Args:
+        path: What has the name of its file.
+    """
+    return (path / sharded_files.STRUCTURE).is_file()
+
+
+def load_state(path: str | Path, obj: Any = None) -> dict[str, Any]:
     """Reads a ``state_dict`` without running anything that is in it.
 
     Args:
-        path: The file.
+        path: The file, or the folder of one that is in shards.
+        obj: What the state is for: where that is sharded, its shards are read from a folder,
+            and nothing else.
 
     Returns:
         The state, on the CPU; keys that SpeechBrain has renamed have their new names.
@@ -86,6 +118,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
         CheckpointError: The file is damaged; or would run code, which nobody can tell
             where it is no archive.
     """
+    if is_in_shards(Path(path)):
+        structure = load_state(Path(path, sharded_files.STRUCTURE))
+        return sharded_files.read(structure, Path(path), obj)
     torch.serialization.add_safe_globals(PLAIN_GLOBALS)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

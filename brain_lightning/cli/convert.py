@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
 from argparse import ArgumentParser
@@ -18,7 +19,12 @@ from brain_lightning.checkpoints import integrity
 from brain_lightning.checkpoints.checkpoint import Checkpoint, Ranking, checkpoint_in, saved_in
 from brain_lightning.checkpoints.content import read_files, write_files
 from brain_lightning.checkpoints.meta_file import METAFNAME, dump_meta
-from brain_lightning.checkpoints.state_files import PARAMFILE_EXT, load_state, write_state
+from brain_lightning.checkpoints.state_files import (
+    PARAMFILE_EXT,
+    is_in_shards,
+    load_state,
+    write_state,
+)
 from brain_lightning.errors import CheckpointError, RecipeError
 from brain_lightning.loggers.console import show_information
 from brain_lightning.module.checkpoint_file import MODULES
@@ -42,8 +48,8 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     parser.usage = "%(prog)s SRC DST [--hparams=FILE] [--min_key=NAME | --max_key=NAME]"
     parser.description = (
         "Turns a CKPT+ directory into a Lightning file (DST is x.ckpt) or a folder for "
-        "SpeechBrain's from_hparams (any other name), and a Lightning file into a CKPT+ "
-        "directory (DST is CKPT+x)."
+        "SpeechBrain's from_hparams (any other name), and a Lightning file, or a CKPT+ "
+        "directory in shards, into a whole CKPT+ directory (DST is CKPT+x)."
     )
     parser.add_argument("source", metavar="SRC", help="a checkpoint, or a folder of them")
     parser.add_argument("target", metavar="DST", help="what to write; it must not be there")
@@ -75,8 +81,8 @@ def convert(
     Args:
         source: A ``CKPT+`` directory, a directory of such (the newest one is taken, unless
             there is a key), or a Lightning ``.ckpt`` file.
-        target: ``x.ckpt`` for a Lightning file, ``CKPT+x`` for a checkpoint directory;
-            any other name is a folder for inference.
+        target: ``x.ckpt`` for a Lightning file, ``CKPT+x`` for a checkpoint directory that
+            is not in shards; any other name is a folder for inference.
         hparams: The recipe's hyperparameters, for inference; by default the
             ``hyperparams.yaml`` that SpeechBrain wrote beside its ``save`` folder.
         min_key: A name in ``meta``, as of ``find_checkpoint``: the lowest value is taken.
@@ -102,7 +108,7 @@ def convert(
     if path.suffix == PARAMFILE_EXT:
         return to_lightning_file(checkpoint, path)
     if path.name.startswith(store.CKPT_PREFIX):
-        raise RecipeError(f"{checkpoint.path} is a checkpoint directory already: copy it")
+        return to_full_directory(checkpoint, path)
     return to_inference(checkpoint, path, hparams)
 
 
@@ -186,6 +192,32 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
     temporary = path.with_name(f"{path.name}.part")
     write_state(content, temporary)
     return temporary.replace(path)
+
+
+def to_full_directory(checkpoint: Checkpoint, directory: Path) -> Path:
+    """Writes the directory that ``sharded_checkpoints=False`` would have saved.
+
+    Args:
+        checkpoint: One of which some files are folders of shards.
+        directory: The checkpoint directory.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        RecipeError: It is what is asked for already.
+    """
+    in_shards = {n: path for n, path in checkpoint.paramfiles.items() if is_in_shards(path)}
+    if not in_shards:
+        raise RecipeError(f"{checkpoint.path} is a checkpoint directory already: copy it")
+    temporary = store.new_directory(directory.parent)
+    with store.removed_on_failure(temporary):
+        left_out = (integrity.CHECKSUMS, *(path.name for path in in_shards.values()))
+        ignore = shutil.ignore_patterns(*map(glob.escape, left_out))
+        shutil.copytree(checkpoint.path, temporary, ignore=ignore, dirs_exist_ok=True)
+        for path in in_shards.values():
+            write_state(load_state(path), temporary / path.name)
+        return store.publish(temporary, directory)
 
 
 def _described(name: str, state: Any) -> dict[str, Any]:
@@ -291,7 +323,11 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
     temporary = store.new_directory(folder.parent)
     with store.removed_on_failure(temporary):
         for name in carried:
-            shutil.copy(checkpoint.paramfiles[name], temporary)
+            path = checkpoint.paramfiles[name]
+            if is_in_shards(path):
+                write_state(states[name], temporary / path.name)
+            else:
+                shutil.copy(path, temporary)
         recipe.write(carried, temporary / "hyperparams.yaml")
         store.rename(temporary, folder)
     _log_left_out(names, carried, recipe.pretrained())

@@ -6,5 +6,5 @@ has them gathered for more than ``forward``, ``hooks`` mends what a sharded modu
 differently from one in DDP, and ``unsupported`` refuses what cannot be sharded. ``evaluate``
 gathers the weights for VALID and TEST, and ``meta`` initializes what has no memory yet.
 ``state_dict`` makes a sharded module, or an optimizer of one, save and load whole tensors, and
-``tensors`` translates these.
+``tensors`` translates these; ``sharded_files`` lets each process save its own shards instead.
 """

@@ -140,9 +140,19 @@ def _gather_state(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": {index: gathered[index] for index in state["state"]}}
 
 
-def _shard_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def parameters_by_index(optimizer: Optimizer, state: dict[str, Any]) -> dict[Any, Any]:
+    """The parameters of an optimizer, by their indices in a state that it is to load.
+
+    Args:
+        optimizer: The optimizer.
+        state: The state.
+    """
     saved = [index for group in state["param_groups"] for index in group["params"]]
-    parameters = dict(zip(saved, _parameters(optimizer), strict=False))
+    return dict(zip(saved, _parameters(optimizer), strict=False))
+
+
+def _shard_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    parameters = parameters_by_index(optimizer, state)
     sharded = {
         index: {name: like(value, parameters[index]) for name, value in found.items()}
         if index in parameters

@@ -32,7 +32,7 @@ from brain_lightning import (
     ddp_barrier,
     patch_speechbrain,
 )
-from brain_lightning.checkpoints import shared_recovery
+from brain_lightning.checkpoints import integrity, shared_recovery
 from tests.support.environment import seed_everything
 
 RANK = int(os.environ.get("RANK", 0))
@@ -187,7 +187,7 @@ def with_shared_disk(folder: Path) -> Any:
 
 
 def in_pieces(folder: Path) -> Any:
-    with mock.patch.object(shared_recovery, "PIECE", 100):
+    with mock.patch.object(integrity, "PIECE", 100):
         return without_shared_disk(folder)
 
 
