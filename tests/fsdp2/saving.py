@@ -202,23 +202,21 @@ def saved(folder: Path) -> dict[Any, Learned]:
     for saver, strategy in itertools.product(SAVERS, STRATEGIES):
         own = folder / f"{saver}-{strategy}"
         of_trainer = own if saver == "lightning" else None
-        rows[saver, strategy] = fit(make(own, saver, window=1), strategy, of_trainer)
+        rows[saver, strategy] = fit(make(own, saver, epochs=1, window=1), strategy, of_trainer)
     return rows
 
 
 def resumed(folder: Path) -> dict[Any, Learned]:
     """Cut within a window under one strategy, and resumed under another or the same."""
-    rows = {}
-    for strategy in STRATEGIES:
-        rows["whole", strategy] = fit(make(folder / f"whole-{strategy}"), strategy)
+    rows = {"whole": fit(make(folder / "whole"), "fsdp2")}
+    for strategy, saver in (("ddp", "ours"), ("fsdp2", "async")):
         own = folder / f"cut-{strategy}"
-        cut(own, strategy)
+        cut(own, strategy, saver)
         for other in STRATEGIES:
             if "fsdp2" in (strategy, other):
-                rows[strategy, other] = fit(make(copied(own, other)), other)
-    for saver in ("async", "speechbrain"):
-        cut(folder / f"cut-{saver}", "fsdp2", saver)
-        rows[saver] = fit(make(folder / f"cut-{saver}", saver), "fsdp2")
+                rows[strategy, other] = fit(make(copied(own, other), saver), other)
+    cut(folder / "cut-speechbrain", "fsdp2", "speechbrain")
+    rows["speechbrain"] = fit(make(folder / "cut-speechbrain", "speechbrain"), "fsdp2")
     return rows
 
 
@@ -236,15 +234,12 @@ def moved(folder: Path) -> dict[Any, Learned]:
 
 def from_exceptions(folder: Path) -> dict[Any, Learned]:
     """Cut when the optimizer has stepped in a batch, and resumed from Lightning's file."""
-    rows = {}
-    for strategy in STRATEGIES:
-        own = folder / f"batch-{strategy}"
-        cut(own, strategy, "lightning", "init_optimizers")
-        for other in STRATEGIES:
-            if "fsdp2" in (strategy, other):
-                brain = make(copied(own, other), "lightning")
-                rows[strategy, other] = fit(brain, other, path=own / "cut.ckpt")
-    return rows
+    own = folder / "batch"
+    cut(own, "fsdp2", "lightning", "init_optimizers")
+    return {
+        ("fsdp2", other): fit(make(own, "lightning"), other, path=own / "cut.ckpt")
+        for other in STRATEGIES
+    }
 
 
 def native(folder: Path) -> dict[Any, Learned]:

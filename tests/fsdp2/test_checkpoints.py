@@ -91,7 +91,7 @@ def _time(path: Path) -> int:
 @pytest.mark.parametrize("saver", saving.SAVERS)
 def test_files_are_those_of_ddp(folder: Path, rows: Any, saver: str) -> None:
     ddp, fsdp2 = (saved_in(folder / f"{saver}-{each}") for each in saving.STRATEGIES)
-    assert len(ddp) == len(fsdp2) > 2
+    assert len(ddp) == len(fsdp2) > 1
     for one, other in zip(ddp, fsdp2, strict=True):
         assert_same(one, other)
     for row in rows:
@@ -103,16 +103,16 @@ def test_files_are_those_of_ddp(folder: Path, rows: Any, saver: str) -> None:
 def test_a_window_that_was_cut_is_resumed(rows: Any, row: str) -> None:
     """Bitwise under the same strategy, and up to rounding under another one."""
     for rank in rows:
-        whole = rank["resumed"]["whole", "fsdp2"]
+        whole = rank["resumed"]["whole"]
         for how, learned in rank[row].items():
-            is_same = how in ("async", "speechbrain", ("fsdp2", "fsdp2"), ("whole", "fsdp2"))
+            is_same = how in ("whole", "speechbrain", ("fsdp2", "fsdp2"))
             assert difference(whole, learned) <= (0 if is_same else ROUNDING), how
 
 
 def test_one_process_resumes_what_two_have_saved(folder: Path, rows: Any) -> None:
     of = saving.moved(folder)
     ddp, fsdp2 = of["ddp", "auto"], of["fsdp2", "auto"]
-    assert difference(ddp, rows[0]["resumed"]["whole", "ddp"]) > 0
+    assert difference(ddp, rows[0]["resumed"]["whole"]) > 0
     assert difference(ddp, fsdp2) < ROUNDING
 
 
