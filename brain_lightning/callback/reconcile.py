@@ -119,7 +119,9 @@ def reconcile_processes(
         RunOptionError: An argument of the Trainer contradicts a run option.
     """
     if strategies.is_parallel(trainer):
-        brain.distributed_launch = True
+        if trainer.num_devices * trainer.num_nodes > 1:
+            # By this a Brain shares its data out; a launched one knows.
+            brain.distributed_launch = True
         set_processes(brain, trainer.global_rank, trainer.world_size)
         if is_explicit(brain, "distributed_backend"):
             backend = strategies.set_backend(trainer, brain.distributed_backend, temporary)

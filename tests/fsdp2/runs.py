@@ -78,13 +78,17 @@ def result(brain: BrainProtocol, trainer: Any = None, evaluated: Any = None) -> 
 
     vars(brain)["on_stage_end"] = end
     kwargs = {"batch_size": 4}
-    own = range(int(os.environ.get("RANK", 0)), len(dataset()), processes())
-    train = DataLoader(Subset(dataset(), own), **kwargs)
+    train: Any = dataset()
+    # Two processes take turns.
+    brain.hparams.sorting = "ascending"
+    if isinstance(trainer, Trainer):
+        own = range(int(os.environ.get("RANK", 0)), len(train), processes())
+        train = DataLoader(Subset(train, own), **kwargs)
     valid = DataLoader(dataset(8), **kwargs)
     if isinstance(trainer, Trainer):
         trainer.fit(to_lightning(brain, epoch_counter=range(2)), train, valid)
     else:
-        brain.fit(range(2), train, valid, trainer=trainer)
+        brain.fit(range(2), train, valid, trainer=trainer, train_loader_kwargs=kwargs)
     was_sharded = any(is_shard(p) for p in brain.modules.parameters())
     brain.evaluate(dataset(8), test_loader_kwargs=kwargs, trainer=evaluated)
     weights = brain.modules.state_dict()
