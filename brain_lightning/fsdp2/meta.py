@@ -13,7 +13,7 @@ from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol
 
 # By which a part of a module gives itself its first values, in the order of the calls.
-RESETS = ("reset_parameters", "_reset_parameters", "reset_buffers", "_reset_buffers")
+RESETS = ("reset_parameters", "_reset_parameters", "reset_buffers")
 
 
 def is_meta(module: Module) -> bool:

@@ -41,12 +41,16 @@ def save_whole_module(module: Module) -> None:
             part.register_load_state_dict_pre_hook(_shard)  # type: ignore[no-untyped-call]
 
 
-def save_whole_optimizers(objects: Iterable[object]) -> None:
+def save_whole_optimizers(objects: Iterable[object]) -> list[Optimizer]:
     """Makes optimizers save and load whole tensors, where they have sharded parameters.
 
     Args:
         objects: Optimizers among others; those that do already stay as they are.
+
+    Returns:
+        Those that did not.
     """
+    new: list[Optimizer] = []
     for each in objects:
         if not isinstance(each, Optimizer) or each in _watched:
             continue
@@ -54,6 +58,8 @@ def save_whole_optimizers(objects: Iterable[object]) -> None:
             _watched.add(each)
             each.register_state_dict_post_hook(_gather_state)
             each.register_load_state_dict_pre_hook(_shard_state)
+            new.append(each)
+    return new
 
 
 def is_saved_together(obj: object) -> bool:

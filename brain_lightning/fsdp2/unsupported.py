@@ -188,8 +188,13 @@ def warn_of_unused(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> Non
     if world_size() == 1 or brain.find_unused_parameters:
         return
 
+    pending = set(optimizers)
+
     def warn(optimizer: Optimizer, *_: object) -> None:
-        handles.pop(optimizer).remove()
+        # The hook stays: while hooks are called, none may be removed.
+        if optimizer not in pending:
+            return
+        pending.remove(optimizer)
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, module in brain.modules.items():
             trained = [p for p in module.parameters() if p.requires_grad] if module else []
@@ -197,7 +202,8 @@ def warn_of_unused(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> Non
             if unused and len(unused) < len(trained) and not drops_layers(module):
                 logger.warning(UNUSED, len(unused), name)
 
-    handles = {each: each.register_step_pre_hook(warn) for each in optimizers}
+    for each in pending:
+        each.register_step_pre_hook(warn)
 
 
 def _check_unused(brain: BrainProtocol, unit: Module) -> None:

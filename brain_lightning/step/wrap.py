@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from itertools import chain
 
-from torch.optim import Optimizer
-
 from brain_lightning.distributed import ddp
 from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
@@ -54,8 +52,6 @@ def save_whole(brain: BrainProtocol) -> None:
         UnsupportedError: One was made before the modules were sharded.
     """
     check_optimizers(brain)
-    found = chain(vars(brain).values(), all_optimizers(brain).values())
-    optimizers = {id(each): each for each in found if isinstance(each, Optimizer)}
-    save_whole_optimizers(optimizers.values())
+    new = save_whole_optimizers(chain(vars(brain).values(), all_optimizers(brain).values()))
     if brain._lightning.sharding is not None:
-        warn_of_unused(brain, optimizers.values())
+        warn_of_unused(brain, new)
