@@ -15,9 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from brain_lightning.compat.speechbrain import is_speechbrains, set_processes
 from brain_lightning.errors import RunOptionError, UnsupportedError
+from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.lightning_internals import strategies
-from brain_lightning.protocol import BrainProtocol, is_explicit, steps_itself
+from brain_lightning.protocol import BrainProtocol, is_explicit, overrides, steps_itself
+from brain_lightning.step.older_api import check_gradients
 from brain_lightning.step.precision import autocast, gradient_scaler
 from brain_lightning.step.wrap import wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
@@ -124,7 +126,7 @@ def _reconcile_wrapping(
 ) -> None:
     """Each entry of ``modules`` in its own DDP, or in shards, as the strategy says."""
     if isinstance(trainer.strategy, FSDP2Strategy):
-        temporary.set(brain._lightning, "sharding", trainer.strategy.sharding)
+        _reconcile_sharding(brain, trainer.strategy.sharding, temporary)
     arguments = strategies.ddp_arguments(trainer)
     if "find_unused_parameters" in arguments:
         unused = arguments["find_unused_parameters"]
@@ -137,6 +139,21 @@ def _reconcile_wrapping(
     if not wraps_itself(brain):
         # Recipes that override on_fit_start call it by this name.
         temporary.override(brain, "_wrap_distributed", partial(wrap_modules, brain))
+
+
+def _reconcile_sharding(
+    brain: BrainProtocol, sharding: Sharding, temporary: TemporaryAttributes
+) -> None:
+    if brain._lightning.shard_eval and not sharding.gather_to_evaluate:
+        raise RunOptionError(
+            "--shard_eval gives the processes different batches, and with "
+            "FSDP2Strategy(gather_to_evaluate=False) they have to evaluate the same ones: "
+            "leave one of the two out"
+        )
+    temporary.set(brain._lightning, "sharding", sharding)
+    if is_speechbrains(brain) and not overrides(type(brain), "check_gradients"):
+        # SpeechBrain's asks each process about its own shard.
+        temporary.override(brain, "check_gradients", partial(check_gradients, brain))
 
 
 def _reconcile_device(trainer: Trainer, brain: BrainProtocol) -> None:

@@ -12,6 +12,7 @@ from brain_lightning.compat.versions import FSDPModule
 from brain_lightning.protocol import BrainProtocol
 
 from .hooks import synchronize_buffers
+from .sharding import Sharding
 
 
 def is_sharded(module: Module | None) -> bool:
@@ -35,22 +36,34 @@ def gathered(brain: BrainProtocol) -> Iterator[None]:
     gathered again where they are used, by all processes together.
 
     Args:
-        brain: Where nothing of it is sharded, nothing happens.
+        brain: Where nothing of it is sharded, or its strategy has
+            ``gather_to_evaluate=False``, no weights are gathered.
 
     Yields:
         None
     """
     modules = _sharded(brain)
+    for module in modules:
+        synchronize_buffers(module)
+    sharding: Sharding | None = brain._lightning.sharding
+    if not modules or (sharding is not None and not sharding.gather_to_evaluate):
+        yield
+        return
     try:
         for module in modules:
             module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-            synchronize_buffers(module)
+            _reshard_after_use(module, False)
         yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
+            _reshard_after_use(module, True)
         release(brain)
+
+
+def _reshard_after_use(module: Any, use: bool) -> None:
+    module.set_reshard_after_forward(use, recurse=False)
+    # An attack on the input has a backward pass, too.
+    module.set_reshard_after_backward(use, recurse=False)
 
 
 def release(brain: BrainProtocol) -> None:

@@ -18,7 +18,7 @@ from brain_lightning.protocol import BrainProtocol
 from brain_lightning.temporary import TemporaryAttributes
 
 from .compile import compile_jit
-from .update import clip_parameters
+from .update import clip_parameters, drop_nonfinite_gradients
 from .valid_step import ValidStep
 
 
@@ -80,6 +80,22 @@ def may_step(brain: BrainProtocol, loss: Tensor) -> bool:
     algorithm = brain._lightning.gradient_clip_algorithm
     clip_parameters(brain.modules.parameters(), brain.max_grad_norm, algorithm)
     return True
+
+
+def check_gradients(brain: BrainProtocol, loss: Tensor | None = None) -> bool | None:
+    """``speechbrain.Brain.check_gradients``, of SpeechBrain 1.0 or with a loss of 0.5.
+
+    Args:
+        brain: The Brain in training.
+        loss: See ``may_step``.
+
+    Returns:
+        None; with a loss whether the optimizer may step.
+    """
+    if loss is not None:
+        return may_step(brain, loss)
+    drop_nonfinite_gradients(brain)
+    return None
 
 
 class OlderAPI:
