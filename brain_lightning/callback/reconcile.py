@@ -18,8 +18,7 @@ from brain_lightning.errors import RunOptionError, UnsupportedError
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.lightning_internals import strategies
-from brain_lightning.protocol import BrainProtocol, is_explicit, overrides, steps_itself
-from brain_lightning.step.older_api import check_gradients
+from brain_lightning.protocol import BrainProtocol, is_explicit, steps_itself
 from brain_lightning.step.precision import autocast, gradient_scaler
 from brain_lightning.step.wrap import wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
@@ -151,9 +150,6 @@ def _reconcile_sharding(
             "leave one of the two out"
         )
     temporary.set(brain._lightning, "sharding", sharding)
-    if is_speechbrains(brain) and not overrides(type(brain), "check_gradients"):
-        # SpeechBrain's asks each process about its own shard.
-        temporary.override(brain, "check_gradients", partial(check_gradients, brain))
 
 
 def _reconcile_device(trainer: Trainer, brain: BrainProtocol) -> None:

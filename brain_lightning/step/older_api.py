@@ -14,6 +14,7 @@ from torch import Tensor
 
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.communication import on_all_ranks
+from brain_lightning.fsdp2.evaluate import is_sharded
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -138,7 +139,9 @@ def add_older_api(brain_class: Any, temporary: TemporaryAttributes) -> None:
 
     def check_gradients(self: Any, loss: Tensor | None = None) -> bool | None:
         if loss is None:
-            return check(self)  # type: ignore[no-any-return]
+            # SpeechBrain's asks each process about its own shard.
+            drop = drop_nonfinite_gradients if is_sharded(self.modules) else check
+            return drop(self)  # type: ignore[no-any-return]
         # There is no run where a recipe has a loop of its own.
         speechbrain.add_attributes(self)
         return may_step(self, loss)

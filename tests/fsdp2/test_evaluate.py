@@ -30,9 +30,10 @@ def shards_while_it_evaluates(sharding: Sharding) -> list[bool]:
     with gathered(brain):
         # An attack on the input has a backward pass.
         torch.autograd.grad(brain.modules.model(x).sum(), x)
+        found = [is_shard(p) for p in brain.modules.parameters()]
         with torch.no_grad():
             brain.modules.model(x)
-        found = [is_shard(p) for p in brain.modules.parameters()]
+        found += [is_shard(p) for p in brain.modules.parameters()]
     assert all(is_shard(p) for p in brain.modules.parameters())
     return found
 
