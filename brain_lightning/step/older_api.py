@@ -141,7 +141,7 @@ def add_older_api(brain_class: Any, temporary: TemporaryAttributes) -> None:
         if loss is None:
             # SpeechBrain's asks each process about its own shard.
             drop = drop_nonfinite_gradients if is_sharded(self.modules) else check
-            return drop(self)  # type: ignore[no-any-return]
+            return drop(self)
         # There is no run where a recipe has a loop of its own.
         speechbrain.add_attributes(self)
         return may_step(self, loss)
