@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.parity import own_loops
 from tests.parity.sides import Record, assert_moved
 
-from . import scenarios, sharded_scenarios
+from . import scenarios, sharded_scenarios, sharded_searches
 from .conftest import records_of
 
 # Of what is not bit for bit DDP's: by how much it may differ, and why.
@@ -32,9 +32,8 @@ COMPARED = [
     ("brain_lightning", row) for row in ALL if row.__name__ not in sharded_scenarios.LEFT_OUT
 ]
 COMPARED += [("patched", row) for row in own_loops.PATTERNS]
-COMPARED += [
-    (side, row) for row in sharded_scenarios.NEW for side in ("brain_lightning", "patched")
-]
+NEW = [*sharded_scenarios.NEW, *sharded_searches.SEARCHES]
+COMPARED += [(side, row) for row in NEW for side in ("brain_lightning", "patched")]
 
 
 @pytest.fixture(scope="module")
@@ -82,5 +81,5 @@ def test_what_is_learned_is_what_ddp_learns(
         assert isinstance(expected, Record), expected
         assert_as_in_ddp(found, expected, bound)
         assert str(found.results) == str(expected.results) or name in CLASSES_DIFFER
-        if len(found.tensors) > 1 and scenario in sharded_scenarios.NEW:
+        if len(found.tensors) > 1 and scenario in NEW:
             assert_moved(found)

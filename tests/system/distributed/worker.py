@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
+from brain_lightning import FSDP2Strategy
 from tests.parity import own_loops
 from tests.parity.sides import OURS, PATCHED, SPEECHBRAIN, Record, run
 from tests.support.environment import (
     seed_everything,
 )  # First: it makes SpeechBrain importable.
 
-from . import sharded_scenarios
+from . import sharded_scenarios, sharded_searches
 from .scenarios import ON_A_GPU, ON_A_TRAINER, OWN, SHARED, STRATEGY
 
 Row = tuple[Any, Any]
@@ -59,9 +60,16 @@ def sharded_records() -> dict[tuple[str, str], Any]:
         (f"{side.name} sharded", row.__name__): record_of(side, row, strategy="fsdp2")
         for side, row in (*sharded, *new)
     }
+    searches = [(s, row) for row in sharded_searches.SEARCHES for s in (OURS, PATCHED)]
+    for side, row in searches:
+        strategy = FSDP2Strategy(blocks=sharded_searches.BLOCKS)
+        record = record_of(side, row, strategy=strategy)
+        records[f"{side.name} sharded", row.__name__] = record
     for row in ON_A_TRAINER:
         records["brain_lightning sharded", row.__name__] = record_of(OURS, row)
-    return records | {(side.name, row.__name__): record_of(side, row) for side, row in new}
+    return records | {
+        (side.name, row.__name__): record_of(side, row) for side, row in (*new, *searches)
+    }
 
 
 def main(folder: str, backend: str = "gloo") -> None:
