@@ -15,11 +15,10 @@ from torch.optim import Optimizer
 from brain_lightning.data import dataloaders as data
 from brain_lightning.distributed.communication import is_distributed_initialized
 from brain_lightning.errors import NonFiniteLossError
-from brain_lightning.fsdp2.tensors import is_finite
 from brain_lightning.stage import Stage
 from brain_lightning.stages import interval_checkpoints as interval
 from brain_lightning.step.compile import compile_modules
-from brain_lightning.step.older_api import may_step, zero_grad_of_optimizer
+from brain_lightning.step.older_api import check_gradients, zero_grad_of_optimizer
 from brain_lightning.step.optimizers import split_vectors_from_weight_decay
 from brain_lightning.step.update import RawUpdate, fit_batch, optimizers_step
 from brain_lightning.step.wrap import wrap_modules
@@ -298,13 +297,7 @@ class Brain(FitAndEvaluate, BrainBase):
         Raises:
             NonFiniteLossError: See ``check_loss_isfinite``.
         """
-        if loss is not None:
-            return may_step(self, loss)
-        for name, parameter in self.modules.named_parameters():
-            if parameter.grad is not None and not is_finite(parameter.grad):
-                parameter.grad = None
-                logger.warning("Gradient of %s contains NaN or Inf: dropped.", name)
-        return None
+        return check_gradients(self, loss)
 
     @contextmanager
     def no_sync(self, use: bool = True) -> Iterator[None]:

@@ -56,24 +56,31 @@ def gathered(brain: BrainProtocol) -> Iterator[None]:
     gathered again where they are used, by all processes together.
 
     Args:
-        brain: Where nothing of it is sharded, nothing happens.
+        brain: Where nothing of it is sharded, or its strategy has
+            ``gather_to_evaluate=False``, no weights are gathered.
 
     Yields:
         None
     """
     sharding: Sharding | None = brain._lightning.sharding
     modules = _sharded(brain) if sharding is None or sharding.gather_to_evaluate else []
+    for module in _sharded(brain):
+        synchronize_buffers(module)
     try:
         for module in modules:
             module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-        for module in _sharded(brain):
-            synchronize_buffers(module)
+            _reshard_after_use(module, False)
         yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
+            _reshard_after_use(module, True)
         release(brain)
+
+
+def _reshard_after_use(module: Any, use: bool) -> None:
+    module.set_reshard_after_forward(use, recurse=False)
+    # An attack on the input has a backward pass, too.
+    module.set_reshard_after_backward(use, recurse=False)
 
 
 def release(brain: BrainProtocol) -> None:

@@ -9,28 +9,50 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.nn import Module
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
+
+from brain_lightning.errors import UnsupportedError
 
 
 def clone_views(module: Module) -> None:
     """Makes a module return no views, before it is sharded.
 
-    FSDP2 gathers weights for the backward pass by a hook on what a module returns. A change
-    in place of a view, as ``output[:, 0] = 0`` of ``x.transpose(1, 2)``, would lose it, and
-    with it all gradients, without a word.
-
     Args:
         module: Not sharded yet: the hook has to run before that of FSDP2.
     """
-
-    def clone(_: Module, __: Any, output: Any) -> Any:
-        return tree_map_only(Tensor, _cloned, output) if torch.is_grad_enabled() else output
-
-    module.register_forward_hook(clone)
+    module.register_forward_hook(lambda _, __, output: without_views(output))
 
 
-def _cloned(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor._is_view() and tensor.requires_grad else tensor
+def without_views(output: Any) -> Any:
+    """What a sharded module returns, with clones of views.
+
+    FSDP2 gathers weights for the backward pass by a hook on the tensors that a module
+    returns. A change in place of a view, as ``output[:, 0] = 0`` of ``x.transpose(1, 2)``,
+    would lose it, and with it all gradients, without a word; and so would a tensor that is
+    in an object which is not taken apart.
+
+    Args:
+        output: What ``forward``, or another method, returns.
+
+    Raises:
+        UnsupportedError: There is such an object.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    return tree_map(_without_view, output)
+
+
+def _without_view(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone() if value._is_view() and value.requires_grad else value
+    held = getattr(value, "__dict__", {}).items()
+    for name, each in held:
+        if isinstance(each, Tensor) and each.requires_grad:
+            raise UnsupportedError(
+                f"a sharded module returns a {type(value).__name__} that holds a tensor as "
+                f".{name}, and would train nothing: return tensors, in tuples, lists or dicts"
+            )
+    return value
 
 
 def keep_buffers_equal(module: Module) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.nn import Module
 
+from .hooks import without_views
+
 # What SpeechBrain's recipes call on an entry of modules.
 METHODS = (
     "encode", "decode", "forward_step", "forward_decoder", "forward_mt", "forward_asr",
@@ -19,20 +21,39 @@ METHODS = (
 def register_methods(module: Module, names: Iterable[str]) -> None:
     """Has weights gathered for methods of a module, as for ``forward``.
 
-    ``forward`` may call them too, and they may call each other: weights are released when
-    the outermost one returns.
+    ``forward`` may call them too, and they may call each other or the module itself: weights
+    are gathered for the outermost call, and released when it returns.
 
     Args:
         module: A module that ``fully_shard`` was called on.
         names: Names of methods; those that the module does not have are left out.
     """
     found = [name for name in names if callable(getattr(module, name, None))]
-    if not found:
-        return
     running: list[str] = []
+    _ignore_inner_calls(module, running)
     vars(module)["forward"] = _recorded(module.forward, running)
     for name in found:
         vars(module)[name] = _registered(module, name, running)
+
+
+def _ignore_inner_calls(module: Module, running: list[str]) -> None:
+    """FSDP2's hooks do nothing in a call of the module within a call of it.
+
+    They would release the weights that the outer call still needs, or reduce gradients of
+    which a part is still to come.
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in hooks.items():
+            if (hook.__module__ or "").startswith("torch.distributed.fsdp"):
+                hooks[key] = _outermost(hook, running)
+
+
+def _outermost(hook: Callable[..., Any], running: list[str]) -> Callable[..., Any]:
+    @functools.wraps(hook)
+    def guarded(*args: Any) -> Any:
+        return None if running else hook(*args)
+
+    return guarded
 
 
 def _recorded(method: Callable[..., Any], running: list[str]) -> Callable[..., Any]:
@@ -47,21 +68,11 @@ def _recorded(method: Callable[..., Any], running: list[str]) -> Callable[..., A
     return recorded
 
 
-def _registered(module: Any, name: str, running: list[str]) -> Callable[..., Any]:
+def _registered(module: Module, name: str, running: list[str]) -> Callable[..., Any]:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     plain = _recorded(getattr(module, name), running)
-
-    @functools.wraps(plain)
-    def keeping_weights(*args: Any, **kwargs: Any) -> Any:
-        # It may call the module itself.
-        module.set_reshard_after_forward(False, recurse=False)
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            module.set_reshard_after_forward(True, recurse=False)
-
-    vars(module)[name] = keeping_weights
+    vars(module)[name] = lambda *args, **kwargs: without_views(plain(*args, **kwargs))
     register_fsdp_forward_method(module, name)
     gathering = getattr(module, name)
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.communication import on_all_ranks
+from brain_lightning.fsdp2.evaluate import is_sharded
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.temporary import TemporaryAttributes
 
 from .compile import compile_jit
-from .update import clip_parameters
+from .update import clip_parameters, drop_nonfinite_gradients
 from .valid_step import ValidStep
 
 
@@ -82,6 +83,22 @@ def may_step(brain: BrainProtocol, loss: Tensor) -> bool:
     return True
 
 
+def check_gradients(brain: BrainProtocol, loss: Tensor | None = None) -> bool | None:
+    """``speechbrain.Brain.check_gradients``, of SpeechBrain 1.0 or with a loss of 0.5.
+
+    Args:
+        brain: The Brain in training.
+        loss: See ``may_step``.
+
+    Returns:
+        None; with a loss whether the optimizer may step.
+    """
+    if loss is not None:
+        return may_step(brain, loss)
+    drop_nonfinite_gradients(brain)
+    return None
+
+
 class OlderAPI:
     """The members, for a Brain to inherit.
 
@@ -122,7 +139,9 @@ def add_older_api(brain_class: Any, temporary: TemporaryAttributes) -> None:
 
     def check_gradients(self: Any, loss: Tensor | None = None) -> bool | None:
         if loss is None:
-            return check(self)  # type: ignore[no-any-return]
+            # SpeechBrain's asks each process about its own shard.
+            drop = drop_nonfinite_gradients if is_sharded(self.modules) else check
+            return drop(self)
         # There is no run where a recipe has a loop of its own.
         speechbrain.add_attributes(self)
         return may_step(self, loss)

@@ -6,6 +6,7 @@ torch, as SpeechBrain does; ``module.automatic`` has one that goes through the T
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,10 +18,13 @@ from torch.optim import Optimizer
 
 from brain_lightning.distributed.communication import on_all_ranks
 from brain_lightning.errors import BrainTypeError
+from brain_lightning.fsdp2.tensors import is_finite
 from brain_lightning.protocol import BrainProtocol, has_own
 
 from .optimizers import active_optimizers, parameters_of
 from .valid_step import count_valid_step
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingLoss(NamedTuple):
@@ -174,6 +178,20 @@ def clip_parameters(parameters: Iterable[Parameter], max_norm: float, algorithm:
     if max_norm > 0:
         clips: dict[str, Any] = {"norm": clip_grad_norm_, "value": clip_grad_value_}
         clips[algorithm](parameters, max_norm)
+
+
+def drop_nonfinite_gradients(brain: BrainProtocol) -> None:
+    """Drops each gradient that is not finite, and says whose it was.
+
+    Of one in shards all processes drop theirs, or none does.
+
+    Args:
+        brain: The Brain, with gradients.
+    """
+    for name, parameter in brain.modules.named_parameters():
+        if parameter.grad is not None and not is_finite(parameter.grad):
+            parameter.grad = None
+            logger.warning("Gradient of %s contains NaN or Inf: dropped.", name)
 
 
 class RawUpdate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from torch.utils.data import (
 )
 
 from brain_lightning import (
+    FSDP2Strategy,
     ddp_barrier,
     ddp_broadcast,
     run_on_main,
@@ -34,6 +36,8 @@ from tests.parity.recipes import CLASSES, FEATURES, CountsSaves, adam, dataset, 
 from tests.parity.sides import OURS, Record, Side
 from tests.support.brains import trainer_with
 
+# Of a Trainer that a scenario makes itself; see worker.py.
+STRATEGY = os.environ.get("STRATEGY", "ddp")
 GLOO = {"distributed_backend": "gloo"}
 
 
@@ -306,7 +310,7 @@ class SamplerSeen(Callback):
 
 
 def _on_a_trainer(record: Record, brain: Any, *callbacks: Any, **kwargs: Any) -> Any:
-    given = {"devices": 2, "strategy": "ddp", "max_epochs": 3, **kwargs}
+    given = {"devices": 2, "strategy": STRATEGY, "max_epochs": 3, **kwargs}
     sampler = SamplerSeen()
     trainer = trainer_with(sampler, *callbacks, **given)
     trainer.fit(to_lightning(brain), DataLoader(dataset(), 4, shuffle=True), None)
@@ -335,7 +339,7 @@ def the_loaders_as_they_are(side: Side, record: Record) -> Any:
     handler = Heard(record)
     heard.addHandler(handler)
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy="ddp", use_distributed_sampler=False)
+    trainer = trainer_with(devices=2, strategy=STRATEGY, use_distributed_sampler=False)
     trainer.fit(to_lightning(brain), loader(record, brain), loader(record, brain))
     heard.removeHandler(handler)
     return brain
@@ -352,7 +356,7 @@ def names_in_a_checkpoint(side: Side, record: Record) -> Any:
 
 def a_batch_sampler_on_the_users_trainer(side: Side, record: Record) -> Any:
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy="ddp")
+    trainer = trainer_with(devices=2, strategy=STRATEGY)
     kwargs = {"batch_sampler": Batches()}
     brain.fit(range(1, 3), dataset(), train_loader_kwargs=kwargs, trainer=trainer)
     return brain
@@ -360,7 +364,7 @@ def a_batch_sampler_on_the_users_trainer(side: Side, record: Record) -> Any:
 
 def a_batch_sampler_that_cannot_be_shared_out(side: Side, record: Record) -> Any:
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy="ddp")
+    trainer = trainer_with(devices=2, strategy=STRATEGY)
     try:
         trainer.fit(to_lightning(brain), DataLoader(dataset(), batch_sampler=Batches()), None)
     except ValueError as error:
@@ -376,7 +380,7 @@ def a_saveable_loader(side: Side, record: Record) -> Any:
     checkpointer = Recoverables(record)
     checkpointer.recoverables = {"dataloader-TRAIN": train}
     brain = make(side, record, checkpointer=checkpointer)
-    trainer = trainer_with(devices=2, strategy="ddp")
+    trainer = trainer_with(devices=2, strategy=STRATEGY)
     trainer.fit(to_lightning(brain), train, None)
     saved = checkpointer.recoverables["dataloader-TRAIN"]
     record.results.append((type(saved).__name__, saved is train, len(saved)))
@@ -384,7 +388,13 @@ def a_saveable_loader(side: Side, record: Record) -> Any:
 
 
 def a_strategy_instance_used_again(side: Side, record: Record) -> Any:
-    brain = make(side, record, hparams={"trainer": {"strategy": DDPStrategy()}})
+    brain = make(
+        side,
+        record,
+        hparams={
+            "trainer": {"strategy": FSDP2Strategy() if STRATEGY == "fsdp2" else DDPStrategy()}
+        },
+    )
     for _ in range(2):
         brain.fit(range(1), dataset(), train_loader_kwargs={"batch_size": 4})
         record.results.append(brain.evaluate(dataset(), test_loader_kwargs={"batch_size": 4}))
@@ -509,7 +519,7 @@ def reported_by_the_main_process(side: Side, record: Record) -> Any:
 
     hparams = {"train_logger": TrainLogger()}
     brain = make(side, record, hparams=hparams, on_stage_end=on_stage_end)
-    trainer = trainer_with(devices=2, strategy="ddp")
+    trainer = trainer_with(devices=2, strategy=STRATEGY)
     batches = DataLoader(dataset(), 4)
     trainer.fit(to_lightning(brain), batches, batches)
     record.results.append(float(trainer.callback_metrics["WER"]))
@@ -751,10 +761,12 @@ OWN = [
     names_in_a_checkpoint, batchnorm_stays_local, called_around_its_wrapper,
     nan_on_one_rank, nan_on_one_rank_of_a_fit_batch_of_0_5,
     patience_exhausted_by_one_rank, reported_by_the_main_process,
-    a_batch_sampler_on_the_users_trainer, a_batch_sampler_that_cannot_be_shared_out,
+    a_batch_sampler_that_cannot_be_shared_out,
     a_saveable_loader, a_strategy_instance_used_again, unfrozen_when_a_stage_starts,
     compiled_and_fitted_twice, shards_of_different_lengths, streams_of_different_lengths,
     a_stream_without_anything_on_one_rank, a_whole_validation, a_validation_that_is_shared_out,
     more_processes_than_batches, on_the_main_process, counted_with_tensors,
     limited_to_the_same_length, a_layer_that_one_process_leaves_out,
 ]  # fmt: skip
+# The same, with a Trainer given to brain.fit.
+ON_A_TRAINER = [a_batch_sampler_on_the_users_trainer]

@@ -14,16 +14,6 @@ from tests.support.processes import TORCHRUN, check_python
 
 from . import scenarios
 
-RANKS = (0, 1)
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What each rank did, by side and scenario."""
-    folder = tmp_path_factory.mktemp("records")
-    check_python(*TORCHRUN, "-m", "tests.system.distributed.worker", str(folder))
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in RANKS]
-
 
 def of(records: list[dict[Any, Any]], scenario: Any, side: str = "brain_lightning") -> Any:
     """The records of both ranks, which have the same weights after every stage."""

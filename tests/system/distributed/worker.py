@@ -1,6 +1,9 @@
 """One of several processes: runs every scenario and leaves the records in a file.
 
 ``torchrun --nproc_per_node=2 -m tests.system.distributed.worker FOLDER [BACKEND]``
+
+With ``STRATEGY=fsdp2`` in the environment these are ours alone, in shards; on three processes
+with ``--nproc_per_node=3``.
 """
 
 from __future__ import annotations
@@ -16,20 +19,57 @@ from typing import Any
 
 import torch
 
+from brain_lightning import FSDP2Strategy
 from tests.parity import own_loops
 from tests.parity.sides import OURS, PATCHED, SPEECHBRAIN, Record, run
 from tests.support.environment import (
     seed_everything,
 )  # First: it makes SpeechBrain importable.
 
-from .scenarios import ON_A_GPU, OWN, SHARED
+from . import sharded_scenarios, sharded_searches
+from .scenarios import ON_A_GPU, ON_A_TRAINER, OWN, SHARED, STRATEGY
+
+Row = tuple[Any, Any]
 
 
-def record_of(side: Any, scenario: Any) -> Record | str:
+def record_of(side: Any, scenario: Any, **trainer: Any) -> Record | str:
     try:
-        return run(side, scenario)[0]
+        return run(side, scenario, **trainer)[0]
     except Exception:  # noqa: BLE001  whatever it is, the test shows it
         return traceback.format_exc()
+
+
+def rows(backend: str) -> list[Row]:
+    """What runs in DDP, on which side."""
+    if backend != "gloo":
+        return [(s, scenario) for scenario in ON_A_GPU for s in (SPEECHBRAIN, OURS)]
+    both = [*SHARED, *own_loops.IN_TWO_PROCESSES, *own_loops.ENDED]
+    found = [(s, scenario) for scenario in both for s in (SPEECHBRAIN, OURS)]
+    found += [(PATCHED, scenario) for scenario in own_loops.PATTERNS]
+    return found + [(OURS, scenario) for scenario in (*OWN, *ON_A_TRAINER)]
+
+
+def sharded_records() -> dict[tuple[str, str], Any]:
+    """What runs in shards; what DDP is not asked about elsewhere runs in DDP too."""
+    loops = [*own_loops.IN_TWO_PROCESSES, *own_loops.ENDED]
+    ours = [s for s in (*SHARED, *loops, *OWN) if s.__name__ not in sharded_scenarios.LEFT_OUT]
+    sharded = [(OURS, scenario) for scenario in ours]
+    sharded += [(PATCHED, scenario) for scenario in own_loops.PATTERNS]
+    new = [(side, row) for row in sharded_scenarios.NEW for side in (OURS, PATCHED)]
+    records = {
+        (f"{side.name} sharded", row.__name__): record_of(side, row, strategy="fsdp2")
+        for side, row in (*sharded, *new)
+    }
+    searches = [(s, row) for row in sharded_searches.SEARCHES for s in (OURS, PATCHED)]
+    for side, row in searches:
+        strategy = FSDP2Strategy(blocks=sharded_searches.BLOCKS)
+        record = record_of(side, row, strategy=strategy)
+        records[f"{side.name} sharded", row.__name__] = record
+    for row in ON_A_TRAINER:
+        records["brain_lightning sharded", row.__name__] = record_of(OURS, row)
+    return records | {
+        (side.name, row.__name__): record_of(side, row) for side, row in (*new, *searches)
+    }
 
 
 def main(folder: str, backend: str = "gloo") -> None:
@@ -39,14 +79,12 @@ def main(folder: str, backend: str = "gloo") -> None:
     timeout = datetime.timedelta(seconds=30)
     torch.distributed.init_process_group(backend, timeout=timeout)
     seed_everything(1)
-    shared, own = (SHARED, OWN) if backend == "gloo" else (ON_A_GPU, [])
-    loops = own_loops.IN_TWO_PROCESSES + own_loops.ENDED if backend == "gloo" else []
-    patched = own_loops.PATTERNS if backend == "gloo" else []
-    rows = [(s, scenario) for scenario in shared for s in (SPEECHBRAIN, OURS)]
-    rows += [(s, scenario) for scenario in loops for s in (SPEECHBRAIN, OURS)]
-    rows += [(PATCHED, scenario) for scenario in patched]
-    rows += [(OURS, scenario) for scenario in own]
-    records = {(side.name, row.__name__): record_of(side, row) for side, row in rows}
+    if STRATEGY == "fsdp2":
+        records = sharded_records()
+    else:
+        records = {
+            (side.name, row.__name__): record_of(side, row) for side, row in rows(backend)
+        }
     torch.save(records, Path(folder) / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
