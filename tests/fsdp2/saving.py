@@ -181,6 +181,9 @@ def cut(
     brain = make(folder, saver, **cuts(hook))
     with pytest.raises(Cut):
         fit(brain, strategy, folder if saver == "lightning" else None)
+    if saver == "async":
+        # It is on its way still.
+        brain.checkpointer.wait()
 
 
 def copied(folder: Path, name: str) -> Path:
