@@ -75,9 +75,10 @@ def process_is_left_as_found(
     left = [thread for thread in left if thread.is_alive()]
     assert not left, f"threads were left behind: {left}"
     changed = {k for k, v in os.environ.items() if environment.get(k) != v}
-    # Set by OpenMP, pytest, torch.compile, Triton and Lightning's look for a GPU.
+    # Set by OpenMP, pytest, torch.compile, Triton, Lightning's look for a GPU, and by its
+    # strategies of several processes.
     own = (
-        "KMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_NVML_",
+        "KMP_", "OMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_NVML_",
         "CUDA_",
     )  # fmt: skip
     changed = {k for k in changed if not k.startswith(own)}

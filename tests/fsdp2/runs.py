@@ -265,7 +265,7 @@ def main(folder: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     if processes() > 1:
-        timeout = datetime.timedelta(seconds=20)
+        timeout = datetime.timedelta(seconds=90)
         torch.distributed.init_process_group("gloo", timeout=timeout)
     found: dict[str, Any] = {}
     for run in (*RUNS, *OTHERS):

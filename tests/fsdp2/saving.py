@@ -311,7 +311,7 @@ def main(folder: str, *names: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     # A rank that fails must not keep the other waiting.
-    timeout = datetime.timedelta(seconds=20)
+    timeout = datetime.timedelta(seconds=90)
     torch.distributed.init_process_group("gloo", timeout=timeout)
     rows: dict[str, Any] = {}
     for row in (*ROWS, moved):

@@ -216,7 +216,7 @@ def main(folder: Path, *names: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     # A process that fails must not keep the other waiting.
-    timeout = datetime.timedelta(seconds=20)
+    timeout = datetime.timedelta(seconds=90)
     torch.distributed.init_process_group("gloo", timeout=timeout)
     rows = [row for row in SCENARIOS if not names or row.__name__ in names]
     done = {row.__name__: row(folder / row.__name__) for row in rows}

@@ -355,7 +355,7 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     # A rank that fails must not keep the other waiting.
-    timeout = datetime.timedelta(seconds=30)
+    timeout = datetime.timedelta(seconds=90)
     torch.distributed.init_process_group("gloo", timeout=timeout)
     seed_everything(1)
     outcomes = {row.__name__: outcome(row, folder) for row in SCENARIOS}

@@ -76,7 +76,7 @@ def main(folder: str, backend: str = "gloo") -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     # A rank that fails must not keep the other waiting.
-    timeout = datetime.timedelta(seconds=30)
+    timeout = datetime.timedelta(seconds=90)
     torch.distributed.init_process_group(backend, timeout=timeout)
     seed_everything(1)
     if STRATEGY == "fsdp2":
