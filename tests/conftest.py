@@ -78,8 +78,8 @@ def process_is_left_as_found(
     # Set by OpenMP, pytest, torch.compile, Triton, Lightning's look for a GPU, and by its
     # strategies of several processes.
     own = (
-        "KMP_", "OMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_NVML_",
-        "CUDA_",
+        "KMP_", "OMP_", "PYTEST_", "_TORCHINDUCTOR_", "TORCHINDUCTOR_", "TRITON_",
+        "PYTORCH_NVML_", "CUDA_",
     )  # fmt: skip
     changed = {k for k in changed if not k.startswith(own)}
     assert not changed, f"environment variables were changed: {changed}"
