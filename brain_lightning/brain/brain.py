@@ -316,8 +316,12 @@ class Brain(FitAndEvaluate, BrainBase):
         Yields:
             None
         """
+        if not use:
+            # For most steps.
+            yield
+            return
         with ExitStack() as stack:
-            for module in self.modules.values() if use else ():
+            for module in self.modules.values():
                 if isinstance(module, DistributedDataParallel):
                     stack.enter_context(module.no_sync())
             yield

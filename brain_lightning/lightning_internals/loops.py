@@ -102,10 +102,9 @@ class BrainFitLoop(_FitLoop):
         Returns:
             Whether there is one.
         """
-        run, length = self.brain_run, self.brain_run.train.loader.known_length()
-        batches = self.epoch_loop.batch_progress.current.ready
-        limit, stopped = _limit(self.trainer.limit_train_batches, length), self._is_stopped()
-        if stopped and 0 < batches < min(limit, float("inf") if length is None else length):
+        run, batches = self.brain_run, self.epoch_loop.batch_progress.current.ready
+        limit, stopped = self._limit_of_batches(), self._is_stopped()
+        if stopped and 0 < batches < min(limit, self._length_of_epoch()):
             run.cut_short()
         last = stopped or batches >= limit or not run.train.fetch()
         self._mark_last_batch(last)
@@ -113,6 +112,19 @@ class BrainFitLoop(_FitLoop):
             keep_step_metrics(self.trainer)
             run.train.end()
         return not last
+
+    def _limit_of_batches(self) -> float:
+        limit = self.trainer.limit_train_batches
+        is_none = isinstance(limit, float) and limit == 1.0
+        # To ask for the length may cost as much as a small step.
+        return float("inf") if is_none else _limit(limit, self._length())
+
+    def _length_of_epoch(self) -> float:
+        length = self._length()
+        return float("inf") if length is None else length
+
+    def _length(self) -> int | None:
+        return self.brain_run.train.loader.known_length()
 
     def _is_stopped(self) -> bool:
         """By ``max_steps``, ``max_time``, or a callback that stops the run."""
