@@ -75,7 +75,7 @@ class ManualModule(BrainModule):
         return loss
 
     def _steps(self) -> int:
-        return self._taken.made if has_optimizer(self.brain) else 1
+        return self._taken.made or int(not has_optimizer(self.brain))
 
     def _on_fit_batch_end(
         self, hook: Callable[..., Any], batch: Any, outputs: Any, loss: Any, should_step: bool
