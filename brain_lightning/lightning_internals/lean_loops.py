@@ -51,8 +51,7 @@ class LeanEpochLoop(BrainEpochLoop):
         trainer = self.trainer
         self.brain_watchers = _watchers(trainer)
         self.brain_module, self.brain_steps = trainer.lightning_module, step_trackers(trainer)
-        on_cpu = trainer.strategy.root_device.type == "cpu"
-        self.brain_moves = None if on_cpu else trainer.strategy.batch_to_device
+        self.brain_moves = _mover(trainer)
         # Lightning's handler of SIGTERM, in another process, waits for this answer.
         self.brain_asks_of_sigterm = (
             BROADCASTS_SIGTERM
@@ -134,35 +133,46 @@ class LeanEpochLoop(BrainEpochLoop):
 class LeanEvaluationLoop(BrainEvaluationLoop):
     """An evaluation loop that leaves out the hooks of a batch where no callback has one."""
 
-    brain_is_alone: bool
+    # Evaluates a batch; None where Lightning's own steps are needed.
+    brain_evaluates: Callable[[Any], Any] | None
+    # Moves a batch to the device; None where every batch is there.
+    brain_moves: Callable[[Any], Any] | None
 
     def on_run_start(self) -> None:
         """Looks whether a callback needs the hooks of a batch."""
         super().on_run_start()
-        kind = "test" if self.trainer.testing else "validation"
+        trainer, stage = self.trainer, self.brain_stage
+        kind = "test" if trainer.testing else "validation"
         hooks = (f"on_{kind}_batch_start", f"on_{kind}_batch_end")
-        watched = any(has_hook(c, hook) for c in callbacks_of(self.trainer) for hook in hooks)
-        self.brain_is_alone = _is_plain(self.trainer) and not watched
+        watched = any(has_hook(c, hook) for c in callbacks_of(trainer) for hook in hooks)
+        self.brain_evaluates = None if watched or not _is_plain(trainer) else stage.evaluate
+        self.brain_moves = _mover(trainer)
 
     def _evaluation_step(
         self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any
     ) -> None:
-        if not self.brain_is_alone:
+        if self.brain_evaluates is None:
             super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
             return
-        trainer, progress = self.trainer, self.batch_progress
-        if trainer.strategy.root_device.type != "cpu":
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-        progress.increment_ready()
-        progress.increment_started()
-        module = trainer.lightning_module
-        step = module.test_step if trainer.testing else module.validation_step
-        step(batch, batch_idx, dataloader_idx)
-        progress.increment_processed()
-        progress.increment_completed()
+        self._evaluate(batch)
         # ModelCheckpoint asks, and complains of a metric that no validation has brought.
         self._has_run = True
-        if trainer.received_sigterm:
+        if self.brain_limits[dataloader_idx] == float("inf"):
+            # The rest at once: each batch has a way through Lightning's iterators.
+            for each in self.brain_stage.loaders[dataloader_idx]:
+                self._evaluate(each)
+
+    def _evaluate(self, batch: Any) -> None:
+        assert self.brain_evaluates is not None
+        progress = self.batch_progress
+        if self.brain_moves is not None:
+            batch = self.brain_moves(batch)
+        progress.increment_ready()
+        progress.increment_started()
+        self.brain_evaluates(batch)
+        progress.increment_processed()
+        progress.increment_completed()
+        if self.trainer.received_sigterm:
             raise SIGTERMException
 
 
@@ -175,7 +185,7 @@ def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
     """
     for loop in loops:
         if isinstance(loop, BrainEvaluationLoop):
-            become(loop, LeanEvaluationLoop, temporary, brain_is_alone=False)
+            become(loop, LeanEvaluationLoop, temporary, brain_evaluates=None, brain_moves=None)
         elif isinstance(loop, BrainEpochLoop):
             state = {"brain_watchers": None, "brain_warnings": WarningCache()}
             become(loop, LeanEpochLoop, temporary, **state)
@@ -192,6 +202,12 @@ def _watchers(trainer: Trainer) -> list[Callback] | None:
     if within or trainer.lr_scheduler_configs or not _is_plain(trainer):
         return None
     return [c for c in callbacks if any(has_hook(c, hook) for hook in BATCH_HOOKS)]
+
+
+def _mover(trainer: Trainer) -> Callable[[Any], Any] | None:
+    """Moves a batch to the device; None where every batch is there."""
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    return None if on_cpu else trainer.strategy.batch_to_device
 
 
 def _is_plain(trainer: Trainer) -> bool:

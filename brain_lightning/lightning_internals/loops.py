@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from brain_lightning.phase import Phase
+from brain_lightning.stages.evaluation import EvaluationStage
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import shard_length
 from brain_lightning.temporary import TemporaryAttributes
@@ -250,6 +251,10 @@ class BrainEpochLoop(_TrainingEpochLoop):
 class BrainEvaluationLoop(_EvaluationLoop):
     """An evaluation loop that runs to the end of its loaders."""
 
+    brain_stage: EvaluationStage
+    # How many batches of each loader are evaluated at most.
+    brain_limits: Sequence[float] = ()
+
     def reset(self) -> None:
         """Begins the evaluation, and fetches nothing before the stage begins."""
         super().reset()
@@ -270,7 +275,7 @@ class BrainEvaluationLoop(_EvaluationLoop):
         limits = [_limit(limit, length) for length in lengths]
         if sharded:
             limits = [shard_length(all_of_them) for all_of_them in limits]
-        combined._iterator.limits = limits  # type: ignore[union-attr]
+        combined._iterator.limits = self.brain_limits = limits  # type: ignore[union-attr]
         fetcher.length, fetcher.done = None, False
 
 
