@@ -58,7 +58,13 @@ EXPECTED_WARNINGS = (
 
 
 class OwnTrainer(Trainer):
-    """The Trainer that ``brain.fit`` makes: it logs little and handles no signals."""
+    """The Trainer that ``brain.fit`` makes: it logs little and handles no signals.
+
+    Attributes:
+        may_launch: Whether Trainers may run the script again, once for each other process.
+    """
+
+    may_launch = True
 
     def __init__(self, **kwargs: Any) -> None:
         with _silence():
@@ -170,8 +176,8 @@ def make_trainer(
     Raises:
         BrainTypeError: ``trainer`` is neither.
         RunOptionError: An argument is unknown, or contradicts the Brain.
-        UnsupportedError: The Trainer is in the middle of another run, or has a
-            strategy that a Brain cannot run on.
+        UnsupportedError: The Trainer is in the middle of another run, has a
+            strategy that a Brain cannot run on, or may not start processes.
     """
     if isinstance(trainer, Mapping):
         trainer = OwnTrainer(**_own_and_given(brain, collective, trainer))
@@ -182,6 +188,7 @@ def make_trainer(
         )
     # Before Lightning starts the other processes, which would run the script as well.
     check_strategy(trainer)
+    _check_launch(trainer)
     if trainer.state.status is TrainerStatus.RUNNING:
         raise UnsupportedError(
             "this Trainer is running already, and a Brain called fit or evaluate in a hook: "
@@ -189,6 +196,18 @@ def make_trainer(
         )
     reconcile_processes(trainer, brain, TemporaryAttributes())
     return trainer
+
+
+def _check_launch(trainer: Trainer) -> None:
+    """Refuses to start processes where they would run the script in another way."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    is_launched = environment is None or environment.creates_processes_externally
+    if trainer.world_size > 1 and not (is_launched or OwnTrainer.may_launch):
+        raise UnsupportedError(
+            f"the other processes of Trainer(devices={trainer.num_devices}) would run the "
+            "script without brain-lightning: start them by brain-lightning run "
+            f"--trainer.devices={trainer.num_devices}; verify takes --trainer.devices=1"
+        )
 
 
 def _own_and_given(

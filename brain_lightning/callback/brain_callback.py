@@ -83,7 +83,8 @@ class BrainCallback(Callback):
         strategies.check_strategy(trainer)
         check_callbacks(trainer)
         is_fit = trainer.state.fn is TrainerFn.FITTING
-        self._rows = RunRows(trainer.loggers if is_fit and trainer.is_global_zero else ())
+        logs = is_fit and trainer.is_global_zero
+        self._rows = RunRows(trainer.loggers if logs else (), run.run_state)
         with TemporaryAttributes() as temporary:
             reconcile(trainer, run.brain, temporary)
             # Where that fails, everything is restored here.

@@ -103,7 +103,7 @@ class LightningSide:
             "trained": self._trained.changed(self._switches()),
             "told": self.told.state(),
             "metrics": metrics,
-            "rows": self._rows.save(logged_steps(trainer)),
+            "logged": self._rows.save(logged_steps(trainer)),
             "found": self._run.metrics.state(),
             "should_stop": trainer.should_stop and _has_stopped_early(trainer),
             "masks": plain(masks(self._run.brain.modules, self._plain_name)),
@@ -219,7 +219,7 @@ class LightningSide:
             setattr(run.train, name, value)
         set_progress(trainer, **counts, windows=run.train.windows)
         # Of earlier versions it is known by the step alone.
-        self._rows.resume(state.get("rows", {}), logged_steps(trainer))
+        self._rows.resume(state.get("logged", {}), logged_steps(trainer))
         self._trained.restore(state.get("trained", {}))
         self.show_unfrozen()
         for callback in callbacks_of(trainer):

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(words[:1] or ["--help"])
     command = importlib.import_module(f".{chosen.command}", __package__)
     try:
-        status: int = command.main(chosen.parser, [w for w in words[1:] if w != TRACEBACK])
+        status: int = command.main(chosen.parser, words[1:])
     except _mistakes() as error:
         if TRACEBACK in words:
             raise

@@ -6,23 +6,38 @@ import logging
 import os
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from brain_lightning.brain.own_trainer import PROCESSES
 from brain_lightning.compat.versions import accelerator
 from brain_lightning.distributed.communication import is_launched
+from brain_lightning.distributed.process_group import (
+    check_gpus,
+    process_group,
+    use_variables_of_slurm,
+)
 from brain_lightning.errors import RecipeError
 from brain_lightning.loggers.curve_plot import CurvePlot
 from brain_lightning.options.parse_arguments import TRAINER_HELP, split_trainer
 from brain_lightning.options.run_options import RunOptions
+from brain_lightning.options.trainer_arguments import check_trainer_arguments
 from brain_lightning.protocol import OURS_ALONE
 
 from .exit_status import EXPLANATION, of_process
-from .script import load_trainer_file, parse_command, run_recipe
+from .script import (
+    check_script,
+    load_trainer_file,
+    parse_command,
+    processes_in_file,
+    run_recipe,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,42 +87,73 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     if options.trainer is not None:
         trainer = {**load_trainer_file(options.trainer), **trainer}
     callbacks = [] if options.plot is None else [CurvePlot(options.plot or None)]
-    processes = processes_to_launch(trainer)
+    # Before each of several processes says so.
+    check_script(script)
+    check_trainer_arguments(trainer)
+    asked = {**processes_in_file(rest), **trainer}
+    on_cpu, backend = _where(rest, asked)
+    processes = processes_to_launch(asked, on_cpu)
     if processes > 1:
-        return launch(processes, ["run", *words, *_backend(rest)])
-    run_recipe(script, rest, trainer, callbacks)
+        check_gpus(backend, processes)
+        return launch(processes, ["run", *words, f"--distributed_backend={backend}"])
+    if is_task_of_slurm(asked):
+        use_variables_of_slurm()
+        # Lightning would take torchrun's variables for torchrun, which requeues no job.
+        trainer.setdefault("plugins", [SLURMEnvironment()])
+    with process_group(backend) if is_launched() else nullcontext():
+        run_recipe(script, rest, trainer, callbacks)
     return 0
 
 
-def _backend(words: Sequence[str]) -> list[str]:
-    """SpeechBrain's default, nccl, needs a GPU for each process."""
-    chosen = any(word.startswith("--distributed_backend") for word in words)
-    on_cpu = "--device=cpu" in words or not torch.cuda.is_available()
-    return ["--distributed_backend=gloo"] if on_cpu and not chosen else []
+def _where(words: Sequence[str], trainer: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a run is on the CPU, and the backend by which its processes communicate."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--device", "--distributed_backend"):
+        parser.add_argument(name, nargs="?")
+    given = parser.parse_known_args(words)[0]
+    on_cpu = "cpu" in (given.device, trainer.get("accelerator"))
+    on_cpu = on_cpu or not torch.cuda.is_available()
+    return on_cpu, given.distributed_backend or ("gloo" if on_cpu else "nccl")
 
 
-def processes_to_launch(trainer: Mapping[str, Any]) -> int:
+def is_task_of_slurm(trainer: Mapping[str, Any]) -> bool:
+    """Whether srun has started the processes that a run asks for, this one among them.
+
+    Args:
+        trainer: Arguments for the Trainer.
+    """
+    asks = any(name in trainer for name in PROCESSES)
+    # Not so in the script of sbatch, which is one process, whatever tasks it may start.
+    in_a_step = "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect()
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    return asks and in_a_step and tasks > 1 and not is_launched()
+
+
+def processes_to_launch(trainer: Mapping[str, Any], on_cpu: bool) -> int:
     """How many processes a run needs to be started in.
 
     Args:
         trainer: Arguments for the Trainer.
+        on_cpu: Whether they run there, which is one device.
 
     Returns:
-        1 where this process is the only one, or was started by torchrun.
+        1 where this process is the only one, or was started by torchrun or srun.
 
     Raises:
         RecipeError: Several nodes, or devices by name, are asked for.
     """
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    if is_launched():
+    if is_launched() or is_task_of_slurm(trainer):
         return 1
     if nodes != 1:
         raise RecipeError(
             f"--trainer.num_nodes={nodes}: start each node yourself, with torchrun "
-            "--nnodes=... --nproc_per_node=... -m brain_lightning run ..."
+            "--nnodes=... --nproc_per_node=... -m brain_lightning run ..., or with srun"
         )
     if devices in ("auto", -1, "-1"):
-        return max(1, int(accelerator.device_count()))
+        return 1 if on_cpu else max(1, int(accelerator.device_count()))
+    if devices is None or (isinstance(devices, list) and len(devices) == 1):
+        return 1
     if not str(devices).isdecimal():
         raise RecipeError(
             f"--trainer.devices={devices!r}: give a number, and choose which ones by "

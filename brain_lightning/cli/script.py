@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hyperpyyaml import load_hyperpyyaml
+import yaml
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from lightning.pytorch import Callback
 
 from brain_lightning.brain.brain import Brain
+from brain_lightning.brain.own_trainer import PROCESSES, OwnTrainer
 from brain_lightning.brain.patch import patch_speechbrain
 from brain_lightning.errors import RecipeError
+from brain_lightning.options.parse_arguments import parse_arguments
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
 from brain_lightning.protocol import TrainerDefaults
 from brain_lightning.temporary import TemporaryAttributes
@@ -83,6 +86,42 @@ def hyperparameters_file(words: Sequence[str]) -> str | None:
     return file
 
 
+def processes_in_file(words: Sequence[str]) -> dict[str, Any]:
+    """In how many processes the ``trainer`` section of a hyperparameters file asks to run.
+
+    Nothing that the file names is made.
+
+    Args:
+        words: The script's command line, whose overrides count.
+
+    Returns:
+        Those of ``PROCESSES`` and ``accelerator`` that it has as plain values.
+
+    Raises:
+        RecipeError: There is no such file.
+        RunOptionError: An override is none.
+    """
+    file = hyperparameters_file(words)
+    if file is None or "trainer" not in _entries(Path(file).read_text(encoding="utf-8")):
+        return {}
+    with open(file, encoding="utf-8") as stream:
+        resolved = resolve_references(stream, parse_arguments(words).overrides)
+    trainer = _entries(resolved.getvalue())["trainer"]
+    pairs = trainer.value if isinstance(trainer, yaml.MappingNode) else []
+    return {
+        key.value: yaml.safe_load(yaml.serialize(value))
+        for key, value in pairs
+        if key.value in (*PROCESSES, "accelerator") and not value.tag.startswith("!")
+    }
+
+
+def _entries(text: str) -> dict[str, yaml.Node]:
+    # Composed alone: the tags are text, and nothing that they name is made.
+    document = yaml.compose(text, yaml.SafeLoader)
+    pairs = document.value if isinstance(document, yaml.MappingNode) else []
+    return {key.value: value for key, value in pairs}
+
+
 def run_recipe(
     script: str,
     words: Sequence[str],
@@ -128,6 +167,7 @@ def run_script(script: str, words: Sequence[str]) -> None:
     check_script(script)
     hyperparameters_file(words)
     with TemporaryAttributes() as temporary:
+        temporary.set(OwnTrainer, "may_launch", False)
         temporary.set(sys, "argv", [script, *words])
         # Python puts the script's folder there, instead of the caller's.
         temporary.set(sys, "path", [str(Path(script).resolve().parent), *sys.path[1:]])

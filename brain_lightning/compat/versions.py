@@ -46,12 +46,8 @@ if TYPE_CHECKING or SHARDS:
     from torch.distributed.fsdp import FSDPModule as FSDPModule
     from torch.distributed.tensor import DTensor as DTensor
 else:
-
-    class FSDPModule:
-        """Of which there are no instances."""
-
-    class DTensor:
-        """Of which there are no instances."""
+    # Of which there are no instances.
+    FSDPModule = DTensor = type("NotInThisVersion", (), {})
 
 
 # torch has it from 2.6 on.

@@ -184,12 +184,7 @@ def _group_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]
     if group is not None and brain.base != SPEECHBRAINS:
         says = (
             "python train.py --trainer.devices=2 would wait for ever at SpeechBrain's "
-            "ddp_init_group: leave it out, or start the processes by torchrun"
+            "ddp_init_group: leave it out, or start the processes by torchrun or "
+            "brain-lightning run"
         )
         yield remark("devices", says, group)
-    if group is None and brain.base == SPEECHBRAINS:
-        says = (
-            "SpeechBrain's Brain wants sb.utils.distributed.ddp_init_group(run_opts) before "
-            "it is made"
-        )
-        yield remark("devices", says, source.called.get(brain.name, brain.location))

@@ -90,5 +90,4 @@ def _large_layers(unit: Module) -> Iterator[Module]:
 
 def _uses(module: Module) -> Counter[int]:
     """How often each parameter is an attribute of a part of the module."""
-    found = (p for part in module.modules() for p in part._parameters.values())
-    return Counter(id(p) for p in found if p is not None)
+    return Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))

@@ -90,8 +90,8 @@ def _initialize(unit: Module) -> None:
     """Lets FSDP2 set itself up with the unit as root, before a block of it is called."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    vars(unit)["_set_up"] = lambda: None
-    register_fsdp_forward_method(unit, "_set_up")
+    vars(unit)["set_up"] = lambda: None
+    register_fsdp_forward_method(unit, "set_up")
     with torch.no_grad():
-        unit._set_up()  # type: ignore[operator]
-    del vars(unit)["_set_up"]
+        unit.set_up()  # type: ignore[operator]
+    del vars(unit)["set_up"]

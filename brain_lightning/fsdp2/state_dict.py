@@ -27,7 +27,7 @@ def save_whole_module(module: Module) -> None:
         module: Sharded, and ready for use.
     """
     for part in module.modules():
-        if any(is_shard(p) for p in part._parameters.values()):
+        if any(map(is_shard, part.parameters(recurse=False))):
             part.register_state_dict_post_hook(_gather)  # type: ignore[no-untyped-call]
             part.register_load_state_dict_pre_hook(_shard)  # type: ignore[no-untyped-call]
 
@@ -60,18 +60,18 @@ def _parameters(optimizer: Optimizer) -> Iterable[Any]:
     return (p for group in optimizer.param_groups for p in group["params"])
 
 
-def _gather(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in module._parameters:
+def _gather(module: Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name, _ in module.named_parameters(recurse=False, remove_duplicate=False):
         key = f"{prefix}{name}"
         # With keep_vars=True they are asked for as they are.
         if key in state and not isinstance(state[key], Parameter):
             state[key] = on_main(state[key])
 
 
-def _shard(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, parameter in module._parameters.items():
+def _shard(module: Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         key = f"{prefix}{name}"
-        if key in state and parameter is not None:
+        if key in state:
             state[key] = like(state[key], parameter)
 
 

@@ -189,6 +189,10 @@ LIGHTNING_PARTS = (
 
 TORCH_PARTS = (
     Row("torch.nn.modules.batchnorm", "_BatchNorm", "the base of every BatchNorm"),
+    Row("torch.utils", "_pytree",
+        "what FSDP2 finds in the outputs of a module, such as Hugging Face's, is found by it"),
+    Row("torch:Tensor", "_is_view",
+        "a view that is changed in place has other hooks than it had"),
     Row("torch.nn:Module", "_modules", "__getattr__ must not look for an attribute"),
     Row(_PRUNE, "_orig", "what a pruned module has saved is loaded by one that is not"),
     Row(_PRUNE, "_mask", "what a pruned module has saved is loaded by one that is not"),

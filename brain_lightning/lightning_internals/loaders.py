@@ -170,9 +170,10 @@ def warn_if_whole(loaders: list[Any], trainer: Trainer) -> None:
 
 INDICES_ARE_WHOLE = (
     "The training loader is not shared out: each of the %d processes trains on all of its %s. "
-    "Give brain.fit the dataset and train_loader_kwargs, a loader from "
-    "brain.make_dataloader(dataset, Stage.TRAIN) or one with a DistributedSampler, or say "
-    "trainer={'use_distributed_sampler': True}."
+    "Give brain.fit the dataset and train_loader_kwargs, or a loader with a "
+    "DistributedSampler, or say trainer={'use_distributed_sampler': True}. "
+    "brain.make_dataloader(dataset, Stage.TRAIN) makes one before fit where torchrun or "
+    "brain-lightning run --trainer.devices=... starts the processes."
 )
 STREAM_IS_WHOLE = (
     "A training stream is not shared out: each of the %d processes trains on all of its %s, "

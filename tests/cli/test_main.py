@@ -11,9 +11,7 @@ import speechbrain
 
 from brain_lightning import RunOptionError
 from brain_lightning.cli.main import main
-from brain_lightning.cli.run import processes_to_launch
-from brain_lightning.compat.versions import accelerator
-from tests.support.processes import TORCHRUN, check_python
+from tests.support.processes import check_python
 from tests.support.scripts import QUIET, TOY, result, same, script
 
 # SpeechBrain's own.
@@ -111,18 +109,6 @@ def test_a_recipe_on_our_brain_runs_too(tmp_path: Path) -> None:
     sys.modules.pop("helper", None)
 
 
-def test_several_processes_are_started_as_torchrun_would(tmp_path: Path) -> None:
-    words = ["-m", "brain_lightning", "run", *TOY, *QUIET, "--trainer.devices=2"]
-    check_python(*words, f"--output_folder={tmp_path / 'ours'}", cwd=tmp_path)
-    gloo = ["--distributed_backend=gloo", f"--output_folder={tmp_path / 'theirs'}"]
-    check_python(*TORCHRUN, *TOY, *QUIET, *gloo, cwd=tmp_path)
-    for rank in (0, 1):
-        assert same(result(tmp_path / "ours", rank), result(tmp_path / "theirs", rank))
-    assert result(tmp_path / "ours")["step"] == 9
-    # run_on_main of the script holds.
-    assert (tmp_path / "ours" / "prepared.txt").read_text() == "rank 0\n"
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -181,22 +167,6 @@ def test_a_call_without_words_shows_the_help(capsys: pytest.CaptureFixture[str])
         main([])
     assert end.value.code == 0
     assert "usage: brain-lightning COMMAND" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("trainer", "processes"),
-    [({}, 1), ({"devices": 3}, 3), ({"devices": "2"}, 2), ({"devices": "auto"}, 1)],
-)
-def test_processes_are_as_many_as_devices(trainer: dict[str, Any], processes: int) -> None:
-    if trainer.get("devices") == "auto":
-        processes = max(1, accelerator.device_count())
-    assert processes_to_launch(trainer) == processes
-
-
-def test_torchruns_processes_start_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "0")
-    assert processes_to_launch({"devices": 2}) == 1
 
 
 def test_a_file_that_is_not_there_and_an_override_of_nothing_are_mistakes(

@@ -70,7 +70,7 @@ def test_doctor_reads_a_gan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report["strategies"] == ["one device"]
     remarks = {remark["about"]: remark["line"] for remark in reversed(report["remarks"])}
     assert remarks == {
-        "strategy=ddp": 10, "devices": 19, "gradient_clip_val": 5,
+        "strategy=ddp": 10, "gradient_clip_val": 5,
         "gradient_clip_algorithm": 5, "accumulate_grad_batches": 5, "precision": 5,
     }  # fmt: skip
     says = {remark["about"]: remark["says"] for remark in report["remarks"]}

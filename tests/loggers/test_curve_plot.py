@@ -35,6 +35,12 @@ def plotted(brain: Any, plot: CurvePlot) -> Any:
     return brain
 
 
+@pytest.fixture
+def blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures with their numbers and no curves, which take long to draw."""
+    monkeypatch.setattr("brain_lightning.loggers.curves.draw", lambda *_: Figure((1, 1)))
+
+
 def lines_in(figure: Figure) -> dict[str, dict[str, list[float]]]:
     """The values of each line, by panel and label."""
     return {
@@ -155,7 +161,9 @@ def test_curves_without_a_validation(tmp_path: Path) -> None:
     ] * 2
 
 
-def test_a_resumed_run_has_the_curves_of_one_never_stopped(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_curves_of_one_never_stopped(
+    tmp_path: Path, blank: None
+) -> None:
     def run(name: str, killed_in: int = 0) -> dict[float, dict[str, float]]:
         path = tmp_path / f"{name}.png"
         brain = reporting(LightningTrainLogger(Stub()), tmp_path / name, killed_in=killed_in)
@@ -177,7 +185,7 @@ def test_a_resumed_run_has_the_curves_of_one_never_stopped(tmp_path: Path) -> No
     assert [*run("killed", killed_in=3)] == [1, 2]
 
 
-def test_several_brains_have_a_picture_each(tmp_path: Path) -> None:
+def test_several_brains_have_a_picture_each(tmp_path: Path, blank: None) -> None:
     plot = CurvePlot(tmp_path / "mine.png")
     for epochs in (1, 2, 3):
         plotted(make(), plot).fit(range(1, 1 + epochs), loader(), loader())
@@ -185,7 +193,9 @@ def test_several_brains_have_a_picture_each(tmp_path: Path) -> None:
     assert found == {"mine.png": 1, "mine-2.png": 2, "mine-3.png": 3}
 
 
-def test_validations_in_the_middle_of_an_epoch_are_one_point(tmp_path: Path) -> None:
+def test_validations_in_the_middle_of_an_epoch_are_one_point(
+    tmp_path: Path, blank: None
+) -> None:
     plot = CurvePlot(tmp_path / "curves.png")
     trainer = trainer_with(plot, max_epochs=2, val_check_interval=2)
     trainer.fit(to_lightning(make()), loader(), loader(8))
@@ -290,13 +300,15 @@ brain.fit(range(1, 4), DATA, DATA, progressbar=False)
 """
 
 
-def test_a_fit_within_a_fit_is_not_plotted(tmp_path: Path) -> None:
+def test_a_fit_within_a_fit_is_not_plotted(tmp_path: Path, blank: None) -> None:
     text = FIT_WITHIN_FIT.replace("FOLDER", repr(str(tmp_path)))
     assert main(["run", script(tmp_path, text), "--plot"]) == 0
     assert [*read_curves(tmp_path / "curves.png")] == [1, 2, 3]
 
 
-def test_callbacks_of_every_trainer_stand_beside_the_recipes_own(tmp_path: Path) -> None:
+def test_callbacks_of_every_trainer_stand_beside_the_recipes_own(
+    tmp_path: Path, blank: None
+) -> None:
     own, beside = CurvePlot(tmp_path / "own.png"), CurvePlot(tmp_path / "beside.png")
     brain = make()
     brain._lightning.trainer_callbacks = (beside,)

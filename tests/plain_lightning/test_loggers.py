@@ -222,3 +222,53 @@ def test_the_row_of_an_epoch_that_ends_between_two_updates_is_kept(tmp_path: Pat
     assert [row[:2] for row in losses(tmp_path / "killed")] == [
         row[:2] for row in losses(tmp_path / "whole")
     ]
+
+
+class Reporting(Saving):
+    """Logs rows that differ in their values alone, also in hooks that are called again."""
+
+    module: Any
+
+    def report(self, name: str, value: float, step: int) -> None:
+        for logger in self.module.trainer.loggers:
+            logger.log_metrics({name: float(value)}, step)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.report("fit", 1, 0)
+
+    def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
+        self.report(f"start_{stage.name}", epoch, self.optimizer_step)
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> torch.Tensor:
+        loss = super().compute_objectives(predictions, batch, stage)
+        self.report(f"batch_{stage.name}", loss.item(), self.optimizer_step)
+        if (stage.name, self.step) in self.hparams.saves:
+            self.checkpointer.save_checkpoint()
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+@pytest.mark.filterwarnings("ignore:A checkpoint is saved in the middle of a batch")
+# Between epochs; in a validation; in a batch.
+@pytest.mark.parametrize("saves", [(), [("VALID", 2)], [("TRAIN", 2)]])
+def test_rows_of_one_step_with_the_same_names_are_kept_one_for_one(
+    tmp_path: Path, saves: Any
+) -> None:
+    def run(folder: Path, *kill: int) -> None:
+        saver = Checkpointer(folder / "save", {"counter": (count := EpochCounter(3))})
+        brain = make(
+            Reporting, hparams={"saves": saves}, checkpointer=saver, grad_accumulation_factor=3
+        )
+        saver.add_recoverable("model", brain.modules.model)
+        brain.module = to_lightning(brain, epoch_counter=count)
+        train(folder, brain.module, *kill)
+
+    run(tmp_path / "whole")
+    # Twice from one checkpoint; at once; twice from the next one.
+    for kill in (8, 1, 0, 4, 1):
+        run(tmp_path / "killed", kill)
+    run(tmp_path / "killed")
+    whole, killed = (rows(tmp_path / name) for name in ("whole", "killed"))
+    assert len([row for row in whole if row["batch_TRAIN"]]) == 15
+    assert killed == whole

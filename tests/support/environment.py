@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import torch
+import yaml
 
 
 def import_torchaudio() -> None:
@@ -38,6 +39,9 @@ def import_speechbrain() -> None:
         import speechbrain.core
         import speechbrain.utils.checkpoints  # noqa: F401
 
+
+# SpeechBrain's Checkpointer reads its meta files again and again; libyaml reads the same.
+yaml.Loader = getattr(yaml, "CLoader", yaml.Loader)  # type: ignore[misc]
 
 # The tensors are tiny, and other processes share the machine.
 torch.set_num_threads(1)

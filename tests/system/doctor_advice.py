@@ -229,8 +229,8 @@ def _against_remark(source: Source, script: Path, folder: Path, remark: object) 
     ):
         return f"no {about} at {line}"
     whole = script.read_text(encoding="utf-8")
-    if about == "devices" and ("wants" in says) == bool(re.search(r"ddp_init_group\(", whole)):
-        return "ddp_init_group is called" if "wants" in says else "no ddp_init_group"
+    if about == "devices" and not re.search(r"ddp_init_group\(", whole):
+        return "no ddp_init_group"
     return ""
 
 
@@ -346,8 +346,8 @@ def _against_step(source: Source, argument: str) -> str:
 
 def _against_processes(source: Source, script: str, argument: str) -> str:
     group = bool(re.search(r"ddp_init_group\(", script))
-    if argument == "devices" and group != (source.base == "speechbrain"):
-        return "ddp_init_group" if group else "no ddp_init_group"
+    if argument == "devices" and group and source.base != "speechbrain":
+        return "ddp_init_group"
     return ""
 
 

@@ -51,11 +51,9 @@ def test_a_run_ends_as_its_script(how: str, processes: list[str]) -> None:
 )
 def test_signals(processes: list[str], signum: signal.Signals, status: int) -> None:
     """SIGTERM reaches one process, and a shell's Ctrl-C all of them; none is left behind."""
-    # Processes that are forked elsewhere are not in one group.
-    real = signum is signal.SIGINT and bool(processes)
     # With ours: Python does not listen to Ctrl-C where it was started in the background.
     run = subprocess.Popen(
-        [*command(real), *RUN, "waits", *processes],
+        [*command(real=False), *RUN, "waits", *processes],
         env=variables(), start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -65,10 +63,11 @@ def test_signals(processes: list[str], signum: signal.Signals, status: int) -> N
         ready, pid = run.stdout.readline().split()
         assert ready == "ready"
         waiting.append(int(pid))
-    if signum is signal.SIGINT:
-        os.killpg(run.pid, signum)
-    else:
-        run.send_signal(signum)
+    run.send_signal(signum)
+    if processes and signum is signal.SIGINT:
+        # As a shell's, though forked processes are not in one group.
+        for pid in waiting:
+            os.kill(pid, signum)
     _, stderr = run.communicate(timeout=100)
     assert of_process(run.returncode) == status, stderr
     with pytest.raises(ProcessLookupError):
