@@ -119,12 +119,8 @@ class LeanEpochLoop(BrainEpochLoop):
         return bool(self.trainer.should_stop or self.trainer.received_sigterm)
 
     def _may_validate(self, data_fetcher: Any) -> bool:
-        trainer = self.trainer
-        # Within an epoch by a number of batches, or from Lightning 2.6 on by time.
-        within = (
-            trainer.val_check_batch != float("inf")
-            or getattr(trainer, "_val_check_time_interval", None) is not None
-        )
+        # Within an epoch: after a number of batches, or None for a time.
+        within = self.trainer.val_check_batch != float("inf")
         if not within and not self.batch_progress.is_last_batch:
             return False
         return self._should_check_val_fx(data_fetcher)
