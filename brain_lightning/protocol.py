@@ -13,6 +13,7 @@ import types
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 from torch import GradScaler, Tensor
@@ -216,6 +217,12 @@ def overrides(brain_class: type, hook: str) -> bool:
         brain_class: The class of a Brain.
         hook: A method of Brain.
     """
+    return _overrides(brain_class, hook, getattr(brain_class, hook, None))
+
+
+# Asked in each batch; the method is there for those that are replaced.
+@cache
+def _overrides(brain_class: type, hook: str, _: Any) -> bool:
     # The class that first defines a hook is Brain itself, ours or SpeechBrain's.
     defining = [cls for cls in brain_class.__mro__ if hook in vars(cls)]
     if len(defining) != 1:

@@ -309,8 +309,12 @@ class Brain(FitAndEvaluate, BrainBase):
         Yields:
             None
         """
+        if not use:
+            # For most steps.
+            yield
+            return
         with TemporaryAttributes() as temporary:
-            for module in self.modules.values() if use else ():
+            for module in self.modules.values():
                 # In DDP; of shards gradients are averaged all the same.
                 if hasattr(module, "require_backward_grad_sync"):
                     temporary.set(module, "require_backward_grad_sync", False)

@@ -28,6 +28,7 @@ from brain_lightning.distributed.communication import is_distributed_initialized
 from brain_lightning.errors import BrainTypeError, HookStoppedError, UnsupportedError
 from brain_lightning.lightning_internals.signals import disable_signal_handlers
 from brain_lightning.lightning_internals.strategies import check_strategy, check_strategy_name
+from brain_lightning.lightning_internals.trainer_callbacks import look_up_entry_points_once
 from brain_lightning.module.brain_module import BrainModule
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
 from brain_lightning.protocol import BrainProtocol
@@ -67,7 +68,8 @@ class OwnTrainer(Trainer):
     may_launch = True
 
     def __init__(self, **kwargs: Any) -> None:
-        with _silence():
+        with _silence(), TemporaryAttributes() as temporary:
+            look_up_entry_points_once(temporary)
             super().__init__(**kwargs)
         disable_signal_handlers(self)
 
@@ -280,9 +282,14 @@ def _silence() -> Iterator[None]:
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         for logger in map(logging.getLogger, SILENT_LOGGERS):
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.WARNING)
+            # Not setLevel, after which each logger there is finds out its level again.
+            logger.addFilter(_is_warning)
+            stack.callback(logger.removeFilter, _is_warning)
         yield
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 @contextmanager

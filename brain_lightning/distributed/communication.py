@@ -52,8 +52,9 @@ _on_main_only: list[Callable[..., Any]] = []
 
 def communicates() -> bool:
     """Whether there are other processes, which do not wait for the main process."""
-    waited_for = _on_main_only or speechbrain.is_main_process_alone()
-    return is_distributed_initialized() and not waited_for
+    if not is_distributed_initialized():
+        return False
+    return not (_on_main_only or speechbrain.is_main_process_alone())
 
 
 def ddp_barrier() -> None:
@@ -163,19 +164,19 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def on_all_ranks(condition: torch.Tensor) -> bool:
+def on_all_ranks(condition: bool, device: torch.device | str) -> bool:
     """Whether a condition holds in every process.
 
     Args:
-        condition: A boolean tensor with one element, on the device that the
-            process group communicates from.
+        condition: Whether it holds here.
+        device: The device that the process group communicates from.
 
     Returns:
         The same answer everywhere.
     """
     if not communicates():
-        return bool(condition)
-    holds = condition.to(torch.uint8).reshape(())
+        return condition
+    holds = torch.tensor(condition, dtype=torch.uint8, device=device)
     torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MIN)
     return bool(holds)
 
@@ -190,9 +191,7 @@ def on_any_rank(condition: bool, device: str) -> bool:
     Returns:
         The same answer everywhere.
     """
-    if not communicates():
-        return condition
-    return not on_all_ranks(torch.tensor(not condition, device=device))
+    return not on_all_ranks(not condition, device)
 
 
 def collectively(action: Callable[[], Result]) -> Result:

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from brain_lightning.compat.speechbrain import redirect_parts
 from brain_lightning.protocol import PARTS, BrainProtocol, has_own
 from brain_lightning.references import referenced
+from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.run import Run
 from brain_lightning.step.older_api import support_older_api
 from brain_lightning.temporary import TemporaryAttributes
@@ -46,8 +47,8 @@ def attach(
     support_older_api(run.brain, temporary)
     fit: Any = trainer.fit_loop
     evaluations = (fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
-    for loop in evaluations:
-        become(loop, BrainEvaluationLoop, temporary)
+    for loop, of_loop in zip(evaluations, (run.valid, run.valid, run.test), strict=True):
+        become(loop, BrainEvaluationLoop, temporary, brain_stage=of_loop)
     if trainer.state.fn is TrainerFn.FITTING:
         overridden = [part for part in PARTS if has_own(run.brain, part)]
         by_parts = own_fit is not None or bool(overridden)
@@ -69,7 +70,7 @@ def attach(
             _validate_by_brain(fit.epoch_loop.val_loop, parts, run, temporary)
     # Without this line, and the file, everything is the same, but slower.
     make_lean((fit.epoch_loop, *evaluations), temporary)
-    stages = (run.train, run.valid, run.valid, run.test)
+    stages: Sequence[RunStage] = (run.train, run.valid, run.valid, run.test)
     for loop, stage in zip((fit, *evaluations), stages, strict=True):
         given = loop._data_source
         source = StageSource(given.instance, given.name, trainer, stage, temporary)

@@ -70,6 +70,8 @@ LIGHTNING_PARTS = (
     Row("lightning.pytorch.loops.fit_loop", "_FitLoop", _ORDER),
     Row("lightning.pytorch.loops.training_epoch_loop", "_TrainingEpochLoop", _ORDER),
     Row("lightning.pytorch.loops.evaluation_loop", "_EvaluationLoop", _ORDER),
+    Row("lightning.fabric.utilities.registry", "entry_points",
+        "all installed packages are looked through for each Trainer, in half of its time"),
     Row("lightning.pytorch.trainer.call", "_call_callback_hooks",
         "self.log in a callback has to know the hook that runs"),
     Row("lightning.pytorch.trainer.call", "_call_lightning_module_hook",

@@ -28,10 +28,19 @@ def count_steps(trainer: Trainer, steps: int) -> None:
         trainer: The Trainer in a training batch.
         steps: Steps that Lightning has not counted; -1 for one too many.
     """
-    automatic, by_hand = _steps(trainer)
-    steps_taken = automatic if trainer.lightning_module.automatic_optimization else by_hand
-    for tracker in (steps_taken.total, steps_taken.current):
+    for tracker in step_trackers(trainer):
         add(tracker, steps)
+
+
+def step_trackers(trainer: Trainer) -> tuple[Any, Any]:
+    """What ``trainer.global_step`` is read from, for who counts in each batch.
+
+    Args:
+        trainer: The Trainer in ``fit``.
+    """
+    automatic, by_hand = _steps(trainer)
+    taken = automatic if trainer.lightning_module.automatic_optimization else by_hand
+    return taken.total, taken.current
 
 
 def progress(trainer: Trainer) -> dict[str, int]:

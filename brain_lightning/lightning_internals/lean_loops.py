@@ -7,7 +7,7 @@ call ``make_lean``; the ``fit_batch`` of the generated modules is then unused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -22,6 +22,7 @@ from brain_lightning.compat.versions import BROADCASTS_SIGTERM
 from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.temporary import TemporaryAttributes
 
+from .counters import add, step_trackers
 from .loops import BrainEpochLoop, BrainEvaluationLoop, become
 from .trainer_callbacks import callbacks_of, has_hook
 
@@ -39,41 +40,59 @@ class LeanEpochLoop(BrainEpochLoop):
     # Callbacks that look at batches; None where Lightning's own steps are needed.
     brain_watchers: list[Callback] | None
     brain_warnings: WarningCache
+    brain_module: Any
+    # Where steps are counted.
+    brain_steps: Sequence[Any]
+    # Moves a batch to the device; None where every batch is there.
+    brain_moves: Callable[[Any], Any] | None
+    brain_asks_of_sigterm: bool
 
     def on_run_start(self, data_fetcher: Any) -> None:
-        """Finds out which hooks are needed."""
-        self.brain_watchers = _watchers(self.trainer)
+        """Finds out which hooks are needed, and what is the same in all batches."""
+        trainer = self.trainer
+        self.brain_watchers = _watchers(trainer)
+        self.brain_module, self.brain_steps = trainer.lightning_module, step_trackers(trainer)
+        self.brain_moves = _mover(trainer)
+        # Lightning's handler of SIGTERM, in another process, waits for this answer.
+        self.brain_asks_of_sigterm = (
+            BROADCASTS_SIGTERM
+            and trainer.world_size > 1
+            and not self.brain_run.termination.handles_sigterm
+        )
         super().on_run_start(data_fetcher)
+
+    @property
+    def done(self) -> bool:
+        """Whether the epoch is over, which the last batch or a callback says."""
+        goes_on = self.brain_watchers is not None and self.batch_progress.current.ready
+        if goes_on and not self.batch_progress.is_last_batch and not self.trainer.should_stop:
+            return False
+        return super().done
 
     def advance(self, data_fetcher: Any) -> None:
         """Fits one batch."""
         if self.brain_watchers is None:
             super().advance(data_fetcher)
             return
-        trainer, progress, run = self.trainer, self.batch_progress, self.brain_run
-        if (
-            BROADCASTS_SIGTERM
-            and trainer.world_size > 1
-            and not run.termination.handles_sigterm
-        ):
-            # Lightning's handler of SIGTERM, in another process, waits for this answer.
+        trainer, progress = self.trainer, self.batch_progress
+        if self.brain_asks_of_sigterm:
             self._broadcast_sigterm_tensor()
-        batch = next(run.train.loader)
-        if batch is not None and trainer.strategy.root_device.type != "cpu":
-            batch = trainer.strategy.batch_to_device(batch)
+        batch = next(self.brain_run.train.loader)
+        if batch is not None and self.brain_moves is not None:
+            batch = self.brain_moves(batch)
         batch_idx = self.batch_idx + 1
         progress.is_last_batch = False
         progress.increment_ready()
-        output = self._fit(batch, batch_idx)
+        self._fit(batch, batch_idx)
         progress.increment_processed()
-        trainer.lightning_module.on_train_batch_end(output, batch, batch_idx)
+        self.brain_module.end_batch(trainer)
         if self.brain_watchers:
             trainer._logger_connector.on_batch_end()
         progress.increment_completed()
         if self.brain_watchers:
             trainer._logger_connector.update_train_step_metrics()
 
-    def _fit(self, batch: Any, batch_idx: int) -> Any:
+    def _fit(self, batch: Any, batch_idx: int) -> None:
         trainer, watchers = self.trainer, self.brain_watchers
         if watchers:
             trainer._logger_connector.on_batch_start(batch)
@@ -84,53 +103,73 @@ class LeanEpochLoop(BrainEpochLoop):
             if watchers:
                 call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
             self.batch_progress.increment_started()
-            output = trainer.lightning_module.fit_batch(batch, batch_idx)
+            output = self.brain_module.fit_batch(batch, batch_idx)
+            for tracker in self.brain_steps:
+                add(tracker, self.brain_run.train.steps)
         if watchers:
             call._call_callback_hooks(trainer, "on_train_batch_end", output, batch, batch_idx)
-        return output
 
     def on_advance_end(self, data_fetcher: Any) -> None:
         """Validates, where it is time to, and counts the batch."""
-        trainer = self.trainer
-        ends = trainer.should_stop or trainer.received_sigterm
-        if self.brain_watchers is None or ends or self._should_check_val_fx(data_fetcher):
+        if self.brain_watchers is None or self._may_end() or self._may_validate(data_fetcher):
             super().on_advance_end(data_fetcher)
         else:
             self._batches_that_stepped += not self._should_accumulate()
+
+    def _may_end(self) -> bool:
+        return bool(self.trainer.should_stop or self.trainer.received_sigterm)
+
+    def _may_validate(self, data_fetcher: Any) -> bool:
+        # Within an epoch: after a number of batches, or None for a time.
+        within = self.trainer.val_check_batch != float("inf")
+        if not within and not self.batch_progress.is_last_batch:
+            return False
+        return self._should_check_val_fx(data_fetcher)
 
 
 class LeanEvaluationLoop(BrainEvaluationLoop):
     """An evaluation loop that leaves out the hooks of a batch where no callback has one."""
 
-    brain_is_alone: bool
+    # Evaluates a batch; None where Lightning's own steps are needed.
+    brain_evaluates: Callable[[Any], Any] | None
+    # Moves a batch to the device; None where every batch is there.
+    brain_moves: Callable[[Any], Any] | None
 
     def on_run_start(self) -> None:
         """Looks whether a callback needs the hooks of a batch."""
         super().on_run_start()
-        kind = "test" if self.trainer.testing else "validation"
+        trainer, stage = self.trainer, self.brain_stage
+        kind = "test" if trainer.testing else "validation"
         hooks = (f"on_{kind}_batch_start", f"on_{kind}_batch_end")
-        watched = any(has_hook(c, hook) for c in callbacks_of(self.trainer) for hook in hooks)
-        self.brain_is_alone = _is_plain(self.trainer) and not watched
+        watched = any(has_hook(c, hook) for c in callbacks_of(trainer) for hook in hooks)
+        self.brain_evaluates = None if watched or not _is_plain(trainer) else stage.evaluate
+        self.brain_moves = _mover(trainer)
 
     def _evaluation_step(
         self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any
     ) -> None:
-        if not self.brain_is_alone:
+        if self.brain_evaluates is None:
             super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
             return
-        trainer, progress = self.trainer, self.batch_progress
-        if trainer.strategy.root_device.type != "cpu":
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-        progress.increment_ready()
-        progress.increment_started()
-        module = trainer.lightning_module
-        step = module.test_step if trainer.testing else module.validation_step
-        step(batch, batch_idx, dataloader_idx)
-        progress.increment_processed()
-        progress.increment_completed()
+        self._evaluate(batch)
         # ModelCheckpoint asks, and complains of a metric that no validation has brought.
         self._has_run = True
-        if trainer.received_sigterm:
+        if self.brain_limits[dataloader_idx] == float("inf"):
+            # The rest at once: each batch has a way through Lightning's iterators.
+            for each in self.brain_stage.loaders[dataloader_idx]:
+                self._evaluate(each)
+
+    def _evaluate(self, batch: Any) -> None:
+        assert self.brain_evaluates is not None
+        progress = self.batch_progress
+        if self.brain_moves is not None:
+            batch = self.brain_moves(batch)
+        progress.increment_ready()
+        progress.increment_started()
+        self.brain_evaluates(batch)
+        progress.increment_processed()
+        progress.increment_completed()
+        if self.trainer.received_sigterm:
             raise SIGTERMException
 
 
@@ -143,7 +182,7 @@ def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
     """
     for loop in loops:
         if isinstance(loop, BrainEvaluationLoop):
-            become(loop, LeanEvaluationLoop, temporary, brain_is_alone=False)
+            become(loop, LeanEvaluationLoop, temporary, brain_evaluates=None, brain_moves=None)
         elif isinstance(loop, BrainEpochLoop):
             state = {"brain_watchers": None, "brain_warnings": WarningCache()}
             become(loop, LeanEpochLoop, temporary, **state)
@@ -160,6 +199,12 @@ def _watchers(trainer: Trainer) -> list[Callback] | None:
     if within or trainer.lr_scheduler_configs or not _is_plain(trainer):
         return None
     return [c for c in callbacks if any(has_hook(c, hook) for hook in BATCH_HOOKS)]
+
+
+def _mover(trainer: Trainer) -> Callable[[Any], Any] | None:
+    """Moves a batch to the device; None where every batch is there."""
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    return None if on_cpu else trainer.strategy.batch_to_device
 
 
 def _is_plain(trainer: Trainer) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from brain_lightning.phase import Phase
+from brain_lightning.stages.evaluation import EvaluationStage
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import shard_length
 from brain_lightning.temporary import TemporaryAttributes
@@ -102,10 +103,9 @@ class BrainFitLoop(_FitLoop):
         Returns:
             Whether there is one.
         """
-        run, length = self.brain_run, self.brain_run.train.loader.known_length()
-        batches = self.epoch_loop.batch_progress.current.ready
-        limit, stopped = _limit(self.trainer.limit_train_batches, length), self._is_stopped()
-        if stopped and 0 < batches < min(limit, float("inf") if length is None else length):
+        run, batches = self.brain_run, self.epoch_loop.batch_progress.current.ready
+        limit, stopped = self._limit_of_batches(), self._is_stopped()
+        if stopped and 0 < batches < min(limit, self._length_of_epoch()):
             run.cut_short()
         last = stopped or batches >= limit or not run.train.fetch()
         self._mark_last_batch(last)
@@ -113,6 +113,19 @@ class BrainFitLoop(_FitLoop):
             keep_step_metrics(self.trainer)
             run.train.end()
         return not last
+
+    def _limit_of_batches(self) -> float:
+        limit = self.trainer.limit_train_batches
+        is_none = isinstance(limit, float) and limit == 1.0
+        # To ask for the length may cost as much as a small step.
+        return float("inf") if is_none else _limit(limit, self._length())
+
+    def _length_of_epoch(self) -> float:
+        length = self._length()
+        return float("inf") if length is None else length
+
+    def _length(self) -> int | None:
+        return self.brain_run.train.loader.known_length()
 
     def _is_stopped(self) -> bool:
         """By ``max_steps``, ``max_time``, or a callback that stops the run."""
@@ -238,6 +251,10 @@ class BrainEpochLoop(_TrainingEpochLoop):
 class BrainEvaluationLoop(_EvaluationLoop):
     """An evaluation loop that runs to the end of its loaders."""
 
+    brain_stage: EvaluationStage
+    # How many batches of each loader are evaluated at most.
+    brain_limits: Sequence[float] = ()
+
     def reset(self) -> None:
         """Begins the evaluation, and fetches nothing before the stage begins."""
         super().reset()
@@ -258,7 +275,7 @@ class BrainEvaluationLoop(_EvaluationLoop):
         limits = [_limit(limit, length) for length in lengths]
         if sharded:
             limits = [shard_length(all_of_them) for all_of_them in limits]
-        combined._iterator.limits = limits  # type: ignore[union-attr]
+        combined._iterator.limits = self.brain_limits = limits  # type: ignore[union-attr]
         fetcher.length, fetcher.done = None, False
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, ModelPruning
 from lightning.pytorch.callbacks.spike import SpikeDetection
@@ -29,6 +31,22 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
         trainer: Any Trainer.
     """
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def look_up_entry_points_once(temporary: TemporaryAttributes) -> None:
+    """Lets a Trainer find the callbacks of other packages without reading them all again.
+
+    ``brain.fit`` makes a Trainer for each fit, and a recipe may fit in each epoch.
+
+    Args:
+        temporary: Records what is changed while a Trainer is made.
+    """
+    temporary.set(registry, "entry_points", _entry_points)
+
+
+@cache
+def _entry_points(group: str) -> EntryPoints:
+    return entry_points(group=group)
 
 
 def has_hook(callback: Callback, hook: str) -> bool:

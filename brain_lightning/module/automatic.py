@@ -13,7 +13,6 @@ from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step import update as updates
 from brain_lightning.step.optimizer_group import OptimizerGroup
-from brain_lightning.step.optimizers import has_optimizer
 
 from .brain_module import BrainModule
 
@@ -24,7 +23,6 @@ class AutomaticModule(BrainModule):
     def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
         super().__init__(brain, **kwargs)
         self._batch: Any = None
-        self._steps_before = 0
         self._training_loss: updates.TrainingLoss | None = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -44,31 +42,19 @@ class AutomaticModule(BrainModule):
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
         batch, self._batch = self._batch, None
         try:
-            is_step = self._fit_and_count(batch, batch_idx, update)
+            self._fit(batch, batch_idx, update.fit)
         finally:
             self._training_loss = None
-        if not is_step:
+        if not update.is_step:
             count_steps(self.trainer, -1)
-
-    def _fit_and_count(self, batch: Any, batch_idx: int, update: updates.RawUpdate) -> bool:
-        """Fits a batch, and says whether it counts as a step."""
-        brain = self.brain
-        self._steps_before = brain.optimizer_step
-        self._fit(batch, batch_idx, lambda batch: updates.fit_batch(brain, batch, update))
-        return self._is_step()
-
-    def _is_step(self) -> bool:
-        # Where nothing is optimized a batch counts as a step: ModelCheckpoint counts steps.
-        brain = self.brain
-        return brain.optimizer_step != self._steps_before or not has_optimizer(brain)
 
     def stepping(self, optimizers: Iterable[Optimizer]) -> None:
         """Called before optimizers step."""
         self.run.run_state.before.copy_weights(optimizers)
 
-    def stepped(self, loss: Tensor) -> None:
+    def stepped(self, loss: Tensor, is_step: bool) -> None:
         """Called when the update of a batch is made."""
-        self.run.train.stepped(loss, int(self._is_step()))
+        self.run.train.stepped(loss, int(is_step))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """``compute_forward`` and ``compute_objectives`` at Stage.TRAIN."""
@@ -89,8 +75,9 @@ class AutomaticModule(BrainModule):
     def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``fit_batch`` of SpeechBrain without Lightning's hooks: see ``BrainModule``."""
         update = updates.DirectUpdate(self.brain, self.stepping, self.stepped)
-        if self._fit_and_count(batch, batch_idx, update):
-            count_steps(self.trainer, 1)
+        self._fit(batch, batch_idx, update.fit)
+        # on_fit_batch_end may step as well.
+        self.run.train.steps = int(update.is_step)
         # What training_step returns.
         return {"loss": update.result.scaled.detach()}
 
@@ -123,7 +110,8 @@ class _TrainerUpdate(updates.DirectUpdate):
     def compute_gradients(self, batch: Any) -> updates.TrainingLoss:
         """Lightning's closure: ``training_step``, then the backward pass."""
         self._closure()
-        return self._module.training_loss
+        self.result = self._module.training_loss
+        return self.result
 
     def apply(self, optimizers: Mapping[str, Optimizer]) -> None:
         """Steps the group; Lightning calls ``configure_gradient_clipping`` before."""

@@ -47,7 +47,8 @@ class BrainModule(LightningModule):
     """Calls the stages of a run from Lightning's hooks, and saves and loads checkpoints.
 
     Subclasses have ``fit_batch(batch, batch_idx)``, which does one training step without
-    Lightning's hooks where no callback needs them, and returns what ``training_step`` would.
+    Lightning's hooks where no callback needs them, and returns what ``training_step`` would;
+    ``run.train.steps`` are the steps that the Trainer has to count then.
 
     Args:
         brain: The Brain to run.
@@ -260,19 +261,28 @@ class BrainModule(LightningModule):
             return None
 
     def _fit(self, batch: Any, batch_idx: int, fit_batch: Callable[[Any], Any]) -> Any:
-        is_last = batch_idx + 1 >= self.trainer.num_training_batches
-        return self.run.train.fit(batch, fit_batch, is_last)
+        train = self.run.train
+        is_last = (
+            train.steps_on_last_batch and batch_idx + 1 >= self.trainer.num_training_batches
+        )
+        return train.fit(batch, fit_batch, is_last)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Ends a batch: the last hook, the callbacks' come before."""
+        self.end_batch(self.trainer)
+
+    def end_batch(self, trainer: Trainer) -> None:
         """Fetches the next batch, as late as SpeechBrain does; without one TRAIN ends.
 
-        The last hook of a batch: the callbacks' come before.
+        Args:
+            trainer: The Trainer that runs.
         """
-        if self.trainer.loggers and not self.run.train.accumulates:
-            log_step_metrics(self.trainer)
-        end_when_profiled(self.trainer, self.brain, self.run.train.batches)
-        self.run.train.end_batch()
-        fit_loop_of(self.trainer).fetch_batch()
+        train = self.run.train
+        if trainer.loggers and not train.accumulates:
+            log_step_metrics(trainer)
+        end_when_profiled(trainer, self.brain, train.batches)
+        train.end_batch()
+        fit_loop_of(trainer).fetch_batch()
 
     def on_validation_model_eval(self) -> None:
         """Begins the VALID stage: the hook first, then ``eval()``."""

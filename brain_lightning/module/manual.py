@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +18,21 @@ from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.optimizers import has_optimizer
-from brain_lightning.temporary import TemporaryAttributes
 
 from .brain_module import BrainModule
+
+
+@dataclass
+class _Steps:
+    """The steps of the batch in hand.
+
+    Attributes:
+        made: How many optimizers have stepped.
+        running: Optimizers whose step runs, each as often as torch says so.
+    """
+
+    made: int = 0
+    running: list[Optimizer] = field(default_factory=list)
 
 
 class ManualModule(BrainModule):
@@ -29,27 +41,32 @@ class ManualModule(BrainModule):
     def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
         super().__init__(brain, **kwargs)
         self.automatic_optimization = False
-        self._optimizer_steps = 0
-        self._stepping: list[Optimizer] = []
+        self._taken = _Steps()
+
+    def on_train_start(self) -> None:
+        """Counts, in this run, the steps of all optimizers, whoever owns them."""
+        temporary = self.run.temporary
+        temporary.enter_context(register_optimizer_step_pre_hook(self._before_step))
+        temporary.enter_context(register_optimizer_step_post_hook(self._after_step))
+        temporary.wrap(self.brain, "on_fit_batch_end", self._on_fit_batch_end)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """``fit_batch`` of the Brain; each optimizer step in it moves ``global_step``."""
-        self._optimizer_steps, self._stepping = 0, []
-        # Of every optimizer that steps within, whoever owns it.
-        before = register_optimizer_step_pre_hook(self._before_step)
-        after = register_optimizer_step_post_hook(self._after_step)
-        with before, after, TemporaryAttributes() as temporary:
-            hook = partial(self._on_fit_batch_end, self.brain.on_fit_batch_end)
-            temporary.override(self.brain, "on_fit_batch_end", hook)
-            loss = self._fit(batch, batch_idx, self._fit_and_count)
+        loss = self._fit_by_hand(batch, batch_idx)
         count_steps(self.trainer, self.run.train.steps)
-        # A recipe may return anything; callbacks understand a tensor.
-        return loss if isinstance(loss, Tensor) else None
+        return loss
 
     def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``training_step`` without Lightning's hooks: see ``BrainModule``."""
-        loss = self.training_step(batch, batch_idx)
+        loss = self._fit_by_hand(batch, batch_idx)
         return {} if loss is None else {"loss": loss}
+
+    def _fit_by_hand(self, batch: Any, batch_idx: int) -> Tensor | None:
+        self._taken.made = 0
+        self._taken.running.clear()
+        loss = self._fit(batch, batch_idx, self._fit_and_count)
+        # A recipe may return anything; callbacks understand a tensor.
+        return loss if isinstance(loss, Tensor) else None
 
     def _fit_and_count(self, batch: Any) -> Any:
         loss = self.brain.fit_batch(batch)
@@ -58,7 +75,7 @@ class ManualModule(BrainModule):
         return loss
 
     def _steps(self) -> int:
-        return self._optimizer_steps if has_optimizer(self.brain) else 1
+        return self._taken.made or int(not has_optimizer(self.brain))
 
     def _on_fit_batch_end(
         self, hook: Callable[..., Any], batch: Any, outputs: Any, loss: Any, should_step: bool
@@ -69,11 +86,14 @@ class ManualModule(BrainModule):
         return hook(batch, outputs, loss, should_step)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        train, running = self.run.train, self._taken.running
+        # A recipe may fit another Brain within fit_batch, or step outside of one.
+        if not train.is_innermost:
+            return
         # torch calls it once more for a subclass whose step calls that of its base.
-        again = optimizer in self._stepping
-        self._stepping.append(optimizer)
-        # A recipe may fit another Brain within fit_batch.
-        if again or not self.run.train.is_innermost:
+        again = optimizer in running
+        running.append(optimizer)
+        if again:
             return
         trainer, state = self.trainer, self.run.run_state
         state.phase = Phase.FITTING
@@ -83,6 +103,6 @@ class ManualModule(BrainModule):
         self.on_before_optimizer_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._stepping.remove(optimizer)
-        if optimizer not in self._stepping and self.run.train.is_innermost:
-            self._optimizer_steps += 1
+        if self.run.train.is_innermost:
+            self._taken.running.remove(optimizer)
+            self._taken.made += optimizer not in self._taken.running

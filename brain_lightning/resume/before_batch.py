@@ -130,7 +130,9 @@ class BeforeBatch:
             logger.warning(message)
 
     def forget(self) -> None:
-        """Frees the copies, once the batch is over."""
+        """Frees the copies, if any, once the batch is over."""
+        if not self.is_whole:
+            return
         self.is_whole = False
         self.statistics, self.gradients, self._buffers = {}, {}, {}
         self._weights, self._optimizers, self.switches = {}, {}, {}

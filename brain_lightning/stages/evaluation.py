@@ -166,6 +166,8 @@ class ValidStage(EvaluationStage):
     is_running = False
     _statistics: sharding.ShardedStatistics | None = None
     _before = Phase.EPOCH_OVER
+    # Several ranks may have different numbers of batches: they end before the first one.
+    _may_be_terminated = False
     _parts_after = 0
 
     @property
@@ -226,6 +228,7 @@ class ValidStage(EvaluationStage):
 
     def _start(self) -> None:
         super()._start()
+        self._may_be_terminated = world_size() == 1 and not self.is_within_training
         self._statistics = None
         if self.is_sharded:
             sharding.synchronize_buffers(self.brain)
@@ -234,8 +237,7 @@ class ValidStage(EvaluationStage):
     def _after_batch(self) -> None:
         if self._statistics is not None:
             self._statistics.after_batch()
-        if world_size() == 1 and not self.is_within_training:
-            # Several ranks may have different numbers of batches: they end before.
+        if self._may_be_terminated:
             self.run.end_if_terminated()
 
     def _end(self) -> None:

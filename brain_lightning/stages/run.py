@@ -94,6 +94,7 @@ class Run:
         termination: Handles SIGTERM, and the signal that the job is requeued by.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers that the stages found.
+        temporary: Records what is changed until the run is closed.
     """
 
     trainer: TrainerSide
@@ -121,6 +122,7 @@ class Run:
         self.metrics = Metrics(lambda: self.current.kind)
         self.termination = Termination()
         self.interrupt: KeyboardInterrupt | None = None
+        self.temporary = TemporaryAttributes()
         # The error that was located last, by its id: it must not be kept.
         self._located: int | None = None
 
@@ -158,6 +160,7 @@ class Run:
             self._running.remove(self)
         for stage in (self.train, self.valid, self.test):
             stage.close()
+        self.temporary.restore()
 
     def start_epoch(self) -> None:
         """Starts the epoch that the epoch counter has yielded, before any hook hears of it."""

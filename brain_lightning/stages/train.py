@@ -69,7 +69,7 @@ class TrainStage(RunStage):
     @property
     def is_innermost(self) -> bool:
         """Whether it is this run's batch that is being fitted, not one of a run within it."""
-        return self._fitting[-1] is self
+        return bool(self._fitting) and self._fitting[-1] is self
 
     @with_error_context
     def start(self) -> None:

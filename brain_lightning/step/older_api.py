@@ -7,6 +7,7 @@ all, and SpeechBrain's own while it is patched, and while it runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import torch
@@ -74,8 +75,8 @@ def may_step(brain: BrainProtocol, loss: Tensor) -> bool:
     Returns:
         Whether the optimizers should step; the same answer in every process.
     """
-    mine = torch.isfinite(loss.detach())
-    if not on_all_ranks(mine):
+    mine = isfinite(loss.item())
+    if not on_all_ranks(mine, loss.device):
         brain.check_loss_isfinite(loss if not mine else loss * torch.nan)
         return False
     algorithm = brain._lightning.gradient_clip_algorithm

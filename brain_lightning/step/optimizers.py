@@ -35,8 +35,9 @@ def has_optimizer(brain: BrainProtocol) -> bool:
     Args:
         brain: The Brain after ``init_optimizers``.
     """
-    own = any(isinstance(value, Optimizer) for value in vars(brain).values())
-    return own or bool(all_optimizers(brain))
+    if all_optimizers(brain):
+        return True
+    return any(isinstance(value, Optimizer) for value in vars(brain).values())
 
 
 def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:

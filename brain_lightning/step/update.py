@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from brain_lightning.errors import BrainTypeError
 from brain_lightning.fsdp2.tensors import is_finite
 from brain_lightning.protocol import BrainProtocol, has_own
 
-from .optimizers import active_optimizers, parameters_of
+from .optimizers import active_optimizers, has_optimizer, parameters_of
 from .valid_step import count_valid_step
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,9 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
         )
     factor = brain.grad_accumulation_factor
     scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
-    mine = torch.isfinite(scaled)
+    mine = isfinite(scaled.item())
     # The others would wait forever for a rank that has no gradients.
-    finite = on_all_ranks(mine)
+    finite = on_all_ranks(mine, scaled.device)
     # The default would only check a finite loss a second time.
     if not finite or has_own(brain, "check_loss_isfinite"):
         brain.check_loss_isfinite(scaled if finite or not mine else scaled * torch.nan)
@@ -199,14 +200,19 @@ class RawUpdate:
 
     Args:
         brain: The Brain to update.
+
+    Attributes:
+        result: What the batch gave.
     """
+
+    result: TrainingLoss
 
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
 
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Forward and backward pass of one batch."""
-        result = training_loss(self._brain, batch)
+        self.result = result = training_loss(self._brain, batch)
         if result.finite:
             result.scaled.backward()  # type: ignore[no-untyped-call]
         return result
@@ -242,26 +248,34 @@ class DirectUpdate(RawUpdate):
     Args:
         brain: The Brain to update.
         stepping: Called before optimizers step, with them.
-        stepped: Called with the loss when the update is made, before ``on_fit_batch_end``.
-
-    Attributes:
-        result: What the batch gave.
+        stepped: Called when the update is made, before ``on_fit_batch_end``, with the loss
+            and with whether the batch counts as a step.
     """
 
     def __init__(
         self,
         brain: BrainProtocol,
         stepping: Callable[[Iterable[Optimizer]], None],
-        stepped: Callable[[Tensor], None],
+        stepped: Callable[[Tensor, bool], None],
     ) -> None:
         super().__init__(brain)
         self._stepping, self._stepped = stepping, stepped
-        self.result: TrainingLoss
+        self._steps_before = brain.optimizer_step
 
-    def compute_gradients(self, batch: Any) -> TrainingLoss:
-        """Forward and backward pass of one batch."""
-        self.result = super().compute_gradients(batch)
-        return self.result
+    @property
+    def is_step(self) -> bool:
+        """Whether the batch counts as a step, as one does where nothing is optimized."""
+        brain = self._brain
+        # ModelCheckpoint counts steps.
+        return brain.optimizer_step != self._steps_before or not has_optimizer(brain)
+
+    def fit(self, batch: Any) -> Tensor:
+        """``fit_batch`` of a Brain by this update.
+
+        Args:
+            batch: What the loader gave.
+        """
+        return fit_batch(self._brain, batch, self)
 
     def step(self) -> None:
         """One step, as a Brain of ours does it, also of one of SpeechBrain's."""
@@ -269,7 +283,7 @@ class DirectUpdate(RawUpdate):
 
     def end(self, batch: Any, result: TrainingLoss, should_step: bool) -> None:
         """``on_fit_batch_end``, for which the batch is fitted."""
-        self._stepped(result.loss)
+        self._stepped(result.loss, self.is_step)
         super().end(batch, result, should_step)
 
     def _step(self, optimizers: Mapping[str, Optimizer]) -> None:
