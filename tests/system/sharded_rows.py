@@ -3,7 +3,9 @@
 ``SB_ROOT=CHECKOUT python -m tests.system.sharded_rows RECIPES [ROWS...]``
 
 RECIPES has ``recipes.tsv`` and ``run_recipe.py``. With ``IMPL=brain_lightning:patch`` Brains
-are SpeechBrain's own; ``TABLE`` is another table, ``KEEP`` a folder for what is written.
+are SpeechBrain's own; ``TABLE`` is another table, ``KEEP`` a folder for what is written, and
+``FLAGS`` is added to each row: with ``--max_grad_norm=1e9`` no gradient is clipped, by a norm
+that adds up shards, and has another last digit than that of whole gradients.
 
 Prints, of each row: the largest difference of a loss, of any stage or batch in either process,
 and of a tensor in the checkpoints (relative where they are above 1); whether weights are equal
@@ -108,7 +110,7 @@ def run(recipes: Path, row: dict[str, str], strategy: str, folder: Path) -> list
     columns = (row["script"], row["hparams"], row["flags"], ADDED.get(row["name"], "-"))
     given = [word for column in columns for word in column.split() if word != "-"]
     if row["hparams"] != "-":
-        given.append("--distributed_backend=gloo")
+        given += ["--distributed_backend=gloo", *os.environ.get("FLAGS", "").split()]
     words = recorder.fill_in(given, str(folder / "output"), os.environ["SB_ROOT"])
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m"]
     ended = subprocess.run(
