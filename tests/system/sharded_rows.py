@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 STRATEGIES = ("ddp", "fsdp2")
 PROCESSES = 2
 TOLERANCE = 1e-6
-# Beside the flags of a row: one batch in each process is half of its window, and no update.
+# In place of flags of a row: one batch in each process is half of its window, and no update.
 ADDED = {
     "cv_transformer": "--grad_accumulation_factor=1 --warmup_steps=2 --number_of_epochs=4"
 }
@@ -111,6 +111,8 @@ def run(recipes: Path, row: dict[str, str], strategy: str, folder: Path) -> list
     given = [word for column in columns for word in column.split() if word != "-"]
     if row["hparams"] != "-":
         given += ["--distributed_backend=gloo", *os.environ.get("FLAGS", "").split()]
+    # The last of each name: a hyperparameter that is given twice is refused.
+    given = list({word.partition("=")[0]: word for word in given}.values())
     words = recorder.fill_in(given, str(folder / "output"), os.environ["SB_ROOT"])
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m"]
     ended = subprocess.run(
