@@ -14,6 +14,7 @@ from brain_lightning.protocol import BrainProtocol
 
 from .hooks import synchronize_buffers
 from .sharding import Sharding
+from .tensors import is_shard
 
 
 def is_sharded(module: Module | None) -> bool:
@@ -88,6 +89,15 @@ def release(brain: BrainProtocol) -> None:
 
     Args:
         brain: The Brain.
+
+    Raises:
+        UnsupportedError: ``numpy()`` was called on one, on the CPU: an array has its memory.
     """
     for module in _sharded(brain):
+        for name, parameter in module.named_parameters():
+            if not (is_shard(parameter) or parameter.untyped_storage().resizable()):
+                raise UnsupportedError(
+                    f"numpy() was called on weights, {name}, whose memory is released when "
+                    "they are in shards again: copy them first, .clone().numpy()"
+                )
         module.reshard()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from brain_lightning.errors import UnsupportedError
 from brain_lightning.fsdp2.evaluate import gathered
 from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
@@ -44,3 +45,15 @@ def test_weights_stay_whole_after_each_use() -> None:
 
 def test_weights_are_released_after_each_use_if_the_strategy_says_so() -> None:
     assert all(shards_while_it_evaluates(Sharding(gather_to_evaluate=False)))
+
+
+def test_weights_whose_memory_numpy_has_are_refused_in_words() -> None:
+    brain = brain_of(model=nn.Linear(5, 1))
+    shard_modules(brain, Sharding())
+    with gathered(brain):
+        brain.modules.model.weight.detach().clone().numpy()
+    with (
+        pytest.raises(UnsupportedError, match=r"on weights.*\.clone\(\)\.numpy\(\)"),
+        gathered(brain),
+    ):
+        brain.modules.model.weight.detach().numpy()
