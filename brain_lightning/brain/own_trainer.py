@@ -27,7 +27,7 @@ from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.communication import is_distributed_initialized, is_launched
 from brain_lightning.errors import BrainTypeError, HookStoppedError, UnsupportedError
 from brain_lightning.lightning_internals.signals import disable_signal_handlers
-from brain_lightning.lightning_internals.strategies import check_strategy, check_strategy_name
+from brain_lightning.lightning_internals.strategies import check_given_strategy, check_strategy
 from brain_lightning.lightning_internals.trainer_callbacks import look_up_entry_points_once
 from brain_lightning.module.brain_module import BrainModule
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
@@ -243,7 +243,7 @@ def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """A user's arguments, with the switches that the callbacks in them need."""
     check_trainer_arguments(trainer)
     given = dict(trainer)
-    check_strategy_name(given.get("strategy"))
+    check_given_strategy(given.get("strategy"))
     if given.get("num_sanity_val_steps"):
         logger.warning(
             "A Brain validates in its own order: num_sanity_val_steps has no effect"

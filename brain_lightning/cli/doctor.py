@@ -12,7 +12,9 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from brain_lightning.callback.unsupported import REFUSED_WITH_SHARDS
 from brain_lightning.doctor.report import BrainReport, examine
+from brain_lightning.fsdp2.strategy import NAME
 
 from .script import hyperparameters_file, parse_command
 
@@ -83,6 +85,8 @@ def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
         where = "" if "callbacks" in brain.arguments else " outside the recipe's own loop"
         refused = "; ".join(brain.callbacks_refused)
         yield "callbacks", f"safe{where}: all of Lightning's but {refused}"
+        if any(text.startswith(NAME) for text in brain.strategies):
+            yield "", f"with {NAME} also refused: {'; '.join(REFUSED_WITH_SHARDS)}"
     else:
         yield "arguments", "safe: none"
     yield "overrides", ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())

@@ -81,9 +81,10 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
         UnsupportedError: There is one; it is named, with a remedy.
     """
     if world_size() % sharding.replicate:
+        numbers = [str(n) for n in range(1, world_size() + 1) if not world_size() % n]
         raise UnsupportedError(
-            f"FSDP2Strategy(replicate={sharding.replicate}) does not divide the "
-            f"{world_size()} processes"
+            f"FSDP2Strategy(replicate={sharding.replicate}) does not divide the number of "
+            f"processes, {world_size()}: give {' or '.join(numbers)}"
         )
     entries = {name: module for name, module in brain.modules.items() if module is not None}
     _check_shared(entries)
@@ -322,7 +323,8 @@ def explanation(error: Exception) -> str:
         return ""
     return (
         "brain_lightning: weights in shards are gathered while an entry of modules is called, "
-        "and here a part, another method or a parameter of one was used by itself. Call the "
-        "entry, name the method in FSDP2Strategy(methods=[...]), name the class of the part "
-        "in FSDP2Strategy(blocks=[...]), or make it an entry"
+        "and here a part, another method or a parameter of one was used by itself. A part: "
+        "name its class in FSDP2Strategy(blocks=[...]), or make it an entry. A method: name "
+        "it in FSDP2Strategy(methods=[...]). A parameter: read it in forward, or in such a "
+        "method"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning.errors import UnsupportedError
@@ -34,15 +34,17 @@ def is_parallel(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, DDPStrategy)
 
 
-def check_strategy_name(strategy: object) -> None:
-    """Refuses names of strategies that a Trainer may not even be made with.
+def check_given_strategy(strategy: object) -> None:
+    """Refuses strategies that a Trainer may not even be made with, for want of a GPU say.
 
     Args:
-        strategy: What a Trainer is to be given: a name, or anything else.
+        strategy: What a Trainer is to be given: a name, a strategy, or nothing.
 
     Raises:
-        UnsupportedError: It is a name of one that shards the whole LightningModule.
+        UnsupportedError: It is one that shards the whole LightningModule, or its name.
     """
+    if isinstance(strategy, Strategy):
+        _check_kind(strategy)
     if (
         isinstance(strategy, str)
         and strategy != NAME
@@ -60,6 +62,11 @@ def _cannot_run(name: str) -> UnsupportedError:
     )
 
 
+def _check_kind(strategy: Strategy) -> None:
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise _cannot_run(type(strategy).__name__)
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Refuses the strategies that a Brain cannot run on.
 
@@ -70,11 +77,10 @@ def check_strategy(trainer: Trainer) -> None:
         UnsupportedError: Its strategy is one of those, or has an argument that is.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy):
+    _check_kind(strategy)
+    if not isinstance(strategy, DDPStrategy):
         return
     name = type(strategy).__name__
-    if not isinstance(strategy, DDPStrategy):
-        raise _cannot_run(name)
     if strategy._start_method != "popen":
         raise UnsupportedError(
             f"{name}(start_method={strategy._start_method!r}) trains a copy of the Brain in "

@@ -93,15 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The words of the command line; ``sys.argv[1:]`` if not given.
     """
     hparams_file, run_opts, overrides = parse_arguments(arguments)
+    lines = []
     for strategy in ("ddp", "fsdp2"):
         with open(hparams_file, encoding="utf-8") as fin:
             hparams = load_hyperpyyaml(fin, overrides)["ctc_digits"]
         held = train(hparams, run_opts, strategy)
-        if if_main_process():
-            each = ", ".join(
-                f"rank {rank} {size / 2**20:.1f}" for rank, size in enumerate(held)
-            )
-            print(f"{strategy:<5}  MiB of weights, gradients and optimizer states: {each}")
+        each = ", ".join(f"rank {rank} {size / 2**20:.1f}" for rank, size in enumerate(held))
+        lines.append(f"{strategy:<5}  MiB of weights, gradients and optimizer states: {each}")
+    if if_main_process():
+        print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def test_doctor_has_nothing_to_say_about_a_plain_recipe(
     assert "automatic: neither fit_batch nor optimizers_step is overridden" in shown
     assert "compute_forward (toy.py:12)" in shown
     assert "ddp (each entry" in shown
+    assert "with fsdp2 also refused: WeightAveraging; " in shown
     assert "change" not in shown
 
 

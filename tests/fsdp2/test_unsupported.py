@@ -100,7 +100,8 @@ MODULES: dict[str, tuple[Callable[[], dict[str, nn.Module]], dict[str, Any], str
         "m is TorchScript, which cannot be sharded: use --compile instead of --jit",
     ),
     "replicate": (
-        lambda: {"m": Model()}, {"replicate": 3}, r"replicate=3\) does not divide the 1 proc"
+        lambda: {"m": Model()}, {"replicate": 3},
+        r"replicate=3\) does not divide the number of processes, 1: give 1$",
     ),
     "layerdrop": (
         lambda: {"m": Dropping()}, {"blocks": ["Linear"]},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from brain_lightning import FSDP2Strategy, RunOptionError, UnsupportedError, to_lightning
@@ -58,12 +58,19 @@ def test_what_cannot_run_a_brain_is_refused(strategy: Callable[[], Any], words: 
         module.configure_callbacks()
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3"])
-def test_names_of_strategies_that_shard_the_whole_are_refused(name: str) -> None:
-    with pytest.raises(
-        UnsupportedError, match=rf"strategy='{name}' cannot.*Use strategy='fsdp2'"
-    ):
-        make().fit(range(1), loader(), trainer={"devices": 1, "strategy": name})
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        ("fsdp", "strategy='fsdp'"),
+        ("fsdp_cpu_offload", "strategy='fsdp_cpu_offload'"),
+        ("deepspeed_stage_3", "strategy='deepspeed_stage_3'"),
+        # Lightning would ask for a GPU, in vain.
+        (FSDPStrategy(), "FSDPStrategy"),
+    ],
+)
+def test_strategies_that_shard_the_whole_are_refused_first(strategy: Any, name: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"^{name} cannot.*Use strategy='fsdp2'"):
+        make().fit(range(1), loader(), trainer={"devices": 1, "strategy": strategy})
 
 
 def test_the_strategys_arguments_reach_every_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
