@@ -31,7 +31,7 @@ from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
-from brain_lightning.step.wrap import wrap_modules, wraps_itself
+from brain_lightning.step.wrap import save_whole, wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
 
 from .averaged_weights import average_at_end
@@ -180,8 +180,9 @@ class BrainCallback(Callback):
         run.train.fetches_collectively = fetches_collectively(limited)
         run.train.start()
         if strategies.is_parallel(trainer) and not wraps_itself(run.brain):
-            # A callback, or the stage's start, may have unfrozen something.
+            # A callback, or the stage's start, may have unfrozen or replaced something.
             wrap_modules(run.brain)
+            save_whole(run.brain)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the validation run to the end of its loader."""

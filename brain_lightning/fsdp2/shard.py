@@ -13,7 +13,7 @@ from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol
 
 from .blocks import blocks, units
-from .evaluate import check_evaluation, is_sharded
+from .evaluate import check_evaluation, is_sharded, keep_changes
 from .hooks import broadcast, clone_views, keep_buffers_equal
 from .meta import is_meta, materialize
 from .methods import METHODS, register_methods
@@ -99,6 +99,7 @@ def _shard(unit: Module, sharding: Sharding, options: dict[str, Any]) -> None:
     broadcast([*unit.parameters(), *unit.buffers()])
     if any(p.requires_grad for p in unit.parameters()):
         keep_buffers_equal(unit)
+    keep_changes(unit)
     inner = blocks(unit, sharding.blocks)
     for module in (*inner, unit):
         clone_views(module)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed
 from torch.jit import ScriptModule
-from torch.nn import Module, Parameter
+from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
@@ -18,10 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from brain_lightning.compat.versions import REDUCES_UNUSED, SHARDS
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.protocol import BrainProtocol, hparams_of
+from brain_lightning.protocol import BrainProtocol
 
 from .blocks import blocks, drops_layers, units
-from .evaluate import is_sharded
+from .evaluate import is_sharded, optimizers_of
 from .meta import check_resets
 from .sharding import AUTO, Sharding
 from .tensors import is_shard
@@ -91,14 +91,10 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     for name, module in entries.items():
         _check_settings(name, module, sharding)
         check_resets(name, module)
-        for part in module.modules():
-            if isinstance(part, ScriptModule) and any(True for _ in part.parameters()):
-                raise UnsupportedError(
-                    f"{name} is TorchScript, which cannot be sharded: use --compile instead "
-                    "of --jit"
-                )
+        _check_parts(name, module)
         for unit in units(module):
             _check_unused(brain, unit)
+            _check_tied(name, unit, sharding)
             _check_types(name, unit, sharding)
     # An entry that is sharded has another class.
     if not any(map(is_sharded, entries.values())):
@@ -106,6 +102,36 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
     for parameter in brain.modules.parameters():
         if not is_shard(parameter):
             _replaced[parameter] = True
+
+
+def _check_parts(name: str, module: Module) -> None:
+    """Refuses parts that have no shards, or no gradients of shards."""
+    for path, part in module.named_modules():
+        if isinstance(part, ScriptModule) and any(True for _ in part.parameters()):
+            raise UnsupportedError(
+                f"{name} is TorchScript, which cannot be sharded: use --compile instead "
+                "of --jit"
+            )
+        if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse:
+            where = ".".join(filter(None, (name, path)))
+            raise UnsupportedError(
+                f"{where} has sparse gradients, which cannot be sharded: give it sparse=False"
+            )
+
+
+def _check_tied(name: str, unit: Module, sharding: Sharding) -> None:
+    """Refuses a block that shares a parameter outward: some torch unties it, others fail."""
+    for block in blocks(unit, sharding.blocks):
+        own, inside = {id(p): n for n, p in block.named_parameters()}, {*block.modules()}
+        for path, part in unit.named_modules():
+            for key, parameter in part.named_parameters(recurse=False):
+                if id(parameter) in own and part not in inside:
+                    where = ".".join(filter(None, (name, path, key)))
+                    raise UnsupportedError(
+                        f"{where} is {own[id(parameter)]!r} of a block as well, a "
+                        f"{type(block).__name__}: name a class in FSDP2Strategy(blocks=[...]) "
+                        "that has both, or none"
+                    )
 
 
 def _check_settings(name: str, module: Module, sharding: Sharding) -> None:
@@ -277,21 +303,13 @@ def check_optimizers(brain: BrainProtocol) -> None:
     Raises:
         UnsupportedError: There is one.
     """
-    for name, optimizer in _optimizers(brain):
+    for name, optimizer in optimizers_of(brain):
         if any(p in _replaced for group in optimizer.param_groups for p in group["params"]):
             raise UnsupportedError(
                 f"{name} was made before the modules were sharded, and would train nothing: "
-                "make it in init_optimizers"
+                "make it in init_optimizers, or after self._wrap_distributed() where an entry "
+                "of modules is replaced"
             )
-
-
-def _optimizers(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
-    for owner, values in {"self": vars(brain), "hparams": hparams_of(brain)}.items():
-        for name, value in values.items():
-            found: dict[str, Any] = value if isinstance(value, dict) else {"": value}
-            for key, each in found.items():
-                if isinstance(each, Optimizer):
-                    yield f"{owner}.{name}" + (f"[{key!r}]" if key else ""), each
 
 
 def refuse_comm_hooks(module: Module) -> None:

@@ -12,7 +12,7 @@ from brain_lightning.errors import UnsupportedError
 from brain_lightning.fsdp2.evaluate import gathered
 from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
-from brain_lightning.fsdp2.tensors import is_shard
+from brain_lightning.fsdp2.tensors import is_shard, whole
 from tests.support.sharded import brain_of, group_of_one
 
 
@@ -57,3 +57,36 @@ def test_weights_whose_memory_numpy_has_are_refused_in_words() -> None:
         gathered(brain),
     ):
         brain.modules.model.weight.detach().numpy()
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_what_is_changed_of_whole_weights_is_kept(saves: bool) -> None:
+    """As on_stage_end of VALID may do; a state that is made there releases them."""
+    brain = brain_of(model=nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 1)))
+    model = brain.modules.model
+    model[0].requires_grad_(False)
+    shard_modules(brain, Sharding())
+    with gathered(brain):
+        model[0].requires_grad_(True)
+        nn.init.ones_(model[1].weight)
+        brain.optimizer = torch.optim.Adagrad(brain.modules.parameters(), lr=0.5)
+        if saves:
+            assert torch.equal(model.state_dict()["1.weight"], torch.ones(1, 5))
+    assert all(p.requires_grad and is_shard(p) for p in model.parameters())
+    model(torch.ones(1, 5)).sum().backward()
+    brain.optimizer.step()
+    assert not torch.equal(whole(model[1].weight), torch.ones(1, 5))
+    assert torch.equal(
+        whole(model[1].bias), whole(brain.optimizer.param_groups[0]["params"][3])
+    )
+    assert all(is_shard(state["sum"]) for state in brain.optimizer.state.values())
+
+
+def test_what_is_changed_of_shards_while_weights_are_whole_is_kept() -> None:
+    """As an average of weights that is taken back, of parameters that it knew before."""
+    brain = brain_of(model=nn.Linear(5, 5))
+    shard_modules(brain, Sharding())
+    weight = brain.modules.model.weight
+    with gathered(brain), torch.no_grad():
+        weight.fill_(2)
+    assert torch.equal(whole(brain.modules.model.weight), torch.full((5, 5), 2.0))

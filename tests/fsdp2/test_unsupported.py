@@ -87,8 +87,22 @@ def scalar() -> dict[str, nn.Module]:
     return {"model": model}
 
 
+def tied_block() -> dict[str, nn.Module]:
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    return {"model": model}
+
+
 MODULES: dict[str, tuple[Callable[[], dict[str, nn.Module]], dict[str, Any], str]] = {
     "tied": (tied, {}, r"decoder\.0\.weight and encoder\.weight are the same.*in one entry"),
+    "tied block": (
+        tied_block, {"blocks": ["Linear"]},
+        r"model\.0\.weight is 'weight' of a block as well, a Linear: .* or none$",
+    ),
+    "sparse": (
+        lambda: {"m": nn.Sequential(nn.Embedding(4, 4, sparse=True))}, {},
+        r"m\.0 has sparse gradients.*sparse=False",
+    ),
     "scalar": (scalar, {}, r"model\.scale is a scalar.*torch\.tensor\(\[\.\.\.\]\)"),
     "lazy": (lambda: {"m": nn.LazyLinear(2)}, {}, r"m\.weight has no shape yet: give"),
     "types": (
@@ -201,6 +215,13 @@ def trap(name: str) -> Any:
             if name != "optimizer":
                 super().init_optimizers()
 
+        def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
+            if name.startswith("replaced") and stage.name == "TRAIN":
+                self.modules.model = Model()
+                if name == "replaced, sharded":
+                    self._wrap_distributed()
+                self.init_optimizers()
+
         def compute_forward(self, batch: Any, stage: Any) -> Any:
             if name == "part":
                 return self.modules.model.output(batch[0])
@@ -217,10 +238,12 @@ def trap(name: str) -> Any:
 def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
     for name, words in {
         "optimizer": r"self\.optimizer was made before.*make it in init_optimizers",
+        "replaced": r"was made before.*, or after self\._wrap_distributed\(\) where",
         "hook": r"register_comm_hook is for gradients that DistributedDataParallel averages",
     }.items():
         with pytest.raises(UnsupportedError, match=words):
             trap(name).fit(range(1), loader(), trainer=sharded())
+    trap("replaced, sharded").fit(range(1), loader(), trainer=sharded())
     brain = with_model()
     brain.modules.model.norm = nn.SyncBatchNorm(2)
     with pytest.raises(
