@@ -38,6 +38,7 @@ from tests.support.brains import trainer_with
 
 # Of a Trainer that a scenario makes itself; see worker.py.
 STRATEGY = os.environ.get("STRATEGY", "ddp")
+PROCESSES = int(os.environ.get("WORLD_SIZE", "2"))
 GLOO = {"distributed_backend": "gloo"}
 
 
@@ -310,7 +311,7 @@ class SamplerSeen(Callback):
 
 
 def _on_a_trainer(record: Record, brain: Any, *callbacks: Any, **kwargs: Any) -> Any:
-    given = {"devices": 2, "strategy": STRATEGY, "max_epochs": 3, **kwargs}
+    given = {"devices": PROCESSES, "strategy": STRATEGY, "max_epochs": 3, **kwargs}
     sampler = SamplerSeen()
     trainer = trainer_with(sampler, *callbacks, **given)
     trainer.fit(to_lightning(brain), DataLoader(dataset(), 4, shuffle=True), None)
@@ -339,7 +340,7 @@ def the_loaders_as_they_are(side: Side, record: Record) -> Any:
     handler = Heard(record)
     heard.addHandler(handler)
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy=STRATEGY, use_distributed_sampler=False)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY, use_distributed_sampler=False)
     trainer.fit(to_lightning(brain), loader(record, brain), loader(record, brain))
     heard.removeHandler(handler)
     return brain
@@ -356,7 +357,7 @@ def names_in_a_checkpoint(side: Side, record: Record) -> Any:
 
 def a_batch_sampler_on_the_users_trainer(side: Side, record: Record) -> Any:
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy=STRATEGY)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY)
     kwargs = {"batch_sampler": Batches()}
     brain.fit(range(1, 3), dataset(), train_loader_kwargs=kwargs, trainer=trainer)
     return brain
@@ -364,7 +365,7 @@ def a_batch_sampler_on_the_users_trainer(side: Side, record: Record) -> Any:
 
 def a_batch_sampler_that_cannot_be_shared_out(side: Side, record: Record) -> Any:
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy=STRATEGY)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY)
     try:
         trainer.fit(to_lightning(brain), DataLoader(dataset(), batch_sampler=Batches()), None)
     except ValueError as error:
@@ -380,7 +381,7 @@ def a_saveable_loader(side: Side, record: Record) -> Any:
     checkpointer = Recoverables(record)
     checkpointer.recoverables = {"dataloader-TRAIN": train}
     brain = make(side, record, checkpointer=checkpointer)
-    trainer = trainer_with(devices=2, strategy=STRATEGY)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY)
     trainer.fit(to_lightning(brain), train, None)
     saved = checkpointer.recoverables["dataloader-TRAIN"]
     record.results.append((type(saved).__name__, saved is train, len(saved)))
@@ -519,7 +520,7 @@ def reported_by_the_main_process(side: Side, record: Record) -> Any:
 
     hparams = {"train_logger": TrainLogger()}
     brain = make(side, record, hparams=hparams, on_stage_end=on_stage_end)
-    trainer = trainer_with(devices=2, strategy=STRATEGY)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY)
     batches = DataLoader(dataset(), 4)
     trainer.fit(to_lightning(brain), batches, batches)
     record.results.append(float(trainer.callback_metrics["WER"]))

@@ -65,6 +65,8 @@ def no_decay_of_vectors_and_a_frozen_layer(side: Side, record: Record) -> Any:
 
     def init_optimizers(self: Any) -> None:
         groups = rm_vector_weight_decay(self.modules)
+        # It leaves out what is frozen; of that, nobody would zero the gradient.
+        groups[1]["params"].append(modules["encoder"][0].weight)
         self.optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.5)
         self.optimizers_dict = {"opt": self.optimizer}
 

@@ -74,5 +74,8 @@ def conformer(side: Side, record: Record) -> Any:
 
 
 # Small as they are, they are gathered one by one.
-BLOCKS = ["TransformerEncoderLayer", "TransformerDecoderLayer", "ConformerEncoderLayer"]
+BLOCKS = {
+    "transformer": ["TransformerEncoderLayer", "TransformerDecoderLayer"],
+    "conformer": ["ConformerEncoderLayer", "TransformerDecoderLayer"],
+}
 SEARCHES = [transformer, conformer]

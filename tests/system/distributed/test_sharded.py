@@ -20,8 +20,6 @@ BOUNDS = {
     "attacked_in_fit_batch": (1e-7, "two backward passes, each averaged, and then added"),
     "bf16_and_accumulation": (1e-7, "each batch of a window is averaged, and then added"),
     "clipped": (1e-7, "the norm adds up the squares of one shard, and then of the other"),
-    # Measured 2.4e-7, in the gradient of the layer that is unfrozen.
-    "no_decay_of_vectors_and_a_frozen_layer": (1e-6, "not understood yet"),
 }
 # They say what modules are called.
 CLASSES_DIFFER = ("an_unused_entry",)

@@ -62,7 +62,7 @@ def sharded_records() -> dict[tuple[str, str], Any]:
     }
     searches = [(s, row) for row in sharded_searches.SEARCHES for s in (OURS, PATCHED)]
     for side, row in searches:
-        strategy = FSDP2Strategy(blocks=sharded_searches.BLOCKS)
+        strategy = FSDP2Strategy(blocks=sharded_searches.BLOCKS[row.__name__])
         record = record_of(side, row, strategy=strategy)
         records[f"{side.name} sharded", row.__name__] = record
     for row in ON_A_TRAINER:
