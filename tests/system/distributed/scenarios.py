@@ -17,6 +17,7 @@ from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.Accuracy import AccuracyStats
 from speechbrain.utils.metric_stats import ErrorRateStats, MetricStats
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -48,6 +49,40 @@ def encoder_and_head(dropout: float = 0.2) -> dict[str, nn.Module]:
         "encoder": nn.Sequential(nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.Dropout(dropout)),
         "head": nn.Linear(8, CLASSES),
     }
+
+
+class Layer(nn.Module):
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(torch.tanh(self.norm(self.linear(x))))
+
+
+class Stack(nn.Module):
+    """Layers that are called, each in its way, or recomputed in the backward pass."""
+
+    def __init__(self, *recomputed: bool | None, outputs: int = CLASSES) -> None:
+        super().__init__()
+        self.input, self.output = nn.Linear(FEATURES, 8), nn.Linear(8, outputs)
+        self.layers = nn.ModuleList(Layer() for _ in recomputed)
+        self.recomputed = recomputed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        for layer, is_reentrant in zip(self.layers, self.recomputed, strict=True):
+            if is_reentrant is None:
+                x = layer(x)
+            else:
+                x = checkpoint(layer, x, use_reentrant=is_reentrant)
+        return self.output(x)
+
+    def extract_features(self, x: Tensor) -> Tensor:
+        """As of a pretrained encoder."""
+        return self(x)
 
 
 def one_module(side: Side, record: Record) -> Any:
@@ -415,7 +450,7 @@ def unfrozen_when_a_stage_starts(side: Side, record: Record) -> Any:
 
 
 def compiled_and_fitted_twice(side: Side, record: Record) -> Any:
-    brain = make(side, record, run_opts={**GLOO, "compile": True})
+    brain = make(side, record, {"model": Stack(None)}, run_opts={**GLOO, "compile": True})
     # Its names are the same, whatever it is compiled to.
     with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")):
         for _ in range(2):

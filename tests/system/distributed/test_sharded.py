@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.parity import own_loops
 from tests.parity.sides import Record, assert_moved
 
-from . import scenarios, sharded_scenarios, sharded_searches
+from . import scenarios, sharded_scenarios
 from .conftest import records_of
 
 # Of what is not bit for bit DDP's: by how much it may differ, and why.
@@ -30,7 +30,7 @@ COMPARED = [
     ("brain_lightning", row) for row in ALL if row.__name__ not in sharded_scenarios.LEFT_OUT
 ]
 COMPARED += [("patched", row) for row in own_loops.PATTERNS]
-NEW = [*sharded_scenarios.NEW, *sharded_searches.SEARCHES]
+NEW = sharded_scenarios.NEW
 COMPARED += [(side, row) for row in NEW for side in ("brain_lightning", "patched")]
 
 
