@@ -78,7 +78,7 @@ def strategy_of(scenario: Any) -> Any:
 def average_in_float64() -> None:
     """Has DDP and FSDP2 round the average of gradients once, whatever order they add up in."""
 
-    def hook(_: Any, bucket: Any) -> Any:
+    def averaged(bucket: Any) -> Any:
         gradients = bucket.buffer().double()
         reduced = torch.distributed.all_reduce(gradients, async_op=True).get_future()
         size = torch.distributed.get_world_size()
@@ -86,7 +86,7 @@ def average_in_float64() -> None:
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
-        self.register_comm_hook(None, hook)
+        self.register_comm_hook(None, lambda _, bucket: averaged(bucket))
 
     def options(*args: Any) -> dict[str, Any]:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float64, cast_forward_inputs=False)
