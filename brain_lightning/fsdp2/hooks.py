@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map
 
 from brain_lightning.errors import UnsupportedError
+
+from .tensors import is_shard
 
 
 def clone_views(module: Module) -> None:
@@ -53,6 +56,28 @@ def _without_view(value: Any) -> Any:
                 f".{name}, and would train nothing: return tensors, in tuples, lists or dicts"
             )
     return value
+
+
+# The weights of a module while they are whole: each time they are the same parameters.
+_gathered: WeakKeyDictionary[Module, list[Parameter]] = WeakKeyDictionary()
+
+
+def remember_gathered(module: Module) -> None:
+    """Remembers the whole weights of a module, which FSDP2 takes the gradients from.
+
+    Args:
+        module: It is called: its weights are gathered.
+    """
+    _gathered[module] = [p for p in module.parameters() if not is_shard(p)]
+
+
+def gathered_of(module: Module) -> list[Parameter]:
+    """What was remembered; a gradient that it still has was not averaged.
+
+    Args:
+        module: Any module.
+    """
+    return _gathered.get(module, [])
 
 
 def keep_buffers_equal(module: Module) -> None:

@@ -14,7 +14,7 @@ from brain_lightning.protocol import BrainProtocol
 
 from .blocks import blocks, units
 from .evaluate import check_evaluation, is_sharded, keep_changes
-from .hooks import broadcast, clone_views, keep_buffers_equal
+from .hooks import broadcast, clone_views, keep_buffers_equal, remember_gathered
 from .meta import is_meta, materialize
 from .methods import METHODS, register_methods
 from .sharding import Sharding
@@ -121,7 +121,7 @@ def _initialize(unit: Module) -> None:
     """Lets FSDP2 set itself up with the unit as root, before a block of it is called."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    vars(unit)["set_up"] = lambda: None
+    vars(unit)["set_up"] = lambda: remember_gathered(unit)
     register_fsdp_forward_method(unit, "set_up")
     with torch.no_grad():
         unit.set_up()  # type: ignore[operator]

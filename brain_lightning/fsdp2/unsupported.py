@@ -22,6 +22,7 @@ from brain_lightning.protocol import BrainProtocol
 
 from .blocks import blocks, drops_layers, units
 from .evaluate import is_sharded, optimizers_of
+from .hooks import gathered_of
 from .meta import check_resets
 from .sharding import AUTO, Sharding
 from .tensors import is_shard
@@ -37,8 +38,22 @@ UNUSED = (
 )
 # Entries, and the settings that they were sharded with.
 _settings: WeakKeyDictionary[Module, Sharding] = WeakKeyDictionary()
-# What torch says where weights are used that are not gathered.
-NOT_GATHERED = ("mixed torch.Tensor and DTensor", "sharding strategy registered")
+# What torch says of weights that are not whole, and why they are not.
+MEANINGS = {
+    ("mixed torch.Tensor and DTensor", "sharding strategy registered"): (
+        "brain_lightning: weights in shards are gathered while an entry of modules is called, "
+        "and here a part, another method or a parameter of one was used by itself. A part: "
+        "name its class in FSDP2Strategy(blocks=[...]), or make it an entry. A method: name "
+        "it in FSDP2Strategy(methods=[...]). A parameter: read it in forward, or in such a "
+        "method"
+    ),
+    ("out of bounds for storage of size 0",): (
+        "brain_lightning: weights in shards are gathered for the backward pass of what an "
+        "entry of modules returned, and released after it. A loss that is made of a tensor "
+        "on an attribute needs it returned; a gradient of a gradient (torch.autograd.grad "
+        "with create_graph=True) needs strategy='ddp'"
+    ),
+}
 
 
 def check_version() -> None:
@@ -202,35 +217,56 @@ def may_leave_out(brain: BrainProtocol, unit: Module) -> str:
     return found or drops_layers(unit)
 
 
-def warn_of_unused(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> None:
-    """Has the first step of each optimizer warn of parameters that this process left out.
-
-    ``DistributedDataParallel`` ends with an error there. Torch's shards say nothing, and
-    average gradients of different parameters where processes left out different ones.
+def check_first_steps(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> None:
+    """Has the first step of each optimizer look for gradients that are not there.
 
     Args:
         brain: The Brain, whose modules are in shards.
         optimizers: Its optimizers.
     """
-    if world_size() == 1 or brain.find_unused_parameters:
-        return
-
     pending = set(optimizers)
 
-    def warn(optimizer: Optimizer, *_: object) -> None:
+    def check(optimizer: Optimizer, *_: object) -> None:
         # The hook stays: while hooks are called, none may be removed.
         if optimizer not in pending:
             return
         pending.remove(optimizer)
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, module in brain.modules.items():
-            trained = [p for p in module.parameters() if p.requires_grad] if module else []
-            unused = [p for p in trained if id(p) in own and p.grad is None]
-            if unused and len(unused) < len(trained) and not drops_layers(module):
-                logger.warning(UNUSED, len(unused), name)
+            # Not as a condition: what is compiled has no length.
+            if module is not None:
+                _check_returned(name, module)
+                if world_size() > 1 and not may_leave_out(brain, module):
+                    _warn_of_unused(name, module, own)
 
     for each in pending:
-        each.register_step_pre_hook(warn)
+        each.register_step_pre_hook(check)
+
+
+def _check_returned(name: str, module: Module) -> None:
+    """Refuses gradients that were not averaged, of a loss that a module did not return.
+
+    FSDP2 averages them after the backward pass of what the module returned.
+    """
+    for unit in units(module):
+        if any(parameter.grad is not None for parameter in gathered_of(unit)):
+            raise UnsupportedError(
+                f"{name!r} would not be trained: the loss is made of a tensor that it did not "
+                "return, such as one that it keeps on an attribute. Return all tensors that "
+                "the loss is made of"
+            )
+
+
+def _warn_of_unused(name: str, module: Module, own: set[int]) -> None:
+    """Warns of parameters of an optimizer that this process left out.
+
+    ``DistributedDataParallel`` ends with an error there. Torch's shards say nothing, and
+    average gradients of different parameters where processes left out different ones.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    unused = [p for p in trained if id(p) in own and p.grad is None]
+    if unused and len(unused) < len(trained):
+        logger.warning(UNUSED, len(unused), name)
 
 
 def _check_unused(brain: BrainProtocol, unit: Module) -> None:
@@ -337,12 +373,9 @@ def explanation(error: Exception) -> str:
     Returns:
         A sentence with the remedy, or nothing for another error.
     """
-    if not any(words in str(error) for words in NOT_GATHERED):
-        return ""
-    return (
-        "brain_lightning: weights in shards are gathered while an entry of modules is called, "
-        "and here a part, another method or a parameter of one was used by itself. A part: "
-        "name its class in FSDP2Strategy(blocks=[...]), or make it an entry. A method: name "
-        "it in FSDP2Strategy(methods=[...]). A parameter: read it in forward, or in such a "
-        "method"
+    found = (
+        meaning
+        for said, meaning in MEANINGS.items()
+        if any(words in str(error) for words in said)
     )
+    return next(found, "")

@@ -9,7 +9,7 @@ from brain_lightning.distributed import ddp
 from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.state_dict import save_whole_optimizers
-from brain_lightning.fsdp2.unsupported import check_optimizers, warn_of_unused
+from brain_lightning.fsdp2.unsupported import check_first_steps, check_optimizers
 from brain_lightning.protocol import BrainProtocol, overrides
 
 from .optimizers import all_optimizers
@@ -54,4 +54,4 @@ def save_whole(brain: BrainProtocol) -> None:
     check_optimizers(brain)
     new = save_whole_optimizers(chain(vars(brain).values(), all_optimizers(brain).values()))
     if brain._lightning.sharding is not None:
-        warn_of_unused(brain, new)
+        check_first_steps(brain, new)

@@ -46,6 +46,18 @@ class Model(nn.Module):
         return self(x)
 
 
+class Keeping(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept.detach()
+
+
+class KeepingLayer(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept.detach()
+
+
 class Dropping(nn.Module):
     """As a transformer of SpeechBrain's."""
 
@@ -254,6 +266,38 @@ def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
         trap("part").fit(range(1), loader(), trainer=sharded())
     assert any("FSDP2Strategy(methods=[...])" in note for note in error.value.__notes__)
     trap("part").fit(range(1), loader(), trainer=sharded(FSDP2Strategy(blocks=["Linear"])))
+
+
+class LossOfWhatIsKept(Regression):
+    def compute_forward(self, batch: Any, stage: Any) -> Any:
+        self.modules.model(batch[0])
+        return self.modules.model.kept
+
+
+class PenalizedGradient(Regression):
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        gradient = torch.autograd.grad(predictions.sum(), self.features, create_graph=True)[0]
+        return gradient.square().sum()
+
+    def compute_forward(self, batch: Any, stage: Any) -> Any:
+        self.features = batch[0].clone().requires_grad_()
+        return self.modules.model(self.features).square()
+
+
+@needs_shards
+@pytest.mark.usefixtures("one_process")
+def test_a_loss_of_what_modules_did_not_return_is_refused_in_words() -> None:
+    for brain_class, model in ((LossOfWhatIsKept, Keeping()), (PenalizedGradient, Model())):
+        brain = make(brain_class)
+        brain.modules.model = model
+        with pytest.raises(RuntimeError, match="storage of size 0") as error:
+            brain.fit(range(1), loader(), trainer=sharded())
+        assert any("on an attribute needs it returned" in n for n in error.value.__notes__)
+    # Without the words of torch: the gradient of one layer needs none of its weights.
+    brain = make(LossOfWhatIsKept)
+    brain.modules.model = KeepingLayer(4, 2)
+    with pytest.raises(UnsupportedError, match=r"'model' would not be trained.*Return all"):
+        brain.fit(range(1), loader(), trainer=sharded())
 
 
 @needs_shards

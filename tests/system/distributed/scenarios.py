@@ -17,6 +17,7 @@ from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.Accuracy import AccuracyStats
 from speechbrain.utils.metric_stats import ErrorRateStats, MetricStats
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -38,6 +39,7 @@ from tests.support.brains import trainer_with
 
 # Of a Trainer that a scenario makes itself; see worker.py.
 STRATEGY = os.environ.get("STRATEGY", "ddp")
+PROCESSES = int(os.environ.get("WORLD_SIZE", "2"))
 GLOO = {"distributed_backend": "gloo"}
 
 
@@ -47,6 +49,40 @@ def encoder_and_head(dropout: float = 0.2) -> dict[str, nn.Module]:
         "encoder": nn.Sequential(nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.Dropout(dropout)),
         "head": nn.Linear(8, CLASSES),
     }
+
+
+class Layer(nn.Module):
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(torch.tanh(self.norm(self.linear(x))))
+
+
+class Stack(nn.Module):
+    """Layers that are called, each in its way, or recomputed in the backward pass."""
+
+    def __init__(self, *recomputed: bool | None, outputs: int = CLASSES) -> None:
+        super().__init__()
+        self.input, self.output = nn.Linear(FEATURES, 8), nn.Linear(8, outputs)
+        self.layers = nn.ModuleList(Layer() for _ in recomputed)
+        self.recomputed = recomputed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        for layer, is_reentrant in zip(self.layers, self.recomputed, strict=True):
+            if is_reentrant is None:
+                x = layer(x)
+            else:
+                x = checkpoint(layer, x, use_reentrant=is_reentrant)
+        return self.output(x)
+
+    def extract_features(self, x: Tensor) -> Tensor:
+        """As of a pretrained encoder."""
+        return self(x)
 
 
 def one_module(side: Side, record: Record) -> Any:
@@ -310,7 +346,7 @@ class SamplerSeen(Callback):
 
 
 def _on_a_trainer(record: Record, brain: Any, *callbacks: Any, **kwargs: Any) -> Any:
-    given = {"devices": 2, "strategy": STRATEGY, "max_epochs": 3, **kwargs}
+    given = {"devices": PROCESSES, "strategy": STRATEGY, "max_epochs": 3, **kwargs}
     sampler = SamplerSeen()
     trainer = trainer_with(sampler, *callbacks, **given)
     trainer.fit(to_lightning(brain), DataLoader(dataset(), 4, shuffle=True), None)
@@ -339,7 +375,7 @@ def the_loaders_as_they_are(side: Side, record: Record) -> Any:
     handler = Heard(record)
     heard.addHandler(handler)
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy=STRATEGY, use_distributed_sampler=False)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY, use_distributed_sampler=False)
     trainer.fit(to_lightning(brain), loader(record, brain), loader(record, brain))
     heard.removeHandler(handler)
     return brain
@@ -356,7 +392,7 @@ def names_in_a_checkpoint(side: Side, record: Record) -> Any:
 
 def a_batch_sampler_on_the_users_trainer(side: Side, record: Record) -> Any:
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy=STRATEGY)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY)
     kwargs = {"batch_sampler": Batches()}
     brain.fit(range(1, 3), dataset(), train_loader_kwargs=kwargs, trainer=trainer)
     return brain
@@ -364,7 +400,7 @@ def a_batch_sampler_on_the_users_trainer(side: Side, record: Record) -> Any:
 
 def a_batch_sampler_that_cannot_be_shared_out(side: Side, record: Record) -> Any:
     brain = make(side, record)
-    trainer = trainer_with(devices=2, strategy=STRATEGY)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY)
     try:
         trainer.fit(to_lightning(brain), DataLoader(dataset(), batch_sampler=Batches()), None)
     except ValueError as error:
@@ -380,7 +416,7 @@ def a_saveable_loader(side: Side, record: Record) -> Any:
     checkpointer = Recoverables(record)
     checkpointer.recoverables = {"dataloader-TRAIN": train}
     brain = make(side, record, checkpointer=checkpointer)
-    trainer = trainer_with(devices=2, strategy=STRATEGY)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY)
     trainer.fit(to_lightning(brain), train, None)
     saved = checkpointer.recoverables["dataloader-TRAIN"]
     record.results.append((type(saved).__name__, saved is train, len(saved)))
@@ -414,7 +450,7 @@ def unfrozen_when_a_stage_starts(side: Side, record: Record) -> Any:
 
 
 def compiled_and_fitted_twice(side: Side, record: Record) -> Any:
-    brain = make(side, record, run_opts={**GLOO, "compile": True})
+    brain = make(side, record, {"model": Stack(None)}, run_opts={**GLOO, "compile": True})
     # Its names are the same, whatever it is compiled to.
     with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")):
         for _ in range(2):
@@ -519,7 +555,7 @@ def reported_by_the_main_process(side: Side, record: Record) -> Any:
 
     hparams = {"train_logger": TrainLogger()}
     brain = make(side, record, hparams=hparams, on_stage_end=on_stage_end)
-    trainer = trainer_with(devices=2, strategy=STRATEGY)
+    trainer = trainer_with(devices=PROCESSES, strategy=STRATEGY)
     batches = DataLoader(dataset(), 4)
     trainer.fit(to_lightning(brain), batches, batches)
     record.results.append(float(trainer.callback_metrics["WER"]))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tests.parity.recipes import FEATURES, dataset, make
 from tests.parity.sides import Record, Side
 
-from .scenarios import GLOO, Statistics, encoder_and_head
+from . import sharded_searches
+from .scenarios import GLOO, Stack, Statistics, encoder_and_head
 
 # Scenarios of ``scenarios`` that are DDP's alone, and why.
 LEFT_OUT = {
@@ -65,6 +66,8 @@ def no_decay_of_vectors_and_a_frozen_layer(side: Side, record: Record) -> Any:
 
     def init_optimizers(self: Any) -> None:
         groups = rm_vector_weight_decay(self.modules)
+        # It leaves out what is frozen; of that, nobody would zero the gradient.
+        groups[1]["params"].append(modules["encoder"][0].weight)
         self.optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.5)
         self.optimizers_dict = {"opt": self.optimizer}
 
@@ -105,7 +108,37 @@ def a_fit_within_a_fit(side: Side, record: Record) -> Any:
     return brain
 
 
+def recomputed_after_a_frozen_encoder(side: Side, record: Record) -> Any:
+    """An encoder called by its method, without gradients; activation checkpointing."""
+    modules = {
+        "pretrained": Stack(None, None, outputs=FEATURES).requires_grad_(False),
+        "model": Stack(None, False, True),
+    }
+
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Tensor:
+        # SpeechBrain's recipes take it out of its DistributedDataParallel.
+        pretrained = getattr(self.modules.pretrained, "module", self.modules.pretrained)
+        with torch.no_grad():
+            features = pretrained.extract_features(batch[0])
+        predictions = self.modules.model(features)
+        record.results.append(predictions.argmax(-1).tolist())
+        return predictions
+
+    brain = make(side, record, modules, run_opts=GLOO, compute_forward=compute_forward)
+    brain.fit(
+        side.EpochCounter(2), dataset(), dataset(), train_loader_kwargs={"batch_size": 4}
+    )
+    return brain
+
+
+# Small as they are, they are gathered one by one.
+BLOCKS = {
+    "recomputed_after_a_frozen_encoder": ["Layer"],
+    "compiled_and_fitted_twice": ["Layer"],
+    **sharded_searches.BLOCKS,
+}
 NEW = [
     bf16_and_accumulation, clipped, gradient_of_one_shard_not_finite,
     no_decay_of_vectors_and_a_frozen_layer, a_fit_within_a_fit,
+    recomputed_after_a_frozen_encoder, *sharded_searches.SEARCHES,
 ]  # fmt: skip

@@ -1,13 +1,19 @@
-"""SpeechBrain's models whose methods a beam search calls in VALID."""
+"""SpeechBrain's models whose methods a search calls in VALID."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from speechbrain.decoders.seq2seq import S2STransformerBeamSearcher
+from speechbrain.decoders.seq2seq import (
+    S2SRNNBeamSearcher,
+    S2SRNNGreedySearcher,
+    S2STransformerBeamSearcher,
+)
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
+from speechbrain.nnet.embedding import Embedding
 from speechbrain.nnet.linear import Linear
+from speechbrain.nnet.RNN import GRU, LSTM, AttentionalRNNDecoder
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -50,6 +56,10 @@ def recognizer(encoder: str, side: Side, record: Record) -> Any:
             record.results.append(searcher(encoded.detach(), lengths)[0])
         return self.modules.seq_lin(decoded).log_softmax(-1)
 
+    return fitted(side, record, modules, compute_forward)
+
+
+def fitted(side: Side, record: Record, modules: Any, compute_forward: Any) -> Any:
     def compute_objectives(self: Any, predictions: Tensor, batch: Any, stage: Any) -> Tensor:
         words = batch[1][:, 1:].flatten()
         return nn.functional.nll_loss(predictions[:, :-1].flatten(0, 1), words)
@@ -73,6 +83,43 @@ def conformer(side: Side, record: Record) -> Any:
     return recognizer("conformer", side, record)
 
 
+def recurrent(side: Side, record: Record) -> Any:
+    """Of torch's recurrent layers, which keep a list of their weights by themselves."""
+    decoder = {
+        "hidden_size": 8, "attn_dim": 8, "num_layers": 2, "enc_dim": 16, "input_size": 6,
+        "kernel_size": 3, "channels": 2, "dropout": 0.1,
+    }  # fmt: skip
+    modules = {
+        "lstm": LSTM(8, input_size=8, num_layers=2, bidirectional=True, dropout=0.1),
+        "gru": GRU(8, input_size=16, bidirectional=True),
+        "emb": Embedding(TOKENS, embedding_dim=6),
+        "dec": AttentionalRNNDecoder("lstm", "location", **decoder),
+        "lin": Linear(TOKENS, input_size=8),
+    }
+    parts = {"embedding": modules["emb"], "decoder": modules["dec"], "linear": modules["lin"]}
+    ends = {
+        "bos_index": BOS,
+        "eos_index": EOS,
+        "min_decode_ratio": 0.0,
+        "max_decode_ratio": 0.6,
+    }
+    beam = S2SRNNBeamSearcher(**parts, **ends, beam_size=3, using_eos_threshold=False)
+    searchers = (S2SRNNGreedySearcher(**parts, **ends), beam)
+
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Tensor:
+        lengths = torch.linspace(1.0, 0.6, len(batch[0]))
+        encoded, _ = self.modules.gru(self.modules.lstm(batch[0])[0])
+        decoded, _ = self.modules.dec(self.modules.emb(batch[1]), encoded, lengths)
+        if stage != side.Stage.TRAIN:
+            record.results += [search(encoded.detach(), lengths)[0] for search in searchers]
+        return self.modules.lin(decoded).log_softmax(-1)
+
+    return fitted(side, record, modules, compute_forward)
+
+
 # Small as they are, they are gathered one by one.
-BLOCKS = ["TransformerEncoderLayer", "TransformerDecoderLayer", "ConformerEncoderLayer"]
-SEARCHES = [transformer, conformer]
+BLOCKS = {
+    "transformer": ["TransformerEncoderLayer", "TransformerDecoderLayer"],
+    "conformer": ["ConformerEncoderLayer", "TransformerDecoderLayer"],
+}
+SEARCHES = [transformer, conformer, recurrent]

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.parity import own_loops
 from tests.parity.sides import Record, assert_moved
 
-from . import scenarios, sharded_scenarios, sharded_searches
+from . import scenarios, sharded_scenarios
 from .conftest import records_of
 
 # Of what is not bit for bit DDP's: by how much it may differ, and why.
@@ -20,8 +20,6 @@ BOUNDS = {
     "attacked_in_fit_batch": (1e-7, "two backward passes, each averaged, and then added"),
     "bf16_and_accumulation": (1e-7, "each batch of a window is averaged, and then added"),
     "clipped": (1e-7, "the norm adds up the squares of one shard, and then of the other"),
-    # Measured 2.4e-7, in the gradient of the layer that is unfrozen.
-    "no_decay_of_vectors_and_a_frozen_layer": (1e-6, "not understood yet"),
 }
 # They say what modules are called.
 CLASSES_DIFFER = ("an_unused_entry",)
@@ -32,7 +30,7 @@ COMPARED = [
     ("brain_lightning", row) for row in ALL if row.__name__ not in sharded_scenarios.LEFT_OUT
 ]
 COMPARED += [("patched", row) for row in own_loops.PATTERNS]
-NEW = [*sharded_scenarios.NEW, *sharded_searches.SEARCHES]
+NEW = sharded_scenarios.NEW
 COMPARED += [(side, row) for row in NEW for side in ("brain_lightning", "patched")]
 
 

@@ -182,7 +182,8 @@ def test_what_is_unfrozen_on_the_way_is_averaged_from_then_on(records: Any) -> N
 
 def test_names_stay_clean_where_modules_are_compiled_and_wrapped_twice(records: Any) -> None:
     for record in of(records, scenarios.compiled_and_fitted_twice):
-        names = {f"brain_modules.model.{n}.{w}" for n in (0, 2) for w in ("weight", "bias")}
+        layers = ("input", "layers.0.linear", "layers.0.norm", "output")
+        names = {f"brain_modules.model.{n}.{w}" for n in layers for w in ("weight", "bias")}
         assert set(record.results[-1]) == names
 
 
