@@ -193,6 +193,8 @@ TORCH_PARTS = (
     Row("torch.nn.modules.batchnorm", "_BatchNorm", "the base of every BatchNorm"),
     Row("torch.utils", "_pytree",
         "what FSDP2 finds in the outputs of a module, such as Hugging Face's, is found by it"),
+    Row("torch:Tensor", "_version",
+        "whether a weight was changed in place is not said otherwise"),
     Row("torch:Tensor", "_is_view",
         "a view that is changed in place has other hooks than it had"),
     Row("torch.nn:MultiheadAttention", "_reset_parameters",
