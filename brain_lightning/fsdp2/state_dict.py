@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -125,7 +125,22 @@ def _gather(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None
             made = _made[id(parameter)]
             state[key] = made if as_they_are else made.detach()
         elif not as_they_are:
-            state[key] = on_main(state[key])
+            state[key] = _gathered_once(parameter, key, state)
+
+
+# The state that is made, and in it the first name of each parameter.
+_names: list[tuple[Any, dict[int, str]]] = []
+
+
+def _gathered_once(parameter: Tensor, key: str, state: dict[str, Any]) -> Any:
+    """A whole weight; one that has several names is in memory once, as under DDP."""
+    if type(state) is dict:
+        # A destination of the caller's, to which nothing can refer.
+        return on_main(state[key])
+    if not _names or _names[0][0]() is not state:
+        _names[:] = [(ref(state), {})]
+    first = _names[0][1].setdefault(id(parameter), key)
+    return on_main(state[key]) if first == key else state[first].detach()
 
 
 def _shard(module: Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
