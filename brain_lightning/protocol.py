@@ -58,6 +58,8 @@ class LightningSettings:
         trainer_of_parts: For all parts of fit that a script calls outside of any fit, so that
             limits count over them.
         ddp_arguments: Arguments of a Trainer's strategy for ``DistributedDataParallel``.
+        flags: What all processes share of the batch in hand, while there is a run
+            (``distributed.batch_flags.BatchFlags``).
         sharding: How a Trainer's strategy shards modules (``fsdp2.sharding.Sharding``); None
             for DistributedDataParallel.
         progress: The run option.
@@ -80,6 +82,7 @@ class LightningSettings:
     set_name: str = ""
     trainer_of_parts: Any = None
     ddp_arguments: Mapping[str, Any] = field(default_factory=dict)
+    flags: Any = None
     sharding: Any = None
     progress: str = "auto"
     progress_interval: float = 10
