@@ -1,9 +1,10 @@
-"""A fake accelerator, ``fake:0``: an asynchronous device on the CPU, to count what the host waits for.
+"""A fake accelerator, ``fake:0``: it is asynchronous, and counts what the host waits for.
 
-It is a PrivateUse1 backend in Python: each operator runs on the CPU's memory, with the CPU's bits,
-and is written down, as is each wait of the host. A tensor of it is a plain ``torch.Tensor`` whose
-storage points to memory of the CPU. What a copy to the host with ``non_blocking=True`` has not
-brought yet is garbage; see ``fake_streams.py``, which has streams and events too.
+It is a PrivateUse1 backend in Python: each operator runs on the CPU's memory, with the bits of
+the CPU, and is recorded, as is each wait of the host. A tensor of it is a plain
+``torch.Tensor`` whose storage points to memory of the CPU. What a copy to the host with
+``non_blocking=True`` has not brought yet is garbage; ``fake_streams.py`` has streams and
+events.
 
 ``install()`` is for a process of its own: ``torch.accelerator`` finds the device from then on.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -22,11 +24,13 @@ from torch import Tensor
 
 from . import fake_streams
 from .fake_streams import HOST, Event, Memory, Stream, current_stream, recorded
+from .processes import check_python
 
-__all__ = ["DEVICE", "install", "recorded", "trainer", "unsupported"]
+__all__ = ["DEVICE", "check", "install", "recorded", "trainer"]
 
 DEVICE = "fake:0"
 _BACKEND = "PrivateUse1"
+_SETUP = "_setup_privateuseone_for_python_backend"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _empty = torch.empty
 _libraries: list[torch.library.Library] = []
@@ -36,10 +40,21 @@ _WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEXES = ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_")
 
 
-def unsupported() -> str:
-    """Why this torch can not have the device; empty if it can."""
-    has = hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend")
-    return "" if has else f"torch {torch.__version__} has no backends in Python"
+def check(*checks: Callable[[], None]) -> None:
+    """Calls functions of a test's module, in a process that has the device.
+
+    Args:
+        checks: They take no arguments, and assert something. One process is forked for all.
+    """
+    if not hasattr(torch.utils.backend_registration, _SETUP):
+        pytest.skip(f"torch {torch.__version__} has no backends in Python")
+    names = ", ".join(each.__name__ for each in checks)
+    calls = "\n".join(f"{each.__name__}()" for each in checks)
+    check_python(
+        "-W", "error", "-c",
+        f"from tests.support.fake_device import install; install()\n"
+        f"from {checks[0].__module__} import {names}\n{calls}",
+    )  # fmt: skip
 
 
 def trainer(**arguments: Any) -> dict[str, Any]:
@@ -51,8 +66,7 @@ def install() -> None:
     """Registers the device, for the life of this process."""
     if _libraries:
         return
-    register = torch.utils.backend_registration._setup_privateuseone_for_python_backend
-    register("fake", backend_module=_device_module())
+    getattr(torch.utils.backend_registration, _SETUP)("fake", backend_module=_device_module())
     # A parameter that is moved stays the same object, as on a GPU.
     torch.__future__.set_swap_module_params_on_conversion(True)
     _register_operators()
@@ -319,7 +333,7 @@ def _register_operators() -> None:
 
 
 def _kernels_of_the_cpu() -> set[str]:
-    """Operators that the CPU has a kernel for, and other devices another way, with other bits."""
+    """Operators that other devices compute in another way, which has other bits."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     composite = ("CompositeImplicitAutograd", "CompositeExplicitAutograd",
                  "CompositeExplicitAutogradNonFunctional")  # fmt: skip

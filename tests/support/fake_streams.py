@@ -1,9 +1,9 @@
-"""The clock of the fake device: what was queued on which stream, and what the host has waited for.
+"""Time on the fake device: what was queued on which stream, and what the host has waited for.
 
-Each stream has a vector clock, as has the host. An operation advances the clock of its stream; an
-event hands the clock of one stream to another, or to the host, which then *knows* of all that
-happened before. Memory that is used on two streams, of which neither knows of the other's use, is
-a race, and an error. A copy to the host has arrived when the host knows of it.
+Each stream has a vector clock, as has the host. An operation advances the clock of its stream;
+an event hands the clock of a stream to another one, or to the host, which then knows of all
+that happened before. Memory that is used on two streams, of which neither knows of the other's
+use, is a race, and an error. A copy to the host has arrived when the host knows of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Wait:
         return next(ours, self.stack[0] if self.stack else "")
 
     def __str__(self) -> str:
-        return f"{self.what} at {self.where.rpartition(PACKAGE)[2]}"
+        return f"{self.what} at {self.where.rpartition(PACKAGE)[2] or self.where}"
 
 
 @dataclass
