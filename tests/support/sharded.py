@@ -27,6 +27,22 @@ def group_of_one() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@contextmanager
+def fake_group_of_two() -> Iterator[None]:
+    """A process group of this process and another, with which nothing is communicated.
+
+    A thread of gloo may hold a tensor for a moment after it is sent; here nothing does.
+    """
+    # It registers the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 def brain_of(**modules: Module) -> Any:
     return Brain(modules, run_opts={"device": "cpu"})
 
