@@ -18,10 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from brain_lightning.compat.versions import REDUCES_UNUSED, SHARDS
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
 
 from .blocks import blocks, drops_layers, units
-from .evaluate import is_sharded, optimizers_of
+from .evaluate import is_sharded
 from .hooks import gathered_of
 from .meta import check_resets
 from .sharding import AUTO, Sharding
@@ -242,7 +242,7 @@ def check_first_steps(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> 
         if optimizer not in pending:
             return
         pending.remove(optimizer)
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = set(map(id, parameters_of(optimizer)))
         for name, module in brain.modules.items():
             # Not as a condition: what is compiled has no length.
             if module is not None:
@@ -351,7 +351,7 @@ def check_optimizers(brain: BrainProtocol) -> None:
         UnsupportedError: There is one.
     """
     for name, optimizer in optimizers_of(brain):
-        if any(p in _replaced for group in optimizer.param_groups for p in group["params"]):
+        if any(p in _replaced for p in parameters_of(optimizer)):
             raise UnsupportedError(
                 f"{name} was made before the modules were sharded, and would train nothing: "
                 "make it in init_optimizers, or after self._wrap_distributed() where an entry "

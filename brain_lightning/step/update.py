@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from brain_lightning.distributed.communication import on_all_ranks
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.fsdp2.tensors import is_finite
-from brain_lightning.protocol import BrainProtocol, has_own
+from brain_lightning.protocol import BrainProtocol, has_own, parameters_of
 
-from .optimizers import active_optimizers, has_optimizer, parameters_of
+from .optimizers import active_optimizers, has_optimizer
 from .valid_step import count_valid_step
 
 logger = logging.getLogger(__name__)

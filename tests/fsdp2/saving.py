@@ -32,7 +32,7 @@ from brain_lightning import (
 )
 from brain_lightning.distributed.communication import ddp_barrier, if_main_process, world_size
 from brain_lightning.fsdp2.tensors import like, whole
-from brain_lightning.step.optimizers import parameters_of
+from brain_lightning.protocol import parameters_of
 from tests.parity.recipes import CLASSES, FEATURES, classifier, dataset
 from tests.parity.sides import OURS, SPEECHBRAIN
 from tests.support.brains import trainer_with

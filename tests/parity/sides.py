@@ -28,8 +28,7 @@ from torch.utils.data import DataLoader
 import brain_lightning
 from brain_lightning.cli.verify_recorder import HOOKS
 from brain_lightning.fsdp2.tensors import whole
-from brain_lightning.protocol import TrainerDefaults
-from brain_lightning.step.optimizers import parameters_of
+from brain_lightning.protocol import TrainerDefaults, parameters_of
 from tests.support.environment import seed_everything
 
 
