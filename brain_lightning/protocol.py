@@ -10,14 +10,14 @@ from __future__ import annotations
 import inspect
 import logging
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
 from torch import GradScaler, Tensor
-from torch.nn import ModuleDict
+from torch.nn import ModuleDict, Parameter
 from torch.optim import Optimizer
 
 from .errors import BrainTypeError, UnsupportedError
@@ -362,6 +362,27 @@ def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
         brain: The Brain.
     """
     return getattr(getattr(brain, "hparams", None), "__dict__", {})
+
+
+def optimizers_of(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
+    """The optimizers that a Brain and its hparams have, with the expressions for them.
+
+    Args:
+        brain: The Brain, which may keep one in several places.
+    """
+    for owner, values in {"self": vars(brain), "hparams": hparams_of(brain)}.items():
+        for name, value in values.items():
+            if isinstance(value, Optimizer):
+                yield f"{owner}.{name}", value
+            elif isinstance(value, dict):
+                for key, each in value.items():
+                    if isinstance(each, Optimizer):
+                        yield f"{owner}.{name}[{key!r}]", each
+
+
+def parameters_of(optimizer: Optimizer) -> list[Parameter]:
+    """All parameters of an optimizer, over all its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def is_explicit(brain: object, option: str) -> bool:

@@ -20,9 +20,7 @@ from brain_lightning.distributed.batch_flags import BatchFlags
 from brain_lightning.distributed.communication import communicates
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.host_copy import HostCopy
-from brain_lightning.protocol import BrainProtocol, has_own
-
-from .optimizers import all_optimizers, parameters_of
+from brain_lightning.protocol import BrainProtocol, has_own, optimizers_of, parameters_of
 
 
 class FiniteCheck:
@@ -176,8 +174,8 @@ def _may_follow_backward(brain: BrainProtocol, loss: Tensor) -> bool:
 
 
 def _optimized(brain: BrainProtocol) -> Iterable[Parameter]:
-    optimizers = all_optimizers(brain).values()
-    return chain.from_iterable(map(parameters_of, optimizers))
+    # Of all: a recipe may step one itself, which has gathered gradients of earlier batches.
+    return chain.from_iterable(parameters_of(each) for _, each in optimizers_of(brain))
 
 
 def _drop_gradients(brain: BrainProtocol) -> None:
