@@ -339,6 +339,8 @@ def check_optimizers(brain: BrainProtocol) -> None:
     Raises:
         UnsupportedError: There is one.
     """
+    if not _replaced:
+        return
     for name, optimizer in optimizers_of(brain):
         if any(p in _replaced for group in optimizer.param_groups for p in group["params"]):
             raise UnsupportedError(

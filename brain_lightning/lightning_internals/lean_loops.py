@@ -116,6 +116,11 @@ class LeanEpochLoop(BrainEpochLoop):
         else:
             self._batches_that_stepped += not self._should_accumulate()
 
+    def teardown(self) -> None:
+        """Ends the run; see ``_forget_logged``."""
+        _forget_logged(self)
+        super().teardown()
+
     def _may_end(self) -> bool:
         return bool(self.trainer.should_stop or self.trainer.received_sigterm)
 
@@ -172,6 +177,11 @@ class LeanEvaluationLoop(BrainEvaluationLoop):
         if self.trainer.received_sigterm:
             raise SIGTERMException
 
+    def teardown(self) -> None:
+        """Ends the run; see ``_forget_logged``."""
+        _forget_logged(self)
+        super().teardown()
+
 
 def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
     """Makes the loops of a Brain lean.
@@ -186,6 +196,14 @@ def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
         elif isinstance(loop, BrainEpochLoop):
             state = {"brain_watchers": None, "brain_warnings": WarningCache()}
             become(loop, LeanEpochLoop, temporary, **state)
+
+
+def _forget_logged(loop: LeanEpochLoop | LeanEvaluationLoop) -> None:
+    """Forgets what was logged, which the Trainer's metrics have by now.
+
+    Lightning copies it to the CPU, which took a quarter of the time of a fit of one batch.
+    """
+    loop._results.clear()
 
 
 def _watchers(trainer: Trainer) -> list[Callback] | None:
