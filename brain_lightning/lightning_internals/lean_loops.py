@@ -68,7 +68,7 @@ class LeanEpochLoop(BrainEpochLoop):
             return
         self._fit_next()
         while not self._is_due(data_fetcher):
-            self._batches_that_stepped += not self._should_accumulate()
+            self._batches_that_stepped += not self.brain_run.train.accumulates
             self._fit_next()
 
     def _is_due(self, data_fetcher: Any) -> bool:

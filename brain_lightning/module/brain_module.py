@@ -281,7 +281,8 @@ class BrainModule(LightningModule):
         train = self.run.train
         if trainer.loggers and not train.accumulates:
             log_step_metrics(trainer)
-        end_when_profiled(trainer, self.brain, train.batches)
+        if self.brain.profile_training:
+            end_when_profiled(trainer, self.brain, train.batches)
         train.end_batch()
         fit_loop_of(trainer).fetch_batch()
 

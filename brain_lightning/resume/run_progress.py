@@ -182,7 +182,7 @@ class RunProgress:
             The batches.
         """
         self._begin_batches()
-        yield from self.position.batches(loader)
+        yield from self.position.begin(loader)
 
     def start_by_recipe(self) -> None:
         """Starts a TRAIN stage of which the recipe has written the loop itself."""

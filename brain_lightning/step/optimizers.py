@@ -35,7 +35,7 @@ def has_optimizer(brain: BrainProtocol) -> bool:
     Args:
         brain: The Brain after ``init_optimizers``.
     """
-    if all_optimizers(brain):
+    if brain.optimizers_dict or all_optimizers(brain):
         return True
     return any(isinstance(value, Optimizer) for value in vars(brain).values())
 
