@@ -306,15 +306,16 @@ class Brain(FitAndEvaluate, BrainBase):
         Yields:
             None
         """
-        if not use:
+        name = "require_backward_grad_sync"
+        # In DDP; of shards gradients are averaged all the same.
+        wrapped = [m for m in self.modules.values() if hasattr(m, name)] if use else []
+        if not wrapped:
             # For most steps.
             yield
             return
         with TemporaryAttributes() as temporary:
-            for module in self.modules.values():
-                # In DDP; of shards gradients are averaged all the same.
-                if hasattr(module, "require_backward_grad_sync"):
-                    temporary.set(module, "require_backward_grad_sync", False)
+            for module in wrapped:
+                temporary.set(module, name, False)
             yield
 
     # ------------------------------------------------------------------- data

@@ -350,6 +350,8 @@ def check_optimizers(brain: BrainProtocol) -> None:
     Raises:
         UnsupportedError: There is one.
     """
+    if not _replaced:
+        return
     for name, optimizer in optimizers_of(brain):
         if any(p in _replaced for p in parameters_of(optimizer)):
             raise UnsupportedError(

@@ -129,8 +129,8 @@ class BrainFitLoop(_FitLoop):
 
     def _is_stopped(self) -> bool:
         """By ``max_steps``, ``max_time``, or a callback that stops the run."""
-        trainer = self.trainer
-        reached = 0 <= trainer.max_steps <= trainer.global_step
+        trainer, most = self.trainer, self.epoch_loop.max_steps
+        reached = 0 <= most <= trainer.global_step
         return reached or (trainer.should_stop and self._can_stop_early)
 
     def _mark_last_batch(self, last: bool) -> None:

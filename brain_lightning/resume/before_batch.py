@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # What a Brain counts in one TRAIN stage, and a validation overwrites.
 COUNTS = ("step", "avg_train_loss", "nonfinite_count")
+COUNTS_OF_BATCH = (*COUNTS, "optimizer_step")
 
 
 class BeforeBatch:
@@ -43,6 +44,7 @@ class BeforeBatch:
         brain: The Brain that trains.
 
     Attributes:
+        is_one_of_several: Whether there are other processes.
         is_whole: Whether everything was copied.
         counts: Of the Brain, by name.
         synchronizes: See ``process_state``.
@@ -54,6 +56,7 @@ class BeforeBatch:
 
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
+        self.is_one_of_several = False
         self.is_whole = False
         self.counts: State = {}
         self.synchronizes: list[bool] = []
@@ -69,9 +72,10 @@ class BeforeBatch:
 
     def count(self) -> None:
         """Keeps the counts before a batch."""
-        own = self._brain.__dict__
-        self.counts = {name: own[name] for name in (*COUNTS, "optimizer_step")}
-        self.synchronizes = synchronizes(self._brain)
+        own = vars(self._brain)
+        self.counts = {name: own[name] for name in COUNTS_OF_BATCH}
+        if self.is_one_of_several:
+            self.synchronizes = synchronizes(self._brain)
 
     def copy(self, statistics: EpochStatistics) -> None:
         """Copies everything that changes before a step.

@@ -170,6 +170,7 @@ class RunProgress:
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)
+        self.before.is_one_of_several = world_size() > 1
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """The batches of the epoch that has begun, from its position on.
@@ -181,7 +182,7 @@ class RunProgress:
             The batches.
         """
         self._begin_batches()
-        yield from self.position.batches(loader)
+        yield from self.position.begin(loader)
 
     def start_by_recipe(self) -> None:
         """Starts a TRAIN stage of which the recipe has written the loop itself."""

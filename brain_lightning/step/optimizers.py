@@ -35,7 +35,9 @@ def has_optimizer(brain: BrainProtocol) -> bool:
     Args:
         brain: The Brain after ``init_optimizers``.
     """
-    return bool(all_optimizers(brain)) or any(True for _ in optimizers_of(brain))
+    if brain.optimizers_dict or all_optimizers(brain):
+        return True
+    return any(True for _ in optimizers_of(brain))
 
 
 def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
