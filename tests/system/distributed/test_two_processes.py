@@ -72,6 +72,11 @@ def test_batchnorm_is_synchronized_on_gpus(tmp_path: Path) -> None:
     assert records["brain_lightning", name].results == ["SyncBatchNorm"]
 
 
+def test_what_processes_decide_in_a_batch_is_one_collective(records: Any) -> None:
+    for record in of(records, scenarios.one_collective_a_batch):
+        assert record.results == [{1}, {1}, {1}]
+
+
 def test_each_rank_has_data_of_its_own(records: Any) -> None:
     one, other = of(records, scenarios.gan)
     assert one.stage_losses != other.stage_losses
