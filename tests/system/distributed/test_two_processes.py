@@ -266,7 +266,7 @@ def test_a_limit_is_a_remedy_for_different_lengths(records: Any) -> None:
 
 
 def test_processes_that_lightning_starts_do_the_same(records: Any, tmp_path: Path) -> None:
-    check_python("-m", "tests.system.distributed.launched", str(tmp_path), real=True)
+    check_python("-m", "tests.system.distributed.launched", str(tmp_path))
     for rank, torchruns in enumerate(of(records, scenarios.one_module)):
         launched = torch.load(tmp_path / f"launched{rank}.pt", weights_only=False)
         assert_equal(launched, torchruns)
