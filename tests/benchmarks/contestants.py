@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-
-try:
-    # First: it makes SpeechBrain importable.
-    from tests.support import environment  # noqa: F401
-
-    # isort: split
-    import speechbrain
-except (ImportError, OSError):
-    # A machine with a GPU may have no more than the package needs.
-    speechbrain = None
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -28,6 +20,12 @@ import brain_lightning
 from brain_lightning import to_lightning
 
 from .measure import Meter, Probe
+
+# A machine with a GPU may have no more than the package needs.
+with contextlib.suppress(ImportError, OSError):
+    # It makes SpeechBrain importable, and imports it.
+    from tests.support import environment  # noqa: F401
+speechbrain: Any = sys.modules.get("speechbrain")
 
 CLIP = 5.0
 

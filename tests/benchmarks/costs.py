@@ -11,14 +11,11 @@ import time
 from functools import partial
 from typing import Any
 
-from .contestants import CONTESTANTS, Work, brain
+import brain_lightning
+
+from .contestants import CONTESTANTS, Work, brain, speechbrain
 from .measure import Seconds, interleaved, quiet, seconds
 from .report import Figure, Report, compared, parser
-
-# isort: split
-import speechbrain
-
-import brain_lightning
 
 BASES = {"SpeechBrain": speechbrain.Brain, "brain.fit": brain_lightning.Brain}
 COMMANDS = {
@@ -59,9 +56,8 @@ def _start(base: Any) -> float:
 
 def whole_fits(rounds: int) -> dict[str, Figure]:
     """A Brain, and its fit of one batch."""
-    return _compared(
-        rounds, {n: partial(seconds, partial(CONTESTANTS[n], Work(steps=1), False)) for n in BASES}
-    )
+    fits = {name: partial(CONTESTANTS[name], Work(steps=1), False) for name in BASES}
+    return _compared(rounds, {name: partial(seconds, fit) for name, fit in fits.items()})
 
 
 def valid_batches(rounds: int, count: int = 500) -> dict[str, Figure]:
@@ -99,7 +95,8 @@ def peak_memory(name: str, width: int = 3000) -> float:
     code = (
         "import resource; from tests.benchmarks.contestants import CONTESTANTS, Work\n"
         "from tests.benchmarks.measure import quiet\n"
-        f"with quiet(): CONTESTANTS[{name!r}](Work(width={width}, modules=6, steps=12), False)\n"
+        f"work = Work(width={width}, modules=6, steps=12)\n"
+        f"with quiet(): CONTESTANTS[{name!r}](work, False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     done = subprocess.run(

@@ -24,7 +24,7 @@ def bounded(figure: Figure, bound: float, absolute: bool = False) -> dict[str, F
 
 
 def steps(rounds: int) -> dict[str, dict[str, Figure]]:
-    """What ``loop`` has."""
+    """Steps"""
     tiny = loop.steps(Work(), rounds, (*BOTH, BY_HAND))
     many = loop.steps(Work(modules=20, steps=500), rounds, BOTH, WITHOUT)
     optimizers = loop.steps(Work(modules=4, optimizers=4), rounds, BOTH, WITHOUT)
@@ -39,7 +39,7 @@ def steps(rounds: int) -> dict[str, dict[str, Figure]]:
 
 
 def others(rounds: int) -> dict[str, dict[str, Figure]]:
-    """What ``costs`` and ``ctc_digits`` have."""
+    """Others"""
     tensors = costs.tensors(10_000, min(rounds, 5), BOTH)
     starts, fits = costs.fit_starts(3 * rounds), costs.whole_fits(3 * rounds)
     return {
@@ -52,7 +52,7 @@ def others(rounds: int) -> dict[str, dict[str, Figure]]:
 
 
 def two_processes(rounds: int) -> dict[str, dict[str, Figure]]:
-    """What ``processes`` has."""
+    """Two processes"""
     rows = processes.measured(rounds)
     found = {}
     for name, row in rows.items():
@@ -67,8 +67,8 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     report = Report(options)
     with quiet():
-        for title, rows in (("The loop", steps), ("Others", others), ("torchrun", two_processes)):
-            report.table(title, rows(options.rounds))
+        for rows in (steps, others, two_processes):
+            report.table(rows.__doc__ or "", rows(options.rounds))
     report.end()
 
 

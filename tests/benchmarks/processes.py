@@ -1,8 +1,8 @@
 """What a step costs where two processes train one Brain: its time, and collectives a batch.
 
 ``python -m tests.benchmarks.processes [ROUNDS] [--json [FILE]]``. Both sides run under one
-torchrun, with gloo, and take turns. Each collective is counted that the process group is given.
-DDP's, which are within the backward pass, are counted apart.
+torchrun, with gloo, and take turns. Counted is each collective that the process group gets;
+DDP's, which are within the backward pass, apart.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import brain_lightning
 
 from .contestants import Work, fit_of, speechbrain
-from .measure import Collectives, Seconds, interleaved, quiet
+from .measure import Collectives, Seconds, end_process, interleaved, quiet
 from .report import Figure, Report, parser
 
 NAME = "tests.benchmarks.processes"
@@ -84,7 +84,7 @@ def measure(rounds: int, file: Path) -> None:
     times = interleaved(rounds, {n: partial(microseconds, f) for n, f in trainings.items()})
     if torch.distributed.get_rank() == 0:
         file.write_text(json.dumps({"counts": counts, "times": times}))
-    torch.distributed.destroy_process_group()
+    end_process()
 
 
 def measured(rounds: int) -> dict[str, dict[str, Figure]]:

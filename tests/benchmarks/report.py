@@ -53,14 +53,13 @@ class Figure:
         return None if self.bound is None else round(found, 2) <= self.bound
 
     def __str__(self) -> str:
-        text = f"{statistics.median(self.values):.3g} {self.unit}"
+        text = f"{_short(statistics.median(self.values))} {self.unit}"
         spread = _spread(self.values if self.ratios is None else self.ratios)
         if self.ratios is not None and self.values is not self.base:
             text += f"  {spread['median']:.2f}"
-        # Two decimals of a ratio, which says the same of any unit.
         if self.values is not self.base and spread["lowest"] != spread["highest"]:
-            digits = ".3g" if self.ratios is None else ".2f"
-            text += f" ({spread['lower_quartile']:{digits}}-{spread['upper_quartile']:{digits}})"
+            short = _short if self.ratios is None else "{:.2f}".format
+            text += f" ({short(spread['lower_quartile'])}-{short(spread['upper_quartile'])})"
         return text if self.bound is None else f"{text}  {self._verdict()}"
 
     def _verdict(self) -> str:
@@ -73,6 +72,10 @@ class Figure:
             "unit": self.unit, "rounds": len(self.values), "value": _spread(self.values),
             "ratio": ratio, "bound": self.bound, "holds": self.holds,
         }  # fmt: skip
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -171,7 +174,10 @@ def parser(doc: str, rounds: int = 7) -> ArgumentParser:
 
 def _machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    versions = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
     return {"versions": versions, "cpus": os.cpu_count(), "gpu": gpu}
 
 
