@@ -129,14 +129,13 @@ def table(
 ) -> dict[str, dict[str, Figure]]:
     """Time and ratio, waits, and memory, of each contestant."""
     contestants = VALIDATION if valid else TRAINING
-    wait, measure = (partial(each, work, steps, valid) for each in (_waits, _measure))
-    counts = interleaved(1, {name: partial(wait, run) for name, run in contestants.items()})
+    measure = partial(_measure, work, steps, valid)
     found = interleaved(rounds, {n: partial(measure, run) for n, run in contestants.items()})
     times = compared({n: [ms for ms, _ in measured] for n, measured in found.items()}, "ms")
     rows: dict[str, dict[str, Figure]] = {name: {"time": times[name]} for name in contestants}
     if work.device != "cpu":
         for name, row in rows.items():
-            row["waits"] = Figure(counts[name], "waits")
+            row["waits"] = Figure([_waits(work, steps, valid, contestants[name])], "waits")
             row["memory"] = Figure([mebibytes for _, mebibytes in found[name]], "MiB")
     return rows
 
