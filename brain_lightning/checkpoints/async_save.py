@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 # Where a tensor is in memory, and how.
 Memory = tuple[Any, ...]
+State = TypeVar("State")
 
 
 class Snapshots:
@@ -47,7 +48,8 @@ class Snapshots:
             The state, its tensors copied to the CPU, where they are after ``wait``; those
             that share memory share it in the copy.
         """
-        sources = {_memory(tensor): tensor for tensor in _tensors_in(state)}
+        tensors = list(_tensors_in(state))
+        sources = {_memory(tensor): tensor for tensor in tensors}
         # A user may save in inference mode, and later out of it.
         with torch.inference_mode(False), torch.no_grad():
             copies = {memory: self._buffer(source) for memory, source in sources.items()}
@@ -57,7 +59,7 @@ class Snapshots:
                     self._copy_beside_training(device, pairs)
                 else:
                     _copy(pairs)
-        return _replace_tensors(state, copies)
+        return copy.deepcopy(state, {id(each): copies[_memory(each)] for each in tensors})
 
     def wait(self) -> None:
         """Waits until the copies are there."""
@@ -112,7 +114,7 @@ class Snapshots:
         return sum(each.nbytes for each in [*self._clones, *sources]) <= int(free)
 
 
-def on_host(state: Any) -> Any:
+def on_host(state: State) -> State:
     """A state with its tensors on the CPU, for which the host waits once, not once for each.
 
     Args:
@@ -122,18 +124,21 @@ def on_host(state: Any) -> Any:
         The state itself where it is there already; else a copy, in which tensors that share
         memory share it too.
     """
-    sources = {
-        _memory(tensor): tensor
-        for tensor in _tensors_in(state)
-        # torch has its own ways with other kinds of tensors.
-        if type(tensor) is Tensor and _has_streams(tensor.device)
-    }
-    if not sources:
+    tensors = list(_tensors_in(state))
+    # torch has its own ways with other kinds of tensors.
+    away = [t for t in tensors if type(t) is Tensor and t.device.type not in ("cpu", "meta")]
+    if not away:
         return state
-    copies = {memory: each.to("cpu", non_blocking=True) for memory, each in sources.items()}
-    for device in _by_device(sources):
+    sources = {_memory(tensor): tensor for tensor in away}
+    copies = {
+        memory: each.to("cpu", non_blocking=_has_streams(each.device))
+        for memory, each in sources.items()
+    }
+    for device in filter(_has_streams, _by_device(sources)):
         getattr(torch, device.type).current_stream(device).synchronize()
-    return _replace_tensors(state, copies)
+    memo = {id(tensor): tensor for tensor in tensors}
+    memo |= {id(tensor): copies[_memory(tensor)] for tensor in away}
+    return copy.deepcopy(state, memo)
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -156,12 +161,6 @@ def _by_device(sources: Iterable[Memory]) -> dict[torch.device, list[Memory]]:
     for memory in sources:
         found[memory[0]].append(memory)
     return found
-
-
-def _replace_tensors(state: Any, copies: Mapping[Memory, Tensor]) -> Any:
-    """A copy of a state that has these tensors; others stay the same objects."""
-    memo = {id(each): copies.get(_memory(each), each) for each in _tensors_in(state)}
-    return copy.deepcopy(state, memo)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -23,10 +23,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from . import fake_streams
-from .fake_streams import HOST, Event, Memory, Stream, current_stream, recorded
+from .fake_streams import HOST, Event, Memory, Record, Stream, current_stream, recorded
 from .processes import check_python
 
-__all__ = ["DEVICE", "check", "install", "recorded", "trainer"]
+__all__ = ["DEVICE", "Record", "check", "install", "recorded", "trainer"]
 
 DEVICE = "fake:0"
 _BACKEND = "PrivateUse1"
