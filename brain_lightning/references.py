@@ -100,6 +100,8 @@ def own_functions(owner: Any, name: str) -> Iterator[FunctionType]:
     cls = owner if isinstance(owner, type) else type(owner)
     for holder in (owner, *cls.__mro__):
         value = vars(holder).get(name)
+        if value is None:
+            continue
         value = getattr(value, "fget", None) or getattr(value, "__func__", value)
         function = inspect.unwrap(value) if callable(value) else None
         if isinstance(function, FunctionType) and not _is_of_a_library(function):

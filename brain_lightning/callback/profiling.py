@@ -68,13 +68,13 @@ def end_when_profiled(trainer: Trainer, brain: BrainProtocol, batches: int) -> N
 
     Args:
         trainer: The Trainer in ``on_train_batch_end``.
-        brain: The Brain in training.
+        brain: The Brain in training, with ``profile_training``.
         batches: Training batches so far.
 
     Raises:
         SystemExit: The profile is complete.
     """
-    if brain.profile_training and batches == brain.profile_warmup + brain.profile_steps:
+    if batches == brain.profile_warmup + brain.profile_steps:
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]
         profiler.describe()
         # It would start anew with the next hook, and never be closed.

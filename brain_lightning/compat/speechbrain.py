@@ -248,6 +248,7 @@ def accept_devices(temporary: TemporaryAttributes) -> None:
 CUSTOM_HOOKS = {"custom_load_hooks": LOAD_HOOK, "custom_hooks": LOAD_HOOK[:2]}
 
 
+@functools.cache
 def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a last argument ``device``."""
     own = inspect.signature(function)

@@ -55,7 +55,8 @@ def unwrap_modules(brain: BrainProtocol) -> None:
         brain: The Brain at the start of a training.
     """
     for name, module in brain.modules.items():
-        brain.modules[name] = _unwrapped(module)
+        if isinstance(module, DistributedDataParallel):
+            brain.modules[name] = module.module
 
 
 def _unwrapped(module: Module) -> Module:

@@ -34,6 +34,8 @@ def check_memory(brain: BrainProtocol) -> None:
     Raises:
         UnsupportedError: There is one.
     """
+    if not is_meta(brain.modules):
+        return
     for name, module in brain.modules.items():
         if module is not None and is_meta(module):
             raise UnsupportedError(

@@ -67,9 +67,11 @@ def check_sharded(brain: BrainProtocol) -> None:
     Raises:
         UnsupportedError: There is one: the recipe wraps its modules itself, or not at all.
     """
+    if brain._lightning.sharding is None:
+        return
     for name, module in brain.modules.items():
         trained = module is not None and any(p.requires_grad for p in module.parameters())
-        if trained and brain._lightning.sharding is not None and not is_sharded(module):
+        if trained and not is_sharded(module):
             raise UnsupportedError(
                 f"modules[{name!r}] is not sharded when optimizers are made: on_fit_start "
                 "has to call self._wrap_distributed(), and one of the recipe's own "

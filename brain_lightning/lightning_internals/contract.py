@@ -53,6 +53,7 @@ _SHARDED = "Lightning shards the training data, and does not find the loaders be
 _SIGNALS = "put back in on_train_start, handlers leave SIGTERM unhandled while processes wait"
 _LAST = 'no hook is between fit(ckpt_path="last") and the choice of a file'
 _LEAN = "the hooks that no callback has cost more than a small model"
+_FORGOTTEN = "a teardown copies to the CPU what was logged, which the Trainer's metrics have"
 _LOGGED = "what a callback logs with self.log is collected batch by batch"
 _STEP = "a loss that is logged by self.log in each step costs more than a small model"
 _STEPS = "global_step counts what optimizer_step counts"
@@ -70,6 +71,8 @@ LIGHTNING_PARTS = (
     Row("lightning.pytorch.loops.fit_loop", "_FitLoop", _ORDER),
     Row("lightning.pytorch.loops.training_epoch_loop", "_TrainingEpochLoop", _ORDER),
     Row("lightning.pytorch.loops.evaluation_loop", "_EvaluationLoop", _ORDER),
+    Row("lightning.fabric.utilities.device_dtype_mixin", "_update_properties",
+        "a module knows its device once it is moved, also where all of it was there"),
     Row("lightning.fabric.utilities.registry", "entry_points",
         "all installed packages are looked through for each Trainer, in half of its time"),
     Row("lightning.pytorch.trainer.call", "_call_callback_hooks",
@@ -152,6 +155,8 @@ LIGHTNING_PARTS = (
     Row(_EPOCH, "_broadcast_sigterm_tensor",
         "Lightning's handler of SIGTERM in another process waits for the answer", "2.5.2"),
     # The evaluation loops.
+    Row(_EPOCH, "_results", _FORGOTTEN),
+    Row(_EVALUATION, "_results", _FORGOTTEN),
     Row(_EVALUATION, "run", "a recipe's own _fit_valid decides whether to validate"),
     Row(_EVALUATION, "on_run_start", "which hooks are needed is known when it begins"),
     Row(_EVALUATION, "inference_mode", "what an evaluation stores may be trained on later"),

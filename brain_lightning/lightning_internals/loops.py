@@ -129,8 +129,8 @@ class BrainFitLoop(_FitLoop):
 
     def _is_stopped(self) -> bool:
         """By ``max_steps``, ``max_time``, or a callback that stops the run."""
-        trainer = self.trainer
-        reached = 0 <= trainer.max_steps <= trainer.global_step
+        trainer, most = self.trainer, self.epoch_loop.max_steps
+        reached = 0 <= most <= trainer.global_step
         return reached or (trainer.should_stop and self._can_stop_early)
 
     def _mark_last_batch(self, last: bool) -> None:
@@ -168,6 +168,11 @@ class BrainEpochLoop(_TrainingEpochLoop):
         """Fits one batch, for which Lightning's loop always asks for an update."""
         self.brain_run.train.accumulates = False
         super().advance(data_fetcher)
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing where SIGTERM is handled by the run, which asks in its own collective."""
+        if not self.brain_run.termination.handles_sigterm:
+            super()._broadcast_sigterm_tensor()
 
     def _should_accumulate(self) -> bool:
         """Whether the Brain made no update: loggers count updates, and log after one."""

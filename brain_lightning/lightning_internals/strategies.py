@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
@@ -150,6 +153,25 @@ def disable_synchronization(module: LightningModule) -> None:
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(module, names)
+
+
+def leave_on(module: LightningModule, device: torch.device) -> bool:
+    """Lets a module know its device, if all of it is there.
+
+    To move ten thousand tensors to where they are takes as long as a step of them.
+
+    Args:
+        module: The module.
+        device: Where a strategy moves it to.
+
+    Returns:
+        Whether there is nothing to move.
+    """
+    tensors = chain(module.parameters(), module.buffers())
+    is_there = all(tensor.device == device for tensor in tensors)
+    if is_there:
+        _update_properties(module, device=device)
+    return is_there
 
 
 def shards_training_data(trainer: Trainer) -> bool:

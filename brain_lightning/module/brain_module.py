@@ -25,6 +25,7 @@ from brain_lightning.fsdp2.shard import check_sharded
 from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_path
 from brain_lightning.lightning_internals.loggers import log_step_metrics
 from brain_lightning.lightning_internals.loops import fit_loop_of
+from brain_lightning.lightning_internals.strategies import leave_on
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.loggers.hyperparameters import hyperparameters
 from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
@@ -280,7 +281,8 @@ class BrainModule(LightningModule):
         train = self.run.train
         if trainer.loggers and not train.accumulates:
             log_step_metrics(trainer)
-        end_when_profiled(trainer, self.brain, train.batches)
+        if self.brain.profile_training:
+            end_when_profiled(trainer, self.brain, train.batches)
         train.end_batch()
         fit_loop_of(trainer).fetch_batch()
 
@@ -372,6 +374,13 @@ class BrainModule(LightningModule):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: a Brain zeroes its gradients itself, but not those of frozen optimizers."""
+
+    def to(self, *args: Any, **kwargs: Any) -> BrainModule:
+        """Moves the modules, unless a strategy wants them where they are."""
+        device = args[0] if len(args) == 1 and not kwargs else None
+        if isinstance(device, torch.device) and leave_on(self, device):
+            return self
+        return super().to(*args, **kwargs)
 
     def cpu(self) -> BrainModule:
         """Nothing: a Brain stays on its device after a run."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 from lightning.pytorch import Trainer
 
@@ -52,7 +53,7 @@ def check_trainer_arguments(names: Iterable[str]) -> None:
     Raises:
         RunOptionError: One is unknown.
     """
-    check_names("Trainer argument", names, list(inspect.signature(Trainer).parameters))
+    check_names("Trainer argument", names, list(_parameters()))
 
 
 def trainer_help() -> str:
@@ -64,7 +65,7 @@ def trainer_help() -> str:
     """
     texts = documented(Trainer.__init__, "Args")
     lines = textwrap.wrap(INTRODUCTION, WIDTH)
-    for name, parameter in inspect.signature(Trainer).parameters.items():
+    for name, parameter in _parameters().items():
         text = texts.get(name, "")
         # Many have None for a default that only the documentation gives.
         default = re.search(r"Default: ``(.+?)``", text)
@@ -72,6 +73,11 @@ def trainer_help() -> str:
         lines += _indented(_first_sentence(text), "    ")
         lines += _indented(WITH_A_BRAIN.get(name, ""), "  > ")
     return "\n".join(lines)
+
+
+@cache
+def _parameters() -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(Trainer).parameters
 
 
 def _indented(text: str, first: str) -> list[str]:

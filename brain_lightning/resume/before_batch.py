@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from brain_lightning.checkpoints.async_save import on_host
 from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import is_shard, like
-from brain_lightning.protocol import BrainProtocol
-from brain_lightning.step.optimizers import all_optimizers, parameters_of
+from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
+from brain_lightning.step.optimizers import all_optimizers
 from brain_lightning.step.trained_parts import Switches, switches
 
 from .epoch_statistics import EpochStatistics
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # What a Brain counts in one TRAIN stage, and a validation overwrites.
 COUNTS = ("step", "avg_train_loss", "nonfinite_count")
+COUNTS_OF_BATCH = (*COUNTS, "optimizer_step")
 
 
 class BeforeBatch:
@@ -44,6 +45,7 @@ class BeforeBatch:
         brain: The Brain that trains.
 
     Attributes:
+        is_one_of_several: Whether there are other processes.
         is_whole: Whether everything was copied.
         counts: Of the Brain, by name.
         synchronizes: See ``process_state``.
@@ -55,6 +57,7 @@ class BeforeBatch:
 
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
+        self.is_one_of_several = False
         self.is_whole = False
         self.counts: State = {}
         self.synchronizes: list[bool] = []
@@ -70,9 +73,10 @@ class BeforeBatch:
 
     def count(self) -> None:
         """Keeps the counts before a batch."""
-        own = self._brain.__dict__
-        self.counts = {name: own[name] for name in (*COUNTS, "optimizer_step")}
-        self.synchronizes = synchronizes(self._brain)
+        own = vars(self._brain)
+        self.counts = {name: own[name] for name in COUNTS_OF_BATCH}
+        if self.is_one_of_several:
+            self.synchronizes = synchronizes(self._brain)
 
     def copy(self, statistics: EpochStatistics) -> None:
         """Copies everything that changes before a step.
@@ -206,8 +210,8 @@ def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None
 
 
 def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
-    """Also those that a recipe has as an attribute, and steps itself."""
-    own = {name: v for name, v in vars(brain).items() if isinstance(v, Optimizer)}
+    """Also those that a recipe keeps by itself, and steps itself, by their names in a file."""
+    own = {name.removeprefix("self."): each for name, each in optimizers_of(brain)}
     return {**own, **all_optimizers(brain)}
 
 

@@ -163,13 +163,13 @@ class RunProgress:
             )
         if epoch is not None and epoch["stage_random"]:
             set_random_state(epoch["stage_random"])
-        is_end = self.resumed_phase is Phase.TRAIN_OVER
-        is_end = is_end or (epoch is None and not recovered_batches(loader))
-        if self.has_recovered_counts and is_end:
+        starts = epoch is None and not recovered_batches(loader)
+        if self.has_recovered_counts and (starts or self.resumed_phase is Phase.TRAIN_OVER):
             # They are those of the end of TRAIN.
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)
+        self.before.is_one_of_several = world_size() > 1
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """The batches of the epoch that has begun, from its position on.
@@ -181,7 +181,7 @@ class RunProgress:
             The batches.
         """
         self._begin_batches()
-        yield from self.position.batches(loader)
+        yield from self.position.begin(loader)
 
     def start_by_recipe(self) -> None:
         """Starts a TRAIN stage of which the recipe has written the loop itself."""

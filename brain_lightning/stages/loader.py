@@ -76,7 +76,5 @@ class StageLoader:
         return self
 
     def __next__(self) -> Any:
-        if not self.fetch():
-            raise StopIteration
         batch, self._ahead = self._ahead, _NOTHING
-        return batch
+        return next(self._pass) if batch is _NOTHING else batch

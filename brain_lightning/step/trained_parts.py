@@ -24,7 +24,10 @@ def switches(brain: BrainProtocol) -> Switches:
         ``requires_grad`` of each parameter, and ``track_running_stats`` of each norm, by
         names that are the same where modules are wrapped or compiled.
     """
-    return {name: getattr(owner, attribute) for name, owner, attribute in _switches(brain)}
+    return {
+        plain_name(name, brain): getattr(owner, attribute)
+        for name, owner, attribute in _switches(brain)
+    }
 
 
 class TrainedParts:
@@ -42,8 +45,12 @@ class TrainedParts:
         self.remember()
 
     def remember(self) -> None:
-        """Remembers what is trained now."""
-        self._first = switches(self._brain)
+        """Remembers what is not trained now: the rest, nearly all, is found by looking."""
+        self._frozen = {
+            plain_name(name, self._brain)
+            for name, owner, attribute in _switches(self._brain)
+            if not getattr(owner, attribute)
+        }
 
     def changed(self, now: Switches) -> Switches:
         """What is other than at first.
@@ -51,8 +58,7 @@ class TrainedParts:
         Args:
             now: From ``switches``.
         """
-        first = self._first
-        return {name: value for name, value in now.items() if first.get(name, True) != value}
+        return {name: on for name, on in now.items() if on == (name in self._frozen)}
 
     def restore(self, changed: Mapping[str, bool]) -> None:
         """Restores what had changed when the run was saved.
@@ -61,13 +67,14 @@ class TrainedParts:
             changed: From ``changed``.
         """
         for name, owner, attribute in _switches(self._brain):
-            if name in changed:
-                setattr(owner, attribute, changed[name])
+            if (plain := plain_name(name, self._brain)) in changed:
+                setattr(owner, attribute, changed[plain])
 
 
 def _switches(brain: BrainProtocol) -> Iterator[tuple[str, Any, str]]:
+    """Each switch: its name as the modules have it, its owner and its attribute."""
     for name, parameter in brain.modules.named_parameters():
-        yield plain_name(f"{name}.requires_grad", brain), parameter, "requires_grad"
+        yield f"{name}.requires_grad", parameter, "requires_grad"
     for name, module in brain.modules.named_modules():
-        if hasattr(module, attribute := "track_running_stats"):
-            yield plain_name(f"{name}.{attribute}", brain), module, attribute
+        if (attribute := "track_running_stats") in vars(module):
+            yield f"{name}.{attribute}", module, attribute
