@@ -10,14 +10,14 @@ from __future__ import annotations
 import inspect
 import logging
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
 from torch import GradScaler, Tensor
-from torch.nn import ModuleDict
+from torch.nn import ModuleDict, Parameter
 from torch.optim import Optimizer
 
 from .errors import BrainTypeError, UnsupportedError
@@ -58,6 +58,8 @@ class LightningSettings:
         trainer_of_parts: For all parts of fit that a script calls outside of any fit, so that
             limits count over them.
         ddp_arguments: Arguments of a Trainer's strategy for ``DistributedDataParallel``.
+        flags: What all processes share of the batch in hand, while there is a run
+            (``distributed.batch_flags.BatchFlags``).
         sharding: How a Trainer's strategy shards modules (``fsdp2.sharding.Sharding``); None
             for DistributedDataParallel.
         progress: The run option.
@@ -80,6 +82,7 @@ class LightningSettings:
     set_name: str = ""
     trainer_of_parts: Any = None
     ddp_arguments: Mapping[str, Any] = field(default_factory=dict)
+    flags: Any = None
     sharding: Any = None
     progress: str = "auto"
     progress_interval: float = 10
@@ -359,6 +362,27 @@ def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
         brain: The Brain.
     """
     return getattr(getattr(brain, "hparams", None), "__dict__", {})
+
+
+def optimizers_of(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
+    """The optimizers that a Brain and its hparams have, with the expressions for them.
+
+    Args:
+        brain: The Brain, which may keep one in several places.
+    """
+    for owner, values in {"self": vars(brain), "hparams": hparams_of(brain)}.items():
+        for name, value in values.items():
+            if isinstance(value, Optimizer):
+                yield f"{owner}.{name}", value
+            elif isinstance(value, dict):
+                for key, each in value.items():
+                    if isinstance(each, Optimizer):
+                        yield f"{owner}.{name}[{key!r}]", each
+
+
+def parameters_of(optimizer: Optimizer) -> list[Parameter]:
+    """All parameters of an optimizer, over all its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def is_explicit(brain: object, option: str) -> bool:

@@ -18,6 +18,7 @@ from brain_lightning.errors import NonFiniteLossError
 from brain_lightning.stage import Stage
 from brain_lightning.stages import interval_checkpoints as interval
 from brain_lightning.step.compile import compile_modules
+from brain_lightning.step.losses import evaluation_loss
 from brain_lightning.step.older_api import check_gradients, zero_grad_of_optimizer
 from brain_lightning.step.optimizers import split_vectors_from_weight_decay
 from brain_lightning.step.update import RawUpdate, fit_batch, optimizers_step
@@ -177,7 +178,6 @@ class Brain(FitAndEvaluate, BrainBase):
         """
         return fit_batch(self, batch, RawUpdate(self))
 
-    @torch.no_grad()
     def evaluate_batch(self, batch: Any, stage: Stage) -> Any:
         """Evaluates one batch.
 
@@ -188,10 +188,7 @@ class Brain(FitAndEvaluate, BrainBase):
         Returns:
             The detached loss.
         """
-        with self.evaluation_ctx:
-            out = self.compute_forward(batch, stage=stage)
-            loss = self.compute_objectives(out, batch, stage=stage)
-        return loss.detach().cpu()
+        return evaluation_loss(self, batch, stage).cpu()
 
     def check_loss_isfinite(self, loss: Tensor) -> None:
         """Counts losses that are not finite.

@@ -151,7 +151,7 @@ class BrainCallback(Callback):
         self._begin_log()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles signals to end, where there is something to save with."""
+        """Handles signals to end, where one can save or there are several processes."""
         self._side.resume_after_loading()
         if self._detects_anomalies:
             # By detect_anomaly around the run, which Lightning has just switched off.
@@ -159,7 +159,8 @@ class BrainCallback(Callback):
         requeues = requeue_signal(trainer)
         if requeues is not None:
             self.run.termination.install(requeues, is_lightning_handler)
-        if requeues is not None or self.run.saves:
+        # Where there are several, Lightning's handler would ask the others in each batch.
+        if requeues is not None or self.run.saves or trainer.world_size > 1:
             self.run.termination.install(signal.SIGTERM, is_lightning_handler)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -31,7 +31,7 @@ from torch.optim.optimizer import (
 
 from brain_lightning.brain.brain import Brain
 from brain_lightning.brain.patch import patch_speechbrain
-from brain_lightning.step.optimizers import parameters_of
+from brain_lightning.protocol import parameters_of
 
 from .script import run_recipe, run_script
 

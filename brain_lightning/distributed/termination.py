@@ -53,19 +53,28 @@ class Termination:
         """Whether SIGTERM is handled here."""
         return signal.SIGTERM in self._previous
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether a signal is handled here."""
+        return bool(self._previous)
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether this process received one of the signals, and has not acted upon it."""
+        return bool(self._received)
+
     def requested(self, device: str) -> int | None:
-        """The signal to act upon, the same in all processes; None where none received one.
+        """The signal to act upon, where a process ``is_requested``; the same in all of them.
 
         Args:
             device: The device that processes communicate from.
         """
-        if not self._previous or not on_any_rank(bool(self._received), device):
-            return None
-        return next(
+        found = (
             signum
             for signum in self._previous
             if on_any_rank(signum in self._received, device)
         )
+        return next(found, None)
 
     def forget(self, signum: int) -> None:
         """Records that a signal was acted upon, and that the run goes on.

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from brain_lightning.compat.versions import FSDPModule
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.protocol import BrainProtocol, hparams_of
+from brain_lightning.protocol import BrainProtocol, optimizers_of
 
 from .hooks import synchronize_buffers
 from .sharding import Sharding
@@ -110,20 +110,6 @@ def release(brain: BrainProtocol) -> None:
                     "they are in shards again: copy them first, .clone().numpy()"
                 )
         module.reshard()
-
-
-def optimizers_of(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
-    """The optimizers that a Brain and its hparams have, with the expressions for them.
-
-    Args:
-        brain: The Brain.
-    """
-    for owner, values in {"self": vars(brain), "hparams": hparams_of(brain)}.items():
-        for name, value in values.items():
-            found: dict[str, Any] = value if isinstance(value, dict) else {"": value}
-            for key, each in found.items():
-                if isinstance(each, Optimizer):
-                    yield f"{owner}.{name}" + (f"[{key!r}]" if key else ""), each
 
 
 class _Changes:

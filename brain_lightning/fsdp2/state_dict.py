@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from brain_lightning.protocol import parameters_of
+
 from .tensors import is_shard, like, on_main
 
 _watched: WeakSet[Optimizer] = WeakSet()
@@ -54,7 +56,7 @@ def save_whole_optimizers(objects: Iterable[object]) -> list[Optimizer]:
     for each in objects:
         if not isinstance(each, Optimizer) or each in _watched:
             continue
-        if any(map(is_shard, _parameters(each))):
+        if any(map(is_shard, parameters_of(each))):
             _watched.add(each)
             each.register_state_dict_post_hook(_gather_state)
             each.register_load_state_dict_pre_hook(_shard_state)
@@ -108,10 +110,6 @@ def as_shards() -> Iterator[None]:
         yield
     finally:
         _as_shards.pop()
-
-
-def _parameters(optimizer: Optimizer) -> Iterable[Any]:
-    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _gather(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -169,7 +167,7 @@ def parameters_by_index(optimizer: Optimizer, state: dict[str, Any]) -> dict[Any
         state: The state.
     """
     saved = [index for group in state["param_groups"] for index in group["params"]]
-    return dict(zip(saved, _parameters(optimizer), strict=False))
+    return dict(zip(saved, parameters_of(optimizer), strict=False))
 
 
 def _shard_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from brain_lightning.compat.versions import REDUCES_UNUSED, SHARDS
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import UnsupportedError
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
 
 from .blocks import blocks, drops_layers, units
-from .evaluate import is_sharded, optimizers_of
+from .evaluate import is_sharded
 from .hooks import gathered_of
 from .meta import check_resets
 from .sharding import AUTO, Sharding
@@ -103,20 +103,31 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
         )
     entries = {name: module for name, module in brain.modules.items() if module is not None}
     _check_shared(entries)
+    inside: dict[Module, list[Module]] = {}
     for name, module in entries.items():
         _check_settings(name, module, sharding)
-        check_resets(name, module)
-        _check_parts(name, module)
         for unit in units(module):
             _check_unused(brain, unit)
-            _check_tied(name, unit, sharding)
-            _check_types(name, unit, sharding)
+        # What is sharded was looked through before it was.
+        if not is_sharded(module):
+            inside |= _check_entry(name, module, sharding)
     # An entry that is sharded has another class.
     if not any(map(is_sharded, entries.values())):
-        _check_names([unit for module in entries.values() for unit in units(module)], sharding)
+        _check_names(inside, sharding)
     for parameter in brain.modules.parameters():
         if not is_shard(parameter):
             _replaced[parameter] = True
+
+
+def _check_entry(name: str, module: Module, sharding: Sharding) -> dict[Module, list[Module]]:
+    """Refuses an entry that cannot be sharded; its units, with their blocks."""
+    check_resets(name, module)
+    _check_parts(name, module)
+    inside = {unit: blocks(unit, sharding.blocks) for unit in units(module)}
+    for unit, inner in inside.items():
+        _check_tied(name, unit, inner)
+        _check_types(name, unit, inner)
+    return inside
 
 
 def _check_parts(name: str, module: Module) -> None:
@@ -134,9 +145,9 @@ def _check_parts(name: str, module: Module) -> None:
             )
 
 
-def _check_tied(name: str, unit: Module, sharding: Sharding) -> None:
+def _check_tied(name: str, unit: Module, inner: list[Module]) -> None:
     """Refuses a block that shares a parameter outward: some torch unties it, others fail."""
-    for block in blocks(unit, sharding.blocks):
+    for block in inner:
         own, inside = {id(p): n for n, p in block.named_parameters()}, {*block.modules()}
         for path, part in unit.named_modules():
             for key, parameter in part.named_parameters(recurse=False):
@@ -231,7 +242,7 @@ def check_first_steps(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> 
         if optimizer not in pending:
             return
         pending.remove(optimizer)
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = set(map(id, parameters_of(optimizer)))
         for name, module in brain.modules.items():
             # Not as a condition: what is compiled has no length.
             if module is not None:
@@ -280,10 +291,10 @@ def _check_unused(brain: BrainProtocol, unit: Module) -> None:
         )
 
 
-def _check_types(name: str, unit: Module, sharding: Sharding) -> None:
+def _check_types(name: str, unit: Module, inner: list[Module]) -> None:
     """Refuses what is gathered together and has different types."""
     taken: set[int] = set()
-    for group in (*blocks(unit, sharding.blocks), unit):
+    for group in (*inner, unit):
         own = [p for p in group.parameters() if id(p) not in taken]
         taken |= set(map(id, own))
         types = sorted({str(p.dtype).removeprefix("torch.") for p in own})
@@ -295,9 +306,9 @@ def _check_types(name: str, unit: Module, sharding: Sharding) -> None:
             )
 
 
-def _check_names(units: list[Module], sharding: Sharding) -> None:
+def _check_names(inside: dict[Module, list[Module]], sharding: Sharding) -> None:
     """Refuses names of classes and of methods that no module has."""
-    parts = [part for unit in units for part in unit.modules()]
+    parts = [part for unit in inside for part in unit.modules()]
     classes = sorted({type(p).__name__ for p in parts if any(True for _ in p.parameters())})
     for name in () if sharding.blocks == AUTO else sharding.blocks:
         if name not in classes:
@@ -305,7 +316,7 @@ def _check_names(units: list[Module], sharding: Sharding) -> None:
                 f"FSDP2Strategy(blocks=[{name!r}]): no module with parameters is of that "
                 f"class; there are {', '.join(classes)}"
             )
-    gathered = [*units, *(b for unit in units for b in blocks(unit, sharding.blocks))]
+    gathered = [*inside, *(block for inner in inside.values() for block in inner)]
     for name in sharding.methods:
         if not any(_has_method(module, name) for module in gathered):
             raise UnsupportedError(
@@ -342,7 +353,7 @@ def check_optimizers(brain: BrainProtocol) -> None:
     if not _replaced:
         return
     for name, optimizer in optimizers_of(brain):
-        if any(p in _replaced for group in optimizer.param_groups for p in group["params"]):
+        if any(p in _replaced for p in parameters_of(optimizer)):
             raise UnsupportedError(
                 f"{name} was made before the modules were sharded, and would train nothing: "
                 "make it in init_optimizers, or after self._wrap_distributed() where an entry "

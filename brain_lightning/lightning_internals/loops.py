@@ -169,6 +169,11 @@ class BrainEpochLoop(_TrainingEpochLoop):
         self.brain_run.train.accumulates = False
         super().advance(data_fetcher)
 
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing where SIGTERM is handled by the run, which asks in its own collective."""
+        if not self.brain_run.termination.handles_sigterm:
+            super()._broadcast_sigterm_tensor()
+
     def _should_accumulate(self) -> bool:
         """Whether the Brain made no update: loggers count updates, and log after one."""
         return self.brain_run.train.accumulates

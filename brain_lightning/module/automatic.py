@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step import update as updates
+from brain_lightning.step.losses import TrainingLoss, training_loss
 from brain_lightning.step.optimizer_group import OptimizerGroup
 
 from .brain_module import BrainModule
@@ -23,7 +24,7 @@ class AutomaticModule(BrainModule):
     def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
         super().__init__(brain, **kwargs)
         self._batch: Any = None
-        self._training_loss: updates.TrainingLoss | None = None
+        self._training_loss: TrainingLoss | None = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Keeps the batch: Lightning passes only a closure to ``optimizer_step``."""
@@ -58,16 +59,16 @@ class AutomaticModule(BrainModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """``compute_forward`` and ``compute_objectives`` at Stage.TRAIN."""
-        self._training_loss = updates.training_loss(self.brain, batch)
+        self._training_loss = training_loss(self.brain, batch)
         return self._training_loss.scaled
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The backward pass, unless the loss is not finite."""
-        if self.training_loss.finite:
-            super().backward(loss, *args, **kwargs)
+        backward = super().backward
+        self.training_loss.backward(lambda: backward(loss, *args, **kwargs))
 
     @property
-    def training_loss(self) -> updates.TrainingLoss:
+    def training_loss(self) -> TrainingLoss:
         """What ``training_step`` found in this batch."""
         assert self._training_loss is not None
         return self._training_loss
@@ -107,7 +108,7 @@ class _TrainerUpdate(updates.DirectUpdate):
         super().__init__(module.brain, module.stepping, module.stepped)
         self._module, self._optimizer, self._closure = module, optimizer, closure
 
-    def compute_gradients(self, batch: Any) -> updates.TrainingLoss:
+    def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Lightning's closure: ``training_step``, then the backward pass."""
         self._closure()
         self.result = self._module.training_loss

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import is_shard, like
-from brain_lightning.protocol import BrainProtocol
-from brain_lightning.step.optimizers import all_optimizers, parameters_of
+from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
+from brain_lightning.step.optimizers import all_optimizers
 from brain_lightning.step.trained_parts import Switches, switches
 
 from .epoch_statistics import EpochStatistics
@@ -209,8 +209,8 @@ def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None
 
 
 def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
-    """Also those that a recipe has as an attribute, and steps itself."""
-    own = {name: v for name, v in vars(brain).items() if isinstance(v, Optimizer)}
+    """Also those that a recipe keeps by itself, and steps itself, by their names in a file."""
+    own = {name.removeprefix("self."): each for name, each in optimizers_of(brain)}
     return {**own, **all_optimizers(brain)}
 
 

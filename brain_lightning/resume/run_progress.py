@@ -162,9 +162,8 @@ class RunProgress:
             self.position.resume(state, loader)
         if epoch is not None and epoch["stage_random"]:
             set_random_state(epoch["stage_random"])
-        is_end = self.resumed_phase is Phase.TRAIN_OVER
-        is_end = is_end or (epoch is None and not recovered_batches(loader))
-        if self.has_recovered_counts and is_end:
+        starts = epoch is None and not recovered_batches(loader)
+        if self.has_recovered_counts and (starts or self.resumed_phase is Phase.TRAIN_OVER):
             # They are those of the end of TRAIN.
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}

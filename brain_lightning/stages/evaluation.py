@@ -11,11 +11,15 @@ import torch
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.fsdp2.evaluate import gathered
 from brain_lightning.phase import Phase
+from brain_lightning.protocol import has_own
 from brain_lightning.stage import Stage
+from brain_lightning.step.losses import evaluation_loss
+from brain_lightning.step.precision import device_type
 
 from . import sharded_evaluation as sharding
 from .base import RunStage
 from .error_context import with_error_context
+from .running_average import RunningAverage
 
 if TYPE_CHECKING:
     from .run import Run
@@ -25,20 +29,29 @@ class EvaluationStage(RunStage):
     """VALID or TEST. Of several loaders, each is a stage.
 
     Attributes:
-        average: The average loss of the stage that is running or ran last.
         averages: Those of the stages that are over, one for each loader.
         is_part: Whether the recipe runs it, by ``_fit_valid``, rather than the Trainer.
     """
 
-    average = 0.0
     averages: Sequence[float] = ()
     is_part = False
     _position = 0
+    _waits_for_losses = True
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         # Where modules are sharded, from after on_stage_start until after on_stage_end.
         self._gathered = ExitStack()
+        self._running_average = RunningAverage(self.brain)
+
+    @property
+    def average(self) -> float:
+        """The average loss of the stage that is running or ran last."""
+        return self._running_average.value()
+
+    @average.setter
+    def average(self, value: float) -> None:
+        self._running_average.restart(value)
 
     def close(self) -> None:
         """See ``RunStage.close``."""
@@ -78,12 +91,15 @@ class EvaluationStage(RunStage):
             batch: What the loader gave.
 
         Returns:
-            The detached loss.
+            The detached loss; of the default ``evaluate_batch`` on the Brain's device.
         """
         brain = self.brain
         brain.step += 1
-        loss = brain.evaluate_batch(batch, stage=self.brain_stage)
-        self.average = brain.update_average(loss, self.average)
+        if self._waits_for_losses:
+            loss = brain.evaluate_batch(batch, stage=self.brain_stage)
+        else:
+            loss = evaluation_loss(brain, batch, self.brain_stage)
+        self._running_average.update(loss)
         self._after_batch()
         return loss
 
@@ -101,8 +117,14 @@ class EvaluationStage(RunStage):
             self.brain.step = 0
         with torch.set_grad_enabled(self.run.grad_enabled):
             self.brain.on_stage_start(self.brain_stage, self.epoch)
+        self._waits_for_losses = self._must_wait()
         self.brain.modules.eval()
         self.gather()
+
+    def _must_wait(self) -> bool:
+        """Whether a loss is needed at once, or is there at once."""
+        overridden = any(has_own(self.brain, h) for h in ("evaluate_batch", "update_average"))
+        return overridden or device_type(self.brain.device) == "cpu"
 
     def gather(self) -> None:
         """Makes weights that are in shards whole until the stage, or the run, is over."""

@@ -6,8 +6,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from brain_lightning.distributed.communication import ddp_broadcast
-from brain_lightning.protocol import BrainProtocol, is_explicit
+from brain_lightning.distributed.communication import ddp_broadcast, if_main_process
+from brain_lightning.protocol import BrainProtocol, has_own, is_explicit
 
 if TYPE_CHECKING:
     from .run import Run
@@ -29,20 +29,29 @@ class IntervalCheckpoints:
         self._run = run
         self._restart()
 
-    def after_step(self) -> None:
-        """Saves if the interval is over; called once per batch."""
+    def is_time(self) -> bool:
+        """Whether the first process's clock says that it is time to save."""
+        return is_over(self._run.brain, self._since) and if_main_process()
+
+    def after_step(self, is_time: bool) -> None:
+        """Saves if the interval is over; called once per batch.
+
+        Args:
+            is_time: ``is_time`` of the first process.
+        """
         self._steps += 1
-        if self._is_due():
+        if self._is_due(is_time):
             self._run.save_within_epoch()
             self._restart()
 
-    def _is_due(self) -> bool:
-        brain = self._run.brain
-        if brain.checkpointer is not None:
+    def _is_due(self, is_time: bool) -> bool:
+        brain, method = self._run.brain, "_should_save_intra_epoch_ckpt"
+        if brain.checkpointer is None:
+            if not self._run.trainer.saves or not is_asked_for(brain):
+                return False
+        elif has_own(brain, method):
             return brain._should_save_intra_epoch_ckpt(self._since, self._steps)
-        if not self._run.trainer.saves or not is_asked_for(brain):
-            return False
-        return is_due(brain, self._since, self._steps)
+        return is_time or 0 < brain.ckpt_interval_steps <= self._steps
 
     def _restart(self) -> None:
         self._since = time.time()
@@ -59,6 +68,16 @@ def is_asked_for(brain: BrainProtocol) -> bool:
     return any(is_explicit(brain, option) and getattr(brain, option) > 0 for option in options)
 
 
+def is_over(brain: BrainProtocol, last_ckpt_time: float) -> bool:
+    """Whether ``ckpt_interval_minutes`` are over, by the clock of this process.
+
+    Args:
+        brain: The Brain in training.
+        last_ckpt_time: When the last one was saved, in seconds.
+    """
+    return 0 < brain.ckpt_interval_minutes < (time.time() - last_ckpt_time) / 60
+
+
 def is_due(brain: BrainProtocol, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
     """Whether it is time to save (``speechbrain.Brain._should_save_intra_epoch_ckpt``).
 
@@ -73,8 +92,7 @@ def is_due(brain: BrainProtocol, last_ckpt_time: float, steps_since_ckpt: int) -
     minutes, steps = brain.ckpt_interval_minutes, brain.ckpt_interval_steps
     if minutes <= 0 and steps <= 0:
         return False
-    elapsed = (time.time() - last_ckpt_time) / 60
-    due = 0 < minutes < elapsed or 0 < steps <= steps_since_ckpt
+    due = is_over(brain, last_ckpt_time) or 0 < steps <= steps_since_ckpt
     return bool(ddp_broadcast(due))
 
 

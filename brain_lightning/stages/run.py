@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from brain_lightning.distributed.batch_flags import BatchFlags
+from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.distributed.termination import EXIT_STATUS, Termination
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
@@ -91,6 +93,7 @@ class Run:
         current: The stage that is running or ran last.
         trainer: The Trainer's side, from ``begin`` on.
         parts: Its stages one by one; None where it does not fit.
+        flags: What all processes share of a training batch.
         termination: Handles SIGTERM, and the signal that the job is requeued by.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers that the stages found.
@@ -121,6 +124,7 @@ class Run:
         self.current: RunStage = self.train
         self.metrics = Metrics(lambda: self.current.kind)
         self.termination = Termination()
+        self.flags = BatchFlags(self._flags)
         self.interrupt: KeyboardInterrupt | None = None
         self.temporary = TemporaryAttributes()
         # The error that was located last, by its id: it must not be kept.
@@ -153,6 +157,11 @@ class Run:
         """
         self.trainer = self.run_state.trainer = trainer
         self._running.append(self)
+        self.temporary.set(self.brain._lightning, "flags", self.flags)
+
+    def _flags(self) -> tuple[bool, bool]:
+        """Of this process: whether it is to end, and whether it is time to save."""
+        return self.termination.is_requested, self.train.is_time_to_save()
 
     def close(self) -> None:
         """Ends the run, and every pass over data."""
@@ -196,7 +205,18 @@ class Run:
             self.run_state.cut_short()
 
     def end_if_terminated(self) -> None:
-        """Saves and ends the process after a signal to do so; called between two batches.
+        """Asks all processes for a signal to end, and does so; called between two batches.
+
+        Raises:
+            SystemExit: See ``terminate``.
+        """
+        if self.termination.is_installed and on_any_rank(
+            self.termination.is_requested, self.brain.device
+        ):
+            self.terminate()
+
+    def terminate(self) -> None:
+        """Saves and ends the process after a signal to do so.
 
         Without success in requeuing its job it goes on.
 

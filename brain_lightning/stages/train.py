@@ -183,9 +183,15 @@ class TrainStage(RunStage):
         """Counts a batch of which every callback has heard; may save, or end the run."""
         self.windows += not self.accumulates
         self.run_state.end_batch()
+        is_terminated, is_time_to_save = self.run.flags.take(self.brain.device)
         if not self._is_debugged():
-            self._checkpoints.after_step()
-            self.run.end_if_terminated()
+            self._checkpoints.after_step(is_time_to_save)
+            if is_terminated:
+                self.run.terminate()
+
+    def is_time_to_save(self) -> bool:
+        """Whether a checkpoint within the epoch is due, by the clock of the first process."""
+        return self.is_running and self._checkpoints.is_time()
 
     def fetch(self) -> bool:
         """Fetches the next batch.

@@ -11,10 +11,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from brain_lightning.fsdp2.evaluate import release
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, parameters_of
 
 from .compile import plain_name
-from .optimizers import all_optimizers, parameters_of
+from .optimizers import all_optimizers
 
 # In a saved parameter group: the names of its parameters.
 NAMES = "brain_lightning_names"

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from brain_lightning.errors import CheckpointError, UnsupportedError
 from brain_lightning.fsdp2.state_dict import save_whole_optimizers
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, parameters_of
 
 from .initial_groups import InitialGroups
-from .optimizers import all_optimizers, parameters_of
+from .optimizers import all_optimizers
 
 
 class GroupView(ChainMap[str, Any]):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 
-from brain_lightning.protocol import BrainProtocol
+from brain_lightning.protocol import BrainProtocol, optimizers_of
 
 
 def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
@@ -30,14 +30,14 @@ def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
 
 
 def has_optimizer(brain: BrainProtocol) -> bool:
-    """Whether a Brain has an optimizer, if only as an attribute that it steps itself.
+    """Whether a Brain has an optimizer, if only one that it steps itself.
 
     Args:
         brain: The Brain after ``init_optimizers``.
     """
     if brain.optimizers_dict or all_optimizers(brain):
         return True
-    return any(isinstance(value, Optimizer) for value in vars(brain).values())
+    return any(True for _ in optimizers_of(brain))
 
 
 def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
@@ -52,11 +52,6 @@ def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
     if brain.optimizers_dict is not None:
         return brain.freeze_optimizers(brain.optimizers_dict)
     return all_optimizers(brain)
-
-
-def parameters_of(optimizer: Optimizer) -> list[Parameter]:
-    """All parameters of an optimizer, over all its groups."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:

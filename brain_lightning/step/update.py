@@ -8,81 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
-from brain_lightning.distributed.communication import on_all_ranks
-from brain_lightning.errors import BrainTypeError
 from brain_lightning.fsdp2.tensors import is_finite
-from brain_lightning.protocol import BrainProtocol, has_own
+from brain_lightning.protocol import BrainProtocol, parameters_of
 
-from .optimizers import active_optimizers, has_optimizer, parameters_of
+from .losses import TrainingLoss, training_loss
+from .optimizers import active_optimizers, has_optimizer
 from .valid_step import count_valid_step
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingLoss(NamedTuple):
-    """What one training batch gave.
-
-    Attributes:
-        outputs: What ``compute_forward`` returned.
-        loss: What ``compute_objectives`` returned, one number.
-        scaled: The same, divided by the accumulation factor and scaled for fp16.
-        finite: Whether it may have a backward pass.
-    """
-
-    outputs: Any
-    loss: Tensor
-    scaled: Tensor
-    finite: bool
-
-
-def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
-    """The forward pass of a training batch, and the check of its loss.
-
-    Args:
-        brain: The Brain in training.
-        batch: What the loader gave.
-
-    Returns:
-        The loss and what belongs to it.
-
-    Raises:
-        BrainTypeError: ``compute_objectives`` returned anything but one number
-            in a tensor.
-    """
-    stage = brain._lightning.stage_type.TRAIN
-    with brain.training_ctx:
-        outputs = brain.compute_forward(batch, stage)
-        loss = brain.compute_objectives(outputs, batch, stage)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise BrainTypeError(
-            f"{type(brain).__name__}.compute_objectives must return a tensor with one "
-            f"number to minimize, got {_describe(loss)}: reduce the loss, for example "
-            "with .mean(), or override fit_batch"
-        )
-    factor = brain.grad_accumulation_factor
-    scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
-    mine = isfinite(scaled.item())
-    # The others would wait forever for a rank that has no gradients.
-    finite = on_all_ranks(mine, scaled.device)
-    # The default would only check a finite loss a second time.
-    if not finite or has_own(brain, "check_loss_isfinite"):
-        brain.check_loss_isfinite(scaled if finite or not mine else scaled * torch.nan)
-    return TrainingLoss(outputs, loss, scaled, finite)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r:.80}"
 
 
 def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
@@ -111,7 +51,7 @@ def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
     if should_step:
         update.step()
     update.end(batch, result, should_step)
-    return result.loss.detach().cpu()
+    return result.on_host()
 
 
 def optimizers_step(
@@ -213,8 +153,7 @@ class RawUpdate:
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Forward and backward pass of one batch."""
         self.result = result = training_loss(self._brain, batch)
-        if result.finite:
-            result.scaled.backward()  # type: ignore[no-untyped-call]
+        result.backward(result.scaled.backward)
         return result
 
     def step(self) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import chain
 
 from brain_lightning.distributed import ddp
 from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.state_dict import save_whole_optimizers
 from brain_lightning.fsdp2.unsupported import check_first_steps, check_optimizers
-from brain_lightning.protocol import BrainProtocol, overrides
-
-from .optimizers import all_optimizers
+from brain_lightning.protocol import BrainProtocol, optimizers_of, overrides
 
 
 def wrap_modules(brain: BrainProtocol) -> None:
@@ -52,6 +49,6 @@ def save_whole(brain: BrainProtocol) -> None:
         UnsupportedError: One was made before the modules were sharded.
     """
     check_optimizers(brain)
-    new = save_whole_optimizers(chain(vars(brain).values(), all_optimizers(brain).values()))
+    new = save_whole_optimizers(optimizer for _, optimizer in optimizers_of(brain))
     if brain._lightning.sharding is not None:
         check_first_steps(brain, new)

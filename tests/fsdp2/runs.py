@@ -26,7 +26,6 @@ from brain_lightning.fsdp2.tensors import is_shard
 from brain_lightning.protocol import BrainProtocol
 from tests.support.brains import Regression, dataset, trainer_with
 from tests.support.environment import import_speechbrain, seed_everything
-from tests.support.live_bytes import LiveBytes
 
 IN_YAML = """
 trainer:
@@ -222,26 +221,24 @@ class Wide(nn.Module):
         return x @ self.weight[:2].t()
 
 
-def one_by_one(device: str) -> tuple[list[list[int]], float]:
-    """When each of four entries was moved, and the most floats at once in a start."""
-    entries: dict[str, nn.Module] = {}
+def wide(device: str) -> tuple[dict[str, Wide], Any]:
+    """Four entries, and a Brain that has them."""
+    entries: dict[str, Wide] = {}
 
     def sharded() -> int:
         return sum(is_shard(entry.weight) for entry in entries.values())
 
     with torch.device(device):
         entries.update({name: Wide(sharded) for name in "abcd"})
-    brain = Regression(entries, adamw, {"trainer": fsdp2()}, RUN_OPTS)
-    live = LiveBytes()
+    return entries, Regression(dict(entries), adamw, {"trainer": fsdp2()}, RUN_OPTS)
 
-    def start() -> None:
-        with live:
-            type(brain).on_fit_start(brain)
 
-    vars(brain)["on_fit_start"] = start
+def one_by_one(device: str) -> list[list[int]]:
+    """When each of four entries was moved."""
+    entries, brain = wide(device)
     vars(brain)["compute_forward"] = lambda batch, _: brain.modules.a(batch[0])
     brain.fit(range(1), dataset(4))
-    return [entry.moves for entry in entries.values()], live.peak / 4 / ENTRY
+    return [entry.moves for entry in entries.values()]
 
 
 def from_the_cpu() -> Any:

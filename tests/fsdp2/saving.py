@@ -32,11 +32,12 @@ from brain_lightning import (
 )
 from brain_lightning.distributed.communication import ddp_barrier, if_main_process, world_size
 from brain_lightning.fsdp2.tensors import like, whole
-from brain_lightning.step.optimizers import parameters_of
+from brain_lightning.protocol import parameters_of
 from tests.parity.recipes import CLASSES, FEATURES, classifier, dataset
 from tests.parity.sides import OURS, SPEECHBRAIN
 from tests.support.brains import trainer_with
 from tests.support.environment import seed_everything  # First: SpeechBrain is importable.
+from tests.support.sharded import wholes
 
 STRATEGIES = ("ddp", "fsdp2")
 SAVERS = ("ours", "async", "speechbrain", "lightning")
@@ -171,7 +172,7 @@ def learned(brain: Any) -> Learned:
         state = brain.optimizer.state[parameter]
         found |= {f"{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     found["steps"] = torch.tensor(brain.optimizer_step)
-    return {n.replace(".module.", "."): whole(t.detach()).clone() for n, t in found.items()}
+    return {n.replace(".module.", "."): tensor for n, tensor in wholes(found).items()}
 
 
 def cut(

@@ -18,9 +18,11 @@ from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.strategy import move_to_parameters
 from brain_lightning.fsdp2.unsupported import check_offload
 from tests.support.brains import make
+from tests.support.live_bytes import LiveBytes
 from tests.support.processes import TORCHRUN, check_python
+from tests.support.sharded import fake_group_of_two
 
-from .runs import RUNS
+from .runs import ENTRY, RUNS, wide
 
 pytestmark = pytest.mark.skipif(not SHARDS, reason="torch 2.8 shards")
 SHARDED = [run.__name__ for run in RUNS if run.__name__ != "plain"]
@@ -89,13 +91,21 @@ def test_a_recipe_that_does_not_wrap_its_modules_is_refused(one: Any) -> None:
 
 
 @pytest.mark.parametrize("run", ["from_the_cpu", "from_the_meta_device"])
-def test_no_more_than_one_entry_is_whole_until_all_are_sharded(two: Any, run: str) -> None:
+def test_an_entry_is_moved_when_those_before_it_are_sharded(two: Any, run: str) -> None:
     for process in two:
-        moves, floats = process[run]
-        # When it is moved, those before it are sharded.
-        assert moves == [[0], [1], [2], [3]]
-        # Of four: their halves, one whole, and the buffer in which FSDP2 gathers it.
-        assert 4 <= floats < 4.01
+        assert process[run] == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_more_than_one_entry_is_whole_until_all_are_sharded(device: str) -> None:
+    with fake_group_of_two():
+        entries, brain = wide(device)
+        brain._lightning.sharding = Sharding()
+        with LiveBytes() as live:
+            brain.on_fit_start()
+    assert [entry.moves for entry in entries.values()] == [[0], [1], [2], [3]]
+    # Of four: their halves, one whole, and the buffer in which FSDP2 gathers it.
+    assert 4 <= live.peak / 4 / ENTRY < 4.01
 
 
 def test_a_brain_moves_its_modules_unless_they_are_going_to_be_sharded() -> None:

@@ -307,11 +307,17 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
 ) -> None:
     brain = with_model()
     brain.fit(range(1), loader(), trainer={"devices": 1})
+    looked_through: list[str] = []
+    monkeypatch.setattr(
+        unsupported, "check_resets", lambda name, _: looked_through.append(name)
+    )
     # Its optimizer is of whole parameters, and the next fit makes another one.
     brain.fit(range(1), loader(), trainer=sharded(FSDP2Strategy(methods=["score"])))
+    assert looked_through == ["model"]
     before = tensors.whole(brain.modules.model.output.weight).detach().clone()
     brain.fit(range(1), loader(), trainer=sharded(FSDP2Strategy(methods=["score"])))
     assert not torch.equal(before, tensors.whole(brain.modules.model.output.weight))
+    assert looked_through == ["model"]
     with pytest.raises(
         UnsupportedError, match=r"methods=\['score'\]\).*methods=\(\) needs a new"
     ):

@@ -27,10 +27,9 @@ from torch.utils.data import DataLoader
 
 import brain_lightning
 from brain_lightning.cli.verify_recorder import HOOKS
-from brain_lightning.fsdp2.tensors import whole
-from brain_lightning.protocol import TrainerDefaults
-from brain_lightning.step.optimizers import parameters_of
+from brain_lightning.protocol import TrainerDefaults, parameters_of
 from tests.support.environment import seed_everything
+from tests.support.sharded import wholes
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def tensors_of(brain: Any) -> dict[str, Tensor]:
             for index, parameter in enumerate(parameters_of(optimizer)):
                 state = optimizer.state.get(parameter, {})
                 found |= {f"{name}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    return {name: whole(tensor.detach()).clone() for name, tensor in found.items()}
+    return wholes(found)
 
 
 class TracedLoader(DataLoader):

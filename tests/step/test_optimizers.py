@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from brain_lightning import to_lightning
+from brain_lightning.resume.before_batch import parameters
+from brain_lightning.step.optimizers import has_optimizer
 from tests.parity.recipes import dataset
 from tests.parity.recipes import loader as traced
 from tests.parity.sides import OURS, SPEECHBRAIN, Record, Side, assert_equal, attach, run
@@ -94,3 +96,19 @@ def test_batches_of_the_default_fit_batch_count_too() -> None:
     trainer = trainer_with(max_steps=3, max_epochs=-1)
     trainer.fit(to_lightning(brain), loader(), loader())
     assert (trainer.global_step, brain.optimizer_step) == (3, 0)
+
+
+@pytest.mark.parametrize("place", ["attribute", "dict", "hparams"])
+def test_an_optimizer_is_found_wherever_a_recipe_keeps_it(place: str) -> None:
+    brain = make()
+    brain.opt_class = None
+    assert not has_optimizer(brain)
+    outside = nn.Parameter(torch.zeros(1))
+    found = torch.optim.SGD([outside], 0.1)
+    if place == "dict":
+        brain.own = {"adversary": found}
+    else:
+        (brain if place == "attribute" else brain.hparams).own = found
+    assert has_optimizer(brain)
+    # What is saved in the middle of a batch is undone of it too.
+    assert parameters(brain)[-1] is outside

@@ -1,0 +1,95 @@
+"""What all processes have to know of a batch: one collective for everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from brain_lightning.host_copy import HostCopy
+
+from .communication import communicates
+
+
+class Reduction:
+    """Flags on their way to all processes, which do something else meanwhile.
+
+    Args:
+        flag: Of the batch, one boolean on the device that processes communicate from.
+        others: What this process has to say besides.
+    """
+
+    def __init__(self, flag: Tensor, others: Sequence[bool]) -> None:
+        flags = torch.tensor([False, *others], dtype=torch.uint8)
+        flags = flags.to(flag.device, non_blocking=True)
+        flags[0] = flag
+        self._work = torch.distributed.all_reduce(flags, ReduceOp.MAX, async_op=True)
+        if not flags.is_cpu:
+            # For NCCL the device waits, and not the host.
+            self._work.wait()
+        self._copy = HostCopy(flags)
+
+    def wait(self) -> list[bool]:
+        """Waits for the other processes.
+
+        Returns:
+            Which of the flags, the first of them that of the batch, is raised in a process.
+        """
+        self._work.wait()
+        (flags,) = self._copy.wait()
+        return [bool(flag) for flag in flags.tolist()]
+
+
+class BatchFlags:
+    """The flags of one batch, each raised in all processes where one process raises it.
+
+    The first decision of a batch that all processes share takes along what each has to say
+    besides. Where a batch needs none, one is made when it is over.
+
+    Args:
+        mine: The flags of this process besides that of the batch.
+    """
+
+    def __init__(self, mine: Callable[[], Sequence[bool]] = tuple) -> None:
+        self._mine = mine
+        self._found: Sequence[bool] | None = None
+
+    def reduce(self, flag: Tensor) -> Reduction:
+        """Begins to tell all processes of a flag, behind what the device has in its queue.
+
+        Args:
+            flag: See ``Reduction``.
+        """
+        return Reduction(flag, self._mine())
+
+    def wait(self, reduction: Reduction) -> bool:
+        """Waits for the other processes.
+
+        Args:
+            reduction: From ``reduce``, once.
+
+        Returns:
+            Whether the flag of the batch is raised in a process.
+        """
+        first, *found = reduction.wait()
+        self._found = [a or b for a, b in zip(found, self._found or found, strict=True)]
+        return first
+
+    def take(self, device: str) -> Sequence[bool]:
+        """Ends a batch.
+
+        Args:
+            device: The device that processes communicate from.
+
+        Returns:
+            The flags besides that of the batch, as they are raised in any process.
+        """
+        if not communicates():
+            return self._mine()
+        if self._found is None:
+            self.wait(self.reduce(torch.tensor(False, device=device)))
+        found, self._found = self._found, None
+        assert found is not None
+        return found

@@ -1,0 +1,184 @@
+"""The losses of batches: the forward pass, and of training the check and the backward pass.
+
+The host waits for the device once in a training batch, when the backward pass is in the
+device's queue already: the loss is copied to the host behind the forward pass. What it says
+is then decided upon, by all processes together, before an optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from brain_lightning.distributed.batch_flags import BatchFlags
+from brain_lightning.distributed.communication import communicates
+from brain_lightning.errors import BrainTypeError
+from brain_lightning.host_copy import HostCopy
+from brain_lightning.protocol import BrainProtocol, has_own, optimizers_of, parameters_of
+
+
+class FiniteCheck:
+    """Whether the loss of a batch is finite in all processes.
+
+    Args:
+        scaled: The loss that has the backward pass, one number.
+        flags: What the processes share of the batch.
+    """
+
+    def __init__(self, scaled: Tensor, flags: BatchFlags) -> None:
+        self._copy, self._flags = HostCopy(scaled), flags
+        self._reduction = flags.reduce(~torch.isfinite(scaled)) if communicates() else None
+
+    def here(self) -> bool:
+        """Whether it is finite in this process, for which the host waits."""
+        return isfinite(self._copy.wait()[0].item())
+
+    def everywhere(self) -> bool:
+        """Whether it is finite in all processes: the same answer in each of them."""
+        # The others would wait forever for a rank that has no gradients.
+        return (
+            self.here() if self._reduction is None else not self._flags.wait(self._reduction)
+        )
+
+
+class TrainingLoss:
+    """What one training batch gave.
+
+    Args:
+        brain: The Brain in training.
+        outputs: What ``compute_forward`` returned.
+        loss: What ``compute_objectives`` returned, one number.
+
+    Attributes:
+        outputs: What ``compute_forward`` returned.
+        loss: What ``compute_objectives`` returned.
+        scaled: The same, divided by the accumulation factor and scaled for fp16.
+        finite: Whether it may have an update; known after ``backward``.
+    """
+
+    finite: bool
+
+    def __init__(self, brain: BrainProtocol, outputs: Any, loss: Tensor) -> None:
+        self._brain, self.outputs, self.loss = brain, outputs, loss
+        factor = brain.grad_accumulation_factor
+        self.scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
+        self._copy = None if loss.is_cpu else HostCopy(loss)
+        self._check: FiniteCheck | None = None
+        if self.scaled.is_cpu and not communicates():
+            here = isfinite(self.scaled.item())
+            self._decide(here, here)
+            return
+        self._check = FiniteCheck(self.scaled, brain._lightning.flags or BatchFlags())
+        if not _may_follow_backward(brain, self.scaled):
+            self._wait()
+
+    def backward(self, backward: Callable[[], Any]) -> None:
+        """The backward pass; a loss that is not finite leaves no gradients.
+
+        Args:
+            backward: Computes them.
+        """
+        if self._check is not None:
+            backward()
+            self._wait()
+            if not self.finite:
+                _drop_gradients(self._brain)
+        elif self.finite:
+            backward()
+
+    def on_host(self) -> Tensor:
+        """The detached loss, on the CPU."""
+        return self.loss.detach() if self._copy is None else self._copy.wait()[0]
+
+    def _wait(self) -> None:
+        check, self._check = self._check, None
+        assert check is not None
+        finite = check.everywhere()
+        self._decide(finite, finite or check.here())
+
+    def _decide(self, finite: bool, here: bool) -> None:
+        self.finite = finite
+        # The default would only check a finite loss a second time.
+        if not finite or has_own(self._brain, "check_loss_isfinite"):
+            loss = self.scaled if finite or not here else self.scaled * torch.nan
+            self._brain.check_loss_isfinite(loss)
+
+
+def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
+    """The forward pass of a training batch, and the check of its loss.
+
+    Args:
+        brain: The Brain in training.
+        batch: What the loader gave.
+
+    Returns:
+        The loss and what belongs to it.
+
+    Raises:
+        BrainTypeError: ``compute_objectives`` returned anything but one number
+            in a tensor.
+    """
+    stage = brain._lightning.stage_type.TRAIN
+    with brain.training_ctx:
+        outputs = brain.compute_forward(batch, stage)
+        loss = brain.compute_objectives(outputs, batch, stage)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise BrainTypeError(
+            f"{type(brain).__name__}.compute_objectives must return a tensor with one "
+            f"number to minimize, got {_describe(loss)}: reduce the loss, for example "
+            "with .mean(), or override fit_batch"
+        )
+    return TrainingLoss(brain, outputs, loss)
+
+
+@torch.no_grad()
+def evaluation_loss(brain: BrainProtocol, batch: Any, stage: Any) -> Tensor:
+    """The forward pass of an evaluation batch.
+
+    Args:
+        brain: The Brain that evaluates.
+        batch: What the loader gave.
+        stage: VALID or TEST.
+
+    Returns:
+        The detached loss, on its device.
+    """
+    with brain.evaluation_ctx:
+        outputs = brain.compute_forward(batch, stage=stage)
+        loss: Tensor = brain.compute_objectives(outputs, batch, stage=stage)
+    return loss.detach()
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def _may_follow_backward(brain: BrainProtocol, loss: Tensor) -> bool:
+    """Whether the gradients of this batch can be dropped, when the loss is not finite."""
+    return (
+        brain.grad_accumulation_factor == 1
+        and loss.requires_grad
+        and not has_own(brain, "check_loss_isfinite")
+        # Which raises an error in the backward pass of such a loss.
+        and not torch.is_anomaly_enabled()
+        and not any(p.grad is not None for p in _optimized(brain))
+    )
+
+
+def _optimized(brain: BrainProtocol) -> Iterable[Parameter]:
+    # Of all: a recipe may step one itself, which has gathered gradients of earlier batches.
+    return chain.from_iterable(parameters_of(each) for _, each in optimizers_of(brain))
+
+
+def _drop_gradients(brain: BrainProtocol) -> None:
+    # What no optimizer has is never updated.
+    for parameter in chain(brain.modules.parameters(), _optimized(brain)):
+        parameter.grad = None

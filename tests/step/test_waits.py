@@ -1,0 +1,159 @@
+"""How often the host waits for the device in a step, on a device that counts it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from brain_lightning.errors import NonFiniteLossError
+from tests.support import fake_device
+from tests.support.brains import Manual, Regression, all_equal, loader, make, weights
+from tests.support.fake_device import DEVICE, recorded
+
+
+class Supered(Regression):
+    """Does something besides the default step."""
+
+    def fit_batch(self, batch: Any) -> Any:
+        return super().fit_batch(batch)
+
+
+class Checked(Regression):
+    """Looks at its losses itself."""
+
+    def check_loss_isfinite(self, loss: Any) -> None:
+        self.checked = [*getattr(self, "checked", []), loss.item()]
+        super().check_loss_isfinite(loss)
+
+
+class Watched(Regression):
+    """Sees how often the host has waited by its forward and by its backward passes."""
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        self.seen = [*getattr(self, "seen", []), len(self.waits())]
+        predictions.register_hook(lambda _: self.seen.append(len(self.waits())))
+        return super().compute_objectives(predictions, batch, stage)
+
+
+class Averaged(Regression):
+    """Averages its losses itself, those of an evaluation too."""
+
+    def update_average(self, loss: Any, avg_loss: float) -> float:
+        assert loss.is_cpu
+        return max(avg_loss, loss.item())
+
+
+class Poisoned(Regression):
+    """Has a loss now and then that is not finite."""
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        loss = super().compute_objectives(predictions, batch, stage)
+        return loss * float("nan") if self.step in (2, 5) else loss
+
+    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        self.losses = [*getattr(self, "losses", []), stage_loss]
+
+
+def adam(parameters: Any) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=0.1)
+
+
+def fit(device: str, steps: int, cls: type[Regression] = Regression, **run_opts: Any) -> Any:
+    brain = make(cls, adam, device=device, **run_opts)
+    trainer = fake_device.trainer() if device == DEVICE else {}
+    brain.fit(range(1), loader(4 * steps), loader(4 * steps), trainer=trainer)
+    return brain
+
+
+def waits_per_step(cls: type[Regression] = Regression, **run_opts: Any) -> float:
+    """What a step, and a batch that is validated, add to the waits of a fit."""
+    waits = []
+    for steps in (3, 13):
+        with recorded() as record:
+            fit(DEVICE, steps, cls, **run_opts)
+        waits.append(len(record.waits_of("MainThread")))
+    return (waits[1] - waits[0]) / 10
+
+
+def a_fit_learns_the_same_as_on_the_cpu() -> None:
+    for cls in (Regression, Manual, Supered, Checked, Averaged):
+        device, cpu = fit(DEVICE, 5, cls), fit("cpu", 5, cls)
+        assert {w.device.type for w in device.modules.parameters()} == {"fake"}
+        assert all_equal([w.cpu() for w in weights(device)], weights(cpu))
+        assert not all_equal(weights(cpu), weights(make()))
+        assert device.evaluate(loader(), trainer=fake_device.trainer()) == cpu.evaluate(
+            loader()
+        )
+
+
+def the_host_waits_once_a_step_and_never_in_a_validation() -> None:
+    assert waits_per_step() == 1
+    assert waits_per_step(Supered) == 1
+    assert waits_per_step(grad_accumulation_factor=2) == 1
+    # The loss that its own fit_batch returns is on the device.
+    assert waits_per_step(Manual) == 1
+    # Its own look at each loss, and SpeechBrain's; at each loss of a validation.
+    assert waits_per_step(Checked) == 3
+    assert waits_per_step(Averaged) == 2
+
+
+def the_backward_pass_is_queued_before_the_host_waits() -> None:
+    with recorded() as record:
+        brain = make(Watched, adam, device=DEVICE)
+        brain.waits = record.waits_of
+        brain.fit(range(1), loader(8), trainer=fake_device.trainer())
+    (first, second), (third, fourth) = brain.seen[:2], brain.seen[2:]
+    assert first == second < third == fourth
+
+
+def a_loss_that_is_not_finite_leaves_the_weights_as_on_the_cpu() -> None:
+    for run_opts in ({"nonfinite_patience": 9}, {"grad_accumulation_factor": 2}):
+        on = {device: fit(device, 7, Poisoned, **run_opts) for device in (DEVICE, "cpu")}
+        device, cpu = on[DEVICE], on["cpu"]
+        assert all_equal([w.cpu() for w in weights(device)], weights(cpu))
+        assert all(w.isfinite().all() for w in weights(cpu))
+        assert not all_equal(weights(cpu), weights(make()))
+        assert device.losses == cpu.losses
+        assert device.nonfinite_count == cpu.nonfinite_count == 2
+    with pytest.raises(NonFiniteLossError):
+        fit(DEVICE, 7, Poisoned, nonfinite_patience=1)
+
+
+def what_is_read_too_early_is_garbage() -> None:
+    there = torch.arange(4.0, device=DEVICE)
+    with recorded() as record:
+        here, event = there.to("cpu", non_blocking=True), torch.Event(DEVICE)
+        numbers = torch.arange(3, device=DEVICE).to("cpu", non_blocking=True)
+        event.record()
+        assert here.isnan().all()
+        assert not event.query()
+        assert record.waits == []
+        event.synchronize()
+        assert here.tolist() == [0, 1, 2, 3]
+        assert numbers.tolist() == [0, 1, 2]
+        assert there.sum().item() == 6
+    assert [wait.what for wait in record.waits] == ["Event.synchronize", "item"]
+
+
+def two_streams_do_not_use_the_same_memory_at_a_time() -> None:
+    side, tensor = torch.Stream(DEVICE), torch.zeros(2, device=DEVICE)
+    with side, pytest.raises(RuntimeError, match="does not wait for stream 0"):
+        tensor.add_(1)
+    side.wait_stream(torch.accelerator.current_stream())
+    with side:
+        tensor.add_(1)
+    torch.accelerator.current_stream().wait_event(side.record_event())
+    assert tensor.tolist() == [1, 1]
+
+
+def test_on_a_device() -> None:
+    fake_device.check(
+        what_is_read_too_early_is_garbage,
+        two_streams_do_not_use_the_same_memory_at_a_time,
+        a_fit_learns_the_same_as_on_the_cpu,
+        the_host_waits_once_a_step_and_never_in_a_validation,
+        the_backward_pass_is_queued_before_the_host_waits,
+        a_loss_that_is_not_finite_leaves_the_weights_as_on_the_cpu,
+    )
