@@ -45,6 +45,8 @@ def attach(
         resume: Resumes the run, once ``own_fit`` has recovered what there was.
     """
     support_older_api(run.brain, temporary)
+    connector = trainer._logger_connector
+    become(connector, BrainLoggerConnector, temporary, brain_run=run, brain_numbers={})
     fit: Any = trainer.fit_loop
     evaluations = (fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
     for loop, of_loop in zip(evaluations, (run.valid, run.valid, run.test), strict=True):
@@ -59,8 +61,6 @@ def attach(
             fit.epoch_loop, BrainEpochLoop, temporary,
             brain_run=run, brain_validates_after=by_parts,
         )  # fmt: skip
-        connector = trainer._logger_connector
-        become(connector, BrainLoggerConnector, temporary, brain_run=run)
         # Also of a batch after which the run was interrupted.
         temporary.callback(keep_step_metrics, trainer)
         redirect_parts(run.brain, Run.parts_of, temporary)

@@ -53,9 +53,8 @@ _SHARDED = "Lightning shards the training data, and does not find the loaders be
 _SIGNALS = "put back in on_train_start, handlers leave SIGTERM unhandled while processes wait"
 _LAST = 'no hook is between fit(ckpt_path="last") and the choice of a file'
 _LEAN = "the hooks that no callback has cost more than a small model"
-_FORGOTTEN = "a teardown copies to the CPU what was logged, which the Trainer's metrics have"
 _LOGGED = "what a callback logs with self.log is collected batch by batch"
-_STEP = "a loss that is logged by self.log in each step costs more than a small model"
+_STEP = "numbers of a Brain that are logged by self.log cost more than a small model"
 _STEPS = "global_step counts what optimizer_step counts"
 _SAMPLER = "the Trainer's argument use_distributed_sampler cannot be read otherwise"
 _RELOADED = "a resumed run makes its loaders again in the epochs in which it would have"
@@ -122,6 +121,9 @@ LIGHTNING_PARTS = (
     Row(_LOGGER_CONNECTOR, "callback_metrics", _STEP),
     Row(_LOGGER_CONNECTOR, "logged_metrics", _STEP),
     Row(_LOGGER_CONNECTOR, "should_update_logs", _STEP),
+    Row(_LOGGER_CONNECTOR, "metrics", _STEP),
+    Row(_LOGGER_CONNECTOR, "reset_results", _STEP),
+    Row(f"{_LOGGER_CONNECTOR}.__init__", "_progress_bar_metrics", _STEP),
     Row(f"{_LOGGER_CONNECTOR}.__init__", "_callback_metrics", _STEP),
     Row(f"{_LOGGER_CONNECTOR}.__init__", "_logged_metrics", _STEP),
     Row(f"{_LOGGER_CONNECTOR}.__init__", "_first_loop_iter",
@@ -155,8 +157,6 @@ LIGHTNING_PARTS = (
     Row(_EPOCH, "_broadcast_sigterm_tensor",
         "Lightning's handler of SIGTERM in another process waits for the answer", "2.5.2"),
     # The evaluation loops.
-    Row(_EPOCH, "_results", _FORGOTTEN),
-    Row(_EVALUATION, "_results", _FORGOTTEN),
     Row(_EVALUATION, "run", "a recipe's own _fit_valid decides whether to validate"),
     Row(_EVALUATION, "on_run_start", "which hooks are needed is known when it begins"),
     Row(_EVALUATION, "inference_mode", "what an evaluation stores may be trained on later"),

@@ -3,28 +3,63 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import (
     _LoggerConnector,
 )
+from torch import Tensor
 
+from brain_lightning.stages.metrics import is_of_a_stage
 from brain_lightning.stages.run import Run
 
 from .counters import logged_steps
 
 
 class BrainLoggerConnector(_LoggerConnector):
-    """A logger connector that knows the loss of the last batch, which costs nothing unread.
+    """A logger connector that knows the numbers of a Brain, which need no ``self.log``.
 
-    ``self.log`` in each step costs more than the whole loop of a small model.
+    That averages over batches and processes what is an average already. In each step it costs
+    more than the whole loop of a small model, and at the end of an epoch a quarter of a fit of
+    one batch. The loss of the last batch costs nothing unread.
     """
 
     brain_run: Run
+    # Of the stages that have ended, until what else was logged with them is reset.
+    brain_numbers: dict[str, Tensor]
+
+    @property
+    def metrics(self) -> Any:
+        """What was logged, for callbacks, loggers and bars."""
+        found = super().metrics
+        for reader, numbers in _by_reader(self.brain_numbers).items():
+            found[reader].update(numbers)  # type: ignore[literal-required]
+        return found
+
+    def log_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Logs the numbers of the stages that have ended.
+
+        Args:
+            numbers: By name.
+        """
+        # As self.log.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.brain_numbers = {n: torch.tensor(v, dtype=dtype) for n, v in numbers.items()}
+        # Lightning does not ask for them where nothing else was logged.
+        found = _by_reader(self.brain_numbers)
+        self._callback_metrics.update(found["callback"])
+        self._logged_metrics.update(found["log"])
+        self._progress_bar_metrics.update(found["pbar"])
+
+    def reset_results(self) -> None:
+        """Forgets what was logged at the end of an epoch or a stage."""
+        super().reset_results()
+        self.brain_numbers = {}
 
     @property
     def callback_metrics(self) -> Any:
@@ -58,6 +93,12 @@ class BrainLoggerConnector(_LoggerConnector):
             logger.save()
 
 
+def _by_reader(numbers: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    # A bar has no room for a number by both of its names.
+    shown = {name: value.item() for name, value in numbers.items() if is_of_a_stage(name)}
+    return {"callback": {**numbers}, "log": {**numbers}, "pbar": shown}
+
+
 def _logged(numbers: dict[str, Any]) -> dict[str, Any]:
     """Without ``train_loss``, which is that of an epoch in a log."""
     return {name: value for name, value in numbers.items() if name != "train_loss"}
@@ -70,6 +111,16 @@ def keep_step_metrics(trainer: Trainer) -> None:
         trainer: The Trainer of a Brain, in training.
     """
     trainer._logger_connector.keep_step_metrics()  # type: ignore[attr-defined]
+
+
+def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+    """Logs the numbers of the stages that have ended.
+
+    Args:
+        trainer: The Trainer of a Brain, in the hook that ends an epoch.
+        numbers: By name; the same in all processes.
+    """
+    trainer._logger_connector.log_numbers(numbers)  # type: ignore[attr-defined]
 
 
 def log_step_metrics(trainer: Trainer) -> None:

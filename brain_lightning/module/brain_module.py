@@ -23,7 +23,7 @@ from brain_lightning.distributed.agreement import check_same
 from brain_lightning.distributed.ddp import unwrap_modules
 from brain_lightning.fsdp2.shard import check_sharded
 from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_path
-from brain_lightning.lightning_internals.loggers import log_step_metrics
+from brain_lightning.lightning_internals.loggers import log_numbers, log_step_metrics
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.strategies import leave_on
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
@@ -31,7 +31,6 @@ from brain_lightning.loggers.hyperparameters import hyperparameters
 from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
 from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs, EpochsOfTrainer
-from brain_lightning.stages.metrics import is_of_a_stage
 from brain_lightning.stages.run import Run
 from brain_lightning.step.compile import plain_name
 from brain_lightning.step.initial_groups import InitialGroups
@@ -331,13 +330,8 @@ class BrainModule(LightningModule):
         several = self.trainer.world_size > 1
         metrics = self.run.metrics.take(several)
         self._report_metrics(metrics)
-        if self.trainer.barebones:
-            return
-        for name, value in metrics.items():
-            # A bar has no room for a number by both of its names.
-            shown = is_of_a_stage(name)
-            # The same on all ranks already; Lightning warns without sync_dist.
-            self.log(name, value, prog_bar=shown, batch_size=1, sync_dist=several)
+        if not self.trainer.barebones:
+            log_numbers(self.trainer, metrics)
 
     def _report_metrics(self, metrics: Mapping[str, float]) -> None:
         """Calls ``on_brain_metrics`` of every callback that has it, such as CurvePlot."""

@@ -158,9 +158,8 @@ class RunProgress:
         resumed, epoch = self.resumed, self.resumed_epoch
         self.position = position_in(loader, self.position)
         if resumed is not None:
-            self.position.resume(
-                resumed["between"] if epoch is None else epoch["position"], loader
-            )
+            state = resumed["between"] if epoch is None else epoch["position"]
+            self.position.resume(state, loader)
         if epoch is not None and epoch["stage_random"]:
             set_random_state(epoch["stage_random"])
         starts = epoch is None and not recovered_batches(loader)

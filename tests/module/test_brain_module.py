@@ -333,3 +333,25 @@ def test_a_brain_on_a_gpu_trains_and_stays_there() -> None:
     assert all(p.is_cuda for p in brain.modules.parameters())
     assert not all_equal(before, weights(brain))
     assert brain.evaluate(loader()) > 0
+
+
+class Moved(nn.Linear):
+    """Counts how often it is moved."""
+
+    moves = 0
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.moves += 1
+        return super()._apply(fn, recurse)
+
+
+def test_modules_are_moved_when_they_are_not_there() -> None:
+    brain = make()
+    brain.modules["moved"] = moved = Moved(2, 2)
+    module = to_lightning(brain)
+    module.to(torch.device("cpu"))
+    assert (moved.moves, module.device) == (0, torch.device("cpu"))
+    for moves in (1, 1):
+        module.to(torch.device("meta"))
+        assert (moved.moves, module.device) == (moves, torch.device("meta"))
+    assert moved.weight.is_meta

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -94,6 +95,29 @@ def test_losses_are_the_stages_own() -> None:
     del seen["train_loss_step"]
     assert seen == expected | {"loss": expected["valid_loss"]}
     assert float(trainer.callback_metrics["test_loss"]) == pytest.approx(losses["test_loss"])
+
+
+def test_numbers_reach_all_who_read_them_without_self_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LightningModule, "log", log := Mock())
+    brain = make(Regression)
+    trainer = trainer_with(max_epochs=1)
+    trainer.fit(to_lightning(brain), loader(), loader())
+    seen = [trainer.callback_metrics, trainer.logged_metrics]
+    for metrics in seen:
+        assert {name: value.dtype for name, value in metrics.items()} == {
+            "train_loss": torch.float32, "valid_loss": torch.float32, "loss": torch.float32,
+            "train_loss_step": torch.float32,
+        }  # fmt: skip
+    shown = trainer.progress_bar_metrics
+    assert shown == {n: float(seen[0][n]) for n in ("train_loss", "valid_loss")}
+    (found,) = trainer.validate(to_lightning(brain), loader(), verbose=False)
+    assert found == {n: float(seen[0][n]) for n in ("valid_loss", "loss")}
+    # Nothing of the epoch is left, nor of the Brain's connector.
+    assert trainer.callback_metrics.keys() == found.keys()
+    assert not hasattr(trainer._logger_connector, "brain_numbers")
+    log.assert_not_called()
 
 
 def test_what_a_recipe_logs_has_its_stage_and_valid_wins(tmp_path: Path) -> None:
