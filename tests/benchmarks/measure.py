@@ -16,7 +16,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
 Probe = AbstractContextManager[Any]
@@ -209,28 +208,3 @@ class Waits:
 
     def _add(self, caught: list[warnings.WarningMessage]) -> None:
         self.count += sum("synchronizing CUDA operation" in str(w.message) for w in caught)
-
-
-class Collectives(TorchDispatchMode):
-    """A probe: the collectives that the process group is given, whoever asks for them.
-
-    Each is an operator of ``c10d``. Those within a backward pass are DDP's, of gradients.
-
-    Attributes:
-        count: All others.
-        gradients: Those within a backward pass.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = self.gradients = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            if torch._C._current_graph_task_id() == -1:
-                self.count += 1
-            else:
-                self.gradients += 1
-        return func(*args, **(kwargs or {}))

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 import brain_lightning
+from tests.support.collectives import Collectives
 
 from .contestants import Work, fit_of, speechbrain
-from .measure import Collectives, Seconds, end_process, interleaved, quiet
+from .measure import Seconds, end_process, interleaved, quiet
 from .report import Figure, Report, parser
 
 NAME = "tests.benchmarks.processes"
