@@ -53,7 +53,7 @@ def others(rounds: int) -> dict[str, dict[str, Figure]]:
 
 def two_processes(rounds: int) -> dict[str, dict[str, Figure]]:
     """Two processes"""
-    rows = processes.measured(rounds)
+    rows = processes.measured(2 * rounds + 1)
     found = {}
     for name, row in rows.items():
         if not name.startswith("SpeechBrain"):
