@@ -167,11 +167,10 @@ def _describe(value: object) -> str:
 def _may_follow_backward(brain: BrainProtocol, loss: Tensor) -> bool:
     """Whether the gradients of this batch can be dropped, when the loss is not finite."""
     return (
-        # On the CPU it is there, and a process whose loss has no gradients is waited for by
-        # none of the others.
-        not loss.is_cpu
-        and brain.grad_accumulation_factor == 1
-        and loss.requires_grad
+        brain.grad_accumulation_factor == 1
+        # One of several processes fails of a loss without gradients, as in SpeechBrain: the
+        # others have begun to average theirs.
+        and (loss.requires_grad or communicates())
         and not has_own(brain, "check_loss_isfinite")
         # Which raises an error in the backward pass of such a loss.
         and not torch.is_anomaly_enabled()
