@@ -46,7 +46,6 @@ class FiniteCheck:
         """Whether it is finite in all processes: the same answer in each of them."""
         if self._reduction is None:
             return self.here()
-        # The others would wait forever for a rank that has no gradients.
         return not self._flags.wait(self._reduction)
 
 

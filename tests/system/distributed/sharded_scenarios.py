@@ -16,6 +16,7 @@ from .scenarios import GLOO, Stack, Statistics, encoder_and_head
 
 # Scenarios of ``scenarios`` that are DDP's alone, and why.
 LEFT_OUT = {
+    "one_collective_a_batch": "counts collectives, and forward passes gather shards by some",
     "accumulation_counted": "counts DDP's all-reduces, by a hook that only DDP has",
     "evaluated_on_the_main_process_alone": "one process alone does not have the weights",
     "called_around_its_wrapper": "gradients are averaged, which DDP does not do",
