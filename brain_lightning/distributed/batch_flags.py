@@ -17,14 +17,19 @@ class Reduction:
     """Flags on their way to all processes, which do something else meanwhile.
 
     Args:
-        flag: Of the batch, one boolean on the device that processes communicate from.
+        flag: Of the batch; one boolean on ``device``, or the host knows it already.
         others: What this process has to say besides.
+        device: The device that processes communicate from.
     """
 
-    def __init__(self, flag: Tensor, others: Sequence[bool]) -> None:
-        flags = torch.tensor([False, *others], dtype=torch.uint8)
-        flags = flags.to(flag.device, non_blocking=True)
-        flags[0] = flag
+    def __init__(
+        self, flag: Tensor | bool, others: Sequence[bool], device: torch.device | str
+    ) -> None:
+        is_known = isinstance(flag, bool)
+        flags = torch.tensor([is_known and flag, *others], dtype=torch.uint8)
+        flags = flags.to(device, non_blocking=True)
+        if not is_known:
+            flags[0] = flag
         self._work = torch.distributed.all_reduce(flags, ReduceOp.MAX, async_op=True)
         if not flags.is_cpu:
             # For NCCL the device waits, and not the host.
@@ -56,13 +61,14 @@ class BatchFlags:
         self._mine = mine
         self._found: Sequence[bool] | None = None
 
-    def reduce(self, flag: Tensor) -> Reduction:
+    def reduce(self, flag: Tensor | bool, device: torch.device | str) -> Reduction:
         """Begins to tell all processes of a flag, behind what the device has in its queue.
 
         Args:
             flag: See ``Reduction``.
+            device: See ``Reduction``.
         """
-        return Reduction(flag, self._mine())
+        return Reduction(flag, self._mine(), device)
 
     def wait(self, reduction: Reduction) -> bool:
         """Waits for the other processes.
@@ -89,7 +95,7 @@ class BatchFlags:
         if not communicates():
             return self._mine()
         if self._found is None:
-            self.wait(self.reduce(torch.tensor(False, device=device)))
+            self.wait(self.reduce(False, device))
         found, self._found = self._found, None
         assert found is not None
         return found

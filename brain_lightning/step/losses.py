@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from brain_lightning.distributed.batch_flags import BatchFlags
+from brain_lightning.distributed.batch_flags import BatchFlags, Reduction
 from brain_lightning.distributed.communication import communicates
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.host_copy import HostCopy
@@ -33,7 +33,10 @@ class FiniteCheck:
 
     def __init__(self, scaled: Tensor, flags: BatchFlags) -> None:
         self._copy, self._flags = HostCopy(scaled), flags
-        self._reduction = flags.reduce(~torch.isfinite(scaled)) if communicates() else None
+        self._reduction: Reduction | None = None
+        if communicates():
+            raised = not self.here() if scaled.is_cpu else ~torch.isfinite(scaled)
+            self._reduction = flags.reduce(raised, scaled.device)
 
     def here(self) -> bool:
         """Whether it is finite in this process, for which the host waits."""
@@ -41,10 +44,10 @@ class FiniteCheck:
 
     def everywhere(self) -> bool:
         """Whether it is finite in all processes: the same answer in each of them."""
+        if self._reduction is None:
+            return self.here()
         # The others would wait forever for a rank that has no gradients.
-        return (
-            self.here() if self._reduction is None else not self._flags.wait(self._reduction)
-        )
+        return not self._flags.wait(self._reduction)
 
 
 class TrainingLoss:
@@ -164,7 +167,10 @@ def _describe(value: object) -> str:
 def _may_follow_backward(brain: BrainProtocol, loss: Tensor) -> bool:
     """Whether the gradients of this batch can be dropped, when the loss is not finite."""
     return (
-        brain.grad_accumulation_factor == 1
+        # On the CPU it is there, and a process whose loss has no gradients is waited for by
+        # none of the others.
+        not loss.is_cpu
+        and brain.grad_accumulation_factor == 1
         and loss.requires_grad
         and not has_own(brain, "check_loss_isfinite")
         # Which raises an error in the backward pass of such a loss.
