@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,25 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, 8) if everything else 0
 
 
+# The files that take longest, which begin first: no worker is alone with one at the end.
+LONG = (
+    "system/distributed/test_sharded.py", "resume/test_run_state.py",
+    "system/test_documents.py", "system/distributed/test_two_processes.py",
+    "parity/test_fit.py", "resume/test_interruptions.py", "parity/test_own_loops.py",
+    "loggers/test_curve_plot.py", "resume/test_counterexamples.py", "resume/test_position.py",
+    "callback/test_trainer_side.py", "module/test_checkpoint_file.py", "callback/test_told.py",
+    "system/distributed/test_failures.py", "system/test_exit_status.py",
+    "fsdp2/test_checkpoints.py",
+)  # fmt: skip
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.relative_to(Path(__file__).parent).as_posix()
+    return LONG.index(name) if name in LONG else len(LONG)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
         for item in items:

@@ -1,18 +1,22 @@
-"""Saving in the background: training waits only while tensors are copied to memory."""
+"""Copies of states in memory of the CPU, and saving them while training continues."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+# Where a tensor is in memory, and how.
+Memory = tuple[Any, ...]
+State = TypeVar("State")
 
 
 class Snapshots:
@@ -20,12 +24,19 @@ class Snapshots:
 
     New memory costs as much as the copy: each of its pages is made when it is first
     written to.
+
+    Neither the host nor training waits for copies from a GPU: a stream of their own brings
+    them to pinned memory, and whoever reads them calls ``wait`` first.
     """
 
     def __init__(self) -> None:
-        # By shape and type.
+        # By shape, type, and whether it is pinned.
         self._free: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         self._used: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        self._streams: dict[torch.device, Any] = {}
+        # Events that are recorded behind copies, and clones that are copied until then.
+        self._copying: list[Any] = []
+        self._clones: list[Tensor] = []
 
     def take(self, state: Any) -> Any:
         """Copies a state, so that training may change the object that it is of.
@@ -34,31 +45,122 @@ class Snapshots:
             state: A ``state_dict``.
 
         Returns:
-            The state, its tensors copied to the CPU; those that share memory share it
-            in the copy.
+            The state, its tensors copied to the CPU, where they are after ``wait``; those
+            that share memory share it in the copy.
         """
-        copies: dict[tuple[Any, ...], Tensor] = {}
-        memo: dict[int, Tensor] = {}
-        for tensor in _tensors_in(state):
-            memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if memory not in copies:
-                copies[memory] = self._copy(tensor)
-            memo[id(tensor)] = copies[memory]
-        return copy.deepcopy(state, memo)
+        tensors = list(_tensors_in(state))
+        sources = {_memory(tensor): tensor for tensor in tensors}
+        # A user may save in inference mode, and later out of it.
+        with torch.inference_mode(False), torch.no_grad():
+            copies = {memory: self._buffer(source) for memory, source in sources.items()}
+            for device, here in _by_device(sources).items():
+                pairs = [(copies[memory], sources[memory]) for memory in here]
+                if _has_streams(device):
+                    self._copy_beside_training(device, pairs)
+                else:
+                    _copy(pairs)
+        return copy.deepcopy(state, {id(each): copies[_memory(each)] for each in tensors})
+
+    def wait(self) -> None:
+        """Waits until the copies are there."""
+        for event in self._copying:
+            event.synchronize()
+        self._copying.clear()
+        self._clones.clear()
 
     def recycle(self) -> None:
         """Keeps the memory of the last copies for the next ones, and frees that of earlier."""
         self._free, self._used = self._used, defaultdict(list)
 
-    def _copy(self, tensor: Tensor) -> Tensor:
-        kind = (tensor.shape, tensor.dtype)
+    def _buffer(self, tensor: Tensor) -> Tensor:
+        pinned = _has_streams(tensor.device)
+        kind = (tensor.shape, tensor.dtype, pinned)
         free = self._free[kind]
-        # A user may save in inference mode, and later out of it.
-        with torch.inference_mode(False), torch.no_grad():
-            buffer = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype)
-            buffer.copy_(tensor)
+        if free:
+            buffer = free.pop()
+        else:
+            buffer = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned
+            )
         self._used[kind].append(buffer)
         return buffer
+
+    def _copy_beside_training(
+        self, device: torch.device, pairs: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        module = getattr(torch, device.type)
+        training = module.current_stream(device)
+        beside = self._streams.setdefault(device, module.Stream(device))
+        # Training overwrites its tensors in the next step. A clone is made at the speed of the
+        # device's memory, by far faster than the copy to the host; where there is no room for
+        # one, the device waits for the copy before it takes that step, and the host does not.
+        has_room = self._has_room(device, [source for _, source in pairs])
+        if has_room:
+            pairs = [(buffer, source.clone()) for buffer, source in pairs]
+            self._clones += [clone for _, clone in pairs]
+        beside.wait_stream(training)
+        with module.stream(beside):
+            _copy(pairs)
+        copied = beside.record_event()
+        self._copying.append(copied)
+        if not has_room:
+            training.wait_event(copied)
+
+    def _has_room(self, device: torch.device, sources: list[Tensor]) -> bool:
+        """Whether clones fit beside the most that training has needed so far."""
+        module = getattr(torch, device.type)
+        free, _ = module.mem_get_info(device)
+        free += module.memory_reserved(device) - module.max_memory_allocated(device)
+        return sum(each.nbytes for each in [*self._clones, *sources]) <= int(free)
+
+
+def on_host(state: State) -> State:
+    """A state with its tensors on the CPU, for which the host waits once, not once for each.
+
+    Args:
+        state: Tensors and plain values.
+
+    Returns:
+        The state itself where it is there already; else a copy, in which tensors that share
+        memory share it too.
+    """
+    tensors = list(_tensors_in(state))
+    # torch has its own ways with other kinds of tensors.
+    away = [t for t in tensors if type(t) is Tensor and t.device.type not in ("cpu", "meta")]
+    if not away:
+        return state
+    sources = {_memory(tensor): tensor for tensor in away}
+    copies = {
+        memory: each.to("cpu", non_blocking=_has_streams(each.device))
+        for memory, each in sources.items()
+    }
+    for device in filter(_has_streams, _by_device(sources)):
+        getattr(torch, device.type).current_stream(device).synchronize()
+    memo = {id(tensor): tensor for tensor in tensors}
+    memo |= {id(tensor): copies[_memory(tensor)] for tensor in away}
+    return copy.deepcopy(state, memo)
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for buffer, source in pairs:
+        buffer.copy_(source, non_blocking=buffer.is_pinned())
+
+
+def _has_streams(device: torch.device) -> bool:
+    """Whether a device copies while it computes; CUDA and XPU do, MPS does not."""
+    module = getattr(torch, device.type, None)
+    return hasattr(module, "Stream") and hasattr(module, "mem_get_info")
+
+
+def _memory(tensor: Tensor) -> Memory:
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _by_device(sources: Iterable[Memory]) -> dict[torch.device, list[Memory]]:
+    found: dict[torch.device, list[Memory]] = defaultdict(list)
+    for memory in sources:
+        found[memory[0]].append(memory)
+    return found
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -170,6 +170,7 @@ class Checkpointer(Recoverables):
 
         def finish() -> Checkpoint:
             with atomic_directory.removed_on_failure(directory):
+                self._snapshots.wait()
                 for path, state in deferred.items():
                     write_state(state, path)
                 self._snapshots.recycle()

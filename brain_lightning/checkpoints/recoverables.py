@@ -125,7 +125,7 @@ class Recoverables:
 
     def may_be_saved(self) -> bool:
         """Whether every parameter that is trained is finite; where not, it is logged."""
-        broken = [n for n, obj in self.recoverables.items() if not state_files.is_finite(obj)]
+        broken = state_files.not_finite(self.recoverables)
         if broken:
             logger.error(
                 "No checkpoint is saved: %s has a parameter that is not finite. The earlier "

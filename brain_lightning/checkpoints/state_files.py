@@ -6,7 +6,8 @@ import inspect
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from brain_lightning.fsdp2 import sharded_files
 from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import local
 from brain_lightning.step.pruning import prune_as_saved
+
+from .async_save import on_host
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ def torch_save(obj: Any, path: str | Path) -> None:
 
 
 def write_state(state: Any, path: str | Path) -> None:
-    """Writes a state.
+    """Writes a state, with its tensors on the CPU: it loads where there is no GPU.
 
     Args:
         state: Tensors and plain values.
@@ -69,7 +72,7 @@ def write_state(state: Any, path: str | Path) -> None:
         OSError: It could not be written; torch has another error for each case.
     """
     try:
-        torch.save(state, path)
+        torch.save(on_host(state), path)
     except RuntimeError as error:
         raise OSError(f"torch could not write {path}: {error}") from error
 
@@ -188,24 +191,41 @@ def torch_recovery(obj: Any, path: str | Path, end_of_epoch: bool) -> None:  # n
     apply_state(obj, load_state(path))
 
 
-def is_finite(obj: Any) -> bool:
-    """Whether every parameter that is trained is finite; others may hold what they like.
+def not_finite(objects: Mapping[str, Any]) -> list[str]:
+    """Which objects have a parameter that is trained and not finite.
 
-    Of shards each process looks at its own.
+    Others may hold what they like. Of shards each process looks at its own.
 
     Args:
-        obj: Anything; what is no module is finite.
+        objects: Anything by name; what is no module is finite.
     """
+    sums: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, obj in objects.items():
+        for tensor in _trained(obj):
+            sums[tensor.device].append((name, torch.isfinite(tensor.sum())))
+    suspicious: set[str] = set()
+    for found in sums.values():
+        # The host waits once for each device, and not once for each parameter.
+        are_finite = torch.stack([is_finite for _, is_finite in found]).tolist()
+        suspicious |= {
+            name
+            for (name, _), is_finite in zip(found, are_finite, strict=True)
+            if not is_finite
+        }
+    # A sum is cheap, and may have overflowed.
+    return [name for name in objects if name in suspicious and not _is_finite(objects[name])]
+
+
+def _trained(obj: Any) -> Iterator[Tensor]:
+    """The parameters that are trained, of a module; of shards, this process's part."""
     if not isinstance(obj, torch.nn.Module):
-        return True
-    return all(_is_finite(local(p.detach())) for p in obj.parameters() if p.requires_grad)
+        return
+    for parameter in obj.parameters():
+        if parameter.requires_grad and not is_lazy(parameter):
+            tensor = local(parameter.detach())
+            # torch has no sum of 8-bit floats.
+            yield tensor.float() if tensor.element_size() == 1 else tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    if is_lazy(tensor):
-        return True
-    if tensor.element_size() == 1:
-        # torch has no sum of 8-bit floats.
-        tensor = tensor.float()
-    # A sum is cheap, and suspicious where it is not finite: it may have overflowed.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+def _is_finite(obj: Any) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _trained(obj))

@@ -95,7 +95,7 @@ class RunOptions(Mapping[str, Any]):
         shard_eval: In several processes each validates a part of the data: the same numbers,
             sooner.
         async_save: Write checkpoints in the background; training waits only while tensors are
-            copied (SpeechBrain has no such option).
+            copied, and on a GPU not even then (SpeechBrain has no such option).
         grad_accumulation_factor: Batches whose gradients make one update.
         optimizer_step_limit: Updates after which to stop, with a validation at the end.
         tqdm_colored_bar: Colour the progress bar.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from brain_lightning.checkpoints.async_save import on_host
 from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import is_shard, like
 from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
@@ -203,9 +204,9 @@ def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None
         gradient = saved.get(index)
         if gradient is not None and gradient.shape != parameter.shape:
             gradient = None
-        parameter.grad = like(gradient, parameter)
         if gradient is not None and not is_shard(parameter):
-            parameter.grad = gradient.to(parameter.device)
+            gradient = gradient.to(parameter.device)
+        parameter.grad = like(gradient, parameter)
 
 
 def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
@@ -220,4 +221,4 @@ def on_cpu(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
     Args:
         tensors: By index.
     """
-    return {key: t if is_shard(t) else t.cpu() for key, t in tensors.items()}
+    return on_host({key: t if is_shard(t) else t.detach() for key, t in tensors.items()})

@@ -1,23 +1,21 @@
-"""What else there is to pay: memory, beginnings, validations, many parameters.
+"""What else there is to pay: beginnings, validations, memory, many parameters.
 
-``python -m tests.benchmarks.costs [ROUNDS]``: in ratios to SpeechBrain of one run.
+``python -m tests.benchmarks.costs [ROUNDS] [--json [FILE]]``
 """
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from .loop import Work, brain, quiet, table
-
-# isort: split
-import speechbrain
-
 import brain_lightning
+
+from .contestants import CONTESTANTS, Work, brain, speechbrain
+from .measure import Seconds, interleaved, quiet, seconds
+from .report import Figure, Report, compared, parser
 
 BASES = {"SpeechBrain": speechbrain.Brain, "brain.fit": brain_lightning.Brain}
 COMMANDS = {
@@ -30,46 +28,75 @@ COMMANDS = {
 }
 
 
-def seconds(action: Callable[[], Any]) -> float:
+def commands(rounds: int) -> dict[str, Figure]:
+    """Processes, from their start to their end."""
+    actions = {
+        name: partial(
+            seconds, partial(subprocess.run, [sys.executable, *words], capture_output=True)
+        )
+        for name, words in COMMANDS.items()
+    }
+    return {n: Figure(times, "s") for n, times in interleaved(rounds, actions).items()}
+
+
+def fit_starts(rounds: int) -> dict[str, Figure]:
+    """From ``fit`` to the forward pass of the first batch."""
+    return _compared(rounds, {name: partial(_start, base) for name, base in BASES.items()})
+
+
+def _start(base: Any) -> float:
+    one = brain(base, Work(steps=1))
+    begun = []
+    one.modules["m0"].register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
+    loader = Work(steps=1).loader()
     started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+    one.fit(range(1), loader, progressbar=False)
+    return begun[0] - started
 
 
-def medians(rounds: int, actions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Of actions that take turns."""
-    found: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds):
-        for name, action in actions.items():
-            found[name].append(seconds(action))
-    return {name: statistics.median(times) for name, times in found.items()}
+def whole_fits(rounds: int) -> dict[str, Figure]:
+    """A Brain, and its fit of one batch."""
+    fits = {name: partial(CONTESTANTS[name], Work(steps=1), False) for name in BASES}
+    return _compared(rounds, {name: partial(seconds, fit) for name, fit in fits.items()})
 
 
-def show(title: str, found: dict[str, float], unit: float = 1e3) -> None:
-    base = found["SpeechBrain"]
-    row = "  ".join(f"{n} {v * unit:.1f} ms ({v / base:.2f})" for n, v in found.items())
-    print(f"{title:<34}{row}", flush=True)
+def valid_batches(rounds: int, count: int = 500) -> dict[str, Figure]:
+    """A batch of a validation, without the start of the fit."""
+    actions = {n: partial(_batches, n, Work(), count, valid=True) for n in BASES}
+    return _compared(rounds, actions, 1e6 / count, "us")
 
 
-def first_step(base: Any) -> None:
-    brain(base, Work(steps=1)).fit(range(1), Work(steps=1).loader(), progressbar=False)
+def tensors(
+    count: int, rounds: int, names: tuple[str, ...] = ("SpeechBrain", "PyTorch", "brain.fit")
+) -> dict[str, Figure]:
+    """A step with so many parameter tensors, without the start of the fit."""
+    work, batches = Work(width=4, modules=count // 2), max(8, 4000 // count)
+    actions = {name: partial(_batches, name, work, batches) for name in names}
+    return _compared(rounds, actions, 1e6 / batches, "us")
 
 
-def validate(base: Any) -> Callable[[], None]:
-    work = Work(steps=500)
-    one = brain(base, work)
+def _batches(name: str, work: Work, count: int, valid: bool = False) -> float:
+    watch = Seconds()
+    CONTESTANTS[name](work.measured(count, watch, warm=2, valid=valid), False)
+    return watch.taken
 
-    def fit() -> None:
-        one.fit(range(1), Work(steps=1).loader(), work.loader(), progressbar=False)
 
-    return fit
+def _compared(
+    rounds: int, actions: dict[str, Any], scale: float = 1e3, unit: str = "ms"
+) -> dict[str, Figure]:
+    # What is only made once is made before.
+    interleaved(1, actions)
+    found = interleaved(rounds, actions)
+    return compared({n: [s * scale for s in times] for n, times in found.items()}, unit)
 
 
 def peak_memory(name: str, width: int = 3000) -> float:
-    """Megabytes that a process of its own needed for a model of some size."""
+    """Mebibytes that a process of its own needed for a model of some size."""
     code = (
-        "import resource; from tests.benchmarks.loop import *; quiet()\n"
-        f"CONTESTANTS[{name!r}](Work(width={width}, modules=6, steps=12), False)\n"
+        "import resource; from tests.benchmarks.contestants import CONTESTANTS, Work\n"
+        "from tests.benchmarks.measure import quiet\n"
+        f"work = Work(width={width}, modules=6, steps=12)\n"
+        f"with quiet(): CONTESTANTS[{name!r}](work, False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     done = subprocess.run(
@@ -78,34 +105,23 @@ def peak_memory(name: str, width: int = 3000) -> float:
     return float(done.stdout.split()[-1])
 
 
-def tensors(count: int, rounds: int) -> None:
-    work = Work(width=4, modules=count // 2, steps=max(10, 4000 // count))
-    names = ["SpeechBrain", "PyTorch", "brain.fit"]
-    found = table(work, rounds, names, bars=(False,))
-    times = {name: found[name, False] / 1e6 for name in names}
-    show(f"a step with {count} parameter tensors", times)
-
-
-def main(rounds: int) -> None:
-    quiet()
-    for name, command in COMMANDS.items():
-        run = [sys.executable, *command]
-        took = medians(
-            rounds, {name: lambda run=run: subprocess.run(run, capture_output=True)}
-        )
-        print(f"{name:<34}{took[name]:.2f} s", flush=True)
-    runs = {name: lambda base=base: first_step(base) for name, base in BASES.items()}
-    show("fit, to its first step and end", medians(rounds, runs))
-    show(
-        "validation of 500 batches",
-        medians(rounds, {n: validate(b) for n, b in BASES.items()}),
-    )
-    memory = {name: peak_memory(name) for name in ("SpeechBrain", "brain.fit")}
-    ratio = memory["brain.fit"] / memory["SpeechBrain"]
-    print(f"{'peak memory':<34}{memory} MB, ratio {ratio:.3f}", flush=True)
-    for count in (10, 100, 1000, 10_000):
-        tensors(count, rounds)
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    rounds, report = options.rounds, Report(options)
+    with quiet():
+        found = {name: {"whole": figure} for name, figure in commands(rounds).items()}
+        report.table("Processes", found)
+        rows = {
+            "a fit, to its first batch": fit_starts(rounds),
+            "a Brain and its fit of one batch": whole_fits(rounds),
+            "a batch of a validation": valid_batches(rounds),
+            "peak memory": compared({name: [peak_memory(name)] for name in BASES}, "MiB"),
+        }
+        for count in (10, 100, 1000, 10_000):
+            rows[f"a step with {count} parameter tensors"] = tensors(count, rounds)
+        report.table("Costs", rows)
+    report.end()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
+    main()

@@ -1,40 +1,44 @@
-"""The wall time of examples/ctc_digits, here and on SpeechBrain (``-m ... [ROUNDS]``)."""
+"""The wall time of two epochs of examples/ctc_digits, here and on SpeechBrain.
+
+``python -m tests.benchmarks.ctc_digits [ROUNDS] [--json [FILE]]``
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import statistics
-import sys
 import tempfile
-import time
-import warnings
+from functools import partial
 from pathlib import Path
 
+from tests.support import environment  # noqa: F401  First: it makes SpeechBrain importable.
 from tests.system.examples.example import Example
 
+from .measure import interleaved, quiet, seconds
+from .report import Figure, Report, compared, parser
 
-def main(rounds: int) -> None:
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
+
+def epochs(rounds: int) -> dict[str, Figure]:
+    """Whole runs of the recipe, in this process."""
     example = Example("ctc_digits", "--number_of_epochs=2")
-    ratios = []
     with tempfile.TemporaryDirectory() as folder:
-        ported = example.ported(Path(folder) / "ported")
-        for number in range(rounds + 1):
-            seconds = []
-            for side in (ported, None):
-                with contextlib.redirect_stdout(io.StringIO()):
-                    started = time.perf_counter()
-                    example.run(Path(folder) / f"{number}{side is None}", side)
-                    seconds.append(time.perf_counter() - started)
-            # The first round imports.
-            if number:
-                ratios.append(seconds[1] / seconds[0])
-    spread = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-    print(f"brain_lightning / SpeechBrain: {statistics.median(ratios):.2f} of {spread}")
+        sides = {"SpeechBrain": example.ported(Path(folder, "ported")), "brain.fit": None}
+
+        def run(side: Path | None) -> float:
+            output = Path(tempfile.mkdtemp(dir=folder))
+            return seconds(partial(example.run, output, side))
+
+        actions = {name: partial(run, side) for name, side in sides.items()}
+        # The first round imports.
+        interleaved(1, actions)
+        return compared(interleaved(rounds, actions), "s")
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    report = Report(options)
+    with quiet():
+        report.table("Two epochs of ctc_digits", {"wall time": epochs(options.rounds)})
+    report.end()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
+    main()

@@ -1,11 +1,13 @@
-"""How long it takes to go on at batch 0 and at batch 100,000 (``python -m ...resume``)."""
+"""How long it takes to go on at batch 1 and at a later one.
+
+``python -m tests.benchmarks.resume [ROUNDS] [--at 100000] [--json [FILE]]``
+"""
 
 from __future__ import annotations
 
-import logging
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from brain_lightning import Brain, Checkpointer, EpochCounter
+
+from .measure import interleaved, quiet
+from .report import Figure, Report, compared, parser
 
 
 class Counted(Dataset[Any]):
@@ -68,21 +73,46 @@ def run(folder: Path, until: int, batches: int, workers: int) -> float:
     return brain.first - started
 
 
-def main(position: int) -> None:
-    logging.disable(logging.CRITICAL)
-    print(f"{'workers':>7}{'at batch':>10}{'first batch after':>19}{'examples loaded':>17}")
-    for workers in (0, 2):
-        for at in (1, position):
-            with tempfile.TemporaryDirectory() as folder:
-                if at > 1:
-                    _jump(Path(folder), at, workers)
-                else:
-                    run(Path(folder), 1, position + 100, workers)
-                Counted.loaded = 0
-                seconds = run(Path(folder), 0, position + 100, workers)
-                # In workers they are counted elsewhere.
-                loaded = "-" if workers else Counted.loaded
-                print(f"{workers:>7}{at:>10}{seconds:>17.2f} s{loaded:>17}", flush=True)
+def resumed(at: int, batches: int, workers: int) -> tuple[float, int]:
+    """The seconds from ``fit`` to the first batch, and the examples loaded until then."""
+    with tempfile.TemporaryDirectory() as folder:
+        if at > 1:
+            _jump(Path(folder), at, workers)
+        else:
+            run(Path(folder), 1, batches, workers)
+        Counted.loaded = 0
+        seconds = run(Path(folder), 0, batches, workers)
+    return seconds, Counted.loaded
+
+
+def rows_of(workers: int, rounds: int, position: int) -> dict[str, dict[str, Figure]]:
+    """With so many workers, at the first batch and at a position."""
+    batches = position + 100
+    actions = {
+        f"{workers} workers, at batch {at}": partial(resumed, at, batches, workers)
+        for at in (1, position)
+    }
+    found = interleaved(rounds, actions)
+    base = next(iter(actions))
+    times = {name: [s * 1e3 for s, _ in each] for name, each in found.items()}
+    rows = {name: {"time": f} for name, f in compared(times, "ms", base).items()}
+    # In workers they are counted elsewhere.
+    for name in rows if workers == 0 else ():
+        rows[name]["loaded"] = Figure([loaded for _, loaded in found[name]], "examples")
+    return rows
+
+
+def main() -> None:
+    made = parser(__doc__, rounds=3)
+    made.add_argument(
+        "--at", type=int, default=100_000, help="the later batch; default 100000"
+    )
+    options = made.parse_args()
+    report = Report(options)
+    with quiet():
+        rows = [rows_of(workers, options.rounds, options.at) for workers in (0, 2)]
+    report.table("From fit to the first batch", {**rows[0], **rows[1]})
+    report.end()
 
 
 def _jump(folder: Path, at: int, workers: int) -> None:
@@ -102,4 +132,4 @@ def _jump(folder: Path, at: int, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100_000)
+    main()

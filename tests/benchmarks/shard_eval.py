@@ -1,15 +1,13 @@
 """The time of a validation that is shared out, against whole on each rank.
 
-``torchrun --standalone --nproc_per_node=2 -m tests.benchmarks.shard_eval [ROUNDS]``
+``torchrun --standalone --nproc_per_node=2 -m tests.benchmarks.shard_eval [ROUNDS]
+[--json FILE]``
 """
 
 from __future__ import annotations
 
-import logging
-import statistics
-import sys
 import time
-import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +15,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from brain_lightning import Brain, if_main_process
+
+from .measure import end_process, interleaved, quiet
+from .report import Report, compared, parser
 
 ITEMS, BATCH, WIDTH = 101 * 8, 8, 768
 
@@ -40,7 +41,7 @@ class Validated(Brain):
             self.seconds = time.perf_counter() - self.started
 
 
-def seconds(shard_eval: bool) -> float:
+def milliseconds(shard_eval: bool) -> float:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(8)))
     run_opts = {
@@ -51,23 +52,22 @@ def seconds(shard_eval: bool) -> float:
     data = TensorDataset(torch.randn(ITEMS, WIDTH))
     train = TensorDataset(torch.randn(4, WIDTH))
     brain.fit(range(1), train, data, valid_loader_kwargs={"batch_size": BATCH})
-    return brain.seconds
+    return brain.seconds * 1e3
 
 
-def main(rounds: int) -> None:
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    seconds(True)
-    times = [(seconds(False), seconds(True)) for _ in range(rounds)]
-    ratio = statistics.median(shared / whole for whole, shared in times)
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    report = Report(options)
+    with quiet():
+        kinds = {"whole on each": False, "shared out": True}
+        actions = {name: partial(milliseconds, shared) for name, shared in kinds.items()}
+        interleaved(1, actions)
+        figures = compared(interleaved(options.rounds, actions), "ms", base="whole on each")
     if if_main_process():
-        whole, shared = (statistics.median(column) for column in zip(*times, strict=True))
-        print(
-            f"whole {whole * 1e3:.0f} ms, shared out {shared * 1e3:.0f} ms, ratio {ratio:.2f}"
-        )
-    torch.distributed.destroy_process_group()
+        report.table("A validation", {name: {"time": f} for name, f in figures.items()})
+        report.end()
+    end_process()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
+    main()

@@ -1,17 +1,15 @@
 """Bytes that each of two processes holds: fsdp2 against DDP.
 
-``python -m tests.benchmarks.sharded [--json]``: 192 MiB of parameters, with AdamW. Tensors are
-counted, not what an allocator keeps.
+``python -m tests.benchmarks.sharded [--json [FILE]]``: 192 MiB of parameters, with AdamW.
+Tensors are counted, not what an allocator keeps.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +19,9 @@ from torch.utils.data import TensorDataset
 
 from brain_lightning import Brain, FSDP2Strategy, Stage
 from tests.support.live_bytes import LiveBytes
+
+from .measure import end_process, quiet
+from .report import Figure, Report, compared, parser
 
 MIB = 2**20
 WIDTH, BLOCKS = 1024, 6
@@ -86,8 +87,6 @@ def _tensors(brain: Brain) -> Iterator[Tensor]:
 
 def measure(strategy: str) -> None:
     """In one of the processes: prints what the first one holds."""
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     run_opts = {"device": "cpu", "noprogressbar": True}
     brain = Measured({"encoder": Encoder()}, torch.optim.AdamW, None, run_opts)
@@ -98,14 +97,14 @@ def measure(strategy: str) -> None:
     if brain._lightning.rank == 0:
         held = LiveBytes(_tensors(brain)).now()
         print(json.dumps({"held": held / MIB, "peak in TRAIN": brain.live.peak / MIB}))
-    torch.distributed.destroy_process_group()
+    end_process()
 
 
 def measured(strategy: str) -> dict[str, float]:
     """What ``measure`` prints in two processes."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *command, "-m", "tests.benchmarks.sharded", strategy],
+        [sys.executable, *command, "-m", "tests.benchmarks.sharded", "--measure", strategy],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
         check=True, timeout=300,
     )  # fmt: skip
@@ -113,18 +112,24 @@ def measured(strategy: str) -> dict[str, float]:
     return found
 
 
-def main(as_json: bool) -> None:
-    found = {strategy: measured(strategy) for strategy in STRATEGIES}
-    if as_json:
-        print(json.dumps(found))
-        return
-    for name, row in found.items():
-        columns = (f"{k} {v:.0f} MiB ({v / found['ddp'][k]:.2f})" for k, v in row.items())
-        print(f"{name:<20}" + "  ".join(columns))
+def main() -> None:
+    made = parser(__doc__, rounds=1)
+    made.add_argument("--measure", choices=STRATEGIES, help="in one of the two processes")
+    options = made.parse_args()
+    with quiet():
+        if options.measure:
+            measure(options.measure)
+            return
+    report = Report(options)
+    found = {name: [measured(name) for _ in range(options.rounds)] for name in STRATEGIES}
+    rows: dict[str, dict[str, Figure]] = {name: {} for name in STRATEGIES}
+    for column in found["ddp"][0]:
+        values = {name: [each[column] for each in runs] for name, runs in found.items()}
+        for name, figure in compared(values, "MiB", base="ddp").items():
+            rows[name][column] = figure
+    report.table("What each of two processes holds", rows)
+    report.end()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in STRATEGIES:
-        measure(sys.argv[1])
-    else:
-        main("--json" in sys.argv)
+    main()

@@ -23,10 +23,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from . import fake_streams
-from .fake_streams import HOST, Event, Memory, Stream, current_stream, recorded
+from .fake_streams import HOST, Event, Memory, Record, Stream, current_stream, recorded
 from .processes import check_python
 
-__all__ = ["DEVICE", "check", "install", "recorded", "trainer"]
+__all__ = ["DEVICE", "Record", "check", "install", "recorded", "trainer"]
 
 DEVICE = "fake:0"
 _BACKEND = "PrivateUse1"
@@ -424,6 +424,11 @@ def _device_module() -> ModuleType:
         "get_rng_state": lambda device=None: cpu.get_rng_state(),
         "set_rng_state": lambda state, device=None: None,
         "empty_cache": lambda: None,
+        # There is room for everything, unless a test says otherwise.
+        "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
+        "memory_reserved": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "stream": lambda stream: stream,
         "Stream": Stream,
         "Event": Event,
         "current_stream": current_stream,

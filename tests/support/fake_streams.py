@@ -55,7 +55,7 @@ class Record:
         return [wait for wait in self.waits if wait.thread == thread]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Arrival:
     """A copy to memory of the host that is under way."""
 
@@ -65,7 +65,7 @@ class _Arrival:
     time: int
 
 
-@dataclass
+@dataclass(eq=False)
 class _Departure:
     """A copy from pinned memory of the host, which has to stay as it is meanwhile."""
 

@@ -112,24 +112,27 @@ def fit(brain: Noisy, train: Any, **kwargs: Any) -> Noisy:
 def cut_and_resumed(
     folder: Path,
     make_train: Callable[[], Any],
-    cut: Callable[[Noisy], bool],
+    *cuts: Callable[[Noisy], bool],
     **options: Any,
-) -> tuple[Noisy, Noisy]:
-    """The run that was never cut, and the one that went on where another was cut."""
+) -> list[Noisy]:
+    """The run that was never cut, and for each cut the one that went on where it was."""
     options = {"ckpt_interval_steps": 1, **options}
-    whole = fit(brain_in(folder / "whole", **options), make_train())
-    first = brain_in(folder / "cut", **options)
-    first.cut = cut
-    with pytest.raises(Cut):
-        fit(first, make_train())
-    second = brain_in(folder / "cut", **options)
-    seed(77)
-    return whole, fit(second, make_train())
+    brains = [fit(brain_in(folder / "whole", **options), make_train())]
+    for number, cut in enumerate(cuts):
+        first = brain_in(folder / f"cut{number}", **options)
+        first.cut = cut
+        with pytest.raises(Cut):
+            fit(first, make_train())
+        second = brain_in(folder / f"cut{number}", **options)
+        seed(77)
+        brains.append(fit(second, make_train()))
+    return brains
 
 
-def assert_same(whole: Noisy, resumed: Noisy) -> None:
-    assert all_equal(weights(whole), weights(resumed))
-    assert whole.optimizer_step == resumed.optimizer_step
+def assert_same(whole: Noisy, *resumed: Noisy) -> None:
+    for number, each in enumerate(resumed):
+        assert all_equal(weights(whole), weights(each)), number
+        assert whole.optimizer_step == each.optimizer_step, number
     assert not all_equal(weights(whole), weights(make()))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -27,6 +29,7 @@ from torch.utils.data import (
 )
 
 from brain_lightning import (
+    Checkpointer,
     FSDP2Strategy,
     ddp_barrier,
     ddp_broadcast,
@@ -36,6 +39,7 @@ from brain_lightning import (
 from tests.parity.recipes import CLASSES, FEATURES, CountsSaves, adam, dataset, loader, make
 from tests.parity.sides import OURS, Record, Side
 from tests.support.brains import trainer_with
+from tests.support.collectives import Collectives
 
 # Of a Trainer that a scenario makes itself; see worker.py.
 STRATEGY = os.environ.get("STRATEGY", "ddp")
@@ -206,6 +210,36 @@ def accumulation_counted(side: Side, record: Record) -> Any:
     brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 1})
     assert brain.optimizer_step == 6
     assert len(record.results) == 12
+    return brain
+
+
+def one_collective_a_batch(side: Side, record: Record) -> Any:
+    """Of a step of ours, of one by hand around it, and of one all by hand, which may save."""
+
+    def around(self: Any, batch: Any) -> Any:
+        return side.Brain.fit_batch(self, batch)
+
+    def by_hand(self: Any, batch: Any) -> Any:
+        outputs = self.compute_forward(batch, side.Stage.TRAIN)
+        loss = self.compute_objectives(outputs, batch, side.Stage.TRAIN)
+        loss.backward()
+        self.optimizers_step()
+        return loss.detach()
+
+    for hooks in ({}, {"fit_batch": around}, {"fit_batch": by_hand}):
+        brain = make(
+            side, record, encoder_and_head(), checkpointer=Checkpointer(tempfile.mkdtemp()),
+            run_opts={**GLOO, "ckpt_interval_minutes": 15},
+            **hooks,
+        )  # fmt: skip
+        counts: list[int] = []
+        brain.modules.encoder.register_forward_pre_hook(
+            lambda *_, counts=counts: counts.append(counter.count)
+        )
+        with Collectives() as counter:
+            brain.fit(range(1), dataset(), train_loader_kwargs={"batch_size": 1})
+        # After the first batch DDP makes its buckets anew.
+        record.results.append({b - a for a, b in itertools.pairwise(counts[2:])})
     return brain
 
 
@@ -803,6 +837,7 @@ OWN = [
     a_stream_without_anything_on_one_rank, a_whole_validation, a_validation_that_is_shared_out,
     more_processes_than_batches, on_the_main_process, counted_with_tensors,
     limited_to_the_same_length, a_layer_that_one_process_leaves_out,
+    one_collective_a_batch,
 ]  # fmt: skip
 # The same, with a Trainer given to brain.fit.
 ON_A_TRAINER = [a_batch_sampler_on_the_users_trainer]

@@ -72,6 +72,11 @@ def test_batchnorm_is_synchronized_on_gpus(tmp_path: Path) -> None:
     assert records["brain_lightning", name].results == ["SyncBatchNorm"]
 
 
+def test_what_processes_decide_in_a_batch_is_one_collective(records: Any) -> None:
+    for record in of(records, scenarios.one_collective_a_batch):
+        assert record.results == [{1}, {1}, {1}]
+
+
 def test_each_rank_has_data_of_its_own(records: Any) -> None:
     one, other = of(records, scenarios.gan)
     assert one.stage_losses != other.stage_losses
@@ -261,7 +266,7 @@ def test_a_limit_is_a_remedy_for_different_lengths(records: Any) -> None:
 
 
 def test_processes_that_lightning_starts_do_the_same(records: Any, tmp_path: Path) -> None:
-    check_python("-m", "tests.system.distributed.launched", str(tmp_path), real=True)
+    check_python("-m", "tests.system.distributed.launched", str(tmp_path))
     for rank, torchruns in enumerate(of(records, scenarios.one_module)):
         launched = torch.load(tmp_path / f"launched{rank}.pt", weights_only=False)
         assert_equal(launched, torchruns)
