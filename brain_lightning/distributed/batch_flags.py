@@ -55,9 +55,13 @@ class BatchFlags:
 
     Args:
         mine: The flags of this process besides that of the batch.
+
+    Attributes:
+        are_shared: Whether there are other processes, found out once.
     """
 
     def __init__(self, mine: Callable[[], Sequence[bool]] = tuple) -> None:
+        self.are_shared = communicates()
         self._mine = mine
         self._found: Sequence[bool] | None = None
 
@@ -92,7 +96,7 @@ class BatchFlags:
         Returns:
             The flags besides that of the batch, as they are raised in any process.
         """
-        if not communicates():
+        if not self.are_shared:
             return self._mine()
         if self._found is None:
             self.wait(self.reduce(False, device))

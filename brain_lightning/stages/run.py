@@ -93,7 +93,7 @@ class Run:
         current: The stage that is running or ran last.
         trainer: The Trainer's side, from ``begin`` on.
         parts: Its stages one by one; None where it does not fit.
-        flags: What all processes share of a training batch.
+        flags: What all processes share of a training batch, from ``begin`` on.
         termination: Handles SIGTERM, and the signal that the job is requeued by.
         interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
         metrics: The numbers that the stages found.
@@ -101,6 +101,7 @@ class Run:
     """
 
     trainer: TrainerSide
+    flags: BatchFlags
     parts: Parts | None = None
     # Runs that have begun and not ended.
     _running: ClassVar[list[Run]] = []
@@ -124,7 +125,6 @@ class Run:
         self.current: RunStage = self.train
         self.metrics = Metrics(lambda: self.current.kind)
         self.termination = Termination()
-        self.flags = BatchFlags(self._flags)
         self.interrupt: KeyboardInterrupt | None = None
         self.temporary = TemporaryAttributes()
         # The error that was located last, by its id: it must not be kept.
@@ -157,6 +157,7 @@ class Run:
         """
         self.trainer = self.run_state.trainer = trainer
         self._running.append(self)
+        self.flags = BatchFlags(self._flags)
         self.temporary.set(self.brain._lightning, "flags", self.flags)
 
     def _flags(self) -> tuple[bool, bool]:

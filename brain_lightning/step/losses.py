@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from brain_lightning.distributed.batch_flags import BatchFlags, Reduction
-from brain_lightning.distributed.communication import communicates
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.host_copy import HostCopy
 from brain_lightning.protocol import BrainProtocol, has_own, optimizers_of, parameters_of
@@ -34,7 +33,7 @@ class FiniteCheck:
     def __init__(self, scaled: Tensor, flags: BatchFlags) -> None:
         self._copy, self._flags = HostCopy(scaled), flags
         self._reduction: Reduction | None = None
-        if communicates():
+        if flags.are_shared:
             raised = not self.here() if scaled.is_cpu else ~torch.isfinite(scaled)
             self._reduction = flags.reduce(raised, scaled.device)
 
@@ -72,11 +71,12 @@ class TrainingLoss:
         self.scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
         self._copy = None if loss.is_cpu else HostCopy(loss)
         self._check: FiniteCheck | None = None
-        if self.scaled.is_cpu and not communicates():
+        flags = brain._lightning.flags or BatchFlags()
+        if self.scaled.is_cpu and not flags.are_shared:
             here = isfinite(self.scaled.item())
             self._decide(here, here)
             return
-        self._check = FiniteCheck(self.scaled, brain._lightning.flags or BatchFlags())
+        self._check = FiniteCheck(self.scaled, flags)
         if not _may_follow_backward(brain, self.scaled):
             self._wait()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import speechbrain
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
@@ -19,11 +21,19 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from brain_lightning import to_lightning
+from brain_lightning import Brain, to_lightning
 from brain_lightning.lightning_internals import attach
 from brain_lightning.module.automatic import AutomaticModule
 from brain_lightning.module.manual import ManualModule
-from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
+from tests.support.brains import (
+    Regression,
+    all_equal,
+    loader,
+    make,
+    sgd,
+    trainer_with,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -243,3 +253,37 @@ def test_sigterm_ends_a_test_within_a_batch() -> None:
     with pytest.raises(SystemExit):
         trainer_with().test(to_lightning(brain), loader(), verbose=False)
     assert len([event for event in brain.events if event[0] == "TEST"]) == 1
+
+
+def calls_of_a_batch(brain_class: Any, accumulation: int) -> int:
+    """How many Python functions are called between two forward passes."""
+    calls, seen = 0, []
+
+    class Counting(brain_class):
+        def compute_forward(self, batch: Any, stage: Any) -> Any:
+            seen.append(calls)
+            return self.modules.model(batch[0])
+
+        def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+            return predictions.square().mean()
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    options = {"device": "cpu", "grad_accumulation_factor": accumulation}
+    brain = Counting({"model": torch.nn.Linear(4, 1)}, sgd, run_opts=options)
+    sys.setprofile(count)
+    try:
+        brain.fit(range(1), loader(24), progressbar=False)
+    finally:
+        sys.setprofile(None)
+    # Later batches are all the same.
+    return seen[4] - seen[3]
+
+
+@pytest.mark.parametrize("accumulation", [1, 6])
+def test_a_batch_takes_few_calls_more_than_speechbrains(accumulation: int) -> None:
+    ours = calls_of_a_batch(Brain, accumulation)
+    # They cost less than what SpeechBrain does with tensors to check the loss twice.
+    assert ours - calls_of_a_batch(speechbrain.Brain, accumulation) <= 80
