@@ -77,7 +77,10 @@ class TrainingLoss:
             self._decide(here, here)
             return
         self._check = FiniteCheck(self.scaled, flags)
-        if not _may_follow_backward(brain, self.scaled):
+        # One of several processes fails of a loss without gradients, as in SpeechBrain: the
+        # others have begun to average theirs.
+        has_gradients = self.scaled.requires_grad or flags.are_shared
+        if not has_gradients or not _can_drop_gradients(brain):
             self._wait()
 
     def backward(self, backward: Callable[[], Any]) -> None:
@@ -163,13 +166,10 @@ def _describe(value: object) -> str:
     return f"{type(value).__name__} {value!r:.80}"
 
 
-def _may_follow_backward(brain: BrainProtocol, loss: Tensor) -> bool:
-    """Whether the gradients of this batch can be dropped, when the loss is not finite."""
+def _can_drop_gradients(brain: BrainProtocol) -> bool:
+    """Whether the gradients of this batch can be dropped, when its loss is not finite."""
     return (
         brain.grad_accumulation_factor == 1
-        # One of several processes fails of a loss without gradients, as in SpeechBrain: the
-        # others have begun to average theirs.
-        and (loss.requires_grad or communicates())
         and not has_own(brain, "check_loss_isfinite")
         # Which raises an error in the backward pass of such a loss.
         and not torch.is_anomaly_enabled()
