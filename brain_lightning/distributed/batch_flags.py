@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
 
 from brain_lightning.host_copy import HostCopy
 
@@ -30,7 +29,9 @@ class Reduction:
         flags = flags.to(device, non_blocking=True)
         if not is_known:
             flags[0] = flag
-        self._work = torch.distributed.all_reduce(flags, ReduceOp.MAX, async_op=True)
+        self._work = torch.distributed.all_reduce(
+            flags, torch.distributed.ReduceOp.MAX, async_op=True
+        )
         if not flags.is_cpu:
             # For NCCL the device waits, and not the host.
             self._work.wait()
