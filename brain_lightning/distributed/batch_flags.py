@@ -9,7 +9,7 @@ from torch import Tensor
 
 from brain_lightning.host_copy import HostCopy
 
-from .communication import communicates
+from .communication import communicates, is_distributed_initialized
 
 
 class Reduction:
@@ -56,15 +56,18 @@ class BatchFlags:
 
     Args:
         mine: The flags of this process besides that of the batch.
-
-    Attributes:
-        are_shared: Whether there are other processes, found out once.
     """
 
     def __init__(self, mine: Callable[[], Sequence[bool]] = tuple) -> None:
-        self.are_shared = communicates()
+        # One of a single process is asked at each batch.
+        self._is_alone = not is_distributed_initialized()
         self._mine = mine
         self._found: Sequence[bool] | None = None
+
+    @property
+    def are_shared(self) -> bool:
+        """Whether there are other processes, which do not wait for the main process."""
+        return not self._is_alone and communicates()
 
     def reduce(self, flag: Tensor | bool, device: torch.device | str) -> Reduction:
         """Begins to tell all processes of a flag, behind what the device has in its queue.
