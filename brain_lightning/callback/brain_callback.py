@@ -151,7 +151,7 @@ class BrainCallback(Callback):
         self._begin_log()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles signals to end, where one can save or there are several processes."""
+        """Handles signals to end, where the run can be saved or has several processes."""
         self._side.resume_after_loading()
         if self._detects_anomalies:
             # By detect_anomaly around the run, which Lightning has just switched off.

@@ -1,10 +1,10 @@
 """Several processes that train one Brain: ranks, collectives, DDP, SIGTERM.
 
 ``communication`` says which rank this is, and has the collectives (its public names are
-SpeechBrain's, from ``speechbrain.utils.distributed``). ``agreement`` compares what
-ranks are about to do. ``process_group`` makes the group of a script that makes none.
-``ddp`` wraps each entry of a Brain's modules. ``termination`` handles SIGTERM and the
-like, so that all ranks stop after the same batch.
+SpeechBrain's, from ``speechbrain.utils.distributed``). ``batch_flags`` is the one collective
+of a training batch. ``agreement`` compares what ranks are about to do. ``process_group`` makes
+the group of a script that makes none. ``ddp`` wraps each entry of a Brain's modules.
+``termination`` handles SIGTERM and the like, so that all ranks stop after the same batch.
 """
 
 from .communication import ddp_barrier as ddp_barrier

@@ -59,7 +59,7 @@ class BatchFlags:
     """
 
     def __init__(self, mine: Callable[[], Sequence[bool]] = tuple) -> None:
-        # One of a single process is asked at each batch.
+        # It is asked in each batch, where a single process has no time to look again.
         self._is_alone = not is_distributed_initialized()
         self._mine = mine
         self._found: Sequence[bool] | None = None

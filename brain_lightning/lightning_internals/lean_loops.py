@@ -91,21 +91,18 @@ class LeanEpochLoop(BrainEpochLoop):
         batch_idx = progress.current.ready
         progress.is_last_batch = False
         progress.increment_ready()
-        if not self.brain_watchers:
-            self._fit(batch, batch_idx)
-            progress.increment_processed()
-            self.brain_module.end_batch(trainer)
-            progress.increment_completed()
-            return
-        self._fit_watched(batch, batch_idx)
+        fit = self._fit_watched if self.brain_watchers else self._fit
+        fit(batch, batch_idx)
         progress.increment_processed()
         self.brain_module.end_batch(trainer)
-        trainer._logger_connector.on_batch_end()
+        if self.brain_watchers:
+            trainer._logger_connector.on_batch_end()
         progress.increment_completed()
-        trainer._logger_connector.update_train_step_metrics()
+        if self.brain_watchers:
+            trainer._logger_connector.update_train_step_metrics()
 
     def _fit_watched(self, batch: Any, batch_idx: int) -> None:
-        """The same as ``_fit``, with the hooks of callbacks."""
+        """``_fit`` with the hooks of callbacks."""
         trainer = self.trainer
         trainer._logger_connector.on_batch_start(batch)
         if batch is not None:

@@ -24,9 +24,9 @@ from .counters import logged_steps
 class BrainLoggerConnector(_LoggerConnector):
     """A logger connector that knows the numbers of a Brain, which need no ``self.log``.
 
-    That averages over batches and processes what is an average already. In each step it costs
-    more than the whole loop of a small model, and at the end of an epoch a quarter of a fit of
-    one batch. The loss of the last batch costs nothing unread.
+    ``self.log`` would average over batches and processes what is an average already. In each
+    step it would cost more than the whole loop of a small model, and at the end of an epoch a
+    quarter of a fit of one batch. The loss of a batch costs nothing until somebody reads it.
     """
 
     brain_run: Run
@@ -36,9 +36,9 @@ class BrainLoggerConnector(_LoggerConnector):
     @property
     def metrics(self) -> Any:
         """What was logged, for callbacks, loggers and bars."""
-        found = super().metrics
+        found: Any = super().metrics
         for reader, numbers in _by_reader(self.brain_numbers).items():
-            found[reader].update(numbers)  # type: ignore[literal-required]
+            found[reader].update(numbers)
         return found
 
     def log_numbers(self, numbers: Mapping[str, float]) -> None:
@@ -104,13 +104,19 @@ def _logged(numbers: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in numbers.items() if name != "train_loss"}
 
 
+def _connector_of(trainer: Trainer) -> BrainLoggerConnector:
+    connector = trainer._logger_connector
+    assert isinstance(connector, BrainLoggerConnector)
+    return connector
+
+
 def keep_step_metrics(trainer: Trainer) -> None:
     """Stores the numbers of the last batch, before its stage is over.
 
     Args:
         trainer: The Trainer of a Brain, in training.
     """
-    trainer._logger_connector.keep_step_metrics()  # type: ignore[attr-defined]
+    _connector_of(trainer).keep_step_metrics()
 
 
 def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
@@ -120,7 +126,7 @@ def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
         trainer: The Trainer of a Brain, in the hook that ends an epoch.
         numbers: By name; the same in all processes.
     """
-    trainer._logger_connector.log_numbers(numbers)  # type: ignore[attr-defined]
+    _connector_of(trainer).log_numbers(numbers)
 
 
 def log_step_metrics(trainer: Trainer) -> None:
@@ -129,7 +135,7 @@ def log_step_metrics(trainer: Trainer) -> None:
     Args:
         trainer: The Trainer of a Brain, in ``on_train_batch_end``.
     """
-    trainer._logger_connector.log_step_metrics()  # type: ignore[attr-defined]
+    _connector_of(trainer).log_step_metrics()
 
 
 def is_open(logger: CSVLogger | TensorBoardLogger) -> bool:

@@ -63,7 +63,7 @@ class AutomaticModule(BrainModule):
         return self._training_loss.scaled
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass, unless the loss is not finite."""
+        """The backward pass; a loss that is not finite leaves no gradients."""
         backward = super().backward
         self.training_loss.backward(lambda: backward(loss, *args, **kwargs))
 

@@ -35,7 +35,7 @@ A recipe that calls ``_fit_train`` and ``_fit_valid`` itself runs the same stage
 through ``Run.parts``.
 
 ``epochs`` has the epoch counters; ``loader`` what Lightning iterates; ``progress`` the bar;
-``metrics`` the numbers of the stages; ``interval_checkpoints`` saves within an epoch;
-``sharded_evaluation`` divides a validation among ranks; ``error_context`` adds to an error
-where it comes from.
+``metrics`` the numbers of the stages; ``running_average`` the loss of an evaluation;
+``interval_checkpoints`` saves within an epoch; ``sharded_evaluation`` divides a validation
+among ranks; ``error_context`` adds to an error where it comes from.
 """

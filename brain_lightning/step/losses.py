@@ -1,8 +1,9 @@
-"""The losses of batches: the forward pass, and of training the check and the backward pass.
+"""The losses of batches: their forward pass; in training also check and backward pass.
 
-The host waits for the device once in a training batch, when the backward pass is in the
-device's queue already: the loss is copied to the host behind the forward pass. What it says
-is then decided upon, by all processes together, before an optimizer steps.
+In a training batch the host waits for the device once. The copy of the loss to the host is
+queued behind the forward pass, then the backward pass is queued, and only then the host waits
+for the copy. All processes decide together whether the loss is finite, before an optimizer
+steps.
 """
 
 from __future__ import annotations

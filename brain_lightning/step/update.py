@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
     """Fits one batch (``speechbrain.Brain.fit_batch``).
 
-    A loss that is not finite has no backward pass, and the update that it alone
-    would have made is skipped; SpeechBrain would make every weight NaN.
+    A loss that is not finite leaves no gradients, and the update that it alone would have
+    made is skipped; SpeechBrain would make every weight NaN.
 
     Args:
         brain: The Brain in training; its ``step`` counts this batch already.
