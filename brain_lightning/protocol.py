@@ -364,6 +364,10 @@ def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
     return getattr(getattr(brain, "hparams", None), "__dict__", {})
 
 
+# In one place; what there is more of is data, which would be looked through in each step.
+_MOST_OPTIMIZERS = 100
+
+
 def optimizers_of(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
     """The optimizers that a Brain and its hparams have, with the expressions for them.
 
@@ -374,8 +378,9 @@ def optimizers_of(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
         for name, value in values.items():
             if isinstance(value, Optimizer):
                 yield f"{owner}.{name}", value
-            elif isinstance(value, dict):
-                for key, each in value.items():
+            elif isinstance(value, (dict, list, tuple)) and len(value) <= _MOST_OPTIMIZERS:
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                for key, each in items:
                     if isinstance(each, Optimizer):
                         yield f"{owner}.{name}[{key!r}]", each
 

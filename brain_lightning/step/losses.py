@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from brain_lightning.distributed.batch_flags import BatchFlags, Reduction
 from brain_lightning.errors import BrainTypeError
@@ -71,6 +70,7 @@ class TrainingLoss:
         factor = brain.grad_accumulation_factor
         self.scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
         self._copy = None if loss.is_cpu else HostCopy(loss)
+        self._version = loss._version
         self._check: FiniteCheck | None = None
         flags = brain._lightning.flags or BatchFlags()
         if self.scaled.is_cpu and not flags.are_shared:
@@ -92,20 +92,24 @@ class TrainingLoss:
         """
         if self._check is not None:
             backward()
-            self._wait()
-            if not self.finite:
-                _drop_gradients(self._brain)
+            self._wait(drops_gradients=True)
         elif self.finite:
             backward()
 
     def on_host(self) -> Tensor:
         """The detached loss, on the CPU."""
-        return self.loss.detach() if self._copy is None else self._copy.wait()[0]
+        # A hook may have changed it since it was copied.
+        if self._copy is None or self.loss._version != self._version:
+            return self.loss.detach().cpu()
+        return self._copy.wait()[0]
 
-    def _wait(self) -> None:
+    def _wait(self, drops_gradients: bool = False) -> None:
         check, self._check = self._check, None
         assert check is not None
         finite = check.everywhere()
+        if drops_gradients and not finite:
+            # Before an error says so: whoever catches it may go on.
+            _drop_gradients(self._brain, self.scaled)
         self._decide(finite, finite or check.here())
 
     def _decide(self, finite: bool, here: bool) -> None:
@@ -174,16 +178,32 @@ def _can_drop_gradients(brain: BrainProtocol) -> bool:
         and not has_own(brain, "check_loss_isfinite")
         # Which raises an error in the backward pass of such a loss.
         and not torch.is_anomaly_enabled()
-        and not any(p.grad is not None for p in _optimized(brain))
+        and not any(p.grad is not None for p in _trained(brain))
     )
 
 
-def _optimized(brain: BrainProtocol) -> Iterable[Parameter]:
-    # Of all: a recipe may step one itself, which has gathered gradients of earlier batches.
-    return chain.from_iterable(parameters_of(each) for _, each in optimizers_of(brain))
+def _trained(brain: BrainProtocol) -> Iterable[Tensor]:
+    # Of all optimizers: a recipe may step one itself, which has gathered gradients of earlier
+    # batches; and perhaps one that is not found.
+    optimized = (parameters_of(each) for _, each in optimizers_of(brain))
+    return chain(chain.from_iterable(optimized), brain.modules.parameters())
 
 
-def _drop_gradients(brain: BrainProtocol) -> None:
-    # What no optimizer has is never updated.
-    for parameter in chain(brain.modules.parameters(), _optimized(brain)):
-        parameter.grad = None
+def _drop_gradients(brain: BrainProtocol, loss: Tensor) -> None:
+    # The graph also has what nobody else knows of, but nothing of what it recomputes.
+    for tensor in chain(_leaves(loss), _trained(brain)):
+        tensor.grad = None
+
+
+def _leaves(loss: Tensor) -> Iterable[Tensor]:
+    """The tensors that the backward pass of a loss gives gradients to."""
+    seen: set[Any] = set()
+    nodes: list[Any] = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            yield node.variable

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from brain_lightning.errors import NonFiniteLossError
 from tests.support import fake_device
@@ -54,6 +56,43 @@ class Poisoned(Regression):
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         self.losses = [*getattr(self, "losses", []), stage_loss]
+
+
+class Gathering(Poisoned):
+    """Steps two optimizers itself, one of a layer beside its modules, and changes the loss."""
+
+    def init_optimizers(self) -> None:
+        self.layer = nn.Linear(2, 2).to(self.device)
+        with torch.no_grad():
+            self.layer.weight.fill_(0.5)
+            self.layer.bias.fill_(0.5)
+        self.optimizers_dict = {"bias": adam([self.modules.model.bias])}
+        self.own = [adam([self.modules.model.weight])]
+        self.hidden = SimpleNamespace(optimizer=adam(self.layer.parameters()))
+
+    def compute_forward(self, batch: Any, stage: Any) -> Any:
+        return self.layer(super().compute_forward(batch, stage))
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        if should_step:
+            self.hidden.optimizer.step()
+            self.hidden.optimizer.zero_grad()
+        # There are gradients before one of the poisoned batches, and none before the other.
+        if self.step in (1, 3, 6):
+            self.own[0].step()
+            self.own[0].zero_grad()
+        with torch.no_grad():
+            loss.mul_(2)
+
+
+class Forgiving(Poisoned):
+    """Goes on where the patience is exhausted."""
+
+    def fit_batch(self, batch: Any) -> Any:
+        try:
+            return super().fit_batch(batch)
+        except NonFiniteLossError:
+            return torch.tensor(1.0)
 
 
 def adam(parameters: Any) -> torch.optim.Adam:
@@ -121,6 +160,17 @@ def a_loss_that_is_not_finite_leaves_the_weights_as_on_the_cpu() -> None:
         fit(DEVICE, 7, Poisoned, nonfinite_patience=1)
 
 
+def what_a_recipe_does_around_the_step_is_as_on_the_cpu() -> None:
+    for cls, patience in ((Gathering, 9), (Forgiving, 0)):
+        device, cpu = (fit(on, 7, cls, nonfinite_patience=patience) for on in (DEVICE, "cpu"))
+        if cls is Gathering:
+            assert torch.equal(device.layer.weight.cpu(), cpu.layer.weight)
+            assert not torch.equal(cpu.layer.weight, torch.full((2, 2), 0.5))
+        assert all_equal([w.cpu() for w in weights(device)], weights(cpu))
+        assert not all_equal(weights(cpu), weights(make()))
+        assert device.losses == cpu.losses
+
+
 def what_is_read_too_early_is_garbage() -> None:
     there = torch.arange(4.0, device=DEVICE)
     with recorded() as record:
@@ -156,4 +206,5 @@ def test_on_a_device() -> None:
         the_host_waits_once_a_step_and_never_in_a_validation,
         the_backward_pass_is_queued_before_the_host_waits,
         a_loss_that_is_not_finite_leaves_the_weights_as_on_the_cpu,
+        what_a_recipe_does_around_the_step_is_as_on_the_cpu,
     )
