@@ -1,41 +1,37 @@
-"""Numbers of a device on their way to the host, which does something else meanwhile."""
+"""A number of a device on its way to the host, which does something else meanwhile."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """Copies tensors to the host, behind what their device has in its queue.
-
-    Until ``wait`` the copies hold anything. Where the tensors are on the CPU they are the
-    copies themselves.
+    """Copies a tensor to the host, behind what its device has in its queue.
 
     Args:
-        *tensors: All of one device.
+        tensor: The tensor; one of the CPU is its own copy.
     """
 
-    def __init__(self, *tensors: Tensor) -> None:
-        # torch takes memory that a device can write to by itself (pinned memory).
-        self._copies = [each.detach().to("cpu", non_blocking=True) for each in tensors]
+    def __init__(self, tensor: Tensor) -> None:
+        # torch takes memory that a device can write to by itself (pinned memory); what it
+        # holds before ``wait`` is not defined.
+        self._copy = tensor.detach().to("cpu", non_blocking=True)
         self._event: torch.Event | None = None
-        if any(not each.is_cpu for each in tensors):
-            self._event = torch.Event(tensors[0].device)
+        if not tensor.is_cpu:
+            self._event = torch.Event(tensor.device)
             self._event.record()
 
     def has_arrived(self) -> bool:
         """Whether ``wait`` returns at once."""
         return self._event is None or self._event.query()
 
-    def wait(self) -> Sequence[Tensor]:
-        """Waits until the copies are there, and not for what was queued after them.
+    def wait(self) -> Tensor:
+        """Waits until the copy is there, and not for what was queued after it.
 
         Returns:
-            The copies, on the CPU.
+            The copy, on the CPU.
         """
         if self._event is not None and not self.has_arrived():
             self._event.synchronize()
-        return self._copies
+        return self._copy

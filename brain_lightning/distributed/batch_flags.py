@@ -44,8 +44,7 @@ class Reduction:
             Which of the flags, the first of them that of the batch, is raised in a process.
         """
         self._work.wait()
-        (flags,) = self._copy.wait()
-        return [bool(flag) for flag in flags.tolist()]
+        return [bool(flag) for flag in self._copy.wait().tolist()]
 
 
 class BatchFlags:

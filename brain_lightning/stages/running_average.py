@@ -57,4 +57,4 @@ class RunningAverage:
         step, copy = self._arriving.popleft()
         with TemporaryAttributes() as temporary:
             temporary.set(self._brain, "step", step)
-            self._value = self._brain.update_average(copy.wait()[0], self._value)
+            self._value = self._brain.update_average(copy.wait(), self._value)

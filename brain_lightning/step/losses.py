@@ -27,11 +27,12 @@ class FiniteCheck:
 
     Args:
         scaled: The loss that has the backward pass, one number.
+        copy: Its copy to the host.
         flags: What the processes share of the batch.
     """
 
-    def __init__(self, scaled: Tensor, flags: BatchFlags) -> None:
-        self._copy, self._flags = HostCopy(scaled), flags
+    def __init__(self, scaled: Tensor, copy: HostCopy, flags: BatchFlags) -> None:
+        self._copy, self._flags = copy, flags
         self._reduction: Reduction | None = None
         if flags.are_shared:
             raised = not self.here() if scaled.is_cpu else ~torch.isfinite(scaled)
@@ -39,7 +40,7 @@ class FiniteCheck:
 
     def here(self) -> bool:
         """Whether it is finite in this process, for which the host waits."""
-        return isfinite(self._copy.wait()[0].item())
+        return isfinite(self._copy.wait().item())
 
     def everywhere(self) -> bool:
         """Whether it is finite in all processes: the same answer in each of them."""
@@ -77,7 +78,8 @@ class TrainingLoss:
             here = isfinite(self.scaled.item())
             self._decide(here, here)
             return
-        self._check = FiniteCheck(self.scaled, flags)
+        copy = self._copy if self.scaled is loss else None
+        self._check = FiniteCheck(self.scaled, copy or HostCopy(self.scaled), flags)
         # One of several processes fails of a loss without gradients, as in SpeechBrain: the
         # others have begun to average theirs.
         has_gradients = self.scaled.requires_grad or flags.are_shared
@@ -101,7 +103,7 @@ class TrainingLoss:
         # A hook may have changed it since it was copied.
         if self._copy is None or self.loss._version != self._version:
             return self.loss.detach().cpu()
-        return self._copy.wait()[0]
+        return self._copy.wait()
 
     def _wait(self, drops_gradients: bool = False) -> None:
         check, self._check = self._check, None

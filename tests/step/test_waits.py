@@ -145,6 +145,8 @@ def the_backward_pass_is_queued_before_the_host_waits() -> None:
         brain.fit(range(1), loader(8), trainer=fake_device.trainer())
     (first, second), (third, fourth) = brain.seen[:2], brain.seen[2:]
     assert first == second < third == fourth
+    # Of the loss alone, which is scaled by nothing.
+    assert [what for what, _ in record.calls].count("to host") == 2
 
 
 def a_loss_that_is_not_finite_leaves_the_weights_as_on_the_cpu() -> None:
