@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import brain_lightning
+from tests.conftest import LONG
 
 PACKAGE = Path(brain_lightning.__file__).parent
 CONTRIBUTING = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
@@ -41,6 +42,11 @@ def test_the_tree_is_in_the_order_of_the_layers() -> None:
     ]
     shown = [line.split()[0].removesuffix("/") for line in block("tree")[1:]]
     assert shown == [layer for layer in reversed(layers) if (PACKAGE / layer).is_dir()]
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    tests = Path(__file__).parent
+    assert [name for name in LONG if not (tests / name).is_file()] == []
 
 
 @pytest.mark.parametrize("line", block("batch"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -74,25 +74,40 @@ def conformer(layers: int, width: int) -> nn.Module:
     return nn.Sequential(Conformer(layers, width), nn.Linear(width, 30))
 
 
+class Size(NamedTuple):
+    """Of an encoder, and of its batches."""
+
+    layers: int
+    width: int
+    frames: int
+
+    def __str__(self) -> str:
+        return f"{self.layers}x{self.width}"
+
+
 def tasks(device: str) -> dict[str, tuple[Task, int]]:
     """What is trained, and how many steps of it are measured; next to nothing on the CPU."""
-    second = "transformer" if speechbrain is None else "conformer"
-    small = device == "cpu"
-    layers, width, frames = (1, 64, 8) if small else (6, 768, 400)
     task = partial(Task, device=device, precision="bf16")
-    found = {
-        f"transformer {layers}x{width}": (
-            task(model=partial(transformer, layers, width), shape=(32, frames, width)), 20
-        ),
-        f"{second} {layers if small else 8}x{width if small else 256}": (
-            task(
-                model=partial(conformer, *((1, 64) if small else (8, 256))),
-                shape=(16, frames // 2, 64 if small else 256),
-            ), 20
-        ),
-        "Linear(10, 10)": (task(model=partial(nn.Linear, 10, 10), shape=(4, 10)), 300),
-    }  # fmt: skip
-    return {name: (work, 3 if small else steps) for name, (work, steps) in found.items()}
+    tiny = task(model=partial(nn.Linear, 10, 10), shape=(4, 10))
+
+    def encoder(make: Callable[[int, int], nn.Module], size: Size, batch: int) -> Task:
+        model = partial(make, size.layers, size.width)
+        return task(model=model, shape=(batch, size.frames, size.width))
+
+    second = "conformer" if speechbrain else "second transformer"
+    if device == "cpu":
+        small = Size(layers=1, width=64, frames=8)
+        return {
+            f"transformer {small}": (encoder(transformer, small, 32), 3),
+            f"{second} {small}": (encoder(conformer, small, 16), 3),
+            "Linear(10, 10)": (tiny, 3),
+        }
+    wide, deep = Size(layers=6, width=768, frames=400), Size(layers=8, width=256, frames=200)
+    return {
+        f"transformer {wide}": (encoder(transformer, wide, 32), 20),
+        f"{second} {deep}": (encoder(conformer, deep, 16), 20),
+        "Linear(10, 10)": (tiny, 300),
+    }
 
 
 def plain(work: Work, bar: bool) -> None:

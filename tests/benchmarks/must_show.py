@@ -24,7 +24,7 @@ def bounded(figure: Figure, bound: float, absolute: bool = False) -> dict[str, F
 
 
 def steps(rounds: int) -> dict[str, dict[str, Figure]]:
-    """Steps"""
+    """Steps, the start and the end of the fit shared out among all."""
     tiny = loop.steps(Work(), rounds, (*BOTH, BY_HAND))
     many = loop.steps(Work(modules=20, steps=500), rounds, BOTH, WITHOUT)
     optimizers = loop.steps(Work(modules=4, optimizers=4), rounds, BOTH, WITHOUT)
@@ -39,7 +39,7 @@ def steps(rounds: int) -> dict[str, dict[str, Figure]]:
 
 
 def others(rounds: int) -> dict[str, dict[str, Figure]]:
-    """Others"""
+    """What else there is to pay, on one process."""
     tensors = costs.tensors(10_000, min(rounds, 5), BOTH)
     starts, fits = costs.fit_starts(3 * rounds), costs.whole_fits(3 * rounds)
     return {
@@ -52,7 +52,7 @@ def others(rounds: int) -> dict[str, dict[str, Figure]]:
 
 
 def two_processes(rounds: int) -> dict[str, dict[str, Figure]]:
-    """Two processes"""
+    """A step and its collectives."""
     rows = processes.measured(2 * rounds + 1)
     found = {}
     for name, row in rows.items():
@@ -67,8 +67,9 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     report = Report(options)
     with quiet():
-        for rows in (steps, others, two_processes):
-            report.table(rows.__doc__ or "", rows(options.rounds))
+        report.table("Steps", steps(options.rounds))
+        report.table("Others", others(options.rounds))
+        report.table("Two processes", two_processes(options.rounds))
     report.end()
 
 
