@@ -23,6 +23,8 @@ class Termination:
     def __init__(self) -> None:
         self._received: set[int] = set()
         self._previous: dict[int, Any] = {}
+        # The same in all processes, also where the recipe of one handles a signal itself.
+        self._signals: list[int] = []
         self._process = 0
         self._is_ending = False
 
@@ -33,6 +35,7 @@ class Termination:
             signum: The signal; of several that were received, the first installed counts.
             is_free: Whether a handler may be replaced.
         """
+        self._signals.append(signum)
         is_main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signum)
         if is_main and (handler is signal.SIG_DFL or is_free(handler)):
@@ -50,13 +53,13 @@ class Termination:
 
     @property
     def handles_sigterm(self) -> bool:
-        """Whether SIGTERM is handled here."""
-        return signal.SIGTERM in self._previous
+        """Whether a SIGTERM to one of the processes is handled by all, or by the recipe."""
+        return signal.SIGTERM in self._signals
 
     @property
     def is_installed(self) -> bool:
-        """Whether a signal is handled here."""
-        return bool(self._previous)
+        """Whether the processes ask each other for a signal."""
+        return bool(self._signals)
 
     @property
     def is_requested(self) -> bool:
@@ -70,9 +73,7 @@ class Termination:
             device: The device that processes communicate from.
         """
         found = (
-            signum
-            for signum in self._previous
-            if on_any_rank(signum in self._received, device)
+            signum for signum in self._signals if on_any_rank(signum in self._received, device)
         )
         return next(found, None)
 
@@ -94,7 +95,8 @@ class Termination:
         for signum, handler in self._previous.items():
             if signal.getsignal(signum) == self._handle:
                 signal.signal(signum, handler)
-        is_open = self.handles_sigterm and signal.SIGTERM in self._received
+        is_open = signal.SIGTERM in self._received
         self._previous.clear()
+        self._signals.clear()
         if is_open and not self._is_ending:
             signal.raise_signal(signal.SIGTERM)

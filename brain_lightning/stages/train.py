@@ -50,7 +50,8 @@ class TrainStage(RunStage):
     steps = 0
     accumulates = False
     step = 0
-    _checkpoints: IntervalCheckpoints
+    # While there are batches: a recipe may fit some by itself before and after.
+    _checkpoints: IntervalCheckpoints | None = None
     # Stages whose batch is being fitted; a recipe may fit another Brain within.
     _fitting: ClassVar[list[TrainStage]] = []
 
@@ -185,13 +186,14 @@ class TrainStage(RunStage):
         self.run_state.end_batch()
         is_terminated, is_time_to_save = self.run.flags.take(self.brain.device)
         if not self._is_debugged():
+            assert self._checkpoints is not None
             self._checkpoints.after_step(is_time_to_save)
             if is_terminated:
                 self.run.terminate()
 
     def is_time_to_save(self) -> bool:
         """Whether a checkpoint within the epoch is due, by the clock of the first process."""
-        return self.is_running and self._checkpoints.is_time()
+        return self._checkpoints is not None and self._checkpoints.is_time()
 
     def fetch(self) -> bool:
         """Fetches the next batch.
@@ -213,6 +215,7 @@ class TrainStage(RunStage):
     def end(self) -> None:
         """Ends the TRAIN stage."""
         brain, metrics, loss = self.brain, self.run.metrics, self.brain.avg_train_loss
+        self._checkpoints = None
         self.loader.close()
         brain.zero_grad(set_to_none=True)
         self.run_state.end_training()
@@ -224,6 +227,7 @@ class TrainStage(RunStage):
         self._reset()
 
     def _reset(self) -> None:
+        self._checkpoints = None
         self.brain.avg_train_loss = 0.0
         self.brain.step = 0
         reset_valid_step(self.brain)

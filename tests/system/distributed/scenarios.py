@@ -216,6 +216,12 @@ def accumulation_counted(side: Side, record: Record) -> Any:
 def one_collective_a_batch(side: Side, record: Record) -> Any:
     """Of a step of ours, of one by hand around it, and of one all by hand, which may save."""
 
+    def fitting(self: Any, stage: Any, epoch: Any = None) -> None:
+        """Takes a step before there is a batch, as one that warms up does."""
+        self.step = 1
+        side.Brain.fit_batch(self, next(iter(DataLoader(dataset(), 2))))
+        self.step = 0
+
     def around(self: Any, batch: Any) -> Any:
         return side.Brain.fit_batch(self, batch)
 
@@ -226,7 +232,9 @@ def one_collective_a_batch(side: Side, record: Record) -> Any:
         self.optimizers_step()
         return loss.detach()
 
-    for hooks in ({}, {"fit_batch": around}, {"fit_batch": by_hand}):
+    for hooks in (
+        {"on_stage_start": fitting}, {"fit_batch": around}, {"fit_batch": by_hand}
+    ):  # fmt: skip
         brain = make(
             side, record, encoder_and_head(), checkpointer=Checkpointer(tempfile.mkdtemp()),
             run_opts={**GLOO, "ckpt_interval_minutes": 15},
