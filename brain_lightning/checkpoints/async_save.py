@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from brain_lightning.host_copy import current_stream, has_streams
+
 logger = logging.getLogger(__name__)
 
 # Where a tensor is in memory, and how.
@@ -55,7 +57,7 @@ class Snapshots:
             copies = {memory: self._buffer(source) for memory, source in sources.items()}
             for device, here in _by_device(sources).items():
                 pairs = [(copies[memory], sources[memory]) for memory in here]
-                if _has_streams(device):
+                if has_streams(device):
                     self._copy_beside_training(device, pairs)
                 else:
                     _copy(pairs)
@@ -73,7 +75,7 @@ class Snapshots:
         self._free, self._used = self._used, defaultdict(list)
 
     def _buffer(self, tensor: Tensor) -> Tensor:
-        pinned = _has_streams(tensor.device)
+        pinned = has_streams(tensor.device)
         kind = (tensor.shape, tensor.dtype, pinned)
         free = self._free[kind]
         if free:
@@ -89,7 +91,7 @@ class Snapshots:
         self, device: torch.device, pairs: list[tuple[Tensor, Tensor]]
     ) -> None:
         module = getattr(torch, device.type)
-        training = module.current_stream(device)
+        training = current_stream(device)
         beside = self._streams.setdefault(device, module.Stream(device))
         # Training overwrites its tensors in the next step. A clone is made at the speed of the
         # device's memory, by far faster than the copy to the host; where there is no room for
@@ -131,11 +133,11 @@ def on_host(state: State) -> State:
         return state
     sources = {_memory(tensor): tensor for tensor in away}
     copies = {
-        memory: each.to("cpu", non_blocking=_has_streams(each.device))
+        memory: each.to("cpu", non_blocking=has_streams(each.device))
         for memory, each in sources.items()
     }
-    for device in filter(_has_streams, _by_device(sources)):
-        getattr(torch, device.type).current_stream(device).synchronize()
+    for device in filter(has_streams, _by_device(sources)):
+        current_stream(device).synchronize()
     memo = {id(tensor): tensor for tensor in tensors}
     memo |= {id(tensor): copies[_memory(tensor)] for tensor in away}
     return copy.deepcopy(state, memo)
@@ -144,12 +146,6 @@ def on_host(state: State) -> State:
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     for buffer, source in pairs:
         buffer.copy_(source, non_blocking=buffer.is_pinned())
-
-
-def _has_streams(device: torch.device) -> bool:
-    """Whether a device copies while it computes; CUDA and XPU do, MPS does not."""
-    module = getattr(torch, device.type, None)
-    return hasattr(module, "Stream") and hasattr(module, "mem_get_info")
 
 
 def _memory(tensor: Tensor) -> Memory:
