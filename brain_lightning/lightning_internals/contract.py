@@ -200,6 +200,8 @@ TORCH_PARTS = (
         "what FSDP2 finds in the outputs of a module, such as Hugging Face's, is found by it"),
     Row("torch:Tensor", "_version",
         "whether a weight was changed in place is not said otherwise"),
+    Row("torch.nn:Module", "_apply",
+        "what a module moves besides parameters and buffers is not known otherwise"),
     Row("torch:Tensor", "_is_view",
         "a view that is changed in place has other hooks than it had"),
     Row("torch.nn:MultiheadAttention", "_reset_parameters",

@@ -112,6 +112,8 @@ class BrainFitLoop(_FitLoop):
         if last:
             keep_step_metrics(self.trainer)
             run.train.end()
+            # A signal in the last batch came too late for what processes asked in it.
+            run.end_if_terminated()
         return not last
 
     def _limit_of_batches(self) -> float:

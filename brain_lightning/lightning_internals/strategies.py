@@ -168,7 +168,11 @@ def leave_on(module: LightningModule, device: torch.device) -> bool:
         Whether there is nothing to move.
     """
     tensors = chain(module.parameters(), module.buffers())
-    is_there = all(tensor.device == device for tensor in tensors)
+    # Others move tensors that nobody else knows of, as a metric of torchmetrics its state.
+    are_plain = all(
+        part._apply.__module__.startswith("torch.nn.") for part in module.modules()
+    )
+    is_there = are_plain and all(tensor.device == device for tensor in tensors)
     if is_there:
         _update_properties(module, device=device)
     return is_there

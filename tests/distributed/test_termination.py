@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from brain_lightning import Checkpointer
 from brain_lightning.distributed import termination as module
 from brain_lightning.distributed.termination import Termination
+from tests.support.brains import Regression, loader, make
 
 
 def test_a_process_whose_recipe_handles_the_signal_ends_with_the_others(
@@ -39,3 +43,23 @@ def test_a_process_whose_recipe_handles_the_signal_ends_with_the_others(
         assert not termination.is_installed
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class Told(Regression):
+    """Is told to end when there is no batch left."""
+
+    def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_the_last_batch_is_acted_upon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the processes asked each other in that batch was before it."""
+    raised: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    brain = make(Told, checkpointer=Checkpointer(tmp_path))
+    with pytest.raises(SystemExit):
+        brain.fit(range(1), loader())
+    assert raised == []
+    assert list(tmp_path.glob("CKPT*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -336,22 +337,35 @@ def test_a_brain_on_a_gpu_trains_and_stays_there() -> None:
 
 
 class Moved(nn.Linear):
-    """Counts how often it is moved."""
+    """Has a tensor that only it knows of, as a metric of torchmetrics has."""
 
-    moves = 0
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.moves = 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.moves += 1
         return super()._apply(fn, recurse)
 
 
-def test_modules_are_moved_when_they_are_not_there() -> None:
+def test_modules_are_moved_when_they_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = []
+
+    @functools.wraps(nn.Module._apply)
+    def apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        moves.append(self)
+        return nn.Module._apply(self, fn, recurse)
+
+    monkeypatch.setattr(nn.Linear, "_apply", apply, raising=False)
     brain = make()
-    brain.modules["moved"] = moved = Moved(2, 2)
     module = to_lightning(brain)
+    moves.clear()
     module.to(torch.device("cpu"))
-    assert (moved.moves, module.device) == (0, torch.device("cpu"))
-    for moves in (1, 1):
+    assert (moves, module.device) == ([], torch.device("cpu"))
+    for _ in range(2):
         module.to(torch.device("meta"))
-        assert (moved.moves, module.device) == (moves, torch.device("meta"))
-    assert moved.weight.is_meta
+        assert (moves, module.device) == ([brain.modules.model], torch.device("meta"))
+    assert brain.modules.model.weight.is_meta
+    brain.modules["moved"] = moved = Moved().to("meta")
+    module.to(torch.device("meta"))
+    assert moved.moves == 2
