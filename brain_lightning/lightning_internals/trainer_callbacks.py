@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks.spike import SpikeDetection
 from torch import Tensor, nn
 
 from brain_lightning.checkpoints import state_files
-from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.step.pruning import ORIGINAL
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -245,8 +244,7 @@ class AverageInUse:
             }
             for callback in self._averaging
         }
-        if if_main_process():
-            state_files.write_state(states, path)
+        state_files.write_by_main(states, path)
 
     def recover(self, path: str | Path, end_of_epoch: bool) -> None:
         """Reads what ``save`` has written; it takes effect when training starts.

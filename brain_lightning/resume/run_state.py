@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from os import PathLike
 
-from brain_lightning.checkpoints.state_files import load_state, write_state
+from brain_lightning.checkpoints.state_files import load_state, write_by_main
 from brain_lightning.distributed.communication import (
     collectively,
     gather,
-    if_main_process,
     rank,
     world_size,
 )
@@ -35,11 +34,10 @@ class RunState(RunProgress):
             path: The file.
         """
         states = gather(collectively(lambda: whole_in_first(self.state())))
-        if if_main_process():
-            first = states[0]["buffers"]
-            for state in states:
-                state["buffers"] = differing(state["buffers"], first)
-            write_state({"processes": states}, str(path))
+        first = states[0]["buffers"]
+        for state in states:
+            state["buffers"] = differing(state["buffers"], first)
+        write_by_main({"processes": states}, str(path))
 
     def recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
         """Recovers what the next epoch needs.
