@@ -15,7 +15,7 @@ import torch
 
 from brain_lightning.compat.load_hooks import LOAD_HOOK, binds, without_device
 from brain_lightning.compat.speechbrain import default_hooks, repaired_kind, state_savers
-from brain_lightning.distributed.communication import if_main_process
+from brain_lightning.distributed.communication import by_main_process
 from brain_lightning.fsdp2.state_dict import (
     is_saved_together,
     made_whole,
@@ -45,8 +45,7 @@ DEFAULT_TRANSFER_HOOKS: dict[type, Hook] = {}
 def _on_main(method: Hook) -> Hook:
     @functools.wraps(method)
     def on_main(obj: Any, path: str | Path) -> None:
-        if if_main_process():
-            method(obj, path)
+        by_main_process(lambda: method(obj, path))
 
     return on_main
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from brain_lightning.compat.versions import PLAIN_GLOBALS
-from brain_lightning.distributed.communication import collectively, if_main_process
 from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
 from brain_lightning.fsdp2 import sharded_files
 from brain_lightning.fsdp2.state_dict import as_shards
@@ -76,22 +75,6 @@ def write_state(state: Any, path: str | Path) -> None:
         torch.save(on_host(state), path)
     except RuntimeError as error:
         raise OSError(f"torch could not write {path}: {error}") from error
-
-
-def write_by_main(state: Any, path: str | Path) -> None:
-    """Writes a state in the main process, while the others wait.
-
-    SpeechBrain's Checkpointer looks for checkpoints next, and a process that finds fewer files
-    in one than another process deletes another one: then they wait for each other for ever.
-
-    Args:
-        state: The same kind of state in all processes; the main one's is written.
-        path: The file.
-
-    Raises:
-        OSError: It could not be written; in the other processes CheckpointSaveError.
-    """
-    collectively(lambda: write_state(state, path) if if_main_process() else None)
 
 
 def write_shards(obj: Any, folder: Path) -> list[Path]:

@@ -215,3 +215,20 @@ def collectively(action: Callable[[], Result]) -> Result:
     if causes:
         raise CheckpointSaveError(f"another process could not save: {causes[0]}")
     return result
+
+
+def by_main_process(action: Callable[[], object]) -> None:
+    """Calls a function in the main process, while the others wait; where it fails, all do.
+
+    What the main process writes for SpeechBrain's Checkpointer is written so: the next thing
+    each process does there is to list the checkpoints with their files, twice. A process that
+    finds another file the second time deletes a checkpoint that the others keep, and all wait
+    for each other for ever.
+
+    Args:
+        action: What to call.
+
+    Raises:
+        CheckpointSaveError: It failed in the main process, which has its own error.
+    """
+    collectively(lambda: action() if if_main_process() else None)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks.spike import SpikeDetection
 from torch import Tensor, nn
 
 from brain_lightning.checkpoints import state_files
+from brain_lightning.distributed.communication import by_main_process
 from brain_lightning.step.pruning import ORIGINAL
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -244,7 +245,7 @@ class AverageInUse:
             }
             for callback in self._averaging
         }
-        state_files.write_by_main(states, path)
+        by_main_process(lambda: state_files.write_state(states, path))
 
     def recover(self, path: str | Path, end_of_epoch: bool) -> None:
         """Reads what ``save`` has written; it takes effect when training starts.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from os import PathLike
 
-from brain_lightning.checkpoints.state_files import load_state, write_by_main
+from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.distributed.communication import (
+    by_main_process,
     collectively,
     gather,
     rank,
@@ -34,10 +35,14 @@ class RunState(RunProgress):
             path: The file.
         """
         states = gather(collectively(lambda: whole_in_first(self.state())))
-        first = states[0]["buffers"]
-        for state in states:
-            state["buffers"] = differing(state["buffers"], first)
-        write_by_main({"processes": states}, str(path))
+
+        def write() -> None:
+            first = states[0]["buffers"]
+            for state in states:
+                state["buffers"] = differing(state["buffers"], first)
+            write_state({"processes": states}, str(path))
+
+        by_main_process(write)
 
     def recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
         """Recovers what the next epoch needs.

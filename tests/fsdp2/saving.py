@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -124,7 +125,7 @@ def make(
         folder, recoverables
     )
     checkpointer.async_save = saver == "async"
-    return classifier(side, on_stage_end=saves, **hooks)(
+    return classifier(side, **{"on_stage_end": saves, **hooks})(
         entries, adam, {"counter": counter},
         {
             "device": "cpu", "distributed_backend": "gloo", "noprogressbar": True,
@@ -269,6 +270,31 @@ def odd(folder: Path) -> dict[Any, Learned]:
     return rows
 
 
+def slow(folder: Path) -> dict[Any, Any]:
+    """The files in SpeechBrain's checkpoints once saved, where the main process is slow."""
+    rows: dict[Any, Any] = {}
+
+    def lists(self: Any, stage: Any, *_: Any) -> None:
+        if stage.name == "VALID":
+            self.checkpointer.save_checkpoint()
+            found = self.checkpointer.list_checkpoints()
+            rows[brain_name] = sorted(name for each in found for name in each.paramfiles)
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.1)
+        torch_save(*args, **kwargs)
+
+    torch_save = torch.save
+    hooks = {"the run": {}, "a hook": {"on_fit_start": begins_itself, "entry": Adapted}}
+    for brain_name, of in hooks.items():
+        brain = make(folder / brain_name, "speechbrain", epochs=1, on_stage_end=lists, **of)
+        with pytest.MonkeyPatch.context() as patch:
+            if if_main_process():
+                patch.setattr(torch, "save", slowly)
+            fit(brain, "fsdp2")
+    return rows
+
+
 def failures(folder: Path) -> dict[Any, Any]:
     """What each process says where one cannot save, and what is saved then."""
     brain = make(folder / "failures", epochs=1)
@@ -305,7 +331,7 @@ def fails_in(rank: int) -> Any:
     return hook
 
 
-ROWS = (saved, resumed, from_exceptions, native, odd, failures)
+ROWS = (saved, resumed, from_exceptions, native, odd, slow, failures)
 
 
 def main(folder: str, *names: str) -> None:

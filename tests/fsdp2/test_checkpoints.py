@@ -130,6 +130,13 @@ def test_hooks_and_optimizers_of_a_recipe(rows: Any) -> None:
         assert [difference(first, each) for each in others] == [0, 0]
 
 
+def test_speechbrains_checkpointer_finds_the_same_files_in_all_processes(rows: Any) -> None:
+    """It lists them next: where they differ, processes wait for each other for ever."""
+    assert rows[0]["slow"] == rows[1]["slow"]
+    assert {"brain_lightning", "counter"} < set(rows[0]["slow"]["the run"])
+    assert {"encoder", "optimizer"} < set(rows[0]["slow"]["a hook"])
+
+
 def test_a_process_that_cannot_save_keeps_nobody_waiting(rows: Any) -> None:
     for rank, row in enumerate(rows):
         found = row["failures"]
