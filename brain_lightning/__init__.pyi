@@ -33,9 +33,9 @@ from .loggers.curve_plot import CurvePlot as CurvePlot
 from .loggers.train_logger import LightningTrainLogger as LightningTrainLogger
 from .module.to_lightning import lightning_module_class as lightning_module_class
 from .module.to_lightning import to_lightning as to_lightning
+from .optimizers.group import OptimizerGroup as OptimizerGroup
 from .options.parse_arguments import parse_arguments as parse_arguments
 from .options.run_options import RunOptions as RunOptions
 from .stage import Stage as Stage
 from .stages.epochs import EpochCounter as EpochCounter
 from .stages.epochs import EpochCounterWithStopper as EpochCounterWithStopper
-from .step.optimizer_group import OptimizerGroup as OptimizerGroup

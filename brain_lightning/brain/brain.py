@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from brain_lightning.data import dataloaders as data
 from brain_lightning.distributed.communication import is_distributed_initialized
 from brain_lightning.errors import NonFiniteLossError
+from brain_lightning.optimizers.active import split_vectors_from_weight_decay
 from brain_lightning.stage import Stage
 from brain_lightning.stages import interval_checkpoints as interval
 from brain_lightning.step.compile import compile_modules
 from brain_lightning.step.losses import evaluation_loss
 from brain_lightning.step.older_api import check_gradients, zero_grad_of_optimizer
-from brain_lightning.step.optimizers import split_vectors_from_weight_decay
 from brain_lightning.step.update import RawUpdate, fit_batch, optimizers_step
 from brain_lightning.step.wrap import wrap_modules
 from brain_lightning.temporary import TemporaryAttributes

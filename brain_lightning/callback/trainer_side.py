@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from brain_lightning.checkpoints.hooks import load_hook
+from brain_lightning.distributed.ddp import plain_name
 from brain_lightning.lightning_internals.counters import (
     batches_so_far,
     logged_steps,
@@ -36,15 +37,14 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
     state_of,
 )
 from brain_lightning.loggers.csv_rows import RunRows
+from brain_lightning.optimizers.group import OptimizerGroup
+from brain_lightning.optimizers.trained_parts import TrainedParts, switches
 from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
 from brain_lightning.stages.run import Run
-from brain_lightning.step.compile import plain_name
-from brain_lightning.step.optimizer_group import OptimizerGroup
 from brain_lightning.step.pruning import masks, restore_masks
-from brain_lightning.step.trained_parts import TrainedParts, switches
 
 from .recoverables import recover_beside_weights, recover_options, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch

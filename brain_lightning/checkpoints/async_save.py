@@ -1,24 +1,26 @@
-"""Copies of states in memory of the CPU, and saving them while training continues."""
+"""Saving while training continues: copies of states, and a thread that writes them."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from brain_lightning.host_copy import current_stream, has_streams
+from brain_lightning.host_copy import (
+    by_device,
+    current_stream,
+    has_streams,
+    memory_of,
+    tensors_in,
+)
 
 logger = logging.getLogger(__name__)
-
-# Where a tensor is in memory, and how.
-Memory = tuple[Any, ...]
-State = TypeVar("State")
 
 
 class Snapshots:
@@ -50,18 +52,18 @@ class Snapshots:
             The state, its tensors copied to the CPU, where they are after ``wait``; those
             that share memory share it in the copy.
         """
-        tensors = list(_tensors_in(state))
-        sources = {_memory(tensor): tensor for tensor in tensors}
+        tensors = list(tensors_in(state))
+        sources = {memory_of(tensor): tensor for tensor in tensors}
         # A user may save in inference mode, and later out of it.
         with torch.inference_mode(False), torch.no_grad():
             copies = {memory: self._buffer(source) for memory, source in sources.items()}
-            for device, here in _by_device(sources).items():
+            for device, here in by_device(sources).items():
                 pairs = [(copies[memory], sources[memory]) for memory in here]
                 if has_streams(device):
                     self._copy_beside_training(device, pairs)
                 else:
                     _copy(pairs)
-        return copy.deepcopy(state, {id(each): copies[_memory(each)] for each in tensors})
+        return copy.deepcopy(state, {id(each): copies[memory_of(each)] for each in tensors})
 
     def wait(self) -> None:
         """Waits until the copies are there."""
@@ -116,55 +118,9 @@ class Snapshots:
         return sum(each.nbytes for each in [*self._clones, *sources]) <= int(free)
 
 
-def on_host(state: State) -> State:
-    """A state with its tensors on the CPU, for which the host waits once, not once for each.
-
-    Args:
-        state: Tensors and plain values.
-
-    Returns:
-        The state itself where it is there already; else a copy, in which tensors that share
-        memory share it too.
-    """
-    tensors = list(_tensors_in(state))
-    # torch has its own ways with other kinds of tensors.
-    away = [t for t in tensors if type(t) is Tensor and t.device.type not in ("cpu", "meta")]
-    if not away:
-        return state
-    sources = {_memory(tensor): tensor for tensor in away}
-    copies = {
-        memory: each.to("cpu", non_blocking=has_streams(each.device))
-        for memory, each in sources.items()
-    }
-    for device in filter(has_streams, _by_device(sources)):
-        current_stream(device).synchronize()
-    memo = {id(tensor): tensor for tensor in tensors}
-    memo |= {id(tensor): copies[_memory(tensor)] for tensor in away}
-    return copy.deepcopy(state, memo)
-
-
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     for buffer, source in pairs:
         buffer.copy_(source, non_blocking=buffer.is_pinned())
-
-
-def _memory(tensor: Tensor) -> Memory:
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _by_device(sources: Iterable[Memory]) -> dict[torch.device, list[Memory]]:
-    found: dict[torch.device, list[Memory]] = defaultdict(list)
-    for memory in sources:
-        found[memory[0]].append(memory)
-    return found
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor) and value.layout == torch.strided:
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(each)
 
 
 def run_in_background(save: Callable[[], Any]) -> Future[Any]:

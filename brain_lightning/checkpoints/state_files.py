@@ -20,9 +20,8 @@ from brain_lightning.errors import CheckpointError, UnsafeCheckpointError
 from brain_lightning.fsdp2 import sharded_files
 from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import local
+from brain_lightning.host_copy import on_host
 from brain_lightning.step.pruning import prune_as_saved
-
-from .async_save import on_host
 
 logger = logging.getLogger(__name__)
 

@@ -158,3 +158,17 @@ def unwrapped_name(name: str, brain: BrainProtocol) -> str:
         brain.modules[entry], DistributedDataParallel
     )
     return f"{entry}.{rest.removeprefix('module.')}" if wrapped else name
+
+
+# What torch.compile puts before the names of a module.
+COMPILED_PREFIX = "_orig_mod."
+
+
+def plain_name(name: str, brain: BrainProtocol) -> str:
+    """The name that a parameter has where nothing is compiled or wrapped.
+
+    Args:
+        name: As ``brain.modules`` has it.
+        brain: Its modules say which entries are wrapped.
+    """
+    return unwrapped_name(name.replace(COMPILED_PREFIX, ""), brain)

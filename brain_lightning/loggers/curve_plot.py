@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import RunOptionError, UnsupportedError
+from brain_lightning.optimizers.active import all_optimizers
 from brain_lightning.protocol import hparam
-from brain_lightning.step.optimizers import all_optimizers
 
 from .curves import History, is_rate, read_curves, write_curves
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from brain_lightning.lightning_internals.counters import count_steps
+from brain_lightning.optimizers.group import OptimizerGroup
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step import update as updates
 from brain_lightning.step.losses import TrainingLoss, training_loss
-from brain_lightning.step.optimizer_group import OptimizerGroup
 
 from .brain_module import BrainModule
 

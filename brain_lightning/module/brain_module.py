@@ -20,7 +20,7 @@ from brain_lightning.checkpoints.checkpoint import Checkpoint
 from brain_lightning.checkpoints.shared_recovery import recovers_together
 from brain_lightning.compat import speechbrain
 from brain_lightning.distributed.agreement import check_same
-from brain_lightning.distributed.ddp import unwrap_modules
+from brain_lightning.distributed.ddp import plain_name, unwrap_modules
 from brain_lightning.fsdp2.shard import check_sharded
 from brain_lightning.lightning_internals.checkpoint_connector import read_ckpt_path
 from brain_lightning.lightning_internals.loggers import log_numbers, log_step_metrics
@@ -28,13 +28,12 @@ from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.strategies import leave_on
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.loggers.hyperparameters import hyperparameters
+from brain_lightning.optimizers.group import OptimizerGroup
+from brain_lightning.optimizers.initial_groups import InitialGroups
 from brain_lightning.protocol import BrainProtocol, check_fit, check_hooks, hparam
 from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs, EpochsOfTrainer
 from brain_lightning.stages.run import Run
-from brain_lightning.step.compile import plain_name
-from brain_lightning.step.initial_groups import InitialGroups
-from brain_lightning.step.optimizer_group import OptimizerGroup
 from brain_lightning.step.pruning import prune_as_saved
 from brain_lightning.step.wrap import save_whole
 from brain_lightning.temporary import TemporaryAttributes

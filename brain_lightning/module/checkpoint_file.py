@@ -13,10 +13,10 @@ from brain_lightning.callback.recoverables import recoverables_of
 from brain_lightning.checkpoints.content import Content, content_of, load_content
 from brain_lightning.checkpoints.recoverables import Recoverables
 from brain_lightning.errors import CheckpointError
+from brain_lightning.optimizers.active import all_optimizers
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.resume.run_state import KEY
 from brain_lightning.stages.run import Run
-from brain_lightning.step.optimizers import all_optimizers
 
 MODULES = "brain_modules"
 

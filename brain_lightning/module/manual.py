@@ -15,9 +15,9 @@ from torch.optim.optimizer import (
 
 from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
+from brain_lightning.optimizers.active import has_optimizer
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.step.optimizers import has_optimizer
 
 from .brain_module import BrainModule
 

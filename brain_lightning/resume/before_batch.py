@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from brain_lightning.checkpoints.async_save import on_host
 from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import is_shard, like
+from brain_lightning.host_copy import on_host
+from brain_lightning.optimizers.active import all_optimizers
+from brain_lightning.optimizers.trained_parts import Switches, switches
 from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
-from brain_lightning.step.optimizers import all_optimizers
-from brain_lightning.step.trained_parts import Switches, switches
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State

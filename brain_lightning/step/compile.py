@@ -7,26 +7,11 @@ from typing import Any
 
 import torch
 
-from brain_lightning.distributed.ddp import unwrapped_name
 from brain_lightning.errors import RunOptionError
 from brain_lightning.fsdp2.evaluate import is_sharded
 from brain_lightning.protocol import BrainProtocol
 
 logger = logging.getLogger(__name__)
-
-
-# torch.compile puts it into the names of a module's parameters.
-COMPILED_PREFIX = "_orig_mod."
-
-
-def plain_name(name: str, brain: BrainProtocol) -> str:
-    """The name that a parameter has where nothing is compiled or wrapped.
-
-    Args:
-        name: As ``brain.modules`` has it.
-        brain: Its modules say which entries are wrapped.
-    """
-    return unwrapped_name(name.replace(COMPILED_PREFIX, ""), brain)
 
 
 def compile_modules(brain: BrainProtocol) -> None:

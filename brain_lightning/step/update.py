@@ -16,10 +16,10 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from brain_lightning.fsdp2.tensors import is_finite
+from brain_lightning.optimizers.active import active_optimizers, has_optimizer
 from brain_lightning.protocol import BrainProtocol, parameters_of
 
 from .losses import TrainingLoss, training_loss
-from .optimizers import active_optimizers, has_optimizer
 from .valid_step import count_valid_step
 
 logger = logging.getLogger(__name__)

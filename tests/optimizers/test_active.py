@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from brain_lightning import to_lightning
+from brain_lightning.optimizers.active import has_optimizer
 from brain_lightning.resume.before_batch import parameters
-from brain_lightning.step.optimizers import has_optimizer
 from tests.parity.recipes import dataset
 from tests.parity.recipes import loader as traced
 from tests.parity.sides import OURS, SPEECHBRAIN, Record, Side, assert_equal, attach, run

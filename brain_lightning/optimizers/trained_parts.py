@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from brain_lightning.distributed.ddp import plain_name
 from brain_lightning.protocol import BrainProtocol
-
-from .compile import plain_name
 
 Switches = dict[str, bool]
 

@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from brain_lightning.distributed.ddp import plain_name
 from brain_lightning.fsdp2.evaluate import release
 from brain_lightning.protocol import BrainProtocol, parameters_of
 
-from .compile import plain_name
-from .optimizers import all_optimizers
+from .active import all_optimizers
 
 # In a saved parameter group: the names of its parameters.
 NAMES = "brain_lightning_names"

@@ -15,8 +15,8 @@ from brain_lightning.errors import CheckpointError, UnsupportedError
 from brain_lightning.fsdp2.state_dict import save_whole_optimizers
 from brain_lightning.protocol import BrainProtocol, parameters_of
 
+from .active import all_optimizers
 from .initial_groups import InitialGroups
-from .optimizers import all_optimizers
 
 
 class GroupView(ChainMap[str, Any]):
