@@ -89,9 +89,9 @@ def check_window(brain: BrainProtocol) -> None:
     for hook in filter(lambda each: has_own(brain, each), MANUAL_HOOKS):
         if is_speechbrains(brain) or not calls_super(brain, hook):
             raise UnsupportedError(
-                f"{OPTION} has no effect on a {hook} of {name}'s own, which divides its loss "
-                f"itself: call super().{hook} of our Brain (from brain_lightning import "
-                "Brain) there, or use accumulate_by='batches'"
+                f"{OPTION} has no effect in {name}.{hook}: call super().{hook} there, which "
+                "has to be that of our Brain (from brain_lightning import Brain), or use "
+                "accumulate_by='batches'"
             )
 
 

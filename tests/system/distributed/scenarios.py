@@ -282,13 +282,8 @@ def accumulated_by_tokens(side: Side, record: Record) -> Any:
             nn.utils.clip_grad_norm_(by_hand.parameters(), 0.1)
             optimizer.step()
         found = wholes(dict(brain.modules.named_parameters())).values()
-        record.results.append(
-            max(
-                (mine - other).abs().max().item()
-                for mine, other in zip(found, by_hand.parameters(), strict=True)
-            )
-        )
-    assert max(record.results) < 1e-12, record.results
+        for mine, other in zip(found, by_hand.parameters(), strict=True):
+            assert (mine - other).abs().max() < 1e-12
     return brain
 
 
