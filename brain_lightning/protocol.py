@@ -69,6 +69,7 @@ class LightningSettings:
         accumulate_by: The run option.
         window: The weights of a window that is not full (``step.window.Window``); None before
             there is one.
+        learning_rate: What a search has found, for every optimizer that is made.
     """
 
     stage_type: Any
@@ -93,6 +94,7 @@ class LightningSettings:
     async_save: bool = False
     accumulate_by: str = "batches"
     window: Any = None
+    learning_rate: float | None = None
 
 
 # Run options that SpeechBrain's own Brain does not have.

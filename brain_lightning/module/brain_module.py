@@ -38,6 +38,7 @@ from brain_lightning.step.pruning import prune_as_saved
 from brain_lightning.step.window import check_window
 from brain_lightning.step.wrap import save_whole
 from brain_lightning.temporary import TemporaryAttributes
+from brain_lightning.trials.learning_rate import set_learning_rate
 
 from .checkpoint_file import check_content, content, recover
 from .named_checkpoint import Recovery, is_directory, named_checkpoint, recovering
@@ -208,6 +209,7 @@ class BrainModule(LightningModule):
         """``init_optimizers`` of the Brain, before anything is recovered."""
         check_sharded(self.brain)
         init_optimizers()
+        set_learning_rate(self.brain)
         save_whole(self.brain)
         self._initial_groups.remember()
         self.run.trainer.remember_trained()

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from brain_lightning import patch_speechbrain, to_lightning
 from brain_lightning.errors import BrainTypeError, RunOptionError, UnsupportedError
 from brain_lightning.step.window import Window, window_of
+from brain_lightning.trials.trial import Trial
 from tests.support.brains import (
     Manual,
     Regression,
@@ -208,6 +209,28 @@ def test_an_optimizer_that_is_frozen_keeps_its_gradients_until_it_steps() -> Non
     assert difference(brain, fitted(epochs=1)) > 1e-3
 
 
+class Tries(Callback):
+    """Has a trial in the middle of a window."""
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        brain, before = module.brain, window_of(module.brain)
+        steps = brain.optimizer_step
+        with Trial(module.run, trainer) as trial:
+            trial.start()
+            assert window_of(brain).weight is None
+            for _ in range(4):
+                trial.fit(batch)
+            assert brain.optimizer_step == steps + 1
+        assert window_of(brain) is before
+
+
+def test_a_trial_has_windows_of_its_own() -> None:
+    brain = fitted(groups=ONE_BY_ONE, trainer={"callbacks": [Tries()]}, **WINDOWS)
+    assert all_equal(weights(brain), weights(fitted(groups=ONE_BY_ONE, **WINDOWS)))
+
+
 # ----------------------------------------------------------------------- resuming
 
 
@@ -235,7 +258,11 @@ class Cuttable(Noisy):
 def run(folder: Path, epoch: int = 0, step: int = 0, cut_in: str = "") -> Any:
     """By a file of what an error leaves, or a directory after each batch."""
     is_trainers = cut_in != "end"
-    options = {**TOKENS, "grad_accumulation_factor": 3, "ckpt_interval_steps": not is_trainers}
+    options = {
+        **TOKENS,
+        "grad_accumulation_factor": 3,
+        "ckpt_interval_steps": 0 if is_trainers else 2,
+    }
     brain: Any = brain_in(None if is_trainers else folder, **options)
     brain.__class__ = Cuttable
     brain.cut, brain.cut_in = at(epoch, step), cut_in
