@@ -182,7 +182,6 @@ def add_to_window(brain: BrainProtocol, weight: Tensor | None) -> None:
         brain._lightning.window = Window(before + weight, window.reference)
 
 
-@torch.no_grad()
 def end_window(brain: BrainProtocol, active: Iterable[Optimizer]) -> None:
     """Makes the gradients of a full window the mean over all of its targets.
 
@@ -203,14 +202,18 @@ def end_window(brain: BrainProtocol, active: Iterable[Optimizer]) -> None:
     # The next power of two.
     reference = weight / torch.frexp(weight).mantissa
     frozen = _parameters(all_optimizers(brain).values()) - _parameters(active)
-    of_frozen, of_others = window.reference / reference, window.reference / weight
-    for parameter in {*trained_parameters(brain)}:
-        if parameter.grad is not None:
-            gradient, factor = local(parameter.grad), of_others
-            if parameter in frozen:
-                factor = of_frozen
-            gradient.mul_(factor.to(gradient.device))
+    others = {*trained_parameters(brain)} - frozen
+    _multiply_gradients(others, window.reference / weight)
+    _multiply_gradients(frozen, window.reference / reference)
     brain._lightning.window = Window(reference=reference)
+
+
+@torch.no_grad()
+def _multiply_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = local(parameter.grad)
+            gradient.mul_(factor.to(gradient.device))
 
 
 def _parameters(optimizers: Iterable[Optimizer]) -> set[Tensor]:

@@ -266,11 +266,12 @@ def accumulated_by_tokens(side: Side, record: Record) -> Any:
     def around(self: Any, batch: Any) -> Any:
         return side.Brain.fit_batch(self, batch)
 
-    for window, hooks in ((2, {}), (4, {"fit_batch": around}), (1, {})):
+    # Clipped to a norm, gradients of any size would be the same.
+    for window, norm, hooks in ((2, 0.0, {}), (4, 0.1, {"fit_batch": around}), (1, 0.0, {})):
         options = {"accumulate_by": "tokens", "grad_accumulation_factor": window}
         brain = make(
             side, record, {"model": nn.Linear(FEATURES, CLASSES).double()}, opt_class=sgd,
-            run_opts={**GLOO, **options, "max_grad_norm": 0.1},
+            run_opts={**GLOO, **options, "max_grad_norm": norm},
             loss_weight=lambda self, batch: len(batch[1]), **hooks,
         )  # fmt: skip
         by_hand = copy.deepcopy(brain.modules.model)
@@ -281,7 +282,7 @@ def accumulated_by_tokens(side: Side, record: Record) -> Any:
             inputs, targets = map(torch.cat, zip(*several, strict=True))
             optimizer.zero_grad()
             nn.functional.cross_entropy(by_hand(inputs), targets).backward()
-            nn.utils.clip_grad_norm_(by_hand.parameters(), 0.1)
+            nn.utils.clip_grad_norm_(by_hand.parameters(), norm or torch.inf)
             optimizer.step()
         found = wholes(dict(brain.modules.named_parameters())).values()
         for mine, other in zip(found, by_hand.parameters(), strict=True):
