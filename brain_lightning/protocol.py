@@ -66,6 +66,9 @@ class LightningSettings:
         progress_interval: The run option.
         shard_eval: The run option.
         async_save: The run option.
+        accumulate_by: The run option.
+        window: The weights of a window that is not full (``step.window.Window``); None before
+            there is one.
         learning_rate: What a search has found, for every optimizer that is made.
     """
 
@@ -89,12 +92,17 @@ class LightningSettings:
     progress_interval: float = 10
     shard_eval: bool = False
     async_save: bool = False
+    accumulate_by: str = "batches"
+    window: Any = None
     learning_rate: float | None = None
 
 
 # Run options that SpeechBrain's own Brain does not have.
-OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
+OURS_ALONE = ("accumulate_by", "async_save", "progress", "progress_interval", "shard_eval")
 PROGRESS_KINDS = ("auto", "bar", "plain")
+ACCUMULATIONS = ("batches", "tokens")
+# Of those, which take one of a few words.
+WORDS = {"progress": PROGRESS_KINDS, "accumulate_by": ACCUMULATIONS}
 
 
 def is_value_of(name: str, value: Any) -> bool:
@@ -104,8 +112,8 @@ def is_value_of(name: str, value: Any) -> bool:
         name: The option.
         value: Any value.
     """
-    if name == "progress":
-        return isinstance(value, str) and value in PROGRESS_KINDS
+    if name in WORDS:
+        return isinstance(value, str) and value in WORDS[name]
     if name == "progress_interval":
         return type(value) in (int, float) and value >= 0
     return isinstance(value, bool)

@@ -27,6 +27,7 @@ PACKAGE = Path(brain_lightning.__file__).parent
 OTHER_DEFAULTS = {
     "ckpt_interval_minutes": 15, "overridden_args": frozenset(), "async_save": False,
     "shard_eval": False, "progress": "auto", "progress_interval": 10,
+    "accumulate_by": "batches",
 }  # fmt: skip
 
 # SpeechBrain 0.5 gives check_gradients the loss.

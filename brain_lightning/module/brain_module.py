@@ -35,6 +35,7 @@ from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs, EpochsOfTrainer
 from brain_lightning.stages.run import Run
 from brain_lightning.step.pruning import prune_as_saved
+from brain_lightning.step.window import check_window
 from brain_lightning.step.wrap import save_whole
 from brain_lightning.temporary import TemporaryAttributes
 from brain_lightning.trials.learning_rate import set_learning_rate
@@ -118,6 +119,7 @@ class BrainModule(LightningModule):
         fitting = self.trainer.state.fn is TrainerFn.FITTING
         if fitting:
             check_hooks(self.brain)
+            check_window(self.brain)
             if not self.is_of_fit:
                 check_fit(self.brain)
         self._explicit = None

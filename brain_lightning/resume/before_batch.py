@@ -20,6 +20,7 @@ from brain_lightning.host_copy import on_host
 from brain_lightning.optimizers.active import all_optimizers
 from brain_lightning.optimizers.trained_parts import Switches, switches
 from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
+from brain_lightning.step.window import Window, window_of
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State
@@ -49,6 +50,7 @@ class BeforeBatch:
         is_whole: Whether everything was copied.
         counts: Of the Brain, by name.
         synchronizes: See ``process_state``.
+        window: The weights of the window.
         random: The random state.
         statistics: What hooks had accumulated.
         gradients: By the index of the parameter.
@@ -61,6 +63,7 @@ class BeforeBatch:
         self.is_whole = False
         self.counts: State = {}
         self.synchronizes: list[bool] = []
+        self.window = Window()
         self.random: State = {}
         self.statistics: State = {}
         self.gradients: dict[int, Tensor] = {}
@@ -72,9 +75,10 @@ class BeforeBatch:
         self._warned: set[str] = set()
 
     def count(self) -> None:
-        """Keeps the counts before a batch."""
+        """Keeps the counts before a batch, which cost nothing."""
         own = vars(self._brain)
         self.counts = {name: own[name] for name in COUNTS_OF_BATCH}
+        self.window = window_of(self._brain)
         if self.is_one_of_several:
             self.synchronizes = synchronizes(self._brain)
 

@@ -18,6 +18,7 @@ from brain_lightning.errors import NonFiniteLossError, UnsupportedError
 from brain_lightning.phase import Phase
 from brain_lightning.stages.metrics import scalar
 from brain_lightning.stages.run import Run
+from brain_lightning.step.window import restart_window
 from brain_lightning.temporary import TemporaryAttributes
 
 from .isolation import isolate
@@ -68,6 +69,7 @@ class Trial:
         brain.on_stage_start(self._run.train.brain_stage, self._epoch)
         brain.modules.train()
         brain.zero_grad()
+        restart_window(brain)
 
     def fit(self, batch: Any) -> float:
         """Fits one batch: the passes, and the step if it ends a window.
