@@ -66,6 +66,7 @@ class LightningSettings:
         progress_interval: The run option.
         shard_eval: The run option.
         async_save: The run option.
+        learning_rate: What a search has found, for every optimizer that is made.
     """
 
     stage_type: Any
@@ -88,6 +89,7 @@ class LightningSettings:
     progress_interval: float = 10
     shard_eval: bool = False
     async_save: bool = False
+    learning_rate: float | None = None
 
 
 # Run options that SpeechBrain's own Brain does not have.

@@ -33,6 +33,7 @@ from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.step.wrap import save_whole, wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
+from brain_lightning.trials.finders import Finders
 
 from .averaged_weights import average_at_end
 from .lightning_bars import show_epoch, show_running_loss
@@ -88,6 +89,7 @@ class BrainCallback(Callback):
         self._rows = RunRows(trainer.loggers if logs else (), run.run_state)
         with TemporaryAttributes() as temporary:
             reconcile(trainer, run.brain, temporary)
+            self._finders = Finders(run, trainer, temporary)
             # Where that fails, everything is restored here.
             self._for_the_run = temporary.pop_all()
         self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
@@ -149,6 +151,7 @@ class BrainCallback(Callback):
         self._side.told.watch(others, self._for_the_run)
         self._side.average.watch(others, self._for_the_run)
         self._begin_log()
+        self._finders.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handles signals to end, where the run can be saved or has several processes."""

@@ -37,6 +37,7 @@ from brain_lightning.stages.run import Run
 from brain_lightning.step.pruning import prune_as_saved
 from brain_lightning.step.wrap import save_whole
 from brain_lightning.temporary import TemporaryAttributes
+from brain_lightning.trials.learning_rate import set_learning_rate
 
 from .checkpoint_file import check_content, content, recover
 from .named_checkpoint import Recovery, is_directory, named_checkpoint, recovering
@@ -206,6 +207,7 @@ class BrainModule(LightningModule):
         """``init_optimizers`` of the Brain, before anything is recovered."""
         check_sharded(self.brain)
         init_optimizers()
+        set_learning_rate(self.brain)
         save_whole(self.brain)
         self._initial_groups.remember()
         self.run.trainer.remember_trained()
