@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -401,8 +402,8 @@ def arguments_of_finder(
         "steps_per_trial": callback._steps_per_trial,
         "init_val": callback._init_val,
         "max_trials": callback._max_trials,
+        # Of earlier Lightnings there is none.
+        "margin": getattr(callback, "_margin", 0.0),
+        "max_val": getattr(callback, "_max_val", sys.maxsize),
     }
-    # Since Lightning 2.6.
-    own = vars(callback)
-    arguments |= {n: own[f"_{n}"] for n in ("margin", "max_val") if f"_{n}" in own}
     return arguments, True, callback._batch_arg_name, callback._early_exit

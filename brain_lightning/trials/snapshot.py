@@ -40,8 +40,8 @@ ATOMS = (
 OUTSIDE = (Run, RunStage, RunProgress, ExitStack, Dataset)
 # Of those who look on, or hold what cannot be copied: files, threads, processes.
 OUTSIDE_MODULES = (
-    "lightning", "pytorch_lightning", "logging", "threading", "_thread", "concurrent",
-    "multiprocessing", "subprocess", "_io", "tqdm", "tensorboard", "torch.distributed",
+    "lightning", "pytorch_lightning", "logging", "threading", "concurrent",
+    "multiprocessing", "subprocess", "tqdm", "tensorboard", "torch.distributed",
     "torch.utils.tensorboard", "torch._dynamo", "torch._inductor", "weakref",
 )  # fmt: skip
 
