@@ -10,9 +10,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from brain_lightning.errors import UnsupportedError
@@ -191,49 +189,6 @@ def track_iterator(loader: Any, iterator: Any, position: int) -> None:
         clear_position(loader)
         loader._speechbrain_iterator = iterator
         iterator._num_yielded = position
-
-
-@dataclass(frozen=True)
-class DynamicBatches:
-    """What a ``DynamicBatchSampler`` knows of the examples that it puts together.
-
-    Attributes:
-        lengths: Of each example, by index.
-        batches: Those of the next pass.
-        shuffles: Whether other examples meet in each epoch.
-        buckets: The examples that may meet, and how many of them at most.
-    """
-
-    lengths: dict[int, float]
-    batches: list[list[int]]
-    shuffles: bool
-    buckets: list[tuple[list[int], int]]
-
-
-def dynamic_batches(sampler: Any) -> DynamicBatches | None:
-    """What a ``DynamicBatchSampler`` knows of its examples.
-
-    Args:
-        sampler: Any batch sampler.
-
-    Returns:
-        None for others.
-    """
-    if not _is_a(sampler, "dataio.sampler", "DynamicBatchSampler"):
-        return None
-    lengths = {int(index): float(each) for index, each in sampler._ex_lengths.items()}
-    buckets: list[list[int]] = [[] for _ in sampler._bucket_lens]
-    boundaries = sampler._bucket_boundaries.tolist()
-    for index, length in lengths.items():
-        # As its _generate_batches does, by numpy.searchsorted.
-        buckets[bisect_left(boundaries, length)].append(index)
-    most = [int(min(each, sampler._max_batch_ex)) for each in sampler._bucket_lens]
-    return DynamicBatches(
-        lengths,
-        [list(batch) for batch in sampler._batches],
-        sampler._shuffle_ex,
-        list(zip(buckets, most, strict=True)),
-    )
 
 
 def is_checkpointer(obj: object) -> bool:

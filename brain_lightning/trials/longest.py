@@ -16,12 +16,8 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from brain_lightning.compat.speechbrain import (
-    DynamicBatches,
-    clear_position,
-    dynamic_batches,
-    is_looped_loader,
-)
+from brain_lightning.compat import dynamic_batches as dynamic
+from brain_lightning.compat.speechbrain import clear_position, is_looped_loader
 from brain_lightning.data.dataloaders import has_indices, twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.errors import UnsupportedError
@@ -112,13 +108,19 @@ def _of_several(several: SeveralLoaders) -> Longest:
 
 
 def _by_index(loader: DataLoader[Any]) -> Longest:
-    dynamic = dynamic_batches(_inner(loader.batch_sampler))
-    if dynamic is None:
-        lengths = lengths_of(loader.dataset)
+    sampler = _inner(loader.batch_sampler)
+    if dynamic.is_dynamic(sampler):
+        # It was told of the lengths by which it makes batches.
+        lengths = Lengths(dynamic.lengths(sampler), "length")
+        possible = dynamic.fixed_batches(sampler)
+        if possible is None:
+            possible = [
+                _longest_of(indices, most, lengths.values)
+                for indices, most in dynamic.buckets(sampler)
+            ]
     else:
-        # Such a sampler was told of the lengths by which it makes batches.
-        lengths = Lengths(dynamic.lengths, "length")
-    possible = _possible(loader, lengths.values) if dynamic is None else _drawn_by(dynamic)
+        lengths = lengths_of(loader.dataset)
+        possible = _possible(loader, lengths.values)
     batches = _heaviest(possible, lengths.values)
     if loader.batch_sampler is None:
         # An example is a batch.
@@ -148,13 +150,6 @@ def _possible(loader: DataLoader[Any], lengths: Mapping[int, float]) -> list[Bat
         indices = _longest_of(_drawn_from(sampler, loader), size, lengths)
     batches_of = [indices[start : start + size] for start in range(0, len(indices), size)]
     return [batch for batch in batches_of if len(batch) == size or not drops]
-
-
-def _drawn_by(dynamic: DynamicBatches) -> list[Batch]:
-    """Those of a DynamicBatchSampler: the longest of a bucket may meet where it shuffles."""
-    if not dynamic.shuffles:
-        return dynamic.batches
-    return [_longest_of(indices, most, dynamic.lengths) for indices, most in dynamic.buckets]
 
 
 def _drawn_from(sampler: Any, loader: DataLoader[Any]) -> Sequence[int]:
