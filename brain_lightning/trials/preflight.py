@@ -102,6 +102,11 @@ def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> 
         )
     for callback in alone:
         callback.is_trying = True
+    if fits and trainer.enable_validation and not run.valid.loaders:
+        # Lightning makes them later, where it does not validate after the first epoch.
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
     stages = (run.train, run.valid) if fits else (run.test,)
     tried = preflight(run, trainer, stages)
     if trainer.is_global_zero and not getattr(run.brain, "rank", 0):
@@ -132,7 +137,7 @@ def preflight(run: Run, trainer: Trainer, stages: Sequence[RunStage]) -> list[Tr
     sets = [
         _Set(stage, name, wrapped.loader)
         for stage in stages
-        for name, wrapped in zip(stage.set_names, stage.loaders, strict=True)
+        for name, wrapped in zip(stage.set_names, stage.loaders, strict=False)
     ]
     with Trial(run, trainer, *(each.loader for each in sets)) as trial:
         # Each batch makes its update, however many are to make one together.
@@ -235,7 +240,8 @@ def _explained(
         what = ", ".join([f"in {title}", *_of_examples(examples), *_shapes(batch)])
         if is_out_of_memory(error):
             raise PreflightError(
-                f"preflight: no memory for the longest batch {what}: {error}. {REMEDY}"
+                f"preflight: no memory for the longest batch {what}: {str(error).rstrip('. ')}. "
+                f"{REMEDY}"
             ) from error
         add_note(error, f"brain_lightning: in the preflight, {what}")
         raise
