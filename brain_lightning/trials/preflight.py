@@ -95,13 +95,13 @@ def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> 
     fits = trainer.state.fn is TrainerFn.FITTING
     if not alone and not (fits and run.brain._lightning.preflight):
         return
+    for callback in alone:
+        callback.is_trying = True
     if by_own_fit:
         raise UnsupportedError(
             f"a preflight cannot know the batches of {type(run.brain).__name__}: its own fit "
             "makes or chooses the loaders. Leave out --preflight"
         )
-    for callback in alone:
-        callback.is_trying = True
     if fits and trainer.enable_validation and not run.valid.loaders:
         # Lightning makes them later, where it does not validate after the first epoch.
         trainer.validating = True
@@ -239,9 +239,9 @@ def _explained(
     except Exception as error:
         what = ", ".join([f"in {title}", *_of_examples(examples), *_shapes(batch)])
         if is_out_of_memory(error):
+            reason = str(error).rstrip(". ")
             raise PreflightError(
-                f"preflight: no memory for the longest batch {what}: {str(error).rstrip('. ')}. "
-                f"{REMEDY}"
+                f"preflight: no memory for the longest batch {what}: {reason}. {REMEDY}"
             ) from error
         add_note(error, f"brain_lightning: in the preflight, {what}")
         raise
