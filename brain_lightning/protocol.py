@@ -62,6 +62,8 @@ class LightningSettings:
             (``distributed.batch_flags.BatchFlags``).
         sharding: How a Trainer's strategy shards modules (``fsdp2.sharding.Sharding``); None
             for DistributedDataParallel.
+        records: The best value of each number that its runs reported, and its last
+            (``stages.metrics.Record``).
         progress: The run option.
         progress_interval: The run option.
         shard_eval: The run option.
@@ -86,6 +88,7 @@ class LightningSettings:
     ddp_arguments: Mapping[str, Any] = field(default_factory=dict)
     flags: Any = None
     sharding: Any = None
+    records: dict[str, Any] = field(default_factory=dict)
     progress: str = "auto"
     progress_interval: float = 10
     shard_eval: bool = False

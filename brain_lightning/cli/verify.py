@@ -16,10 +16,10 @@ from typing import Any
 
 from brain_lightning.errors import RecipeError
 from brain_lightning.options.parse_arguments import split_trainer
+from brain_lightning.verify.comparison import Comparison
+from brain_lightning.verify.evidence import Evidence
 
 from .script import check_script, parse_command
-from .verify_comparison import Comparison
-from .verify_evidence import Evidence
 
 # Lines of the recipe's output to show where it fails.
 TAIL = 15
