@@ -68,6 +68,7 @@ class LightningSettings:
         progress_interval: The run option.
         shard_eval: The run option.
         async_save: The run option.
+        preflight: The run option.
         learning_rate: What a search has found, for every optimizer that is made.
     """
 
@@ -92,11 +93,12 @@ class LightningSettings:
     progress_interval: float = 10
     shard_eval: bool = False
     async_save: bool = False
+    preflight: bool = False
     learning_rate: float | None = None
 
 
 # Run options that SpeechBrain's own Brain does not have.
-OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
+OURS_ALONE = ("async_save", "preflight", "progress", "progress_interval", "shard_eval")
 PROGRESS_KINDS = ("auto", "bar", "plain")
 
 

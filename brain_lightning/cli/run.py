@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -74,6 +74,37 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     objective = _objective(options)
     plot = None if options.plot is None else CurvePlot(options.plot or None)
     callbacks = [each for each in (plot, objective) if each is not None]
+
+    def run() -> None:
+        with nullcontext() if objective is None else _reported(objective):
+            run_recipe(script, rest, trainer, callbacks)
+
+    return in_processes(["run", *words], script, rest, trainer, run)
+
+
+def in_processes(
+    words: Sequence[str],
+    script: str,
+    rest: Sequence[str],
+    trainer: dict[str, Any],
+    run: Callable[[], None],
+) -> int:
+    """Runs a recipe in as many processes as are asked for, in each of them this command.
+
+    Args:
+        words: What follows ``brain-lightning``.
+        script: The recipe's script.
+        rest: The script's command line.
+        trainer: Arguments for the Trainer, which may get a plugin.
+        run: Runs the recipe in one process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        RecipeError: There is no such script, or processes that cannot be started here.
+        RunOptionError: An argument of the Trainer is unknown.
+    """
     # Before each of several processes says so.
     check_script(script)
     check_trainer_arguments(trainer)
@@ -82,14 +113,13 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     processes = processes_to_launch(asked, on_cpu)
     if processes > 1:
         check_gpus(backend, processes)
-        return launch(processes, ["run", *words, f"--distributed_backend={backend}"])
+        return launch(processes, [*words, f"--distributed_backend={backend}"])
     if is_task_of_slurm(asked):
         use_variables_of_slurm()
         # Lightning would take torchrun's variables for torchrun, which requeues no job.
         trainer.setdefault("plugins", [SLURMEnvironment()])
-    group = process_group(backend) if is_launched() else nullcontext()
-    with group, nullcontext() if objective is None else _reported(objective):
-        run_recipe(script, rest, trainer, callbacks)
+    with process_group(backend) if is_launched() else nullcontext():
+        run()
     return 0
 
 
