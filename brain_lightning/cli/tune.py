@@ -110,7 +110,7 @@ def _apart(words: Sequence[str]) -> Iterator[list[str]]:
         yield list(words)
         return
     with TemporaryDirectory(prefix="brain_lightning_tune_") as folder:
-        apart = with_output_folder(words, Path(folder))
+        apart = with_output_folder(words, Path(folder, "output"))
         if is_launched() and apart != words:
             raise RecipeError(
                 "processes that torchrun or srun has started need one folder: give "
