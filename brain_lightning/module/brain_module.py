@@ -331,7 +331,7 @@ class BrainModule(LightningModule):
 
     def _log_metrics(self) -> None:
         several = self.trainer.world_size > 1
-        metrics = self.run.metrics.take(several)
+        metrics = self.run.take_metrics(several)
         self._report_metrics(metrics)
         if not self.trainer.barebones:
             log_numbers(self.trainer, metrics)

@@ -96,6 +96,8 @@ class RunOptions(Mapping[str, Any]):
             sooner.
         async_save: Write checkpoints in the background; training waits only while tensors are
             copied, and on a GPU not even then (SpeechBrain has no such option).
+        preflight: Try the longest batches of each set before training, and show the memory and
+            the seconds that they take (SpeechBrain has no such option).
         grad_accumulation_factor: Batches whose gradients make one update.
         accumulate_by: What gradients are the mean over: batches, or tokens, of which the
             Brain's loss_weight(batch) says how many a batch has (SpeechBrain has no such
@@ -145,6 +147,7 @@ class RunOptions(Mapping[str, Any]):
     ckpt_interval_steps: int = 0
     shard_eval: bool = False
     async_save: bool = False
+    preflight: bool = False
     grad_accumulation_factor: int = 1
     accumulate_by: str = "batches"
     optimizer_step_limit: int | None = None
