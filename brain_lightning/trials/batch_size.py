@@ -95,22 +95,25 @@ class _Fits:
         self._size.set(size)
         garbage_collection_cuda()
         fits = all(gather(self._runs()))
-        logger.info("%s %g: %s", self._size.name, size, "fits" if fits else "out of memory")
+        logger.info("%s %g: %s", self._size.name, size, "fits" if fits else "does not fit")
         return fits
 
     def _runs(self) -> bool:
         trial = self._trial
         step: Callable[[Any], float] = trial.fit if self._trains else trial.validate
+        batches = 0
         try:
             if self._trains:
                 trial.start()
             for batch in islice(trial.batches(self._loader), self._steps):
                 step(batch)
+                batches += 1
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False
-        return True
+        # With drop_last there may be none.
+        return batches > 0
 
 
 def _largest(fits: _Fits, first: float, limit: float, search: Search) -> float:

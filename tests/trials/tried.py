@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from brain_lightning import Checkpointer, to_lightning
 from brain_lightning.distributed.communication import world_size
+from brain_lightning.fsdp2.tensors import local
 from brain_lightning.trials import batch_size, learning_rate
 from tests.parity.recipes import classifier, dataset, two_modules
 from tests.parity.sides import OURS, Side
@@ -160,7 +161,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
-    return value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+    if isinstance(value, Tensor):
+        return local(value.detach()).tolist()
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 class Watched:
@@ -192,6 +195,7 @@ def search(
     kind: str,
     side: Side = OURS,
     error: BaseException | None = None,
+    strategy: str = "auto",
     **hooks: Any,
 ) -> tuple[Any, Watched, BaseException | None]:
     """Trains an epoch, then begins a fit that searches, in which an error may be raised.
@@ -200,9 +204,9 @@ def search(
         The Brain, what was watched, and the error of the fit.
     """
     brain, (train, valid) = make(folder, side, **hooks), loaders()
-    options: dict[str, Any] = {"enable_checkpointing": False}
-    if world_size() > 1:
-        options |= {"devices": world_size(), "strategy": "ddp"}
+    options: dict[str, Any] = {
+        "enable_checkpointing": False, "devices": world_size(), "strategy": strategy
+    }  # fmt: skip
     trainer_with(max_epochs=1, **options).fit(to_lightning(brain), train, valid)
     module, make_finder = SEARCHES[kind]
     finder, watched = make_finder(), Watched(module, brain, folder, train)

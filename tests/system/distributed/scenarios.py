@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -40,6 +41,7 @@ from tests.parity.recipes import CLASSES, FEATURES, CountsSaves, adam, dataset, 
 from tests.parity.sides import OURS, Record, Side
 from tests.support.brains import trainer_with
 from tests.support.collectives import Collectives
+from tests.trials import tried
 
 # Of a Trainer that a scenario makes itself; see worker.py.
 STRATEGY = os.environ.get("STRATEGY", "ddp")
@@ -394,6 +396,18 @@ def _on_a_trainer(record: Record, brain: Any, *callbacks: Any, **kwargs: Any) ->
     trainer.fit(to_lightning(brain), DataLoader(dataset(), 4, shuffle=True), None)
     record.results.append((trainer.global_step, sampler.epoch))
     assert brain.train_sampler is None
+    return brain
+
+
+def searched_before_training(side: Side, record: Record) -> Any:
+    """What all processes find together leaves nothing behind in any of them."""
+    for kind in tried.SEARCHES:
+        folder = Path(tempfile.mkdtemp())
+        brain, watched, error = tried.search(folder, kind, side, strategy=STRATEGY)
+        assert error is None, error
+        assert watched.before == watched.after
+        found = watched.found[0] if kind == "size" else watched.found[0].results
+        record.results.append(found)
     return brain
 
 
@@ -835,7 +849,8 @@ SHARED = [
 ]  # fmt: skip
 # Run by ours alone, for SpeechBrain has no Trainer, crashes or hangs.
 OWN = [
-    gan_on_the_users_trainer, automatic_on_the_users_trainer, the_loaders_as_they_are,
+    searched_before_training, gan_on_the_users_trainer,
+    automatic_on_the_users_trainer, the_loaders_as_they_are,
     names_in_a_checkpoint, batchnorm_stays_local, called_around_its_wrapper,
     nan_on_one_rank, nan_on_one_rank_of_a_fit_batch_of_0_5,
     patience_exhausted_by_one_rank, reported_by_the_main_process,

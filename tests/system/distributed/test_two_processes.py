@@ -93,6 +93,15 @@ def test_a_trainer_with_strategy_ddp_keeps_ranks_equal(records: Any, scenario: A
         assert (steps, epoch) == ((18, 3) if "gan" in scenario.__name__ else (9, 3))
 
 
+def test_all_ranks_find_the_same_before_training(records: Any) -> None:
+    one, other = of(records, scenarios.searched_before_training)
+    rates, size = one.results
+    assert [rates, size] == other.results
+    assert len(rates["loss"]) > 10
+    # Of 20 items for each rank.
+    assert size == 16
+
+
 def test_the_trainer_shares_out_the_data(records: Any) -> None:
     one, other = of(records, scenarios.automatic_on_the_users_trainer)
     assert one.results[:9] != other.results[:9]
