@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from reprlib import Repr
 from typing import Any
@@ -25,7 +25,7 @@ from brain_lightning.stages.run import Run
 
 from .lengths import tensors_in
 from .longest import Examples, longest_batches
-from .memory import capacity, measured_usage
+from .memory import capacity, held, measured_usage
 from .trial import Trial, is_out_of_memory
 
 # The first step makes the state of the optimizers, which the second one has beside it.
@@ -139,10 +139,15 @@ def preflight(run: Run, trainer: Trainer, stages: Sequence[RunStage]) -> list[Tr
         for stage in stages
         for name, wrapped in zip(stage.set_names, stage.loaders, strict=False)
     ]
+    device = run.brain.device
+    before = held(device)
     with Trial(run, trainer, *(each.loader for each in sets)) as trial:
+        # The copies of the snapshot, which is on the CPU: the run will not have them.
+        copies = max(0, held(device) - before)
         # Each batch makes its update, however many are to make one together.
         run.brain._lightning.ends_window = True
-        return [tried for each in sets for tried in _try(trial, each, run.brain.device)]
+        tried = [found for each in sets for found in _try(trial, each, device)]
+    return [replace(each, peak=each.peak - copies) for each in tried]
 
 
 def table(tried: Sequence[Tried], device: str) -> str:
