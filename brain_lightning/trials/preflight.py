@@ -192,34 +192,41 @@ class _Set:
 
 
 def _try(trial: Trial, data: _Set, device: str) -> Iterator[Tried]:
-    trains = data.stage.kind is Stage.TRAIN
+    kind = data.stage.kind
+    # Each process tests alone.
+    together = gather if kind is not Stage.TEST else _alone
     with _explained(data.title):
         longest = longest_batches(data.loader)
-        if trains:
+        if kind is Stage.TRAIN:
             trial.start()
         else:
             trial.start_evaluation(data.stage, data.name)
         batches = islice(trial.batches(longest.loader), longest.count)
-    steps = [trial.fit] * STEPS if trains else [trial.validate]
-    for number in range(longest.count):
-        examples = longest.examples[number] if longest.examples else None
+    steps = [trial.fit] * STEPS if kind is Stage.TRAIN else [trial.validate]
+    batch, examples = None, None
+    for number in range(max(together(longest.count))):
+        if number < len(longest.examples):
+            examples = longest.examples[number]
         with _explained(data.title, examples):
-            batch = next(batches, None)
+            # Once more, where another process has more of them: they wait for each other.
+            batch = next(batches, batch)
         if batch is None:
             return
         with _explained(data.title, examples, batch):
             peak, seconds = _measured(steps, batch, device)
-        if data.stage.kind is not Stage.TEST:
-            # Processes evaluate alone.
-            peak = max(gather(peak))
         yield Tried(
             data.title,
             longest.chosen,
             len(examples.names) if examples else None,
             max(examples.lengths, default=None) if examples else None,
-            peak,
+            max(together(peak)),
             seconds,
         )
+
+
+def _alone(value: Any) -> list[Any]:
+    """What ``gather`` gives to a process that is alone."""
+    return [value]
 
 
 def _measured(
