@@ -28,8 +28,6 @@ from .longest import Examples, longest_batches
 from .memory import capacity, held, measured_usage
 from .trial import Trial, is_out_of_memory
 
-# The first step makes the state of the optimizers, which the second one has beside it.
-STEPS = 2
 REMEDY = (
     "Make batches smaller (batch_size, max_batch_length) and set grad_accumulation_factor, "
     "leave out the longest examples, or use --precision=bf16"
@@ -144,8 +142,6 @@ def preflight(run: Run, trainer: Trainer, stages: Sequence[RunStage]) -> list[Tr
     with Trial(run, trainer, *(each.loader for each in sets)) as trial:
         # The copies of the snapshot, which is on the CPU: the run will not have them.
         copies = max(0, held(device) - before)
-        # Each batch makes its update, however many are to make one together.
-        run.brain._lightning.ends_window = True
         tried = [found for each in sets for found in _try(trial, each, device)]
     return [replace(each, peak=each.peak - copies) for each in tried]
 
@@ -158,8 +154,6 @@ def table(tried: Sequence[Tried], device: str) -> str:
         device: The device of the Brain.
     """
     total = capacity(device)
-    of_total = "" if total is None else f" of {_size(total)}"
-    where = "of the process" if total is None else f"on {device}{of_total}"
     head = ("preflight", "chosen by", "examples", "longest", "peak memory", "seconds")
     rows = [
         (
@@ -177,7 +171,8 @@ def table(tried: Sequence[Tried], device: str) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, *rows)
     ]
-    return "\n".join([*lines, f"The peak memory is that {where}."])
+    of_what = "the process" if total is None else f"tensors on {device}, of {_size(total)}"
+    return "\n".join([*lines, f"The peak memory is that of {of_what}."])
 
 
 @dataclass(frozen=True)
@@ -197,12 +192,8 @@ def _try(trial: Trial, data: _Set, device: str) -> Iterator[Tried]:
     together = gather if kind is not Stage.TEST else _alone
     with _explained(data.title):
         longest = longest_batches(data.loader)
-        if kind is Stage.TRAIN:
-            trial.start()
-        else:
-            trial.start_evaluation(data.stage, data.name)
+        steps = _start(trial, data)
         batches = islice(trial.batches(longest.loader), longest.count)
-    steps = [trial.fit] * STEPS if kind is Stage.TRAIN else [trial.validate]
     batch, examples = None, None
     for number in range(max(together(longest.count))):
         if number < len(longest.examples):
@@ -222,6 +213,24 @@ def _try(trial: Trial, data: _Set, device: str) -> Iterator[Tried]:
             max(together(peak)),
             seconds,
         )
+
+
+def _start(trial: Trial, data: _Set) -> list[Callable[[Any], float]]:
+    """Starts the stage of a set; returns what to do with each batch.
+
+    In TRAIN until memory holds all that it will: the first update makes the state of the
+    optimizers, and in a window of several batches there are the gradients of those before.
+    """
+    if data.stage.kind is not Stage.TRAIN:
+        trial.start_evaluation(data.stage, data.name)
+        return [trial.validate]
+    brain = data.stage.brain
+    trial.start()
+    window = min(brain.grad_accumulation_factor, 2)
+    brain.grad_accumulation_factor = window
+    # The first batch ends a window, and the last one another.
+    brain.step = window - 1
+    return [trial.fit] * (window + 1)
 
 
 def _alone(value: Any) -> list[Any]:

@@ -29,6 +29,7 @@ class Recognizer(Brain):
 
     # Of the class: that of an object would be restored.
     seen: ClassVar[list[tuple[str, int]]] = []
+    updates: ClassVar[list[bool]] = []
 
     def compute_forward(self, batch: Any, stage: Any) -> Tensor:
         frames = batch.sig.data
@@ -39,6 +40,9 @@ class Recognizer(Brain):
 
     def compute_objectives(self, predictions: Tensor, batch: Any, stage: Any) -> Tensor:
         return predictions.square().mean()
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        self.updates.append(should_step)
 
 
 def utterances(*seconds: float) -> DynamicItemDataset:
@@ -57,6 +61,7 @@ LOADER = {"batch_size": 4, "shuffle": True}
 def fit(train: Any, valid: Any, trainer: Any = None, **options: Any) -> Any:
     brain = make(Recognizer, preflight=True, **options)
     brain.seen.clear()
+    brain.updates.clear()
     before = weights(brain)
     try:
         brain.fit(range(1, 3), train, valid, train_loader_kwargs=LOADER, trainer=trainer)
@@ -94,8 +99,10 @@ def test_what_was_tried_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     seldom = {"check_val_every_n_epoch": 2}
     brain, message = fit(train, utterances(3, 7), seldom, grad_accumulation_factor=2)
     assert message == ""
-    assert brain.seen[:3] == [("TRAIN", 500), ("TRAIN", 500), ("VALID", 700)]
-    assert len(brain.seen) == 3 + 2 * 2 + 2
+    # An update, and one of two batches that has the gradients of the first beside it.
+    assert brain.seen[:4] == [("TRAIN", 500)] * 3 + [("VALID", 700)]
+    assert brain.updates[:3] == [True, False, True]
+    assert len(brain.seen) == 4 + 2 * 2 + 2
     head, train, valid, last = capsys.readouterr().out.splitlines()
     assert head == "preflight  chosen by  examples  longest  peak memory  seconds"
     assert train.split()[:4] == ["TRAIN", "duration", "4", "5"]
