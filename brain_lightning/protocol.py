@@ -66,6 +66,9 @@ class LightningSettings:
         progress_interval: The run option.
         shard_eval: The run option.
         async_save: The run option.
+        oom_patience: The run option.
+        fails_together: Whether all processes give up a batch for which one has no memory
+            (``step/together.py``).
     """
 
     stage_type: Any
@@ -88,10 +91,12 @@ class LightningSettings:
     progress_interval: float = 10
     shard_eval: bool = False
     async_save: bool = False
+    oom_patience: int | None = None
+    fails_together: bool = False
 
 
 # Run options that SpeechBrain's own Brain does not have.
-OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
+OURS_ALONE = ("async_save", "oom_patience", "progress", "progress_interval", "shard_eval")
 PROGRESS_KINDS = ("auto", "bar", "plain")
 
 
@@ -106,6 +111,8 @@ def is_value_of(name: str, value: Any) -> bool:
         return isinstance(value, str) and value in PROGRESS_KINDS
     if name == "progress_interval":
         return type(value) in (int, float) and value >= 0
+    if name == "oom_patience":
+        return value is None or (type(value) is int and value >= 0)
     return isinstance(value, bool)
 
 

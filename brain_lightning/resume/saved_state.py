@@ -13,8 +13,8 @@ from brain_lightning.phase import Phase
 from .plain_values import State
 
 # Of the content of a file. Version 0 is that of brain_lightning 0.1.0, which has none;
-# version 1 did not count the parts of an epoch.
-VERSION = 2
+# version 1 did not count the parts of an epoch, version 2 the batches that were skipped.
+VERSION = 3
 
 
 class BatchState(TypedDict):
@@ -53,6 +53,7 @@ class EpochState(TypedDict):
         before: What to undo of a batch; None outside of one.
         parts_over: See ``RunProgress``.
         train_part: See ``RunProgress``.
+        skipped: Batches for which there was no memory.
     """
 
     phase: str
@@ -69,6 +70,7 @@ class EpochState(TypedDict):
     before: BatchState | None
     parts_over: int
     train_part: int
+    skipped: int
 
 
 class ProcessState(TypedDict):
@@ -179,8 +181,10 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
         )
     if version == 0:
         state = _from_version_0(state, end_of_epoch)
-    if version < VERSION and state["epoch"] is not None:
+    if version < 2 and state["epoch"] is not None:
         state["epoch"] |= {"parts_over": 0, "train_part": 0}
+    if version < 3 and state["epoch"] is not None:
+        state["epoch"] |= {"skipped": 0}
     return {**state, "end_of_epoch": end_of_epoch}  # type: ignore[typeddict-item]
 
 

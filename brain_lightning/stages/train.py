@@ -6,11 +6,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from brain_lightning.compat.versions import add_note
 from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
+from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
 from brain_lightning.step.valid_step import reset_valid_step
 
 from .base import RunStage
@@ -132,6 +135,10 @@ class TrainStage(RunStage):
         self._fitting.append(self)
         try:
             loss = fit_batch(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            loss = self._skip_or_end(error, batch)
         finally:
             self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
@@ -139,6 +146,57 @@ class TrainStage(RunStage):
         state.loss, state.phase = loss, Phase.FITTED
         self.batches += 1
         return loss
+
+    def _skip_or_end(self, error: Exception, batch: Any) -> Tensor:
+        """Skips a batch for which there was no memory, or saves the run, which ends.
+
+        What the batch has changed is undone: the run goes on, now or when it is resumed, as if
+        there had been no such batch, but for its number.
+
+        Args:
+            error: What it has raised.
+            batch: What the loader gave.
+
+        Returns:
+            A loss that is not finite, for those who want one.
+        """
+        run, brain, before = self.run, self.brain, self.run_state.before
+        run.locate(error, batch)
+        free(error, brain.device)
+        is_shared = run.flags.is_everywhere(error)
+        patience = brain._lightning.oom_patience
+        is_undone = is_shared and before.undo()
+        if not is_undone or patience is None or before.skipped >= patience:
+            self._note_save(error, is_shared, is_undone)
+            raise error
+        before.skipped += 1
+        brain.step, self.steps = self.step, 0
+        logger.warning(
+            "Out of memory: this batch makes no update (%d of %d forgiven in this epoch). %s",
+            before.skipped,
+            patience,
+            "; ".join([str(error).partition("\n")[0], *notes(error)]),
+        )
+        return torch.tensor(torch.nan)
+
+    def _note_save(self, error: Exception, is_shared: bool, is_undone: bool) -> None:
+        """Saves the run before the batch, and adds to the error whether that was possible."""
+        if not is_shared:
+            note = (
+                "the run is not saved, for the other processes cannot join. With "
+                "oom_patience=0 all of them save and end where one has no memory for a "
+                "forward or backward pass"
+            )
+        elif not is_undone:
+            note = (
+                "the run is not saved, for an optimizer had begun to step. With "
+                "oom_patience=0 that is undone"
+            )
+        elif self.run.save_after_error():
+            note = "the run is saved, and resumes with this batch"
+        else:
+            note = "the run is not saved"
+        add_note(error, f"brain_lightning: {note}")
 
     @property
     def fitted_batches(self) -> int:
