@@ -45,7 +45,7 @@ class AutomaticModule(BrainModule):
         assert optimizer_closure is not None
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
         batch, self._batch = self._batch, None
-        self._fit(batch, batch_idx, update.fit)
+        self._fit(batch, batch_idx, update.fit, update.step)
         if update.result is None:
             self._skip(optimizer_closure)
         if not update.is_step:
@@ -94,7 +94,7 @@ class AutomaticModule(BrainModule):
     def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``fit_batch`` of SpeechBrain without Lightning's hooks: see ``BrainModule``."""
         update = updates.DirectUpdate(self.brain, self.stepping, self.stepped)
-        loss = self._fit(batch, batch_idx, update.fit)
+        loss = self._fit(batch, batch_idx, update.fit, update.step)
         # on_fit_batch_end may step as well.
         self.run.train.steps = int(update.is_step)
         # What training_step returns.

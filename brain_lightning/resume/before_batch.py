@@ -178,9 +178,13 @@ class BeforeBatch:
         if self.is_whole:
             assert statistics is not None
             undo(brain, self.state())
-            statistics.restore(statistics.state(self.statistics))
+            statistics.undo(self.statistics)
             set_random_state(self.random)
         return True
+
+    def drop_gradients(self) -> None:
+        """Drops those of earlier batches too: the update is left out that they are for."""
+        restore_gradients(self._brain, {})
 
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""

@@ -14,6 +14,7 @@ from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
 from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
+from brain_lightning.step.together import average_window
 from brain_lightning.step.valid_step import reset_valid_step
 
 from .base import RunStage
@@ -115,13 +116,20 @@ class TrainStage(RunStage):
         return self.run_state.loss
 
     @with_error_context
-    def fit(self, batch: Any, fit_batch: Callable[[Any], Any], last: bool) -> Any:
+    def fit(
+        self,
+        batch: Any,
+        fit_batch: Callable[[Any], Any],
+        last: bool,
+        step: Callable[[], None],
+    ) -> Any:
         """Counts a batch, fits it and averages its loss.
 
         Args:
             batch: What the loader gave.
             fit_batch: Does the work.
             last: Whether the Trainer expects it to be the last of the epoch.
+            step: Makes the update of a window whose last batch is skipped, if it can.
 
         Returns:
             The detached loss.
@@ -138,7 +146,8 @@ class TrainStage(RunStage):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            loss = self._skip_or_end(error, batch)
+            self._undo(error, batch)
+            loss = self._skip(error, step)
         finally:
             self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
@@ -147,36 +156,52 @@ class TrainStage(RunStage):
         self.batches += 1
         return loss
 
-    def _skip_or_end(self, error: Exception, batch: Any) -> Tensor:
-        """Skips a batch for which there was no memory, or saves the run, which ends.
+    def _undo(self, error: Exception, batch: Any) -> None:
+        """Undoes what a batch has changed for which there was no memory.
 
-        What the batch has changed is undone: the run goes on, now or when it is resumed, as if
-        there had been no such batch, but for its number.
+        Where patience is exhausted the run is saved, and resumes with this batch.
+
+        Args:
+            error: What it has raised; raised again where the run ends.
+            batch: What the loader gave.
+        """
+        run, before = self.run, self.run_state.before
+        run.locate(error, batch)
+        free(error, self.brain.device)
+        is_shared = run.flags.is_everywhere(error)
+        if is_undone := is_shared and before.undo():
+            self.run_state.phase = Phase.FITTING
+        if not is_undone or before.skipped >= (self.brain._lightning.oom_patience or 0):
+            self._note_save(error, is_shared, is_undone)
+            raise error
+
+    def _skip(self, error: Exception, step: Callable[[], None]) -> Tensor:
+        """Goes on as if there had been no such batch, but for its number.
 
         Args:
             error: What it has raised.
-            batch: What the loader gave.
+            step: See ``fit``.
 
         Returns:
             A loss that is not finite, for those who want one.
         """
-        run, brain, before = self.run, self.brain, self.run_state.before
-        run.locate(error, batch)
-        free(error, brain.device)
-        is_shared = run.flags.is_everywhere(error)
-        patience = brain._lightning.oom_patience
-        is_undone = is_shared and before.undo()
-        if not is_undone or patience is None or before.skipped >= patience:
-            self._note_save(error, is_shared, is_undone)
-            raise error
+        brain, before = self.brain, self.run_state.before
         before.skipped += 1
-        brain.step, self.steps = self.step, 0
+        brain.step = self.step
         logger.warning(
             "Out of memory: this batch makes no update (%d of %d forgiven in this epoch). %s",
             before.skipped,
-            patience,
-            "; ".join([str(error).partition("\n")[0], *notes(error)]),
+            brain._lightning.oom_patience,
+            "; ".join([str(error).partition("\n")[0] or type(error).__name__, *notes(error)]),
         )
+        factor = brain.grad_accumulation_factor
+        ends_window = self.step % factor == 0 or brain._lightning.ends_window
+        if before.steps:
+            # It would have no memory again.
+            before.drop_gradients()
+        elif factor > 1 and ends_window and average_window(brain):
+            step()
+        self.steps = brain.optimizer_step - before.counts["optimizer_step"]
         return torch.tensor(torch.nan)
 
     def _note_save(self, error: Exception, is_shared: bool, is_undone: bool) -> None:

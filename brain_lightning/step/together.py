@@ -13,7 +13,7 @@ import torch
 from torch.nn import Embedding, EmbeddingBag, SyncBatchNorm
 
 from brain_lightning.distributed.batch_flags import BatchFlags
-from brain_lightning.distributed.communication import rank
+from brain_lightning.distributed.communication import gather, rank
 from brain_lightning.distributed.gradients import (
     average_gradients,
     averaged_parameters,
@@ -103,6 +103,23 @@ def compute_together(
     return result
 
 
+def average_window(brain: BrainProtocol) -> bool:
+    """Averages the gradients of a window whose last batch was given up.
+
+    Args:
+        brain: The Brain in training.
+
+    Returns:
+        Whether there are any, in all processes.
+    """
+    if brain._lightning.fails_together:
+        parameters = averaged_parameters(brain)
+        each = gather([p.grad is not None for p in parameters])
+        has_gradient = map(any, zip(*each, strict=True))
+        average_gradients(p for p, has in zip(parameters, has_gradient, strict=True) if has)
+    return any(tensor.grad is not None for tensor in trained(brain))
+
+
 def _attempt(
     brain: BrainProtocol, batch: Any, update: RawUpdate, should_step: bool
 ) -> TrainingLoss | Exception:
@@ -153,7 +170,7 @@ def _reason_against(brain: BrainProtocol) -> str | None:
         return "strategy='fsdp2' gathers and averages within the forward and backward pass"
     if wraps_itself(brain):
         return f"{name} wraps its modules itself, in _wrap_distributed"
-    if steps_itself(brain) and not _calls_ours(type(brain)):
+    if steps_itself(brain) and not calls_ours(type(brain)):
         return (
             f"{name}.fit_batch has a backward pass of its own, in which gradients are "
             "averaged. Call super().fit_batch(batch) of brain_lightning.Brain in it"
@@ -169,8 +186,12 @@ def _reason_against(brain: BrainProtocol) -> str | None:
     return None
 
 
-def _calls_ours(cls: type[BrainProtocol]) -> bool:
-    """Whether a class goes through ``fit_batch`` of our Brain, in its own or without one."""
+def calls_ours(cls: type[BrainProtocol]) -> bool:
+    """Whether a Brain is fitted by ``fit_batch`` of ours, called in its own or without one.
+
+    Args:
+        cls: The class of the Brain.
+    """
     defining = [each for each in cls.__mro__ if "fit_batch" in vars(each)]
     is_ours = defining[-1].__module__.startswith("brain_lightning.")
     return is_ours and (len(defining) == 1 or "fit_batch" in referenced(cls, ["fit_batch"]))
