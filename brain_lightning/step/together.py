@@ -175,6 +175,8 @@ def _reason_against(brain: BrainProtocol) -> str | None:
             f"{name}.fit_batch has a backward pass of its own, in which gradients are "
             "averaged. Call super().fit_batch(batch) of brain_lightning.Brain in it"
         )
+    if any(module._comm_hooks for module in wrapped_modules(brain)):
+        return f"{name} has registered a hook that averages gradients (register_comm_hook)"
     modules = [
         (n, part) for n, m in brain.modules.items() if m is not None for part in m.modules()
     ]
