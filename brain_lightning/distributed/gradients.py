@@ -1,9 +1,9 @@
-"""The average of gradients over processes, with the arithmetic of DistributedDataParallel."""
+"""What DistributedDataParallel communicates of a batch, at another moment: the same bits."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -43,16 +43,10 @@ def average_gradients(parameters: Iterable[Parameter]) -> None:
     Args:
         parameters: Those that have a gradient in some process: the same in all of them.
     """
-    groups = defaultdict(list)
-    for parameter in parameters:
-        groups[parameter.dtype, parameter.device].append(parameter)
-    for group in groups.values():
-        flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in group])
-        flat.mul_(1 / world_size())
-        torch.distributed.all_reduce(flat)
-        parts = torch.split(flat, [parameter.numel() for parameter in group])
-        for parameter, part in zip(group, parts, strict=True):
-            _gradient(parameter).copy_(part.view_as(parameter))
+    _in_one_piece(
+        map(_gradient, parameters),
+        lambda flat: torch.distributed.all_reduce(flat.mul_(1 / world_size())),
+    )
 
 
 def _gradient(parameter: Parameter) -> Tensor:
@@ -71,8 +65,22 @@ def share_buffers(brain: BrainProtocol) -> None:
     Args:
         brain: The Brain before a training batch.
     """
+    buffers: list[Tensor] = []
     for module in wrapped_modules(brain):
         if module.require_forward_param_sync and module.broadcast_buffers:
-            for buffer in module.module.buffers():
-                torch.distributed.broadcast(buffer, 0)
+            buffers += module.module.buffers()
             module.require_forward_param_sync = False
+    _in_one_piece(buffers, lambda flat: torch.distributed.broadcast(flat, 0))
+
+
+def _in_one_piece(tensors: Iterable[Tensor], communicate: Callable[[Tensor], object]) -> None:
+    """Communicates tensors in place, those of one dtype and device together."""
+    groups = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.dtype, tensor.device].append(tensor)
+    for group in groups.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        communicate(flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in group])
+        for tensor, part in zip(group, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))

@@ -67,6 +67,7 @@ def brain_of(
         namespace["fit_batch"] = lambda self, batch: side.Brain.fit_batch(self, batch)
     counter = side.EpochCounter(2)
     checkpointer = None
+    torch.manual_seed(3)
     if folder is not None:
         checkpointer = Checkpointer(folder, {"counter": counter})
     brain = make(
@@ -126,7 +127,7 @@ def skipped_by_all(side: Side, record: Record) -> Any:
                 for one, other in zip(expected, state(found), strict=True)
             ]
             record.results.append((all(same), found.optimizer_step))
-    return make(side, record)
+    return found
 
 
 def ended_by_all(side: Side, record: Record) -> Any:
@@ -136,24 +137,29 @@ def ended_by_all(side: Side, record: Record) -> Any:
     first = {(1, 2, 0): "forward"}
     whole = fit(brain_of(side, Record(), first, **options))
     for failures in ({**first, (1, 3, 1): "backward"}, {(1, 5, 0): "forward"}):
-        try:
-            fit(brain_of(side, Record(), failures, folder, **options))
-        except torch.OutOfMemoryError as error:
-            record.results.append((str(error), notes(error)[-1]))
+        record.results.append(
+            _failure_of(brain_of(side, Record(), failures, folder, **options))
+        )
     resumed = fit(brain_of(side, Record(), {}, folder, **options))
     for one, other in zip(state(whole), state(resumed), strict=True):
         record.results.append(torch.equal(torch.as_tensor(one), torch.as_tensor(other)))
-    return make(side, record)
+    return resumed
+
+
+def _failure_of(brain: Any) -> tuple[str, str]:
+    try:
+        fit(brain)
+    except torch.OutOfMemoryError as error:
+        return str(error), notes(error)[-1]
+    return "", ""
 
 
 def not_agreed_upon(side: Side, record: Record) -> Any:
     """Without the option, or where processes do not ask; here both fail, for none may wait."""
     folder = ddp_broadcast(tempfile.mkdtemp())
     both = {(1, 3, rank): "forward" for rank in (0, 1)}
-    try:
-        fit(brain_of(side, Record(), both, folder))
-    except torch.OutOfMemoryError as error:
-        record.results.append(notes(error)[-1])
+    failed = brain_of(side, Record(), both, folder)
+    record.results.append(_failure_of(failed)[1])
 
     def fit_batch(self: Any, batch: Any) -> Any:
         self.compute_objectives(self.compute_forward(batch, None), batch, None).backward()
@@ -163,23 +169,20 @@ def not_agreed_upon(side: Side, record: Record) -> Any:
         brain.fit(range(1), dataset())
     except UnsupportedError as error:
         record.results.append(str(error))
-    return make(side, record)
+    return failed
 
 
 def what_it_costs(side: Side, record: Record) -> Any:
     """Collectives of a batch: of its flags, buffers and gradients."""
     brain = brain_of(side, Record(), {}, oom_patience=1)
     counts: list[tuple[int, int]] = []
-    on_fit_batch_end = type(brain).on_fit_batch_end
-
-    def count(self: Any, *args: Any) -> None:
-        counts.append((counter.count, counter.gradients))
-        on_fit_batch_end(self, *args)
-
-    type(brain).on_fit_batch_end = count
+    brain.modules.full.register_forward_pre_hook(
+        lambda *_: counts.append((counter.count, counter.gradients))
+    )
     with Collectives() as counter:
         fit(brain)
-    pairs = itertools.pairwise(counts[:10])
+    # Of the first epoch.
+    pairs = itertools.pairwise(counts[:5])
     record.results.append({(b[0] - a[0], b[1] - a[1]) for a, b in pairs})
     return brain
 

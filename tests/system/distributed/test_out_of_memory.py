@@ -19,7 +19,8 @@ def test_gradients_are_averaged_bit_for_bit_as_by_ddp(records: Any, scenario: An
     expected = of(records, scenario, side)
     for rank, ours in enumerate(of(records, scenario, "together")):
         assert_equal(ours, expected[rank])
-        assert_moved(ours)
+        if len(ours.tensors) > 1:
+            assert_moved(ours)
 
 
 def test_both_skip_what_one_has_no_memory_for(records: Any) -> None:
@@ -56,6 +57,6 @@ def test_what_processes_do_not_ask_each_other_is_said(records: Any) -> None:
 
 
 def test_it_costs_one_collective_for_all_flags_and_one_for_gradients(records: Any) -> None:
-    # And one for each of the three buffers, as in DDP.
+    # And one for the buffers of each dtype, as in DDP.
     for record in of(records, memory_scenarios.what_it_costs):
-        assert record.results == [{(5, 0)}]
+        assert record.results == [{(4, 0)}]
