@@ -184,7 +184,7 @@ def _reason_against(brain: BrainProtocol) -> str | None:
         if isinstance(part, SyncBatchNorm):
             return f"{entry!r} has a SyncBatchNorm, which communicates in the forward pass"
         if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse:
-            return f"{entry!r} has a {type(part).__name__} with sparse gradients"
+            return f"{entry!r} has sparse gradients, those of {type(part).__name__}"
     return None
 
 

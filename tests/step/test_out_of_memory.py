@@ -243,7 +243,7 @@ def end(brain: Any, **arguments: Any) -> list[str]:
     return notes(caught.value)
 
 
-@pytest.mark.parametrize(("where", "factor"), zip(WHERE, (1, 2, 2, 1, 2), strict=True))
+@pytest.mark.parametrize(("where", "factor"), [*zip(WHERE, (1, 2, 2, 1, 2), strict=True)])
 def test_a_run_that_skipped_and_ended_resumes_bit_for_bit(
     tmp_path: Path, where: str, factor: int
 ) -> None:
