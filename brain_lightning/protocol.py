@@ -73,6 +73,9 @@ class LightningSettings:
             there is one.
         preflight: The run option.
         learning_rate: What a search has found, for every optimizer that is made.
+        oom_patience: The run option.
+        fails_together: Whether all processes give up a batch for which one has no memory
+            (``step/together.py``).
     """
 
     stage_type: Any
@@ -100,12 +103,15 @@ class LightningSettings:
     window: Any = None
     preflight: bool = False
     learning_rate: float | None = None
+    oom_patience: int | None = None
+    fails_together: bool = False
 
 
 # Run options that SpeechBrain's own Brain does not have.
 OURS_ALONE = (
     "accumulate_by",
     "async_save",
+    "oom_patience",
     "preflight",
     "progress",
     "progress_interval",
@@ -128,6 +134,8 @@ def is_value_of(name: str, value: Any) -> bool:
         return isinstance(value, str) and value in WORDS[name]
     if name == "progress_interval":
         return type(value) in (int, float) and value >= 0
+    if name == "oom_patience":
+        return value is None or (type(value) is int and value >= 0)
     return isinstance(value, bool)
 
 

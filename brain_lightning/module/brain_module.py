@@ -263,12 +263,18 @@ class BrainModule(LightningModule):
         except RuntimeError:
             return None
 
-    def _fit(self, batch: Any, batch_idx: int, fit_batch: Callable[[Any], Any]) -> Any:
+    def _fit(
+        self,
+        batch: Any,
+        batch_idx: int,
+        fit_batch: Callable[[Any], Any],
+        step: Callable[[], None],
+    ) -> Any:
         train = self.run.train
         is_last = (
             train.steps_on_last_batch and batch_idx + 1 >= self.trainer.num_training_batches
         )
-        return train.fit(batch, fit_batch, is_last)
+        return train.fit(batch, fit_batch, is_last, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ends a batch: the last hook, the callbacks' come before."""

@@ -83,6 +83,9 @@ class RunOptions(Mapping[str, Any]):
         max_grad_norm: Clip each optimizer's gradient norm to this value; 0 or less disables.
         skip_nonfinite_grads: Drop the gradients that are not finite, parameter by parameter.
         nonfinite_patience: Non-finite losses to forgive per epoch; their updates are skipped.
+        oom_patience: Batches to skip in an epoch for want of memory, on all processes
+            together; the next one ends the run, which is saved before it and resumes exactly.
+            Without it the first one ends the run (SpeechBrain has no such option).
         noprogressbar: Show no progress bar.
         progress: bar, or plain: whole lines, for log files; auto: a bar in a terminal or a
             notebook, lines elsewhere (SpeechBrain has no such option).
@@ -140,6 +143,7 @@ class RunOptions(Mapping[str, Any]):
     max_grad_norm: float = 5.0
     skip_nonfinite_grads: bool = False
     nonfinite_patience: int = 3
+    oom_patience: int | None = None
     noprogressbar: bool = False
     progress: str = "auto"
     progress_interval: float = 10

@@ -160,7 +160,7 @@ class RunProgress:
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)
-        self.before.is_one_of_several = world_size() > 1
+        self.before.is_one_of_several, self.before.skipped = world_size() > 1, 0
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """The batches of the epoch that has begun, from its position on.
@@ -220,6 +220,7 @@ class RunProgress:
         brain = self.brain
         self.phase = Phase.FETCHED if epoch["phase"] == "STARTING" else Phase[epoch["phase"]]
         self.loss, self.position.fitted = epoch["loss"], epoch["batches"]
+        self.before.skipped = epoch["skipped"]
         for name in COUNTS:
             setattr(brain, name, epoch[name])  # type: ignore[literal-required]
         if epoch["statistics"] is not None:
@@ -413,22 +414,17 @@ class RunProgress:
             "before": None,
             "parts_over": self.parts_over,
             "train_part": self.train_part,
+            "skipped": self.before.skipped,
         }
 
     def _epoch_before_batch(self) -> EpochState:
         """A batch of which a part is done is fitted again."""
-        before = self.before
-        if not before.is_whole:
-            before.warn_once(
-                "A checkpoint is saved in the middle of a batch, where nothing was expected "
-                "to save: a run that resumes from it fits this batch again, with what it had "
-                "changed already."
-            )
+        before, whole = self.before, self.before.if_whole()
         return {
-            **self._epoch_between_batches(before=before if before.is_whole else None),
+            **self._epoch_between_batches(before=whole),
             "phase": Phase.FETCHED.name,
             **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
-            "before": before.state() if before.is_whole else None,
+            "before": None if whole is None else whole.state(),
         }
 
     def _epoch_after_fit(self) -> EpochState:

@@ -14,7 +14,8 @@ from brain_lightning.step.window import Window, WindowState
 from .plain_values import State
 
 # Of the content of a file. Version 0 is that of brain_lightning 0.1.0, which has none;
-# version 1 did not count the parts of an epoch, version 2 did not weigh its batches.
+# version 1 did not count the parts of an epoch, version 2 neither weighed its batches nor
+# counted those that were skipped.
 VERSION = 3
 
 
@@ -54,6 +55,7 @@ class EpochState(TypedDict):
         before: What to undo of a batch; None outside of one.
         parts_over: See ``RunProgress``.
         train_part: See ``RunProgress``.
+        skipped: Batches for which there was no memory.
     """
 
     phase: str
@@ -70,6 +72,7 @@ class EpochState(TypedDict):
     before: BatchState | None
     parts_over: int
     train_part: int
+    skipped: int
 
 
 class ProcessState(TypedDict):
@@ -204,6 +207,8 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
         state["epoch"] |= {"parts_over": 0, "train_part": 0}
     if version < 3:
         state |= {"window": Window().state()}
+        if state["epoch"] is not None:
+            state["epoch"] |= {"skipped": 0}
     return {**state, "end_of_epoch": end_of_epoch}  # type: ignore[typeddict-item]
 
 

@@ -8,7 +8,7 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from math import isfinite
 from typing import Any
@@ -35,11 +35,17 @@ class FiniteCheck:
     """
 
     def __init__(self, scaled: Tensor, copy: HostCopy, flags: BatchFlags) -> None:
-        self._copy, self._flags = copy, flags
+        self._scaled, self._copy, self._flags = scaled, copy, flags
         self._reduction: Reduction | None = None
-        if flags.are_shared:
-            raised = not self.here() if scaled.is_cpu else ~torch.isfinite(scaled)
-            self._reduction = flags.reduce(raised, scaled.device)
+
+    def begin(self) -> None:
+        """Begins to ask the other processes, if there are any."""
+        if self._flags.are_shared:
+            self._reduction = self._flags.reduce(self.raised(), self._scaled.device)
+
+    def raised(self) -> Tensor | bool:
+        """Whether it is not finite in this process; the host does not wait for a device."""
+        return not self.here() if self._scaled.is_cpu else ~torch.isfinite(self._scaled)
 
     def here(self) -> bool:
         """Whether it is finite in this process, for which the host waits."""
@@ -70,6 +76,7 @@ class TrainingLoss:
     """
 
     finite: bool
+    _is_together = False
 
     def __init__(
         self, brain: BrainProtocol, outputs: Any, loss: Tensor, weight: Tensor | None
@@ -85,7 +92,12 @@ class TrainingLoss:
             self._decide(here, here)
             return
         copy = self._copy if self.scaled is loss else None
-        self._check = FiniteCheck(self.scaled, copy or HostCopy(self.scaled), flags)
+        self._check = check = FiniteCheck(self.scaled, copy or HostCopy(self.scaled), flags)
+        if brain._lightning.fails_together and flags.are_shared:
+            # ``together`` settles it.
+            self._is_together = self.finite = True
+            return
+        check.begin()
         # One of several processes fails of a loss without gradients, as in SpeechBrain: the
         # others have begun to average theirs.
         has_gradients = self.scaled.requires_grad or flags.are_shared
@@ -98,11 +110,26 @@ class TrainingLoss:
         Args:
             backward: Computes them.
         """
-        if self._check is not None:
+        if not self._is_together and self._check is not None:
             backward()
             self._wait(drops_gradients=True)
         elif self.finite:
             backward()
+
+    def raised(self) -> Tensor | bool:
+        """Whether it is not finite in this process, before ``settle``."""
+        assert self._check is not None
+        return self._check.raised()
+
+    def settle(self, finite: bool) -> None:
+        """Ends a check that processes make after the backward pass, with what else they ask.
+
+        Args:
+            finite: Whether the loss is finite in all of them.
+        """
+        check, self._check = self._check, None
+        assert check is not None
+        self._decide(finite, finite or check.here())
 
     def on_host(self) -> Tensor:
         """The detached loss, on the CPU."""
@@ -117,7 +144,7 @@ class TrainingLoss:
         finite = check.everywhere()
         if drops_gradients and not finite:
             # Before an error says so: whoever catches it may go on.
-            _drop_gradients(self._brain, self.scaled)
+            drop_gradients(self._brain, self.scaled)
         self._decide(finite, finite or check.here())
 
     def _decide(self, finite: bool, here: bool) -> None:
@@ -190,10 +217,20 @@ def _can_drop_gradients(brain: BrainProtocol) -> bool:
     )
 
 
-def _drop_gradients(brain: BrainProtocol, loss: Tensor) -> None:
+def drop_gradients(
+    brain: BrainProtocol, loss: Tensor | None, kept: Mapping[Tensor, Tensor] = {}
+) -> None:
+    """Drops the gradients of a batch.
+
+    Args:
+        brain: The Brain in training.
+        loss: What had the backward pass; None where that is not known.
+        kept: The gradients of earlier batches, by what they are of.
+    """
     # The graph also has what nobody else knows of, but nothing of what it recomputes.
-    for tensor in chain(_leaves(loss), trained_parameters(brain)):
-        tensor.grad = None
+    leaves = () if loss is None else _leaves(loss)
+    for tensor in chain(leaves, trained_parameters(brain)):
+        tensor.grad = kept.get(tensor)
 
 
 def _leaves(loss: Tensor) -> Iterable[Tensor]:
