@@ -26,7 +26,9 @@ PACKAGE = Path(brain_lightning.__file__).parent
 # SpeechBrain 1.1.2 has 0, SpeechBrain 1.0 had 15: see the field.
 OTHER_DEFAULTS = {
     "ckpt_interval_minutes": 15, "overridden_args": frozenset(), "async_save": False,
+    "preflight": False,
     "shard_eval": False, "progress": "auto", "progress_interval": 10, "oom_patience": None,
+    "accumulate_by": "batches",
 }  # fmt: skip
 
 # SpeechBrain 0.5 gives check_gradients the loss.

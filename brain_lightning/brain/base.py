@@ -87,6 +87,7 @@ class BrainBase(OlderAPI, OptionValues):
     shard_eval = OptionSetting()
     async_save = OptionSetting()
     oom_patience = OptionSetting()
+    accumulate_by = OptionSetting()
     # SpeechBrain's, for loops that recipes have copied from it: here the Trainer has one.
     profiler = None
     # SpeechBrain's name for the modules without a wrapper, which here each has on its own.

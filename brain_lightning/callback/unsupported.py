@@ -1,26 +1,14 @@
-"""Lightning's callbacks that cannot do their work with a Brain, or only in part."""
+"""Lightning's callbacks that cannot do their work with a Brain in some settings."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from brain_lightning.compat.versions import AVERAGES_WITHOUT_END
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
-
-# Those that cannot at all, and why.
-REFUSED_CALLBACKS: dict[type[Callback], str] = {
-    LearningRateFinder: "it sets an attribute that no recipe reads, after a trial run that "
-    "would move the epoch counter; try learning rates with overrides, --lr=0.01",
-    BatchSizeFinder: "its trial runs would move the epoch counter and the checkpointer; "
-    "give batch_size in train_loader_kwargs",
-}
 
 # Those that cannot where modules are sharded, and why. WeightAveraging and EMAWeightAveraging
 # came with Lightning 2.6.
@@ -42,9 +30,6 @@ def check_callbacks(trainer: Trainer) -> None:
         UnsupportedError: There is one; it is named, with the reason.
     """
     for callback in callbacks_of(trainer):
-        for cls, reason in REFUSED_CALLBACKS.items():
-            if isinstance(callback, cls):
-                raise UnsupportedError(f"{cls.__name__} does not work with a Brain: {reason}")
         if isinstance(trainer.strategy, FSDP2Strategy):
             _check_with_shards(callback)
         if isinstance(callback, StochasticWeightAveraging):

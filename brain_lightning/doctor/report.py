@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from brain_lightning.brain.brain import Brain
-from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
 from brain_lightning.protocol import MANUAL_HOOKS
 
 from .loops import is_whole, loop_remarks
@@ -112,7 +111,6 @@ def examine(script: str, hparams: str | None = None) -> Report:
 def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
     overrides = {name: str(at) for name, at in brain.methods.items() if name in HOOKS}
     manual = [hook for hook in MANUAL_HOOKS if hook in overrides]
-    refused = [callback.__name__ for callback in REFUSED_CALLBACKS]
     remarks = list(_remarks(brain, source))
     limited = {name for remark in remarks for name in remark.limits}
     parallel = PARALLEL + (IF_NO_ENTRY if depends_on_hparams(brain, source) else "")
@@ -130,7 +128,7 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
         strategies=[text for name, text in strategies.items() if name not in limited],
         arguments=[name for name in ARGUMENTS if name not in limited],
         remarks=remarks,
-        callbacks_refused=refused + (["GradientAccumulationScheduler"] if manual else []),
+        callbacks_refused=["GradientAccumulationScheduler"] if manual else [],
         file=brain.location.file,
     )
 

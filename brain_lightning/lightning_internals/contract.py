@@ -64,9 +64,33 @@ _ROWS = "a file of rows is deleted, or written anew, without a moment between fo
 _PRUNED = "ModelPruning does not save what its lottery ticket resets weights to"
 _NUMBERED = "asking for the public property would choose a version and make its folder"
 
+_SEARCHED = "a search is a trial of a Brain, and its callback does not show what it was given"
+_LR_FINDER = "lightning.pytorch.callbacks.lr_finder:LearningRateFinder"
+_SIZE_FINDER = "lightning.pytorch.callbacks.batch_size_finder:BatchSizeFinder"
+
 # fmt: off
 LIGHTNING_PARTS = (
     # What is imported.
+    Row("lightning.pytorch.tuner.lr_finder", "_LRFinder",
+        "what Tuner.lr_find returns has no public class"),
+    Row("lightning.pytorch.utilities.exceptions", "_TunerExitException",
+        "Tuner ends a fit that has found what it searched by it"),
+    Row(_LR_FINDER, "_min_lr", _SEARCHED),
+    Row(_LR_FINDER, "_max_lr", _SEARCHED),
+    Row(_LR_FINDER, "_num_training_steps", _SEARCHED),
+    Row(_LR_FINDER, "_mode", _SEARCHED),
+    Row(_LR_FINDER, "_early_stop_threshold", _SEARCHED),
+    Row(_LR_FINDER, "_update_attr", _SEARCHED),
+    Row(_LR_FINDER, "_attr_name", _SEARCHED),
+    Row(_LR_FINDER, "_early_exit", _SEARCHED),
+    Row(_SIZE_FINDER, "_mode", _SEARCHED),
+    Row(_SIZE_FINDER, "_steps_per_trial", _SEARCHED),
+    Row(_SIZE_FINDER, "_init_val", _SEARCHED),
+    Row(_SIZE_FINDER, "_max_trials", _SEARCHED),
+    Row(_SIZE_FINDER, "_batch_arg_name", _SEARCHED),
+    Row(_SIZE_FINDER, "_margin", _SEARCHED, "2.6"),
+    Row(_SIZE_FINDER, "_max_val", _SEARCHED, "2.6"),
+    Row(_SIZE_FINDER, "_early_exit", _SEARCHED),
     Row("lightning.pytorch.loops.fit_loop", "_FitLoop", _ORDER),
     Row("lightning.pytorch.loops.training_epoch_loop", "_TrainingEpochLoop", _ORDER),
     Row("lightning.pytorch.loops.evaluation_loop", "_EvaluationLoop", _ORDER),

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+)
 from lightning.pytorch.callbacks.spike import SpikeDetection
+from lightning.pytorch.tuner.lr_finder import _LRFinder
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch import Tensor, nn
 
 from brain_lightning.checkpoints import state_files
@@ -22,6 +31,10 @@ from brain_lightning.temporary import TemporaryAttributes
 
 # The name of the recoverable.
 AVERAGES = "brain_lightning_averages"
+# With ``results``, ``suggestion()`` and ``plot()``, as the documentation of Lightning has it.
+LearningRates: TypeAlias = _LRFinder
+# Ends a fit of Tuner.lr_find and Tuner.scale_batch_size when they have found something.
+TunerExitException: TypeAlias = _TunerExitException
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -344,3 +357,53 @@ class AverageInUse:
         if self._in_use and "current_model_state" in checkpoint:
             weights, average = checkpoint["state_dict"], checkpoint["current_model_state"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, weights
+
+
+def learning_rates(
+    mode: str, min_lr: float, max_lr: float, rates: Sequence[float], losses: Sequence[float]
+) -> LearningRates:
+    """The result of ``Tuner.lr_find``, from which it suggests a learning rate.
+
+    Args:
+        mode: ``exponential`` or ``linear``.
+        min_lr: The smallest rate.
+        max_lr: The largest rate.
+        rates: Those that were tried.
+        losses: The smoothed loss at each.
+    """
+    found = _LRFinder(mode, min_lr, max_lr, len(rates))
+    found.results = {"lr": list(rates), "loss": list(losses)}
+    return found
+
+
+def arguments_of_finder(
+    callback: LearningRateFinder | BatchSizeFinder,
+) -> tuple[dict[str, Any], bool, str, bool]:
+    """What a callback that searches was given.
+
+    Args:
+        callback: The callback.
+
+    Returns:
+        How to search; whether to use what is found; the name of its attribute, if any; and
+        whether to end when something is found, as for ``Tuner``.
+    """
+    if isinstance(callback, LearningRateFinder):
+        arguments = {
+            "min_lr": callback._min_lr,
+            "max_lr": callback._max_lr,
+            "num_training": callback._num_training_steps,
+            "mode": callback._mode,
+            "early_stop_threshold": callback._early_stop_threshold,
+        }
+        return arguments, callback._update_attr, callback._attr_name, callback._early_exit
+    arguments = {
+        "mode": callback._mode,
+        "steps_per_trial": callback._steps_per_trial,
+        "init_val": callback._init_val,
+        "max_trials": callback._max_trials,
+        # Of earlier Lightnings there is none.
+        "margin": getattr(callback, "_margin", 0.0),
+        "max_val": getattr(callback, "_max_val", sys.maxsize),
+    }
+    return arguments, True, callback._batch_arg_name, callback._early_exit

@@ -35,8 +35,10 @@ from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs, EpochsOfTrainer
 from brain_lightning.stages.run import Run
 from brain_lightning.step.pruning import prune_as_saved
+from brain_lightning.step.window import check_window
 from brain_lightning.step.wrap import save_whole
 from brain_lightning.temporary import TemporaryAttributes
+from brain_lightning.trials.learning_rate import set_learning_rate
 
 from .checkpoint_file import check_content, content, recover
 from .named_checkpoint import Recovery, is_directory, named_checkpoint, recovering
@@ -117,6 +119,7 @@ class BrainModule(LightningModule):
         fitting = self.trainer.state.fn is TrainerFn.FITTING
         if fitting:
             check_hooks(self.brain)
+            check_window(self.brain)
             if not self.is_of_fit:
                 check_fit(self.brain)
         self._explicit = None
@@ -206,6 +209,7 @@ class BrainModule(LightningModule):
         """``init_optimizers`` of the Brain, before anything is recovered."""
         check_sharded(self.brain)
         init_optimizers()
+        set_learning_rate(self.brain)
         save_whole(self.brain)
         self._initial_groups.remember()
         self.run.trainer.remember_trained()
@@ -333,7 +337,7 @@ class BrainModule(LightningModule):
 
     def _log_metrics(self) -> None:
         several = self.trainer.world_size > 1
-        metrics = self.run.metrics.take(several)
+        metrics = self.run.take_metrics(several)
         self._report_metrics(metrics)
         if not self.trainer.barebones:
             log_numbers(self.trainer, metrics)

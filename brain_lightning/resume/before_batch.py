@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,7 @@ from brain_lightning.host_copy import on_host
 from brain_lightning.optimizers.active import all_optimizers
 from brain_lightning.optimizers.trained_parts import Switches, switches
 from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
+from brain_lightning.step.window import Window, window_of
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State
@@ -49,6 +51,7 @@ class BeforeBatch:
         is_whole: Whether everything was copied.
         counts: Of the Brain, by name.
         synchronizes: See ``process_state``.
+        window: The weights of the window.
         random: The random state.
         statistics: What hooks had accumulated.
         gradients: By the index of the parameter.
@@ -63,6 +66,7 @@ class BeforeBatch:
         self.is_whole = False
         self.counts: State = {}
         self.synchronizes: list[bool] = []
+        self.window = Window()
         self.random: State = {}
         self.statistics: State = {}
         self.gradients: dict[int, Tensor] = {}
@@ -77,10 +81,11 @@ class BeforeBatch:
         self._warned: set[str] = set()
 
     def count(self) -> None:
-        """Keeps the counts before a batch."""
+        """Keeps the counts before a batch, which cost nothing."""
         self.steps = False
         own = vars(self._brain)
         self.counts = {name: own[name] for name in COUNTS_OF_BATCH}
+        self.window = window_of(self._brain)
         if self.is_one_of_several:
             self.synchronizes = synchronizes(self._brain)
 
@@ -174,8 +179,11 @@ class BeforeBatch:
         for name, value in self.counts.items():
             setattr(brain, name, value)
         restore_synchronizes(brain, self.synchronizes)
-        restore_gradients(brain, self.gradients)
-        if self.is_whole:
+        if not self.is_whole:
+            self.drop_gradients()
+        else:
+            brain._lightning.window = self.window
+            restore_gradients(brain, self.gradients)
             assert statistics is not None
             undo(brain, self.state())
             statistics.undo(self.statistics)
@@ -185,6 +193,9 @@ class BeforeBatch:
     def drop_gradients(self) -> None:
         """Drops those of earlier batches too: the update is left out that they are for."""
         restore_gradients(self._brain, {})
+        if self.window.weight is not None:
+            # Not None: other processes may have gradients to weigh.
+            self._brain._lightning.window = replace(self.window, weight=0.0)
 
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""

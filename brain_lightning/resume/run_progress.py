@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from brain_lightning.distributed.communication import world_size
 from brain_lightning.fsdp2.evaluate import release
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.step.window import Window, restore_window, window_of
 from brain_lightning.temporary import TemporaryAttributes
 
 from .before_batch import COUNTS, BeforeBatch, gradients, on_cpu, restore_gradients, undo
@@ -29,18 +30,9 @@ from .process_state import (
     whole_in_first,
 )
 from .random_state import random_state, set_random_state
-from .saved_state import VERSION, EpochState, ProcessState, TrainerSide
+from .saved_state import VERSION, EpochState, Moment, ProcessState, TrainerSide
 
 logger = logging.getLogger(__name__)
-
-
-class _Moment(NamedTuple):
-    """What a validation changes, as it was before."""
-
-    epoch: EpochState | None
-    random: State
-    validations: list[State]
-    synchronizes: list[bool]
 
 
 class RunProgress:
@@ -98,7 +90,7 @@ class RunProgress:
         self._stage_random: State = {}
         # Of TRAIN, from when something else overwrites the Brain's.
         self._counts: State = {}
-        self._before_validation: _Moment | None = None
+        self._before_validation: Moment | None = None
         # Where a limit of the Trainer's has ended an epoch in its middle.
         self._cut_short: ProcessState | None = None
 
@@ -222,6 +214,7 @@ class RunProgress:
         if self.resumed is not None:
             restore_buffers(self.brain, self.resumed["buffers"])
             restore_synchronizes(self.brain, self.resumed["synchronizes"])
+            restore_window(self.brain, self.resumed["window"])
 
     def _resume_epoch(self, epoch: EpochState) -> None:
         brain = self.brain
@@ -272,8 +265,12 @@ class RunProgress:
     def begin_validation(self) -> None:
         """Keeps what a validation changes, which may be in the middle of an epoch."""
         epoch = self._epoch()
-        self._before_validation = _Moment(
-            epoch, random_state(), self._validations(), synchronizes(self.brain)
+        self._before_validation = Moment(
+            epoch,
+            random_state(),
+            self._validations(),
+            synchronizes(self.brain),
+            self._window(),
         )
         self._counts = self.counts
         self.phase = Phase.VALIDATING
@@ -346,11 +343,15 @@ class RunProgress:
             "buffers": buffers(self.brain) if world_size() > 1 else {},
             "synchronizes": self._synchronizes() if moment is None else moment.synchronizes,
             "beside_weights": {},
+            "window": (self._window() if moment is None else moment.window).state(),
         }
 
     def _synchronizes(self) -> list[bool]:
         before = self.phase is Phase.FITTING
         return self.before.synchronizes if before else synchronizes(self.brain)
+
+    def _window(self) -> Window:
+        return self.before.window if self.phase is Phase.FITTING else window_of(self.brain)
 
     def _validations(self) -> list[State]:
         states = dict(enumerate(each.state_between_passes() for each in self.validations))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 from torch import Tensor
 
 from brain_lightning.errors import CheckpointError
 from brain_lightning.phase import Phase
+from brain_lightning.step.window import Window, WindowState
 
 from .plain_values import State
 
 # Of the content of a file. Version 0 is that of brain_lightning 0.1.0, which has none;
-# version 1 did not count the parts of an epoch, version 2 the batches that were skipped.
+# version 1 did not count the parts of an epoch, version 2 neither weighed its batches nor
+# counted those that were skipped.
 VERSION = 3
 
 
@@ -91,6 +93,7 @@ class ProcessState(TypedDict):
         synchronizes: Whether modules make their buffers the first one's when they are called.
         beside_weights: What to recover beside weights and optimizers, as it was when a limit
             of the Trainer's had ended the epoch in its middle; empty where none has.
+        window: The weights of an accumulation window that is not full.
     """
 
     version: int
@@ -106,6 +109,25 @@ class ProcessState(TypedDict):
     buffers: dict[int, Tensor]
     synchronizes: list[bool]
     beside_weights: State
+    window: WindowState
+
+
+class Moment(NamedTuple):
+    """What a validation changes, or hides, as it was before.
+
+    Attributes:
+        epoch: See ``ProcessState``, and for all others.
+        random: The random state.
+        validations: The positions in the validation data.
+        synchronizes: Of modules.
+        window: Of accumulation.
+    """
+
+    epoch: EpochState | None
+    random: State
+    validations: list[State]
+    synchronizes: list[bool]
+    window: Window
 
 
 class TrainerSide(Protocol):
@@ -183,8 +205,10 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
         state = _from_version_0(state, end_of_epoch)
     if version < 2 and state["epoch"] is not None:
         state["epoch"] |= {"parts_over": 0, "train_part": 0}
-    if version < 3 and state["epoch"] is not None:
-        state["epoch"] |= {"skipped": 0}
+    if version < 3:
+        state |= {"window": Window().state()}
+        if state["epoch"] is not None:
+            state["epoch"] |= {"skipped": 0}
     return {**state, "end_of_epoch": end_of_epoch}  # type: ignore[typeddict-item]
 
 

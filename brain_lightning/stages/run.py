@@ -26,7 +26,7 @@ from .base import RunStage
 from .epochs import Epochs
 from .error_context import add_context
 from .evaluation import TestStage, ValidStage
-from .metrics import Metrics
+from .metrics import Metrics, record
 from .train import TrainStage
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,20 @@ class Run:
         for stage in (self.train, self.valid, self.test):
             stage.close()
         self.temporary.restore()
+
+    def take_metrics(self, from_all_ranks: bool) -> dict[str, float]:
+        """Takes the numbers that the stages found, and keeps the best of each for the Brain.
+
+        Args:
+            from_all_ranks: As for ``Metrics.take``.
+
+        Returns:
+            As ``Metrics.take``.
+        """
+        found = self.metrics.take(from_all_ranks)
+        if not any(run is not self and run.brain is self.brain for run in self._running):
+            record(self.brain._lightning.records, found, self.current.epoch)
+        return found
 
     def start_epoch(self) -> None:
         """Starts the epoch that the epoch counter has yielded, before any hook hears of it."""

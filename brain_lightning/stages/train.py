@@ -16,6 +16,7 @@ from brain_lightning.stage import Stage
 from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
 from brain_lightning.step.together import average_window
 from brain_lightning.step.valid_step import reset_valid_step
+from brain_lightning.step.window import restart_window
 
 from .base import RunStage
 from .error_context import with_error_context
@@ -86,6 +87,7 @@ class TrainStage(RunStage):
         brain.on_stage_start(self.brain_stage, epoch)
         brain.modules.train()
         brain.zero_grad()
+        restart_window(brain)
         brain.nonfinite_count = 0
         if hasattr(brain.train_sampler, "set_epoch"):
             brain.train_sampler.set_epoch(epoch)
@@ -96,6 +98,7 @@ class TrainStage(RunStage):
         """Runs the TRAIN stage of the next epoch by the loop that the recipe has written."""
         assert self.by_recipe is not None
         self.run.current = self
+        restart_window(self.brain)
         self.run_state.start_by_recipe()
         self.by_recipe()
         self.run_state.phase = Phase.TRAIN_OVER
@@ -301,6 +304,7 @@ class TrainStage(RunStage):
         self._checkpoints = None
         self.loader.close()
         brain.zero_grad(set_to_none=True)
+        restart_window(brain)
         self.run_state.end_training()
         # For what the hook saves; and again, for it may report another number by this name.
         metrics.add(Stage.TRAIN, {"loss": loss})

@@ -19,7 +19,10 @@ from torch import Tensor
 from brain_lightning.distributed.batch_flags import BatchFlags, Reduction
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.host_copy import HostCopy
-from brain_lightning.protocol import BrainProtocol, has_own, optimizers_of, parameters_of
+from brain_lightning.optimizers.active import trained_parameters
+from brain_lightning.protocol import BrainProtocol, has_own
+
+from .window import share_of_window, weight_of
 
 
 class FiniteCheck:
@@ -62,21 +65,24 @@ class TrainingLoss:
         brain: The Brain in training.
         outputs: What ``compute_forward`` returned.
         loss: What ``compute_objectives`` returned, one number.
+        weight: What the batch weighs in its window: see ``window.py``.
 
     Attributes:
         outputs: What ``compute_forward`` returned.
         loss: What ``compute_objectives`` returned.
-        scaled: The same, divided by the accumulation factor and scaled for fp16.
+        weight: See above.
+        scaled: The share of the loss in its window, scaled for fp16.
         finite: Whether it may have an update; known after ``backward``.
     """
 
     finite: bool
     _is_together = False
 
-    def __init__(self, brain: BrainProtocol, outputs: Any, loss: Tensor) -> None:
-        self._brain, self.outputs, self.loss = brain, outputs, loss
-        factor = brain.grad_accumulation_factor
-        self.scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
+    def __init__(
+        self, brain: BrainProtocol, outputs: Any, loss: Tensor, weight: Tensor | None
+    ) -> None:
+        self._brain, self.outputs, self.loss, self.weight = brain, outputs, loss, weight
+        self.scaled = brain.scaler.scale(share_of_window(brain, loss, weight))
         self._copy = None if loss.is_cpu else HostCopy(loss)
         self._version = loss._version
         self._check: FiniteCheck | None = None
@@ -173,7 +179,7 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
             f"number to minimize, got {_describe(loss)}: reduce the loss, for example "
             "with .mean(), or override fit_batch"
         )
-    return TrainingLoss(brain, outputs, loss)
+    return TrainingLoss(brain, outputs, loss, weight_of(brain, batch, loss))
 
 
 @torch.no_grad()
@@ -207,20 +213,8 @@ def _can_drop_gradients(brain: BrainProtocol) -> bool:
         and not has_own(brain, "check_loss_isfinite")
         # Which raises an error in the backward pass of such a loss.
         and not torch.is_anomaly_enabled()
-        and not any(p.grad is not None for p in trained(brain))
+        and not any(p.grad is not None for p in trained_parameters(brain))
     )
-
-
-def trained(brain: BrainProtocol) -> Iterable[Tensor]:
-    """The tensors that may have gradients, some of them twice.
-
-    Args:
-        brain: The Brain in training.
-    """
-    # Of all optimizers: a recipe may step one itself, which has gathered gradients of earlier
-    # batches; and perhaps one that is not found.
-    optimized = (parameters_of(each) for _, each in optimizers_of(brain))
-    return chain(chain.from_iterable(optimized), brain.modules.parameters())
 
 
 def drop_gradients(
@@ -235,7 +229,7 @@ def drop_gradients(
     """
     # The graph also has what nobody else knows of, but nothing of what it recomputes.
     leaves = () if loss is None else _leaves(loss)
-    for tensor in chain(leaves, trained(brain)):
+    for tensor in chain(leaves, trained_parameters(brain)):
         tensor.grad = kept.get(tensor)
 
 

@@ -22,6 +22,7 @@ from brain_lightning.protocol import BrainProtocol, parameters_of
 from .losses import TrainingLoss, training_loss
 from .together import compute_alone, compute_together
 from .valid_step import count_valid_step
+from .window import add_to_window, end_window
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
     result = compute(brain, batch, update, should_step)
     if result.finite:
         count_valid_step(brain)
+        add_to_window(brain, result.weight)
     if not result.finite and brain.grad_accumulation_factor == 1:
         should_step = False
     if should_step:
@@ -66,6 +68,7 @@ def optimizers_step(
     if brain.optimizers_dict is None and brain.opt_class is None:
         return
     optimizers = active_optimizers(brain)
+    end_window(brain, optimizers.values())
     for optimizer in optimizers.values():
         brain.scaler.unscale_(optimizer)
     apply(optimizers)

@@ -22,7 +22,6 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
 from brain_lightning import to_lightning
-from brain_lightning.callback.unsupported import REFUSED_CALLBACKS
 from brain_lightning.cli.convert import from_lightning
 from brain_lightning.compat.versions import LIGHTNING
 from tests.support.brains import loader, trainer_with
@@ -329,7 +328,6 @@ def test_every_callback_of_lightning_has_a_row() -> None:
         if issubclass(each, Callback) and each.__module__.startswith(callbacks.__name__)
     }
     assert set(callbacks.__all__) - BASES <= shipped
-    refused = {each.__name__ for each in REFUSED_CALLBACKS}
-    own_tests = {"OnExceptionCheckpoint", "Timer"}
+    own_tests = {"OnExceptionCheckpoint", "Timer", "LearningRateFinder", "BatchSizeFinder"}
     rows = {name.partition("(")[0] for name in ROWS}
-    assert shipped - BASES - refused - own_tests <= rows | {"RichProgressBar"}
+    assert shipped - BASES - own_tests <= rows | {"RichProgressBar"}

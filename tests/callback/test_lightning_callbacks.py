@@ -338,16 +338,18 @@ def prediction_writer(tmp_path: Path) -> None:
     assert all_equal(written, expected)
 
 
-@ROWS.row("LearningRateFinder", "refused")
+@ROWS.row("LearningRateFinder", "works")
 def learning_rate_finder(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"LearningRateFinder.*try learning rates with"):
-        fit(make(), callbacks.LearningRateFinder())
+    brain, finder = make(), callbacks.LearningRateFinder(num_training_steps=20)
+    fit(brain, finder)
+    assert brain.optimizer.param_groups[0]["lr"] == finder.optimal_lr.suggestion()
 
 
-@ROWS.row("BatchSizeFinder", "refused")
+@ROWS.row("BatchSizeFinder", "works")
 def batch_size_finder(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"BatchSizeFinder.*train_loader_kwargs"):
-        fit(make(), callbacks.BatchSizeFinder())
+    finder, data = callbacks.BatchSizeFinder(init_val=1), loader()
+    trainer_with(finder, max_epochs=1).fit(to_lightning(make()), data)
+    assert finder.optimal_batch_size == data.batch_size == 20
 
 
 @ROWS.parametrize()

@@ -357,7 +357,6 @@ REFUSED = {
     "EMAWeightAveraging": "it copies modules",
     "StochasticWeightAveraging": "it copies modules",
     "ModelPruning": "it looks for the smallest",
-    "LearningRateFinder": "would move the epoch counter",
 }
 
 

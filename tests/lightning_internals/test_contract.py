@@ -39,6 +39,17 @@ TABLE = PACKAGE / "lightning_internals" / "contract.py"
 BRAIN = ("protocol.py", "brain/base.py", "brain/brain.py", "step/older_api.py")
 # Private names of neither Lightning nor torch.
 OTHERS = {
+    **dict.fromkeys(
+        (
+            "_bucket_boundaries",
+            "_bucket_lens",
+            "_ex_lengths",
+            "_generate_batches",
+            "_max_batch_ex",
+            "_max_batch_length",
+        ),
+        "speechbrain.dataio.sampler.DynamicBatchSampler",
+    ),
     "_HOOKS": "speechbrain.utils.checkpoints",
     "_speechbrain_iterator": "speechbrain.dataio.dataloader.SaveableDataLoader",
     "_speechbrain_loader": "speechbrain.utils.checkpoints.mark_as_loader",

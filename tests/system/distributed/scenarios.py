@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -38,8 +40,10 @@ from brain_lightning import (
 )
 from tests.parity.recipes import CLASSES, FEATURES, CountsSaves, adam, dataset, loader, make
 from tests.parity.sides import OURS, Record, Side
-from tests.support.brains import trainer_with
+from tests.support.brains import sgd, trainer_with
 from tests.support.collectives import Collectives
+from tests.support.sharded import wholes
+from tests.trials import tried
 
 # Of a Trainer that a scenario makes itself; see worker.py.
 STRATEGY = os.environ.get("STRATEGY", "ddp")
@@ -251,6 +255,41 @@ def one_collective_a_batch(side: Side, record: Record) -> Any:
     return brain
 
 
+def accumulated_by_tokens(side: Side, record: Record) -> Any:
+    """Unequal batches in each process; and by hand, in one, each window of them as a batch."""
+    sizes = [(1, 6, 3, 2), (4, 2, 5, 7), (2, 1, 8, 3)][:PROCESSES]
+    x, y = dataset(sum(map(sum, sizes)))[:]
+    each_size = [*itertools.chain(*sizes)]
+    parts = zip(x.double().split(each_size), y.split(each_size), strict=True)
+    batches = [list(itertools.islice(parts, 4)) for _ in sizes]
+
+    def around(self: Any, batch: Any) -> Any:
+        return side.Brain.fit_batch(self, batch)
+
+    # Clipped to a norm, gradients of any size would be the same.
+    for window, norm, hooks in ((2, 0.0, {}), (4, 0.1, {"fit_batch": around}), (1, 0.0, {})):
+        options = {"accumulate_by": "tokens", "grad_accumulation_factor": window}
+        brain = make(
+            side, record, {"model": nn.Linear(FEATURES, CLASSES).double()}, opt_class=sgd,
+            run_opts={**GLOO, **options, "max_grad_norm": norm},
+            loss_weight=lambda self, batch: len(batch[1]), **hooks,
+        )  # fmt: skip
+        by_hand = copy.deepcopy(brain.modules.model)
+        brain.fit(range(2), DataLoader(batches[int(os.environ["RANK"])], batch_size=None))
+        optimizer = sgd(by_hand.parameters())
+        for start in [*range(0, 4, window)] * 2:
+            several = [batch for each in batches for batch in each[start : start + window]]
+            inputs, targets = map(torch.cat, zip(*several, strict=True))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(by_hand(inputs), targets).backward()
+            nn.utils.clip_grad_norm_(by_hand.parameters(), norm or torch.inf)
+            optimizer.step()
+        found = wholes(dict(brain.modules.named_parameters())).values()
+        for mine, other in zip(found, by_hand.parameters(), strict=True):
+            assert (mine - other).abs().max() < 1e-12
+    return brain
+
+
 def fit_batch_by_hand(side: Side, record: Record) -> Any:
     def fit_batch(self: Any, batch: Any) -> Any:
         should_step = self.step % 2 == 0
@@ -394,6 +433,18 @@ def _on_a_trainer(record: Record, brain: Any, *callbacks: Any, **kwargs: Any) ->
     trainer.fit(to_lightning(brain), DataLoader(dataset(), 4, shuffle=True), None)
     record.results.append((trainer.global_step, sampler.epoch))
     assert brain.train_sampler is None
+    return brain
+
+
+def searched_before_training(side: Side, record: Record) -> Any:
+    """What all processes find together leaves nothing behind in any of them."""
+    for kind in tried.SEARCHES:
+        folder = Path(tempfile.mkdtemp())
+        brain, watched, error = tried.search(folder, kind, side, strategy=STRATEGY)
+        assert error is None, error
+        assert watched.before == watched.after
+        found = watched.found[0] if kind == "size" else watched.found[0].results
+        record.results.append(found)
     return brain
 
 
@@ -835,7 +886,8 @@ SHARED = [
 ]  # fmt: skip
 # Run by ours alone, for SpeechBrain has no Trainer, crashes or hangs.
 OWN = [
-    gan_on_the_users_trainer, automatic_on_the_users_trainer, the_loaders_as_they_are,
+    searched_before_training, gan_on_the_users_trainer,
+    automatic_on_the_users_trainer, the_loaders_as_they_are,
     names_in_a_checkpoint, batchnorm_stays_local, called_around_its_wrapper,
     nan_on_one_rank, nan_on_one_rank_of_a_fit_batch_of_0_5,
     patience_exhausted_by_one_rank, reported_by_the_main_process,
@@ -845,7 +897,7 @@ OWN = [
     a_stream_without_anything_on_one_rank, a_whole_validation, a_validation_that_is_shared_out,
     more_processes_than_batches, on_the_main_process, counted_with_tensors,
     limited_to_the_same_length, a_layer_that_one_process_leaves_out,
-    one_collective_a_batch,
+    one_collective_a_batch, accumulated_by_tokens,
 ]  # fmt: skip
 # The same, with a Trainer given to brain.fit.
 ON_A_TRAINER = [a_batch_sampler_on_the_users_trainer]

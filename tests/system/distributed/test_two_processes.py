@@ -77,6 +77,12 @@ def test_what_processes_decide_in_a_batch_is_one_collective(records: Any) -> Non
         assert record.results == [{1}, {1}, {1}]
 
 
+def test_windows_of_unequal_batches_are_one_batch(records: Any) -> None:
+    for record in of(records, scenarios.accumulated_by_tokens):
+        # It has compared its weights with those of one process.
+        assert_moved(record)
+
+
 def test_each_rank_has_data_of_its_own(records: Any) -> None:
     one, other = of(records, scenarios.gan)
     assert one.stage_losses != other.stage_losses
@@ -91,6 +97,15 @@ def test_a_trainer_with_strategy_ddp_keeps_ranks_equal(records: Any, scenario: A
         # 10 of 20 items for each rank, in batches of 4; epochs are numbered by the Brain.
         steps, epoch = record.results[-1]
         assert (steps, epoch) == ((18, 3) if "gan" in scenario.__name__ else (9, 3))
+
+
+def test_all_ranks_find_the_same_before_training(records: Any) -> None:
+    one, other = of(records, scenarios.searched_before_training)
+    rates, size = one.results
+    assert [rates, size] == other.results
+    assert len(rates["loss"]) > 10
+    # Of 20 items for each rank.
+    assert size == 16
 
 
 def test_the_trainer_shares_out_the_data(records: Any) -> None:

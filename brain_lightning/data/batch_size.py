@@ -1,0 +1,73 @@
+"""The size of the batches of a loader: what it is, and another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader
+
+from brain_lightning.compat import dynamic_batches as dynamic
+from brain_lightning.errors import UnsupportedError
+
+from .dataloaders import has_indices, length_of
+
+
+class BatchSize:
+    """The size of the batches of one loader.
+
+    Args:
+        loader: A DataLoader with a ``batch_size``, or with SpeechBrain's DynamicBatchSampler.
+
+    Attributes:
+        name: The argument by which a recipe chooses it.
+
+    Raises:
+        UnsupportedError: It cannot be changed.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        batches = getattr(loader, "batch_sampler", None)
+        # SpeechBrain's wrapper for several processes has it as its sampler.
+        samplers = (batches, getattr(batches, "sampler", None))
+        found = [each for each in samplers if dynamic.is_dynamic(each)]
+        self._loader: DataLoader[Any] = loader
+        self._dynamic: Any = found[0] if found else None
+        self.name = "max_batch_length" if found else "batch_size"
+        if not found and (not has_indices(loader) or type(batches) is not BatchSampler):
+            raise UnsupportedError(
+                f"the batch size of {_describe(loader)} cannot be changed: give fit a dataset "
+                "with batch_size in its loader_kwargs, or SpeechBrain's DynamicBatchSampler"
+            )
+
+    @property
+    def current(self) -> float:
+        """What it is now: examples, or the length of all of them together."""
+        if self._dynamic is not None:
+            return dynamic.max_batch_length(self._dynamic)
+        return self._loader.batch_size or 1
+
+    @property
+    def largest(self) -> float:
+        """With which one batch has all the data of this process."""
+        if self._dynamic is not None:
+            return dynamic.total_length(self._dynamic)
+        return length_of(self._loader.sampler) or 1
+
+    def set(self, size: float) -> None:
+        """Changes it, for every pass that begins from now on.
+
+        Args:
+            size: As ``current``.
+        """
+        if self._dynamic is not None:
+            dynamic.set_max_batch_length(self._dynamic, size)
+            return
+        batches: Any = self._loader.batch_sampler
+        # DataLoader's __setattr__ refuses to change its own.
+        batches.batch_size = vars(self._loader)["batch_size"] = int(size)
+
+
+def _describe(loader: Any) -> str:
+    batches = getattr(loader, "batch_sampler", None)
+    name = type(loader).__name__
+    return f"a {name}" if batches is None else f"a {name} with a {type(batches).__name__}"

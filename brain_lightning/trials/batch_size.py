@@ -1,0 +1,146 @@
+"""The largest batch size that fits into memory (Lightning's ``Tuner.scale_batch_size``)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
+
+from brain_lightning.data.batch_size import BatchSize
+from brain_lightning.distributed.communication import gather
+from brain_lightning.errors import UnsupportedError
+from brain_lightning.stages.run import Run
+from brain_lightning.step.out_of_memory import is_out_of_memory
+
+from .trial import Trial
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search, as the arguments of ``Tuner.scale_batch_size``.
+
+    Attributes:
+        mode: ``power`` doubles until there is no memory; ``binsearch`` then halves the
+            interval between the last two.
+        steps_per_trial: Batches to try with each size.
+        init_val: The first size; None for that of the loader.
+        max_trials: The most sizes to try.
+        margin: By which part ``binsearch`` makes what it has found smaller.
+        max_val: The largest size, in examples; of no effect on a ``max_batch_length``.
+    """
+
+    mode: str = "power"
+    steps_per_trial: int = 3
+    init_val: int | None = 2
+    max_trials: int = 25
+    margin: float = 0.05
+    max_val: int = 8192
+
+
+def find(run: Run, trainer: Trainer, loader: Any, search: Search) -> float:
+    """Searches the largest batch size, in a trial; the loader keeps its own.
+
+    Args:
+        run: The run, between two batches.
+        trainer: The Trainer that runs it.
+        loader: A loader of the run; batches of the training set are fitted, others evaluated.
+        search: How to search.
+
+    Returns:
+        The size, or the ``max_batch_length`` of a DynamicBatchSampler.
+
+    Raises:
+        UnsupportedError: The size of the loader's batches cannot be changed, or there is no
+            memory for the smallest.
+    """
+    size = BatchSize(loader)
+    with Trial(run, trainer, loader) as trial:
+        fits = _Fits(trial, loader, size, trainer.training, search.steps_per_trial)
+        limits = [size.largest]
+        first = size.current
+        if size.name == "batch_size":
+            limits.append(search.max_val)
+            first = first if search.init_val is None else search.init_val
+        found = _largest(fits, min(first, *limits), min(limits), search)
+    logger.info("The largest %s for which there is memory is %g.", size.name, found)
+    return found
+
+
+class _Fits:
+    """Whether there is memory for a size, in all processes.
+
+    Args:
+        trial: The trial.
+        loader: The loader.
+        size: The size of its batches.
+        trains: Whether its batches are fitted.
+        steps: How many of them.
+    """
+
+    def __init__(
+        self, trial: Trial, loader: Any, size: BatchSize, trains: bool, steps: int
+    ) -> None:
+        self._trial, self._loader, self._size = trial, loader, size
+        self._trains, self._steps = trains, steps
+        self.tried = 0
+
+    def __call__(self, size: float) -> bool:
+        self.tried += 1
+        self._size.set(size)
+        garbage_collection_cuda()
+        fits = all(gather(self._runs()))
+        logger.info("%s %g: %s", self._size.name, size, "fits" if fits else "does not fit")
+        return fits
+
+    def _runs(self) -> bool:
+        trial = self._trial
+        step: Callable[[Any], float] = trial.fit if self._trains else trial.validate
+        batches = 0
+        try:
+            if self._trains:
+                trial.start()
+            for batch in islice(trial.batches(self._loader), self._steps):
+                step(batch)
+                batches += 1
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        # With drop_last there may be none.
+        return batches > 0
+
+
+def _largest(fits: _Fits, first: float, limit: float, search: Search) -> float:
+    low, high, size = 0.0, None, first
+    while fits.tried < search.max_trials:
+        if fits(size):
+            low = size
+            if size >= limit or (high is not None and search.mode == "power"):
+                break
+        elif size <= 1:
+            raise UnsupportedError(
+                "there is no memory for the smallest batch: make the model smaller, or leave "
+                "out the longest examples"
+            )
+        else:
+            high = size
+        if high is None:
+            size = min(2 * size, limit)
+        elif low == 0:
+            size = max(1.0, high // 2)
+        elif search.mode == "power" or high - low <= max(1, _SMALLEST_PART * low):
+            break
+        else:
+            size = (low + high) // 2
+    return max(1, int(low * (1 - search.margin))) if search.mode == "binsearch" else low
+
+
+# Of a length in seconds or frames it makes no difference.
+_SMALLEST_PART = 0.01

@@ -1,0 +1,148 @@
+"""Lightning's callbacks that search before training, whose searches are trials here.
+
+Lightning's own run the loops of the Trainer, without the callback that runs the stages of a
+Brain, and restore weights and optimizers alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
+
+from brain_lightning.data.batch_size import BatchSize
+from brain_lightning.errors import UnsupportedError
+from brain_lightning.lightning_internals.trainer_callbacks import (
+    TunerExitException,
+    arguments_of_finder,
+    callbacks_of,
+)
+from brain_lightning.stages.run import Run
+from brain_lightning.temporary import TemporaryAttributes
+
+from . import batch_size, learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+class Finders:
+    """The callbacks of a Trainer that search before training.
+
+    A callback asks for its search in ``on_fit_start``, before a run has resumed: it is begun
+    when ``start`` is called. A subclass may ask again between two epochs.
+
+    Args:
+        run: The run.
+        trainer: The Trainer, before its ``setup``.
+        temporary: Records what is changed on its callbacks.
+    """
+
+    def __init__(self, run: Run, trainer: Trainer, temporary: TemporaryAttributes) -> None:
+        self._run, self._trainer = run, trainer
+        self._waiting: list[Callable[[], None]] = []
+        self._may_begin = trainer.state.fn is not TrainerFn.FITTING
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, LearningRateFinder):
+                search = partial(self._ask, partial(self._find_rate, callback))
+                temporary.override(callback, "lr_find", search)
+            elif isinstance(callback, BatchSizeFinder):
+                search = partial(self._ask, partial(self._find_size, callback))
+                temporary.override(callback, "scale_batch_size", search)
+                # It asks for attributes of a module, and for loaders that a module makes.
+                temporary.override(callback, "setup", _nothing)
+
+    def start(self) -> None:
+        """Begins the searches that were asked for."""
+        self._may_begin = True
+        if self._waiting:
+            # Lightning makes its loader after on_fit_start.
+            self._trainer.fit_loop.setup_data()
+        while self._waiting:
+            self._waiting.pop(0)()
+
+    def _ask(self, search: Callable[[], None], *_: Any) -> None:
+        if self._trainer.fast_dev_run:  # type: ignore[attr-defined]
+            logger.warning("fast_dev_run: nothing is searched.")
+        elif self._may_begin:
+            search()
+        else:
+            self._waiting.append(search)
+
+    def _find_rate(self, callback: LearningRateFinder) -> None:
+        arguments, updates, name, exits = arguments_of_finder(callback)
+        if self._is_resumed(callback, exits):
+            return
+        search = learning_rate.Search(**arguments)
+        callback.optimal_lr = learning_rate.find(
+            self._run, self._trainer, self._loader(), search
+        )
+        found = callback.optimal_lr.suggestion()
+        if found is not None:
+            logger.info("A learning rate of %.3g is suggested.", found)
+            if updates:
+                learning_rate.apply(self._run.brain, found, name)
+                logger.info(
+                    "Every optimizer has it now. An annealing of the recipe that keeps a "
+                    "rate of its own begins with that: give it to the recipe, --lr=%.3g.",
+                    found,
+                )
+        _exit(exits)
+
+    def _find_size(self, callback: BatchSizeFinder) -> None:
+        arguments, _, name, exits = arguments_of_finder(callback)
+        if self._is_resumed(callback, exits):
+            return
+        loader = self._loader()
+        search = batch_size.Search(**arguments)
+        found = batch_size.find(self._run, self._trainer, loader, search)
+        callback.optimal_batch_size = int(found)
+        size = BatchSize(loader)
+        size.set(found)
+        module = self._trainer.lightning_module
+        if lightning_hasattr(module, name):
+            # Of a LightningDataModule, which may make its loaders again.
+            lightning_setattr(module, name, int(found))
+        logger.info("The loader has a %s of %g now.", size.name, found)
+        _exit(exits)
+
+    def _loader(self) -> Any:
+        """Of what runs: the training set, or the one set that is evaluated."""
+        fn = self._trainer.state.fn
+        if fn is TrainerFn.FITTING:
+            if not self._run.train.loaders:
+                raise UnsupportedError(
+                    "nothing can be searched before training where the recipe's own fit makes "
+                    "or chooses the loader: search with brain-lightning tune, or give fit's "
+                    "loader to a Trainer"
+                )
+            return self._run.train.loader.loader
+        if fn is TrainerFn.PREDICTING:
+            raise UnsupportedError("a batch size is found in fit, validate and test")
+        stage = self._run.test if fn is TrainerFn.TESTING else self._run.valid
+        if len(stage.loaders) > 1:
+            raise UnsupportedError("a batch size is found for one set: give one alone")
+        return stage.loaders[0].loader
+
+    def _is_resumed(self, callback: Any, exits: bool) -> bool:
+        """Whether what was searched before is recovered, and holds."""
+        resumed = self._run.run_state.resumed is not None and not exits
+        if resumed:
+            name = type(callback).__name__
+            logger.info("The run is resumed: %s does not search again.", name)
+        return resumed
+
+
+def _exit(exits: bool) -> None:
+    if exits:
+        # Of Lightning's Tuner, which has nothing trained.
+        raise TunerExitException
+
+
+def _nothing(trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    """Stands for a check that does not hold for a Brain."""

@@ -1,0 +1,128 @@
+"""Lightning's finders with a Brain: what they find, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from torch.utils.data import DataLoader
+
+from brain_lightning import UnsupportedError, to_lightning
+from tests.parity.recipes import dataset
+from tests.parity.sides import SPEECHBRAIN
+from tests.support.brains import all_equal, trainer_with, weights
+
+from .tried import GAN, ITEMS, MEMORY, SEARCHES, loaders, make, search
+
+KINDS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "speechbrain": {"side": SPEECHBRAIN},
+    "gan": GAN,
+}
+
+
+@pytest.mark.parametrize("hooks", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_a_search_leaves_nothing_behind(tmp_path: Path, kind: str, hooks: Any) -> None:
+    brain, watched, error = search(tmp_path, kind, **hooks)
+    assert error is None, error
+    assert len(watched.found) == 1
+    assert watched.before == watched.after
+    assert watched.before[0]["logged"] > 0
+    assert [name for name, *_ in brain.ends] == ["TRAIN", "VALID"] * 2
+
+
+ERRORS = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    KeyboardInterrupt(),
+    OSError("a file is missing"),
+)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_an_error_leaves_nothing_behind(
+    tmp_path: Path, kind: str, error: BaseException
+) -> None:
+    _, watched, raised = search(tmp_path, kind, error=error)
+    assert watched.before == watched.after
+    assert watched.before[0]["logged"] > 0
+    if kind == "size" and isinstance(error, torch.OutOfMemoryError):
+        # Every size is too large, and BatchNorm wants two items.
+        assert "more than 1 value per channel" in str(raised)
+    else:
+        assert raised is error or isinstance(raised.__context__, type(error))
+
+
+def test_what_tuner_finds_is_what_the_next_fit_trains_with(tmp_path: Path) -> None:
+    brain, (train, valid) = make(tmp_path), loaders()
+    module = to_lightning(brain, epoch_counter=range(1, 2))
+    tuner = Tuner(trainer_with(max_epochs=1))
+    found = tuner.lr_find(module, train, valid, min_lr=1e-4, num_training=25)
+    assert brain.optimizer_step == 0
+    size = tuner.scale_batch_size(module, train, valid, mode="binsearch", margin=0.25)
+    # The largest is 16.
+    assert size == train.batch_size == 12
+    rates: list[float] = []
+    brain.hparams.annealing = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])
+    trainer_with(max_epochs=1).fit(module, train, valid)
+    assert rates == [found.suggestion()] * 4
+    assert brain.hparams.lr == found.suggestion() != 0.01
+
+
+def test_a_run_that_is_resumed_does_not_search_again(tmp_path: Path) -> None:
+    """It goes on with what it has found, as if it had not ended."""
+
+    def fit(folder: Path, *steps: int) -> Any:
+        for limit in steps:
+            brain, (train, valid) = make(folder), loaders()
+            brain.hparams.annealing = print
+            finder = LearningRateFinder(1e-4, num_training_steps=25)
+            trainer = trainer_with(finder, max_epochs=-1, max_steps=limit)
+            trainer.fit(to_lightning(brain), train, valid)
+        return finder, brain
+
+    searched, whole = fit(tmp_path / "whole", 8)
+    finder, resumed = fit(tmp_path / "resumed", 4, 8)
+    assert finder.optimal_lr is None
+    assert searched.optimal_lr is not None
+    assert all_equal(weights(whole), weights(resumed))
+
+
+def test_the_batch_length_of_a_dynamic_sampler_is_searched(tmp_path: Path) -> None:
+    brain, lengths = make(tmp_path), [1.0, 2.0] * 20
+    sampler = DynamicBatchSampler(
+        dataset(ITEMS), 8, bucket_boundaries=[1.0, 2.0], lengths_list=lengths, drop_last=True
+    )
+    loader = DataLoader(dataset(ITEMS), batch_sampler=sampler)
+    finder = BatchSizeFinder(mode="binsearch", steps_per_trial=100, margin=0.0)
+    trainer_with(finder, max_epochs=1).fit(to_lightning(brain), loader, loader)
+    assert max(map(len, sampler)) == MEMORY
+    assert sampler._max_batch_length == finder.optimal_batch_size > 8
+    again = DynamicBatchSampler(
+        dataset(ITEMS),
+        sampler._max_batch_length,
+        bucket_boundaries=[1.0, 2.0],
+        lengths_list=lengths,
+    )
+    assert sampler._bucket_lens == again._bucket_lens
+
+
+def test_what_cannot_be_searched_is_refused_in_words(tmp_path: Path) -> None:
+    batches = DataLoader(dataset(ITEMS), batch_sampler=[[0, 1], [2, 3]])
+    empty = DataLoader(dataset(ITEMS), batch_sampler=[])
+    for finder, data, words in (
+        (BatchSizeFinder(), batches, "of a DataLoader with a list cannot be changed"),
+        (LearningRateFinder(), iter(batches), "can be iterated once"),
+        (LearningRateFinder(), empty, "there is no training batch"),
+        (LearningRateFinder(attr_name="rate"), batches, "no hyperparameter of Classifier"),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            trainer_with(finder, max_epochs=1).fit(
+                to_lightning(make(tmp_path)), data, loaders()[1]
+            )
