@@ -68,14 +68,14 @@ class LightningSettings:
         progress_interval: The run option.
         shard_eval: The run option.
         async_save: The run option.
-        oom_patience: The run option.
-        fails_together: Whether all processes give up a batch for which one has no memory
-            (``step/together.py``).
         accumulate_by: The run option.
         window: The weights of a window that is not full (``step.window.Window``); None before
             there is one.
         preflight: The run option.
         learning_rate: What a search has found, for every optimizer that is made.
+        oom_patience: The run option.
+        fails_together: Whether all processes give up a batch for which one has no memory
+            (``step/together.py``).
     """
 
     stage_type: Any
@@ -99,12 +99,12 @@ class LightningSettings:
     progress_interval: float = 10
     shard_eval: bool = False
     async_save: bool = False
-    oom_patience: int | None = None
-    fails_together: bool = False
     accumulate_by: str = "batches"
     window: Any = None
     preflight: bool = False
     learning_rate: float | None = None
+    oom_patience: int | None = None
+    fails_together: bool = False
 
 
 # Run options that SpeechBrain's own Brain does not have.
