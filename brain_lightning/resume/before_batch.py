@@ -20,7 +20,7 @@ from brain_lightning.host_copy import on_host
 from brain_lightning.optimizers.active import all_optimizers
 from brain_lightning.optimizers.trained_parts import Switches, switches
 from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
-from brain_lightning.step.window import Window, window_of
+from brain_lightning.step.window import Window, restart_window, window_of
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State
@@ -178,9 +178,11 @@ class BeforeBatch:
         for name, value in self.counts.items():
             setattr(brain, name, value)
         restore_synchronizes(brain, self.synchronizes)
-        restore_gradients(brain, self.gradients)
+        self.drop_gradients()
         if self.is_whole:
             assert statistics is not None
+            restore_gradients(brain, self.gradients)
+            brain._lightning.window = self.window
             undo(brain, self.state())
             statistics.undo(self.statistics)
             set_random_state(self.random)
@@ -189,6 +191,7 @@ class BeforeBatch:
     def drop_gradients(self) -> None:
         """Drops those of earlier batches too: the update is left out that they are for."""
         restore_gradients(self._brain, {})
+        restart_window(self._brain)
 
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, SyncBatchNorm
 
 from brain_lightning.distributed.batch_flags import BatchFlags
@@ -75,7 +76,9 @@ def compute_together(
     if not flags.are_shared:
         return compute_alone(brain, batch, update, should_step)
     share_buffers(brain)
-    kept = {p: p.grad.clone() for p in trained_parameters(brain) if p.grad is not None}
+    kept: dict[Tensor, Tensor] = {
+        p: p.grad.clone() for p in trained_parameters(brain) if p.grad is not None
+    }
     with brain.no_sync():
         result = _attempt(brain, batch, update, should_step)
     averaged = averaged_parameters(brain) if should_step else []
