@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -20,7 +21,7 @@ from brain_lightning.host_copy import on_host
 from brain_lightning.optimizers.active import all_optimizers
 from brain_lightning.optimizers.trained_parts import Switches, switches
 from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
-from brain_lightning.step.window import Window, restart_window, window_of
+from brain_lightning.step.window import Window, window_of
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State
@@ -80,7 +81,7 @@ class BeforeBatch:
         self._warned: set[str] = set()
 
     def count(self) -> None:
-        """Keeps the counts before a batch."""
+        """Keeps the counts before a batch, which cost nothing."""
         self.steps = False
         own = vars(self._brain)
         self.counts = {name: own[name] for name in COUNTS_OF_BATCH}
@@ -178,11 +179,12 @@ class BeforeBatch:
         for name, value in self.counts.items():
             setattr(brain, name, value)
         restore_synchronizes(brain, self.synchronizes)
-        self.drop_gradients()
-        if self.is_whole:
-            assert statistics is not None
-            restore_gradients(brain, self.gradients)
+        if not self.is_whole:
+            self.drop_gradients()
+        else:
             brain._lightning.window = self.window
+            restore_gradients(brain, self.gradients)
+            assert statistics is not None
             undo(brain, self.state())
             statistics.undo(self.statistics)
             set_random_state(self.random)
@@ -191,7 +193,9 @@ class BeforeBatch:
     def drop_gradients(self) -> None:
         """Drops those of earlier batches too: the update is left out that they are for."""
         restore_gradients(self._brain, {})
-        restart_window(self._brain)
+        # Not None: other processes may have gradients to weigh.
+        weight = None if self.window.weight is None else 0.0
+        self._brain._lightning.window = replace(self.window, weight=weight)
 
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""

@@ -22,11 +22,12 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
 from brain_lightning.stage import Stage
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.run import Run
+from brain_lightning.step.out_of_memory import is_out_of_memory
 
 from .lengths import tensors_in
 from .longest import Examples, longest_batches
 from .memory import capacity, held, measured_usage
-from .trial import Trial, is_out_of_memory
+from .trial import Trial
 
 REMEDY = (
     "Make batches smaller (batch_size, max_batch_length) and set grad_accumulation_factor, "

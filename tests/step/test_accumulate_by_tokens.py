@@ -259,6 +259,7 @@ def full(_: Any) -> Any:
         ((2, "end"), True, [(0, 2, 3), range(4, 8)]),
         # Without a copy, what the window has gathered is dropped with it.
         ((2, "end"), False, [(2, 3), range(4, 8)]),
+        ((1, "end"), False, [range(1, 4), range(4, 8)]),
         ((8, "step"), True, LARGE[:1]),
     ],
 )
