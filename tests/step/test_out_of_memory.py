@@ -19,6 +19,7 @@ from brain_lightning import Checkpointer, EpochCounter, RunOptionError, to_light
 from brain_lightning.resume import before_batch
 from brain_lightning.step import out_of_memory
 from brain_lightning.step.out_of_memory import is_out_of_memory, notes
+from brain_lightning.step.window import restart_window
 from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
 from tests.support.resuming import BATCHES, Noise, seed
 from tests.support.upstream import weights_only
@@ -194,6 +195,7 @@ class Skips:
         factor = self.grad_accumulation_factor
         if (self.hparams.epoch_counter.current, self.step) in UPDATES:
             self.zero_grad(set_to_none=True)
+            restart_window(self)
         elif not isinstance(self, ByHand) and factor > 1 and self.step % factor == 0:
             has_gradients = any(p.grad is not None for p in self.modules.parameters())
             _ = has_gradients and self.optimizers_step()
@@ -206,19 +208,27 @@ class Scaled(Greedy):
         super().on_fit_start()
 
 
+class Weighed(Around):
+    """Its batches weigh by what they have (``accumulate_by``)."""
+
+    def loss_weight(self, batch: Any) -> float:
+        return 1.0 + self.step % 3
+
+
 @pytest.mark.parametrize("factor", [1, 2])
-@pytest.mark.parametrize("cls", [Greedy, Watching, Around, ByHand, Scaled])
+@pytest.mark.parametrize("cls", [Greedy, Watching, Around, ByHand, Scaled, Weighed])
 def test_a_skipped_batch_leaves_nothing_but_its_number(
     cls: Any, factor: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = {"trainer": {"callbacks": [Watching()]}} if cls is Watching else {}
     cls = Greedy if cls is Watching else cls
     by_hand = type("ByHand", (Skips, cls), {})
-    expected = fit(brain_of(by_hand, None, grad_accumulation_factor=factor))
-    found = fit(
-        brain_of(cls, None, *FAILURES, grad_accumulation_factor=factor, oom_patience=4),
-        **arguments,
-    )
+    options = {
+        "grad_accumulation_factor": factor,
+        "accumulate_by": "tokens" if cls is Weighed else "batches",
+    }
+    expected = fit(brain_of(by_hand, None, **options))
+    found = fit(brain_of(cls, None, *FAILURES, **options, oom_patience=4), **arguments)
     assert_same(expected, found)
     assert found.seen == expected.seen == 2 * BATCHES - len(SKIPPED) + 2 * 5
     assert found.scaler.state_dict() == expected.scaler.state_dict()
