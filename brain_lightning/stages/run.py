@@ -213,6 +213,22 @@ class Run:
         """Whether there is something to save with within an epoch."""
         return self.brain.checkpointer is not None or self.trainer.saves
 
+    def save_after_error(self) -> bool:
+        """Saves where the run is, for an error is going to end it.
+
+        Returns:
+            Whether it is saved. What goes wrong is logged, and does not hide that error.
+        """
+        if not self.saves:
+            return False
+        try:
+            with self.trainer.weights():
+                self.save_within_epoch()
+        except Exception:
+            logger.exception("The run could not be saved after the error that ends it.")
+            return False
+        return True
+
     def cut_short(self) -> None:
         """Saves where the run is: a limit of the Trainer's ends the epoch in its middle."""
         if self.saves:
@@ -271,4 +287,4 @@ class Run:
         self._located = id(error)
         stage, number = self.current, self.brain.step + bool(next_is)
         step = f"{next_is or 'step'} {number}" if number else ""
-        add_context(error, stage.kind, stage.epoch, step, batch)
+        add_context(error, stage.kind, stage.epoch, step, batch, self.brain.device)

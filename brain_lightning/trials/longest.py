@@ -18,7 +18,7 @@ from torch.utils.data import (
 
 from brain_lightning.compat import dynamic_batches as dynamic
 from brain_lightning.compat.speechbrain import clear_position, is_looped_loader
-from brain_lightning.data.dataloaders import has_indices, twin
+from brain_lightning.data.dataloaders import has_indices, length_of, twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.errors import UnsupportedError
 
@@ -83,7 +83,7 @@ def longest_batches(loader: Any) -> Longest:
         return _of_several(loader)
     if is_looped_loader(loader):
         return longest_batches(loader.loader)
-    if has_indices(loader):
+    if has_indices(loader) and length_of(loader.dataset) is not None:
         return _by_index(loader)
     if isinstance(loader, DataLoader):
         return Longest(_in_this_process(loader), FIRST, "the first of a stream")

@@ -46,6 +46,21 @@ def measured_usage(device: str | torch.device) -> Iterator[Usage]:
         usage.peak = _peak(where)
 
 
+def held(device: str | torch.device) -> int:
+    """Bytes that are taken now, of what ``measured_usage`` measures.
+
+    Args:
+        device: Where tensors are.
+
+    Returns:
+        0 where nothing says so.
+    """
+    where = torch.device(device)
+    if where.type == "cuda":
+        return torch.cuda.memory_allocated(where)
+    return _of_process("VmRSS") or 0
+
+
 def capacity(device: str | torch.device) -> int | None:
     """Bytes that a device has.
 
@@ -79,13 +94,21 @@ def _reset_peak(device: torch.device) -> None:
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = _of_process("VmHWM")
+    if peak is not None:
+        return peak
     # Windows has none.
     import resource
 
     # Of the whole life of the process; in bytes on macOS, else in KiB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _of_process(name: str) -> int | None:
+    """Bytes of this process by their name in proc(5); None where there is no such file."""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from reprlib import Repr
 from typing import Any
@@ -22,14 +22,13 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
 from brain_lightning.stage import Stage
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.run import Run
+from brain_lightning.step.out_of_memory import is_out_of_memory
 
 from .lengths import tensors_in
 from .longest import Examples, longest_batches
-from .memory import capacity, measured_usage
-from .trial import Trial, is_out_of_memory
+from .memory import capacity, held, measured_usage
+from .trial import Trial
 
-# The first step makes the state of the optimizers, which the second one has beside it.
-STEPS = 2
 REMEDY = (
     "Make batches smaller (batch_size, max_batch_length) and set grad_accumulation_factor, "
     "leave out the longest examples, or use --precision=bf16"
@@ -139,10 +138,13 @@ def preflight(run: Run, trainer: Trainer, stages: Sequence[RunStage]) -> list[Tr
         for stage in stages
         for name, wrapped in zip(stage.set_names, stage.loaders, strict=False)
     ]
+    device = run.brain.device
+    before = held(device)
     with Trial(run, trainer, *(each.loader for each in sets)) as trial:
-        # Each batch makes its update, however many are to make one together.
-        run.brain._lightning.ends_window = True
-        return [tried for each in sets for tried in _try(trial, each, run.brain.device)]
+        # The copies of the snapshot, which is on the CPU: the run will not have them.
+        copies = max(0, held(device) - before)
+        tried = [found for each in sets for found in _try(trial, each, device)]
+    return [replace(each, peak=each.peak - copies) for each in tried]
 
 
 def table(tried: Sequence[Tried], device: str) -> str:
@@ -153,8 +155,6 @@ def table(tried: Sequence[Tried], device: str) -> str:
         device: The device of the Brain.
     """
     total = capacity(device)
-    of_total = "" if total is None else f" of {_size(total)}"
-    where = "of the process" if total is None else f"on {device}{of_total}"
     head = ("preflight", "chosen by", "examples", "longest", "peak memory", "seconds")
     rows = [
         (
@@ -172,7 +172,8 @@ def table(tried: Sequence[Tried], device: str) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, *rows)
     ]
-    return "\n".join([*lines, f"The peak memory is that {where}."])
+    of_what = "the process" if total is None else f"tensors on {device}, of {_size(total)}"
+    return "\n".join([*lines, f"The peak memory is that of {of_what}."])
 
 
 @dataclass(frozen=True)
@@ -187,34 +188,55 @@ class _Set:
 
 
 def _try(trial: Trial, data: _Set, device: str) -> Iterator[Tried]:
-    trains = data.stage.kind is Stage.TRAIN
+    kind = data.stage.kind
+    # Each process tests alone.
+    together = gather if kind is not Stage.TEST else _alone
     with _explained(data.title):
         longest = longest_batches(data.loader)
-        if trains:
-            trial.start()
-        else:
-            trial.start_evaluation(data.stage, data.name)
+        steps = _start(trial, data)
         batches = islice(trial.batches(longest.loader), longest.count)
-    steps = [trial.fit] * STEPS if trains else [trial.validate]
-    for number in range(longest.count):
-        examples = longest.examples[number] if longest.examples else None
+    batch, examples = None, None
+    for number in range(max(together(longest.count))):
+        if number < len(longest.examples):
+            examples = longest.examples[number]
         with _explained(data.title, examples):
-            batch = next(batches, None)
+            # Once more, where another process has more of them: they wait for each other.
+            batch = next(batches, batch)
         if batch is None:
             return
         with _explained(data.title, examples, batch):
             peak, seconds = _measured(steps, batch, device)
-        if data.stage.kind is not Stage.TEST:
-            # Processes evaluate alone.
-            peak = max(gather(peak))
         yield Tried(
             data.title,
             longest.chosen,
             len(examples.names) if examples else None,
             max(examples.lengths, default=None) if examples else None,
-            peak,
+            max(together(peak)),
             seconds,
         )
+
+
+def _start(trial: Trial, data: _Set) -> list[Callable[[Any], float]]:
+    """Starts the stage of a set; returns what to do with each batch.
+
+    In TRAIN until memory holds all that it will: the first update makes the state of the
+    optimizers, and in a window of several batches there are the gradients of those before.
+    """
+    if data.stage.kind is not Stage.TRAIN:
+        trial.start_evaluation(data.stage, data.name)
+        return [trial.validate]
+    brain = data.stage.brain
+    trial.start()
+    window = min(brain.grad_accumulation_factor, 2)
+    brain.grad_accumulation_factor = window
+    # The first batch ends a window, and the last one another.
+    brain.step = window - 1
+    return [trial.fit] * (window + 1)
+
+
+def _alone(value: Any) -> list[Any]:
+    """What ``gather`` gives to a process that is alone."""
+    return [value]
 
 
 def _measured(

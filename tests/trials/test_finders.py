@@ -97,7 +97,7 @@ def test_a_run_that_is_resumed_does_not_search_again(tmp_path: Path) -> None:
 def test_the_batch_length_of_a_dynamic_sampler_is_searched(tmp_path: Path) -> None:
     brain, lengths = make(tmp_path), [1.0, 2.0] * 20
     sampler = DynamicBatchSampler(
-        dataset(ITEMS), 8, num_buckets=2, lengths_list=lengths, drop_last=True
+        dataset(ITEMS), 8, bucket_boundaries=[1.0, 2.0], lengths_list=lengths, drop_last=True
     )
     loader = DataLoader(dataset(ITEMS), batch_sampler=sampler)
     finder = BatchSizeFinder(mode="binsearch", steps_per_trial=100, margin=0.0)
@@ -105,7 +105,10 @@ def test_the_batch_length_of_a_dynamic_sampler_is_searched(tmp_path: Path) -> No
     assert max(map(len, sampler)) == MEMORY
     assert sampler._max_batch_length == finder.optimal_batch_size > 8
     again = DynamicBatchSampler(
-        dataset(ITEMS), sampler._max_batch_length, num_buckets=2, lengths_list=lengths
+        dataset(ITEMS),
+        sampler._max_batch_length,
+        bucket_boundaries=[1.0, 2.0],
+        lengths_list=lengths,
     )
     assert sampler._bucket_lens == again._bucket_lens
 

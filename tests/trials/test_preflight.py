@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,17 +27,22 @@ MEMORY = 8 * 1000
 class Recognizer(Brain):
     """Has memory for so many padded frames, and records what it has seen."""
 
-    seen: list[tuple[str, int]]
+    # Of the class: that of an object would be restored.
+    seen: ClassVar[list[tuple[str, int]]] = []
+    updates: ClassVar[list[bool]] = []
 
     def compute_forward(self, batch: Any, stage: Any) -> Tensor:
         frames = batch.sig.data
-        self.seen = [*getattr(self, "seen", []), (stage.name, frames.shape[1])]
+        self.seen.append((stage.name, frames.shape[1]))
         if frames.numel() > MEMORY:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return self.modules.model(frames.unsqueeze(-1).expand(-1, -1, 4)).mean(1)
 
     def compute_objectives(self, predictions: Tensor, batch: Any, stage: Any) -> Tensor:
         return predictions.square().mean()
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        self.updates.append(should_step)
 
 
 def utterances(*seconds: float) -> DynamicItemDataset:
@@ -53,11 +58,13 @@ SHORT = (2.5, 1, 5, 3)
 LOADER = {"batch_size": 4, "shuffle": True}
 
 
-def fit(train: Any, valid: Any, **options: Any) -> Any:
+def fit(train: Any, valid: Any, trainer: Any = None, **options: Any) -> Any:
     brain = make(Recognizer, preflight=True, **options)
+    brain.seen.clear()
+    brain.updates.clear()
     before = weights(brain)
     try:
-        brain.fit(range(1, 3), train, valid, train_loader_kwargs=LOADER)
+        brain.fit(range(1, 3), train, valid, train_loader_kwargs=LOADER, trainer=trainer)
     except PreflightError as error:
         assert all_equal(before, weights(brain))
         return brain, str(error)
@@ -88,15 +95,27 @@ def test_an_utterance_for_which_there_is_no_memory_is_told_of_before_the_first_e
 
 def test_what_was_tried_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     train = utterances(*SHORT, *SHORT)
-    brain, message = fit(train, utterances(3, 7), grad_accumulation_factor=2)
+    # Lightning makes a loader of a set that the first epoch does not validate later.
+    seldom = {"check_val_every_n_epoch": 2}
+    brain, message = fit(train, utterances(3, 7), seldom, grad_accumulation_factor=2)
     assert message == ""
-    assert brain.seen[:3] == [("TRAIN", 500), ("TRAIN", 500), ("VALID", 700)]
-    assert len(brain.seen) == 3 + 2 * 4
+    # An update, and one of two batches that has the gradients of the first beside it.
+    assert brain.seen[:4] == [("TRAIN", 500)] * 3 + [("VALID", 700)]
+    assert brain.updates[:3] == [True, False, True]
+    assert len(brain.seen) == 4 + 2 * 2 + 2
     head, train, valid, last = capsys.readouterr().out.splitlines()
     assert head == "preflight  chosen by  examples  longest  peak memory  seconds"
     assert train.split()[:4] == ["TRAIN", "duration", "4", "5"]
     assert valid.split()[:4] == ["VALID", "duration", "1", "7"]
     assert last == "The peak memory is that of the process."
+
+
+def test_processes_try_equally_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for each other in each, and another one may have two heaviest ones."""
+    monkeypatch.setattr(preflight, "gather", lambda value: [value, 2])
+    brain, _ = fit(utterances(*SHORT), None)
+    assert brain.seen[:5] == [("TRAIN", 500)] * 5
+    assert len(brain.seen) == 2 * 2 + 2
 
 
 def test_an_error_says_which_batch_it_comes_from() -> None:
