@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from brain_lightning.batch_content import described
 from brain_lightning.compat.versions import add_note
 from brain_lightning.distributed.communication import gather
 from brain_lightning.errors import PreflightError, UnsupportedError
@@ -22,11 +23,11 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
 from brain_lightning.stage import Stage
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.run import Run
+from brain_lightning.step.out_of_memory import is_out_of_memory
 
-from .lengths import tensors_in
 from .longest import Examples, longest_batches
 from .memory import capacity, held, measured_usage
-from .trial import Trial, is_out_of_memory
+from .trial import Trial
 
 REMEDY = (
     "Make batches smaller (batch_size, max_batch_length) and set grad_accumulation_factor, "
@@ -258,7 +259,7 @@ def _explained(
     try:
         yield
     except Exception as error:
-        what = ", ".join([f"in {title}", *_of_examples(examples), *_shapes(batch)])
+        what = ", ".join([f"in {title}", *_of_examples(examples), *described(batch)])
         if is_out_of_memory(error):
             reason = str(error).rstrip(". ")
             raise PreflightError(
@@ -272,11 +273,6 @@ def _of_examples(examples: Examples | None) -> Iterator[str]:
     if examples is not None:
         yield f"with ids {_short.repr(examples.names)}"
         yield f"lengths {_short.repr([round(each, 4) for each in examples.lengths])}"
-
-
-def _shapes(batch: Any) -> Iterator[str]:
-    for name, tensor in islice(tensors_in(batch), _short.maxlist):
-        yield f"{name or 'a tensor'} of shape {tuple(tensor.shape)}"
 
 
 def _size(count: int) -> str:

@@ -74,7 +74,7 @@ def test_a_batch_without_memory_ends_it_in_words(
     assert preflight(tmp_path, stage) == 2
     out, err = capsys.readouterr()
     assert f"error: preflight: no memory for the longest batch in {stage}, with ids [" in err
-    assert f"a tensor of shape ({1 + (stage != 'VALID')}, 4): no room in {stage}. Make" in err
+    assert f"a tensor ({1 + (stage != 'VALID')}, 4): no room in {stage}. Make" in err
     assert "done" not in out
 
 

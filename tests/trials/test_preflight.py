@@ -78,7 +78,7 @@ def test_an_utterance_for_which_there_is_no_memory_is_told_of_before_the_first_e
     assert message.startswith(
         "preflight: no memory for the longest batch in TRAIN, "
         "with ids ['utt5', 'utt2', 'utt3', 'utt6'], lengths [40.0, 5.0, 3.0, 3.0], "
-        "sig.data of shape (4, 4000), sig.lengths of shape (4,): "
+        "sig.data (4, 4000), sig.lengths (4,) = [1.0, 0.125, 0.075, 0.075]: "
         "CUDA out of memory. Tried to allocate 2.00 GiB. Make batches smaller"
     )
     assert brain.seen == [("TRAIN", 4000)]
