@@ -2,9 +2,10 @@
 
 ``communication`` says which rank this is, and has the collectives (its public names are
 SpeechBrain's, from ``speechbrain.utils.distributed``). ``batch_flags`` is the one collective
-of a training batch. ``agreement`` compares what ranks are about to do. ``process_group`` makes
-the group of a script that makes none. ``ddp`` wraps each entry of a Brain's modules.
-``termination`` handles SIGTERM and the like, so that all ranks stop after the same batch.
+of a training batch; ``gradients`` are averaged where DDP does not. ``agreement`` compares what
+ranks are about to do. ``process_group`` makes the group of a script that makes none. ``ddp``
+wraps each entry of a Brain's modules. ``termination`` handles SIGTERM and the like, so that all
+ranks stop after the same batch.
 """
 
 from .communication import ddp_barrier as ddp_barrier

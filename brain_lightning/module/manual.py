@@ -77,7 +77,7 @@ class ManualModule(BrainModule):
 
     def _step(self) -> None:
         # A fit_batch of the recipe's own decides by itself when to step.
-        if calls_ours(type(self.brain)):
+        if calls_ours(self.brain):
             self.brain.optimizers_step()
 
     def _steps(self) -> int:

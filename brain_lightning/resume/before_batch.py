@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -80,7 +81,7 @@ class BeforeBatch:
         self._warned: set[str] = set()
 
     def count(self) -> None:
-        """Keeps the counts before a batch."""
+        """Keeps the counts before a batch, which cost nothing."""
         self.steps = False
         own = vars(self._brain)
         self.counts = {name: own[name] for name in COUNTS_OF_BATCH}
@@ -178,8 +179,11 @@ class BeforeBatch:
         for name, value in self.counts.items():
             setattr(brain, name, value)
         restore_synchronizes(brain, self.synchronizes)
-        restore_gradients(brain, self.gradients)
-        if self.is_whole:
+        if not self.is_whole:
+            self.drop_gradients()
+        else:
+            brain._lightning.window = self.window
+            restore_gradients(brain, self.gradients)
             assert statistics is not None
             undo(brain, self.state())
             statistics.undo(self.statistics)
@@ -189,6 +193,9 @@ class BeforeBatch:
     def drop_gradients(self) -> None:
         """Drops those of earlier batches too: the update is left out that they are for."""
         restore_gradients(self._brain, {})
+        if self.window.weight is not None:
+            # Not None: other processes may have gradients to weigh.
+            self._brain._lightning.window = replace(self.window, weight=0.0)
 
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""

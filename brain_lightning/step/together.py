@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, SyncBatchNorm
 
+from brain_lightning.compat.speechbrain import is_speechbrains
 from brain_lightning.distributed.batch_flags import BatchFlags
 from brain_lightning.distributed.communication import gather, rank
 from brain_lightning.distributed.gradients import (
@@ -22,8 +24,8 @@ from brain_lightning.distributed.gradients import (
 )
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.optimizers.active import trained_parameters
-from brain_lightning.protocol import BrainProtocol, steps_itself
-from brain_lightning.references import referenced
+from brain_lightning.protocol import BrainProtocol, has_own, steps_itself
+from brain_lightning.references import calls_super
 from brain_lightning.temporary import TemporaryAttributes
 
 from .losses import TrainingLoss, drop_gradients
@@ -75,7 +77,9 @@ def compute_together(
     if not flags.are_shared:
         return compute_alone(brain, batch, update, should_step)
     share_buffers(brain)
-    kept = {p: p.grad.clone() for p in trained_parameters(brain) if p.grad is not None}
+    kept: dict[Tensor, Tensor] = {
+        p: p.grad.clone() for p in trained_parameters(brain) if p.grad is not None
+    }
     with brain.no_sync():
         result = _attempt(brain, batch, update, should_step)
     averaged = averaged_parameters(brain) if should_step else []
@@ -171,7 +175,7 @@ def _reason_against(brain: BrainProtocol) -> str | None:
         return "strategy='fsdp2' gathers and averages within the forward and backward pass"
     if wraps_itself(brain):
         return f"{name} wraps its modules itself, in _wrap_distributed"
-    if steps_itself(brain) and not calls_ours(type(brain)):
+    if steps_itself(brain) and not calls_ours(brain):
         return (
             f"{name}.fit_batch has a backward pass of its own, in which gradients are "
             "averaged. Call super().fit_batch(batch) of brain_lightning.Brain in it"
@@ -189,12 +193,12 @@ def _reason_against(brain: BrainProtocol) -> str | None:
     return None
 
 
-def calls_ours(cls: type[BrainProtocol]) -> bool:
+def calls_ours(brain: BrainProtocol) -> bool:
     """Whether a Brain is fitted by ``fit_batch`` of ours, called in its own or without one.
 
     Args:
-        cls: The class of the Brain.
+        brain: The Brain.
     """
-    defining = [each for each in cls.__mro__ if "fit_batch" in vars(each)]
-    is_ours = defining[-1].__module__.startswith("brain_lightning.")
-    return is_ours and (len(defining) == 1 or "fit_batch" in referenced(cls, ["fit_batch"]))
+    if is_speechbrains(brain):
+        return False
+    return not has_own(brain, "fit_batch") or calls_super(brain, "fit_batch")

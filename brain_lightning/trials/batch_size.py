@@ -15,8 +15,9 @@ from brain_lightning.data.batch_size import BatchSize
 from brain_lightning.distributed.communication import gather
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.stages.run import Run
+from brain_lightning.step.out_of_memory import is_out_of_memory
 
-from .trial import Trial, is_out_of_memory
+from .trial import Trial
 
 logger = logging.getLogger(__name__)
 

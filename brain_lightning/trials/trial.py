@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader
 from brain_lightning.compat import speechbrain
 from brain_lightning.data.dataloaders import twin
 from brain_lightning.data.several_loaders import SeveralLoaders
+from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import NonFiniteLossError, UnsupportedError
 from brain_lightning.phase import Phase
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.metrics import scalar
 from brain_lightning.stages.run import Run
+from brain_lightning.step.together import fail_together
 from brain_lightning.step.window import restart_window
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -55,6 +57,10 @@ class Trial:
         self._restores.enter_context(temporary)
         isolate(brain, temporary)
         temporary.enter_context(torch.enable_grad())
+        if world_size() > 1:
+            # Where they cannot, a process that has no memory ends the run.
+            with suppress(UnsupportedError):
+                fail_together(brain, temporary)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -82,7 +88,8 @@ class Trial:
             Its loss; NaN where ``fit_batch`` returns no number.
 
         Raises:
-            RuntimeError: Out of memory, in all processes together.
+            torch.OutOfMemoryError: In all processes together, where they can
+                (``step/together.py``).
         """
         brain = self._brain
         brain.step += 1
@@ -180,10 +187,3 @@ def _fresh(loader: Any) -> Any:
             "the training. Give fit a loader or a list to try some batches of it before"
         )
     return loader
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """TODO: from step/out_of_memory."""
-    from lightning.pytorch.utilities.memory import is_oom_error
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_oom_error(error)

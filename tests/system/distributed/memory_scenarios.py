@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from brain_lightning.step.out_of_memory import notes
 from tests.parity.recipes import CLASSES, FEATURES, dataset, make
 from tests.parity.sides import Record, Side
 from tests.support.collectives import Collectives
+from tests.trials import tried
 
 from . import scenarios
 from .scenarios import GLOO, Heard
@@ -187,7 +189,19 @@ def what_it_costs(side: Side, record: Record) -> Any:
     return brain
 
 
-SCENARIOS = [skipped_by_all, ended_by_all, not_agreed_upon, what_it_costs]
+def tried_by_all(side: Side, record: Record) -> Any:
+    """A batch size for which the second process alone has no memory."""
+    folder = Path(ddp_broadcast(tempfile.mkdtemp()))
+    fails = 1 - torch.distributed.get_rank()
+    brain, watched, error = tried.search(
+        folder, "size", side, strategy="ddp", rank_that_fails=fails
+    )
+    record.results.append((watched.found, error))
+    record.results.append(watched.before == watched.after != [])
+    return brain
+
+
+SCENARIOS = [skipped_by_all, ended_by_all, not_agreed_upon, what_it_costs, tried_by_all]
 # Run with the option too, where no process fails.
 AVERAGED = [
     scenarios.one_module, scenarios.dropout_and_two_entries, scenarios.an_unused_entry,

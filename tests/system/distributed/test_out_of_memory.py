@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.parity.sides import assert_equal, assert_moved
+from tests.trials import tried
 
 from . import memory_scenarios, scenarios
 from .test_two_processes import of
@@ -60,3 +61,8 @@ def test_it_costs_one_collective_for_all_flags_and_one_for_gradients(records: An
     # And one for the buffers of each dtype, as in DDP.
     for record in of(records, memory_scenarios.what_it_costs):
         assert record.results == [{(4, 0)}]
+
+
+def test_both_try_what_one_has_no_memory_for(records: Any) -> None:
+    for record in of(records, memory_scenarios.tried_by_all):
+        assert record.results == [([tried.MEMORY], None), True]
