@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from brain_lightning.batch_content import described, shortened
@@ -27,6 +28,8 @@ from brain_lightning.step.out_of_memory import is_out_of_memory
 from .longest import Examples, longest_batches
 from .memory import capacity, held, measured_usage
 from .trial import Trial
+
+logger = logging.getLogger(__name__)
 
 REMEDY = (
     "Make batches smaller (batch_size, max_batch_length) and set grad_accumulation_factor, "
@@ -68,6 +71,11 @@ class PreflightAlone(Callback):
     def __init__(self) -> None:
         self.tried: list[Tried] = []
         self.is_trying = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets an evaluation begin where there is no checkpoint to recover or to average."""
+        run: Any = pl_module.run
+        run.temporary.wrap(run.test, "recover_best", _if_possible)
 
 
 def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> None:
@@ -228,6 +236,14 @@ def _start(trial: Trial, data: _Set) -> list[Callable[[Any], float]]:
     # The first batch ends a window, and the last one another.
     brain.step = window - 1
     return [trial.fit] * (window + 1)
+
+
+def _if_possible(recover: Callable[[], None]) -> None:
+    try:
+        recover()
+    except Exception as error:  # noqa: BLE001  whatever a recipe does there
+        message = "TEST is tried without what on_evaluate_start does, which ended with %s: %s"
+        logger.info(message, type(error).__name__, error)
 
 
 def _alone(value: Any) -> list[Any]:
