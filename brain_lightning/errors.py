@@ -29,6 +29,10 @@ class BrainTypeError(TypeError):
     """An argument of a Brain, or what one of its hooks returned, is of the wrong type."""
 
 
+class PreflightError(ValueError):
+    """There is no memory for a batch that a run will have: told before it begins."""
+
+
 class HookStoppedError(RuntimeError):
     """A hook raised StopIteration, which Lightning would take for the end of the data.
 

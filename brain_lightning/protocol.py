@@ -62,11 +62,20 @@ class LightningSettings:
             (``distributed.batch_flags.BatchFlags``).
         sharding: How a Trainer's strategy shards modules (``fsdp2.sharding.Sharding``); None
             for DistributedDataParallel.
+        records: The best value of each number that its runs reported, and its last
+            (``stages.metrics.Record``).
         progress: The run option.
         progress_interval: The run option.
         shard_eval: The run option.
         async_save: The run option.
+        accumulate_by: The run option.
+        window: The weights of a window that is not full (``step.window.Window``); None before
+            there is one.
+        preflight: The run option.
         learning_rate: What a search has found, for every optimizer that is made.
+        oom_patience: The run option.
+        fails_together: Whether all processes give up a batch for which one has no memory
+            (``step/together.py``).
     """
 
     stage_type: Any
@@ -85,16 +94,33 @@ class LightningSettings:
     ddp_arguments: Mapping[str, Any] = field(default_factory=dict)
     flags: Any = None
     sharding: Any = None
+    records: dict[str, Any] = field(default_factory=dict)
     progress: str = "auto"
     progress_interval: float = 10
     shard_eval: bool = False
     async_save: bool = False
+    accumulate_by: str = "batches"
+    window: Any = None
+    preflight: bool = False
     learning_rate: float | None = None
+    oom_patience: int | None = None
+    fails_together: bool = False
 
 
 # Run options that SpeechBrain's own Brain does not have.
-OURS_ALONE = ("async_save", "progress", "progress_interval", "shard_eval")
+OURS_ALONE = (
+    "accumulate_by",
+    "async_save",
+    "oom_patience",
+    "preflight",
+    "progress",
+    "progress_interval",
+    "shard_eval",
+)
 PROGRESS_KINDS = ("auto", "bar", "plain")
+ACCUMULATIONS = ("batches", "tokens")
+# Of those, which take one of a few words.
+WORDS = {"progress": PROGRESS_KINDS, "accumulate_by": ACCUMULATIONS}
 
 
 def is_value_of(name: str, value: Any) -> bool:
@@ -104,10 +130,12 @@ def is_value_of(name: str, value: Any) -> bool:
         name: The option.
         value: Any value.
     """
-    if name == "progress":
-        return isinstance(value, str) and value in PROGRESS_KINDS
+    if name in WORDS:
+        return isinstance(value, str) and value in WORDS[name]
     if name == "progress_interval":
         return type(value) in (int, float) and value >= 0
+    if name == "oom_patience":
+        return value is None or (type(value) is int and value >= 0)
     return isinstance(value, bool)
 
 

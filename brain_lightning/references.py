@@ -25,6 +25,17 @@ def referenced(owner: Any, methods: Iterable[str]) -> set[str]:
     return {name for each in _reached(owner, methods) for name in _names(each.__code__)}
 
 
+def calls_super(owner: Any, method: str) -> bool:
+    """Whether a method that is overridden calls that of a library, as far as its name says so.
+
+    Args:
+        owner: An object.
+        method: The method.
+    """
+    own = [set(_names(each.__code__)) for each in own_functions(owner, method)]
+    return bool(own) and all(method in names for names in own)
+
+
 def own_methods(owner: Any) -> set[str]:
     """The names of all methods of an object that are not a library's.
 

@@ -101,7 +101,7 @@ SETTINGS = {field.name for field in dataclasses.fields(LightningSettings)}
 # What a user may look for on a Brain; SpeechBrain has it in some versions, or never had.
 READABLE = {
     "rank", "world_size", "stage_type", "progress", "progress_interval", "shard_eval",
-    "async_save", "valid_step", "use_amp", "progressbar",
+    "async_save", "accumulate_by", "oom_patience", "valid_step", "use_amp", "progressbar",
 }  # fmt: skip
 TAKEN = sorted(
     SETTINGS | READABLE | {"trainer", "module", "run", "callbacks", "logger", "validate"}
@@ -178,7 +178,8 @@ def test_hyperparameters_of_a_recipes_own_are_left_alone(
 ) -> None:
     own = {
         "trainer": "adam", "progress": True, "progress_interval": "weekly", "shard_eval": 3,
-        "async_save": "no", "rank": 16, "world_size": "large",
+        "async_save": "no", "accumulate_by": "size", "oom_patience": "none", "rank": 16,
+        "world_size": "large",
     }  # fmt: skip
     before = None
     for hparams in ({}, own, {**own, "trainer": Mine}, {**own, "trainer": 3}):

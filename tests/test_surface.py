@@ -26,7 +26,8 @@ PACKAGE = Path(brain_lightning.__file__).parent
 # SpeechBrain 1.1.2 has 0, SpeechBrain 1.0 had 15: see the field.
 OTHER_DEFAULTS = {
     "ckpt_interval_minutes": 15, "overridden_args": frozenset(), "async_save": False,
-    "shard_eval": False, "progress": "auto", "progress_interval": 10,
+    "preflight": False, "shard_eval": False, "progress": "auto", "progress_interval": 10,
+    "accumulate_by": "batches", "oom_patience": None,
 }  # fmt: skip
 
 # SpeechBrain 0.5 gives check_gradients the loss.

@@ -86,6 +86,8 @@ class BrainBase(OlderAPI, OptionValues):
     progress_interval = OptionSetting()
     shard_eval = OptionSetting()
     async_save = OptionSetting()
+    accumulate_by = OptionSetting()
+    oom_patience = OptionSetting()
     # SpeechBrain's, for loops that recipes have copied from it: here the Trainer has one.
     profiler = None
     # SpeechBrain's name for the modules without a wrapper, which here each has on its own.

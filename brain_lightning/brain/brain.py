@@ -124,7 +124,7 @@ class Brain(FitAndEvaluate, BrainBase):
     def on_fit_batch_end(
         self, batch: Any, outputs: Any, loss: Tensor, should_step: bool
     ) -> None:
-        """Called after the update.
+        """Called after the update; not for a batch that ``oom_patience`` skips.
 
         Args:
             batch: What the loader yielded.

@@ -31,9 +31,11 @@ from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
+from brain_lightning.step.together import fail_together
 from brain_lightning.step.wrap import save_whole, wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
 from brain_lightning.trials.finders import Finders
+from brain_lightning.trials.preflight import preflight_if_asked
 
 from .averaged_weights import average_at_end
 from .lightning_bars import show_epoch, show_running_loss
@@ -93,8 +95,9 @@ class BrainCallback(Callback):
             # Where that fails, everything is restored here.
             self._for_the_run = temporary.pop_all()
         self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
-        own, within = callbacks_of(trainer), Run.is_running(run.brain)
-        self._added = [] if within else _without(run.brain._lightning.trainer_callbacks, own)
+        own, self._is_within = callbacks_of(trainer), Run.is_running(run.brain)
+        of_every_run = () if self._is_within else run.brain._lightning.trainer_callbacks
+        self._added = _without(of_every_run, own)
         # Those of configure_callbacks would replace others of their class.
         trainer.callbacks = [*own, *self._added]  # type: ignore[attr-defined]
 
@@ -136,7 +139,9 @@ class BrainCallback(Callback):
             self._resume(trainer)
 
     def _resume(self, trainer: Trainer) -> None:
-        state = self.run.run_state
+        state, brain = self.run.run_state, self.run.brain
+        if brain._lightning.oom_patience is not None and trainer.world_size > 1:
+            fail_together(brain, self._for_the_run)
         state.position.records_fetches = self._side.draws_ahead
         if state.resumed is not None:
             self._side.resume(state.resumed)
@@ -156,6 +161,7 @@ class BrainCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handles signals to end, where the run can be saved or has several processes."""
         self._side.resume_after_loading()
+        self._preflight(trainer)
         if self._detects_anomalies:
             # By detect_anomaly around the run, which Lightning has just switched off.
             torch.autograd.set_detect_anomaly(True)
@@ -196,6 +202,7 @@ class BrainCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the test run to the end of its loader, with the counts of the Brain."""
+        self._preflight(trainer)
         self._begin_log()
         evaluation_loop_of(trainer).end_by_exhaustion(sharded=False)
         if trainer.global_step == 0:
@@ -242,6 +249,10 @@ class BrainCallback(Callback):
             # Before another process looks for it; each evaluates alone.
             several = trainer.world_size > 1
             collectively(checkpointer.wait) if several else checkpointer.wait()
+
+    def _preflight(self, trainer: Trainer) -> None:
+        if not self._is_within:
+            preflight_if_asked(self.run, trainer, by_own_fit=self._own_fit is not None)
 
     def _begin_log(self) -> None:
         brain = self.run.brain

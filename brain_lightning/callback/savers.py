@@ -47,7 +47,9 @@ def saves_within_batch(trainer: Trainer, brain: BrainProtocol) -> bool:
     """
     callbacks = callbacks_of(trainer)
     return (
-        any(_saves_on_exception(callback) for callback in callbacks)
+        # What an error leaves is saved, or undone.
+        brain._lightning.oom_patience is not None
+        or any(_saves_on_exception(callback) for callback in callbacks)
         or _any_saves(callbacks, STEP_HOOKS)
         or _any_saves([brain], WITHIN)
     )

@@ -43,6 +43,7 @@ from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
 from brain_lightning.stages.interval_checkpoints import is_asked_for
+from brain_lightning.stages.metrics import merge_records
 from brain_lightning.stages.run import Run
 from brain_lightning.step.pruning import masks, restore_masks
 
@@ -105,6 +106,7 @@ class LightningSide:
             "metrics": metrics,
             "logged": self._rows.save(logged_steps(trainer)),
             "found": self._run.metrics.state(),
+            "records": plain(self._run.brain._lightning.records),
             "should_stop": trainer.should_stop and _has_stopped_early(trainer),
             "masks": plain(masks(self._run.brain.modules, self._plain_name)),
         }
@@ -245,9 +247,10 @@ class LightningSide:
         Returns:
             The names of what was reported in the epoch that is resumed.
         """
-        trainer, metrics = self._trainer, self._run.metrics
-        metrics.restore(state["found"])
-        found = metrics.take(from_all_ranks=trainer.world_size > 1)
+        trainer, run = self._trainer, self._run
+        merge_records(run.brain._lightning.records, state.get("records", {}))
+        run.metrics.restore(state["found"])
+        found = run.take_metrics(from_all_ranks=trainer.world_size > 1)
         trainer.callback_metrics.update(state["metrics"])
         trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
         # Callbacks have not read it yet, and what they have is of the epoch before.

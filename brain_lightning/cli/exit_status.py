@@ -8,7 +8,8 @@ exit status:
   0    all is well
   1    verify found a difference; port left something as it is; or a crash, with
        its traceback
-  2    a mistake in the command line, the recipe's options or its files
+  2    a mistake in the command line, the recipe's options or its files; or preflight
+       found no memory for a batch
   130  Ctrl-C
   143  SIGTERM; what could be saved is saved
   A script's own sys.exit(n) ends with n. With --trainer.devices=2 it is the

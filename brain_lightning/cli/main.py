@@ -14,6 +14,8 @@ DESCRIPTION = "SpeechBrain recipes on PyTorch Lightning's Trainer, not one line 
 COMMANDS = {
     "run": "run a recipe, its Brains on a Trainer",
     "verify": "run it on SpeechBrain's loop too, and compare",
+    "preflight": "try its longest batches, and what memory they take",
+    "tune": "search a learning rate or a batch size for it",
     "doctor": "read its script, and say what works with it",
     "port": "write its port: imports, classes, YAML",
     "convert": "a checkpoint for SpeechBrain, Lightning or inference",
@@ -23,6 +25,8 @@ examples:
   brain-lightning run train.py hparams.yaml --lr=0.01 --trainer.max_steps=1000
   brain-lightning run train.py hparams.yaml --trainer.devices=2 --trainer=callbacks.yaml
   brain-lightning verify train.py hparams.yaml --steps=20
+  brain-lightning preflight train.py hparams.yaml --batch_size=16
+  brain-lightning tune train.py hparams.yaml lr --output=lr.png
   brain-lightning doctor train.py
   brain-lightning port train.py hparams.yaml --verify
   brain-lightning convert results/save last.ckpt --min_key=WER
@@ -86,5 +90,6 @@ def _mistakes() -> tuple[type[Exception], ...]:
     return (
         errors.RunOptionError, errors.UnsupportedError, errors.BrainTypeError,
         errors.RecipeError, errors.CheckpointError, errors.CheckpointSaveError,
+        errors.PreflightError,
         MisconfigurationException,
     )  # fmt: skip

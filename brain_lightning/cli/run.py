@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from brain_lightning.distributed.process_group import (
     process_group,
     use_variables_of_slurm,
 )
-from brain_lightning.errors import RecipeError
+from brain_lightning.errors import RecipeError, RunOptionError
 from brain_lightning.loggers.curve_plot import CurvePlot
+from brain_lightning.loggers.objective import Objective
 from brain_lightning.options.parse_arguments import TRAINER_HELP, split_trainer
 from brain_lightning.options.run_options import RunOptions
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
@@ -63,9 +64,70 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     Returns:
         The exit status.
     """
+    _describe(parser)
+    trainer, rest = split_trainer(words)
+    # Alone it takes no value: what follows may be the script.
+    rest = ["--plot=" if word == "--plot" else word for word in rest]
+    options, script, rest = parse_command(parser, rest)
+    if options.trainer is not None:
+        trainer = {**load_trainer_file(options.trainer), **trainer}
+    objective = _objective(options)
+    plot = None if options.plot is None else CurvePlot(options.plot or None)
+    callbacks = [each for each in (plot, objective) if each is not None]
+
+    def run() -> None:
+        with nullcontext() if objective is None else _reported(objective):
+            run_recipe(script, rest, trainer, callbacks)
+
+    return in_processes(["run", *words], script, rest, trainer, run)
+
+
+def in_processes(
+    words: Sequence[str],
+    script: str,
+    rest: Sequence[str],
+    trainer: dict[str, Any],
+    run: Callable[[], None],
+) -> int:
+    """Runs a recipe in as many processes as are asked for, in each of them this command.
+
+    Args:
+        words: What follows ``brain-lightning``.
+        script: The recipe's script.
+        rest: The script's command line.
+        trainer: Arguments for the Trainer, which may get a plugin.
+        run: Runs the recipe in one process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        RecipeError: There is no such script, or processes that cannot be started here.
+        RunOptionError: An argument of the Trainer is unknown.
+    """
+    # Before each of several processes says so.
+    check_script(script)
+    check_trainer_arguments(trainer)
+    asked = {**processes_in_file(rest), **trainer}
+    on_cpu, backend = _where(rest, asked)
+    processes = processes_to_launch(asked, on_cpu)
+    if processes > 1:
+        check_gpus(backend, processes)
+        return launch(processes, [*words, f"--distributed_backend={backend}"])
+    if is_task_of_slurm(asked):
+        use_variables_of_slurm()
+        # Lightning would take torchrun's variables for torchrun, which requeues no job.
+        trainer.setdefault("plugins", [SLURMEnvironment()])
+    with process_group(backend) if is_launched() else nullcontext():
+        run()
+    return 0
+
+
+def _describe(parser: ArgumentParser) -> None:
+    """Adds the options of the command, and what ``--help`` says of it."""
     parser.usage = (
         "%(prog)s SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE] "
-        "[--plot[=FILE.png]]"
+        "[--plot[=FILE.png]] [--report=NAME [--report-file=FILE.json]]"
     )
     parser.description = "Runs a SpeechBrain recipe, its Brains on a Trainer."
     listed = [f"  --{name:<38}{text}" for name, text in RunOptions.on_command_line().items()]
@@ -80,29 +142,33 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         help="draw curves of losses and metrics at each end of an epoch; --plot=FILE.png "
         "says where (default: curves.png in the recipe's output_folder)",
     )  # fmt: skip
-    trainer, rest = split_trainer(words)
-    # Alone it takes no value: what follows may be the script.
-    rest = ["--plot=" if word == "--plot" else word for word in rest]
-    options, script, rest = parse_command(parser, rest)
-    if options.trainer is not None:
-        trainer = {**load_trainer_file(options.trainer), **trainer}
-    callbacks = [] if options.plot is None else [CurvePlot(options.plot or None)]
-    # Before each of several processes says so.
-    check_script(script)
-    check_trainer_arguments(trainer)
-    asked = {**processes_in_file(rest), **trainer}
-    on_cpu, backend = _where(rest, asked)
-    processes = processes_to_launch(asked, on_cpu)
-    if processes > 1:
-        check_gpus(backend, processes)
-        return launch(processes, ["run", *words, f"--distributed_backend={backend}"])
-    if is_task_of_slurm(asked):
-        use_variables_of_slurm()
-        # Lightning would take torchrun's variables for torchrun, which requeues no job.
-        trainer.setdefault("plugins", [SLURMEnvironment()])
-    with process_group(backend) if is_launched() else nullcontext():
-        run_recipe(script, rest, trainer, callbacks)
-    return 0
+    parser.add_argument(
+        "--report", metavar="NAME[:max]",
+        help="print the best value of a number that the recipe reports, such as WER, as the "
+        "last line; the smallest one, or with ACC:max the largest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report-file", metavar="FILE.json", help="write it there too, with its epoch"
+    )
+
+
+def _objective(options: Namespace) -> Objective | None:
+    if options.report is not None:
+        return Objective(options.report, options.report_file)
+    if options.report_file is not None:
+        raise RunOptionError("--report-file: say what to report too, as in --report=WER")
+    return None
+
+
+@contextmanager
+def _reported(objective: Objective) -> Iterator[None]:
+    """Reports once a recipe is over, which it may be by an exit that says that all is well."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    objective.report()
 
 
 def _where(words: Sequence[str], trainer: Mapping[str, Any]) -> tuple[bool, str]:

@@ -122,6 +122,38 @@ def _entries(text: str) -> dict[str, yaml.Node]:
     return {key.value: value for key, value in pairs}
 
 
+def with_output_folder(words: Sequence[str], folder: Path) -> list[str]:
+    """Has a recipe write to another folder, and find no checkpoint there.
+
+    Args:
+        words: The script's command line.
+        folder: What takes the place of ``output_folder``.
+
+    Returns:
+        The command line, with one word more where the hyperparameters file has that key.
+    """
+    file = Path(*words[:1])
+    if not file.is_file() or "output_folder" not in _entries(file.read_text("utf-8")):
+        return list(words)
+    return [*_split_output_folder(words)[1], f"--output_folder={folder}"]
+
+
+def names_output_folder(words: Sequence[str]) -> bool:
+    """Whether a command line says where to write.
+
+    Args:
+        words: The script's command line.
+    """
+    return _split_output_folder(words)[0] is not None
+
+
+def _split_output_folder(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_folder", nargs="?")
+    options, rest = parser.parse_known_args(words)
+    return options.output_folder, rest
+
+
 def run_recipe(
     script: str,
     words: Sequence[str],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,10 @@ from typing import Any
 
 from brain_lightning.errors import RecipeError
 from brain_lightning.options.parse_arguments import split_trainer
+from brain_lightning.verify.comparison import Comparison
+from brain_lightning.verify.evidence import Evidence
 
-from .script import check_script, parse_command
-from .verify_comparison import Comparison
-from .verify_evidence import Evidence
+from .script import check_script, parse_command, with_output_folder
 
 # Lines of the recipe's output to show where it fails.
 TAIL = 15
@@ -103,7 +102,7 @@ def verify(
 
 def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     out = folder / f"{side}.json"
-    words = _with_output_folder(task["words"], folder / side)
+    words = with_output_folder(task["words"], folder / side)
     result = subprocess.run(  # noqa: S603  the user's own script
         [sys.executable, "-m", "brain_lightning.cli.verify_recorder",
          json.dumps({**task, "side": side, "words": words, "out": str(out)})],
@@ -118,16 +117,3 @@ def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> dict[str, Any
         tail = "\n".join(result.stdout.splitlines()[-TAIL:])
         raise RecipeError(f"no batch was run on the side of {side}:\n{tail}")
     return found
-
-
-def _with_output_folder(words: Sequence[str], folder: Path) -> list[str]:
-    """Neither side may find the other's checkpoints."""
-    file = Path(*words[:1])
-    has_folder = file.is_file() and re.search(
-        r"^output_folder\s*:", file.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    if not has_folder:
-        return list(words)
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output_folder", nargs="?")
-    return [*parser.parse_known_args(words)[1], f"--output_folder={folder}"]

@@ -1,8 +1,9 @@
-"""SpeechBrain's DynamicBatchSampler, with batches of another size."""
+"""SpeechBrain's DynamicBatchSampler: what its batches may be, and batches of another size."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import Any
 
 import numpy as np
@@ -52,3 +53,39 @@ def set_max_batch_length(sampler: Any, length: float) -> None:
     sampler._bucket_boundaries = np.asarray(boundaries)
     sampler._bucket_lens = [*(min(sampler._max_batch_ex, each) for each in fits), 1]
     sampler._generate_batches()
+
+
+def lengths(sampler: Any) -> dict[int, float]:
+    """How long each example is, by index.
+
+    Args:
+        sampler: One that ``is_dynamic``.
+    """
+    return {int(index): float(each) for index, each in sampler._ex_lengths.items()}
+
+
+def fixed_batches(sampler: Any) -> list[list[int]] | None:
+    """The batches, where they are the same ones in each epoch.
+
+    Args:
+        sampler: One that ``is_dynamic``.
+
+    Returns:
+        None where other examples meet in each epoch.
+    """
+    return None if sampler._shuffle_ex else [list(batch) for batch in sampler._batches]
+
+
+def buckets(sampler: Any) -> list[tuple[list[int], int]]:
+    """The examples that may meet in a batch, and how many of them at most.
+
+    Args:
+        sampler: One that ``is_dynamic``.
+    """
+    found: list[list[int]] = [[] for _ in sampler._bucket_lens]
+    boundaries = sampler._bucket_boundaries.tolist()
+    for index, length in lengths(sampler).items():
+        # As its _generate_batches does, by numpy.searchsorted.
+        found[bisect_left(boundaries, length)].append(index)
+    most = [int(min(each, sampler._max_batch_ex)) for each in sampler._bucket_lens]
+    return list(zip(found, most, strict=True))

@@ -17,15 +17,26 @@ class Reduction:
 
     Args:
         flag: Of the batch; one boolean on ``device``, or the host knows it already.
+        numbers: Of the caller, of each of which all processes learn the largest.
         others: What this process has to say besides.
         device: The device that processes communicate from.
+
+    Attributes:
+        largest: Of each number, known once it has been waited for.
     """
 
+    largest: Sequence[int]
+
     def __init__(
-        self, flag: Tensor | bool, others: Sequence[bool], device: torch.device | str
+        self,
+        flag: Tensor | bool,
+        numbers: Sequence[int],
+        others: Sequence[bool],
+        device: torch.device | str,
     ) -> None:
+        self._count = len(numbers)
         is_known = isinstance(flag, bool)
-        flags = torch.tensor([is_known and flag, *others], dtype=torch.uint8)
+        flags = torch.tensor([is_known and flag, *numbers, *others], dtype=torch.int32)
         flags = flags.to(device, non_blocking=True)
         if not is_known:
             flags[0] = flag
@@ -44,7 +55,9 @@ class Reduction:
             Which of the flags, the first of them that of the batch, is raised in a process.
         """
         self._work.wait()
-        return [bool(flag) for flag in self._copy.wait().tolist()]
+        first, *rest = self._copy.wait().tolist()
+        self.largest, others = rest[: self._count], rest[self._count :]
+        return [bool(flag) for flag in (first, *others)]
 
 
 class BatchFlags:
@@ -55,7 +68,13 @@ class BatchFlags:
 
     Args:
         mine: The flags of this process besides that of the batch.
+
+    Attributes:
+        shared_error: The error that all processes have raised together last, by its id: what
+            it holds must not be kept.
     """
+
+    shared_error: int | None = None
 
     def __init__(self, mine: Callable[[], Sequence[bool]] = tuple) -> None:
         # It is asked in each batch, where a single process has no time to look again.
@@ -68,14 +87,17 @@ class BatchFlags:
         """Whether there are other processes, which do not wait for the main process."""
         return not self._is_alone and communicates()
 
-    def reduce(self, flag: Tensor | bool, device: torch.device | str) -> Reduction:
+    def reduce(
+        self, flag: Tensor | bool, device: torch.device | str, numbers: Sequence[int] = ()
+    ) -> Reduction:
         """Begins to tell all processes of a flag, behind what the device has in its queue.
 
         Args:
             flag: See ``Reduction``.
             device: See ``Reduction``.
+            numbers: See ``Reduction``.
         """
-        return Reduction(flag, self._mine(), device)
+        return Reduction(flag, numbers, self._mine(), device)
 
     def wait(self, reduction: Reduction) -> bool:
         """Waits for the other processes.
@@ -89,6 +111,14 @@ class BatchFlags:
         first, *found = reduction.wait()
         self._found = [a or b for a, b in zip(found, self._found or found, strict=True)]
         return first
+
+    def is_everywhere(self, error: BaseException) -> bool:
+        """Whether all processes have raised an error, or there is but one.
+
+        Args:
+            error: What this process has raised.
+        """
+        return not self.are_shared or self.shared_error == id(error)
 
     def take(self, device: str) -> Sequence[bool]:
         """Ends a batch.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,6 +26,8 @@ class AutomaticModule(BrainModule):
         super().__init__(brain, **kwargs)
         self._batch: Any = None
         self._training_loss: TrainingLoss | None = None
+        # Whether the batch has failed, and Lightning is to go on without it.
+        self._skips = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Keeps the batch: Lightning passes only a closure to ``optimizer_step``."""
@@ -42,12 +45,19 @@ class AutomaticModule(BrainModule):
         assert optimizer_closure is not None
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
         batch, self._batch = self._batch, None
-        try:
-            self._fit(batch, batch_idx, update.fit)
-        finally:
-            self._training_loss = None
+        self._fit(batch, batch_idx, update.fit, update.step)
+        if update.result is None:
+            self._skip(optimizer_closure)
         if not update.is_step:
             count_steps(self.trainer, -1)
+
+    def _skip(self, closure: Callable[[], Any]) -> None:
+        """Has Lightning's closure end with a loss, without which Lightning raises an error."""
+        self._skips = True
+        try:
+            closure()
+        finally:
+            self._skips = False
 
     def stepping(self, optimizers: Iterable[Optimizer]) -> None:
         """Called before optimizers step."""
@@ -59,11 +69,15 @@ class AutomaticModule(BrainModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """``compute_forward`` and ``compute_objectives`` at Stage.TRAIN."""
+        if self._skips:
+            return torch.tensor(torch.nan)
         self._training_loss = training_loss(self.brain, batch)
         return self._training_loss.scaled
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The backward pass; a loss that is not finite leaves no gradients."""
+        if self._skips:
+            return
         backward = super().backward
         self.training_loss.backward(lambda: backward(loss, *args, **kwargs))
 
@@ -73,14 +87,18 @@ class AutomaticModule(BrainModule):
         assert self._training_loss is not None
         return self._training_loss
 
+    def forget_loss(self) -> None:
+        """Frees what ``training_step`` found, and with it the graph of a batch that failed."""
+        self._training_loss = None
+
     def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``fit_batch`` of SpeechBrain without Lightning's hooks: see ``BrainModule``."""
         update = updates.DirectUpdate(self.brain, self.stepping, self.stepped)
-        self._fit(batch, batch_idx, update.fit)
+        loss = self._fit(batch, batch_idx, update.fit, update.step)
         # on_fit_batch_end may step as well.
         self.run.train.steps = int(update.is_step)
         # What training_step returns.
-        return {"loss": update.result.scaled.detach()}
+        return {"loss": loss if update.result is None else update.result.scaled.detach()}
 
     def configure_gradient_clipping(
         self,
@@ -110,9 +128,12 @@ class _TrainerUpdate(updates.DirectUpdate):
 
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Lightning's closure: ``training_step``, then the backward pass."""
-        self._closure()
-        self.result = self._module.training_loss
-        return self.result
+        try:
+            self._closure()
+            self.result = result = self._module.training_loss
+        finally:
+            self._module.forget_loss()
+        return result
 
     def apply(self, optimizers: Mapping[str, Optimizer]) -> None:
         """Steps the group; Lightning calls ``configure_gradient_clipping`` before."""

@@ -35,6 +35,7 @@ from brain_lightning.resume.run_state import KEY, RunState
 from brain_lightning.stages.epochs import Epochs, EpochsOfTrainer
 from brain_lightning.stages.run import Run
 from brain_lightning.step.pruning import prune_as_saved
+from brain_lightning.step.window import check_window
 from brain_lightning.step.wrap import save_whole
 from brain_lightning.temporary import TemporaryAttributes
 from brain_lightning.trials.learning_rate import set_learning_rate
@@ -118,6 +119,7 @@ class BrainModule(LightningModule):
         fitting = self.trainer.state.fn is TrainerFn.FITTING
         if fitting:
             check_hooks(self.brain)
+            check_window(self.brain)
             if not self.is_of_fit:
                 check_fit(self.brain)
         self._explicit = None
@@ -261,12 +263,18 @@ class BrainModule(LightningModule):
         except RuntimeError:
             return None
 
-    def _fit(self, batch: Any, batch_idx: int, fit_batch: Callable[[Any], Any]) -> Any:
+    def _fit(
+        self,
+        batch: Any,
+        batch_idx: int,
+        fit_batch: Callable[[Any], Any],
+        step: Callable[[], None],
+    ) -> Any:
         train = self.run.train
         is_last = (
             train.steps_on_last_batch and batch_idx + 1 >= self.trainer.num_training_batches
         )
-        return train.fit(batch, fit_batch, is_last)
+        return train.fit(batch, fit_batch, is_last, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ends a batch: the last hook, the callbacks' come before."""
@@ -329,7 +337,7 @@ class BrainModule(LightningModule):
 
     def _log_metrics(self) -> None:
         several = self.trainer.world_size > 1
-        metrics = self.run.metrics.take(several)
+        metrics = self.run.take_metrics(several)
         self._report_metrics(metrics)
         if not self.trainer.barebones:
             log_numbers(self.trainer, metrics)

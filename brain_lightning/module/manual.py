@@ -18,6 +18,7 @@ from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.optimizers.active import has_optimizer
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.step.together import calls_ours
 
 from .brain_module import BrainModule
 
@@ -64,7 +65,7 @@ class ManualModule(BrainModule):
     def _fit_by_hand(self, batch: Any, batch_idx: int) -> Tensor | None:
         self._taken.made = 0
         self._taken.running.clear()
-        loss = self._fit(batch, batch_idx, self._fit_and_count)
+        loss = self._fit(batch, batch_idx, self._fit_and_count, self._step)
         # A recipe may return anything; callbacks understand a tensor.
         return loss if isinstance(loss, Tensor) else None
 
@@ -73,6 +74,11 @@ class ManualModule(BrainModule):
         # Its fit_batch need not call on_fit_batch_end.
         self.run.train.steps = self._steps()
         return loss
+
+    def _step(self) -> None:
+        # A fit_batch of the recipe's own decides by itself when to step.
+        if calls_ours(type(self.brain)):
+            self.brain.optimizers_step()
 
     def _steps(self) -> int:
         return self._taken.made or int(not has_optimizer(self.brain))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from brain_lightning.protocol import BrainProtocol, optimizers_of
+from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
 
 
 def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
@@ -52,6 +53,19 @@ def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
     if brain.optimizers_dict is not None:
         return brain.freeze_optimizers(brain.optimizers_dict)
     return all_optimizers(brain)
+
+
+def trained_parameters(brain: BrainProtocol) -> Iterable[Parameter]:
+    """The parameters of all optimizers and of all modules, some of them twice.
+
+    Of all: a recipe may step one itself, which has gathered gradients of earlier batches; and
+    perhaps one that is not found.
+
+    Args:
+        brain: The Brain after ``init_optimizers``.
+    """
+    optimized = (parameters_of(each) for _, each in optimizers_of(brain))
+    return chain(chain.from_iterable(optimized), brain.modules.parameters())
 
 
 def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:

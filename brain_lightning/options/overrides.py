@@ -64,7 +64,7 @@ def _document(hparams_file: str) -> Any:
 
 def _path(name: str, document: Any, hparams_file: str) -> list[str]:
     """The sections of an override, and its key."""
-    if name in _entries(document):
+    if name in entries(document):
         return [name]
     path, node = name.split("."), document
     for depth, key in enumerate(path):
@@ -74,22 +74,27 @@ def _path(name: str, document: Any, hparams_file: str) -> list[str]:
                 f"--{name}: {section!r} is no section of {hparams_file}, which has keys; set "
                 f"the whole with --{section}=..."
             )
-        entries = _entries(node)
-        check_names(f"key of {section or hparams_file}, in --{name}:", [key], list(entries))
-        node = entries[key]
+        known = entries(node)
+        check_names(f"key of {section or hparams_file}, in --{name}:", [key], list(known))
+        node = known[key]
     return path
 
 
-def _entries(node: Any) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
+def entries(node: Any) -> dict[str, Any]:
+    """The nodes of a section by their keys; what is no section has none.
+
+    Args:
+        node: What PyYAML has composed.
+    """
+    found: dict[str, Any] = {}
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if key.tag == "tag:yaml.org,2002:merge":
             merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
             for each in merged:
-                entries = _entries(each) | entries
+                found = entries(each) | found
         else:
-            entries[key.value] = value
-    return entries
+            found[key.value] = value
+    return found
 
 
 def _tree(overrides: Sequence[tuple[Sequence[str], str]]) -> Tree:

@@ -108,6 +108,12 @@ def _check_values(values: dict[str, Any]) -> None:
             f"run option progress_interval={values['progress_interval']!r} must be a number "
             "of seconds, 0 or more: 0 shows a line after every batch"
         )
+    patience = values["oom_patience"]
+    if not is_value_of("oom_patience", patience):
+        raise RunOptionError(
+            f"run option oom_patience={patience!r} must be a whole number of 0 or more: 0 "
+            "ends the run at the first batch for which there is no memory"
+        )
     factor = values["grad_accumulation_factor"]
     if factor < 1 or factor != int(factor):
         raise RunOptionError(

@@ -15,14 +15,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from brain_lightning.errors import RunOptionError
-from brain_lightning.protocol import PROGRESS_KINDS
+from brain_lightning.protocol import WORDS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 # Options that take one of a few words.
 CHOICES = {
     "precision": PRECISIONS,
     "eval_precision": PRECISIONS,
-    "progress": PROGRESS_KINDS,
+    **WORDS,
 }
 # Fields that are no option of the experiment but a record of how they were given.
 RECORDS = ("param_file", "overridden_args", "trainer")
@@ -83,6 +83,9 @@ class RunOptions(Mapping[str, Any]):
         max_grad_norm: Clip each optimizer's gradient norm to this value; 0 or less disables.
         skip_nonfinite_grads: Drop the gradients that are not finite, parameter by parameter.
         nonfinite_patience: Non-finite losses to forgive per epoch; their updates are skipped.
+        oom_patience: Batches to skip in an epoch for want of memory, on all processes
+            together; the next one ends the run, which is saved before it and resumes exactly.
+            Without it the first one ends the run (SpeechBrain has no such option).
         noprogressbar: Show no progress bar.
         progress: bar, or plain: whole lines, for log files; auto: a bar in a terminal or a
             notebook, lines elsewhere (SpeechBrain has no such option).
@@ -96,7 +99,12 @@ class RunOptions(Mapping[str, Any]):
             sooner.
         async_save: Write checkpoints in the background; training waits only while tensors are
             copied, and on a GPU not even then (SpeechBrain has no such option).
+        preflight: Try the longest batches of each set before training, and show the memory and
+            the seconds that they take (SpeechBrain has no such option).
         grad_accumulation_factor: Batches whose gradients make one update.
+        accumulate_by: What gradients are the mean over: batches, or tokens, of which the
+            Brain's loss_weight(batch) says how many a batch has (SpeechBrain has no such
+            option).
         optimizer_step_limit: Updates after which to stop, with a validation at the end.
         tqdm_colored_bar: Colour the progress bar.
         tqdm_barcolor: The bar's colour in each stage.
@@ -135,6 +143,7 @@ class RunOptions(Mapping[str, Any]):
     max_grad_norm: float = 5.0
     skip_nonfinite_grads: bool = False
     nonfinite_patience: int = 3
+    oom_patience: int | None = None
     noprogressbar: bool = False
     progress: str = "auto"
     progress_interval: float = 10
@@ -142,7 +151,9 @@ class RunOptions(Mapping[str, Any]):
     ckpt_interval_steps: int = 0
     shard_eval: bool = False
     async_save: bool = False
+    preflight: bool = False
     grad_accumulation_factor: int = 1
+    accumulate_by: str = "batches"
     optimizer_step_limit: int | None = None
     tqdm_colored_bar: bool = False
     tqdm_barcolor: dict[str, str] = field(

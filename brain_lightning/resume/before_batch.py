@@ -20,11 +20,12 @@ from brain_lightning.host_copy import on_host
 from brain_lightning.optimizers.active import all_optimizers
 from brain_lightning.optimizers.trained_parts import Switches, switches
 from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
+from brain_lightning.step.window import Window, window_of
 
 from .epoch_statistics import EpochStatistics
 from .plain_values import State
-from .process_state import restore_buffers, synchronizes
-from .random_state import random_state
+from .process_state import restore_buffers, restore_synchronizes, synchronizes
+from .random_state import random_state, set_random_state
 from .saved_state import BatchState
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,13 @@ class BeforeBatch:
         is_whole: Whether everything was copied.
         counts: Of the Brain, by name.
         synchronizes: See ``process_state``.
+        window: The weights of the window.
         random: The random state.
         statistics: What hooks had accumulated.
         gradients: By the index of the parameter.
         switches: What was trained.
+        steps: Whether an optimizer has begun to step.
+        skipped: Batches of the epoch that were undone, for there was no memory for them.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -61,10 +65,14 @@ class BeforeBatch:
         self.is_whole = False
         self.counts: State = {}
         self.synchronizes: list[bool] = []
+        self.window = Window()
         self.random: State = {}
         self.statistics: State = {}
         self.gradients: dict[int, Tensor] = {}
         self.switches: Switches = {}
+        self.steps = False
+        self.skipped = 0
+        self._epoch_statistics: EpochStatistics | None = None
         self._buffers: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
         self._optimizers: dict[str, State] = {}
@@ -73,8 +81,10 @@ class BeforeBatch:
 
     def count(self) -> None:
         """Keeps the counts before a batch."""
+        self.steps = False
         own = vars(self._brain)
         self.counts = {name: own[name] for name in COUNTS_OF_BATCH}
+        self.window = window_of(self._brain)
         if self.is_one_of_several:
             self.synchronizes = synchronizes(self._brain)
 
@@ -87,7 +97,7 @@ class BeforeBatch:
         brain = self._brain
         self.is_whole = True
         self.random = random_state()
-        self.statistics = statistics.copy()
+        self._epoch_statistics, self.statistics = statistics, statistics.copy()
         self.switches = switches(brain)
         self._scaler = brain.scaler.state_dict()
         with self._as_far_as_there_is_memory():
@@ -100,6 +110,7 @@ class BeforeBatch:
         Args:
             optimizers: Those that are about to step.
         """
+        self.steps = True
         if not self.is_whole:
             return
         names = {id(optimizer): name for name, optimizer in _optimizers(self._brain).items()}
@@ -124,6 +135,17 @@ class BeforeBatch:
                 "middle of one cannot be resumed exactly."
             )
 
+    def if_whole(self) -> BeforeBatch | None:
+        """Itself where everything was copied; else it warns of what is saved in the batch."""
+        if self.is_whole:
+            return self
+        self.warn_once(
+            "A checkpoint is saved in the middle of a batch, where nothing was expected "
+            "to save: a run that resumes from it fits this batch again, with what it had "
+            "changed already."
+        )
+        return None
+
     def warn_once(self, message: str) -> None:
         """Warns once in a run.
 
@@ -141,6 +163,32 @@ class BeforeBatch:
         self.is_whole = False
         self.statistics, self.gradients, self._buffers = {}, {}, {}
         self._weights, self._optimizers, self.switches = {}, {}, {}
+
+    def undo(self) -> bool:
+        """Restores what there was before the batch, in place.
+
+        Returns:
+            Whether it did. Where nothing was copied, the counts are restored, and gradients
+            are dropped with those of earlier batches of the window; a step that has begun
+            cannot be undone then.
+        """
+        brain, statistics = self._brain, self._epoch_statistics
+        if self.steps and not self.is_whole:
+            return False
+        for name, value in self.counts.items():
+            setattr(brain, name, value)
+        restore_synchronizes(brain, self.synchronizes)
+        restore_gradients(brain, self.gradients)
+        if self.is_whole:
+            assert statistics is not None
+            undo(brain, self.state())
+            statistics.undo(self.statistics)
+            set_random_state(self.random)
+        return True
+
+    def drop_gradients(self) -> None:
+        """Drops those of earlier batches too: the update is left out that they are for."""
+        restore_gradients(self._brain, {})
 
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""
@@ -170,8 +218,17 @@ def undo(brain: BrainProtocol, state: BatchState) -> None:
     for name, saved_optimizer in state["optimizers"].items():
         optimizers[name].load_state_dict(saved_optimizer)
     if state["scaler"]:
-        brain.scaler.load_state_dict(state["scaler"])
+        _restore_scaler(brain, state["scaler"])
     brain.optimizer_step = state["optimizer_step"]
+
+
+def _restore_scaler(brain: BrainProtocol, state: State) -> None:
+    scaler = brain.scaler
+    # One that has not scaled has nothing that update could change.
+    scaler.scale(torch.zeros((), device=brain.device))
+    scaler.load_state_dict(state)
+    # It remembers of which optimizers it has unscaled the gradients.
+    scaler.update(scaler.get_scale())
 
 
 def parameters(brain: BrainProtocol) -> list[Parameter]:

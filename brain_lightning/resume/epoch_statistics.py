@@ -96,6 +96,17 @@ class EpochStatistics:
                     for part, attributes in zip(_parts(owner[name]), values, strict=False):
                         restore_attributes(part, attributes)
 
+    def undo(self, copied: State) -> None:
+        """Restores what the Brain had accumulated in this process.
+
+        Args:
+            copied: From ``copy``.
+        """
+        own, values = vars(self._brain), copied["values"]
+        # Of the numbers it has what had changed by then.
+        own.update({n: v for n, v in self._numbers.items() if n in own and n not in values})
+        self.restore(self.state(copied))
+
     def _owners(self) -> dict[str, dict[str, Any]]:
         return {"brain": vars(self._brain), "hparams": hparams_of(self._brain)}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from brain_lightning.distributed.communication import if_main_process, world_size
 from brain_lightning.fsdp2.tensors import is_shard, on_main
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.step.window import Window, WindowState
 
 # Stands for what only the state of the main process has.
 IN_FIRST = "brain_lightning: in the state of the first process"
@@ -127,3 +128,15 @@ def mean_gradients(states: Sequence[Any]) -> dict[int, Tensor]:
         index: sum(found[index] for found in own if index in found) / len(own)
         for index in dict.fromkeys(chain(*own))
     }
+
+
+def mean_window(states: Sequence[Any]) -> WindowState:
+    """The window whose gradients are ``mean_gradients``: any number of processes may go on.
+
+    Args:
+        states: Of all processes, within an epoch.
+    """
+    windows = [state.get("window", Window().state()) for state in states]
+    weights = [each["weight"] for each in windows if each["weight"] is not None]
+    mean = sum(weights) / len(windows) if weights else None
+    return {"weight": mean, "reference": windows[0]["reference"]}

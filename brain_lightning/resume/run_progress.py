@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from brain_lightning.distributed.communication import world_size
 from brain_lightning.fsdp2.evaluate import release
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
+from brain_lightning.step.window import Window, restore_window, window_of
 from brain_lightning.temporary import TemporaryAttributes
 
 from .before_batch import COUNTS, BeforeBatch, gradients, on_cpu, restore_gradients, undo
@@ -29,18 +30,9 @@ from .process_state import (
     whole_in_first,
 )
 from .random_state import random_state, set_random_state
-from .saved_state import VERSION, EpochState, ProcessState, TrainerSide
+from .saved_state import VERSION, EpochState, Moment, ProcessState, TrainerSide
 
 logger = logging.getLogger(__name__)
-
-
-class _Moment(NamedTuple):
-    """What a validation changes, as it was before."""
-
-    epoch: EpochState | None
-    random: State
-    validations: list[State]
-    synchronizes: list[bool]
 
 
 class RunProgress:
@@ -98,7 +90,7 @@ class RunProgress:
         self._stage_random: State = {}
         # Of TRAIN, from when something else overwrites the Brain's.
         self._counts: State = {}
-        self._before_validation: _Moment | None = None
+        self._before_validation: Moment | None = None
         # Where a limit of the Trainer's has ended an epoch in its middle.
         self._cut_short: ProcessState | None = None
 
@@ -168,7 +160,7 @@ class RunProgress:
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)
-        self.before.is_one_of_several = world_size() > 1
+        self.before.is_one_of_several, self.before.skipped = world_size() > 1, 0
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """The batches of the epoch that has begun, from its position on.
@@ -222,11 +214,13 @@ class RunProgress:
         if self.resumed is not None:
             restore_buffers(self.brain, self.resumed["buffers"])
             restore_synchronizes(self.brain, self.resumed["synchronizes"])
+            restore_window(self.brain, self.resumed["window"])
 
     def _resume_epoch(self, epoch: EpochState) -> None:
         brain = self.brain
         self.phase = Phase.FETCHED if epoch["phase"] == "STARTING" else Phase[epoch["phase"]]
         self.loss, self.position.fitted = epoch["loss"], epoch["batches"]
+        self.before.skipped = epoch["skipped"]
         for name in COUNTS:
             setattr(brain, name, epoch[name])  # type: ignore[literal-required]
         if epoch["statistics"] is not None:
@@ -271,8 +265,12 @@ class RunProgress:
     def begin_validation(self) -> None:
         """Keeps what a validation changes, which may be in the middle of an epoch."""
         epoch = self._epoch()
-        self._before_validation = _Moment(
-            epoch, random_state(), self._validations(), synchronizes(self.brain)
+        self._before_validation = Moment(
+            epoch,
+            random_state(),
+            self._validations(),
+            synchronizes(self.brain),
+            self._window(),
         )
         self._counts = self.counts
         self.phase = Phase.VALIDATING
@@ -345,11 +343,15 @@ class RunProgress:
             "buffers": buffers(self.brain) if world_size() > 1 else {},
             "synchronizes": self._synchronizes() if moment is None else moment.synchronizes,
             "beside_weights": {},
+            "window": (self._window() if moment is None else moment.window).state(),
         }
 
     def _synchronizes(self) -> list[bool]:
         before = self.phase is Phase.FITTING
         return self.before.synchronizes if before else synchronizes(self.brain)
+
+    def _window(self) -> Window:
+        return self.before.window if self.phase is Phase.FITTING else window_of(self.brain)
 
     def _validations(self) -> list[State]:
         states = dict(enumerate(each.state_between_passes() for each in self.validations))
@@ -412,22 +414,17 @@ class RunProgress:
             "before": None,
             "parts_over": self.parts_over,
             "train_part": self.train_part,
+            "skipped": self.before.skipped,
         }
 
     def _epoch_before_batch(self) -> EpochState:
         """A batch of which a part is done is fitted again."""
-        before = self.before
-        if not before.is_whole:
-            before.warn_once(
-                "A checkpoint is saved in the middle of a batch, where nothing was expected "
-                "to save: a run that resumes from it fits this batch again, with what it had "
-                "changed already."
-            )
+        before, whole = self.before, self.before.if_whole()
         return {
-            **self._epoch_between_batches(before=before if before.is_whole else None),
+            **self._epoch_between_batches(before=whole),
             "phase": Phase.FETCHED.name,
             **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
-            "before": before.state() if before.is_whole else None,
+            "before": None if whole is None else whole.state(),
         }
 
     def _epoch_after_fit(self) -> EpochState:

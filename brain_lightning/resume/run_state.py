@@ -15,7 +15,7 @@ from brain_lightning.distributed.communication import (
 )
 from brain_lightning.phase import Phase
 
-from .process_state import differing, mean_gradients, whole_in_first, with_whole
+from .process_state import differing, mean_gradients, mean_window, whole_in_first, with_whole
 from .run_progress import RunProgress
 from .saved_state import migrated
 
@@ -71,6 +71,7 @@ class RunState(RunProgress):
         if state["epoch"] is not None and (is_sharded or len(states) != world_size()):
             # Of a window: here all processes have the same gradients, or other batches.
             state["epoch"]["gradients"] = mean_gradients(states)
+            state["window"] = mean_window(states)
         # The main process has them.
         state["beside_weights"] = states[0].get("beside_weights", {})
         if state["trainer"]:

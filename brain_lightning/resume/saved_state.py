@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 from torch import Tensor
 
 from brain_lightning.errors import CheckpointError
 from brain_lightning.phase import Phase
+from brain_lightning.step.window import Window, WindowState
 
 from .plain_values import State
 
 # Of the content of a file. Version 0 is that of brain_lightning 0.1.0, which has none;
-# version 1 did not count the parts of an epoch.
-VERSION = 2
+# version 1 did not count the parts of an epoch, version 2 neither weighed its batches nor
+# counted those that were skipped.
+VERSION = 3
 
 
 class BatchState(TypedDict):
@@ -53,6 +55,7 @@ class EpochState(TypedDict):
         before: What to undo of a batch; None outside of one.
         parts_over: See ``RunProgress``.
         train_part: See ``RunProgress``.
+        skipped: Batches for which there was no memory.
     """
 
     phase: str
@@ -69,6 +72,7 @@ class EpochState(TypedDict):
     before: BatchState | None
     parts_over: int
     train_part: int
+    skipped: int
 
 
 class ProcessState(TypedDict):
@@ -89,6 +93,7 @@ class ProcessState(TypedDict):
         synchronizes: Whether modules make their buffers the first one's when they are called.
         beside_weights: What to recover beside weights and optimizers, as it was when a limit
             of the Trainer's had ended the epoch in its middle; empty where none has.
+        window: The weights of an accumulation window that is not full.
     """
 
     version: int
@@ -104,6 +109,25 @@ class ProcessState(TypedDict):
     buffers: dict[int, Tensor]
     synchronizes: list[bool]
     beside_weights: State
+    window: WindowState
+
+
+class Moment(NamedTuple):
+    """What a validation changes, or hides, as it was before.
+
+    Attributes:
+        epoch: See ``ProcessState``, and for all others.
+        random: The random state.
+        validations: The positions in the validation data.
+        synchronizes: Of modules.
+        window: Of accumulation.
+    """
+
+    epoch: EpochState | None
+    random: State
+    validations: list[State]
+    synchronizes: list[bool]
+    window: Window
 
 
 class TrainerSide(Protocol):
@@ -179,8 +203,12 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
         )
     if version == 0:
         state = _from_version_0(state, end_of_epoch)
-    if version < VERSION and state["epoch"] is not None:
+    if version < 2 and state["epoch"] is not None:
         state["epoch"] |= {"parts_over": 0, "train_part": 0}
+    if version < 3:
+        state |= {"window": Window().state()}
+        if state["epoch"] is not None:
+            state["epoch"] |= {"skipped": 0}
     return {**state, "end_of_epoch": end_of_epoch}  # type: ignore[typeddict-item]
 
 

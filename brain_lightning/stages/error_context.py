@@ -12,6 +12,7 @@ from brain_lightning.compat.versions import add_note
 from brain_lightning.errors import HookStoppedError
 from brain_lightning.fsdp2.unsupported import explanation
 from brain_lightning.stage import Stage
+from brain_lightning.step.out_of_memory import is_out_of_memory, note_batch, note_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -44,7 +45,9 @@ def with_error_context(method: Method) -> Method:
     return guarded  # type: ignore[return-value]
 
 
-def add_context(error: Exception, stage: Stage, epoch: Any, step: str, batch: Any) -> None:
+def add_context(
+    error: Exception, stage: Stage, epoch: Any, step: str, batch: Any, device: str
+) -> None:
     """Adds a note to an error; in a fit within a fit, that of the inner one comes first.
 
     Args:
@@ -53,7 +56,9 @@ def add_context(error: Exception, stage: Stage, epoch: Any, step: str, batch: An
         epoch: Its epoch, or None.
         step: The number of the step and what it is called, or nothing.
         batch: The batch in hand; ``batch.id``, as SpeechBrain's PaddedBatch has it, or
-            ``batch["id"]`` is shown, cut short.
+            ``batch["id"]`` is shown, cut short. Where there was no memory for it, so are the
+            shapes and lengths in it.
+        device: The device of the Brain, whose memory is shown then.
     """
     # Not errors, but ways to end a loop.
     if isinstance(error, (StopIteration, HookStoppedError)):
@@ -65,6 +70,9 @@ def add_context(error: Exception, stage: Stage, epoch: Any, step: str, batch: An
         add_note(error, f"brain_lightning: in {where}{_ids_of(batch)}")
         if meaning := explanation(error):
             add_note(error, meaning)
+        if is_out_of_memory(error):
+            note_batch(error, batch)
+            note_memory(error, device)
 
 
 def _ids_of(batch: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import operator
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from brain_lightning.distributed.communication import gather
 from brain_lightning.protocol import BrainProtocol, hparam
+from brain_lightning.resume.plain_values import plain_or_none
 from brain_lightning.stage import Stage
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -20,6 +23,10 @@ from brain_lightning.temporary import TemporaryAttributes
 STAGES_OF_STATS = {f"{stage.name.lower()}_stats": stage for stage in Stage}
 # Lightning names files and axes by these, and counts them itself.
 LIGHTNINGS_OWN = {"epoch", "step"}
+# What of two values is the better one.
+BETTER = {"min": operator.lt, "max": operator.gt}
+# Of a number, by each of ``BETTER`` and by "last": its value, and the epoch that it is of.
+Record = dict[str, tuple[float, Any]]
 
 
 class Metrics:
@@ -137,6 +144,35 @@ class Metrics:
 
     def _record_meta(self, arguments: Mapping[str, Any]) -> None:
         self.add(self._stage(), arguments.get("meta"))
+
+
+def record(records: dict[str, Record], numbers: Mapping[str, float], epoch: Any) -> None:
+    """Keeps the best value of each number, and its last.
+
+    Args:
+        records: What is known, by the number's name.
+        numbers: What was found; what is not finite is never the best.
+        epoch: The number of the epoch.
+    """
+    epoch = plain_or_none(epoch)
+    for name, value in numbers.items():
+        best = dict.fromkeys(BETTER if math.isfinite(value) else (), (value, epoch))
+        merge_records(records, {name: {**best, "last": (value, epoch)}})
+
+
+def merge_records(records: dict[str, Record], later: Mapping[str, Record]) -> None:
+    """Adds records, such as those of a run that is resumed.
+
+    Args:
+        records: What is known, by the number's name.
+        later: Whose last values are later, and whose best ones may be better.
+    """
+    for name, found in later.items():
+        known = records.setdefault(name, {})
+        for kind, (value, epoch) in found.items():
+            is_better = BETTER.get(kind)
+            if kind not in known or is_better is None or is_better(value, known[kind][0]):
+                known[kind] = (value, epoch)
 
 
 def arguments_of(

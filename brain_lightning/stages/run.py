@@ -26,7 +26,7 @@ from .base import RunStage
 from .epochs import Epochs
 from .error_context import add_context
 from .evaluation import TestStage, ValidStage
-from .metrics import Metrics
+from .metrics import Metrics, record
 from .train import TrainStage
 
 logger = logging.getLogger(__name__)
@@ -172,6 +172,20 @@ class Run:
             stage.close()
         self.temporary.restore()
 
+    def take_metrics(self, from_all_ranks: bool) -> dict[str, float]:
+        """Takes the numbers that the stages found, and keeps the best of each for the Brain.
+
+        Args:
+            from_all_ranks: As for ``Metrics.take``.
+
+        Returns:
+            As ``Metrics.take``.
+        """
+        found = self.metrics.take(from_all_ranks)
+        if not any(run is not self and run.brain is self.brain for run in self._running):
+            record(self.brain._lightning.records, found, self.current.epoch)
+        return found
+
     def start_epoch(self) -> None:
         """Starts the epoch that the epoch counter has yielded, before any hook hears of it."""
         self.run_state.start_epoch(self.epochs.start())
@@ -198,6 +212,22 @@ class Run:
     def saves(self) -> bool:
         """Whether there is something to save with within an epoch."""
         return self.brain.checkpointer is not None or self.trainer.saves
+
+    def save_after_error(self) -> bool:
+        """Saves where the run is, for an error is going to end it.
+
+        Returns:
+            Whether it is saved. What goes wrong is logged, and does not hide that error.
+        """
+        if not self.saves:
+            return False
+        try:
+            with self.trainer.weights():
+                self.save_within_epoch()
+        except Exception:
+            logger.exception("The run could not be saved after the error that ends it.")
+            return False
+        return True
 
     def cut_short(self) -> None:
         """Saves where the run is: a limit of the Trainer's ends the epoch in its middle."""
@@ -257,4 +287,4 @@ class Run:
         self._located = id(error)
         stage, number = self.current, self.brain.step + bool(next_is)
         step = f"{next_is or 'step'} {number}" if number else ""
-        add_context(error, stage.kind, stage.epoch, step, batch)
+        add_context(error, stage.kind, stage.epoch, step, batch, self.brain.device)

@@ -6,12 +6,17 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from brain_lightning.compat.versions import add_note
 from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
+from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
+from brain_lightning.step.together import average_window
 from brain_lightning.step.valid_step import reset_valid_step
+from brain_lightning.step.window import restart_window
 
 from .base import RunStage
 from .error_context import with_error_context
@@ -82,6 +87,7 @@ class TrainStage(RunStage):
         brain.on_stage_start(self.brain_stage, epoch)
         brain.modules.train()
         brain.zero_grad()
+        restart_window(brain)
         brain.nonfinite_count = 0
         if hasattr(brain.train_sampler, "set_epoch"):
             brain.train_sampler.set_epoch(epoch)
@@ -92,6 +98,7 @@ class TrainStage(RunStage):
         """Runs the TRAIN stage of the next epoch by the loop that the recipe has written."""
         assert self.by_recipe is not None
         self.run.current = self
+        restart_window(self.brain)
         self.run_state.start_by_recipe()
         self.by_recipe()
         self.run_state.phase = Phase.TRAIN_OVER
@@ -112,13 +119,20 @@ class TrainStage(RunStage):
         return self.run_state.loss
 
     @with_error_context
-    def fit(self, batch: Any, fit_batch: Callable[[Any], Any], last: bool) -> Any:
+    def fit(
+        self,
+        batch: Any,
+        fit_batch: Callable[[Any], Any],
+        last: bool,
+        step: Callable[[], None],
+    ) -> Any:
         """Counts a batch, fits it and averages its loss.
 
         Args:
             batch: What the loader gave.
             fit_batch: Does the work.
             last: Whether the Trainer expects it to be the last of the epoch.
+            step: Makes the update of a window whose last batch is skipped, if it can.
 
         Returns:
             The detached loss.
@@ -132,6 +146,11 @@ class TrainStage(RunStage):
         self._fitting.append(self)
         try:
             loss = fit_batch(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._undo(error, batch)
+            loss = self._skip(error, step)
         finally:
             self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
@@ -139,6 +158,73 @@ class TrainStage(RunStage):
         state.loss, state.phase = loss, Phase.FITTED
         self.batches += 1
         return loss
+
+    def _undo(self, error: Exception, batch: Any) -> None:
+        """Undoes what a batch has changed for which there was no memory.
+
+        Where patience is exhausted the run is saved, and resumes with this batch.
+
+        Args:
+            error: What it has raised; raised again where the run ends.
+            batch: What the loader gave.
+        """
+        run, before = self.run, self.run_state.before
+        run.locate(error, batch)
+        free(error, self.brain.device)
+        is_shared = run.flags.is_everywhere(error)
+        if is_undone := is_shared and before.undo():
+            self.run_state.phase = Phase.FITTING
+        if not is_undone or before.skipped >= (self.brain._lightning.oom_patience or 0):
+            self._note_save(error, is_shared, is_undone)
+            raise error
+
+    def _skip(self, error: Exception, step: Callable[[], None]) -> Tensor:
+        """Goes on as if there had been no such batch, but for its number.
+
+        Args:
+            error: What it has raised.
+            step: See ``fit``.
+
+        Returns:
+            A loss that is not finite, for those who want one.
+        """
+        brain, before = self.brain, self.run_state.before
+        before.skipped += 1
+        brain.step = self.step
+        logger.warning(
+            "Out of memory: this batch makes no update (%d of %d forgiven in this epoch). %s",
+            before.skipped,
+            brain._lightning.oom_patience,
+            "; ".join([str(error).partition("\n")[0] or type(error).__name__, *notes(error)]),
+        )
+        factor = brain.grad_accumulation_factor
+        ends_window = self.step % factor == 0 or brain._lightning.ends_window
+        if before.steps:
+            # It would have no memory again.
+            before.drop_gradients()
+        elif factor > 1 and ends_window and average_window(brain):
+            step()
+        self.steps = brain.optimizer_step - before.counts["optimizer_step"]
+        return torch.tensor(torch.nan)
+
+    def _note_save(self, error: Exception, is_shared: bool, is_undone: bool) -> None:
+        """Saves the run before the batch, and adds to the error whether that was possible."""
+        if not is_shared:
+            note = (
+                "the run is not saved, for the other processes cannot join. With "
+                "oom_patience=0 all of them save and end where one has no memory for a "
+                "forward or backward pass"
+            )
+        elif not is_undone:
+            note = (
+                "the run is not saved, for an optimizer had begun to step. With "
+                "oom_patience=0 that is undone"
+            )
+        elif self.run.save_after_error():
+            note = "the run is saved, and resumes with this batch"
+        else:
+            note = "the run is not saved"
+        add_note(error, f"brain_lightning: {note}")
 
     @property
     def fitted_batches(self) -> int:
@@ -218,6 +304,7 @@ class TrainStage(RunStage):
         self._checkpoints = None
         self.loader.close()
         brain.zero_grad(set_to_none=True)
+        restart_window(brain)
         self.run_state.end_training()
         # For what the hook saves; and again, for it may report another number by this name.
         metrics.add(Stage.TRAIN, {"loss": loss})

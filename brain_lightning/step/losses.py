@@ -8,7 +8,7 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from math import isfinite
 from typing import Any
@@ -19,7 +19,10 @@ from torch import Tensor
 from brain_lightning.distributed.batch_flags import BatchFlags, Reduction
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.host_copy import HostCopy
-from brain_lightning.protocol import BrainProtocol, has_own, optimizers_of, parameters_of
+from brain_lightning.optimizers.active import trained_parameters
+from brain_lightning.protocol import BrainProtocol, has_own
+
+from .window import share_of_window, weight_of
 
 
 class FiniteCheck:
@@ -32,11 +35,17 @@ class FiniteCheck:
     """
 
     def __init__(self, scaled: Tensor, copy: HostCopy, flags: BatchFlags) -> None:
-        self._copy, self._flags = copy, flags
+        self._scaled, self._copy, self._flags = scaled, copy, flags
         self._reduction: Reduction | None = None
-        if flags.are_shared:
-            raised = not self.here() if scaled.is_cpu else ~torch.isfinite(scaled)
-            self._reduction = flags.reduce(raised, scaled.device)
+
+    def begin(self) -> None:
+        """Begins to ask the other processes, if there are any."""
+        if self._flags.are_shared:
+            self._reduction = self._flags.reduce(self.raised(), self._scaled.device)
+
+    def raised(self) -> Tensor | bool:
+        """Whether it is not finite in this process; the host does not wait for a device."""
+        return not self.here() if self._scaled.is_cpu else ~torch.isfinite(self._scaled)
 
     def here(self) -> bool:
         """Whether it is finite in this process, for which the host waits."""
@@ -56,20 +65,24 @@ class TrainingLoss:
         brain: The Brain in training.
         outputs: What ``compute_forward`` returned.
         loss: What ``compute_objectives`` returned, one number.
+        weight: What the batch weighs in its window: see ``window.py``.
 
     Attributes:
         outputs: What ``compute_forward`` returned.
         loss: What ``compute_objectives`` returned.
-        scaled: The same, divided by the accumulation factor and scaled for fp16.
+        weight: See above.
+        scaled: The share of the loss in its window, scaled for fp16.
         finite: Whether it may have an update; known after ``backward``.
     """
 
     finite: bool
+    _is_together = False
 
-    def __init__(self, brain: BrainProtocol, outputs: Any, loss: Tensor) -> None:
-        self._brain, self.outputs, self.loss = brain, outputs, loss
-        factor = brain.grad_accumulation_factor
-        self.scaled = brain.scaler.scale(loss if factor == 1 else loss / factor)
+    def __init__(
+        self, brain: BrainProtocol, outputs: Any, loss: Tensor, weight: Tensor | None
+    ) -> None:
+        self._brain, self.outputs, self.loss, self.weight = brain, outputs, loss, weight
+        self.scaled = brain.scaler.scale(share_of_window(brain, loss, weight))
         self._copy = None if loss.is_cpu else HostCopy(loss)
         self._version = loss._version
         self._check: FiniteCheck | None = None
@@ -79,7 +92,12 @@ class TrainingLoss:
             self._decide(here, here)
             return
         copy = self._copy if self.scaled is loss else None
-        self._check = FiniteCheck(self.scaled, copy or HostCopy(self.scaled), flags)
+        self._check = check = FiniteCheck(self.scaled, copy or HostCopy(self.scaled), flags)
+        if brain._lightning.fails_together and flags.are_shared:
+            # ``together`` settles it.
+            self._is_together = self.finite = True
+            return
+        check.begin()
         # One of several processes fails of a loss without gradients, as in SpeechBrain: the
         # others have begun to average theirs.
         has_gradients = self.scaled.requires_grad or flags.are_shared
@@ -92,11 +110,26 @@ class TrainingLoss:
         Args:
             backward: Computes them.
         """
-        if self._check is not None:
+        if not self._is_together and self._check is not None:
             backward()
             self._wait(drops_gradients=True)
         elif self.finite:
             backward()
+
+    def raised(self) -> Tensor | bool:
+        """Whether it is not finite in this process, before ``settle``."""
+        assert self._check is not None
+        return self._check.raised()
+
+    def settle(self, finite: bool) -> None:
+        """Ends a check that processes make after the backward pass, with what else they ask.
+
+        Args:
+            finite: Whether the loss is finite in all of them.
+        """
+        check, self._check = self._check, None
+        assert check is not None
+        self._decide(finite, finite or check.here())
 
     def on_host(self) -> Tensor:
         """The detached loss, on the CPU."""
@@ -111,7 +144,7 @@ class TrainingLoss:
         finite = check.everywhere()
         if drops_gradients and not finite:
             # Before an error says so: whoever catches it may go on.
-            _drop_gradients(self._brain, self.scaled)
+            drop_gradients(self._brain, self.scaled)
         self._decide(finite, finite or check.here())
 
     def _decide(self, finite: bool, here: bool) -> None:
@@ -146,7 +179,7 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
             f"number to minimize, got {_describe(loss)}: reduce the loss, for example "
             "with .mean(), or override fit_batch"
         )
-    return TrainingLoss(brain, outputs, loss)
+    return TrainingLoss(brain, outputs, loss, weight_of(brain, batch, loss))
 
 
 @torch.no_grad()
@@ -180,21 +213,24 @@ def _can_drop_gradients(brain: BrainProtocol) -> bool:
         and not has_own(brain, "check_loss_isfinite")
         # Which raises an error in the backward pass of such a loss.
         and not torch.is_anomaly_enabled()
-        and not any(p.grad is not None for p in _trained(brain))
+        and not any(p.grad is not None for p in trained_parameters(brain))
     )
 
 
-def _trained(brain: BrainProtocol) -> Iterable[Tensor]:
-    # Of all optimizers: a recipe may step one itself, which has gathered gradients of earlier
-    # batches; and perhaps one that is not found.
-    optimized = (parameters_of(each) for _, each in optimizers_of(brain))
-    return chain(chain.from_iterable(optimized), brain.modules.parameters())
+def drop_gradients(
+    brain: BrainProtocol, loss: Tensor | None, kept: Mapping[Tensor, Tensor] = {}
+) -> None:
+    """Drops the gradients of a batch.
 
-
-def _drop_gradients(brain: BrainProtocol, loss: Tensor) -> None:
+    Args:
+        brain: The Brain in training.
+        loss: What had the backward pass; None where that is not known.
+        kept: The gradients of earlier batches, by what they are of.
+    """
     # The graph also has what nobody else knows of, but nothing of what it recomputes.
-    for tensor in chain(_leaves(loss), _trained(brain)):
-        tensor.grad = None
+    leaves = () if loss is None else _leaves(loss)
+    for tensor in chain(leaves, trained_parameters(brain)):
+        tensor.grad = kept.get(tensor)
 
 
 def _leaves(loss: Tensor) -> Iterable[Tensor]:

@@ -20,7 +20,9 @@ from brain_lightning.optimizers.active import active_optimizers, has_optimizer
 from brain_lightning.protocol import BrainProtocol, parameters_of
 
 from .losses import TrainingLoss, training_loss
+from .together import compute_alone, compute_together
 from .valid_step import count_valid_step
+from .window import add_to_window, end_window
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,11 @@ def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
     """
     ends_window = brain._lightning.ends_window
     should_step = brain.step % brain.grad_accumulation_factor == 0 or ends_window
-    brain.on_fit_batch_start(batch, should_step)
-    with brain.no_sync(not should_step):
-        result = update.compute_gradients(batch)
+    compute = compute_together if brain._lightning.fails_together else compute_alone
+    result = compute(brain, batch, update, should_step)
     if result.finite:
         count_valid_step(brain)
+        add_to_window(brain, result.weight)
     if not result.finite and brain.grad_accumulation_factor == 1:
         should_step = False
     if should_step:
@@ -66,6 +68,7 @@ def optimizers_step(
     if brain.optimizers_dict is None and brain.opt_class is None:
         return
     optimizers = active_optimizers(brain)
+    end_window(brain, optimizers.values())
     for optimizer in optimizers.values():
         brain.scaler.unscale_(optimizer)
     apply(optimizers)
@@ -142,18 +145,20 @@ class RawUpdate:
         brain: The Brain to update.
 
     Attributes:
-        result: What the batch gave.
+        result: What the batch gave; None where that failed.
     """
 
-    result: TrainingLoss
+    result: TrainingLoss | None = None
 
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
 
     def compute_gradients(self, batch: Any) -> TrainingLoss:
         """Forward and backward pass of one batch."""
-        self.result = result = training_loss(self._brain, batch)
+        result = training_loss(self._brain, batch)
         result.backward(result.scaled.backward)
+        # Only now: an error frees what the batch holds.
+        self.result = result
         return result
 
     def step(self) -> None:

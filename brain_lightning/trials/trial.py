@@ -16,8 +16,10 @@ from brain_lightning.data.dataloaders import twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.errors import NonFiniteLossError, UnsupportedError
 from brain_lightning.phase import Phase
+from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.metrics import scalar
 from brain_lightning.stages.run import Run
+from brain_lightning.step.window import restart_window
 from brain_lightning.temporary import TemporaryAttributes
 
 from .isolation import isolate
@@ -43,7 +45,7 @@ class Trial:
         self._run, self._brain, self._trainer = run, run.brain, trainer
         self._loaders = loaders
         self._restores = ExitStack()
-        self._is_validating = False
+        self._evaluates: RunStage | None = None
 
     def __enter__(self) -> Trial:
         """Takes the snapshot."""
@@ -64,13 +66,14 @@ class Trial:
 
     def start(self) -> None:
         """Starts a TRAIN stage, as ``speechbrain.Brain._fit_train`` does."""
-        brain, self._is_validating = self._brain, False
+        brain, self._evaluates = self._brain, None
         brain.step, brain.avg_train_loss, brain.nonfinite_count = 0, 0.0, 0
         # A trial may go where the loss is no number.
         brain.nonfinite_patience = sys.maxsize
         brain.on_stage_start(self._run.train.brain_stage, self._epoch)
         brain.modules.train()
         brain.zero_grad()
+        restart_window(brain)
 
     def fit(self, batch: Any) -> float:
         """Fits one batch: the passes, and the step if it ends a window.
@@ -92,8 +95,21 @@ class Trial:
             return float("nan")
         return _number(loss)
 
+    def start_evaluation(self, stage: RunStage, set_name: str = "") -> None:
+        """Starts VALID or TEST, as ``speechbrain.Brain._fit_valid`` and ``evaluate`` do.
+
+        Args:
+            stage: The stage of the run.
+            set_name: Of the set, where there are several.
+        """
+        brain, self._evaluates = self._brain, stage
+        brain._lightning.set_name = set_name
+        epoch = None if stage is self._run.test else self._epoch
+        brain.on_stage_start(stage.brain_stage, epoch)
+        brain.modules.eval()
+
     def validate(self, batch: Any) -> float:
-        """Evaluates one batch at Stage.VALID; the first one starts that stage.
+        """Evaluates one batch; the first one starts VALID, if no evaluation has started.
 
         Args:
             batch: From ``batches``.
@@ -101,13 +117,12 @@ class Trial:
         Returns:
             Its loss; NaN where ``evaluate_batch`` returns no number.
         """
-        brain, stage = self._brain, self._run.valid.brain_stage
-        if not self._is_validating:
-            self._is_validating = True
-            brain.on_stage_start(stage, self._epoch)
-            brain.modules.eval()
+        if self._evaluates is None:
+            self.start_evaluation(self._run.valid)
+        assert self._evaluates is not None
         with torch.no_grad():
-            return _number(brain.evaluate_batch(batch, stage=stage))
+            loss = self._brain.evaluate_batch(batch, stage=self._evaluates.brain_stage)
+        return _number(loss)
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """One pass over a loader, whose own position stays where it is.

@@ -41,7 +41,13 @@ def test_two_processes_learn_what_torchruns_do(tmp_path: Path) -> None:
     ):
         folder = f"--output_folder={tmp_path / name}"
         words = [*words, "--number_of_epochs=1"]
-        check_python(*command, RECIPE, str(yaml), *QUIET, folder, *words, cwd=tmp_path, **more)
+        reports = ["--report=loss"] * ("torch.distributed.run" not in command)
+        words += reports
+        out = check_python(
+            *command, RECIPE, str(yaml), *QUIET, folder, *words, cwd=tmp_path, **more
+        )
+        # That of the main process, after all that any of them prints.
+        assert all(0 < float(out.splitlines()[-1]) < 10 for _ in reports)
         for rank in (0, 1):
             found, expected = (result(tmp_path / each, rank) for each in (name, "torchrun"))
             for brain in ("speechbrain", "brain_lightning"):

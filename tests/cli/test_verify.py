@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from brain_lightning.cli.main import main
-from brain_lightning.cli.verify_comparison import Comparison
-from brain_lightning.cli.verify_evidence import Evidence
+from brain_lightning.verify.comparison import Comparison
+from brain_lightning.verify.evidence import Evidence
 from tests.support.processes import python, variables
 from tests.support.scripts import QUIET, TOY, script
 

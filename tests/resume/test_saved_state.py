@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from brain_lightning.checkpoints.state_files import load_state, write_state
 from brain_lightning.errors import CheckpointError
 from brain_lightning.resume import saved_state
+from brain_lightning.resume.process_state import mean_window
 from brain_lightning.resume.run_state import KEY
 from tests.support.golden import version_0
 from tests.support.golden.version_0 import Small, fit, fit_with_trainer, new
@@ -118,3 +119,11 @@ def test_the_words_name_the_version(version: int) -> None:
         CheckpointError, match=rf"version {version}, .*upgrade brain_lightning"
     ):
         saved_state.migrated({"version": version}, end_of_epoch=True)
+
+
+def test_a_window_of_version_2_has_no_weights_and_of_several_processes_their_mean() -> None:
+    old = saved_state.migrated({"version": 2, "epoch": None}, end_of_epoch=True)
+    assert old["window"] == {"weight": None, "reference": 1.0} == mean_window([{}, {}])
+    windows = [{"window": {"weight": weight, "reference": 8.0}} for weight in (3.0, 5.0)]
+    # As of their gradients.
+    assert mean_window(windows) == {"weight": 4.0, "reference": 8.0}

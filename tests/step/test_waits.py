@@ -39,6 +39,17 @@ class Watched(Regression):
         return super().compute_objectives(predictions, batch, stage)
 
 
+class Weighed(Regression):
+    """Its batches weigh by what its loss has counted, on the device."""
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        self.targets = torch.ones_like(predictions).sum() + self.step
+        return super().compute_objectives(predictions, batch, stage)
+
+    def loss_weight(self, batch: Any) -> Any:
+        return self.targets if self.step % 2 else len(batch[0])
+
+
 class Averaged(Regression):
     """Averages its losses itself, those of an evaluation too."""
 
@@ -95,6 +106,9 @@ class Forgiving(Poisoned):
             return torch.tensor(1.0)
 
 
+TOKENS = {"accumulate_by": "tokens", "grad_accumulation_factor": 2}
+
+
 def adam(parameters: Any) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=0.1)
 
@@ -117,8 +131,9 @@ def waits_per_step(cls: type[Regression] = Regression, **run_opts: Any) -> float
 
 
 def a_fit_learns_the_same_as_on_the_cpu() -> None:
-    for cls in (Regression, Manual, Supered, Checked, Averaged):
-        device, cpu = fit(DEVICE, 5, cls), fit("cpu", 5, cls)
+    for cls in (Regression, Manual, Supered, Checked, Averaged, Weighed):
+        options = TOKENS if cls is Weighed else {}
+        device, cpu = fit(DEVICE, 5, cls, **options), fit("cpu", 5, cls, **options)
         assert {w.device.type for w in device.modules.parameters()} == {"fake"}
         assert all_equal([w.cpu() for w in weights(device)], weights(cpu))
         assert not all_equal(weights(cpu), weights(make()))
@@ -131,6 +146,7 @@ def the_host_waits_once_a_step_and_never_in_a_validation() -> None:
     assert waits_per_step() == 1
     assert waits_per_step(Supered) == 1
     assert waits_per_step(grad_accumulation_factor=2) == 1
+    assert waits_per_step(Weighed, **TOKENS) == 1
     # The loss that its own fit_batch returns is on the device.
     assert waits_per_step(Manual) == 1
     # Its own look at each loss, and SpeechBrain's; at each loss of a validation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
@@ -39,8 +40,9 @@ from brain_lightning import (
 )
 from tests.parity.recipes import CLASSES, FEATURES, CountsSaves, adam, dataset, loader, make
 from tests.parity.sides import OURS, Record, Side
-from tests.support.brains import trainer_with
+from tests.support.brains import sgd, trainer_with
 from tests.support.collectives import Collectives
+from tests.support.sharded import wholes
 from tests.trials import tried
 
 # Of a Trainer that a scenario makes itself; see worker.py.
@@ -250,6 +252,41 @@ def one_collective_a_batch(side: Side, record: Record) -> Any:
             brain.fit(range(1), dataset(), train_loader_kwargs={"batch_size": 1})
         # After the first batch DDP makes its buckets anew.
         record.results.append({b - a for a, b in itertools.pairwise(counts[2:])})
+    return brain
+
+
+def accumulated_by_tokens(side: Side, record: Record) -> Any:
+    """Unequal batches in each process; and by hand, in one, each window of them as a batch."""
+    sizes = [(1, 6, 3, 2), (4, 2, 5, 7), (2, 1, 8, 3)][:PROCESSES]
+    x, y = dataset(sum(map(sum, sizes)))[:]
+    each_size = [*itertools.chain(*sizes)]
+    parts = zip(x.double().split(each_size), y.split(each_size), strict=True)
+    batches = [list(itertools.islice(parts, 4)) for _ in sizes]
+
+    def around(self: Any, batch: Any) -> Any:
+        return side.Brain.fit_batch(self, batch)
+
+    # Clipped to a norm, gradients of any size would be the same.
+    for window, norm, hooks in ((2, 0.0, {}), (4, 0.1, {"fit_batch": around}), (1, 0.0, {})):
+        options = {"accumulate_by": "tokens", "grad_accumulation_factor": window}
+        brain = make(
+            side, record, {"model": nn.Linear(FEATURES, CLASSES).double()}, opt_class=sgd,
+            run_opts={**GLOO, **options, "max_grad_norm": norm},
+            loss_weight=lambda self, batch: len(batch[1]), **hooks,
+        )  # fmt: skip
+        by_hand = copy.deepcopy(brain.modules.model)
+        brain.fit(range(2), DataLoader(batches[int(os.environ["RANK"])], batch_size=None))
+        optimizer = sgd(by_hand.parameters())
+        for start in [*range(0, 4, window)] * 2:
+            several = [batch for each in batches for batch in each[start : start + window]]
+            inputs, targets = map(torch.cat, zip(*several, strict=True))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(by_hand(inputs), targets).backward()
+            nn.utils.clip_grad_norm_(by_hand.parameters(), norm or torch.inf)
+            optimizer.step()
+        found = wholes(dict(brain.modules.named_parameters())).values()
+        for mine, other in zip(found, by_hand.parameters(), strict=True):
+            assert (mine - other).abs().max() < 1e-12
     return brain
 
 
@@ -860,7 +897,7 @@ OWN = [
     a_stream_without_anything_on_one_rank, a_whole_validation, a_validation_that_is_shared_out,
     more_processes_than_batches, on_the_main_process, counted_with_tensors,
     limited_to_the_same_length, a_layer_that_one_process_leaves_out,
-    one_collective_a_batch,
+    one_collective_a_batch, accumulated_by_tokens,
 ]  # fmt: skip
 # The same, with a Trainer given to brain.fit.
 ON_A_TRAINER = [a_batch_sampler_on_the_users_trainer]

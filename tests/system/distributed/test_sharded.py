@@ -17,6 +17,7 @@ from .conftest import records_of
 
 # Of what is not bit for bit DDP's: by how much it may differ, and why.
 BOUNDS = {
+    "accumulated_by_tokens": (1e-14, "each batch of a window is averaged, and then added"),
     "attacked_in_fit_batch": (1e-7, "two backward passes, each averaged, and then added"),
     "bf16_and_accumulation": (1e-7, "each batch of a window is averaged, and then added"),
     "clipped": (1e-7, "the norm adds up the squares of one shard, and then of the other"),

@@ -77,6 +77,12 @@ def test_what_processes_decide_in_a_batch_is_one_collective(records: Any) -> Non
         assert record.results == [{1}, {1}, {1}]
 
 
+def test_windows_of_unequal_batches_are_one_batch(records: Any) -> None:
+    for record in of(records, scenarios.accumulated_by_tokens):
+        # It has compared its weights with those of one process.
+        assert_moved(record)
+
+
 def test_each_rank_has_data_of_its_own(records: Any) -> None:
     one, other = of(records, scenarios.gan)
     assert one.stage_losses != other.stage_losses

@@ -18,6 +18,7 @@ import traceback
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -31,8 +32,8 @@ from tests.support.environment import (
     seed_everything,
 )  # First: it makes SpeechBrain importable.
 
-from . import sharded_scenarios
-from .scenarios import ON_A_GPU, ON_A_TRAINER, OWN, SHARED, STRATEGY
+from . import memory_scenarios, sharded_scenarios
+from .scenarios import GLOO, ON_A_GPU, ON_A_TRAINER, OWN, SHARED, STRATEGY
 
 Row = tuple[Any, Any]
 
@@ -51,7 +52,15 @@ def rows(backend: str) -> list[Row]:
     both = [*SHARED, *own_loops.IN_TWO_PROCESSES, *own_loops.ENDED]
     found = [(s, scenario) for scenario in both for s in (SPEECHBRAIN, OURS)]
     found += [(PATCHED, scenario) for scenario in own_loops.PATTERNS]
-    return found + [(OURS, scenario) for scenario in (*OWN, *ON_A_TRAINER)]
+    own = (*OWN, *ON_A_TRAINER, *memory_scenarios.SCENARIOS)
+    return found + [(OURS, scenario) for scenario in own]
+
+
+def averaged_together() -> dict[tuple[str, str], Any]:
+    """What runs in DDP, where all processes give up a batch for which one has no memory."""
+    with mock.patch.dict(GLOO, {"oom_patience": 0}):
+        rows = memory_scenarios.AVERAGED
+        return {("together", row.__name__): record_of(OURS, row) for row in rows}
 
 
 def sharded_records() -> dict[tuple[str, str], Any]:
@@ -111,6 +120,7 @@ def main(folder: str, backend: str = "gloo") -> None:
         records = {
             (side.name, row.__name__): record_of(side, row) for side, row in rows(backend)
         }
+        records |= averaged_together() if backend == "gloo" else {}
     torch.save(records, Path(folder) / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 

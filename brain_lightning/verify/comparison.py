@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-from .verify_evidence import Evidence
+from .evidence import Evidence
 
 Event = Mapping[str, Any]
 # Hooks to show before one that differs, and after it.

@@ -1,0 +1,38 @@
+"""The picture of a search for a learning rate: the loss at each rate that was tried."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+COLOR, SUGGESTED = "#4477aa", "#ee6677"
+
+
+def write_rate_curve(
+    path: Path, rates: Sequence[float], losses: Sequence[float], suggestion: float | None
+) -> None:
+    """Draws the curve; the picture is there whole or not at all.
+
+    Args:
+        path: The PNG.
+        rates: The rates, in the order in which they were tried.
+        losses: The smoothed loss at each.
+        suggestion: The rate to mark, if any.
+    """
+    from matplotlib.figure import Figure
+
+    # A Figure without pyplot draws with Agg: no display is needed.
+    figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(rates, losses, color=COLOR)
+    if suggestion is not None:
+        loss = losses[list(rates).index(suggestion)]
+        axes.plot(suggestion, loss, "o", color=SUGGESTED, label=f"suggested: {suggestion:.3g}")
+        axes.legend(frameon=False)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss, smoothed")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    part = path.with_name(f"{path.name}.part")
+    figure.savefig(part, format="png")
+    os.replace(part, path)

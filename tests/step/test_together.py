@@ -1,0 +1,66 @@
+"""What processes cannot give up together is refused; tests/system/distributed has the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import speechbrain
+from torch import nn
+
+from brain_lightning import UnsupportedError
+from brain_lightning.step.together import calls_ours, fail_together
+from brain_lightning.temporary import TemporaryAttributes
+from tests.support.brains import Manual, Regression, make
+
+
+class Around(Regression):
+    def fit_batch(self, batch: Any) -> Any:
+        return super().fit_batch(batch)
+
+
+class WrapsItself(Regression):
+    def _wrap_distributed(self) -> None:
+        pass
+
+
+def test_what_can_be_given_up_together_is_until_the_run_is_over() -> None:
+    for cls in (Regression, Around):
+        brain = make(cls)
+        with TemporaryAttributes() as temporary:
+            fail_together(brain, temporary)
+            assert brain._lightning.fails_together
+        assert not brain._lightning.fails_together
+
+
+@pytest.mark.parametrize(
+    ("cls", "part", "sharding", "reason"),
+    [
+        (Manual, None, None, "Manual.fit_batch has a backward pass of its own"),
+        (WrapsItself, None, None, "WrapsItself wraps its modules itself"),
+        (Regression, nn.SyncBatchNorm(2), None, "'part' has a SyncBatchNorm"),
+        (Regression, nn.Embedding(2, 2, sparse=True), None, "'part' has sparse gradients"),
+        (Regression, None, object(), "strategy='fsdp2' gathers and averages"),
+    ],
+)
+def test_what_would_leave_processes_waiting_is_refused(
+    cls: Any, part: Any, sharding: Any, reason: str
+) -> None:
+    brain = make(cls)
+    brain._lightning.sharding = sharding
+    brain.modules["left_out"] = None
+    if part is not None:
+        brain.modules["part"] = nn.Sequential(part)
+    with TemporaryAttributes() as temporary, pytest.raises(UnsupportedError) as caught:
+        fail_together(brain, temporary)
+    assert str(caught.value).startswith(
+        f"oom_patience cannot be honoured on several processes: {reason}"
+    )
+    assert not brain._lightning.fails_together
+
+
+def test_speechbrains_own_fit_batch_is_not_ours() -> None:
+    assert calls_ours(Around)
+    own = {"fit_batch": lambda self, batch: speechbrain.Brain.fit_batch(self, batch)}
+    assert not calls_ours(type("Theirs", (speechbrain.Brain,), own))
+    assert not calls_ours(speechbrain.Brain)
