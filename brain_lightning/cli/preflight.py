@@ -59,7 +59,7 @@ def _try(script: str, words: Sequence[str], trainer: Mapping[str, Any]) -> None:
             "After its fit was tried the script ended with %s: %s. Nothing was trained, which "
             "it may need: what it evaluates later was not tried.",
             type(error).__name__,
-            error,
+            str(error).rstrip(". "),
         )
     if not alone.tried:
         raise RecipeError(f"nothing was tried: {script} has trained and evaluated nothing")

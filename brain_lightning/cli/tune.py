@@ -141,7 +141,9 @@ def _tell(found: Found, picture: Path | None, words: Sequence[str]) -> None:
     if picture is not None:
         write_rate_curve(picture, found.rates, found.losses, found.value)
     if found.value is None:
-        raise RecipeError(f"no learning rate is suggested: see {picture}, no loss falls there")
+        raise RecipeError(
+            f"no learning rate is suggested, for the loss falls at none: see {picture}"
+        )
     value = f"{found.value:.3g}" if found.name == "lr" else f"{found.value:g}"
     before = ", ".join(f"{each:g}" for each in sorted(found.before))
     print(f"{found.name} {value} is suggested, instead of {before}")  # noqa: T201

@@ -226,6 +226,8 @@ TORCH_PARTS = (
         "whether a weight was changed in place is not said otherwise"),
     Row("torch.nn:Module", "_apply",
         "what a module moves besides parameters and buffers is not known otherwise"),
+    Row("torch.nn.parallel:DistributedDataParallel.__init__", "_comm_hooks",
+        "whether a recipe has a hook that averages gradients is not said otherwise"),
     Row("torch:Tensor", "_is_view",
         "a view that is changed in place has other hooks than it had"),
     Row("torch.nn:MultiheadAttention", "_reset_parameters",

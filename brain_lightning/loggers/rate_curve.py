@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +32,18 @@ def write_rate_curve(
         axes.plot(suggestion, loss, "o", color=SUGGESTED, label=f"suggested: {suggestion:.3g}")
         axes.legend(frameon=False)
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss, smoothed")
+    axes.set_ylim(*_limits(losses))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     part = path.with_name(f"{path.name}.part")
     figure.savefig(part, format="png")
     os.replace(part, path)
+
+
+def _limits(losses: Sequence[float]) -> tuple[float, float]:
+    """Where the loss diverges is not shown to its end: the fall before that would be flat."""
+    finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
+    low = min(finite)
+    high = max(finite[: finite.index(low) + 1])
+    margin = 0.3 * (high - low) or 1.0
+    return low - margin, high + margin

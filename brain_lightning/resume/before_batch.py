@@ -193,9 +193,9 @@ class BeforeBatch:
     def drop_gradients(self) -> None:
         """Drops those of earlier batches too: the update is left out that they are for."""
         restore_gradients(self._brain, {})
-        if self.window.weight is not None:
-            # Not None: other processes may have gradients to weigh.
-            self._brain._lightning.window = replace(self.window, weight=0.0)
+        # Not None: other processes may have gradients to weigh.
+        weight = None if self.window.weight is None else 0.0
+        self._brain._lightning.window = replace(self.window, weight=weight)
 
     def state(self) -> BatchState:
         """What to undo when the batch is fitted again."""

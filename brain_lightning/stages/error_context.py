@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from reprlib import Repr
 from typing import Any, TypeVar
 
+from brain_lightning.batch_content import ids_of
 from brain_lightning.compat.versions import add_note
 from brain_lightning.errors import HookStoppedError
 from brain_lightning.fsdp2.unsupported import explanation
@@ -15,10 +15,6 @@ from brain_lightning.stage import Stage
 from brain_lightning.step.out_of_memory import is_out_of_memory, note_batch, note_memory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-_short = Repr()
-_short.maxlist = _short.maxtuple = 8
-_short.maxstring = _short.maxother = 80
 
 
 def with_error_context(method: Method) -> Method:
@@ -67,19 +63,10 @@ def add_context(
     # An error may be of a class that takes no notes.
     with suppress(Exception):
         where = ", ".join(filter(None, context))
-        add_note(error, f"brain_lightning: in {where}{_ids_of(batch)}")
+        ids = ids_of(batch)
+        add_note(error, f"brain_lightning: in {where}{ids and f', with batch.id {ids}'}")
         if meaning := explanation(error):
             add_note(error, meaning)
         if is_out_of_memory(error):
             note_batch(error, batch)
             note_memory(error, device)
-
-
-def _ids_of(batch: Any) -> str:
-    # Whatever goes wrong here must not hide the error.
-    with suppress(Exception):
-        ids = batch.get("id") if isinstance(batch, Mapping) else getattr(batch, "id", None)
-        if ids is not None:
-            ids = ids.tolist() if hasattr(ids, "tolist") else ids
-            return f", with batch.id {_short.repr(ids)}"
-    return ""

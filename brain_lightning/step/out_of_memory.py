@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from itertools import islice
-from reprlib import Repr
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
-from torch import Tensor
 
+from brain_lightning.batch_content import described
 from brain_lightning.compat.versions import add_note
 
-_short = Repr()
-_short.maxlist = 8
-# Of a batch: so many of its tensors are named, so deep in its collections.
-MOST_TENSORS = 16
-DEEPEST = 3
 ALLOCATED = "brain_lightning: memory of"
 GIB = 2**30
 
@@ -70,8 +62,7 @@ def note_batch(error: BaseException, batch: Any) -> None:
         batch: What the loader gave.
     """
     with suppress(Exception):
-        found = list(islice(_tensors(batch, "", 0), MOST_TENSORS))
-        if found:
+        if found := described(batch):
             add_note(error, f"brain_lightning: the batch has {', '.join(found)}")
 
 
@@ -97,30 +88,3 @@ def free(error: BaseException, device: str) -> None:
         traceback.clear_frames(each.__traceback__)
         each = each.__context__
     garbage_collection_cuda()
-
-
-def _tensors(value: Any, name: str, depth: int) -> Iterable[str]:
-    """Each tensor of a batch with its name and shape; lengths with their values."""
-    if isinstance(value, Tensor):
-        yield f"{name or 'a tensor'} {tuple(value.shape)}" + _lengths(value, name)
-    elif depth < DEEPEST:
-        for key, each in _items(value):
-            yield from _tensors(each, f"{name}.{key}" if name else str(key), depth + 1)
-
-
-def _lengths(value: Tensor, name: str) -> str:
-    """Of SpeechBrain's PaddedData, or a tensor that is named so."""
-    is_length = value.dim() == 1 and "len" in name.rpartition(".")[2]
-    return f" = {_short.repr([round(n, 4) for n in value.tolist()])}" if is_length else ""
-
-
-def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, Mapping):
-        return value.items()
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return zip(value._fields, value, strict=True)
-    if isinstance(value, (list, tuple)):
-        return enumerate(value)
-    # As SpeechBrain's PaddedBatch, or a dataclass.
-    own = getattr(value, "__dict__", {})
-    return [(key, each) for key, each in own.items() if not key.startswith("_")]

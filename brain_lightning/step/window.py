@@ -223,10 +223,11 @@ def _parameters(optimizers: Iterable[Optimizer]) -> set[Tensor]:
 def _mean_over_processes(brain: BrainProtocol, weight: Tensor | float) -> Tensor:
     """The mean of the weights, for that of their gradients has been taken."""
     if not isinstance(weight, Tensor):
-        # It was restored, and no batch came after.
+        # It was restored, or gradients were dropped, and no batch came after.
         weight = torch.full((), weight, device=brain.device)
     if not communicates():
         return weight
-    weight = weight.clone()
+    # One process may have another type than the others.
+    weight = weight.to(torch.float64, copy=True)
     torch.distributed.all_reduce(weight)
     return weight / world_size()

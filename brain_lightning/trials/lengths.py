@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
+
+from brain_lightning.batch_content import tensors_of_batch
 
 # Columns that say how long an example is, in SpeechBrain's recipes and elsewhere.
 COLUMNS = (
@@ -72,42 +73,13 @@ def name_of(dataset: Any, index: int) -> Any:
     return index if ids is None else ids[index]
 
 
-def tensors_in(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor | np.ndarray]]:
-    """The tensors of an example or of a batch, each with where it is.
-
-    Args:
-        batch: A tensor, or dicts, lists and tuples of them, or an object that has such
-            attributes, as SpeechBrain's ``PaddedBatch``.
-        name: Where the batch is.
-
-    Yields:
-        Expressions, such as ``sig.data``, and tensors.
-    """
-    if isinstance(batch, (Tensor, np.ndarray)):
-        yield name, batch
-        return
-    for key, value in _parts(batch):
-        yield from tensors_in(value, f"{name}.{key}" if name else str(key))
-
-
 def size_of(example: Any) -> float:
     """The number of elements that the tensors of an example, or of a batch, have.
 
     Args:
-        example: See ``tensors_in``.
+        example: See ``tensors_of_batch``.
     """
-    return float(sum(np.prod(tensor.shape) for _, tensor in tensors_in(example)))
-
-
-def _parts(batch: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(batch, Mapping):
-        return batch.items()
-    if hasattr(batch, "_asdict"):
-        return batch._asdict().items()  # type: ignore[no-any-return]
-    if isinstance(batch, (list, tuple)):
-        return enumerate(batch)
-    found = getattr(batch, "__dict__", {})
-    return [(k, v) for k, v in found.items() if not k.startswith("_")]
+    return float(sum(np.prod(tensor.shape) for _, tensor in tensors_of_batch(example)))
 
 
 def _in_table(dataset: Any) -> tuple[str, Sequence[float]] | None:

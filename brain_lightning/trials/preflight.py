@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from reprlib import Repr
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from brain_lightning.batch_content import described, shortened
 from brain_lightning.compat.versions import add_note
 from brain_lightning.distributed.communication import gather
 from brain_lightning.errors import PreflightError, UnsupportedError
@@ -24,18 +25,16 @@ from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.run import Run
 from brain_lightning.step.out_of_memory import is_out_of_memory
 
-from .lengths import tensors_in
 from .longest import Examples, longest_batches
 from .memory import capacity, held, measured_usage
 from .trial import Trial
+
+logger = logging.getLogger(__name__)
 
 REMEDY = (
     "Make batches smaller (batch_size, max_batch_length) and set grad_accumulation_factor, "
     "leave out the longest examples, or use --precision=bf16"
 )
-
-_short = Repr()
-_short.maxlist = 8
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,11 @@ class PreflightAlone(Callback):
     def __init__(self) -> None:
         self.tried: list[Tried] = []
         self.is_trying = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets an evaluation begin where there is no checkpoint to recover or to average."""
+        run: Any = pl_module.run
+        run.temporary.wrap(run.test, "recover_best", _if_possible)
 
 
 def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> None:
@@ -234,6 +238,14 @@ def _start(trial: Trial, data: _Set) -> list[Callable[[Any], float]]:
     return [trial.fit] * (window + 1)
 
 
+def _if_possible(recover: Callable[[], None]) -> None:
+    try:
+        recover()
+    except Exception as error:  # noqa: BLE001  whatever a recipe does there
+        message = "TEST is tried without what on_evaluate_start does, which ended with %s: %s"
+        logger.info(message, type(error).__name__, error)
+
+
 def _alone(value: Any) -> list[Any]:
     """What ``gather`` gives to a process that is alone."""
     return [value]
@@ -259,7 +271,7 @@ def _explained(
     try:
         yield
     except Exception as error:
-        what = ", ".join([f"in {title}", *_of_examples(examples), *_shapes(batch)])
+        what = ", ".join([f"in {title}", *_of_examples(examples), *described(batch)])
         if is_out_of_memory(error):
             reason = str(error).rstrip(". ")
             raise PreflightError(
@@ -271,13 +283,8 @@ def _explained(
 
 def _of_examples(examples: Examples | None) -> Iterator[str]:
     if examples is not None:
-        yield f"with ids {_short.repr(examples.names)}"
-        yield f"lengths {_short.repr([round(each, 4) for each in examples.lengths])}"
-
-
-def _shapes(batch: Any) -> Iterator[str]:
-    for name, tensor in islice(tensors_in(batch), _short.maxlist):
-        yield f"{name or 'a tensor'} of shape {tuple(tensor.shape)}"
+        yield f"with ids {shortened(examples.names)}"
+        yield f"lengths {shortened([round(each, 4) for each in examples.lengths])}"
 
 
 def _size(count: int) -> str:

@@ -18,6 +18,9 @@ from . import batch_size, learning_rate
 
 # The average of so few losses is noise.
 SKIPPED = 10
+# A fall is from so many steps before a rate to as many after it; by this part of the loss.
+SPAN = 4
+LEAST = 0.01
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _find_size(run: Run, trainer: Trainer, loader: Any) -> Found:
 
 
 def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The rate at which the loss falls fastest from one rate to the next.
+    """The rate at which the loss falls fastest, as rates grow by one factor.
 
     ``LearningRateFinder`` suggests where it falls fastest by the difference of the rates
     (since Lightning 2.5.3, "Compute the gradient of losses w.r.t. learning rates"). As rates
@@ -105,15 +108,15 @@ def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
         losses: The smoothed loss at each.
 
     Returns:
-        None where no loss falls.
+        None where the loss falls nowhere.
     """
     falls = [
-        (losses[i + 1] - losses[i - 1], rates[i])
-        for i in range(SKIPPED + 1, len(rates) - 1)
-        if math.isfinite(losses[i + 1])
+        ((losses[i + SPAN] - losses[i - SPAN]) / abs(losses[i - SPAN]), rates[i])
+        for i in range(SKIPPED + SPAN, len(rates) - SPAN)
+        if math.isfinite(losses[i + SPAN]) and losses[i - SPAN] != 0
     ]
     fall, rate = min(falls, default=(0.0, 0.0))
-    return rate if fall < 0 else None
+    return rate if fall < -LEAST else None
 
 
 def _corrected(losses: Sequence[float]) -> list[float]:

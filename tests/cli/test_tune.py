@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from brain_lightning.cli.main import main
+from brain_lightning.loggers.rate_curve import write_rate_curve
 from brain_lightning.trials import batch_size, learning_rate
 from brain_lightning.trials.tune import suggestion
 from tests.support.scripts import QUIET, TOY, result, script
@@ -190,14 +190,14 @@ def test_processes_of_torchrun_are_given_a_folder(
     assert "give --output_folder=" in tune(capsys, *recipe(tmp_path), "batch")[1]
 
 
-def test_the_suggestion_is_where_the_loss_falls_fastest_by_factors() -> None:
+def test_the_suggestion_is_where_the_loss_falls_fastest_by_factors(tmp_path: Path) -> None:
     rates = [10.0 ** (step / 10 - 6) for step in range(60)]
     # Of noise the difference of small rates makes much.
-    losses = [1 + 1e-3 * (-1) ** step for step in range(60)]
-    losses[40:] = [1 - 0.05 * step for step in range(20)]
+    noise = [1 + 1e-3 * (-1) ** step for step in range(60)]
+    losses = [*noise[:40], *(1 - 0.04 * step for step in range(20))]
     assert suggestion(rates, losses) in rates[40:]
     by_difference = torch.gradient(torch.tensor(losses), spacing=[torch.tensor(rates)])[0]
     assert by_difference[11:-1].argmin() < 20
-    rising: Any = sorted(losses)
-    assert suggestion(rates, rising) is None
-    assert suggestion(rates[:5], losses[:5]) is None
+    for none in (noise, sorted(losses), losses[:5], [float("nan")] * 60):
+        assert suggestion(rates[: len(none)], none) is None
+    write_rate_curve(tmp_path / "lr.png", rates[:2], none[:2], None)

@@ -41,15 +41,18 @@ BRAIN = ("protocol.py", "brain/base.py", "brain/brain.py", "step/older_api.py")
 OTHERS = {
     **dict.fromkeys(
         (
+            "_batches",
             "_bucket_boundaries",
             "_bucket_lens",
             "_ex_lengths",
             "_generate_batches",
             "_max_batch_ex",
             "_max_batch_length",
+            "_shuffle_ex",
         ),
         "speechbrain.dataio.sampler.DynamicBatchSampler",
     ),
+    "_asdict": "collections.namedtuple",
     "_HOOKS": "speechbrain.utils.checkpoints",
     "_speechbrain_iterator": "speechbrain.dataio.dataloader.SaveableDataLoader",
     "_speechbrain_loader": "speechbrain.utils.checkpoints.mark_as_loader",

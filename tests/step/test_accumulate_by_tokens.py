@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from brain_lightning import patch_speechbrain, to_lightning
 from brain_lightning.errors import BrainTypeError, RunOptionError, UnsupportedError
+from brain_lightning.resume import before_batch
+from brain_lightning.step import out_of_memory
 from brain_lightning.step.window import Window, window_of
 from brain_lightning.trials.trial import Trial
 from tests.support.brains import (
@@ -222,6 +224,56 @@ def test_an_optimizer_that_is_frozen_keeps_its_gradients_until_it_steps() -> Non
     # Of two windows with as many items.
     assert difference(brain, large) <= 1e-6
     assert difference(brain, fitted(epochs=1)) > 1e-3
+
+
+class Greedy(Weighed):
+    """Has no memory for one batch, once."""
+
+    fails_at = (0, "")
+
+    def fails(self, where: str) -> None:
+        if self.fails_at == (self.step, where):
+            self.fails_at = (0, "")
+            raise torch.OutOfMemoryError
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.optimizer.register_step_pre_hook(lambda *_: self.fails("step"))
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        self.fails("forward")
+        return super().compute_objectives(predictions, batch, stage)
+
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
+        self.fails("end")
+
+
+def full(_: Any) -> Any:
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "copies", "groups"),
+    [
+        ((4, "forward"), True, [range(3), range(4, 8)]),
+        ((2, "end"), True, [(0, 2, 3), range(4, 8)]),
+        # Without a copy, what the window has gathered is dropped with it.
+        ((2, "end"), False, [(2, 3), range(4, 8)]),
+        ((1, "end"), False, [range(1, 4), range(4, 8)]),
+        ((8, "step"), True, LARGE[:1]),
+    ],
+)
+def test_a_batch_without_memory_has_no_weight(
+    monkeypatch: pytest.MonkeyPatch, fails_at: Any, copies: bool, groups: Groups
+) -> None:
+    # To collect it takes longer than all else here.
+    monkeypatch.setattr(out_of_memory, "garbage_collection_cuda", lambda: None)
+    if not copies:
+        monkeypatch.setattr(before_batch, "gradients", full)
+    cls = type("FailsAt", (Greedy,), {"fails_at": fails_at})
+    brain = fitted(cls, ONE_BY_ONE, oom_patience=1, **WINDOWS)
+    assert difference(brain, fitted(groups=[*groups, *LARGE], epochs=1)) <= 1e-6
+    assert brain.fails_at == (0, "")
 
 
 class Tries(Callback):

@@ -12,12 +12,12 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from brain_lightning import Brain
+from brain_lightning import Brain, to_lightning
 from brain_lightning.errors import PreflightError, UnsupportedError
 from brain_lightning.trials import preflight
 from brain_lightning.trials.memory import measured_usage
-from tests.parity.sides import OURS, SPEECHBRAIN, Side
-from tests.support.brains import Regression, all_equal, loader, make, weights
+from tests.parity.sides import SPEECHBRAIN
+from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
 from tests.trials import tried
 
 # A wider one is 40 seconds at 100 frames.
@@ -78,7 +78,7 @@ def test_an_utterance_for_which_there_is_no_memory_is_told_of_before_the_first_e
     assert message.startswith(
         "preflight: no memory for the longest batch in TRAIN, "
         "with ids ['utt5', 'utt2', 'utt3', 'utt6'], lengths [40.0, 5.0, 3.0, 3.0], "
-        "sig.data of shape (4, 4000), sig.lengths of shape (4,): "
+        "sig.data (4, 4000), sig.lengths (4,) = [1.0, 0.125, 0.075, 0.075]: "
         "CUDA out of memory. Tried to allocate 2.00 GiB. Make batches smaller"
     )
     assert brain.seen == [("TRAIN", 4000)]
@@ -163,24 +163,20 @@ def test_it_leaves_nothing_behind(
     def trained(name: str, asked: bool) -> list[Tensor]:
         folder = tmp_path / name
         brain, (train, valid) = tried.make(folder, **kind), tried.loaders()
+        # SpeechBrain's has no such run option.
+        brain.hparams.preflight = asked
+        module = to_lightning(brain)
+        if "side" not in kind:
+            brain._lightning.preflight = asked
         watched = Watched(brain, folder, train)
         monkeypatch.setattr(preflight, "preflight", watched)
-        with_side(kind.get("side", OURS), brain, train, valid, asked)
+        trainer_with(max_epochs=2).fit(module, train, valid)
         monkeypatch.undo()
         assert watched.seen[::2] == watched.seen[1::2]
         assert len(watched.seen) == 2 * asked
         return weights(brain)
 
     assert all_equal(trained("asked", True), trained("not", False))
-
-
-def with_side(side: Side, brain: Any, train: Any, valid: Any, asked: bool) -> None:
-    from brain_lightning import to_lightning
-    from tests.support.brains import trainer_with
-
-    module = to_lightning(brain)
-    brain._lightning.preflight = asked
-    trainer_with(max_epochs=2).fit(module, train, valid)
 
 
 class Peak(Callback):

@@ -266,9 +266,14 @@ def accumulated_by_tokens(side: Side, record: Record) -> Any:
     def around(self: Any, batch: Any) -> Any:
         return side.Brain.fit_batch(self, batch)
 
+    # There we average gradients ourselves.
+    together = {} if STRATEGY == "fsdp2" else {"oom_patience": 0}
     # Clipped to a norm, gradients of any size would be the same.
-    for window, norm, hooks in ((2, 0.0, {}), (4, 0.1, {"fit_batch": around}), (1, 0.0, {})):
-        options = {"accumulate_by": "tokens", "grad_accumulation_factor": window}
+    for window, norm, hooks, more in (
+        (2, 0.0, {}, {}), (4, 0.1, {"fit_batch": around}, {}), (1, 0.0, {}, {}),
+        (2, 0.0, {}, together),
+    ):  # fmt: skip
+        options = {"accumulate_by": "tokens", "grad_accumulation_factor": window, **more}
         brain = make(
             side, record, {"model": nn.Linear(FEATURES, CLASSES).double()}, opt_class=sgd,
             run_opts={**GLOO, **options, "max_grad_norm": norm},
