@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from itertools import islice
@@ -20,7 +20,6 @@ from brain_lightning.compat import dynamic_batches as dynamic
 from brain_lightning.compat.speechbrain import clear_position, is_looped_loader
 from brain_lightning.data.dataloaders import has_indices, length_of, twin
 from brain_lightning.data.several_loaders import SeveralLoaders
-from brain_lightning.errors import UnsupportedError
 
 from .lengths import Lengths, lengths_of, name_of, size_of
 
@@ -75,9 +74,6 @@ def longest_batches(loader: Any) -> Longest:
 
     Returns:
         The batches; of a stream, whose longest nobody knows, the first ones.
-
-    Raises:
-        UnsupportedError: It is an iterator, of which a batch is lost that is tried.
     """
     if isinstance(loader, SeveralLoaders):
         return _of_several(loader)
@@ -89,11 +85,6 @@ def longest_batches(loader: Any) -> Longest:
         return Longest(_in_this_process(loader), FIRST, "the first of a stream")
     if isinstance(loader, Sequence):
         return Longest(sorted(loader, key=size_of, reverse=True), min(1, len(loader)), "size")
-    if isinstance(loader, Iterator):
-        raise UnsupportedError(
-            f"{type(loader).__name__} is an iterator, and a batch that is tried would be "
-            "missing in training: give a DataLoader, or leave out the preflight"
-        )
     return Longest(loader, FIRST, "the first of an iterable")
 
 
