@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from brain_lightning.errors import UnsupportedError
 from brain_lightning.stages.run import Run
 from brain_lightning.step.out_of_memory import is_out_of_memory
 
+from .longest import longest_batches
 from .trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class _Fits:
         try:
             if self._trains:
                 trial.start()
-            for batch in islice(trial.batches(self._loader), self._steps):
+            for batch in islice(self._longest(), self._steps):
                 step(batch)
                 batches += 1
         except (RuntimeError, MemoryError) as error:
@@ -115,6 +116,12 @@ class _Fits:
             return False
         # With drop_last there may be none.
         return batches > 0
+
+    def _longest(self) -> Iterator[Any]:
+        """The batches that take most memory, over and over."""
+        longest = longest_batches(self._loader)
+        while longest.count:
+            yield from islice(self._trial.batches(longest.loader), longest.count)
 
 
 def _largest(fits: _Fits, first: float, limit: float, search: Search) -> float:

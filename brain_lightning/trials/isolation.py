@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
+from inspect import getattr_static
 from typing import Any
 
 from brain_lightning.protocol import BrainProtocol, hparams_of
@@ -14,26 +16,39 @@ SAVES = ("save_checkpoint", "save_and_keep_only", "delete_checkpoints")
 LOGS = ("log_stats", "log_image", "log_audio", "log_figure")
 
 
-def isolate(brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
-    """Puts the Checkpointer and the train loggers of a recipe out of reach.
+def isolate(
+    brain: BrainProtocol, objects: Iterable[Any], temporary: TemporaryAttributes
+) -> None:
+    """Puts the Checkpointers and the train loggers of a recipe out of reach.
 
     Hooks may call them: they do nothing.
 
     Args:
         brain: The Brain.
+        objects: What can be reached from it.
         temporary: Records what is changed.
     """
-    for owner in _writers(brain):
+    for owner in _writers(brain, objects):
         for name in (*SAVES, *LOGS):
             if callable(getattr(owner, name, None)):
                 temporary.override(owner, name, _nothing)
 
 
-def _writers(brain: BrainProtocol) -> Iterator[Any]:
+def _writers(brain: BrainProtocol, objects: Iterable[Any]) -> Iterator[Any]:
     if brain.checkpointer is not None:
         yield brain.checkpointer
-    found = {id(obj): obj for obj in (*hparams_of(brain).values(), *vars(brain).values())}
-    yield from (obj for obj in found.values() if hasattr(obj, "log_stats"))
+    # Not all that answers to any name is a train logger.
+    own = (*hparams_of(brain).values(), *vars(brain).values())
+    yield from (obj for obj in own if getattr_static(obj, "log_stats", None) is not None)
+    for obj in objects:
+        cls: Any = type(obj)
+        if _is_writer(cls):
+            yield obj
+
+
+@cache
+def _is_writer(cls: Any) -> bool:
+    return hasattr(cls, "log_stats") or hasattr(cls, "save_and_keep_only")
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

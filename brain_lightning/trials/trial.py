@@ -51,16 +51,19 @@ class Trial:
 
     def __enter__(self) -> Trial:
         """Takes the snapshot."""
-        brain, temporary = self._brain, TemporaryAttributes()
-        snapshot = Snapshot(brain, *map(_what_draws, self._loaders))
-        self._restores.callback(snapshot.restore)
-        self._restores.enter_context(temporary)
-        isolate(brain, temporary)
-        temporary.enter_context(torch.enable_grad())
-        if world_size() > 1:
-            # Where they cannot, a process that has no memory ends the run.
-            with suppress(UnsupportedError):
-                fail_together(brain, temporary)
+        brain = self._brain
+        snapshot = Snapshot(brain, *self._loaders)
+        with ExitStack() as restores:
+            restores.callback(snapshot.restore)
+            temporary = restores.enter_context(TemporaryAttributes())
+            isolate(brain, snapshot.objects, temporary)
+            temporary.enter_context(torch.enable_grad())
+            if world_size() > 1:
+                # Where they cannot, a process that has no memory ends the run.
+                with suppress(UnsupportedError):
+                    fail_together(brain, temporary)
+            # Where that fails, everything is restored here.
+            self._restores = restores.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -158,13 +161,6 @@ def _number(loss: Any) -> float:
     if found is not None:
         return found.item()
     return float(loss) if isinstance(loss, (int, float)) else float("nan")
-
-
-def _what_draws(loader: Any) -> Any:
-    """The attributes of a loader: its samplers and generators, but not its data."""
-    if isinstance(loader, SeveralLoaders):
-        return [_what_draws(each) for each in loader.loaders]
-    return vars(loader) if hasattr(loader, "__dict__") else loader
 
 
 def _iterate(loader: Any) -> Iterable[Any]:

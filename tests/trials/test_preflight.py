@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +24,16 @@ from tests.trials import tried
 MEMORY = 8 * 1000
 
 
+SEEN: list[tuple[str, int]] = []
+UPDATES: list[bool] = []
+
+
 class Recognizer(Brain):
     """Has memory for so many padded frames, and records what it has seen."""
 
-    # Of the class: that of an object would be restored.
-    seen: ClassVar[list[tuple[str, int]]] = []
-    updates: ClassVar[list[bool]] = []
+    # What hangs on the Brain or on its class is restored after a trial.
+    seen = property(lambda self: SEEN)
+    updates = property(lambda self: UPDATES)
 
     def compute_forward(self, batch: Any, stage: Any) -> Tensor:
         frames = batch.sig.data

@@ -66,6 +66,7 @@ def on_fit_batch_end(
     self.array[self.step % 3] += random.random() + np.random.rand()  # noqa: S311
     self.hparams.annealing(self.optimizer)
     self.hparams.train_logger.log_stats({"step": self.step}, train_stats={"loss": loss.item()})
+    self.hparams.loggers[1].log_stats({"step": self.step})
     if self.step % 4 == 0:
         self.checkpointer.save_and_keep_only({"step": self.step}, num_to_keep=1)
 
@@ -118,6 +119,7 @@ def make(folder: Path, side: Side = OURS, **hooks: Any) -> Any:
     hparams = {
         "annealing": Annealing(),
         "train_logger": TrainLogger(folder / "train_log.txt"),
+        "loggers": [None, TrainLogger(folder / "another_log.txt")],
         "counter": counter,
         "lr": 0.01,
     }
