@@ -333,6 +333,20 @@ def stream_given_as_dataset(side: Side, record: Record) -> Any:
     return brain
 
 
+def records_given_as_dataset(side: Side, record: Record) -> Any:
+    """As SpeechBrain's MetricGAN recipe, which makes the loader of a dict by itself."""
+
+    def make_dataloader(self: Any, data: Any, stage: Any, **kwargs: Any) -> Any:
+        if isinstance(data, dict):
+            data = [dataset()[each["index"]] for each in data.values()]
+        return side.Brain.make_dataloader(self, data, stage, **kwargs)
+
+    brain = make(side, record, make_dataloader=make_dataloader)
+    records = {f"utt{n}": {"index": n, "score": 0.5} for n in range(9)}
+    brain.fit(range(2), records, train_loader_kwargs={"batch_size": 2})
+    return brain
+
+
 def changing_length(side: Side, record: Record) -> Any:
     brain = make(side, record, two_modules(0.2))
     train = loader(record, brain, batch_sampler=ChangingBatches(3, 6, 2, 0, 4))
