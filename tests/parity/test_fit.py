@@ -664,6 +664,7 @@ SCENARIOS = [
     no_vector_weight_decay, no_valid_set, evaluate_after_fit, evaluate_between_epochs,
     fit_twice, finished_counter_again, counter_with_stopper, fit_inside_fit, counted_by_range,
     counted_by_a_generator, no_epoch_at_all, stream_without_length, stream_given_as_dataset,
+    records_given_as_dataset,
     changing_length, wrong_length, empty_sets, looped_loader, debug_mode,
     debug_mode_in_numbers, update_limit, only_tested, interrupted, an_exception, with_a_bar,
     fit_batch_overridden, fit_batch_calls_super, optimizers_step_overridden,
