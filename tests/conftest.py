@@ -7,11 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.utilities import memory
 
 from tests.support.environment import seed_everything
 
@@ -51,12 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     seed_everything(1234)
-
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning's looks at every object of this process, which takes longer than a test."""
-    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=int))
 
 
 @pytest.fixture(autouse=True)
