@@ -16,6 +16,7 @@ from brain_lightning.data.dataloaders import twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import NonFiniteLossError, UnsupportedError
+from brain_lightning.fsdp2.evaluate import gathered
 from brain_lightning.phase import Phase
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.metrics import scalar
@@ -47,6 +48,8 @@ class Trial:
         self._run, self._brain, self._trainer = run, run.brain, trainer
         self._loaders = loaders
         self._restores = ExitStack()
+        # In which weights that are in shards are whole.
+        self._gathered = ExitStack()
         self._evaluates: RunStage | None = None
 
     def __enter__(self) -> Trial:
@@ -56,6 +59,7 @@ class Trial:
         with ExitStack() as restores:
             restores.callback(snapshot.restore)
             temporary = restores.enter_context(TemporaryAttributes())
+            restores.enter_context(self._gathered)
             isolate(brain, snapshot.objects, temporary)
             temporary.enter_context(torch.enable_grad())
             if world_size() > 1:
@@ -72,6 +76,7 @@ class Trial:
 
     def start(self) -> None:
         """Starts a TRAIN stage, as ``speechbrain.Brain._fit_train`` does."""
+        self._gathered.close()
         brain, self._evaluates = self._brain, None
         brain.step, brain.avg_train_loss, brain.nonfinite_count = 0, 0.0, 0
         # A trial may go where the loss is no number.
@@ -110,6 +115,7 @@ class Trial:
             set_name: Of the set, where there are several.
         """
         brain, self._evaluates = self._brain, stage
+        self._gathered.enter_context(gathered(brain))
         brain._lightning.set_name = set_name
         epoch = None if stage is self._run.test else self._epoch
         brain.on_stage_start(stage.brain_stage, epoch)
