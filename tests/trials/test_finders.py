@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from speechbrain.dataio.sampler import DistributedSamplerWrapper as SpeechBrainWrapper
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from torch.utils.data import DataLoader
 
 from brain_lightning import UnsupportedError, to_lightning
+from brain_lightning.data.batch_size import BatchSize
+from brain_lightning.data.samplers import DistributedSamplerWrapper
 from tests.parity.recipes import dataset
 from tests.parity.sides import SPEECHBRAIN
 from tests.support.brains import all_equal, trainer_with, weights
@@ -92,6 +96,51 @@ def test_a_run_that_is_resumed_does_not_search_again(tmp_path: Path) -> None:
     assert finder.optimal_lr is None
     assert searched.optimal_lr is not None
     assert all_equal(weights(whole), weights(resumed))
+
+
+def test_a_run_that_is_resumed_has_the_size_that_was_found(tmp_path: Path) -> None:
+    sizes: list[list[int]] = []
+
+    class Sizes(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, _: int) -> None:
+            sizes[-1].append(len(batch[0]))
+
+    def fit(folder: Path, *steps: int) -> Any:
+        for limit in steps:
+            brain, (train, valid) = make(folder), loaders()
+            brain.hparams.annealing = print
+            sizes.append([])
+            finder = BatchSizeFinder("binsearch", init_val=4, margin=0.25)
+            limits = {"max_epochs": -1, "max_steps": limit, "val_check_interval": 0.5}
+            trainer = trainer_with(finder, Sizes(), **limits)
+            trainer.fit(to_lightning(brain), train, valid)
+            # Two of the four batches that there are now.
+            assert trainer.val_check_batch == 2
+            assert finder.optimal_batch_size == train.batch_size == 12
+        return brain
+
+    whole = fit(tmp_path / "whole", 6)
+    resumed = fit(tmp_path / "resumed", 3, 6)
+    assert sizes == [[12, 12, 12, 4, 12, 12], [12, 12, 12], [4, 12, 12]]
+    assert all_equal(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("buckets", [{"num_buckets": 4}, {"bucket_boundaries": [4.0, 8.0]}])
+@pytest.mark.parametrize("wrapper", [SpeechBrainWrapper, DistributedSamplerWrapper])
+def test_a_dynamic_sampler_makes_the_batches_that_its_constructor_would_make(
+    wrapper: Any, buckets: Any
+) -> None:
+    """Also where each process has its share of them, and a boundary is the length."""
+
+    def make_sampler(length: float) -> Any:
+        lengths = [1.0 + item % 7 for item in range(ITEMS)]
+        sampler = DynamicBatchSampler(dataset(ITEMS), length, lengths_list=lengths, **buckets)
+        return wrapper(sampler, num_replicas=2, rank=0, shuffle=False)
+
+    sampler, expected = make_sampler(8), make_sampler(30)
+    BatchSize(DataLoader(dataset(ITEMS), batch_sampler=sampler)).set(30.0)
+    assert list(sampler) == list(expected) != list(make_sampler(8))
+    assert len(sampler) == len(expected)
 
 
 def test_the_batch_length_of_a_dynamic_sampler_is_searched(tmp_path: Path) -> None:
