@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader
 from brain_lightning import UnsupportedError, to_lightning
 from brain_lightning.data.batch_size import BatchSize
 from brain_lightning.data.samplers import DistributedSamplerWrapper
+from brain_lightning.trials import trial
+from brain_lightning.trials.snapshot import Snapshot
 from tests.parity.recipes import dataset
 from tests.parity.sides import SPEECHBRAIN
 from tests.support.brains import all_equal, trainer_with, weights
@@ -61,6 +64,22 @@ def test_an_error_leaves_nothing_behind(
         assert "more than 1 value per channel" in str(raised)
     else:
         assert raised is error or isinstance(raised.__context__, type(error))
+
+
+def test_a_ctrl_c_waits_until_everything_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Snapshot):
+        def restore(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            super().restore()
+
+    monkeypatch.setattr(trial, "Snapshot", Interrupted)
+    _, watched, raised = search(tmp_path, "rate")
+    assert watched.before == watched.after
+    assert watched.before[0]["logged"] > 0
+    assert not watched.found
+    assert isinstance(getattr(raised, "__context__", None), KeyboardInterrupt)
 
 
 def test_what_tuner_finds_is_what_the_next_fit_trains_with(tmp_path: Path) -> None:
