@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -71,8 +73,9 @@ class Trial:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Restores everything."""
-        self._restores.close()
+        """Restores everything; a Ctrl-C waits until that is over."""
+        with _uninterrupted():
+            self._restores.close()
 
     def start(self) -> None:
         """Starts a TRAIN stage, as ``speechbrain.Brain._fit_train`` does."""
@@ -160,6 +163,23 @@ class Trial:
         if self._run.run_state.phase is Phase.STARTING:
             return current
         return (current if isinstance(current, int) else 0) + 1
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        # Nothing that Python could call later, or nobody who is interrupted.
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _number(loss: Any) -> float:
