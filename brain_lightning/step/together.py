@@ -51,7 +51,11 @@ def compute_alone(
     """
     brain.on_fit_batch_start(batch, should_step)
     with brain.no_sync(not should_step):
-        return update.compute_gradients(batch)
+        result = update.compute_gradients(batch)
+    if should_step and not result.finite and brain.grad_accumulation_factor > 1:
+        # There was no backward pass, in which DistributedDataParallel averages.
+        average_window(brain)
+    return result
 
 
 def compute_together(
@@ -108,7 +112,7 @@ def compute_together(
 
 
 def average_window(brain: BrainProtocol) -> bool:
-    """Averages the gradients of a window whose last batch was given up.
+    """Averages the gradients of a window whose last batch has none.
 
     Args:
         brain: The Brain in training.
@@ -116,8 +120,7 @@ def average_window(brain: BrainProtocol) -> bool:
     Returns:
         Whether there are any, in all processes.
     """
-    if brain._lightning.fails_together:
-        parameters = averaged_parameters(brain)
+    if parameters := averaged_parameters(brain):
         each = gather([p.grad is not None for p in parameters])
         has_gradient = map(any, zip(*each, strict=True))
         average_gradients(p for p, has in zip(parameters, has_gradient, strict=True) if has)
