@@ -16,7 +16,7 @@ from brain_lightning.stage import Stage
 from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
 from brain_lightning.step.together import average_window
 from brain_lightning.step.valid_step import reset_valid_step
-from brain_lightning.step.window import restart_window
+from brain_lightning.step.window import is_full, restart_window
 
 from .base import RunStage
 from .error_context import with_error_context
@@ -149,7 +149,7 @@ class TrainStage(RunStage):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._undo(error, batch)
+            self._undo_or_end(error, batch)
             loss = self._skip(error, step)
         finally:
             self._fitting.pop()
@@ -159,10 +159,10 @@ class TrainStage(RunStage):
         self.batches += 1
         return loss
 
-    def _undo(self, error: Exception, batch: Any) -> None:
+    def _undo_or_end(self, error: Exception, batch: Any) -> None:
         """Undoes what a batch has changed for which there was no memory.
 
-        Where patience is exhausted the run is saved, and resumes with this batch.
+        Where patience is exhausted the run is saved and ends, and resumes with this batch.
 
         Args:
             error: What it has raised; raised again where the run ends.
@@ -179,7 +179,7 @@ class TrainStage(RunStage):
             raise error
 
     def _skip(self, error: Exception, step: Callable[[], None]) -> Tensor:
-        """Goes on as if there had been no such batch, but for its number.
+        """Goes on without a batch that is undone: only the number of the step counts it.
 
         Args:
             error: What it has raised.
@@ -197,12 +197,10 @@ class TrainStage(RunStage):
             brain._lightning.oom_patience,
             "; ".join([str(error).partition("\n")[0] or type(error).__name__, *notes(error)]),
         )
-        factor = brain.grad_accumulation_factor
-        ends_window = self.step % factor == 0 or brain._lightning.ends_window
         if before.steps:
             # It would have no memory again.
             before.drop_gradients()
-        elif factor > 1 and ends_window and average_window(brain):
+        elif brain.grad_accumulation_factor > 1 and is_full(brain) and average_window(brain):
             step()
         self.steps = brain.optimizer_step - before.counts["optimizer_step"]
         return torch.tensor(torch.nan)

@@ -94,6 +94,16 @@ def check_window(brain: BrainProtocol) -> None:
             )
 
 
+def is_full(brain: BrainProtocol) -> bool:
+    """Whether the window ends with the batch in hand.
+
+    Args:
+        brain: The Brain in training; its ``step`` counts this batch already.
+    """
+    ends_early = brain._lightning.ends_window
+    return brain.step % brain.grad_accumulation_factor == 0 or ends_early
+
+
 def window_of(brain: BrainProtocol) -> Window:
     """The window that is not full.
 
