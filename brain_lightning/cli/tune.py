@@ -67,6 +67,7 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     trainer["logger"] = DummyLogger()
     picture = _checked(Path(options.output)) if kind == "lr" else None
     with _apart(rest) as apart:
+        # Processes that are started here write to the same folder.
         added = apart[len(rest) :]
         return in_processes(
             ["tune", *words, *added], script, apart, trainer,

@@ -161,10 +161,13 @@ class Finders:
                 )
             return self._run.train.loader.loader
         if fn is TrainerFn.PREDICTING:
-            raise UnsupportedError("a batch size is found in fit, validate and test")
+            raise UnsupportedError("BatchSizeFinder searches in fit, validate and test alone")
         stage = self._run.test if fn is TrainerFn.TESTING else self._run.valid
         if len(stage.loaders) > 1:
-            raise UnsupportedError("a batch size is found for one set: give one alone")
+            raise UnsupportedError(
+                f"BatchSizeFinder searches with one set, and there are {len(stage.loaders)}: "
+                "give one of them"
+            )
         return stage.loaders[0].loader
 
 

@@ -106,19 +106,24 @@ def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> 
             f"a preflight cannot know the batches of {type(run.brain).__name__}: its own fit "
             "makes or chooses the loaders. Leave out --preflight"
         )
-    if fits and trainer.enable_validation and not run.valid.loaders:
-        # Lightning makes them later, where it does not validate after the first epoch.
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        trainer.training = True
-    stages = (run.train, run.valid) if fits else (run.test,)
-    tried = preflight(run, trainer, stages)
+    if fits:
+        _make_validation_loaders(run, trainer)
+    tried = preflight(run, trainer, (run.train, run.valid) if fits else (run.test,))
     if trainer.is_global_zero and not getattr(run.brain, "rank", 0):
         print(table(tried, run.brain.device), flush=True)  # noqa: T201
     for callback in alone:
         callback.tried += tried
         callback.is_trying = False
+    if alone:
         raise TunerExitException
+
+
+def _make_validation_loaders(run: Run, trainer: Trainer) -> None:
+    """Lightning makes them later, where it does not validate after the first epoch."""
+    if trainer.enable_validation and not run.valid.loaders:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
 
 
 def preflight(run: Run, trainer: Trainer, stages: Sequence[RunStage]) -> list[Tried]:
