@@ -146,7 +146,7 @@ def _shared(flags: BatchFlags, result: object, failed_rank: int) -> Exception:
         error = torch.OutOfMemoryError(
             f"rank {failed_rank} ran out of memory in this batch, which all processes give up"
         )
-    flags.shared_error = id(error)
+    flags.share(error)
     return error
 
 
