@@ -19,6 +19,7 @@ from brain_lightning.distributed.communication import gather, rank
 from brain_lightning.distributed.gradients import (
     average_gradients,
     averaged_parameters,
+    modules_with_gradients,
     share_buffers,
     wrapped_modules,
 )
@@ -52,7 +53,11 @@ def compute_alone(
     """
     brain.on_fit_batch_start(batch, should_step)
     with brain.no_sync(not should_step):
-        return update.compute_gradients(batch)
+        result = update.compute_gradients(batch)
+    if should_step and not result.finite and brain.grad_accumulation_factor > 1:
+        # No backward pass has averaged those of the batches before it.
+        average_window(brain)
+    return result
 
 
 def compute_together(
@@ -83,6 +88,7 @@ def compute_together(
     with brain.no_sync():
         result = _attempt(brain, batch, update, should_step)
     averaged = averaged_parameters(brain) if should_step else []
+    used = modules_with_gradients(brain) if should_step else []
     failed = isinstance(result, Exception)
     reduction = flags.reduce(
         False if isinstance(result, Exception) else result.raised(),
@@ -101,15 +107,14 @@ def compute_together(
     result.settle(is_finite)
     least = 1 if is_finite else 2
     average_gradients(p for p, has in zip(averaged, has_gradient, strict=True) if has >= least)
-    if should_step:
-        for module in wrapped_modules(brain):
-            # As after a backward pass that has averaged.
-            module.require_forward_param_sync = True
+    for module in used:
+        # As after a backward pass that has averaged.
+        module.require_forward_param_sync = True
     return result
 
 
 def average_window(brain: BrainProtocol) -> bool:
-    """Averages the gradients of a window whose last batch was given up.
+    """Averages the gradients of a window whose last batch has none.
 
     Args:
         brain: The Brain in training.
@@ -117,8 +122,7 @@ def average_window(brain: BrainProtocol) -> bool:
     Returns:
         Whether there are any, in all processes.
     """
-    if brain._lightning.fails_together:
-        parameters = averaged_parameters(brain)
+    if parameters := averaged_parameters(brain):
         each = gather([p.grad is not None for p in parameters])
         has_gradient = map(any, zip(*each, strict=True))
         average_gradients(p for p, has in zip(parameters, has_gradient, strict=True) if has)
