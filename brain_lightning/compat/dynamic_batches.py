@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from typing import Any
 
@@ -46,13 +45,17 @@ def set_max_batch_length(sampler: Any, length: float) -> None:
         length: The new ``max_batch_length``.
     """
     boundaries, before = sampler._bucket_boundaries, sampler._max_batch_length
-    if math.isclose(boundaries[-1], before):
-        boundaries = boundaries * (length / before)
+    if np.array_equal(boundaries, _quantiles(sampler, before)):
+        boundaries = sampler._bucket_boundaries = _quantiles(sampler, length)
     fits = (max(1, int(length / boundary)) for boundary in boundaries)
     sampler._max_batch_length = length
-    sampler._bucket_boundaries = np.asarray(boundaries)
     sampler._bucket_lens = [*(min(sampler._max_batch_ex, each) for each in fits), 1]
     sampler._generate_batches()
+
+
+def _quantiles(sampler: Any, length: float) -> Any:
+    number = len(sampler._bucket_boundaries)
+    return np.array(sampler._get_boundaries_through_warping(length, number))
 
 
 def lengths(sampler: Any) -> dict[int, float]:

@@ -87,7 +87,13 @@ def _new_settings(brain: Any) -> LightningSettings:
         )
     # SpeechBrain keeps no more of them than the values.
     defaults = run_option_defaults(sys.modules["speechbrain.core"])
-    of_any_brain = ("accumulate_by", "preflight", "progress", "progress_interval")
+    of_any_brain = (
+        "accumulate_by",
+        "oom_patience",
+        "preflight",
+        "progress",
+        "progress_interval",
+    )
     found = {name: hparam(brain, name) for name in of_any_brain}
     return LightningSettings(
         _loaded("core", "Stage"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from brain_lightning.compat import dynamic_batches as dynamic
 from brain_lightning.errors import UnsupportedError
 
 from .dataloaders import has_indices, length_of
+from .samplers import share_anew
 
 
 class BatchSize:
@@ -59,10 +60,12 @@ class BatchSize:
         Args:
             size: As ``current``.
         """
+        batches: Any = self._loader.batch_sampler
         if self._dynamic is not None:
             dynamic.set_max_batch_length(self._dynamic, size)
+            if isinstance(batches, DistributedSampler):
+                share_anew(batches)
             return
-        batches: Any = self._loader.batch_sampler
         # DataLoader's __setattr__ refuses to change its own.
         batches.batch_size = vars(self._loader)["batch_size"] = int(size)
 

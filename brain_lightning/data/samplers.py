@@ -81,3 +81,15 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         super().set_epoch(epoch)
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+
+def share_anew(sampler: DistributedSampler[Any]) -> None:
+    """Shares what a sampler wraps, whose length has changed, which is looked at once.
+
+    Args:
+        sampler: A DistributedSampler, or a wrapper such as SpeechBrain's.
+    """
+    anew: DistributedSampler[Any] = DistributedSampler(
+        sampler.dataset, sampler.num_replicas, sampler.rank, drop_last=sampler.drop_last
+    )
+    sampler.num_samples, sampler.total_size = anew.num_samples, anew.total_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +56,20 @@ def are_several(sets: Any) -> bool:
     """Whether an argument of ``fit`` or ``evaluate`` is several sets, and not one dataset.
 
     Args:
-        sets: A dict, or a list of nothing but datasets and loaders; a list of anything else
-            is a dataset.
+        sets: A dict of sets, or a list of nothing but datasets and loaders; a dict or a list
+            of anything else is a dataset, as MetricGAN's dict of records by their ids is,
+            for which that recipe has a ``make_dataloader`` of its own.
     """
     if isinstance(sets, Mapping):
-        return True
+        return len(sets) > 0 and all(map(_is_set, sets.values()))
     is_list = isinstance(sets, (list, tuple)) and len(sets) > 0
     return is_list and all(isinstance(each, Dataset) or is_loader(each) for each in sets)
+
+
+def _is_set(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return are_several(value)
+    return isinstance(value, (Iterable, Dataset)) and not isinstance(value, (str, bytes))
 
 
 def map_sets(function: Callable[[Any], Any], sets: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,6 +97,19 @@ class BrainFitLoop(_FitLoop):
         if isinstance(interval, float) and interval == 1.0:
             trainer.val_check_batch = float("inf")
         return None if length is None else min(length, _limit(limit, length))
+
+    def change_length(self, length: int | None) -> None:
+        """Counts another number of batches than those that there were when they were loaded.
+
+        Args:
+            length: Batches of the training set, or None.
+        """
+        trainer = self.trainer
+        # Not there where the interval is a time.
+        interval = getattr(trainer, "val_check_interval", None)
+        self.max_batches = _estimate(trainer.limit_train_batches, length)
+        if isinstance(interval, float) and math.isfinite(self.max_batches):
+            trainer.val_check_batch = max(1, int(self.max_batches * interval))
 
     def fetch_batch(self) -> bool:
         """Fetches the next training batch; without one TRAIN ends.

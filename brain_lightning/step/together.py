@@ -55,7 +55,7 @@ def compute_alone(
     with brain.no_sync(not should_step):
         result = update.compute_gradients(batch)
     if should_step and not result.finite and brain.grad_accumulation_factor > 1:
-        # No backward pass has averaged those of the batches before it.
+        # There was no backward pass, in which DistributedDataParallel averages.
         average_window(brain)
     return result
 

@@ -17,7 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 
 from brain_lightning.data.batch_size import BatchSize
+from brain_lightning.data.dataloaders import length_of
 from brain_lightning.errors import UnsupportedError
+from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import (
     TunerExitException,
     arguments_of_finder,
@@ -29,6 +31,9 @@ from brain_lightning.temporary import TemporaryAttributes
 from . import batch_size, learning_rate
 
 logger = logging.getLogger(__name__)
+
+# In the state of a BatchSizeFinder, which has none by itself.
+SIZE = "brain_lightning_size"
 
 
 class Finders:
@@ -46,6 +51,9 @@ class Finders:
     def __init__(self, run: Run, trainer: Trainer, temporary: TemporaryAttributes) -> None:
         self._run, self._trainer = run, trainer
         self._waiting: list[Callable[[], None]] = []
+        # Of a run that is resumed, by the callbacks that have found them.
+        self._recovered: list[tuple[BatchSizeFinder, float]] = []
+        self._sizes: dict[BatchSizeFinder, float] = {}
         self._may_begin = trainer.state.fn is not TrainerFn.FITTING
         for callback in callbacks_of(trainer):
             if isinstance(callback, LearningRateFinder):
@@ -56,13 +64,17 @@ class Finders:
                 temporary.override(callback, "scale_batch_size", search)
                 # It asks for attributes of a module, and for loaders that a module makes.
                 temporary.override(callback, "setup", _nothing)
+                temporary.wrap(callback, "state_dict", partial(self._save_size, callback))
+                temporary.wrap(callback, "load_state_dict", partial(self._load_size, callback))
 
     def start(self) -> None:
         """Begins the searches that were asked for."""
         self._may_begin = True
-        if self._waiting:
+        if self._waiting or self._recovered:
             # Lightning makes its loader after on_fit_start.
             self._trainer.fit_loop.setup_data()
+        while self._recovered:
+            self._set_size(*self._recovered.pop(0))
         while self._waiting:
             self._waiting.pop(0)()
 
@@ -95,21 +107,40 @@ class Finders:
         _exit(exits)
 
     def _find_size(self, callback: BatchSizeFinder) -> None:
-        arguments, _, name, exits = arguments_of_finder(callback)
+        arguments, _, _, exits = arguments_of_finder(callback)
         if self._is_resumed(callback, exits):
             return
-        loader = self._loader()
         search = batch_size.Search(**arguments)
-        found = batch_size.find(self._run, self._trainer, loader, search)
+        found = batch_size.find(self._run, self._trainer, self._loader(), search)
+        self._set_size(callback, found)
+        _exit(exits)
+
+    def _set_size(self, callback: BatchSizeFinder, found: float) -> None:
+        loader, name = self._loader(), arguments_of_finder(callback)[2]
         callback.optimal_batch_size = int(found)
+        self._sizes[callback] = found
         size = BatchSize(loader)
         size.set(found)
         module = self._trainer.lightning_module
         if lightning_hasattr(module, name):
             # Of a LightningDataModule, which may make its loaders again.
             lightning_setattr(module, name, int(found))
+        if self._trainer.state.fn is TrainerFn.FITTING:
+            fit_loop_of(self._trainer).change_length(length_of(loader))
         logger.info("The loader has a %s of %g now.", size.name, found)
-        _exit(exits)
+
+    def _save_size(self, callback: BatchSizeFinder, original: Any) -> dict[str, Any]:
+        """What it has found is of the run: the batches of another size are others."""
+        found = self._sizes.get(callback)
+        return {**original(), **({} if found is None else {SIZE: found})}
+
+    def _load_size(
+        self, callback: BatchSizeFinder, original: Any, state: dict[str, Any]
+    ) -> None:
+        own = dict(state)
+        if SIZE in own:
+            self._recovered.append((callback, own.pop(SIZE)))
+        original(own)
 
     def _loader(self) -> Any:
         """Of what runs: the training set, or the one set that is evaluated."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from brain_lightning.fsdp2.tensors import local
+from brain_lightning.fsdp2.tensors import is_shard, local
 
 Restore = Callable[[], None]
 Kept = tuple[list[Restore], Iterable[Any]]
@@ -35,11 +35,13 @@ def keep_attributes(obj: Any) -> Kept:
     """Its class, ``__dict__`` and ``__slots__``.
 
     Args:
-        obj: Any object.
+        obj: Any object; the parts of a shard are fsdp2's.
     """
     restores: list[Restore] = []
     held: list[Any] = []
     cls: Any = type(obj)
+    if issubclass(cls, Tensor) and is_shard(obj):
+        return restores, held
     if cls.__flags__ & _MADE_BY_PYTHON:
         # A lazy or parametrized module gets another one.
         restores.append(partial(_restore_class, obj, cls))
@@ -330,8 +332,10 @@ def _restore_data(tensor: Tensor, data: Tensor) -> None:
 
 @torch.no_grad()
 def _restore_tensor(tensor: Tensor, copy: Tensor) -> None:
-    # data: a graph that needs the tensor may be kept for another backward pass.
-    here = local(tensor.detach()).data
+    here = local(tensor.detach())
+    if not is_shard(tensor):
+        # A graph that needs the tensor may be kept for another backward pass.
+        here = here.data
     if here.shape != copy.shape or here.dtype != copy.dtype or here.is_sparse:
         # Somebody has given it other data.
         _restore_data(tensor, copy)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -194,9 +195,9 @@ def apply(brain: BrainProtocol, rate: float, name: str = "") -> None:
             f"attr_name={name!r} is no hyperparameter of {type(brain).__name__}: those that "
             f"are numbers are {_numbers(known)}"
         )
-    for each in [name] if name else NAMES:
-        if isinstance(known.get(each), float):
-            known[each] = rate
+    found = [each for each in NAMES if isinstance(known.get(each), Real)]
+    for each in [name] if name else found:
+        known[each] = rate
     brain._lightning.learning_rate = rate
     set_learning_rate(brain)
 

@@ -65,7 +65,8 @@ class PreflightAlone(Callback):
 
     Attributes:
         tried: What was tried, over all runs.
-        is_trying: Whether a preflight has begun and not succeeded.
+        is_trying: Whether a preflight has begun and not succeeded; that of an evaluation
+            counts where nothing was tried before, for it may need what training leaves.
     """
 
     def __init__(self) -> None:
@@ -99,7 +100,7 @@ def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> 
     if not alone and not (fits and run.brain._lightning.preflight):
         return
     for callback in alone:
-        callback.is_trying = True
+        callback.is_trying = fits or not callback.tried
     if by_own_fit:
         raise UnsupportedError(
             f"a preflight cannot know the batches of {type(run.brain).__name__}: its own fit "

@@ -141,7 +141,7 @@ def _keepers(cls: Any) -> tuple[Callable[[Any], Kept], ...]:
 
 
 def _is_outside(cls: type) -> bool:
-    if issubclass(cls, (nn.Module, Optimizer)):
+    if issubclass(cls, (Tensor, nn.Module, Optimizer)):
         return False
     return issubclass(cls, OUTSIDE) or any(
         f"{base.__module__}.".startswith(f"{outside}.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from brain_lightning.data.dataloaders import twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import NonFiniteLossError, UnsupportedError
+from brain_lightning.fsdp2.evaluate import gathered
 from brain_lightning.phase import Phase
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.metrics import scalar
@@ -47,6 +50,8 @@ class Trial:
         self._run, self._brain, self._trainer = run, run.brain, trainer
         self._loaders = loaders
         self._restores = ExitStack()
+        # In which weights that are in shards are whole.
+        self._gathered = ExitStack()
         self._evaluates: RunStage | None = None
 
     def __enter__(self) -> Trial:
@@ -56,6 +61,7 @@ class Trial:
         with ExitStack() as restores:
             restores.callback(snapshot.restore)
             temporary = restores.enter_context(TemporaryAttributes())
+            restores.enter_context(self._gathered)
             isolate(brain, snapshot.objects, temporary)
             temporary.enter_context(torch.enable_grad())
             if world_size() > 1:
@@ -67,11 +73,13 @@ class Trial:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Restores everything."""
-        self._restores.close()
+        """Restores everything; a Ctrl-C waits until that is over."""
+        with _uninterrupted():
+            self._restores.close()
 
     def start(self) -> None:
         """Starts a TRAIN stage, as ``speechbrain.Brain._fit_train`` does."""
+        self._gathered.close()
         brain, self._evaluates = self._brain, None
         brain.step, brain.avg_train_loss, brain.nonfinite_count = 0, 0.0, 0
         # A trial may go where the loss is no number.
@@ -110,6 +118,7 @@ class Trial:
             set_name: Of the set, where there are several.
         """
         brain, self._evaluates = self._brain, stage
+        self._gathered.enter_context(gathered(brain))
         brain._lightning.set_name = set_name
         epoch = None if stage is self._run.test else self._epoch
         brain.on_stage_start(stage.brain_stage, epoch)
@@ -154,6 +163,23 @@ class Trial:
         if self._run.run_state.phase is Phase.STARTING:
             return current
         return (current if isinstance(current, int) else 0) + 1
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        # Nothing that Python could call later, or nobody who is interrupted.
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _number(loss: Any) -> float:

@@ -22,6 +22,8 @@ WORDS = sys.argv[1:]
 
 class Recipe(bl.Brain):
     def compute_forward(self, batch, stage):
+        if "statistics" in WORDS and stage.name == "TEST":
+            raise RuntimeError("there are no statistics of the training set")
         if stage.name in WORDS:
             raise MemoryError(f"no room in {stage.name}")
         return self.modules.model(batch)
@@ -84,6 +86,8 @@ def test_a_batch_without_memory_ends_it_in_words(
 def test_what_a_script_does_with_a_trained_model_is_no_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert preflight(tmp_path, "statistics") == 0
+    assert "ended with RuntimeError: there are no statistics of the training" in caplog.text
     assert preflight(tmp_path, "results") == 0
     assert "the script ended with FileNotFoundError: [Errno 2] No such file" in caplog.text
     assert preflight(tmp_path, "nothing") == 2

@@ -333,6 +333,20 @@ def stream_given_as_dataset(side: Side, record: Record) -> Any:
     return brain
 
 
+def records_given_as_dataset(side: Side, record: Record) -> Any:
+    """As SpeechBrain's MetricGAN recipe, which makes the loader of a dict by itself."""
+
+    def make_dataloader(self: Any, data: Any, stage: Any, **kwargs: Any) -> Any:
+        if isinstance(data, dict):
+            data = [dataset()[each["index"]] for each in data.values()]
+        return side.Brain.make_dataloader(self, data, stage, **kwargs)
+
+    brain = make(side, record, make_dataloader=make_dataloader)
+    records = {f"utt{n}": {"index": n, "score": 0.5} for n in range(9)}
+    brain.fit(range(2), records, train_loader_kwargs={"batch_size": 2})
+    return brain
+
+
 def changing_length(side: Side, record: Record) -> Any:
     brain = make(side, record, two_modules(0.2))
     train = loader(record, brain, batch_sampler=ChangingBatches(3, 6, 2, 0, 4))
@@ -650,6 +664,7 @@ SCENARIOS = [
     no_vector_weight_decay, no_valid_set, evaluate_after_fit, evaluate_between_epochs,
     fit_twice, finished_counter_again, counter_with_stopper, fit_inside_fit, counted_by_range,
     counted_by_a_generator, no_epoch_at_all, stream_without_length, stream_given_as_dataset,
+    records_given_as_dataset,
     changing_length, wrong_length, empty_sets, looped_loader, debug_mode,
     debug_mode_in_numbers, update_limit, only_tested, interrupted, an_exception, with_a_bar,
     fit_batch_overridden, fit_batch_calls_super, optimizers_step_overridden,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import speechbrain
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,7 +16,13 @@ from speechbrain.dataio.batch import PaddedBatch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from brain_lightning import Checkpointer, EpochCounter, RunOptionError, to_lightning
+from brain_lightning import (
+    Checkpointer,
+    EpochCounter,
+    RunOptionError,
+    patch_speechbrain,
+    to_lightning,
+)
 from brain_lightning.resume import before_batch
 from brain_lightning.step import out_of_memory
 from brain_lightning.step.out_of_memory import is_out_of_memory, notes
@@ -140,14 +147,17 @@ class Watching(Callback):
         pass
 
 
+def parts() -> dict[str, nn.Module]:
+    return {"first": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4), "full": Full()}
+
+
 def brain_of(cls: type[Greedy], folder: Path | None, *failures: Any, **options: Any) -> Any:
     counter = EpochCounter(2)
     hparams = {"epoch_counter": counter, "losses": Losses(), "ended": []}
     brain: Any = make(
         cls, lambda parameters: Stepping(parameters, 0.01), hparams=hparams, **options
     )
-    parts = {"first": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4), "full": Full()}
-    for name, part in parts.items():
+    for name, part in parts().items():
         brain.modules[name] = part
     if folder is not None:
         brain.checkpointer = Checkpointer(folder, {"counter": counter})
@@ -246,6 +256,33 @@ def test_a_skipped_batch_leaves_nothing_but_its_number(
     assert "Tried to allocate 2.00 GiB; brain_lightning: in TRAIN, epoch 1, step 2" in (
         caplog.text
     )
+
+
+class Theirs(speechbrain.Brain):
+    """The same on SpeechBrain's own Brain."""
+
+    failures: tuple[tuple[int, int, str], ...] = ()
+    _fails, _fail = Greedy._fails, Greedy._fail
+    compute_forward = Greedy.compute_forward
+    on_fit_batch_start, on_fit_batch_end = Greedy.on_fit_batch_start, Greedy.on_fit_batch_end
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        return nn.functional.mse_loss(predictions, batch[1])
+
+
+def test_speechbrains_own_brain_skips_too() -> None:
+    ours = fit(brain_of(Greedy, None, *FAILURES, oom_patience=5))
+    torch.manual_seed(0)
+    hparams = {"epoch_counter": EpochCounter(2), "ended": [], "oom_patience": 5}
+    theirs = Theirs(
+        {"model": nn.Linear(4, 2), **parts()}, lambda parameters: Stepping(parameters, 0.01),
+        hparams, {"device": "cpu", "noprogressbar": True},
+    )  # fmt: skip
+    theirs.failures = FAILURES
+    seed(999)
+    with patch_speechbrain():
+        fit(theirs)
+    assert_same(ours, theirs)
 
 
 # --------------------------------------------------------------------- to end, and resume

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from speechbrain.dataio.sampler import DistributedSamplerWrapper as SpeechBrainWrapper
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from torch.utils.data import DataLoader
 
 from brain_lightning import UnsupportedError, to_lightning
+from brain_lightning.data.batch_size import BatchSize
+from brain_lightning.data.samplers import DistributedSamplerWrapper
+from brain_lightning.trials import trial
+from brain_lightning.trials.snapshot import Snapshot
 from tests.parity.recipes import dataset
 from tests.parity.sides import SPEECHBRAIN
 from tests.support.brains import all_equal, trainer_with, weights
@@ -59,6 +66,22 @@ def test_an_error_leaves_nothing_behind(
         assert raised is error or isinstance(raised.__context__, type(error))
 
 
+def test_a_ctrl_c_waits_until_everything_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Snapshot):
+        def restore(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            super().restore()
+
+    monkeypatch.setattr(trial, "Snapshot", Interrupted)
+    _, watched, raised = search(tmp_path, "rate")
+    assert watched.before == watched.after
+    assert watched.before[0]["logged"] > 0
+    assert not watched.found
+    assert isinstance(getattr(raised, "__context__", None), KeyboardInterrupt)
+
+
 def test_what_tuner_finds_is_what_the_next_fit_trains_with(tmp_path: Path) -> None:
     brain, (train, valid) = make(tmp_path), loaders()
     module = to_lightning(brain, epoch_counter=range(1, 2))
@@ -72,7 +95,7 @@ def test_what_tuner_finds_is_what_the_next_fit_trains_with(tmp_path: Path) -> No
     brain.hparams.annealing = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])
     trainer_with(max_epochs=1).fit(module, train, valid)
     assert rates == [found.suggestion()] * 4
-    assert brain.hparams.lr == found.suggestion() != 0.01
+    assert brain.hparams.lr == found.suggestion()
 
 
 def test_a_run_that_is_resumed_does_not_search_again(tmp_path: Path) -> None:
@@ -92,6 +115,51 @@ def test_a_run_that_is_resumed_does_not_search_again(tmp_path: Path) -> None:
     assert finder.optimal_lr is None
     assert searched.optimal_lr is not None
     assert all_equal(weights(whole), weights(resumed))
+
+
+def test_a_run_that_is_resumed_has_the_size_that_was_found(tmp_path: Path) -> None:
+    sizes: list[list[int]] = []
+
+    class Sizes(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, _: int) -> None:
+            sizes[-1].append(len(batch[0]))
+
+    def fit(folder: Path, *steps: int) -> Any:
+        for limit in steps:
+            brain, (train, valid) = make(folder), loaders()
+            brain.hparams.annealing = print
+            sizes.append([])
+            finder = BatchSizeFinder("binsearch", init_val=4, margin=0.25)
+            limits = {"max_epochs": -1, "max_steps": limit, "val_check_interval": 0.5}
+            trainer = trainer_with(finder, Sizes(), **limits)
+            trainer.fit(to_lightning(brain), train, valid)
+            # Two of the four batches that there are now.
+            assert trainer.val_check_batch == 2
+            assert finder.optimal_batch_size == train.batch_size == 12
+        return brain
+
+    whole = fit(tmp_path / "whole", 6)
+    resumed = fit(tmp_path / "resumed", 3, 6)
+    assert sizes == [[12, 12, 12, 4, 12, 12], [12, 12, 12], [4, 12, 12]]
+    assert all_equal(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("buckets", [{"num_buckets": 4}, {"bucket_boundaries": [4.0, 8.0]}])
+@pytest.mark.parametrize("wrapper", [SpeechBrainWrapper, DistributedSamplerWrapper])
+def test_a_dynamic_sampler_makes_the_batches_that_its_constructor_would_make(
+    wrapper: Any, buckets: Any
+) -> None:
+    """Also where each process has its share of them, and a boundary is the length."""
+
+    def make_sampler(length: float) -> Any:
+        lengths = [1.0 + item % 7 for item in range(ITEMS)]
+        sampler = DynamicBatchSampler(dataset(ITEMS), length, lengths_list=lengths, **buckets)
+        return wrapper(sampler, num_replicas=2, rank=0, shuffle=False)
+
+    sampler, expected = make_sampler(8), make_sampler(30)
+    BatchSize(DataLoader(dataset(ITEMS), batch_sampler=sampler)).set(30.0)
+    assert list(sampler) == list(expected) != list(make_sampler(8))
+    assert len(sampler) == len(expected)
 
 
 def test_the_batch_length_of_a_dynamic_sampler_is_searched(tmp_path: Path) -> None:

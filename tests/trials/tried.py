@@ -121,7 +121,7 @@ def make(folder: Path, side: Side = OURS, **hooks: Any) -> Any:
         "train_logger": TrainLogger(folder / "train_log.txt"),
         "loggers": [None, TrainLogger(folder / "another_log.txt")],
         "counter": counter,
-        "lr": 0.01,
+        "lr": 1,
     }
     return classifier(side, **{**HOOKS, "rank_that_fails": None, "error": None, **hooks})(
         modules, lambda parameters: torch.optim.Adam(parameters, lr=0.01), hparams,

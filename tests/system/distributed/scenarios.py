@@ -605,6 +605,18 @@ def nan_on_one_rank(side: Side, record: Record) -> Any:
     return brain
 
 
+def nan_on_one_rank_ends_a_window(side: Side, record: Record) -> Any:
+    def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Tensor:
+        loss = nn.functional.cross_entropy(predictions, batch[1])
+        return loss * torch.nan if self.rank == 1 and self.step == 2 else loss
+
+    options = {**GLOO, "grad_accumulation_factor": 2}
+    brain = make(side, record, run_opts=options, compute_objectives=compute_objectives)
+    brain.fit(side.EpochCounter(2), dataset(), train_loader_kwargs={"batch_size": 2})
+    record.results.append((brain.optimizer_step, brain.nonfinite_count))
+    return brain
+
+
 def nan_on_one_rank_of_a_fit_batch_of_0_5(side: Side, record: Record) -> Any:
     def compute_objectives(self: Any, predictions: Any, batch: Any, stage: Any) -> Tensor:
         loss = nn.functional.cross_entropy(predictions, batch[1])
@@ -894,7 +906,7 @@ OWN = [
     searched_before_training, gan_on_the_users_trainer,
     automatic_on_the_users_trainer, the_loaders_as_they_are,
     names_in_a_checkpoint, batchnorm_stays_local, called_around_its_wrapper,
-    nan_on_one_rank, nan_on_one_rank_of_a_fit_batch_of_0_5,
+    nan_on_one_rank, nan_on_one_rank_ends_a_window, nan_on_one_rank_of_a_fit_batch_of_0_5,
     patience_exhausted_by_one_rank, reported_by_the_main_process,
     a_batch_sampler_that_cannot_be_shared_out,
     a_saveable_loader, a_strategy_instance_used_again, unfrozen_when_a_stage_starts,

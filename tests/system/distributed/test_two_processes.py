@@ -153,6 +153,15 @@ def test_every_rank_skips_what_is_not_finite_on_one(records: Any, scenario: Any)
         assert all(w.isfinite().all() for w in record.tensors[-1].values())
 
 
+def test_a_window_that_ends_with_what_is_not_finite_keeps_ranks_equal(records: Any) -> None:
+    one, other = of(records, scenarios.nan_on_one_rank_ends_a_window)
+    assert one.results == other.results == [(4, 1)]
+    assert_moved(one)
+    weights = [name for name in one.tensors[-1] if name.startswith("model.")]
+    assert weights
+    assert all(torch.equal(one.tensors[-1][n], other.tensors[-1][n]) for n in weights)
+
+
 def test_every_rank_raises_when_the_patience_of_one_is_exhausted(records: Any) -> None:
     for record in of(records, scenarios.patience_exhausted_by_one_rank):
         assert record.results == [(2, "NonFiniteLossError")]
