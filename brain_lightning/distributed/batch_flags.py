@@ -11,6 +11,8 @@ from brain_lightning.host_copy import HostCopy
 
 from .communication import communicates, is_distributed_initialized
 
+SHARED = "_brain_lightning_shared"
+
 
 class Reduction:
     """Flags on their way to all processes, which do something else meanwhile.
@@ -68,13 +70,7 @@ class BatchFlags:
 
     Args:
         mine: The flags of this process besides that of the batch.
-
-    Attributes:
-        shared_error: The error that all processes have raised together last, by its id: what
-            it holds must not be kept.
     """
-
-    shared_error: int | None = None
 
     def __init__(self, mine: Callable[[], Sequence[bool]] = tuple) -> None:
         # It is asked in each batch, where a single process has no time to look again.
@@ -112,13 +108,22 @@ class BatchFlags:
         self._found = [a or b for a, b in zip(found, self._found or found, strict=True)]
         return first
 
+    def share(self, error: BaseException) -> None:
+        """Marks an error that all processes raise together.
+
+        Args:
+            error: What this process raises. It has the mark itself: what it holds must not
+                be kept, and another error may have its id when it is gone.
+        """
+        setattr(error, SHARED, True)
+
     def is_everywhere(self, error: BaseException) -> bool:
         """Whether all processes have raised an error, or there is but one.
 
         Args:
             error: What this process has raised.
         """
-        return not self.are_shared or self.shared_error == id(error)
+        return not self.are_shared or hasattr(error, SHARED)
 
     def take(self, device: str) -> Sequence[bool]:
         """Ends a batch.

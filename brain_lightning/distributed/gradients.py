@@ -24,6 +24,16 @@ def wrapped_modules(brain: BrainProtocol) -> list[DistributedDataParallel]:
     return [m for m in brain.modules.values() if isinstance(m, DistributedDataParallel)]
 
 
+def modules_with_gradients(brain: BrainProtocol) -> list[DistributedDataParallel]:
+    """Those that have had a backward pass: others were not called, or without gradients.
+
+    Args:
+        brain: The Brain in training.
+    """
+    modules = wrapped_modules(brain)
+    return [m for m in modules if any(p.grad is not None for p in m.parameters())]
+
+
 def averaged_parameters(brain: BrainProtocol) -> list[Parameter]:
     """The parameters whose gradients are averaged, in the same order in all processes.
 

@@ -274,6 +274,10 @@ class Run:
         )
         raise SystemExit(EXIT_STATUS)
 
+    def forgive(self) -> None:
+        """Goes on after an error: the next one may have its id."""
+        self._located = None
+
     def locate(self, error: Exception, batch: Any = None, next_is: str = "") -> None:
         """Adds to an error which stage, epoch, step and batch it comes from, once.
 

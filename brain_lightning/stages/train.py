@@ -149,8 +149,7 @@ class TrainStage(RunStage):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._undo_or_end(error, batch)
-            loss = self._skip(error, step)
+            loss = self._skip(error, batch, step)
         finally:
             self._fitting.pop()
         brain.avg_train_loss = brain.update_average(loss, brain.avg_train_loss)
@@ -178,30 +177,38 @@ class TrainStage(RunStage):
             self._note_save(error, is_shared, is_undone)
             raise error
 
-    def _skip(self, error: Exception, step: Callable[[], None]) -> Tensor:
+    def _skip(self, error: Exception, batch: Any, step: Callable[[], None] | None) -> Tensor:
         """Goes on without a batch that is undone: only the number of the step counts it.
 
         Args:
-            error: What it has raised.
-            step: See ``fit``.
+            error: See ``_undo_or_end``.
+            batch: See ``_undo_or_end``.
+            step: See ``fit``; None where that has failed.
 
         Returns:
             A loss that is not finite, for those who want one.
         """
+        self._undo_or_end(error, batch)
+        self.run.forgive()
         brain, before = self.brain, self.run_state.before
-        before.skipped += 1
         brain.step = self.step
+        if step is None or before.steps:
+            # It would have no memory again.
+            before.drop_gradients()
+        elif brain.grad_accumulation_factor > 1 and is_full(brain) and average_window(brain):
+            try:
+                step()
+            except Exception as of_step:
+                if not is_out_of_memory(of_step):
+                    raise
+                return self._skip(of_step, batch, None)
+        before.skipped += 1
         logger.warning(
             "Out of memory: this batch makes no update (%d of %d forgiven in this epoch). %s",
             before.skipped,
             brain._lightning.oom_patience,
             "; ".join([str(error).partition("\n")[0] or type(error).__name__, *notes(error)]),
         )
-        if before.steps:
-            # It would have no memory again.
-            before.drop_gradients()
-        elif brain.grad_accumulation_factor > 1 and is_full(brain) and average_window(brain):
-            step()
         self.steps = brain.optimizer_step - before.counts["optimizer_step"]
         return torch.tensor(torch.nan)
 

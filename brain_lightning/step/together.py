@@ -19,6 +19,7 @@ from brain_lightning.distributed.communication import gather, rank
 from brain_lightning.distributed.gradients import (
     average_gradients,
     averaged_parameters,
+    modules_with_gradients,
     share_buffers,
     wrapped_modules,
 )
@@ -86,6 +87,7 @@ def compute_together(
     with brain.no_sync():
         result = _attempt(brain, batch, update, should_step)
     averaged = averaged_parameters(brain) if should_step else []
+    used = modules_with_gradients(brain) if should_step else []
     failed = isinstance(result, Exception)
     reduction = flags.reduce(
         False if isinstance(result, Exception) else result.raised(),
@@ -104,10 +106,9 @@ def compute_together(
     result.settle(is_finite)
     least = 1 if is_finite else 2
     average_gradients(p for p, has in zip(averaged, has_gradient, strict=True) if has >= least)
-    if should_step:
-        for module in wrapped_modules(brain):
-            # As after a backward pass that has averaged.
-            module.require_forward_param_sync = True
+    for module in used:
+        # As after a backward pass that has averaged.
+        module.require_forward_param_sync = True
     return result
 
 
@@ -148,7 +149,7 @@ def _shared(flags: BatchFlags, result: object, failed_rank: int) -> Exception:
         error = torch.OutOfMemoryError(
             f"rank {failed_rank} ran out of memory in this batch, which all processes give up"
         )
-    flags.shared_error = id(error)
+    flags.share(error)
     return error
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Real
 from typing import Any, TypedDict
 
@@ -148,16 +147,17 @@ def weight_of(brain: BrainProtocol, batch: Any, loss: Tensor) -> Tensor | None:
     """
     if brain._lightning.accumulate_by == "batches":
         return None
-    found = brain.loss_weight(batch)  # type: ignore[attr-defined]
+    found: Any = brain.loss_weight(batch)  # type: ignore[attr-defined]
     # In full precision also where the loss is not.
     dtype = torch.promote_types(loss.dtype, torch.float32)
-    if isinstance(found, Tensor) and found.numel() == 1 and not found.is_cpu:
-        return found.detach().reshape(()).to(loss.device, dtype)
-    if isinstance(found, Real) or (isinstance(found, Tensor) and found.numel() == 1):
-        number = float(found)
-        if number >= 0 and isfinite(number):
-            # Unlike torch.tensor it does not wait for the device.
-            return torch.full((), number, dtype=dtype, device=loss.device)
+    number = found
+    if isinstance(found, Tensor) and found.numel() == 1:
+        if not found.is_cpu:
+            return found.detach().reshape(()).to(loss.device, dtype)
+        number = found.item()
+    if isinstance(number, Real) and 0 <= number <= torch.finfo(dtype).max:  # type: ignore[operator]
+        # Unlike torch.tensor it does not wait for the device.
+        return torch.full((), float(number), dtype=dtype, device=loss.device)
     raise BrainTypeError(
         f"{type(brain).__name__}.loss_weight must return the number of targets of a batch, 0 "
         f"or more, or a tensor with that number, got {found!r:.80}"
@@ -175,7 +175,8 @@ def share_of_window(brain: BrainProtocol, loss: Tensor, weight: Tensor | None) -
     if weight is None:
         factor = brain.grad_accumulation_factor
         return loss if factor == 1 else loss / factor
-    return loss * (weight / window_of(brain).reference).to(loss.dtype)
+    # In the precision of the weight: in fp16 the product may be too large for the loss's own.
+    return loss.to(weight.dtype) * (weight / window_of(brain).reference)
 
 
 def add_to_window(brain: BrainProtocol, weight: Tensor | None) -> None:

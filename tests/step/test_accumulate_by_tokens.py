@@ -124,6 +124,16 @@ def difference(brain: Any, other: Any) -> float:
     return max(float((one - two).abs().max()) for one, two in pairs)
 
 
+class Half(Scaled):
+    """Its loss times its weight is more than fp16 can hold."""
+
+    def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+        return super().compute_objectives(predictions, batch, stage).half()
+
+    def loss_weight(self, batch: Any) -> Any:
+        return 1e5 * len(batch[1])
+
+
 @pytest.mark.parametrize("norm", [0, 0.5])
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize(
@@ -147,6 +157,13 @@ def test_a_window_is_one_large_batch(
     assert brain.optimizer_step == large.optimizer_step == 4
     assert difference(brain, large) <= BOUNDS[dtype]
     assert difference(brain, make()) > 0.05
+
+
+def test_a_loss_in_fp16_is_weighed_in_full_precision() -> None:
+    brain = fitted(Half, ONE_BY_ONE, epochs=20, **WINDOWS)
+    assert brain.nonfinite_count == 0
+    # The scaler skips those in which it has found its scale.
+    assert 0.05 < difference(brain, make()) < 2
 
 
 def test_by_default_batches_weigh_the_same_and_numbers_are_means_over_batches() -> None:
@@ -398,7 +415,9 @@ def test_what_cannot_be_weighed_is_refused_before_training(cls: Any, words: str)
         make(cls).fit(range(1), loader())
 
 
-@pytest.mark.parametrize("weight", [None, "many", -1, float("nan"), torch.ones(2), True + 0j])
+@pytest.mark.parametrize("weight", [
+    None, "many", -1, float("nan"), torch.ones(2), True + 0j, torch.tensor(1j), 1e300, 10**400,
+])  # fmt: skip
 def test_a_weight_is_a_number_of_targets(weight: Any) -> None:
     cls = type("Wrong", (Regression,), {"loss_weight": lambda self, batch: weight})
     with pytest.raises(BrainTypeError, match=r"Wrong\.loss_weight must return the number of"):

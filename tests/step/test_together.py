@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import speechbrain
+import torch
 from torch import nn
 
 from brain_lightning import UnsupportedError
 from brain_lightning.compat.speechbrain import calls_ours
+from brain_lightning.distributed.batch_flags import BatchFlags
 from brain_lightning.step.together import fail_together
 from brain_lightning.temporary import TemporaryAttributes
 from tests.support.brains import Manual, Regression, make
@@ -64,3 +66,21 @@ def test_speechbrains_own_fit_batch_is_not_ours() -> None:
     assert calls_ours(make(Around), "fit_batch")
     own = speechbrain.Brain({"model": nn.Linear(1, 1)})
     assert not calls_ours(own, "fit_batch")
+
+
+class Shared(BatchFlags):
+    are_shared = True  # type: ignore[assignment]
+
+
+def test_an_error_of_one_process_is_not_taken_for_an_earlier_one_of_all() -> None:
+    flags = Shared()
+
+    def error(is_shared: bool) -> torch.OutOfMemoryError:
+        found = torch.OutOfMemoryError()
+        if is_shared:
+            flags.share(found)
+        return found
+
+    # Each is gone when the next one is made, which has its id, as a rule.
+    assert len({id(error(False)) for _ in range(20)}) < 20
+    assert [flags.is_everywhere(error(n % 2 == 0)) for n in range(20)] == [True, False] * 10

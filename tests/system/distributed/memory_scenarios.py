@@ -201,10 +201,40 @@ def tried_by_all(side: Side, record: Record) -> Any:
     return brain
 
 
-SCENARIOS = [skipped_by_all, ended_by_all, not_agreed_upon, what_it_costs, tried_by_all]
+class Centered(nn.Linear):
+    """Its result depends on a buffer."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean += x.detach().mean()
+        return super().forward(x - self.mean)
+
+
+def an_entry_without_gradients(side: Side, record: Record) -> Any:
+    """Buffers of an entry are made those of the first process after a backward pass of it."""
+
+    def compute_forward(self: Any, batch: Any, stage: Any) -> Tensor:
+        with torch.no_grad():
+            x = self.modules.fixed(batch[0])
+        return self.modules.head(x)  # type: ignore[no-any-return]
+
+    parts = {"fixed": Centered(FEATURES, FEATURES), "head": Centered(FEATURES, CLASSES)}
+    brain = make(side, record, parts, run_opts=GLOO, compute_forward=compute_forward)
+    brain.fit(range(1), dataset(), train_loader_kwargs={"batch_size": 2})
+    record.results.append(brain.modules.fixed.module.mean.clone())
+    return brain
+
+
+SCENARIOS = [
+    skipped_by_all, ended_by_all, not_agreed_upon, what_it_costs, tried_by_all,
+    an_entry_without_gradients,
+]  # fmt: skip
 # Run with the option too, where no process fails.
 AVERAGED = [
     scenarios.one_module, scenarios.dropout_and_two_entries, scenarios.an_unused_entry,
     scenarios.unfrozen_between_two_fits, scenarios.nan_on_one_rank,
-    scenarios.batchnorm_stays_local,
+    scenarios.batchnorm_stays_local, an_entry_without_gradients,
 ]  # fmt: skip
