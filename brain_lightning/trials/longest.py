@@ -19,6 +19,7 @@ from torch.utils.data import (
 from brain_lightning.compat import dynamic_batches as dynamic
 from brain_lightning.compat.speechbrain import clear_position, is_looped_loader
 from brain_lightning.data.dataloaders import has_indices, length_of, twin
+from brain_lightning.data.samplers import unwrapped
 from brain_lightning.data.several_loaders import SeveralLoaders
 
 from .lengths import Lengths, lengths_of, name_of, size_of
@@ -99,7 +100,7 @@ def _of_several(several: SeveralLoaders) -> Longest:
 
 
 def _by_index(loader: DataLoader[Any]) -> Longest:
-    sampler = _inner(loader.batch_sampler)
+    sampler = unwrapped(loader.batch_sampler)
     if dynamic.is_dynamic(sampler):
         # It was told of the lengths by which it makes batches.
         lengths = Lengths(dynamic.lengths(sampler), "length")
@@ -130,7 +131,7 @@ def _by_index(loader: DataLoader[Any]) -> Longest:
 
 def _possible(loader: DataLoader[Any], lengths: Mapping[int, float]) -> list[Batch]:
     """Batches that a loader may draw, the heaviest ones among them."""
-    batches = _inner(loader.batch_sampler)
+    batches = unwrapped(loader.batch_sampler)
     if batches is not None and type(batches) is not BatchSampler:
         return [list(batch) for batch in islice(batches, MOST_BATCHES)]
     size, drops = (1, False) if batches is None else (batches.batch_size, batches.drop_last)
@@ -156,15 +157,9 @@ def _longest_of(indices: Iterable[int], most: int, lengths: Mapping[int, float])
 def _keeps_order(sampler: Any) -> bool:
     """Whether a sampler draws the same batches in each epoch, as that of sorted data."""
     if isinstance(sampler, DistributedSampler):
-        inner = _inner(sampler)
+        inner = unwrapped(sampler)
         return not sampler.shuffle and (inner is sampler or _keeps_order(inner))
     return isinstance(sampler, (SequentialSampler, Sequence))
-
-
-def _inner(sampler: Any) -> Any:
-    """The sampler in a ``DistributedSamplerWrapper``, SpeechBrain's or ours."""
-    wraps = isinstance(sampler, DistributedSampler) and hasattr(sampler, "sampler")
-    return sampler.sampler if wraps else sampler
 
 
 def _heaviest(batches: Sequence[Batch], lengths: Mapping[int, float]) -> list[Batch]:
