@@ -25,6 +25,7 @@ from .errors import HookStoppedError as HookStoppedError
 from .errors import MainProcessError as MainProcessError
 from .errors import NonFiniteLossError as NonFiniteLossError
 from .errors import NoSuchCheckpointError as NoSuchCheckpointError
+from .errors import PreflightError as PreflightError
 from .errors import RunOptionError as RunOptionError
 from .errors import UnequalDataError as UnequalDataError
 from .errors import UnsupportedError as UnsupportedError

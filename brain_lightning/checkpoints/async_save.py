@@ -23,7 +23,7 @@ from brain_lightning.host_copy import (
 logger = logging.getLogger(__name__)
 
 
-class Snapshots:
+class StateCopies:
     """Copies of states, whose memory is used again for the next copies.
 
     New memory costs as much as the copy: each of its pages is made when it is first

@@ -28,7 +28,7 @@ from brain_lightning.errors import (
 )
 
 from . import atomic_directory, integrity
-from .async_save import Snapshots, run_in_background
+from .async_save import StateCopies, run_in_background
 from .checkpoint import Checkpoint, Key, Predicate, Ranking, ckpt_recency, saved_in
 from .hooks import Hook
 from .meta_file import METAFNAME, dump_meta
@@ -80,7 +80,7 @@ class Checkpointer(Recoverables):
         self.async_save = False
         # The save that runs in the background.
         self._pending: Future[Any] | None = None
-        self._snapshots = Snapshots()
+        self._copies = StateCopies()
         self._newest = 0.0
         self._names: set[str] = set()
         # What this process has written, or has read and found intact.
@@ -170,10 +170,10 @@ class Checkpointer(Recoverables):
 
         def finish() -> Checkpoint:
             with atomic_directory.removed_on_failure(directory):
-                self._snapshots.wait()
+                self._copies.wait()
                 for path, state in deferred.items():
                     write_state(state, path)
-                self._snapshots.recycle()
+                self._copies.recycle()
                 path = publish(directory, saved.path)
             kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
             logger.log(verbosity, "Saved an %s checkpoint in %s", kind, path)
@@ -190,13 +190,13 @@ class Checkpointer(Recoverables):
         return saved  # type: ignore[no-any-return]
 
     def _write(self, directory: Path) -> dict[Path, Any]:
-        snapshots = self._snapshots if self.async_save else None
+        copies = self._copies if self.async_save else None
         with ExitStack() as stack:
             if if_main_process():
                 stack.enter_context(atomic_directory.removed_on_failure(directory))
                 if not self.async_save:
                     stack.enter_context(atomic_directory.syncing(directory))
-            return collectively(lambda: self.write(directory, snapshots))
+            return collectively(lambda: self.write(directory, copies))
 
     def _begin(
         self, meta: Mapping[str, Any], end_of_epoch: bool, name: str | None

@@ -30,7 +30,7 @@ from brain_lightning.fsdp2.state_dict import (
 )
 
 from . import integrity, state_files
-from .async_save import Snapshots
+from .async_save import StateCopies
 from .hooks import Hook, load_hook, save_hook
 
 logger = logging.getLogger(__name__)
@@ -134,12 +134,12 @@ class Recoverables:
             )
         return not broken
 
-    def write(self, directory: Path, snapshots: Snapshots | None) -> dict[Path, Any]:
+    def write(self, directory: Path, copies: StateCopies | None) -> dict[Path, Any]:
         """Calls the save hook of each recoverable.
 
         Args:
             directory: Where to write to.
-            snapshots: Copies states to be written in the background; None has all of
+            copies: Copies states to be written in the background; None has all of
                 them written now.
 
         Returns:
@@ -160,7 +160,7 @@ class Recoverables:
                     own = state_files.write_shards(self.recoverables[name], path)
                     integrity.write_checksums_together(path, own)
                 else:
-                    deferred |= _write(self.recoverables[name], hook, path, snapshots)
+                    deferred |= _write(self.recoverables[name], hook, path, copies)
             except Exception as error:  # noqa: BLE001  raised below
                 failures.append(error)
         if failures:
@@ -371,7 +371,7 @@ class Recoverables:
         return self.custom_load_hooks.get(name) or load_hook(self.recoverables[name])
 
 
-def _write(obj: Any, hook: Hook, path: Path, snapshots: Snapshots | None) -> dict[Path, Any]:
+def _write(obj: Any, hook: Hook, path: Path, copies: StateCopies | None) -> dict[Path, Any]:
     """Saves one object; returns a copy of its state where that is still to be written."""
     if hook is not state_files.torch_save:
         with made_whole(obj):
@@ -382,8 +382,8 @@ def _write(obj: Any, hook: Hook, path: Path, snapshots: Snapshots | None) -> dic
     state = state_files.state_to_save(obj)
     if not if_main_process():
         return {}
-    if snapshots is not None:
-        return {path: snapshots.take(state)}
+    if copies is not None:
+        return {path: copies.take(state)}
     state_files.write_state(state, path)
     return {}
 

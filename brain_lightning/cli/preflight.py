@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from brain_lightning.errors import PreflightError, RecipeError
-from brain_lightning.options.parse_arguments import split_trainer
 from brain_lightning.trials.preflight import PreflightAlone
 
 from .run import in_processes
-from .script import load_trainer_file, parse_command, run_recipe
+from .script import parse_run, run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +35,7 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         "and how many seconds each takes, or which one there is no memory for. Nothing is "
         "trained and nothing is saved; options are those of brain-lightning run."
     )
-    parser.add_argument(
-        "--trainer", metavar="FILE", help="a HyperPyYAML file with Trainer arguments"
-    )
-    trainer, rest = split_trainer(words)
-    options, script, rest = parse_command(parser, rest)
-    if options.trainer is not None:
-        trainer = {**load_trainer_file(options.trainer), **trainer}
+    _, script, rest, trainer = parse_run(parser, words)
     return in_processes(
         ["preflight", *words], script, rest, trainer, lambda: _try(script, rest, trainer)
     )

@@ -26,7 +26,7 @@ from brain_lightning.distributed.process_group import (
 from brain_lightning.errors import RecipeError, RunOptionError
 from brain_lightning.loggers.curve_plot import CurvePlot
 from brain_lightning.loggers.objective import Objective
-from brain_lightning.options.parse_arguments import TRAINER_HELP, split_trainer
+from brain_lightning.options.parse_arguments import TRAINER_HELP
 from brain_lightning.options.run_options import RunOptions
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
 from brain_lightning.protocol import OURS_ALONE
@@ -34,8 +34,7 @@ from brain_lightning.protocol import OURS_ALONE
 from .exit_status import EXPLANATION, of_process
 from .script import (
     check_script,
-    load_trainer_file,
-    parse_command,
+    parse_run,
     processes_in_file,
     run_recipe,
 )
@@ -65,12 +64,9 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         The exit status.
     """
     _describe(parser)
-    trainer, rest = split_trainer(words)
     # Alone it takes no value: what follows may be the script.
-    rest = ["--plot=" if word == "--plot" else word for word in rest]
-    options, script, rest = parse_command(parser, rest)
-    if options.trainer is not None:
-        trainer = {**load_trainer_file(options.trainer), **trainer}
+    plotted = ["--plot=" if word == "--plot" else word for word in words]
+    options, script, rest, trainer = parse_run(parser, plotted)
     objective = _objective(options)
     plot = None if options.plot is None else CurvePlot(options.plot or None)
     callbacks = [each for each in (plot, objective) if each is not None]
@@ -132,11 +128,6 @@ def _describe(parser: ArgumentParser) -> None:
     parser.description = "Runs a SpeechBrain recipe, its Brains on a Trainer."
     listed = [f"  --{name:<38}{text}" for name, text in RunOptions.on_command_line().items()]
     parser.epilog = OPTIONS.format("\n".join(listed)) + EXPLANATION
-    parser.add_argument(
-        "--trainer", metavar="FILE",
-        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them, "
-        "its paths in full; --trainer.X=Y outranks it",
-    )  # fmt: skip
     parser.add_argument(
         "--plot", metavar="=FILE.png", nargs="?",
         help="draw curves of losses and metrics at each end of an epoch; --plot=FILE.png "

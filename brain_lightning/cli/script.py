@@ -19,7 +19,7 @@ from brain_lightning.brain.brain import Brain
 from brain_lightning.brain.own_trainer import PROCESSES, OwnTrainer
 from brain_lightning.brain.patch import patch_speechbrain
 from brain_lightning.errors import RecipeError
-from brain_lightning.options.parse_arguments import parse_arguments
+from brain_lightning.options.parse_arguments import parse_arguments, split_trainer
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
 from brain_lightning.protocol import TrainerDefaults
 from brain_lightning.temporary import TemporaryAttributes
@@ -51,6 +51,34 @@ def parse_command(
     if not rest or rest[0].startswith("-"):
         parser.error("the script comes first: train.py hparams.yaml")
     return options, rest[0], rest[1:]
+
+
+def parse_run(
+    parser: ArgumentParser, words: Sequence[str]
+) -> tuple[Namespace, str, list[str], dict[str, Any]]:
+    """Parses the command line of a command that runs a script on a Trainer.
+
+    Args:
+        parser: The parser of the command.
+        words: What follows the command.
+
+    Returns:
+        As ``parse_command``, and the arguments of the Trainer.
+
+    Raises:
+        SystemExit: There is no script; the parser shows its usage.
+        RecipeError: The file of ``--trainer`` cannot be read.
+    """
+    parser.add_argument(
+        "--trainer", metavar="FILE",
+        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them, "
+        "its paths in full; --trainer.X=Y outranks it",
+    )  # fmt: skip
+    trainer, rest = split_trainer(words)
+    options, script, rest = parse_command(parser, rest)
+    if options.trainer is not None:
+        trainer = {**_load_trainer_file(options.trainer), **trainer}
+    return options, script, rest, trainer
 
 
 def check_script(script: str) -> None:
@@ -212,18 +240,7 @@ def run_script(script: str, words: Sequence[str]) -> None:
             raise
 
 
-def load_trainer_file(path: str) -> dict[str, Any]:
-    """Reads arguments of the Trainer, callbacks and loggers among them.
-
-    Args:
-        path: A HyperPyYAML file, such as ``callbacks: [!new:lightning...]``.
-
-    Returns:
-        Arguments by name.
-
-    Raises:
-        RecipeError: It cannot be read, or is no mapping.
-    """
+def _load_trainer_file(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             arguments = load_hyperpyyaml(file)

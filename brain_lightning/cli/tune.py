@@ -16,16 +16,15 @@ from brain_lightning.distributed.communication import if_main_process, is_launch
 from brain_lightning.errors import RecipeError, RunOptionError, UnsupportedError
 from brain_lightning.loggers.curves import is_rate
 from brain_lightning.loggers.rate_curve import write_rate_curve
-from brain_lightning.options.parse_arguments import parse_arguments, split_trainer
+from brain_lightning.options.parse_arguments import parse_arguments
 from brain_lightning.options.value_keys import Keys, keys_of
 from brain_lightning.trials.tune import Found, Tuned, TuneFirstFit
 
 from .run import in_processes
 from .script import (
     hyperparameters_file,
-    load_trainer_file,
     names_output_folder,
-    parse_command,
+    parse_run,
     run_recipe,
     with_output_folder,
 )
@@ -62,18 +61,13 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         "--output", metavar="FILE.png", default="lr.png",
         help="the curve of losses at rising learning rates (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--trainer", metavar="FILE", help="a HyperPyYAML file with Trainer arguments"
-    )
-    trainer, rest = split_trainer(words)
-    options, script, rest = parse_command(parser, rest)
+    options, script, rest, trainer = parse_run(parser, words)
     kind, rest = _kind(rest)
-    if options.trainer is not None:
-        trainer = {**load_trainer_file(options.trainer), **trainer}
     # What its own would write is of no training.
     trainer["logger"] = DummyLogger()
     picture = _checked(Path(options.output)) if kind == "lr" else None
     with _apart(rest) as apart:
+        # Processes that are started here write to the same folder.
         added = apart[len(rest) :]
         return in_processes(
             ["tune", *words, *added], script, apart, trainer,

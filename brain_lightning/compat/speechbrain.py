@@ -16,12 +16,15 @@ from typing import Any
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import (
     PARTS,
+    BrainProtocol,
     LightningSettings,
     TrainerDefaults,
+    has_own,
     hparam,
     is_value_of,
     trainer_arguments,
 )
+from brain_lightning.references import calls_super
 from brain_lightning.temporary import TemporaryAttributes
 
 from .load_hooks import LOAD_HOOK, device_of, loading_to, takes_device, without_device
@@ -58,6 +61,18 @@ def brain_class() -> Any:
 def is_speechbrains(brain: object) -> bool:
     """Whether ``brain`` is a Brain of SpeechBrain's."""
     return _is_a(brain, "core", "Brain")
+
+
+def calls_ours(brain: BrainProtocol, hook: str) -> bool:
+    """Whether a hook of a Brain is that of ours, or one that calls it by ``super()``.
+
+    Args:
+        brain: The Brain.
+        hook: A method of Brain.
+    """
+    if is_speechbrains(brain):
+        return False
+    return not has_own(brain, hook) or calls_super(brain, hook)
 
 
 def add_attributes(brain: Any) -> None:

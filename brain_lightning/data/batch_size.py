@@ -10,7 +10,7 @@ from brain_lightning.compat import dynamic_batches as dynamic
 from brain_lightning.errors import UnsupportedError
 
 from .dataloaders import has_indices, length_of
-from .samplers import share_anew
+from .samplers import share_anew, unwrapped
 
 
 class BatchSize:
@@ -28,13 +28,12 @@ class BatchSize:
 
     def __init__(self, loader: Any) -> None:
         batches = getattr(loader, "batch_sampler", None)
-        # SpeechBrain's wrapper for several processes has it as its sampler.
-        samplers = (batches, getattr(batches, "sampler", None))
-        found = [each for each in samplers if dynamic.is_dynamic(each)]
+        sampler = unwrapped(batches)
         self._loader: DataLoader[Any] = loader
-        self._dynamic: Any = found[0] if found else None
-        self.name = "max_batch_length" if found else "batch_size"
-        if not found and (not has_indices(loader) or type(batches) is not BatchSampler):
+        self._dynamic: Any = sampler if dynamic.is_dynamic(sampler) else None
+        is_dynamic = self._dynamic is not None
+        self.name = "max_batch_length" if is_dynamic else "batch_size"
+        if not is_dynamic and (not has_indices(loader) or type(batches) is not BatchSampler):
             raise UnsupportedError(
                 f"the batch size of {_describe(loader)} cannot be changed: give fit a dataset "
                 "with batch_size in its loader_kwargs, or SpeechBrain's DynamicBatchSampler"

@@ -83,6 +83,16 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
             self.sampler.set_epoch(epoch)
 
 
+def unwrapped(sampler: Any) -> Any:
+    """The sampler in a ``DistributedSamplerWrapper``, SpeechBrain's or ours; else itself.
+
+    Args:
+        sampler: Any sampler, of examples or of batches.
+    """
+    wraps = isinstance(sampler, DistributedSampler) and hasattr(sampler, "sampler")
+    return sampler.sampler if wraps else sampler
+
+
 def share_anew(sampler: DistributedSampler[Any]) -> None:
     """Shares what a sampler wraps, whose length has changed, which is looked at once.
 

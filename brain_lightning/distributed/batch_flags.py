@@ -11,7 +11,8 @@ from brain_lightning.host_copy import HostCopy
 
 from .communication import communicates, is_distributed_initialized
 
-SHARED = "_brain_lightning_shared"
+# What an error has that all processes have raised.
+SHARED = "brain_lightning_shared"
 
 
 class Reduction:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -376,17 +376,27 @@ def learning_rates(
     return found
 
 
-def arguments_of_finder(
-    callback: LearningRateFinder | BatchSizeFinder,
-) -> tuple[dict[str, Any], bool, str, bool]:
+class FinderArguments(NamedTuple):
+    """What a callback that searches was given.
+
+    Attributes:
+        search: How to search.
+        updates: Whether to use what is found.
+        name: Of the attribute that gets it; may be empty.
+        ends_run: Whether the run ends when something is found, as for ``Tuner``.
+    """
+
+    search: dict[str, Any]
+    updates: bool
+    name: str
+    ends_run: bool
+
+
+def arguments_of_finder(callback: LearningRateFinder | BatchSizeFinder) -> FinderArguments:
     """What a callback that searches was given.
 
     Args:
         callback: The callback.
-
-    Returns:
-        How to search; whether to use what is found; the name of its attribute, if any; and
-        whether to end when something is found, as for ``Tuner``.
     """
     if isinstance(callback, LearningRateFinder):
         arguments = {
@@ -396,7 +406,9 @@ def arguments_of_finder(
             "mode": callback._mode,
             "early_stop_threshold": callback._early_stop_threshold,
         }
-        return arguments, callback._update_attr, callback._attr_name, callback._early_exit
+        return FinderArguments(
+            arguments, callback._update_attr, callback._attr_name, callback._early_exit
+        )
     arguments = {
         "mode": callback._mode,
         "steps_per_trial": callback._steps_per_trial,
@@ -406,4 +418,4 @@ def arguments_of_finder(
         "margin": getattr(callback, "_margin", 0.0),
         "max_val": getattr(callback, "_max_val", sys.maxsize),
     }
-    return arguments, True, callback._batch_arg_name, callback._early_exit
+    return FinderArguments(arguments, True, callback._batch_arg_name, callback._early_exit)

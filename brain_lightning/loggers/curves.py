@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from math import ceil
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from brain_lightning.stage import Stage
 from brain_lightning.stages.metrics import staged
+
+from .whole_file import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,10 +41,9 @@ def write_curves(path: Path, history: History, tests: Sequence[Numbers]) -> None
         history: The numbers of each epoch, ``train_loss``, ``valid_WER`` or ``lr``.
         tests: Those of each test, ``test_WER``.
     """
-    part = path.with_name(f"{path.name}.part")
     text = json.dumps(list(history.items()))
-    draw(history, tests).savefig(part, format="png", metadata={KEY: text})
-    os.replace(part, path)
+    with written_whole(path) as part:
+        draw(history, tests).savefig(part, format="png", metadata={KEY: text})
 
 
 def read_curves(path: Path) -> History:
@@ -74,19 +74,41 @@ def draw(history: History, tests: Sequence[Numbers]) -> Figure:
     Returns:
         The picture, of which pyplot has no record.
     """
-    from matplotlib.figure import Figure
-
     names, rates = _panels([*history.values(), *tests])
     panels = len(names) + bool(rates)
     columns = max(1, min(COLUMNS, panels))
     rows = max(1, ceil(panels / columns))
-    # A Figure without pyplot draws with Agg: no display is needed.
-    figure = Figure(figsize=(4.5 * columns, 3.4 * rows), dpi=130, layout="constrained")
+    figure = new_figure(4.5 * columns, 3.4 * rows)
     for index, name in enumerate(names):
         _draw_panel(figure.add_subplot(rows, columns, index + 1), name, history, tests)
     if rates:
         _draw_rates(figure.add_subplot(rows, columns, panels), rates, history)
     return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture, which needs no display.
+
+    Args:
+        width: In inches.
+        height: In inches.
+    """
+    from matplotlib.figure import Figure
+
+    # Without pyplot it is drawn with Agg.
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def tidy(axes: Axes) -> None:
+    """Gives a panel that is drawn its grid, and a legend where curves have names.
+
+    Args:
+        axes: The panel.
+    """
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)
 
 
 def is_rate(name: str) -> bool:
@@ -148,7 +170,4 @@ def _finish(axes: Axes, name: str) -> None:
         axes.set_yscale("log")
     axes.set(title=name, xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False)
+    tidy(axes)

@@ -17,6 +17,8 @@ from brain_lightning.errors import RecipeError, RunOptionError
 from brain_lightning.stage import Stage
 from brain_lightning.stages.metrics import BETTER, Record, staged
 
+from .whole_file import written_whole
+
 # Where Orion waits for the objective of a trial, as orion.client.report_objective writes it.
 ORION = "ORION_RESULTS_PATH"
 
@@ -115,7 +117,5 @@ def _checked(file: Path) -> Path:
 
 
 def _write(file: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    with written_whole(file) as part:
+        part.write_text(json.dumps(content) + "\n", encoding="utf-8")

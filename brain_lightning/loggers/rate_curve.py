@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from .curves import new_figure, tidy
+from .whole_file import written_whole
 
 COLOR, SUGGESTED = "#4477aa", "#ee6677"
 
@@ -21,23 +23,17 @@ def write_rate_curve(
         losses: The smoothed loss at each.
         suggestion: The rate to mark, if any.
     """
-    from matplotlib.figure import Figure
-
-    # A Figure without pyplot draws with Agg: no display is needed.
-    figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.add_subplot()
     axes.plot(rates, losses, color=COLOR)
     if suggestion is not None:
         loss = losses[list(rates).index(suggestion)]
         axes.plot(suggestion, loss, "o", color=SUGGESTED, label=f"suggested: {suggestion:.3g}")
-        axes.legend(frameon=False)
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss, smoothed")
     axes.set_ylim(*_limits(losses))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    tidy(axes)
+    with written_whole(path) as part:
+        figure.savefig(part, format="png")
 
 
 def _limits(losses: Sequence[float]) -> tuple[float, float]:

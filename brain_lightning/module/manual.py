@@ -13,12 +13,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from brain_lightning.compat.speechbrain import calls_ours
 from brain_lightning.lightning_internals.counters import count_steps
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.optimizers.active import has_optimizer
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.step.together import calls_ours
 
 from .brain_module import BrainModule
 
@@ -77,7 +77,7 @@ class ManualModule(BrainModule):
 
     def _step(self) -> None:
         # A fit_batch of the recipe's own decides by itself when to step.
-        if calls_ours(self.brain):
+        if calls_ours(self.brain, "fit_batch"):
             self.brain.optimizers_step()
 
     def _steps(self) -> int:

@@ -16,7 +16,7 @@ from brain_lightning.stage import Stage
 from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
 from brain_lightning.step.together import average_window
 from brain_lightning.step.valid_step import reset_valid_step
-from brain_lightning.step.window import restart_window
+from brain_lightning.step.window import is_full, restart_window
 
 from .base import RunStage
 from .error_context import with_error_context
@@ -158,10 +158,10 @@ class TrainStage(RunStage):
         self.batches += 1
         return loss
 
-    def _undo(self, error: Exception, batch: Any) -> None:
+    def _undo_or_end(self, error: Exception, batch: Any) -> None:
         """Undoes what a batch has changed for which there was no memory.
 
-        Where patience is exhausted the run is saved, and resumes with this batch.
+        Where patience is exhausted the run is saved and ends, and resumes with this batch.
 
         Args:
             error: What it has raised; raised again where the run ends.
@@ -178,26 +178,24 @@ class TrainStage(RunStage):
             raise error
 
     def _skip(self, error: Exception, batch: Any, step: Callable[[], None] | None) -> Tensor:
-        """Goes on as if there had been no such batch, but for its number.
+        """Goes on without a batch that is undone: only the number of the step counts it.
 
         Args:
-            error: See ``_undo``.
-            batch: See ``_undo``.
+            error: See ``_undo_or_end``.
+            batch: See ``_undo_or_end``.
             step: See ``fit``; None where that has failed.
 
         Returns:
             A loss that is not finite, for those who want one.
         """
-        self._undo(error, batch)
+        self._undo_or_end(error, batch)
         self.run.forgive()
         brain, before = self.brain, self.run_state.before
         brain.step = self.step
-        factor = brain.grad_accumulation_factor
-        ends_window = self.step % factor == 0 or brain._lightning.ends_window
         if step is None or before.steps:
             # It would have no memory again.
             before.drop_gradients()
-        elif factor > 1 and ends_window and average_window(brain):
+        elif brain.grad_accumulation_factor > 1 and is_full(brain) and average_window(brain):
             try:
                 step()
             except Exception as of_step:

@@ -13,7 +13,6 @@ from brain_lightning.batch_content import described
 from brain_lightning.compat.versions import add_note
 
 ALLOCATED = "brain_lightning: memory of"
-GIB = 2**30
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -47,11 +46,20 @@ def note_memory(error: BaseException, device: str) -> None:
             torch.cuda.memory_reserved(device),
             torch.cuda.get_device_properties(device).total_memory,
         )
-        allocated, reserved, total = (f"{size / GIB:.2f} GiB" for size in sizes)
+        allocated, reserved, total = map(in_gib, sizes)
         add_note(
             error,
             f"{ALLOCATED} {device}: {allocated} allocated, {reserved} reserved, of {total}",
         )
+
+
+def in_gib(count: int) -> str:
+    """An amount of memory in words.
+
+    Args:
+        count: Bytes.
+    """
+    return f"{count / 2**30:.2f} GiB"
 
 
 def note_batch(error: BaseException, batch: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, SyncBatchNorm
 
-from brain_lightning.compat.speechbrain import is_speechbrains
+from brain_lightning.compat.speechbrain import calls_ours
 from brain_lightning.distributed.batch_flags import BatchFlags
 from brain_lightning.distributed.communication import gather, rank
 from brain_lightning.distributed.gradients import (
@@ -25,8 +25,7 @@ from brain_lightning.distributed.gradients import (
 )
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.optimizers.active import trained_parameters
-from brain_lightning.protocol import BrainProtocol, has_own, steps_itself
-from brain_lightning.references import calls_super
+from brain_lightning.protocol import BrainProtocol, steps_itself
 from brain_lightning.temporary import TemporaryAttributes
 
 from .losses import TrainingLoss, drop_gradients
@@ -179,7 +178,7 @@ def _reason_against(brain: BrainProtocol) -> str | None:
         return "strategy='fsdp2' gathers and averages within the forward and backward pass"
     if wraps_itself(brain):
         return f"{name} wraps its modules itself, in _wrap_distributed"
-    if steps_itself(brain) and not calls_ours(brain):
+    if steps_itself(brain) and not calls_ours(brain, "fit_batch"):
         return (
             f"{name}.fit_batch has a backward pass of its own, in which gradients are "
             "averaged. Call super().fit_batch(batch) of brain_lightning.Brain in it"
@@ -197,14 +196,3 @@ def _reason_against(brain: BrainProtocol) -> str | None:
         if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse:
             return f"{entry!r} has sparse gradients, those of {type(part).__name__}"
     return None
-
-
-def calls_ours(brain: BrainProtocol) -> bool:
-    """Whether a Brain is fitted by ``fit_batch`` of ours, called in its own or without one.
-
-    Args:
-        brain: The Brain.
-    """
-    if is_speechbrains(brain):
-        return False
-    return not has_own(brain, "fit_batch") or calls_super(brain, "fit_batch")

@@ -22,7 +22,7 @@ from brain_lightning.protocol import BrainProtocol, parameters_of
 from .losses import TrainingLoss, training_loss
 from .together import compute_alone, compute_together
 from .valid_step import count_valid_step
-from .window import add_to_window, end_window
+from .window import add_to_window, end_window, is_full
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,7 @@ def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
     Returns:
         The detached loss, on the CPU.
     """
-    ends_window = brain._lightning.ends_window
-    should_step = brain.step % brain.grad_accumulation_factor == 0 or ends_window
+    should_step = is_full(brain)
     compute = compute_together if brain._lightning.fails_together else compute_alone
     result = compute(brain, batch, update, should_step)
     if result.finite:

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from brain_lightning.compat.speechbrain import is_speechbrains
+from brain_lightning.compat.speechbrain import calls_ours
 from brain_lightning.distributed.communication import communicates, world_size
 from brain_lightning.errors import BrainTypeError, UnsupportedError
 from brain_lightning.fsdp2.tensors import local
 from brain_lightning.optimizers.active import all_optimizers, trained_parameters
 from brain_lightning.protocol import MANUAL_HOOKS, BrainProtocol, has_own, parameters_of
-from brain_lightning.references import calls_super
 
 OPTION = "accumulate_by='tokens'"
 
@@ -85,13 +84,23 @@ def check_window(brain: BrainProtocol) -> None:
             "number of targets, or frames, that compute_objectives takes its mean over: "
             "define it, or use accumulate_by='batches'"
         )
-    for hook in filter(lambda each: has_own(brain, each), MANUAL_HOOKS):
-        if is_speechbrains(brain) or not calls_super(brain, hook):
+    for hook in MANUAL_HOOKS:
+        if has_own(brain, hook) and not calls_ours(brain, hook):
             raise UnsupportedError(
                 f"{OPTION} has no effect in {name}.{hook}: call super().{hook} there, which "
                 "has to be that of our Brain (from brain_lightning import Brain), or use "
                 "accumulate_by='batches'"
             )
+
+
+def is_full(brain: BrainProtocol) -> bool:
+    """Whether the window ends with the batch in hand.
+
+    Args:
+        brain: The Brain in training; its ``step`` counts this batch already.
+    """
+    ends_early = brain._lightning.ends_window
+    return brain.step % brain.grad_accumulation_factor == 0 or ends_early
 
 
 def window_of(brain: BrainProtocol) -> Window:

@@ -102,7 +102,7 @@ class _Fits:
 
     def _runs(self) -> bool:
         trial = self._trial
-        step: Callable[[Any], float] = trial.fit if self._trains else trial.validate
+        step: Callable[[Any], float] = trial.fit if self._trains else trial.evaluate
         batches = 0
         try:
             if self._trains:

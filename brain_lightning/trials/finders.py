@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
@@ -21,6 +21,7 @@ from brain_lightning.data.dataloaders import length_of
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.lightning_internals.loops import fit_loop_of
 from brain_lightning.lightning_internals.trainer_callbacks import (
+    FinderArguments,
     TunerExitException,
     arguments_of_finder,
     callbacks_of,
@@ -32,6 +33,8 @@ from . import batch_size, learning_rate
 
 logger = logging.getLogger(__name__)
 
+# Searches as a callback was told to.
+Find: TypeAlias = Callable[[Any, FinderArguments], None]
 # In the state of a BatchSizeFinder, which has none by itself.
 SIZE = "brain_lightning_size"
 
@@ -57,10 +60,10 @@ class Finders:
         self._may_begin = trainer.state.fn is not TrainerFn.FITTING
         for callback in callbacks_of(trainer):
             if isinstance(callback, LearningRateFinder):
-                search = partial(self._ask, partial(self._find_rate, callback))
+                search = partial(self._ask, callback, self._find_rate)
                 temporary.override(callback, "lr_find", search)
             elif isinstance(callback, BatchSizeFinder):
-                search = partial(self._ask, partial(self._find_size, callback))
+                search = partial(self._ask, callback, self._find_size)
                 temporary.override(callback, "scale_batch_size", search)
                 # It asks for attributes of a module, and for loaders that a module makes.
                 temporary.override(callback, "setup", _nothing)
@@ -78,45 +81,49 @@ class Finders:
         while self._waiting:
             self._waiting.pop(0)()
 
-    def _ask(self, search: Callable[[], None], *_: Any) -> None:
+    def _ask(self, callback: Any, find: Find, *_: Any) -> None:
         if self._trainer.fast_dev_run:  # type: ignore[attr-defined]
             logger.warning("fast_dev_run: nothing is searched.")
         elif self._may_begin:
-            search()
+            self._search(callback, find)
         else:
-            self._waiting.append(search)
+            self._waiting.append(partial(self._search, callback, find))
 
-    def _find_rate(self, callback: LearningRateFinder) -> None:
-        arguments, updates, name, exits = arguments_of_finder(callback)
-        if self._is_resumed(callback, exits):
+    def _search(self, callback: Any, find: Find) -> None:
+        arguments = arguments_of_finder(callback)
+        if self._run.run_state.resumed is not None and not arguments.ends_run:
+            # What was found is recovered, and holds.
+            name = type(callback).__name__
+            logger.info("The run is resumed: %s does not search again.", name)
             return
-        search = learning_rate.Search(**arguments)
+        find(callback, arguments)
+        if arguments.ends_run:
+            # Of Lightning's Tuner, which has nothing trained.
+            raise TunerExitException
+
+    def _find_rate(self, callback: LearningRateFinder, arguments: FinderArguments) -> None:
+        search = learning_rate.Search(**arguments.search)
         callback.optimal_lr = learning_rate.find(
             self._run, self._trainer, self._loader(), search
         )
         found = callback.optimal_lr.suggestion()
         if found is not None:
             logger.info("A learning rate of %.3g is suggested.", found)
-            if updates:
-                learning_rate.apply(self._run.brain, found, name)
+            if arguments.updates:
+                learning_rate.apply(self._run.brain, found, arguments.name)
                 logger.info(
                     "Every optimizer has it now. An annealing of the recipe that keeps a "
                     "rate of its own begins with that: give it to the recipe, --lr=%.3g.",
                     found,
                 )
-        _exit(exits)
 
-    def _find_size(self, callback: BatchSizeFinder) -> None:
-        arguments, _, _, exits = arguments_of_finder(callback)
-        if self._is_resumed(callback, exits):
-            return
-        search = batch_size.Search(**arguments)
+    def _find_size(self, callback: BatchSizeFinder, arguments: FinderArguments) -> None:
+        search = batch_size.Search(**arguments.search)
         found = batch_size.find(self._run, self._trainer, self._loader(), search)
         self._set_size(callback, found)
-        _exit(exits)
 
     def _set_size(self, callback: BatchSizeFinder, found: float) -> None:
-        loader, name = self._loader(), arguments_of_finder(callback)[2]
+        loader, name = self._loader(), arguments_of_finder(callback).name
         callback.optimal_batch_size = int(found)
         self._sizes[callback] = found
         size = BatchSize(loader)
@@ -154,25 +161,14 @@ class Finders:
                 )
             return self._run.train.loader.loader
         if fn is TrainerFn.PREDICTING:
-            raise UnsupportedError("a batch size is found in fit, validate and test")
+            raise UnsupportedError("BatchSizeFinder searches in fit, validate and test alone")
         stage = self._run.test if fn is TrainerFn.TESTING else self._run.valid
         if len(stage.loaders) > 1:
-            raise UnsupportedError("a batch size is found for one set: give one alone")
+            raise UnsupportedError(
+                f"BatchSizeFinder searches with one set, and there are {len(stage.loaders)}: "
+                "give one of them"
+            )
         return stage.loaders[0].loader
-
-    def _is_resumed(self, callback: Any, exits: bool) -> bool:
-        """Whether what was searched before is recovered, and holds."""
-        resumed = self._run.run_state.resumed is not None and not exits
-        if resumed:
-            name = type(callback).__name__
-            logger.info("The run is resumed: %s does not search again.", name)
-        return resumed
-
-
-def _exit(exits: bool) -> None:
-    if exits:
-        # Of Lightning's Tuner, which has nothing trained.
-        raise TunerExitException
 
 
 def _nothing(trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 
 # How much of the smoothed loss stays at each step.
 MOMENTUM = 0.98
+# The average of so few losses is noise: nothing is suggested among them.
+SKIPPED = 10
+# A fall is from so many steps before a rate to as many after it, and by this part of the loss.
+SPAN = 4
+LEAST = 0.01
 # Where nobody names another attribute of the hyperparameters.
 NAMES = ("lr", "learning_rate")
 
@@ -175,6 +180,44 @@ def _bar(search: Search) -> Any:
         desc="learning rates", total=search.num_training, disable=not if_main_process(),
         dynamic_ncols=True,
     )  # fmt: skip
+
+
+def unbiased(losses: Sequence[float]) -> list[float]:
+    """Smoothed losses as they would be had their average not begun with 0.
+
+    Lightning corrects for one step too many: the first loss is half of what it was, and the
+    curve rises before it falls.
+
+    Args:
+        losses: From ``find``.
+    """
+    return [
+        loss * (1 - MOMENTUM ** (step + 1)) / (1 - MOMENTUM**step)
+        for step, loss in enumerate(losses, 1)
+    ]
+
+
+def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
+    """The rate at which the loss falls fastest, as rates grow by one factor.
+
+    Lightning's divides a fall by the difference of the rates (since 2.5.3, "Compute the
+    gradient of losses w.r.t. learning rates"). Where rates grow by a factor, that is among the
+    smallest, whatever noise there is.
+
+    Args:
+        rates: In steps of one factor.
+        losses: The smoothed loss at each, from ``unbiased``.
+
+    Returns:
+        None where the loss falls nowhere.
+    """
+    falls = [
+        ((losses[i + SPAN] - losses[i - SPAN]) / abs(losses[i - SPAN]), rates[i])
+        for i in range(SKIPPED + SPAN, len(rates) - SPAN)
+        if math.isfinite(losses[i + SPAN]) and losses[i - SPAN] != 0
+    ]
+    fall, rate = min(falls, default=(0.0, 0.0))
+    return rate if fall < -LEAST else None
 
 
 def apply(brain: BrainProtocol, rate: float, name: str = "") -> None:

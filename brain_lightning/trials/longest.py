@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from itertools import islice
@@ -19,8 +19,8 @@ from torch.utils.data import (
 from brain_lightning.compat import dynamic_batches as dynamic
 from brain_lightning.compat.speechbrain import clear_position, is_looped_loader
 from brain_lightning.data.dataloaders import has_indices, length_of, twin
+from brain_lightning.data.samplers import unwrapped
 from brain_lightning.data.several_loaders import SeveralLoaders
-from brain_lightning.errors import UnsupportedError
 
 from .lengths import Lengths, lengths_of, name_of, size_of
 
@@ -75,9 +75,6 @@ def longest_batches(loader: Any) -> Longest:
 
     Returns:
         The batches; of a stream, whose longest nobody knows, the first ones.
-
-    Raises:
-        UnsupportedError: It is an iterator, of which a batch is lost that is tried.
     """
     if isinstance(loader, SeveralLoaders):
         return _of_several(loader)
@@ -89,11 +86,6 @@ def longest_batches(loader: Any) -> Longest:
         return Longest(_in_this_process(loader), FIRST, "the first of a stream")
     if isinstance(loader, Sequence):
         return Longest(sorted(loader, key=size_of, reverse=True), min(1, len(loader)), "size")
-    if isinstance(loader, Iterator):
-        raise UnsupportedError(
-            f"{type(loader).__name__} is an iterator, and a batch that is tried would be "
-            "missing in training: give a DataLoader, or leave out the preflight"
-        )
     return Longest(loader, FIRST, "the first of an iterable")
 
 
@@ -108,7 +100,7 @@ def _of_several(several: SeveralLoaders) -> Longest:
 
 
 def _by_index(loader: DataLoader[Any]) -> Longest:
-    sampler = _inner(loader.batch_sampler)
+    sampler = unwrapped(loader.batch_sampler)
     if dynamic.is_dynamic(sampler):
         # It was told of the lengths by which it makes batches.
         lengths = Lengths(dynamic.lengths(sampler), "length")
@@ -139,7 +131,7 @@ def _by_index(loader: DataLoader[Any]) -> Longest:
 
 def _possible(loader: DataLoader[Any], lengths: Mapping[int, float]) -> list[Batch]:
     """Batches that a loader may draw, the heaviest ones among them."""
-    batches = _inner(loader.batch_sampler)
+    batches = unwrapped(loader.batch_sampler)
     if batches is not None and type(batches) is not BatchSampler:
         return [list(batch) for batch in islice(batches, MOST_BATCHES)]
     size, drops = (1, False) if batches is None else (batches.batch_size, batches.drop_last)
@@ -165,15 +157,9 @@ def _longest_of(indices: Iterable[int], most: int, lengths: Mapping[int, float])
 def _keeps_order(sampler: Any) -> bool:
     """Whether a sampler draws the same batches in each epoch, as that of sorted data."""
     if isinstance(sampler, DistributedSampler):
-        inner = _inner(sampler)
+        inner = unwrapped(sampler)
         return not sampler.shuffle and (inner is sampler or _keeps_order(inner))
     return isinstance(sampler, (SequentialSampler, Sequence))
-
-
-def _inner(sampler: Any) -> Any:
-    """The sampler in a ``DistributedSamplerWrapper``, SpeechBrain's or ours."""
-    wraps = isinstance(sampler, DistributedSampler) and hasattr(sampler, "sampler")
-    return sampler.sampler if wraps else sampler
 
 
 def _heaviest(batches: Sequence[Batch], lengths: Mapping[int, float]) -> list[Batch]:

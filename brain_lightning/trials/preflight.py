@@ -23,7 +23,7 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
 from brain_lightning.stage import Stage
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.run import Run
-from brain_lightning.step.out_of_memory import is_out_of_memory
+from brain_lightning.step.out_of_memory import in_gib, is_out_of_memory
 
 from .longest import Examples, longest_batches
 from .memory import capacity, held, measured_usage
@@ -106,19 +106,24 @@ def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> 
             f"a preflight cannot know the batches of {type(run.brain).__name__}: its own fit "
             "makes or chooses the loaders. Leave out --preflight"
         )
-    if fits and trainer.enable_validation and not run.valid.loaders:
-        # Lightning makes them later, where it does not validate after the first epoch.
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        trainer.training = True
-    stages = (run.train, run.valid) if fits else (run.test,)
-    tried = preflight(run, trainer, stages)
+    if fits:
+        _make_validation_loaders(run, trainer)
+    tried = preflight(run, trainer, (run.train, run.valid) if fits else (run.test,))
     if trainer.is_global_zero and not getattr(run.brain, "rank", 0):
         print(table(tried, run.brain.device), flush=True)  # noqa: T201
     for callback in alone:
         callback.tried += tried
         callback.is_trying = False
+    if alone:
         raise TunerExitException
+
+
+def _make_validation_loaders(run: Run, trainer: Trainer) -> None:
+    """Lightning makes them later, where it does not validate after the first epoch."""
+    if trainer.enable_validation and not run.valid.loaders:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
 
 
 def preflight(run: Run, trainer: Trainer, stages: Sequence[RunStage]) -> list[Tried]:
@@ -167,7 +172,7 @@ def table(tried: Sequence[Tried], device: str) -> str:
             each.chosen,
             "-" if each.examples is None else str(each.examples),
             "-" if each.longest is None else f"{each.longest:g}",
-            _size(each.peak) + (f" ({each.peak / total:.0%})" if total else ""),
+            in_gib(each.peak) + (f" ({each.peak / total:.0%})" if total else ""),
             f"{each.seconds:.2f}",
         )
         for each in tried
@@ -177,7 +182,7 @@ def table(tried: Sequence[Tried], device: str) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, *rows)
     ]
-    of_what = "the process" if total is None else f"tensors on {device}, of {_size(total)}"
+    of_what = "the process" if total is None else f"tensors on {device}, of {in_gib(total)}"
     return "\n".join([*lines, f"The peak memory is that of {of_what}."])
 
 
@@ -229,7 +234,7 @@ def _start(trial: Trial, data: _Set) -> list[Callable[[Any], float]]:
     """
     if data.stage.kind is not Stage.TRAIN:
         trial.start_evaluation(data.stage, data.name)
-        return [trial.validate]
+        return [trial.evaluate]
     brain = data.stage.brain
     trial.start()
     window = min(brain.grad_accumulation_factor, 2)
@@ -286,7 +291,3 @@ def _of_examples(examples: Examples | None) -> Iterator[str]:
     if examples is not None:
         yield f"with ids {shortened(examples.names)}"
         yield f"lengths {shortened([round(each, 4) for each in examples.lengths])}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

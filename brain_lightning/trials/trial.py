@@ -124,7 +124,7 @@ class Trial:
         brain.on_stage_start(stage.brain_stage, epoch)
         brain.modules.eval()
 
-    def validate(self, batch: Any) -> float:
+    def evaluate(self, batch: Any) -> float:
         """Evaluates one batch; the first one starts VALID, if no evaluation has started.
 
         Args:
@@ -205,7 +205,7 @@ def _fresh(loader: Any) -> Any:
         return twin(loader, persistent_workers=False)
     if isinstance(loader, Iterator):
         raise UnsupportedError(
-            f"{type(loader).__name__} can be iterated once: its batches would be missing in "
-            "the training. Give fit a loader or a list to try some batches of it before"
+            f"{type(loader).__name__} can be iterated once, and batches that are tried would "
+            "be missing in the training: give fit a DataLoader or a list"
         )
     return loader

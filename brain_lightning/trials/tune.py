@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,6 @@ from brain_lightning.protocol import optimizers_of
 from brain_lightning.stages.run import Run
 
 from . import batch_size, learning_rate
-
-# The average of so few losses is noise.
-SKIPPED = 10
-# A fall is from so many steps before a rate to as many after it; by this part of the loss.
-SPAN = 4
-LEAST = 0.01
 
 
 @dataclass(frozen=True)
@@ -85,8 +78,8 @@ def _find_rate(run: Run, trainer: Trainer, loader: Any) -> Found:
     groups = (group for _, each in optimizers_of(run.brain) for group in each.param_groups)
     before = {float(group["lr"]) for group in groups}
     tried = learning_rate.find(run, trainer, loader, learning_rate.Search()).results
-    losses = _corrected(tried["loss"])
-    return Found("lr", suggestion(tried["lr"], losses), before, tried["lr"], losses)
+    rates, losses = tried["lr"], learning_rate.unbiased(tried["loss"])
+    return Found("lr", learning_rate.suggestion(rates, losses), before, rates, losses)
 
 
 def _find_size(run: Run, trainer: Trainer, loader: Any) -> Found:
@@ -94,35 +87,3 @@ def _find_size(run: Run, trainer: Trainer, loader: Any) -> Found:
     before = {size.current}
     found = batch_size.find(run, trainer, loader, batch_size.Search())
     return Found(size.name, found, before)
-
-
-def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The rate at which the loss falls fastest, as rates grow by one factor.
-
-    ``LearningRateFinder`` suggests where it falls fastest by the difference of the rates
-    (since Lightning 2.5.3, "Compute the gradient of losses w.r.t. learning rates"). As rates
-    grow by a factor, that is among the smallest, whatever noise there is.
-
-    Args:
-        rates: In steps of one factor.
-        losses: The smoothed loss at each.
-
-    Returns:
-        None where the loss falls nowhere.
-    """
-    falls = [
-        ((losses[i + SPAN] - losses[i - SPAN]) / abs(losses[i - SPAN]), rates[i])
-        for i in range(SKIPPED + SPAN, len(rates) - SPAN)
-        if math.isfinite(losses[i + SPAN]) and losses[i - SPAN] != 0
-    ]
-    fall, rate = min(falls, default=(0.0, 0.0))
-    return rate if fall < -LEAST else None
-
-
-def _corrected(losses: Sequence[float]) -> list[float]:
-    """Without the bias of an average that begins at 0, for which Lightning counts a step more.
-
-    The first loss would be half of what it is, and the curve rise to all of it.
-    """
-    kept = [1 - learning_rate.MOMENTUM**step for step in range(1, len(losses) + 2)]
-    return [loss * kept[i + 1] / kept[i] for i, loss in enumerate(losses)]

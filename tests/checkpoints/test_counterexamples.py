@@ -25,7 +25,7 @@ from brain_lightning import (
     UnsupportedError,
 )
 from brain_lightning.checkpoints import atomic_directory
-from brain_lightning.checkpoints.async_save import Snapshots
+from brain_lightning.checkpoints.async_save import StateCopies
 from brain_lightning.cli.main import main
 from tests.support.brains import make
 from tests.support.states import State, names, recovered, saved
@@ -243,7 +243,7 @@ class Strange:
 
 def test_a_copy_is_one_of_everything() -> None:
     strange = Strange()
-    copy = Snapshots().take(strange.state_dict())
+    copy = StateCopies().take(strange.state_dict())
     strange.array[:], strange.counts["a"] = 7, 7
     assert copy["array"].tolist() == copy["list"][0].tolist() == [1, 1, 1]
     assert copy["counts"] == {"a": 1}
@@ -253,17 +253,17 @@ def test_shared_parameters_are_copied_once_and_memory_is_used_again() -> None:
     tied = nn.ModuleDict({"a": nn.Linear(50, 50), "b": nn.Linear(50, 50)})
     tied["b"].weight = tied["a"].weight
     tied.register_buffer("strided", torch.zeros(10, 20)[:, ::2])
-    snapshots = Snapshots()
+    copies = StateCopies()
     for _ in range(4):
-        state = snapshots.take(tied.state_dict())
-        snapshots.recycle()
+        state = copies.take(tied.state_dict())
+        copies.recycle()
     assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr()
-    held = sum(len(buffers) for buffers in snapshots._free.values())
+    held = sum(len(buffers) for buffers in copies._free.values())
     assert held == len({t.data_ptr() for t in tied.state_dict().values()})
     tied.register_buffer("larger", torch.zeros(9))
-    snapshots.take(tied.state_dict())
-    snapshots.recycle()
-    assert sum(len(buffers) for buffers in snapshots._free.values()) == held + 1
+    copies.take(tied.state_dict())
+    copies.recycle()
+    assert sum(len(buffers) for buffers in copies._free.values()) == held + 1
 
 
 def test_a_first_save_in_inference_mode_does_not_spoil_the_next(folder: Path) -> None:

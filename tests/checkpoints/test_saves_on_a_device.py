@@ -66,7 +66,7 @@ def training_continues_while_a_save_is_copied() -> None:
             # Where there is no room for a clone, the device waits for the copy.
             waits = torch.accelerator.current_stream().clock.keys() >= beside
             assert waits is (room == 0)
-            assert not training.checkpointer._snapshots._clones or room
+            assert not training.checkpointer._copies._clones or room
         for name, state in zip(("one", "two", "three"), states, strict=True):
             training.file(name)
             loaded = torch.load(training.folder / f"CKPT+{name}" / "model.ckpt")

@@ -11,7 +11,7 @@ from PIL import Image
 from brain_lightning.cli.main import main
 from brain_lightning.loggers.rate_curve import write_rate_curve
 from brain_lightning.trials import batch_size, learning_rate
-from brain_lightning.trials.tune import suggestion
+from brain_lightning.trials.learning_rate import suggestion
 from tests.support.scripts import QUIET, TOY, result, script
 
 # SpeechBrain's own.
@@ -92,8 +92,6 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning_rate, "Search", lambda: few)
     one = batch_size.Search(steps_per_trial=1)
     monkeypatch.setattr(batch_size, "Search", lambda: one)
-    # It looks at every object of this process.
-    monkeypatch.setattr(batch_size, "garbage_collection_cuda", lambda: None)
 
 
 def recipe(folder: Path, kind: str = "Recipe") -> list[str]:

@@ -46,6 +46,7 @@ OTHERS = {
             "_bucket_lens",
             "_ex_lengths",
             "_generate_batches",
+            "_get_boundaries_through_warping",
             "_max_batch_ex",
             "_max_batch_length",
             "_shuffle_ex",

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from brain_lightning import patch_speechbrain, to_lightning
 from brain_lightning.errors import BrainTypeError, RunOptionError, UnsupportedError
 from brain_lightning.resume import before_batch
-from brain_lightning.step import out_of_memory
 from brain_lightning.step.window import Window, window_of
 from brain_lightning.trials.trial import Trial
 from tests.support.brains import (
@@ -283,8 +282,6 @@ def full(_: Any) -> Any:
 def test_a_batch_without_memory_has_no_weight(
     monkeypatch: pytest.MonkeyPatch, fails_at: Any, copies: bool, groups: Groups
 ) -> None:
-    # To collect it takes longer than all else here.
-    monkeypatch.setattr(out_of_memory, "garbage_collection_cuda", lambda: None)
     if not copies:
         monkeypatch.setattr(before_batch, "gradients", full)
     cls = type("FailsAt", (Greedy,), {"fails_at": fails_at})

@@ -37,12 +37,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To collect it takes longer than all else here."""
-    monkeypatch.setattr(out_of_memory, "garbage_collection_cuda", lambda: None)
-
-
 class Full(nn.Module):
     """Has no memory in the forward or the backward pass, when it is told so."""
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from brain_lightning import UnsupportedError
+from brain_lightning.compat.speechbrain import calls_ours
 from brain_lightning.distributed.batch_flags import BatchFlags
-from brain_lightning.step.together import calls_ours, fail_together
+from brain_lightning.step.together import fail_together
 from brain_lightning.temporary import TemporaryAttributes
 from tests.support.brains import Manual, Regression, make
 
@@ -62,8 +63,9 @@ def test_what_would_leave_processes_waiting_is_refused(
 
 
 def test_speechbrains_own_fit_batch_is_not_ours() -> None:
-    assert calls_ours(make(Around))
-    assert not calls_ours(speechbrain.Brain({"model": nn.Linear(1, 1)}))
+    assert calls_ours(make(Around), "fit_batch")
+    own = speechbrain.Brain({"model": nn.Linear(1, 1)})
+    assert not calls_ours(own, "fit_batch")
 
 
 class Shared(BatchFlags):

@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import torch
 import yaml
+from lightning.pytorch.utilities import memory
 
 
 def import_torchaudio() -> None:
@@ -42,6 +43,10 @@ def import_speechbrain() -> None:
 
 # SpeechBrain's Checkpointer reads its meta files again and again; libyaml reads the same.
 yaml.Loader = getattr(yaml, "CLoader", yaml.Loader)  # type: ignore[misc]
+
+# Where there was no memory Lightning has Python look at every object of the process, which
+# takes longer than most tests.
+memory.gc = types.SimpleNamespace(collect=int)  # type: ignore[attr-defined]
 
 # The tensors are tiny, and other processes share the machine.
 torch.set_num_threads(1)

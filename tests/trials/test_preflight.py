@@ -12,8 +12,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from brain_lightning import Brain, to_lightning
-from brain_lightning.errors import PreflightError, UnsupportedError
+from brain_lightning import Brain, PreflightError, UnsupportedError, to_lightning
 from brain_lightning.trials import preflight
 from brain_lightning.trials.memory import measured_usage
 from tests.parity.sides import SPEECHBRAIN
