@@ -243,8 +243,10 @@ class BrainModule(LightningModule):
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = "hparams"
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
             checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
-            # After the callbacks: WeightAveraging may have exchanged the weights.
-            self.run.trainer.correct(checkpoint)
+            # An error may come before the run begins.
+            if self.run.run_state.trainer is not None:
+                # After the callbacks: WeightAveraging may have exchanged the weights.
+                self.run.trainer.correct(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps an explicit ``ckpt_path``: it wins over what a Checkpointer recovers."""

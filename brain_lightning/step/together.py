@@ -185,6 +185,8 @@ def _reason_against(brain: BrainProtocol) -> str | None:
         )
     if any(module._comm_hooks for module in wrapped_modules(brain)):
         return f"{name} has registered a hook that averages gradients (register_comm_hook)"
+    if any(module.static_graph for module in wrapped_modules(brain)):
+        return "DDP's static_graph needs a first batch that averages within its backward pass"
     modules = [
         (n, part) for n, m in brain.modules.items() if m is not None for part in m.modules()
     ]

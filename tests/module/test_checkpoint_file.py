@@ -141,6 +141,15 @@ def test_an_exception_leaves_a_checkpoint_that_resumes(tmp_path: Path, where: st
     assert_same(whole, second)
 
 
+def test_an_error_before_the_run_begins_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no HPC checkpoint was found"):
+        fit(brain_in(None), [OnExceptionCheckpoint(tmp_path)], "hpc")
+    # It is of a run that has done nothing.
+    other = brain_in(None)
+    fit(other, [], str(tmp_path / "on_exception.ckpt"))
+    assert other.optimizer_step == 2 * BATCHES
+
+
 def test_an_interval_without_a_checkpointer_is_the_trainers_affair(tmp_path: Path) -> None:
     whole = brain_in(None)
     fit(whole, [])

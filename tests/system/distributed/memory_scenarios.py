@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from brain_lightning import Checkpointer, UnsupportedError, ddp_broadcast
@@ -167,11 +168,18 @@ def not_agreed_upon(side: Side, record: Record) -> Any:
         self.compute_objectives(self.compute_forward(batch, None), batch, None).backward()
 
     brain = make(side, Record(), run_opts={**GLOO, "oom_patience": 1}, fit_batch=fit_batch)
-    try:
-        brain.fit(range(1), dataset())
-    except UnsupportedError as error:
-        record.results.append(str(error))
+    static = make(side, Record(), run_opts={**GLOO, "oom_patience": 1})
+    strategy = DDPStrategy(process_group_backend="gloo", static_graph=True)
+    record.results += [_refusal_of(brain), _refusal_of(static, strategy=strategy)]
     return failed
+
+
+def _refusal_of(brain: Any, **trainer: Any) -> str:
+    try:
+        brain.fit(range(1), dataset(), trainer=trainer)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
 
 
 def what_it_costs(side: Side, record: Record) -> Any:
