@@ -20,6 +20,10 @@ BOUNDS = {
     "accumulated_by_tokens": (1e-14, "each batch of a window is averaged, and then added"),
     "attacked_in_fit_batch": (1e-7, "two backward passes, each averaged, and then added"),
     "bf16_and_accumulation": (1e-7, "each batch of a window is averaged, and then added"),
+    "nan_on_one_rank_ends_a_window": (
+        1e-6,
+        "each batch of a window is averaged, and then added",
+    ),
     "clipped": (1e-7, "the norm adds up the squares of one shard, and then of the other"),
 }
 # They say what modules are called.
