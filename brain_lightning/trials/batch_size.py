@@ -111,7 +111,7 @@ class _Fits:
                 step(batch)
                 batches += 1
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or (self._trains and not trial.fails_together):
                 raise
             return False
         # With drop_last there may be none.

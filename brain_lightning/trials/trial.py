@@ -65,12 +65,21 @@ class Trial:
             isolate(brain, snapshot.objects, temporary)
             temporary.enter_context(torch.enable_grad())
             if world_size() > 1:
-                # Where they cannot, a process that has no memory ends the run.
+                # Where they cannot: see ``fails_together``.
                 with suppress(UnsupportedError):
                     fail_together(brain, temporary)
             # Where that fails, everything is restored here.
             self._restores = restores.pop_all()
         return self
+
+    @property
+    def fails_together(self) -> bool:
+        """Whether all processes hear of it where one has no memory to fit a batch.
+
+        Else those that have memory wait for the others, in the averaging of gradients: then
+        the error has to end the process.
+        """
+        return world_size() == 1 or self._brain._lightning.fails_together
 
     def __exit__(self, *exception: object) -> None:
         """Restores everything; a Ctrl-C waits until that is over."""

@@ -21,6 +21,7 @@ from brain_lightning.data.batch_size import BatchSize
 from brain_lightning.data.samplers import DistributedSamplerWrapper
 from brain_lightning.trials import trial
 from brain_lightning.trials.snapshot import Snapshot
+from brain_lightning.trials.trial import Trial
 from tests.parity.recipes import dataset
 from tests.parity.sides import SPEECHBRAIN
 from tests.support.brains import all_equal, trainer_with, weights
@@ -104,6 +105,16 @@ def test_what_tuner_finds_is_what_the_next_fit_trains_with(tmp_path: Path) -> No
     trainer_with(max_epochs=1).fit(module, train, valid)
     assert rates == [found.suggestion()] * len(train)
     assert brain.hparams.lr == found.suggestion()
+
+
+def test_a_process_that_alone_has_no_memory_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for its gradients, and not for the answer whether a size fits."""
+    monkeypatch.setattr(Trial, "fails_together", False)
+    _, watched, raised = search(tmp_path, "size")
+    assert isinstance(raised, torch.OutOfMemoryError)
+    assert watched.before == watched.after
 
 
 def test_a_run_that_is_resumed_does_not_search_again(tmp_path: Path) -> None:
