@@ -146,6 +146,11 @@ def _largest(fits: _Fits, first: float, limit: float, search: Search) -> float:
             break
         else:
             size = (low + high) // 2
+    if low == 0:
+        raise UnsupportedError(
+            f"there is no memory for any of the {fits.tried} sizes that were tried, {first:g} "
+            "the first of them: give a smaller init_val, or more max_trials"
+        )
     return max(1, int(low * (1 - search.margin))) if search.mode == "binsearch" else low
 
 

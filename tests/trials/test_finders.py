@@ -205,6 +205,7 @@ def test_what_cannot_be_searched_is_refused_in_words(tmp_path: Path) -> None:
     empty = DataLoader(dataset(ITEMS), batch_sampler=[])
     for finder, data, words in (
         (BatchSizeFinder(), batches, "of a DataLoader with a list cannot be changed"),
+        (BatchSizeFinder(init_val=24, max_trials=1), loaders()[0], "of the 1 sizes that were"),
         (LearningRateFinder(), iter(batches), "can be iterated once, and batches that"),
         (LearningRateFinder(), empty, "there is no training batch"),
         (LearningRateFinder(attr_name="rate"), batches, "no hyperparameter of Classifier"),
