@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.environment import seed_everything
+from tests.support.environment import forget_saves, seed_everything
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -49,6 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     seed_everything(1234)
+    forget_saves()
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,7 @@ def import_speechbrain() -> None:
 
 # SpeechBrain's Checkpointer reads its meta files again and again; libyaml reads the same.
 yaml.Loader = getattr(yaml, "CLoader", yaml.Loader)  # type: ignore[misc]
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 
 # Where there was no memory Lightning has Python look at every object of the process, which
 # takes longer than most tests.
@@ -58,3 +59,15 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def forget_saves() -> None:
+    """Clears what SpeechBrain's Checkpointer remembers of all saves of the process.
+
+    Each ``save_and_keep_only`` adds to the list that is its default for ``importance_keys``,
+    and for each element the next one reads all checkpoints twice.
+    """
+    checkpointer = sys.modules["speechbrain.utils.checkpoints"].Checkpointer
+    for default in checkpointer.save_and_keep_only.__defaults__:
+        if isinstance(default, list):
+            default.clear()

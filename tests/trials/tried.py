@@ -78,7 +78,11 @@ def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) ->
 def compute_objectives(self: Any, predictions: Tensor, batch: Any, stage: Any) -> Tensor:
     if self.error is not None and self.step == 2:
         raise self.error
-    if len(batch[0]) > MEMORY and stage.name == "TRAIN" and self.rank_that_fails in (None, 0):
+    if (
+        len(batch[0]) > self.memory
+        and stage.name == "TRAIN"
+        and self.rank_that_fails in (None, 0)
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     return nn.functional.cross_entropy(predictions, batch[1])
 
@@ -123,7 +127,7 @@ def make(folder: Path, side: Side = OURS, **hooks: Any) -> Any:
         "counter": counter,
         "lr": 1,
     }
-    return classifier(side, **{**HOOKS, "rank_that_fails": None, "error": None, **hooks})(
+    return classifier(side, **{**HOOKS, "error": None, "memory": MEMORY, **hooks})(
         modules, lambda parameters: torch.optim.Adam(parameters, lr=0.01), hparams,
         {"device": "cpu", "noprogressbar": True, "distributed_backend": "gloo"},
         Checkpointer(folder / "save", recoverables),

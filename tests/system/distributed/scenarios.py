@@ -443,13 +443,22 @@ def _on_a_trainer(record: Record, brain: Any, *callbacks: Any, **kwargs: Any) ->
 
 def searched_before_training(side: Side, record: Record) -> Any:
     """What all processes find together leaves nothing behind in any of them."""
-    for kind in tried.SEARCHES:
+
+    def search(kind: str, memory: int) -> tuple[Any, Any]:
         folder = Path(tempfile.mkdtemp())
-        brain, watched, error = tried.search(folder, kind, side, strategy=STRATEGY)
+        brain, watched, error = tried.search(
+            folder, kind, side, strategy=STRATEGY, memory=memory
+        )
         assert error is None, error
         assert watched.before == watched.after
-        found = watched.found[0] if kind == "size" else watched.found[0].results
-        record.results.append(found)
+        return brain, watched.found[0]
+
+    record.results.append(search("rate", tried.ITEMS)[1].results)
+    if STRATEGY == "ddp":
+        # In shards processes cannot go on where one of them has no memory.
+        assert search("size", tried.MEMORY)[1] == tried.MEMORY
+    brain, found = search("size", tried.ITEMS)
+    record.results.append(found)
     return brain
 
 

@@ -104,8 +104,8 @@ def test_all_ranks_find_the_same_before_training(records: Any) -> None:
     rates, size = one.results
     assert [rates, size] == other.results
     assert len(rates["loss"]) > 10
-    # Of 20 items for each rank.
-    assert size == 16
+    # All items of each rank.
+    assert size == 20
 
 
 def test_the_trainer_shares_out_the_data(records: Any) -> None:
