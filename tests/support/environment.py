@@ -43,7 +43,6 @@ def import_speechbrain() -> None:
 
 # SpeechBrain's Checkpointer reads its meta files again and again; libyaml reads the same.
 yaml.Loader = getattr(yaml, "CLoader", yaml.Loader)  # type: ignore[misc]
-yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 
 # Where there was no memory Lightning has Python look at every object of the process, which
 # takes longer than most tests.

@@ -78,11 +78,7 @@ def on_stage_end(self: Any, stage: Any, stage_loss: float, epoch: Any = None) ->
 def compute_objectives(self: Any, predictions: Tensor, batch: Any, stage: Any) -> Tensor:
     if self.error is not None and self.step == 2:
         raise self.error
-    if (
-        len(batch[0]) > self.memory
-        and stage.name == "TRAIN"
-        and self.rank_that_fails in (None, 0)
-    ):
+    if len(batch[0]) > self.memory and stage.name == "TRAIN":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     return nn.functional.cross_entropy(predictions, batch[1])
 
