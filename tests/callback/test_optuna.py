@@ -70,6 +70,8 @@ def test_a_trial_is_pruned_by_what_the_recipe_reports(
         fit(brains[-1], data, [pruner], logger)
         return float(brains[-1]._lightning.records["valid_WER"]["min"][0])
 
+    # Of other tests some may still be ending.
+    workers = {*multiprocessing.active_children()}
     study = optuna.create_study(pruner=optuna.pruners.NopPruner())
     study.optimize(objective, n_trials=1)
     # WER is 29 after the first epoch, and 28 after the second.
@@ -83,7 +85,7 @@ def test_a_trial_is_pruned_by_what_the_recipe_reports(
     # The logger has been closed.
     rows = rows_in(tmp_path / "lightning_logs" / "version_1")
     assert [row["valid_WER"] for row in rows if row["valid_WER"]] == ["29.0", "28.0"]
-    assert not multiprocessing.active_children()
+    assert {*multiprocessing.active_children()} <= workers
     assert not Run.is_running(brains[1])
     # Two epochs, and then the third.
     two, three = weights(brains[1]), weights(brains[0])
