@@ -31,7 +31,7 @@ class Search:
         mode: ``power`` doubles until there is no memory; ``binsearch`` then halves the
             interval between the last two.
         steps_per_trial: Batches to try with each size.
-        init_val: The first size; None for that of the loader.
+        init_val: The first size, in examples; a ``max_batch_length`` begins with its own.
         max_trials: The most sizes to try.
         margin: By which part ``binsearch`` makes what it has found smaller.
         max_val: The largest size, in examples; of no effect on a ``max_batch_length``.
@@ -39,7 +39,7 @@ class Search:
 
     mode: str = "power"
     steps_per_trial: int = 3
-    init_val: int | None = 2
+    init_val: int = 2
     max_trials: int = 25
     margin: float = 0.05
     max_val: int = 8192
@@ -64,12 +64,10 @@ def find(run: Run, trainer: Trainer, loader: Any, search: Search) -> float:
     size = BatchSize(loader)
     with Trial(run, trainer, loader) as trial:
         fits = _Fits(trial, loader, size, trainer.training, search.steps_per_trial)
-        limits = [size.largest]
-        first = size.current
+        first, limit = size.current, size.largest
         if size.name == "batch_size":
-            limits.append(search.max_val)
-            first = first if search.init_val is None else search.init_val
-        found = _largest(fits, min(first, *limits), min(limits), search)
+            first, limit = search.init_val, min(limit, search.max_val)
+        found = _largest(fits, min(first, limit), limit, search)
     logger.info("The largest %s for which there is memory is %g.", size.name, found)
     return found
 

@@ -258,5 +258,5 @@ def set_learning_rate(brain: BrainProtocol) -> None:
 
 
 def _numbers(known: Any) -> str:
-    found = [name for name, value in known.items() if isinstance(value, float)]
+    found = [name for name, value in known.items() if isinstance(value, Real)]
     return ", ".join(found) or "none"
