@@ -34,7 +34,7 @@ STEP = re.compile(
     re.VERBOSE,
 )
 # Hooks that SpeechBrain's fit_batch calls, and this one does not.
-AROUND = frozenset({
+SKIPPED_HOOKS = frozenset({
     "on_fit_batch_start", "on_fit_batch_end", "optimizers_step", "check_gradients",
     "zero_grad", "freeze_optimizers", "check_loss_isfinite", "init_optimizers", "no_sync",
 })  # fmt: skip
@@ -45,7 +45,7 @@ READ_BY_DEFAULT = frozenset({
     "max_grad_norm", "grad_accumulation_factor", "precision", "auto_mix_prec",
     "bfloat16_mix_prec", "nonfinite_patience", "skip_nonfinite_grads", "trainer",
 })  # fmt: skip
-OF_HPARAMS = "self.hparams."
+HPARAMS_PREFIX = "self.hparams."
 CLIPS = matchers.Name("clip_grad_norm_") | matchers.Name("clip_grad_value_")
 POSITION = matchers.Name("limit") | matchers.Name("current")
 ASSIGNS = matchers.Assign(targets=[matchers.AssignTarget(matchers.Name())])
@@ -99,12 +99,12 @@ def written_out_step(
     found = STEP.fullmatch(_body(methods["fit_batch"])) if "fit_batch" in methods else None
     if (
         found is None
-        or (AROUND | {CONSTRUCTOR}) & methods.keys()
+        or (SKIPPED_HOOKS | {CONSTRUCTOR}) & methods.keys()
         or bool(found["indent"]) != bool(found["factor"])
     ):
         return None
     norm, factor = found["norm"], found["factor"]
-    read = {name.removeprefix(OF_HPARAMS) for name in (norm, factor) if name}
+    read = {name.removeprefix(HPARAMS_PREFIX) for name in (norm, factor) if name}
     if not is_plain(tree, uses.brains[0].name.value, READ_BY_DEFAULT | read):
         return None
     for values in hparams:
@@ -124,7 +124,7 @@ def written_out_step(
 def _stands_alone(brain: cst.ClassDef, uses: Uses) -> bool:
     """Whether a Brain is no part of another and has hyperparameters to read them from."""
     is_subclassed = brain.name.value in uses.bases
-    return len(brain.bases) == 1 and not is_subclassed and OF_HPARAMS in _code(brain)
+    return len(brain.bases) == 1 and not is_subclassed and HPARAMS_PREFIX in _code(brain)
 
 
 def remarks(uses: Uses, gone: cst.CSTNode | None) -> Iterator[tuple[int, str]]:
@@ -203,15 +203,19 @@ def _is_positive(
     name: str, values: Mapping[str, str], number: type[int] | type[float]
 ) -> bool:
     """Whether an argument is known to be a number above 0."""
-    text = values.get(name.removeprefix(OF_HPARAMS), "")
+    text = values.get(name.removeprefix(HPARAMS_PREFIX), "")
     try:
-        return number(text if name.startswith(OF_HPARAMS) else name) > 0
+        return number(text if name.startswith(HPARAMS_PREFIX) else name) > 0
     except ValueError:
         return False
 
 
 def _argument(name: str | None, option: str) -> str | None:
     """As it is written in YAML; None where the hyperparameter is the run option itself."""
-    if name is None or name == OF_HPARAMS + option:
+    if name is None or name == HPARAMS_PREFIX + option:
         return None
-    return f"!ref <{name.removeprefix(OF_HPARAMS)}>" if name.startswith(OF_HPARAMS) else name
+    return (
+        f"!ref <{name.removeprefix(HPARAMS_PREFIX)}>"
+        if name.startswith(HPARAMS_PREFIX)
+        else name
+    )

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 ARGUMENTS = ("modules", "opt_class", "hparams", "run_opts", "checkpointer")
 CHANGES = frozenset({"update", "pop", "popitem", "setdefault", "clear", "__setitem__"})
 # What a script may set by hand on a Brain, so that another step is taken.
-OF_THE_STEP = frozenset({"optimizer", "fit_batch", "hparams"})
+STEP_ATTRIBUTES = frozenset({"optimizer", "fit_batch", "hparams"})
 
 
 def is_plain(tree: ast.Module, brain: str, read: Collection[str]) -> bool:
@@ -29,7 +29,7 @@ def is_plain(tree: ast.Module, brain: str, read: Collection[str]) -> bool:
     return (
         bool(calls)
         and len(calls) == len(uses)
-        and not any(_sets(node, {*read, *OF_THE_STEP}) for node in nodes)
+        and not any(_sets(node, {*read, *STEP_ATTRIBUTES}) for node in nodes)
         and all(_is_plain_call(call, tree) for call in calls)
     )
 

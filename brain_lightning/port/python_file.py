@@ -16,7 +16,7 @@ from .equivalents import OURS
 from .uses import Uses, qualified_uses
 
 # A comment that goes with what starts the process group.
-OF_THE_GROUP = re.compile("ddp|distributed|group|process|gpu|parallel|launch", re.IGNORECASE)
+GROUP_COMMENT = re.compile("ddp|distributed|group|process|gpu|parallel|launch", re.IGNORECASE)
 Line = cst.SimpleStatementLine
 Block = TypeVar("Block", cst.IndentedBlock, cst.Module)
 
@@ -234,7 +234,7 @@ def _without_its_comment(lines: Sequence[cst.EmptyLine]) -> Sequence[cst.EmptyLi
     blank = [n for n, line in enumerate(lines) if line.comment is None]
     start = blank[-1] + 1 if blank else 0
     comments = [line.comment.value for line in lines[start:] if line.comment]
-    return lines[:start] if any(map(OF_THE_GROUP.search, comments)) else lines
+    return lines[:start] if any(map(GROUP_COMMENT.search, comments)) else lines
 
 
 def _without_gone(block: Block) -> Block:

@@ -10,13 +10,13 @@ import libcst
 
 from brain_lightning.errors import RecipeError
 
-from .by_hand import AROUND, WrittenOut
+from .by_hand import SKIPPED_HOOKS, WrittenOut
 from .equivalents import OURS, Remark
 from .local_modules import BYTE_ORDER_MARK, files_of, local_modules, parse, read_script
 from .python_file import PortedFile, port_python
 from .yaml_file import included_files, named_objects, plain_values, port_yaml, with_step
 
-WHOLE, IN_PART, NOT_AT_ALL = "whole", "in part", "not at all"
+COMPLETELY, PARTLY, NOT_AT_ALL = "completely", "partly", "not at all"
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class PortedRecipe:
 
     @property
     def outcome(self) -> str:
-        """How much of it is ported: ``whole``, ``in part`` or ``not at all``."""
+        """How much of the recipe is ported: ``completely``, ``partly`` or ``not at all``."""
         if not self.brains:
             return NOT_AT_ALL
-        return IN_PART if self.remarks else WHOLE
+        return PARTLY if self.remarks else COMPLETELY
 
 
 def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
@@ -99,7 +99,7 @@ def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
     ]
     for change in changes:
         _check_parses(change.path, change.after)
-    hooks_apart = AROUND if step else frozenset()
+    hooks_apart = SKIPPED_HOOKS if step else frozenset()
     return PortedRecipe(script, list(hparams), changes, brains, remarks, hooks_apart)
 
 

@@ -25,7 +25,7 @@ from libcst.metadata import (
 from .equivalents import BRAINS, IN_SCRIPTS, MODULES, OURS, STARTS_PROCESS_GROUP
 
 # A class with a base and one of these is meant to be a Brain.
-OF_A_BRAIN = frozenset({
+BRAIN_METHODS = frozenset({
     "compute_forward", "compute_objectives", "fit_batch", "evaluate_batch", "on_stage_start",
     "on_stage_end", "on_fit_batch_start", "on_fit_batch_end", "on_evaluate_start",
     "init_optimizers", "optimizers_step",
@@ -190,7 +190,7 @@ class Uses(cst.CSTVisitor):
             self.brains.append(node)
             return
         methods = {n.name.value for n in node.body.body if isinstance(n, cst.FunctionDef)}
-        if not OF_A_BRAIN & methods or any(self._is_local(base) for base in bases):
+        if not BRAIN_METHODS & methods or any(self._is_local(base) for base in bases):
             return
         for base in bases[:1]:
             if self.dotted(base) in self._named:

@@ -132,7 +132,7 @@ def test_a_recipe_that_fails_by_itself_is_told_so(
 ) -> None:
     assert main(["verify", script(tmp_path, "raise KeyError('wav')")]) == 2
     error = capsys.readouterr().err
-    assert "no batch was run on the side of speechbrain" in error
+    assert "the speechbrain side of verify ran no batch" in error
     assert "KeyError: 'wav'" in error
 
 

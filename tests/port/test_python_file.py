@@ -216,7 +216,9 @@ def test_what_ours_has_takes_its_place(case: str) -> None:
     assert (again.text, again.brains) == (after, ported.brains)
 
 
-OF_A_BRAIN = "from speechbrain import Brain\nclass A(Brain):\n  def fit_batch(self, b):\n    "
+BRAIN_METHODS = (
+    "from speechbrain import Brain\nclass A(Brain):\n  def fit_batch(self, b):\n    "
+)
 REMARKS = {
     "from speechbrain.core import *\n": (1, "write out Brain, Stage"),
     "from library import Base\nclass A(Base):\n    def compute_forward(self): ...": (
@@ -242,19 +244,19 @@ REMARKS = {
     "import speechbrain as sb\nx = sb.nnet\nsb.core.Brain = x": (
         3, "speechbrain.core.Brain is set here, which stays: ours is brain_lightning.Brain",
     ),
-    OF_A_BRAIN + "clip_grad_norm_(self.modules.parameters(), self.hparams.clip)": (
+    BRAIN_METHODS + "clip_grad_norm_(self.modules.parameters(), self.hparams.clip)": (
         4, "clips gradients by hand, which stays",
     ),
-    OF_A_BRAIN + "if self.step % self.hparams.every == 0: self.optimizer.step()": (
+    BRAIN_METHODS + "if self.step % self.hparams.every == 0: self.optimizer.step()": (
         4, "accumulates gradients by hand, which stays",
     ),
-    OF_A_BRAIN + "ready = self.step % 4 == 0\n    if ready: self.optimizers_step.step()": (
+    BRAIN_METHODS + "ready = self.step % 4 == 0\n    if ready: self.optimizers_step.step()": (
         5, "accumulates gradients by hand, which stays",
     ),
-    OF_A_BRAIN + "self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit": (
+    BRAIN_METHODS + "self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit": (
         4, "moves the epoch counter by hand, which stays",
     ),
-    OF_A_BRAIN + "torch.distributed.init_process_group('gloo')": (
+    BRAIN_METHODS + "torch.distributed.init_process_group('gloo')": (
         4, "init_process_group: take it out",
     ),
 }  # fmt: skip
