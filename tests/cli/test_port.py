@@ -110,7 +110,10 @@ def test_a_mistake_is_one_line(
     assert "script 'train.py' was not found in " in capsys.readouterr().err
     path = script(tmp_path, "print()")
     assert main(["port", path]) == 1
-    assert "train.py:1: no subclass of Brain: nothing to port" in capsys.readouterr().err
+    assert (
+        "train.py:1: There is no subclass of Brain, so there is nothing to port."
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit, match="2"):
         main(["port", path, "--lr=0.1"])
     assert "--lr=0.1: overrides need --verify" in capsys.readouterr().err
@@ -135,7 +138,7 @@ def test_both_sides_are_run_and_compared(
     assert main([*words, "--write"]) == 0
     shown = capsys.readouterr()
     assert shown.out.split() == ["train.py", "h.yaml"]
-    assert "equal: every event is the same on both sides, bit for bit" in shown.err
+    assert "EQUAL: all events are bitwise identical on both sides." in shown.err
     # Three updates an epoch, each clipped, and other weights after each.
     steps = re.findall(r"^(\d) +(\d) .* 0\.05 +0\.05 +(\w{8}) +\3$", shown.err, re.MULTILINE)
     assert [(int(e), int(n)) for e, n, _ in steps] == [

@@ -135,7 +135,7 @@ def test_what_each_optimizer_has_is_overridden(
     words = [*recipe(tmp_path), "lr", f"--output={tmp_path / 'lr.png'}"]
     lines, _ = tune(capsys, *words)
     assert "(current: 0.02, 0.03)" in lines[-3]
-    value = lines[-3].split()[1]
+    value = lines[-3].split()[2]
     assert lines[-1] == f"--G_lr={value} --d_class.lr={value}"
     assert "went on" not in lines
     # They are overrides.

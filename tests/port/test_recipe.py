@@ -88,10 +88,12 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
     recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
     assert recipe.outcome == "not at all"
     assert all(each.before == each.after for each in recipe.changes)
-    assert str(recipe.remarks[0]).startswith(f"{script}:6: Toy is a Brain by its methods")
+    assert str(recipe.remarks[0]).startswith(
+        f"{script}:6: Toy seems to be a Brain by its methods"
+    )
     script.write_text("import speechbrain as sb\nsb.parse_arguments([])\n")
     assert str(port_recipe(script).remarks[0]).endswith(
-        ":1: no subclass of Brain: nothing to port"
+        ":1: There is no subclass of Brain, so there is nothing to port."
     )
 
 
@@ -174,8 +176,8 @@ def test_brains_that_yaml_alone_names_are_named(tmp_path: Path) -> None:
         "e: !new:brain_lightning.Brain\n"
     )
     recipe = port_recipe(script, [hparams])
-    assert [str(each).partition(" is a Brain that no file")[0] for each in recipe.remarks] == [
-        f"{hparams}:2: base.Base", f"{hparams}:3: library.OtherBrain",
+    assert [str(each).partition(" is left unchanged, ")[0] for each in recipe.remarks] == [
+        f"{hparams}:2: The Brain base.Base", f"{hparams}:3: The Brain library.OtherBrain",
     ]  # fmt: skip
     # One that the script imports is ported.
     script.write_text("import base\n")
