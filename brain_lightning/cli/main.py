@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+import shutil
 import sys
+import textwrap
 from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import Any
@@ -109,9 +111,23 @@ class _ShowVersions(Action):
         parser.exit()
 
 
+class _Parser(ArgumentParser):
+    """Wraps usage and description. The formatter does not, as it keeps lines of the epilog."""
+
+    def format_help(self) -> str:
+        width = shutil.get_terminal_size().columns - len("usage: ")
+        indent = " " * len("usage: ")
+        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+        self.usage = textwrap.fill(
+            self.usage or "", width, subsequent_indent=indent, **options
+        )
+        self.description = textwrap.fill(self.description or "", width, **options)
+        return super().format_help()
+
+
 def _parser() -> ArgumentParser:
     """Creates the parser, and one parser for each command, to which its file adds options."""
-    parser = ArgumentParser(
+    parser = _Parser(
         "brain-lightning", "%(prog)s COMMAND ...", DESCRIPTION, EXAMPLES + EXIT_STATUS,
         formatter_class=RawDescriptionHelpFormatter,
     )  # fmt: skip

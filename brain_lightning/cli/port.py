@@ -111,7 +111,7 @@ def _verify_port(recipe: PortedRecipe, options: Namespace, overrides: Sequence[s
                 [*(str(places[path]) for path in recipe.hparams[:1]), *words],
             ),
         )
-    comparison = comparison.without_hooks(recipe.hooks_apart)
+    comparison = comparison.without_hooks(recipe.port_only_hooks)
     print(comparison.as_text(), file=sys.stderr)  # noqa: T201
     return comparison.verified
 

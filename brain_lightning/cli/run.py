@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,7 +66,15 @@ def _describe(parser: ArgumentParser) -> None:
         "[--plot[=FILE.png]] [--report=NAME [--report-file=FILE.json]]"
     )
     parser.description = "Runs a SpeechBrain recipe with its Brains on Lightning's Trainer."
-    listed = [f"  --{name:<38}{text}" for name, text in RunOptions.on_command_line().items()]
+    options = RunOptions.on_command_line()
+    # At least as wide as the names and half a line of text.
+    width = max(shutil.get_terminal_size().columns - 2, 80)
+    listed = [
+        textwrap.fill(
+            text, width, initial_indent=f"  --{name:<38}", subsequent_indent=" " * 42
+        )
+        for name, text in options.items()
+    ]
     parser.epilog = OPTIONS.format("\n".join(listed)) + (parser.epilog or "")
     parser.add_argument(
         "--plot", metavar="=FILE.png", nargs="?",
@@ -73,8 +83,8 @@ def _describe(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--report", metavar="NAME[:max]",
-        help="print the best value of a number that the recipe reports as the last line: the "
-        "smallest value with --report=WER, the largest value with --report=ACC:max",
+        help="as the last line, print the best value of a number that the recipe reports: the "
+        "smallest with --report=WER, the largest with --report=ACC:max",
     )  # fmt: skip
     parser.add_argument(
         "--report-file", metavar="FILE.json",

@@ -21,7 +21,7 @@ from .modules import (
     Reference,
     dotted_name,
 )
-from .reading import read_function, read_method
+from .method_reader import read_function, read_method
 
 # Methods that run in a training step.
 LEARNING = ("fit_batch", "compute_forward", "compute_objectives", "on_fit_batch_start",

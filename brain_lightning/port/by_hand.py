@@ -65,7 +65,7 @@ STOPPING = (
 GROUP = "Remove init_process_group, because the Trainer initializes the process group."
 
 
-class WrittenOut(NamedTuple):
+class ReplaceableStep(NamedTuple):
     """A ``fit_batch`` that matches ``STEP``, and the YAML arguments that replace it.
 
     Attributes:
@@ -80,9 +80,9 @@ class WrittenOut(NamedTuple):
     factor: str | None
 
 
-def written_out_step(
+def replaceable_step(
     uses: Uses, tree: ast.Module, hparams: Sequence[Mapping[str, str]]
-) -> WrittenOut | None:
+) -> ReplaceableStep | None:
     """Finds a ``fit_batch`` that arguments can replace with bitwise identical results.
 
     Args:
@@ -117,7 +117,7 @@ def written_out_step(
             return None
     # Without clipping in STEP, 0 disables the clipping by the default of max_grad_norm.
     clip = _argument(norm, "max_grad_norm") if norm else "0"
-    return WrittenOut(
+    return ReplaceableStep(
         methods["fit_batch"], clip, _argument(factor, "grad_accumulation_factor")
     )
 

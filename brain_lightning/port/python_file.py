@@ -11,7 +11,7 @@ import libcst as cst
 from libcst.metadata import MetadataWrapper
 
 from . import imports
-from .by_hand import WrittenOut, remarks, written_out_step
+from .by_hand import ReplaceableStep, remarks, replaceable_step
 from .equivalents import OURS
 from .uses import Uses, qualified_uses
 
@@ -36,7 +36,7 @@ class PortedFile(NamedTuple):
     brains: list[str]
     has_stage: bool
     remarks: list[tuple[int, str]]
-    step: WrittenOut | None
+    step: ReplaceableStep | None
 
 
 def port_python(
@@ -55,7 +55,7 @@ def port_python(
     wrapper = MetadataWrapper(cst.parse_module(text))
     uses = Uses(wrapper, local)
     wrapper.visit(uses)
-    step = written_out_step(uses, ast.parse(text), hparams)
+    step = replaceable_step(uses, ast.parse(text), hparams)
     if step is not None:
         uses.removed.add(step.method)
     qualified = qualified_uses(wrapper, uses.replaced)

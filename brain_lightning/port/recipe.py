@@ -10,7 +10,7 @@ import libcst
 
 from brain_lightning.errors import RecipeError
 
-from .by_hand import SKIPPED_HOOKS, WrittenOut
+from .by_hand import SKIPPED_HOOKS, ReplaceableStep
 from .equivalents import OURS, Remark
 from .local_modules import BYTE_ORDER_MARK, files_of, local_modules, parse, read_script
 from .python_file import PortedFile, port_python
@@ -44,7 +44,7 @@ class PortedRecipe:
         changes: All files of the recipe, including those that do not change.
         brains: Names of its Brains.
         remarks: Code that is left unchanged, with the reasons.
-        hooks_apart: Hooks that only the port calls, if a ``fit_batch`` was removed that does
+        port_only_hooks: Hooks that only the port calls, if a ``fit_batch`` was removed that does
             not call them.
     """
 
@@ -53,7 +53,7 @@ class PortedRecipe:
     changes: list[Change]
     brains: list[str]
     remarks: list[Remark]
-    hooks_apart: frozenset[str]
+    port_only_hooks: frozenset[str]
 
     @property
     def outcome(self) -> str:
@@ -99,8 +99,8 @@ def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
     ]
     for change in changes:
         _check_parses(change.path, change.after)
-    hooks_apart = SKIPPED_HOOKS if step else frozenset()
-    return PortedRecipe(script, list(hparams), changes, brains, remarks, hooks_apart)
+    port_only_hooks = SKIPPED_HOOKS if step else frozenset()
+    return PortedRecipe(script, list(hparams), changes, brains, remarks, port_only_hooks)
 
 
 def _ported(
@@ -144,7 +144,9 @@ def _is_brain(name: str, files: Sequence[Path]) -> bool:
     return attribute.endswith("Brain") and root != OURS
 
 
-def _port_yaml(path: Path, text: str, step: WrittenOut | None, hparams: Sequence[Path]) -> str:
+def _port_yaml(
+    path: Path, text: str, step: ReplaceableStep | None, hparams: Sequence[Path]
+) -> str:
     ported = port_yaml(text, str(path))
     if step is None or path not in hparams:
         return ported

@@ -139,7 +139,7 @@ def test_what_each_optimizer_has_is_overridden(
     assert lines[-1] == f"--G_lr={value} --d_class.lr={value}"
     assert "went on" not in lines
     # They are overrides.
-    assert "instead of 0.5" in tune(capsys, *words, "--G_lr=0.5", "--d_class.lr=0.5")[0][-3]
+    assert "(current: 0.5)" in tune(capsys, *words, "--G_lr=0.5", "--d_class.lr=0.5")[0][-3]
 
 
 @pytest.mark.parametrize("kind", ["Recipe", "OwnLoop"])
