@@ -165,7 +165,7 @@ def test_the_best_is_that_of_the_epochs_before_a_resume_too(
         ("", ["--report=WER"], "no number of this name; it has reported none at all"),
         ("make([NAN]).fit([1], DATA, DATA)", ["--report=WER"], "valid_WER was never finite"),
         ("1 / 0", ["--report=WER:best"], "--report=WER:best: give the name of a number, and"),
-        ("1 / 0", ["--report-file=x.json"], "--report-file: say what to report too"),
+        ("1 / 0", ["--report-file=x.json"], "--report-file needs --report"),
         ("1 / 0", ["--report=WER", "--report-file=/"], "--report-file=/: it is a folder"),
         ("1 / 0", ["--report=WER", "--report-file=/dev/null/x"], "/dev/null/x: File exists"),
     ],
