@@ -10,14 +10,16 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 cp tests/system/smoke.py tests/support/recipes/smoke.yaml constraints.txt "$scratch"
 
-try() { # PACKAGE: installs it with its dependencies only, and runs a recipe
-    pip install -q -c constraints.txt "$1"
-    brain-lightning --version
-    python -m brain_lightning --version
-    python smoke.py smoke.yaml --number_of_epochs=3
-    brain-lightning run smoke.py smoke.yaml --trainer.max_steps=6 --device=cpu
-    pip uninstall -q -y brain_lightning
-}
+# Installs a package with its dependencies only, and runs a recipe.
+read -r -d '' TRY <<'END' || true
+pip install -q -c constraints.txt "$1"
+brain-lightning --version
+python -m brain_lightning --version
+python smoke.py smoke.yaml --number_of_epochs=3
+brain-lightning run smoke.py smoke.yaml --trainer.max_steps=6 --device=cpu
+pip uninstall -q -y brain_lightning
+rm -r save
+END
 
 for python in "${@:-python3}"; do
     "$python" -m venv "$scratch/venv"
@@ -28,10 +30,9 @@ for python in "${@:-python3}"; do
         # Nothing of the environment of the caller, except where pip finds packages.
         (
             cd "$scratch"
-            export -f try
             # shellcheck disable=SC2086  # the names and values of pip's variables
             env -i HOME="$scratch" PATH="$scratch/venv/bin:/usr/bin:/bin" $(env | grep '^PIP_' || true) \
-                bash -euo pipefail -c 'try "$1"' - "$package"
+                bash -euo pipefail -c "$TRY" - "$package"
         )
         echo "$("$python" --version): $(basename "$package") works"
     done
