@@ -11,9 +11,10 @@ import logging
 import os
 import shutil
 import sys
-import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from brain_lightning import (
     register_checkpoint_hooks,
     to_lightning,
 )
+from brain_lightning.distributed import communication
 from brain_lightning.distributed.communication import ddp_barrier, if_main_process, world_size
 from brain_lightning.fsdp2.tensors import like, whole
 from brain_lightning.protocol import parameters_of
@@ -45,6 +47,7 @@ SAVERS = ("ours", "async", "speechbrain", "lightning")
 # With 28 items an epoch has 7 batches in each of two processes: the last is in no window.
 ITEMS, EPOCHS, WINDOW, INTERVAL = 28, 2, 2, 3
 CUT_IN = (2, 4)
+TIMEOUT = datetime.timedelta(seconds=90)
 
 Learned = dict[str, Tensor]
 
@@ -270,29 +273,77 @@ def odd(folder: Path) -> dict[Any, Learned]:
     return rows
 
 
-def slow(folder: Path) -> dict[Any, Any]:
-    """The files in SpeechBrain's checkpoints once saved, where the main process is slow."""
+def listed(folder: Path) -> dict[Any, Any]:
+    """Returns the files that each rank finds in SpeechBrain's checkpoint after a save.
+
+    Rank 0 writes the last file only when rank 1 waits for it in a collective. If rank 1 does
+    not wait, rank 0 writes the last file only after rank 1 has listed the files.
+    """
     rows: dict[Any, Any] = {}
+    hooks = {
+        "brain_lightning": {}, "encoder": {"on_fit_start": begins_itself, "entry": Adapted}
+    }  # fmt: skip
+    for name, of in hooks.items():
+        order = _OrderOfSaves(folder / f"{name}.store")
 
-    def lists(self: Any, stage: Any, *_: Any) -> None:
-        if stage.name == "VALID":
-            self.checkpointer.save_checkpoint()
-            found = self.checkpointer.list_checkpoints()
-            rows[brain_name] = sorted(name for each in found for name in each.paramfiles)
+        def lists(
+            self: Any, stage: Any, *_: Any, order: Any = order, name: Any = name
+        ) -> None:
+            if stage.name == "VALID":
+                recoverables = self.checkpointer.recoverables
+                # SpeechBrain's own hooks wait for rank 0, so the last one has to be ours.
+                recoverables[name] = recoverables.pop(name)
+                with order.of_last_file(name):
+                    self.checkpointer.save_checkpoint()
+                    found = self.checkpointer.list_checkpoints()
+                rows[name] = sorted(file for each in found for file in each.paramfiles)
 
-    def slowly(*args: Any, **kwargs: Any) -> None:
-        time.sleep(0.1)
-        torch_save(*args, **kwargs)
-
-    torch_save = torch.save
-    hooks = {"the run": {}, "a hook": {"on_fit_start": begins_itself, "entry": Adapted}}
-    for brain_name, of in hooks.items():
-        brain = make(folder / brain_name, "speechbrain", epochs=1, on_stage_end=lists, **of)
-        with pytest.MonkeyPatch.context() as patch:
-            if if_main_process():
-                patch.setattr(torch, "save", slowly)
-            fit(brain, "fsdp2")
+        brain = make(folder / name, "speechbrain", epochs=1, on_stage_end=lists, **of)
+        fit(brain, "fsdp2")
     return rows
+
+
+class _OrderOfSaves:
+    """Delays the last file of a checkpoint on rank 0 until rank 1 waits or has listed files.
+
+    Args:
+        path: Path of the file through which the ranks notify each other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        self._store = torch.distributed.FileStore(str(path), world_size())
+        self._collectives = 0
+
+    @contextmanager
+    def of_last_file(self, name: str) -> Iterator[None]:
+        """Context manager in which the save of an object is delayed.
+
+        Args:
+            name: Key of the last recoverable.
+        """
+        gather, save = communication.gather, torch.save
+
+        def counted_gather(value: Any) -> Any:
+            self._notify()
+            self._collectives += 1
+            return gather(value)
+
+        def delayed_save(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            if isinstance(path, (str, Path)) and Path(path).stem == name:
+                self._store.wait([str(self._collectives)], TIMEOUT)
+            save(obj, path, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(communication, "gather", counted_gather)
+            patch.setattr(torch, "save", delayed_save)
+            yield
+        self._notify()
+
+    def _notify(self) -> None:
+        """Notifies rank 0 that rank 1 starts its next collective, or has listed the files."""
+        if not if_main_process():
+            self._store.set(str(self._collectives), "")
 
 
 def failures(folder: Path) -> dict[Any, Any]:
@@ -331,15 +382,14 @@ def fails_in(rank: int) -> Any:
     return hook
 
 
-ROWS = (saved, resumed, from_exceptions, native, odd, slow, failures)
+ROWS = (saved, resumed, from_exceptions, native, odd, listed, failures)
 
 
 def main(folder: str, *names: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
-    # A rank that fails must not keep the other waiting.
-    timeout = datetime.timedelta(seconds=90)
-    torch.distributed.init_process_group("gloo", timeout=timeout)
+    # If one rank fails, the other rank must not hang.
+    torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     rows: dict[str, Any] = {}
     for row in (*ROWS, moved):
         if row.__name__ in names or (not names and row in ROWS):

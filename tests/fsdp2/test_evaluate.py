@@ -53,7 +53,10 @@ def test_weights_whose_memory_numpy_has_are_refused_in_words() -> None:
     with gathered(brain):
         brain.modules.model.weight.detach().clone().numpy()
     with (
-        pytest.raises(UnsupportedError, match=r"on weights.*\.clone\(\)\.numpy\(\)"),
+        pytest.raises(
+            UnsupportedError,
+            match=r"on the gathered weight 'weight'.*\.clone\(\)\.numpy\(\)",
+        ),
         gathered(brain),
     ):
         brain.modules.model.weight.detach().numpy()

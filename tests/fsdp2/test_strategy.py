@@ -87,7 +87,9 @@ def test_processes_may_predict_different_numbers_of_batches(one: Any, two: Any) 
 
 
 def test_a_recipe_that_does_not_wrap_its_modules_is_refused(one: Any) -> None:
-    assert "'model'] is not sharded when optimizers are made" in one["wrapped_by_nobody"]
+    assert (
+        "'model'] is not sharded when the optimizers are created" in one["wrapped_by_nobody"]
+    )
 
 
 @pytest.mark.parametrize("run", ["from_the_cpu", "from_the_meta_device"])
@@ -128,7 +130,7 @@ def is_moved(hparams: Any, **run_opts: Any) -> bool:
 def test_processes_that_would_evaluate_different_numbers_of_batches_are_refused() -> None:
     brain = make(shard_eval=True)
     check_evaluation(brain, Sharding())
-    with pytest.raises(UnsupportedError, match="shard_eval gives processes different"):
+    with pytest.raises(UnsupportedError, match="shard_eval gives ranks different"):
         check_evaluation(brain, Sharding(gather_to_evaluate=False))
 
 
@@ -156,5 +158,5 @@ def test_shards_on_the_cpu_need_a_backend_for_it(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_module_that_is_of_no_brain_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="LightningModule is of none: give the Trainer"):
+    with pytest.raises(UnsupportedError, match="LightningModule has no Brain"):
         FSDP2Strategy().connect(LightningModule())

@@ -106,48 +106,48 @@ def tied_block() -> dict[str, nn.Module]:
 
 
 MODULES: dict[str, tuple[Callable[[], dict[str, nn.Module]], dict[str, Any], str]] = {
-    "tied": (tied, {}, r"decoder\.0\.weight and encoder\.weight are the same.*in one entry"),
+    "tied": (tied, {}, r"decoder\.0\.weight and encoder\.weight are the same.*in one entry\."),
     "tied block": (
         tied_block, {"blocks": ["Linear"]},
-        r"model\.0\.weight is 'weight' of a block as well, a Linear: .* or none$",
+        r"model\.0\.weight is the same parameter as 'weight' of a block, a Linear\. .*blocks=",
     ),
     "sparse": (
         lambda: {"m": nn.Sequential(nn.Embedding(4, 4, sparse=True))}, {},
         r"m\.0 has sparse gradients.*sparse=False",
     ),
     "scalar": (scalar, {}, r"model\.scale is a scalar.*torch\.tensor\(\[\.\.\.\]\)"),
-    "lazy": (lambda: {"m": nn.LazyLinear(2)}, {}, r"m\.weight has no shape yet: give"),
+    "lazy": (lambda: {"m": nn.LazyLinear(2)}, {}, r"m\.weight is a lazy parameter without"),
     "types": (
         lambda: {"m": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())}, {},
         r"m has parameters of bfloat16 and float32 that are gathered together.*blocks=",
     ),
     "script": (
         lambda: {"m": torch.jit.script(nn.Linear(2, 2))}, {},
-        "m is TorchScript, which cannot be sharded: use --compile instead of --jit",
+        r"m is TorchScript, which cannot be sharded\. Use --compile instead of --jit",
     ),
     "replicate": (
         lambda: {"m": Model()}, {"replicate": 3},
-        r"replicate=3\) does not divide the number of processes, 1: give 1$",
+        r"replicate=3\) does not divide the number of ranks, 1\. Use 1\.$",
     ),
     "layerdrop": (
         lambda: {"m": Dropping()}, {"blocks": ["Linear"]},
-        r"Dropping with layerdrop_prob=0\.1 leaves out layers by chance.*set it to 0",
+        r"Dropping with layerdrop_prob=0\.1 skips layers at random.*Set it to 0",
     ),
     "no class": (
         lambda: {"m": Model()}, {"blocks": ["Layer"]},
-        r"blocks=\['Layer'\]\): no module.* there are Encoder, Linear, Model$",
+        r"blocks=\['Layer'\]\): no module.* Available classes: Encoder, Linear, Model\.$",
     ),
     "no method": (
         lambda: {"m": Model()}, {"methods": ["sing"]},
-        r"methods=\['sing'\]\): no entry.* there are score$",
+        r"methods=\['sing'\]\): no entry.* Available methods: score\.$",
     ),
     "a part": (
         lambda: {"m": Model()}, {"methods": ["encoder"]},
-        r"name its class, blocks=\['Encoder'\]",
+        r"Make this part a block: blocks=\['Encoder'\]",
     ),
     "method of a part": (
         lambda: {"m": Model()}, {"methods": ["project"]},
-        r"name its class, blocks=\['Encoder'\]",
+        r"Make this part a block: blocks=\['Encoder'\]",
     ),
 }  # fmt: skip
 
@@ -179,9 +179,9 @@ def test_names_that_there_are_and_types_in_blocks_of_their_own_are_accepted() ->
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"blocks": "Encoder"}, r"give 'auto', a list of names.*\['Encoder'\]"),
-        ({"methods": "score"}, r"give a list, \['score'\]"),
-        ({"replicate": 0}, r"replicate=0\) must be the number of copies"),
+        ({"blocks": "Encoder"}, r"Use 'auto', a list of class names.*\['Encoder'\]"),
+        ({"methods": "score"}, r"Use a list: \['score'\]"),
+        ({"replicate": 0}, r"replicate=0\) is not valid\. Set it to the number of copies"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -197,7 +197,7 @@ def test_layers_that_are_left_out_by_chance_are_gathered_together_which_is_said_
     with caplog.at_level(logging.WARNING):
         assert blocks.blocks(model, "auto") == blocks.blocks(model, "auto") == []
     (record,) = caplog.records
-    assert "Dropping with layerdrop_prob=0.1 leaves out layers" in record.getMessage()
+    assert "Dropping with layerdrop_prob=0.1 skips layers at random" in record.getMessage()
     model.layerdrop_prob = 0.0
     assert blocks.blocks(model, "auto") == [model.layers[0]]
 
@@ -208,14 +208,14 @@ def test_versions_of_torch_that_shard_wrongly_are_refused(
     brain = make(find_unused_parameters=True)
     monkeypatch.setattr(unsupported, "REDUCES_UNUSED", False)
     with pytest.raises(
-        UnsupportedError, match=r"find_unused_parameters=True: .*upgrade torch"
+        UnsupportedError, match=r"find_unused_parameters=True lets .*upgrade torch"
     ):
         unsupported.check_modules(brain, Sharding())
     brain.find_unused_parameters, brain.modules.model = False, Dropping()
-    with pytest.raises(UnsupportedError, match=r"layerdrop_prob=0\.1: each process may leave"):
+    with pytest.raises(UnsupportedError, match=r"layerdrop_prob=0\.1 lets each rank leave"):
         unsupported.check_modules(brain, Sharding())
     monkeypatch.setattr(unsupported, "SHARDS", False)
-    with pytest.raises(UnsupportedError, match=r"needs torch 2\.8 or newer, and this is"):
+    with pytest.raises(UnsupportedError, match=r"needs torch 2\.8 or newer, and torch"):
         brain.fit(range(1), loader(), trainer=sharded())
 
 
@@ -249,8 +249,8 @@ def trap(name: str) -> Any:
 @pytest.mark.usefixtures("one_process")
 def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
     for name, words in {
-        "optimizer": r"self\.optimizer was made before.*make it in init_optimizers",
-        "replaced": r"was made before.*, or after self\._wrap_distributed\(\) where",
+        "optimizer": r"self\.optimizer was created before.*Create it in init_optimizers",
+        "replaced": r"was created before.*replaces.*after self\._wrap_distributed\(\)",
         "hook": r"register_comm_hook is for gradients that DistributedDataParallel averages",
     }.items():
         with pytest.raises(UnsupportedError, match=words):
@@ -292,7 +292,9 @@ def test_a_loss_of_what_modules_did_not_return_is_refused_in_words() -> None:
         brain.modules.model = model
         with pytest.raises(RuntimeError, match="storage of size 0") as error:
             brain.fit(range(1), loader(), trainer=sharded())
-        assert any("on an attribute needs it returned" in n for n in error.value.__notes__)
+        assert any(
+            "tensor in an attribute, return this tensor" in n for n in error.value.__notes__
+        )
     # Without the words of torch: the gradient of one layer needs none of its weights.
     brain = make(LossOfWhatIsKept)
     brain.modules.model = KeepingLayer(4, 2)
@@ -319,17 +321,18 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
     assert not torch.equal(before, tensors.whole(brain.modules.model.output.weight))
     assert looked_through == ["model"]
     with pytest.raises(
-        UnsupportedError, match=r"methods=\['score'\]\).*methods=\(\) needs a new"
+        UnsupportedError,
+        match=r"methods=\['score'\]\).*Create a new Brain to use methods=\(\)",
     ):
         brain.fit(range(1), loader(), trainer=sharded())
     for strategy in ("ddp", "auto"):
-        with pytest.raises(UnsupportedError, match=r"'model' is in shards since.*again, or"):
+        with pytest.raises(UnsupportedError, match=r"'model' was sharded by.*again, or"):
             brain.fit(range(1), loader(), trainer=sharded(strategy))
     assert torch.isfinite(torch.tensor(brain.evaluate(loader())))
     # A state is asked for by the main process alone, in run_on_main.
     monkeypatch.setattr(tensors, "world_size", lambda: 2)
     monkeypatch.setattr(tensors, "communicates", lambda: False)
-    with pytest.raises(UnsupportedError, match=r"call state_dict\(\) in all processes"):
+    with pytest.raises(UnsupportedError, match=r"Call state_dict\(\) on all ranks"):
         brain.modules.model.state_dict()
 
 
