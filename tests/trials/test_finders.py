@@ -205,10 +205,18 @@ def test_what_cannot_be_searched_is_refused_in_words(tmp_path: Path) -> None:
     empty = DataLoader(dataset(ITEMS), batch_sampler=[])
     for finder, data, words in (
         (BatchSizeFinder(), batches, "of a DataLoader with a list cannot be changed"),
-        (BatchSizeFinder(init_val=24, max_trials=1), loaders()[0], "of the 1 sizes that were"),
-        (LearningRateFinder(), iter(batches), "can be iterated once, and batches that"),
-        (LearningRateFinder(), empty, "there is no training batch"),
-        (LearningRateFinder(attr_name="rate"), batches, "no hyperparameter of Classifier"),
+        (
+            BatchSizeFinder(init_val=24, max_trials=1),
+            loaders()[0],
+            "none of the 1 tried sizes fits",
+        ),
+        (LearningRateFinder(), iter(batches), "can be iterated only once"),
+        (LearningRateFinder(), empty, "needs at least one training batch"),
+        (
+            LearningRateFinder(attr_name="rate"),
+            batches,
+            "is not a hyperparameter of Classifier",
+        ),
     ):
         with pytest.raises(UnsupportedError, match=words):
             trainer_with(finder, max_epochs=1).fit(

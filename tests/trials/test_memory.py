@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from brain_lightning.trials.memory import capacity, held, measured_usage
+from brain_lightning.trials.memory import capacity, current_memory, measured_usage
 
 MEGABYTE = 1 << 20
 
@@ -28,7 +28,7 @@ def test_the_peak_of_what_runs_within_is_measured_anew_each_time() -> None:
         assert abs(peak - before - megabytes * MEGABYTE) < 20 * MEGABYTE
     assert abs(after - before) < 20 * MEGABYTE
     taken = torch.ones(200 * MEGABYTE // 4)
-    assert abs(held("cpu") - after - 200 * MEGABYTE) < 20 * MEGABYTE
+    assert abs(current_memory("cpu") - after - 200 * MEGABYTE) < 20 * MEGABYTE
     del taken
     assert capacity("cpu") is None
 

@@ -79,7 +79,7 @@ def test_an_utterance_for_which_there_is_no_memory_is_told_of_before_the_first_e
     planted = utterances(*SHORT, 2, 40, 3, 1)
     brain, message = fit(planted, utterances(*SHORT))
     assert message.startswith(
-        "preflight: no memory for the longest batch in TRAIN, "
+        "preflight: out of memory with the longest batch in TRAIN, "
         "with ids ['utt5', 'utt2', 'utt3', 'utt6'], lengths [40.0, 5.0, 3.0, 3.0], "
         "sig.data (4, 4000), sig.lengths (4,) = [1.0, 0.125, 0.075, 0.075]: "
         "CUDA out of memory. Tried to allocate 2.00 GiB. Make batches smaller"
@@ -138,7 +138,9 @@ class OwnFit(Regression):
 
 
 def test_a_fit_that_chooses_its_loaders_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="cannot know the batches of OwnFit: its own"):
+    with pytest.raises(
+        UnsupportedError, match="not supported for OwnFit, because its overridden fit"
+    ):
         make(OwnFit, preflight=True).fit(range(1), loader())
 
 
