@@ -226,7 +226,7 @@ def test_any_callback_may_ask_for_a_brains_metrics() -> None:
 
 @pytest.mark.parametrize("path", ["curves.pdf", "curves", "results/"])
 def test_anything_but_a_png_is_refused_in_words(path: str) -> None:
-    with pytest.raises(RunOptionError, match=r"should end in \.png"):
+    with pytest.raises(RunOptionError, match=r"must end in \.png"):
         CurvePlot(path)
 
 
@@ -328,7 +328,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_training(
     brain = make()
     trainer_with(CurvePlot(tmp_path / "c.png")).fit(to_lightning(brain), loader(), loader())
     assert brain.optimizer_step == 10
-    assert "could not be drawn: no space left" in caplog.text
+    assert "could not write the plot: no space left" in caplog.text
 
 
 @pytest.mark.parametrize("epochs", [torch.arange(1, 3), [("a", 1), ("a", 2)]], ids=str)

@@ -112,7 +112,7 @@ def test_no_number_raises(odd: Any) -> None:
 
 @pytest.mark.parametrize("logger", ["CSVLogger", None, [CSVLogger], {}])
 def test_anything_but_a_logger_is_refused_in_words(logger: Any) -> None:
-    with pytest.raises(BrainTypeError, match=r"lightning\.pytorch\.loggers.*got"):
+    with pytest.raises(BrainTypeError, match=r"is not a logger.*lightning\.pytorch\.loggers"):
         LightningTrainLogger(logger)
 
 
@@ -192,9 +192,9 @@ def test_a_logger_without_sounds_and_pictures_is_warned_about_once(
     media(train_logger)
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warned == [
-        "Stub does not log audio ('voice').",
-        "Stub does not log figures ('spectrogram').",
-        "Stub does not log figures ('attention').",
+        "Stub does not support audio, so 'voice' is not logged.",
+        "Stub does not support figures, so 'spectrogram' is not logged.",
+        "Stub does not support figures, so 'attention' is not logged.",
     ]
 
 
