@@ -1,4 +1,4 @@
-"""What cannot be sharded is refused in words before training; no other process is started."""
+"""Modules that cannot be sharded raise errors before training. All tests use one process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class KeepingLayer(nn.Linear):
 
 
 class Dropping(nn.Module):
-    """As a transformer of SpeechBrain's."""
+    """Skips layers at random, like a transformer of SpeechBrain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ class Dropping(nn.Module):
 
 @pytest.fixture
 def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A group of the one process that this is, which a fit leaves alone."""
-    # Lightning sets it.
+    """Initializes a process group of this process, which ``fit`` uses."""
+    # Lightning sets this variable. monkeypatch removes it after the test.
     monkeypatch.setenv("LOCAL_RANK", "0")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -153,13 +153,13 @@ MODULES: dict[str, tuple[Callable[[], dict[str, nn.Module]], dict[str, Any], str
 
 
 @pytest.mark.parametrize(("modules", "settings", "words"), MODULES.values(), ids=MODULES)
-def test_modules_are_refused(
+def test_modules_that_cannot_be_sharded_raise(
     modules: Callable[[], dict[str, nn.Module]],
     settings: dict[str, Any],
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # As of a torch that has what layerdrop needs.
+    # layerdrop is supported with this version of torch.
     monkeypatch.setattr(unsupported, "REDUCES_UNUSED", True)
     brain = make()
     brain.modules = nn.ModuleDict(modules())
@@ -167,7 +167,7 @@ def test_modules_are_refused(
         unsupported.check_modules(brain, Sharding(**settings))
 
 
-def test_names_that_there_are_and_types_in_blocks_of_their_own_are_accepted() -> None:
+def test_existing_names_and_separate_blocks_for_types_are_accepted() -> None:
     brain = with_model()
     unsupported.check_modules(
         brain, Sharding(blocks=["Encoder"], methods=["score", "project"])
@@ -184,12 +184,12 @@ def test_names_that_there_are_and_types_in_blocks_of_their_own_are_accepted() ->
         ({"replicate": 0}, r"replicate=0\) is not valid\. Set it to the number of copies"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_values_raise(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
         FSDP2Strategy(**settings)
 
 
-def test_layers_that_are_left_out_by_chance_are_gathered_together_which_is_said_once(
+def test_layers_that_are_skipped_at_random_are_gathered_together_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(blocks, "SMALLEST", 1)
@@ -202,7 +202,7 @@ def test_layers_that_are_left_out_by_chance_are_gathered_together_which_is_said_
     assert blocks.blocks(model, "auto") == [model.layers[0]]
 
 
-def test_versions_of_torch_that_shard_wrongly_are_refused(
+def test_versions_of_torch_that_shard_wrongly_raise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     brain = make(find_unused_parameters=True)
@@ -247,7 +247,7 @@ def trap(name: str) -> Any:
 
 @needs_shards
 @pytest.mark.usefixtures("one_process")
-def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
+def test_unsupported_uses_of_sharded_modules_raise() -> None:
     for name, words in {
         "optimizer": r"self\.optimizer was created before.*Create it in init_optimizers",
         "replaced": r"was created before.*replaces.*after self\._wrap_distributed\(\)",
@@ -286,7 +286,7 @@ class PenalizedGradient(Regression):
 
 @needs_shards
 @pytest.mark.usefixtures("one_process")
-def test_a_loss_of_what_modules_did_not_return_is_refused_in_words() -> None:
+def test_a_loss_of_tensors_that_modules_did_not_return_raises() -> None:
     for brain_class, model in ((LossOfWhatIsKept, Keeping()), (PenalizedGradient, Model())):
         brain = make(brain_class)
         brain.modules.model = model
@@ -295,7 +295,7 @@ def test_a_loss_of_what_modules_did_not_return_is_refused_in_words() -> None:
         assert any(
             "tensor in an attribute, return this tensor" in n for n in error.value.__notes__
         )
-    # Without the words of torch: the gradient of one layer needs none of its weights.
+    # torch raises no error here, because the gradient of one layer does not need its weights.
     brain = make(LossOfWhatIsKept)
     brain.modules.model = KeepingLayer(4, 2)
     with pytest.raises(UnsupportedError, match=r"'model' would not be trained.*Return all"):
@@ -304,7 +304,7 @@ def test_a_loss_of_what_modules_did_not_return_is_refused_in_words() -> None:
 
 @needs_shards
 @pytest.mark.usefixtures("one_process")
-def test_after_a_fit_in_shards_modules_are_trained_in_shards(
+def test_after_a_sharded_fit_modules_can_only_be_trained_sharded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     brain = with_model()
@@ -313,7 +313,7 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
     monkeypatch.setattr(
         unsupported, "check_resets", lambda name, _: looked_through.append(name)
     )
-    # Its optimizer is of whole parameters, and the next fit makes another one.
+    # The optimizer has unsharded parameters, and the next fit creates a new optimizer.
     brain.fit(range(1), loader(), trainer=sharded(FSDP2Strategy(methods=["score"])))
     assert looked_through == ["model"]
     before = tensors.whole(brain.modules.model.output.weight).detach().clone()
@@ -329,7 +329,7 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
         with pytest.raises(UnsupportedError, match=r"'model' was sharded by.*again, or"):
             brain.fit(range(1), loader(), trainer=sharded(strategy))
     assert torch.isfinite(torch.tensor(brain.evaluate(loader())))
-    # A state is asked for by the main process alone, in run_on_main.
+    # Simulates a call of state_dict on rank 0 only, in run_on_main.
     monkeypatch.setattr(tensors, "world_size", lambda: 2)
     monkeypatch.setattr(tensors, "communicates", lambda: False)
     with pytest.raises(UnsupportedError, match=r"Call state_dict\(\) on all ranks"):
@@ -338,10 +338,10 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
 
 @needs_shards
 @pytest.mark.usefixtures("one_process")
-def test_parameters_that_are_not_used_are_warned_of(
+def test_unused_parameters_log_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # As of several processes, which may use different ones.
+    # Simulates two ranks, which may use different parameters.
     monkeypatch.setattr(unsupported, "world_size", lambda: 2)
     for options, warned in (({}, 1), ({"find_unused_parameters": True}, 0)):
         caplog.clear()
@@ -377,7 +377,7 @@ def callback(name: str) -> Any:
 
 @needs_shards
 @pytest.mark.parametrize("name", REFUSED)
-def test_callbacks_that_copy_modules_are_refused(name: str) -> None:
+def test_callbacks_that_copy_modules_raise(name: str) -> None:
     words = rf"{name} does not work with .*{REFUSED[name]}"
     module = to_lightning(make())
     module.trainer = trainer_with(callback(name), **sharded())
