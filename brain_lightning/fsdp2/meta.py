@@ -12,8 +12,7 @@ from torch.nn import Module, Parameter
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol
 
-# Methods with which a module initializes its own tensors, in the order in which they are
-# called.
+# Methods that initialize the tensors of a module, in the order in which they are called.
 RESETS = ("reset_parameters", "_reset_parameters", "reset_buffers")
 
 

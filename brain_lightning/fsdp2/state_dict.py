@@ -25,7 +25,7 @@ _watched: WeakSet[Optimizer] = WeakSet()
 # Modules with hooks: those that directly own a sharded parameter.
 _sharded: WeakSet[Module] = WeakSet()
 # Full tensors by the id of their parameter. Empty outside of ``made_whole``.
-_made: dict[int, Tensor] = {}
+_full_tensors: dict[int, Tensor] = {}
 # Not empty within ``as_shards``.
 _as_shards: list[None] = []
 
@@ -95,11 +95,11 @@ def made_whole(obj: Any) -> Iterator[None]:
     for parameter in state.values():
         if is_shard(parameter):
             whole = on_main(parameter.detach())
-            _made[id(parameter)] = whole.requires_grad_(parameter.requires_grad)
+            _full_tensors[id(parameter)] = whole.requires_grad_(parameter.requires_grad)
     try:
         yield
     finally:
-        _made.clear()
+        _full_tensors.clear()
 
 
 @contextmanager
@@ -119,8 +119,8 @@ def _gather(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None
             continue
         # With keep_vars=True the caller asks for the parameters themselves.
         as_they_are = isinstance(state[key], Parameter)
-        if id(parameter) in _made:
-            made = _made[id(parameter)]
+        if id(parameter) in _full_tensors:
+            made = _full_tensors[id(parameter)]
             state[key] = made if as_they_are else made.detach()
         elif not as_they_are:
             state[key] = _gathered_once(parameter, key, state)

@@ -130,8 +130,8 @@ class _Versions(Log):
             self._choose_version()
         self._has_earlier = resumes and self._mark.exists()
         self._continue_log() if resumes else self._start_new()
-        # Creates the folder. The mark is created later, because Lightning warns of files in
-        # it.
+        # Creates the folder. The mark is created last, because Lightning warns if the folder
+        # has files.
         self.logger.save()
         self._mark.touch()
         return resumes

@@ -113,7 +113,10 @@ def _checked(file: Path) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunOptionError(f"--report-file={file}: {error.strerror}") from error
+        raise RunOptionError(
+            f"--report-file={file}: its folder cannot be created ({error.strerror}). Use "
+            "another path."
+        ) from error
     if file.is_dir():
         raise RunOptionError(f"--report-file={file} is a folder. Use the path of a file.")
     return file

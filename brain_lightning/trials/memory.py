@@ -100,8 +100,7 @@ def _peak(device: torch.device) -> int:
     # Windows does not have this module.
     import resource
 
-    # ru_maxrss is the peak since the start of the process: in bytes on macOS, otherwise in
-    # KiB.
+    # The peak since the start of the process, in bytes on macOS and in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -175,7 +175,7 @@ def test_the_best_is_that_of_the_epochs_before_a_resume_too(
         ),
         ("1 / 0", ["--report-file=x.json"], "--report-file: say what to report too"),
         ("1 / 0", ["--report=WER", "--report-file=/"], "--report-file=/ is a folder"),
-        ("1 / 0", ["--report=WER", "--report-file=/dev/null/x"], "/dev/null/x: File exists"),
+        ("1 / 0", ["--report=WER", "--report-file=/dev/null/x"], "/dev/null/x: its folder cannot be created (File exists)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Objective:UserWarning")
