@@ -98,7 +98,7 @@ class Log:
         self.logger.log_hyperparams(hyperparameters)
 
     def _begin(self, resumes: bool) -> bool:
-        """Opens the log, and returns whether it may have entries of earlier processes."""
+        """Prepares the log, and returns whether it may have entries of earlier processes."""
         return False
 
     def _replace(self, entry: Entry) -> None: ...
