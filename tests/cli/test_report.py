@@ -173,9 +173,13 @@ def test_the_best_is_that_of_the_epochs_before_a_resume_too(
             ["--report=WER:best"],
             "--report=WER:best is not valid. Use the name of a metric",
         ),
-        ("1 / 0", ["--report-file=x.json"], "--report-file: say what to report too"),
+        ("1 / 0", ["--report-file=x.json"], "--report-file needs --report"),
         ("1 / 0", ["--report=WER", "--report-file=/"], "--report-file=/ is a folder"),
-        ("1 / 0", ["--report=WER", "--report-file=/dev/null/x"], "/dev/null/x: its folder cannot be created (File exists)"),
+        (
+            "1 / 0",
+            ["--report=WER", "--report-file=/dev/null/x"],
+            "/dev/null/x: its folder cannot be created (File exists)",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Objective:UserWarning")
