@@ -168,7 +168,7 @@ def test_a_value_that_no_key_has_is_told_alone(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("kind", "words", "says"),
     [
-        ("OwnBatches", ["batch"], "OwnBatches._fit_train is a loop of the recipe's own"),
+        ("OwnBatches", ["batch"], "OwnBatches._fit_train is a custom loop"),
         ("Recipe", ["batch", "--test_only"], "nothing was searched: "),
         ("Recipe", ["sizes"], "tune cannot search for 'sizes'. Use lr or batch."),
         ("Recipe", ["--output=lr.jpg"], "--output=lr.jpg is not a PNG file"),
