@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 import brain_lightning
 from brain_lightning import Brain
+from brain_lightning.compat.versions import SHARDS
 from tests.support.documents import (
     OUTPUT,
     ROOT,
@@ -40,6 +41,7 @@ EXCERPTS = [block for block in BLOCKS if block.source]
 # What a block has in it that cannot run here, and why.
 CANNOT_RUN = {
     "python3 -m venv": "makes an environment: .ci/run runs this very line",
+    **({} if SHARDS else {"python memory.py": "FSDP2 needs torch 2.8"}),
 }
 
 
