@@ -43,7 +43,7 @@ OUTPUT = ("", "text")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its file, the line of its fence, its language and what is in it."""
+    """A fenced block: its file, the line of its fence, its language and its text."""
 
     document: Path
     line: int
@@ -55,7 +55,7 @@ class Block:
 
     @property
     def source(self) -> Path | None:
-        """The file that the block is an excerpt of, which its first line names: ``# a.py``."""
+        """The file that the block is an excerpt of; its first line names it: ``# a.py``."""
         named = re.match(r"# (\S+\.(?:py|yaml))\n", self.text)
         return self.document.parent / named[1] if named else None
 
@@ -163,7 +163,7 @@ def code_lines(text: str) -> list[str]:
 
 
 def is_excerpt(shown: str, text: str) -> bool:
-    """Whether a block that names its file in the first line shows lines of that file.
+    """Whether a block, after the line that names its file, shows lines of that file.
 
     Docstrings and blank lines do not count. A line ``...`` stands for lines that are left out.
     """

@@ -36,7 +36,7 @@ from tests.support.processes import check_python
 
 PORTING = ROOT / "examples" / "porting"
 BLOCKS = [block for document in documents() for block in blocks_of(document)]
-# They are not run: their files are, by the commands of the same document.
+# Excerpts are not run. The commands of the same document run their files.
 EXCERPTS = [block for block in BLOCKS if block.source]
 # What a block has in it that cannot run here, and why.
 CANNOT_RUN = {
