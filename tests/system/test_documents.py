@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 import brain_lightning
 from brain_lightning import Brain
+from brain_lightning.compat.versions import SHARDS
 from tests.support.documents import (
     OUTPUT,
     ROOT,
@@ -26,6 +27,7 @@ from tests.support.documents import (
     before,
     blocks_of,
     documents,
+    is_excerpt,
     missing,
     table,
     trains,
@@ -34,14 +36,17 @@ from tests.support.processes import check_python
 
 PORTING = ROOT / "examples" / "porting"
 BLOCKS = [block for document in documents() for block in blocks_of(document)]
+# Excerpts are not run. The commands of the same document run their files.
+EXCERPTS = [block for block in BLOCKS if block.source]
 # What a block has in it that cannot run here, and why.
 CANNOT_RUN = {
     "python3 -m venv": "makes an environment: .ci/run runs this very line",
+    **({} if SHARDS else {"python memory.py": "FSDP2 needs torch 2.8"}),
 }
 
 
 def of(*languages: str) -> Any:
-    found = [block for block in BLOCKS if block.language in languages]
+    found = [b for b in BLOCKS if b.language in languages and b not in EXCERPTS]
     return pytest.mark.parametrize("block", found, ids=str)
 
 
@@ -79,6 +84,20 @@ def test_python_runs(block: Block) -> None:
         warnings.simplefilter("ignore")
         code = compile("\n" * block.line + block.text, block.document, "exec")
         exec(code, {"__name__": "document"})  # noqa: S102
+
+
+@pytest.mark.parametrize("block", EXCERPTS, ids=str)
+def test_an_excerpt_is_of_its_file(block: Block) -> None:
+    assert block.source is not None
+    assert is_excerpt(block.text, block.source.read_text())
+
+
+def test_an_excerpt_may_leave_lines_out_where_it_says_so() -> None:
+    code = 'def f():\n    """Does."""\n    a()\n    b()\n\n    c()\n'
+    for shown in ("def f():\n    a()\n", "    a()\n    ...\n    c()\n", "    b()\n    c()\n"):
+        assert is_excerpt(f"# f.py\n{shown}", code)
+    for shown in ("def f():\n    b()\n", "    a()\n    c()\n", "    c()\n...\n    b()\n"):
+        assert not is_excerpt(f"# f.py\n{shown}", code)
 
 
 @of(*SHELL)
