@@ -274,8 +274,8 @@ def test_hparams_count_as_explicit_even_where_they_name_the_default() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_grad_norm": "5"}, "max_grad_norm='5' is a text"),
-        ({"optimizer_step_limit": "5"}, "optimizer_step_limit='5' is a text"),
+        ({"max_grad_norm": "5"}, "max_grad_norm='5' is a string"),
+        ({"optimizer_step_limit": "5"}, "optimizer_step_limit='5' is a string"),
         ({"device": "gpu"}, "device 'gpu' is not one of cpu, cuda"),
     ],
 )

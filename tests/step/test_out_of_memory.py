@@ -465,5 +465,5 @@ def test_what_a_failed_batch_holds_is_freed_before_the_save(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
 def test_a_patience_that_makes_no_sense_is_refused(value: Any) -> None:
-    with pytest.raises(RunOptionError, match=r"oom_patience=.* whole number of 0 or more"):
+    with pytest.raises(RunOptionError, match=r"oom_patience=.* must be an integer, 0 or more"):
         make(oom_patience=value)
