@@ -1,4 +1,4 @@
-"""``python -m brain_lightning`` is ``brain-lightning``."""
+"""Runs ``brain-lightning`` as ``python -m brain_lightning``."""
 
 import sys
 

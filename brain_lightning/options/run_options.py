@@ -15,14 +15,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from brain_lightning.errors import RunOptionError
-from brain_lightning.protocol import WORDS
+from brain_lightning.protocol import OPTION_CHOICES
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 # Options that accept a fixed set of values.
 CHOICES = {
     "precision": PRECISIONS,
     "eval_precision": PRECISIONS,
-    **WORDS,
+    **OPTION_CHOICES,
 }
 # Fields that are not run options. They record what the user passed.
 RECORDS = ("param_file", "overridden_args", "trainer")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -17,13 +15,14 @@ from brain_lightning.compat import speechbrain
 from brain_lightning.data.dataloaders import twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.distributed.communication import world_size
+from brain_lightning.distributed.termination import uninterrupted
 from brain_lightning.errors import NonFiniteLossError, UnsupportedError
 from brain_lightning.fsdp2.evaluate import gathered
 from brain_lightning.phase import Phase
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.metrics import scalar
 from brain_lightning.stages.run import Run
-from brain_lightning.step.together import fail_together
+from brain_lightning.step.synchronized import synchronize_oom
 from brain_lightning.step.window import restart_window
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -67,7 +66,7 @@ class Trial:
             if world_size() > 1:
                 # Where they cannot: see ``fails_together``.
                 with suppress(UnsupportedError):
-                    fail_together(brain, temporary)
+                    synchronize_oom(brain, temporary)
             # Where that fails, everything is restored here.
             self._restores = restores.pop_all()
         return self
@@ -79,11 +78,11 @@ class Trial:
         Else those that have memory wait for the others, in the averaging of gradients: then
         the error has to end the process.
         """
-        return world_size() == 1 or self._brain._lightning.fails_together
+        return world_size() == 1 or self._brain._lightning.synchronizes_oom
 
     def __exit__(self, *exception: object) -> None:
         """Restores everything; a Ctrl-C waits until that is over."""
-        with _uninterrupted():
+        with uninterrupted():
             self._restores.close()
 
     def start(self) -> None:
@@ -109,7 +108,7 @@ class Trial:
 
         Raises:
             torch.OutOfMemoryError: In all processes together, where they can
-                (``step/together.py``).
+                (``step/synchronized.py``).
         """
         brain = self._brain
         brain.step += 1
@@ -172,23 +171,6 @@ class Trial:
         if self._run.run_state.phase is Phase.STARTING:
             return current
         return (current if isinstance(current, int) else 0) + 1
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
-        # Nothing that Python could call later, or nobody who is interrupted.
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _number(loss: Any) -> float:

@@ -276,7 +276,7 @@ def test_hparams_count_as_explicit_even_where_they_name_the_default() -> None:
     [
         ({"max_grad_norm": "5"}, "max_grad_norm='5' is a string"),
         ({"optimizer_step_limit": "5"}, "optimizer_step_limit='5' is a string"),
-        ({"device": "gpu"}, "device 'gpu' is not one of cpu, cuda"),
+        ({"device": "gpu"}, "device 'gpu' is not valid. Use cpu, cuda"),
     ],
 )
 def test_values_that_make_no_sense_are_named(options: dict[str, Any], words: str) -> None:

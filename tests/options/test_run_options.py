@@ -198,14 +198,14 @@ def test_what_the_trainers_side_reads_of_a_brain_are_run_options_with_their_type
 def test_an_unknown_option_is_named_with_a_guess() -> None:
     with pytest.raises(RunOptionError, match="'max_grad_nrom': did you mean 'max_grad_norm'"):
         Brain(run_opts={"max_grad_nrom": 1})
-    with pytest.raises(RunOptionError, match="'xyz': choose from test_only, debug"):
+    with pytest.raises(RunOptionError, match="'xyz': use one of test_only, debug"):
         Brain(run_opts={"xyz": 1})
 
 
 @pytest.mark.parametrize(
     ("error", "words", "options"),
     [
-        (RunOptionError, r"'fp8' is not one of fp32, fp16, bf16", {"precision": "fp8"}),
+        (RunOptionError, r"'fp8' is not supported. Use one of fp32", {"precision": "fp8"}),
         (RunOptionError, r"fp16.*not supported on the CPU.*bf16", {"precision": "fp16"}),
         (RunOptionError, r"fp16.*not supported on the CPU", {"eval_precision": "fp16"}),
         (RunOptionError, r"fp16.*not supported on the CPU", {"auto_mix_prec": True}),
@@ -231,7 +231,7 @@ def test_both_intervals_in_hparams_exclude_each_other_too() -> None:
 def test_deprecated_spellings_still_work(caplog: pytest.LogCaptureFixture) -> None:
     brain = make(bfloat16_mix_prec=True)
     assert brain.precision == "bf16"
-    assert "use --precision=bf16" in caplog.text
+    assert "Use --precision=bf16" in caplog.text
 
 
 def test_torchruns_variables_say_which_process_this_is(

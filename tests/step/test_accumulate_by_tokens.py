@@ -401,9 +401,9 @@ class TheirsAround(Theirs):
     [
         (Regression, r"needs a method loss_weight\(self, batch\) of Regression"),
         (type("Number", (Regression,), {"loss_weight": 0.3}), "needs a method loss_weight"),
-        (ManualWeighed, r"has no effect in ManualWeighed\.fit_batch: call super"),
-        (OwnStep, r"has no effect in OwnStep\.optimizers_step: call super"),
-        (TheirsAround, "call super.*has to be that of our Brain"),
+        (ManualWeighed, r"has no effect in ManualWeighed\.fit_batch\. Derive"),
+        (OwnStep, r"has no effect in OwnStep\.optimizers_step\. Derive"),
+        (TheirsAround, "Derive TheirsAround from brain_lightning.Brain and call super"),
     ],
 )
 def test_what_cannot_be_weighed_is_refused_before_training(cls: Any, words: str) -> None:
@@ -425,8 +425,7 @@ def test_a_weight_is_a_number_of_targets(weight: Any) -> None:
 
 
 def test_other_words_are_refused_or_the_recipes_own() -> None:
-    with pytest.raises(
-        RunOptionError, match="accumulate_by='frames' is not one of batches, to"
-    ):
+    words = "accumulate_by='frames' is not supported. Use one of batches, to"
+    with pytest.raises(RunOptionError, match=words):
         make(accumulate_by="frames")
     assert make(hparams={"accumulate_by": 3})._lightning.accumulate_by == "batches"

@@ -73,7 +73,7 @@ def test_a_key_that_names_no_module_is_refused(option: str) -> None:
     brain = make(**{option: True, f"{option}_module_keys": ["encoder"]})
     with pytest.raises(
         RunOptionError,
-        match=f"{option}_module_keys names 'encoder'.*the entries are model",
+        match=f"{option}_module_keys has 'encoder'.*Use some of model",
     ):
         brain.fit(range(1), loader())
     assert brain.step == 0
