@@ -41,7 +41,9 @@ def compare(doing: str, found: Any) -> list[Any]:
         RankMismatchError: Another rank does something else.
     """
     everything = gather(_Said(doing, found))
-    done = [each.doing if isinstance(each, _Said) else "is elsewhere" for each in everything]
+    done = [
+        each.doing if isinstance(each, _Said) else "does something else" for each in everything
+    ]
     if any(each != doing for each in done):
         raise RankMismatchError(
             f"the processes are at different points of the run ({by_rank(done)}) and would "

@@ -111,8 +111,8 @@ def test_another_batch_size_goes_on_after_the_same_examples(
     assert sorted(flat(batches[2])) == list(range(48))
     (message,) = told(caplog)
     assert message == (
-        f"{SAVED}20 of 48 examples in batches of 4; now the data are 48 examples in batches "
-        f"of {size}. The epoch is resumed after {resumed} of them, where a batch begins."
+        f"{SAVED}20 of 48 examples in batches of 4. The data now has 48 examples in batches "
+        f"of {size}. The epoch resumes after {resumed} of them, at the start of a batch."
     )
 
 
@@ -197,9 +197,9 @@ def test_examples_of_batches_that_vary_are_counted(
     assert flat(batches[epoch]) == list(range(15, 48))
     (message,) = told(caplog)
     assert message.startswith(
-        f"{SAVED}18 of 48 examples in batches of several sizes; now the data are 48 examples "
-        "in batches of several sizes. The epoch is resumed after 15 of them, where a batch "
-        "begins."
+        f"{SAVED}18 of 48 examples in batches of several sizes. The data now has 48 examples "
+        "in batches of several sizes. The epoch resumes after 15 of them, at the start of a "
+        "batch."
     )
 
 
@@ -237,7 +237,7 @@ def test_a_dynamic_batch_sampler_with_longer_batches(
     assert 0 < skipped <= seen
     (message,) = told(caplog)
     assert f"{SAVED}{seen} of 48 examples" in message
-    assert f"resumed after {skipped} of them" in message
+    assert f"resumes after {skipped} of them" in message
     assert message.endswith("some are fitted twice in this epoch, or not at all.")
 
 
@@ -253,7 +253,7 @@ def test_a_dataset_of_another_length_is_told(
     assert flat(batches[1]) == list(range(items))[items - left :]
     assert flat(batches[2]) == list(range(items))
     (message,) = told(caplog)
-    assert f"now the data are {items} examples in batches of 4" in message
+    assert f"The data now has {items} examples in batches of 4" in message
     assert f"after {items - left} of them" in message
     assert "not at all" in message
 
@@ -280,7 +280,7 @@ def test_a_sampler_of_another_length_is_told(
 
     run(tmp_path, train(48), at(1, 6))
     assert len(flat(run(tmp_path, train(100))[1])) == 80
-    assert "now the data are 100 examples in batches of 4" in told(caplog)[0]
+    assert "The data now has 100 examples in batches of 4" in told(caplog)[0]
 
 
 def test_a_list_of_another_length_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -293,8 +293,8 @@ def test_a_list_of_another_length_is_told(caplog: pytest.LogCaptureFixture) -> N
     assert list(position.batches(train[:10])) == [5, 6, 7, 8, 9]
     (message,) = told(caplog)
     assert message.startswith(
-        f"{SAVED}5 batches of a list of 12 batches; now the data are a list of 10 batches. "
-        "The epoch is resumed after 5 batches."
+        f"{SAVED}5 batches of a list of 12 batches. The data now has a list of 10 batches. "
+        "The epoch resumes after 5 batches."
     )
 
 

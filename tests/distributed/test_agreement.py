@@ -26,5 +26,5 @@ def test_a_process_that_is_in_another_collective_is_noticed(
         return [value, "what is gathered somewhere else"]
 
     monkeypatch.setattr(agreement, "gather", gather)
-    with pytest.raises(RankMismatchError, match=r"rank 0: fits; rank 1: is elsewhere"):
+    with pytest.raises(RankMismatchError, match=r"rank 0: fits; rank 1: does something else"):
         agreement.compare("fits", 3)
