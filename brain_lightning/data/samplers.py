@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler
 
-# SpeechBrain's seed where $SB_GLOBAL_SEED is not set (Brain._train_loader_specifics).
+# SpeechBrain's seed if $SB_GLOBAL_SEED is not set (Brain._train_loader_specifics).
 DEFAULT_SEED = 563375142
 
 

@@ -77,7 +77,8 @@ class RunOptions(Mapping[str, Any]):
         jit_module_keys: Names of the modules to compile with torch.jit.script.
         compile: Compile all modules with torch.compile.
         compile_module_keys: Names of the modules to compile with torch.compile.
-        compile_mode: Mode of torch.compile: default, reduce-overhead or max-autotune.
+        compile_mode: The mode argument of torch.compile: default, reduce-overhead or
+            max-autotune.
         compile_using_fullgraph: Make torch.compile raise an error at a graph break.
         compile_using_dynamic_shape_tracing: Make torch.compile trace with dynamic shapes.
         precision: Precision of training: fp32, fp16 or bf16. fp16 needs a GPU.
@@ -91,16 +92,16 @@ class RunOptions(Mapping[str, Any]):
         nonfinite_patience: Number of batches per epoch that may have a NaN or infinite loss.
             Their updates are skipped. One more ends the run with an error.
         oom_patience: Number of batches per epoch that may run out of memory. All processes
-            skip such a batch together. One more saves the run before that batch and ends it
-            with an error. If not set, the first one ends the run. Not an option of
+            skip such a batch together. One more saves the run as it was before that batch and
+            ends it with an error. If not set, the first one ends the run. Not an option of
             SpeechBrain.
         noprogressbar: Show no progress bar.
         progress: How to show progress: bar, plain (one line at a time, for log files) or auto
             (bar in a terminal or a notebook, plain elsewhere). Not an option of SpeechBrain.
         progress_interval: Seconds between two lines of --progress=plain. Not an option of
             SpeechBrain.
-        ckpt_interval_minutes: Minutes between checkpoints within an epoch. 0 disables them.
-            Needs a checkpointer. The default of SpeechBrain 1.1 is 0.
+        ckpt_interval_minutes: Minutes between checkpoints within an epoch, if the Brain has a
+            checkpointer. 0 disables them, as does SpeechBrain 1.1 by default.
         ckpt_interval_steps: Steps between checkpoints within an epoch. 0 disables them. If
             set, it replaces the default of ckpt_interval_minutes.
         shard_eval: With several processes, let each validate a part of the data. Validation
@@ -126,11 +127,6 @@ class RunOptions(Mapping[str, Any]):
         param_file: Path of the HyperPyYAML file.
         overridden_args: Names of the options that were set.
         trainer: Arguments of Lightning's Trainer, as set by --trainer.devices=2.
-        profile_steps: Steps in the profile.
-        log_config: A YAML file that configures logging.
-        param_file: The HyperPyYAML file.
-        overridden_args: Names of the options that were given.
-        trainer: Arguments of Lightning's Trainer, --trainer.devices=2.
     """
 
     test_only: bool = False
