@@ -1,4 +1,4 @@
-"""Who acts upon a signal to end, where there are several processes."""
+"""Signals that end a run with several processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.brains import Regression, loader, make
 def test_a_process_whose_recipe_handles_the_signal_ends_with_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It takes part in what the others ask of all, which would else wait for it."""
+    """It takes part in the collective. Otherwise the other processes would hang."""
     asked = []
 
     def on_any_rank(condition: bool, device: str) -> bool:
@@ -45,20 +45,20 @@ def test_a_process_whose_recipe_handles_the_signal_ends_with_the_others(
         signal.signal(signal.SIGTERM, before)
 
 
-class Told(Regression):
-    """Is told to end when there is no batch left."""
+class Terminated(Regression):
+    """Receives SIGTERM after the last batch."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_after_the_last_batch_is_acted_upon(
+def test_a_signal_after_the_last_batch_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the processes asked each other in that batch was before it."""
+    """The flags of the last batch were exchanged before the signal."""
     raised: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", raised.append)
-    brain = make(Told, checkpointer=Checkpointer(tmp_path))
+    brain = make(Terminated, checkpointer=Checkpointer(tmp_path))
     with pytest.raises(SystemExit):
         brain.fit(range(1), loader())
     assert raised == []

@@ -62,7 +62,7 @@ def test_a_brain_that_communicates_within_the_passes_raises_an_error(
     assert not brain._lightning.synchronizes_oom
 
 
-def test_speechbrains_own_fit_batch_is_not_ours() -> None:
+def test_speechbrains_own_fit_batch_does_not_call_brain_lightnings() -> None:
     assert calls_ours(make(Around), "fit_batch")
     own = speechbrain.Brain({"model": nn.Linear(1, 1)})
     assert not calls_ours(own, "fit_batch")
@@ -72,7 +72,7 @@ class Shared(BatchFlags):
     are_shared = True  # type: ignore[assignment]
 
 
-def test_an_error_of_one_process_is_not_taken_for_an_earlier_one_of_all() -> None:
+def test_an_error_is_not_mistaken_for_an_earlier_shared_error() -> None:
     flags = Shared()
 
     def error(is_shared: bool) -> torch.OutOfMemoryError:
