@@ -1,4 +1,4 @@
-"""Runs ``brain-lightning`` as ``python -m brain_lightning``."""
+"""Runs the command line: ``python -m brain_lightning`` is the same as ``brain-lightning``."""
 
 import sys
 
