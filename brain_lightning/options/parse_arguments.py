@@ -77,7 +77,9 @@ def _without_launchers(words: Sequence[str]) -> list[str]:
             if not has_value and remaining and remaining[0].lower() in TRUTHS:
                 value = remaining.pop(0)
             if TRUTHS.get(value.lower(), True) and not is_launched():
-                logger.warning("%s has no effect. Start the script with torchrun.", name)
+                logger.warning(
+                    "--distributed_launch has no effect. Start the script with torchrun."
+                )
         elif not (name in LOCAL_RANKS and value == os.environ.get("LOCAL_RANK")):
             rest.append(word)
     return rest
