@@ -128,8 +128,8 @@ def distributed_sampler(
         **shard: ``rank`` and ``num_replicas``.
 
     Returns:
-        Arguments of the loader: ``sampler`` or ``batch_sampler``. Empty for a stream, for
-        which ``fit`` logs a warning.
+        Arguments of the loader: ``sampler`` or ``batch_sampler``. Empty for a stream. In that
+        case ``fit`` logs a warning.
     """
     if isinstance(dataset, IterableDataset):
         return {}

@@ -28,8 +28,8 @@ def layout(loader: Any) -> State:
 
     Returns:
         For a list of batches: ``items``, the length of the list. For a DataLoader: ``items``,
-        the length of the dataset; ``batch_size``, None if it varies; ``length``, that of the
-        sampler of one process; and ``shards``, the number of processes. Empty for a stream.
+        the length of the dataset; ``batch_size``, None if it varies; ``length``, the length of
+        the sampler in one process; ``shards``, the number of processes. Empty for a stream.
     """
     if isinstance(loader, Sequence):
         return {"items": len(loader)}

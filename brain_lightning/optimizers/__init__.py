@@ -1,4 +1,4 @@
-"""The optimizers of a Brain: which exist, what they train, and all of them as one.
+"""The optimizers of a Brain, what they train, and one optimizer that combines them.
 
 ``active`` finds the optimizers of a Brain and those that step. ``group`` has the
 ``OptimizerGroup``, which stands for all of them in Lightning. ``initial_groups`` saves and

@@ -51,8 +51,8 @@ class RunOptions(Mapping[str, Any]):
     """Run options: how an experiment is run, as opposed to what the experiment is.
 
     The object is also a mapping, because recipes call ``hparams.update(run_opts)`` and read
-    ``run_opts["device"]``. Every option can be read as a key, but iteration yields only the
-    options that were set, so that ``update`` does not overwrite the values of the YAML file.
+    ``run_opts["device"]``. Every option can be read as a key. Iteration yields only the
+    options that were set, so ``update`` does not overwrite other values of the YAML file.
     ``overridden_args`` holds the names of the options that were set. Only these take
     precedence over the same key in ``hparams``. ``--help`` shows the descriptions below.
 
@@ -101,7 +101,7 @@ class RunOptions(Mapping[str, Any]):
         progress_interval: Seconds between two lines of --progress=plain. Not an option of
             SpeechBrain.
         ckpt_interval_minutes: Minutes between checkpoints within an epoch, if the Brain has a
-            checkpointer. 0 disables them, as does SpeechBrain 1.1 by default.
+            checkpointer. 0 disables them, which is the default of SpeechBrain 1.1.
         ckpt_interval_steps: Steps between checkpoints within an epoch. 0 disables them. If
             set, it replaces the default of ckpt_interval_minutes.
         shard_eval: With several processes, let each validate a part of the data. Validation

@@ -1,8 +1,8 @@
 """Computes the loss of a batch; in training also checks it and runs the backward pass.
 
-In a training batch the host waits for the device only once. The copy of the loss to the host
-is queued after the forward pass, then the backward pass is queued, and then the host waits
-for the copy. All ranks decide together whether the loss is finite, before an optimizer steps.
+In a training batch the host waits for the device only once. The forward pass, the copy of the
+loss to the host and the backward pass are queued in this order. Then the host waits for the
+copy. All ranks decide together whether the loss is finite, before an optimizer steps.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ class Fallback:
 class PrecisionFlag:
     """Whether training uses a precision, which a run option or a Trainer may have set.
 
-    A ``fit_batch`` of a recipe may branch on it. SpeechBrain's ``__init__`` assigns the
-    deprecated run option of the same name, which makes the flag true, too.
+    A ``fit_batch`` of a recipe may branch on it. SpeechBrain's ``__init__`` assigns the value
+    of the deprecated run option with the same name. If that value is True, so is the flag.
 
     Args:
         precision: The precision.

@@ -1,4 +1,4 @@
-"""The accumulation window: how batches are weighed whose gradients make one optimizer step.
+"""The accumulation window: batches for one optimizer step, and how they are weighted.
 
 By default each batch of a window has the same weight: the gradient is the mean over batches.
 With ``accumulate_by="tokens"`` it is the mean over targets (tokens or frames), as for one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from brain_lightning import Checkpointer
 from brain_lightning.distributed import termination as module
-from brain_lightning.distributed.termination import Termination
+from brain_lightning.distributed.termination import Termination, uninterrupted
 from tests.support.brains import Regression, loader, make
 
 
@@ -63,3 +64,26 @@ def test_a_signal_after_the_last_batch_ends_the_run(
         brain.fit(range(1), loader())
     assert raised == []
     assert list(tmp_path.glob("CKPT*"))
+
+
+def test_ctrl_c_is_deferred_until_the_context_ends() -> None:
+    before, done = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append(signal.getsignal(signal.SIGINT))
+    assert len(done) == 1
+    assert done[0] is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_thread_that_ctrl_c_does_not_interrupt_installs_no_handler() -> None:
+    handlers = []
+
+    def run() -> None:
+        with uninterrupted():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]
