@@ -68,9 +68,14 @@ def test_a_signal_after_the_last_batch_ends_the_run(
 
 def test_ctrl_c_is_deferred_until_the_context_ends() -> None:
     before, done = signal.getsignal(signal.SIGINT), []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        done.append(signal.getsignal(signal.SIGINT))
+
+    def run() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append(signal.getsignal(signal.SIGINT))
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert len(done) == 1
     assert done[0] is not before
     assert signal.getsignal(signal.SIGINT) is before
