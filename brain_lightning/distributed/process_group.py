@@ -35,8 +35,8 @@ def check_gpus(backend: str, processes: int) -> None:
     gpus = torch.cuda.device_count()
     if "nccl" in backend and processes > gpus:
         raise UnsupportedError(
-            f"the backend nccl needs one GPU per process, and there are {gpus} GPUs for "
-            f"{processes} processes. Use --trainer.devices={gpus or 1}, or --device=cpu "
+            f"the backend nccl needs one GPU per process (processes: {processes}, GPUs: "
+            f"{gpus}). Use --trainer.devices={gpus or 1}, or --device=cpu "
             "--distributed_backend=gloo."
         )
 
