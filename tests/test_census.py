@@ -190,4 +190,4 @@ def test_hyperparameters_of_a_recipes_own_are_left_alone(
         before = before or weights(brain)
         assert all_equal(before, weights(brain))
         assert {name: getattr(brain.hparams, name) for name in hparams} == hparams
-    assert "hparams['trainer'] is 'adam', which gives no argument to a Trainer" in caplog.text
+    assert "hparams['trainer']='adam' is not a Trainer" in caplog.text

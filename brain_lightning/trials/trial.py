@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -17,13 +15,14 @@ from brain_lightning.compat import speechbrain
 from brain_lightning.data.dataloaders import twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.distributed.communication import world_size
+from brain_lightning.distributed.termination import uninterrupted
 from brain_lightning.errors import NonFiniteLossError, UnsupportedError
 from brain_lightning.fsdp2.evaluate import gathered, release
 from brain_lightning.phase import Phase
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.metrics import scalar
 from brain_lightning.stages.run import Run
-from brain_lightning.step.together import fail_together
+from brain_lightning.step.synchronized import synchronize_oom
 from brain_lightning.step.window import restart_window
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -69,7 +68,7 @@ class Trial:
             if world_size() > 1:
                 # If this is not supported, ``fails_together`` is False.
                 with suppress(UnsupportedError):
-                    fail_together(brain, temporary)
+                    synchronize_oom(brain, temporary)
             # If an error was raised above, the ``with`` block has restored everything.
             self._restores = restores.pop_all()
         return self
@@ -81,11 +80,11 @@ class Trial:
         Otherwise the other ranks hang while they average gradients, so the error has to end
         the process.
         """
-        return world_size() == 1 or self._brain._lightning.fails_together
+        return world_size() == 1 or self._brain._lightning.synchronizes_oom
 
     def __exit__(self, *exception: object) -> None:
         """Restores everything. Ctrl-C is delayed until this is finished."""
-        with _uninterrupted():
+        with uninterrupted():
             self._restores.close()
 
     def start(self) -> None:
@@ -174,23 +173,6 @@ class Trial:
         if self._run.run_state.phase is Phase.STARTING:
             return current
         return (current if isinstance(current, int) else 0) + 1
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
-        # Nothing that Python could call later, or nobody who is interrupted.
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _number(loss: Any) -> float:

@@ -162,7 +162,7 @@ def test_a_mistake_is_told_once(
         assert main(["run", *words, "--trainer.devices=2"]) == 2
     *_, no_gpus = told = capsys.readouterr().err.splitlines()
     assert len(told) == 4
-    assert "for 2 there are 1: --trainer.devices=1, or" in no_gpus
+    assert "(processes: 2, GPUs: 1). Use --trainer.devices=1, or" in no_gpus
 
 
 def test_lightning_starts_no_process_that_lacks_the_command(
