@@ -11,6 +11,7 @@ from pathlib import Path
 from .hparams import HparamsSource
 from .meaning import ITSELF, MODULES, Kept
 from .method import EntryUse, Handover, HparamsCall, Location, Locations, Method
+from .method_reader import read_function, read_method
 from .modules import (
     WITHOUT_BRAINS,
     ClassSource,
@@ -21,7 +22,6 @@ from .modules import (
     Reference,
     dotted_name,
 )
-from .method_reader import read_function, read_method
 
 # Methods that run in a training step.
 LEARNING = ("fit_batch", "compute_forward", "compute_objectives", "on_fit_batch_start",

@@ -13,5 +13,6 @@ cp tests/system/smoke.py tests/support/recipes/smoke.yaml "$scratch"
 cd "$scratch"
 export PATH="$scratch/venv/bin:$PATH"
 brain-lightning --help >/dev/null
+brain-lightning --version
 python smoke.py smoke.yaml --number_of_epochs=3
 brain-lightning run smoke.py smoke.yaml --trainer.max_steps=6 --device=cpu
