@@ -29,6 +29,7 @@ from tests.support.brains import (
     trainer_with,
     weights,
 )
+from tests.support.upstream import needs_speechbrain
 
 REFERENCE = Path(__file__).parents[1] / "examples/porting/reference.md"
 
@@ -108,6 +109,7 @@ TAKEN = sorted(
 )
 
 
+@needs_speechbrain("1.1")
 def test_what_is_ours_alone_is_readable_or_private() -> None:
     ours = fitted()
     own = {name for name in {*dir(ours)} - of_1() - of_05() if not name.startswith("__")}

@@ -189,7 +189,8 @@ class Recorder:
             optimizer: The optimizer.
         """
         gradients = {n: p.grad for n, p in self._named(optimizer) if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm([g.detach() for g in gradients.values()])
+        norms = [torch.linalg.vector_norm(g.detach()).item() for g in gradients.values()]
+        norm = torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float64))
         self.add(
             "gradients",
             optimizer=type(optimizer).__name__,

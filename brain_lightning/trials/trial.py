@@ -18,7 +18,7 @@ from brain_lightning.data.dataloaders import twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.distributed.communication import world_size
 from brain_lightning.errors import NonFiniteLossError, UnsupportedError
-from brain_lightning.fsdp2.evaluate import gathered
+from brain_lightning.fsdp2.evaluate import gathered, release
 from brain_lightning.phase import Phase
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.metrics import scalar
@@ -57,6 +57,8 @@ class Trial:
     def __enter__(self) -> Trial:
         """Takes the snapshot."""
         brain = self._brain
+        # Before a TEST stage, weights are gathered: their memory is freed after the trial.
+        release(brain)
         snapshot = Snapshot(brain, *self._loaders)
         with ExitStack() as restores:
             restores.callback(snapshot.restore)

@@ -23,11 +23,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from speechbrain.utils.checkpoints import Checkpointer as SpeechBrainCheckpointer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from brain_lightning import Checkpointer, EpochCounter, FSDP2Strategy, ddp_barrier
 from brain_lightning.checkpoints.state_files import load_state
+from brain_lightning.compat.versions import DTensor
 from tests.support.brains import Regression, dataset
 
 RANK = int(os.environ.get("RANK", 0))

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.support.processes import TORCHRUN, check_python
+from tests.support.upstream import needs_shards
 
 from . import saving
+
+pytestmark = needs_shards
 
 RANKS = (0, 1)
 # What says who has saved, and when; a file's checksum follows from it.

@@ -14,6 +14,9 @@ from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.tensors import is_shard, whole
 from tests.support.sharded import brain_of, group_of_one
+from tests.support.upstream import needs_shards
+
+pytestmark = needs_shards
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from brain_lightning.errors import UnsupportedError
 from tests.support.sharded import assert_same_gradients, group_of_one, shard
+from tests.support.upstream import needs_shards
+
+pytestmark = needs_shards
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.sharded import assert_same_gradients, group_of_one
+from tests.support.upstream import needs_shards
+
+pytestmark = needs_shards
 
 
 @pytest.fixture(autouse=True)

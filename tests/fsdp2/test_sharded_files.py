@@ -27,8 +27,11 @@ from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.temporary import TemporaryAttributes
 from tests.support.brains import make
 from tests.support.processes import TORCHRUN, check_python
+from tests.support.upstream import needs_shards
 
 from . import shard_writers as writers
+
+pytestmark = needs_shards
 
 RANKS = (0, 1)
 

@@ -11,6 +11,9 @@ from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.tensors import whole
 from tests.support.sharded import brain_of, group_of_one
+from tests.support.upstream import needs_shards
+
+pytestmark = needs_shards
 
 
 def test_a_weight_of_several_names_is_saved_once(monkeypatch: pytest.MonkeyPatch) -> None:

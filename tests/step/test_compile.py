@@ -37,7 +37,9 @@ def trained(side: Any, **run_opts: Any) -> Any:
 @pytest.mark.parametrize("option", ["compile", "jit"])
 def test_compiled_modules_give_speechbrains_numbers(option: str) -> None:
     torch.compiler.reset()
-    ours, theirs = trained(OURS, **{option: True}), trained(SPEECHBRAIN, **{option: True})
+    # Its default changed with SpeechBrain 1.1, which is ours: other kernels are generated.
+    options = {option: True, "compile_using_dynamic_shape_tracing": False}
+    ours, theirs = trained(OURS, **options), trained(SPEECHBRAIN, **options)
     assert all_equal(weights(ours), weights(theirs))
     assert not all_equal(weights(ours), list(two_modules()["encoder"].parameters()))
 

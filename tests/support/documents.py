@@ -68,10 +68,10 @@ def before(block: Block) -> list[Block]:
 
 
 def table(text: str, first: str) -> list[list[str]]:
-    """The rows of the table whose first column is called ``first``, or none."""
+    """Returns the rows of all tables whose first column is called ``first``."""
     head = rf"^\| {re.escape(first)} \|.*\n\|[-| ]+\n"
-    found = re.search(head + r"((?:\|.*\n)+)", text, flags=re.MULTILINE)
-    rows = found[1].splitlines() if found else []
+    tables = re.findall(head + r"((?:\|.*\n?)+)", text, flags=re.MULTILINE)
+    rows = [row for each in tables for row in each.splitlines()]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
 
