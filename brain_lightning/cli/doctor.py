@@ -79,7 +79,8 @@ def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
     for remark in brain.remarks:
         at = f"line {remark.line}" if remark.file == script else f"{remark.file}:{remark.line}"
         yield "change", f"{at}: {remark.about}: {remark.says}"
-    yield "strategies", f"supported: {'; '.join(brain.strategies) or 'none'}"
+    for number, strategy in enumerate(brain.strategies or ["none"]):
+        yield "" if number else "strategies", f"supported: {strategy}"
     yield "", f"not supported: {UNSUPPORTED_STRATEGIES}"
     others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
     if brain.arguments:

@@ -42,8 +42,8 @@ examples:
 EXIT_STATUS = """\
 exit status:
   0    success
-  1    verify found a difference, port left something unchanged, or the recipe
-       raised an error, which is shown with its traceback
+  1    verify did not succeed, port was not complete, or the recipe raised an
+       error, which is shown with its traceback
   2    a mistake in the command line, the run options or the files; or preflight
        ran out of memory
   130  interrupted by Ctrl-C
@@ -118,9 +118,8 @@ class _Parser(ArgumentParser):
         width = shutil.get_terminal_size().columns - len("usage: ")
         indent = " " * len("usage: ")
         options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-        self.usage = textwrap.fill(
-            self.usage or "", width, subsequent_indent=indent, **options
-        )
+        usage = (self.usage or "").replace("%(prog)s", self.prog)
+        self.usage = textwrap.fill(usage, width, subsequent_indent=indent, **options)
         self.description = textwrap.fill(self.description or "", width, **options)
         return super().format_help()
 

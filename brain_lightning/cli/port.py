@@ -94,7 +94,7 @@ def _write(recipe: PortedRecipe, options: Namespace) -> None:
 
 
 def _verify_port(recipe: PortedRecipe, options: Namespace, overrides: Sequence[str]) -> bool:
-    """Compares the recipe with its port, which runs in a copy of the recipe's folder."""
+    """Compares the recipe with its port, in a folder with links to its other files."""
     from brain_lightning.port.files import link_rest, write_beside
 
     trainer, words = split_trainer(overrides)

@@ -35,8 +35,8 @@ from brain_lightning.protocol import parameters_of
 
 from .script import run_recipe, run_script
 
-# All hooks that a Brain's loops call, except fit_batch and optimizers_step, which are called
-# in different ways if a recipe overrides them.
+# All hooks that a Brain's loops call, except fit_batch and optimizers_step: a Brain that
+# overrides these has a custom training step.
 HOOKS = (
     "make_dataloader", "on_fit_start", "init_optimizers", "on_stage_start",
     "on_fit_batch_start", "compute_forward", "compute_objectives", "check_loss_isfinite",

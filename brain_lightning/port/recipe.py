@@ -44,8 +44,8 @@ class PortedRecipe:
         changes: All files of the recipe, including those that do not change.
         brains: Names of its Brains.
         remarks: Code that is left unchanged, with the reasons.
-        port_only_hooks: Hooks that only the port calls, if a ``fit_batch`` was removed that does
-            not call them.
+        port_only_hooks: Hooks that only the port calls, because a ``fit_batch`` that does not
+            call them was removed.
     """
 
     script: Path

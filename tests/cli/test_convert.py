@@ -1,4 +1,4 @@
-"""``brain-lightning convert``: the same weights, optimizer state and meta on every side."""
+"""``brain-lightning convert``: each format has the same weights, optimizer state and meta."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from brain_lightning.cli.main import main
 from tests.support.brains import Regression, loader, make, same_state, trainer_with
 
 YAML = """\
-# A recipe's file.
+# The hyperparameters file of a recipe.
 seed: 3
 __set_seed: !apply:torch.manual_seed [!ref <seed>]
 output_folder: results
@@ -51,7 +51,7 @@ counter: !new:no.such.Counter
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Recoverables of a run, saved."""
+    """Saves the recoverables of a run."""
     counter = EpochCounter(2)
     checkpointer = Checkpointer(folder, {"counter": counter})
     brain = make(opt_class=lambda p: torch.optim.Adam(p, 0.01), checkpointer=checkpointer)
@@ -95,7 +95,7 @@ def test_there_and_back_everything_is_equal(
 
 def test_a_converted_file_is_loaded_by_lightning(tmp_path: Path) -> None:
     objects = trained(tmp_path / "save")
-    # The folder: its newest checkpoint.
+    # For a folder, its newest checkpoint is converted.
     assert main(["convert", str(tmp_path / "save"), str(tmp_path / "x.ckpt")]) == 0
     brain = make()
     type(to_lightning(brain)).load_from_checkpoint(tmp_path / "x.ckpt", brain=brain)
@@ -204,7 +204,7 @@ class Features(Pretrained):
 
 
 def tones(folder: Path, resolved: bool) -> Tones:
-    """A Brain that has trained, beside its hyperparameters, as written or as saved."""
+    """A trained Brain and its hyperparameters file, as written or as SpeechBrain saved it."""
     text = TONES.replace("SAVE", str(folder / "save"))
     hparams = load_hyperpyyaml(text, {"data_folder": "data"})
     brain = Tones(
@@ -213,7 +213,7 @@ def tones(folder: Path, resolved: bool) -> Tones:
     )  # fmt: skip
     brain.fit(hparams["epoch_counter"], DataLoader(torch.randn(6, 4000), batch_size=2))
     if resolved:
-        # What create_experiment_directory saves: every reference is an alias.
+        # As create_experiment_directory saves it: every reference is an alias.
         text = resolve_references(text, {"data_folder": "data"}).read()
         assert "&id001" in text
     (folder / "hyperparams.yaml").write_text(text)
@@ -234,7 +234,7 @@ def test_inference_gives_what_the_brain_gives(
     text = (folder / "hyperparams.yaml").read_text()
     for gone in ("checkpointer:", "scheduler:", "epoch_counter:", "csv:", "PLACEHOLDER"):
         assert gone not in text
-    # Entries keep their names: what a Pretrained needs in its hparams is found there.
+    # Entries keep their names, so that a Pretrained finds them in its hparams.
     assert re.findall(r"^\w+", text, re.M)[-6:] == [
         "compute_features", "normalize", "beside", "model", "modules", "pretrainer"
     ]  # fmt: skip

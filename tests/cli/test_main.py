@@ -1,4 +1,4 @@
-"""``brain-lightning run`` on recipes that know nothing of it; help, and mistakes of a user."""
+"""``brain-lightning run`` on unmodified recipes; help texts, versions, and users' mistakes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from brain_lightning.cli.main import main
 from tests.support.processes import check_python
 from tests.support.scripts import QUIET, TOY, result, same, script
 
-# SpeechBrain's own.
+# SpeechBrain raises warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
 def by_speechbrain(tmp_path: Path) -> dict[str, Any]:
-    """What the toy recipe gives where it is run by itself."""
+    """The result of the toy recipe on SpeechBrain's loop."""
     folder = tmp_path / "speechbrain"
     check_python(*TOY, *QUIET, f"--output_folder={folder}", cwd=tmp_path)
     return result(folder)
@@ -195,7 +195,7 @@ def test_the_versions_for_a_bug_report(
     ("words", "status"), [(["--version"], 0), (["--help"], 0), ([], 0), (["walk"], 2)]
 )
 def test_the_module_is_the_same_command(words: list[str], status: int) -> None:
-    """``python -m brain_lightning`` prints the same; neither imports torch for that."""
+    """``python -m brain_lightning`` prints the same. Neither command imports torch for it."""
     script = str(Path(sys.executable).with_name("brain-lightning"))
     started = [sys.executable, "-X", "importtime", "-m", "brain_lightning"]
     of_module, of_script = (

@@ -1,4 +1,4 @@
-"""``brain-lightning port``: the guide's example, what a shell sees, and both sides run."""
+"""``brain-lightning port``: the example of the guide, its output, and its verification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.processes import ROOT, python, variables
 from tests.support.scripts import script
 
 EXAMPLE = ROOT / "examples" / "porting"
-# Clips and accumulates by hand; Adam, for which a missing update is another update.
+# Custom clipping and accumulation, with Adam, which shows a missing update.
 BY_HAND = """\
 import sys
 import speechbrain as sb
@@ -90,12 +90,12 @@ def test_the_port_of_the_example_is_the_example_after_it(
         "out/train.py", "out/tones_prepare.py", "out/hparams.yaml",
     ]  # fmt: skip
     assert Path("out/train.py").read_text() == (example / "after/train.py").read_text()
-    # What a user adds: a folder of its own, and what the recipe did not have before.
+    # The lines that a user adds: another folder, and arguments that the recipe did not have.
     after = Path("after/hparams.yaml").read_text()
     after = re.sub(r"\n# -+ trainer\n.*", "", after, flags=re.DOTALL)
     ported = Path("out/hparams.yaml").read_text()
     assert ported.replace("results/before", "results/after") == after
-    # A second port changes nothing, and says so.
+    # A second port changes nothing, and reports it.
     assert main(["port", "out/train.py", "out/hparams.yaml"]) == 0
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line(
 def test_both_sides_are_run_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In processes of their own, from the files as they are, and before they are changed."""
+    """In separate processes, from the original files, before ``--write`` changes them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", variables()["PYTHONPATH"])
     monkeypatch.setattr(sys, "executable", python())
@@ -139,7 +139,7 @@ def test_both_sides_are_run_and_compared(
     shown = capsys.readouterr()
     assert shown.out.split() == ["train.py", "h.yaml"]
     assert "EQUAL: all events are bitwise identical on both sides." in shown.err
-    # Three updates an epoch, each clipped, and other weights after each.
+    # Three updates per epoch, each with clipping, and different weights after each.
     steps = re.findall(r"^(\d) +(\d) .* 0\.05 +0\.05 +(\w{8}) +\3$", shown.err, re.MULTILINE)
     assert [(int(e), int(n)) for e, n, _ in steps] == [
         (1, 2), (1, 4), (1, 6), (2, 2), (2, 4), (2, 6),

@@ -9,7 +9,7 @@ import pytest
 from brain_lightning.cli.main import main
 from tests.support.scripts import QUIET, TOY, script
 
-# SpeechBrain's own.
+# SpeechBrain raises warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 RECIPE = """

@@ -1,4 +1,4 @@
-"""The processes of ``brain-lightning run``: who starts them, and their process group."""
+"""The processes of ``brain-lightning run``: how they are started, and their process group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from brain_lightning.compat.versions import accelerator
 from tests.support.processes import LAUNCHERS, TORCHRUN, check_python, python
 from tests.support.scripts import QUIET, RECIPES, TOY, result, same, script
 
-# SpeechBrain's own.
+# SpeechBrain raises warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 RECIPE = str(RECIPES / "own_loader.py")
@@ -29,7 +29,7 @@ OWN = {"MAKES_ITS_GROUP": "yes"}
 
 
 def test_two_processes_learn_what_torchruns_do(tmp_path: Path) -> None:
-    """With SpeechBrain's Brain and ours, a process group of the recipe's own or none."""
+    """With either Brain class, and with or without a process group of the recipe."""
     yaml = tmp_path / "hparams.yaml"
     asks = "processes: 2\ntrainer:\n    devices: !ref <processes>\n"
     yaml.write_text(Path(TOY[1]).read_text() + asks)
@@ -47,7 +47,7 @@ def test_two_processes_learn_what_torchruns_do(tmp_path: Path) -> None:
         out = check_python(
             *command, RECIPE, str(yaml), *QUIET, folder, *words, cwd=tmp_path, **more
         )
-        # That of the main process, after all that any of them prints.
+        # The report of the main process comes after the output of all processes.
         assert all(0 < float(out.splitlines()[-1]) < 10 for _ in reports)
         for rank in (0, 1):
             found, expected = (result(tmp_path / each, rank) for each in (name, "torchrun"))
@@ -59,7 +59,7 @@ def test_two_processes_learn_what_torchruns_do(tmp_path: Path) -> None:
     one, other = (
         result(tmp_path / "no group", rank)["speechbrain"]["seen"] for rank in (0, 1)
     )
-    # Of 24 examples.
+    # There are 24 examples.
     assert len({*one, *other}) == len(one) + len(other) == 24
 
 
@@ -112,7 +112,7 @@ def test_torchruns_processes_start_no_others(monkeypatch: pytest.MonkeyPatch) ->
 def test_tasks_of_slurm_are_the_processes_where_some_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    """With a signal that requeues the job, and torchrun's variables for the script."""
+    """With a signal that requeues the job, and the environment variables of torchrun."""
     torchruns = {
         "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "node7", "MASTER_PORT": "15123",

@@ -1,4 +1,4 @@
-"""``brain-lightning run --report``: what a search of hyperparameters reads of a run."""
+"""``brain-lightning run --report``: the number that a hyperparameter search reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from brain_lightning.cli.main import main
 from tests.support.scripts import script
 
-# Each fit reports the next of these, epoch by epoch.
+# Each fit reports the next of these lists, one value per epoch.
 RECIPE = """
 import os
 import sys
@@ -99,7 +99,7 @@ Run = Callable[..., tuple[int, str, Any]]
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a recipe: its status, the last line of what it prints, the file that it writes."""
+    """Runs a recipe. Returns its status, its last line of output, and the file it writes."""
 
     def run_it(text: str, *words: str, report: str | None = None) -> tuple[int, str, Any]:
         recipe = script(tmp_path, RECIPE + text)
@@ -118,7 +118,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     ("report", "name", "value", "epoch"),
     [
         ("WER", "valid_WER", 2.0, 2), ("WER:max", "valid_WER", 4.0, 1),
-        # TRAIN's is larger.
+        # The value of TRAIN is larger.
         ("acc:max", "valid_acc", 0.4, 1), ("train_acc:max", "train_acc", 1.0, 1),
         ("lr", "lr", 0.1, 1), ("CER", "test_CER", 3.5, None),
         ("test_WER", "test_WER", 7.5, None),
@@ -127,7 +127,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 def test_the_best_of_all_epochs_is_the_last_line_and_in_a_file(
     run: Run, report: str, name: str, value: float, epoch: int | None
 ) -> None:
-    """Of several fits of a Brain, and not of the Brain before it."""
+    """The number is of all fits of the last Brain, and not of the Brain before it."""
     status, line, written = run(ONCE, report=report)
     assert (status, line) == (0, str(value))
     assert written.pop("last") == {"valid_WER": 3.0, "valid_acc": 0.3}.get(name, value)
@@ -138,7 +138,7 @@ def test_the_best_of_all_epochs_is_the_last_line_and_in_a_file(
 def test_a_fit_within_a_fit_is_none_of_the_recipes_numbers(run: Run) -> None:
     nested = "make([3.0, 4.0]).fit(bl.EpochCounter(2), DATA, DATA)\nprint('no number')\n"
     assert run(nested, "nested", report="WER")[:2] == (0, "3.0")
-    # The recipe's output is as it was.
+    # The output of the recipe is unchanged.
     assert run(nested)[:2] == (0, "no number")
 
 
@@ -148,7 +148,7 @@ def test_a_fit_within_a_fit_is_none_of_the_recipes_numbers(run: Run) -> None:
 def test_the_best_is_that_of_the_epochs_before_a_resume_too(
     run: Run, tmp_path: Path, text: str
 ) -> None:
-    """Where the first process reported nothing, and where there is no epoch left to run."""
+    """If the first process reported nothing, and if no epoch is left to run."""
     with pytest.raises(RuntimeError, match="killed"):
         run(text, "killed2")
     assert run(text, report="WER")[1] == "2.0"

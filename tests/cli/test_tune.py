@@ -1,4 +1,4 @@
-"""``brain-lightning tune``: what it finds, how it tells, and that it leaves nothing."""
+"""``brain-lightning tune``: its suggestions, its output, and that it leaves no files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from brain_lightning.trials import batch_size, learning_rate
 from brain_lightning.trials.learning_rate import suggestion
 from tests.support.scripts import QUIET, TOY, result, script
 
-# SpeechBrain's own.
+# SpeechBrain raises warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 HPARAMS = """
@@ -87,7 +87,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search is tested elsewhere."""
+    """Replaces the search, which is tested elsewhere."""
     few = learning_rate.Search(1e-4, 10.0, 30)
     monkeypatch.setattr(learning_rate, "Search", lambda: few)
     one = batch_size.Search(steps_per_trial=1)
@@ -101,7 +101,7 @@ def recipe(folder: Path, kind: str = "Recipe") -> list[str]:
 
 
 def tune(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[list[str], str]:
-    """The lines that it prints, and the last one of the errors."""
+    """Returns the lines of the output, and the last line of the errors."""
     status = main(["tune", *words, *QUIET])
     out, err = capsys.readouterr()
     assert (status == 0) == ("brain-lightning: error: " not in err)
@@ -111,7 +111,7 @@ def tune(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[list[str], st
 def test_a_rate_is_suggested_that_trains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of SpeechBrain's Brain: the override, the picture, and no other file."""
+    """With SpeechBrain's Brain: the override, the plot, and no other file."""
     picture = tmp_path / "made" / "lr.png"
     lines, _ = tune(capsys, *TOY, f"--output={picture}", "--lr=0.0001")
     told, _, override = lines[-3:]
@@ -131,14 +131,14 @@ def test_a_rate_is_suggested_that_trains(
 def test_what_each_optimizer_has_is_overridden(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a key that is referred to, and by one within a section; the recipe ends there."""
+    """By a key with a reference, and by a key in a section. The recipe ends after it."""
     words = [*recipe(tmp_path), "lr", f"--output={tmp_path / 'lr.png'}"]
     lines, _ = tune(capsys, *words)
     assert "(current: 0.02, 0.03)" in lines[-3]
     value = lines[-3].split()[2]
     assert lines[-1] == f"--G_lr={value} --d_class.lr={value}"
     assert "went on" not in lines
-    # They are overrides.
+    # Both keys can be overridden.
     assert "(current: 0.5)" in tune(capsys, *words, "--G_lr=0.5", "--d_class.lr=0.5")[0][-3]
 
 
@@ -146,7 +146,7 @@ def test_what_each_optimizer_has_is_overridden(
 def test_the_largest_batch_for_which_there_is_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """Of the training set, whose key it is, also where the recipe's own ``fit`` brings it."""
+    """The key of the training set is found, also if a custom ``fit`` creates its loader."""
     lines, _ = tune(capsys, *recipe(tmp_path, kind), "batch")
     assert lines[-2:] == ["suggested batch_size: 8 (current: 4)", "--small=8"]
     assert not (tmp_path / "results").exists()
@@ -157,7 +157,7 @@ def test_the_largest_batch_for_which_there_is_memory(
 
 def test_a_value_that_no_key_has_is_told_alone(capsys: pytest.CaptureFixture[str]) -> None:
     lines, _ = tune(capsys, *TOY, "batch")
-    # All there is.
+    # The search ends at the size of the dataset.
     assert lines[-3:] == [
         "suggested batch_size: 24 (current: 4)",
         "no key of the hyperparameters file sets it. The value:",
@@ -190,7 +190,7 @@ def test_processes_of_torchrun_are_given_a_folder(
 
 def test_the_suggestion_is_where_the_loss_falls_fastest_by_factors(tmp_path: Path) -> None:
     rates = [10.0 ** (step / 10 - 6) for step in range(60)]
-    # Of noise the difference of small rates makes much.
+    # Dividing by the small differences of the rates would amplify noise.
     noise = [1 + 1e-3 * (-1) ** step for step in range(60)]
     losses = [*noise[:40], *(1 - 0.04 * step for step in range(20))]
     assert suggestion(rates, losses) in rates[40:]

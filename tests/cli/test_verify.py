@@ -1,4 +1,4 @@
-"""``brain-lightning verify``: both loops are run, and the first difference is found."""
+"""``brain-lightning verify``: runs both loops, and finds their first difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from brain_lightning.verify.evidence import Evidence
 from tests.support.processes import python, variables
 from tests.support.scripts import QUIET, TOY, script
 
-# SpeechBrain's own.
+# SpeechBrain raises warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -41,7 +41,7 @@ def test_a_recipe_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert status == 0, shown
     assert "EQUAL: all events are bitwise identical on both sides." in shown
-    # Six batches an epoch: two of the second one.
+    # Six batches per epoch, so two batches of the second epoch.
     assert shown.count("\n1      ") == 6
     assert shown.count("\n2      ") == 2
     for stage in ("TRAIN  1", "VALID  1", "TRAIN  2", "VALID  2", "TEST   -"):

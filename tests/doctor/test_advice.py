@@ -1,4 +1,4 @@
-"""Each line of doctor's advice, against the text that ``tests/system/doctor_advice`` reads."""
+"""Compares each line of doctor's advice with the text that ``doctor_advice`` reads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_advice_is_what_the_text_says(tmp_path: Path) -> None:
         assert counts["brains"] == 1
         assert counts["lines"] > 3
         assert wrong == []
-    # Were all of it called safe, each would be found.
+    # If a report claims that everything is supported, each false claim is found.
     (report,) = examine(str(gan)).brains
     strategies = ["one device", PARALLEL]
     rosy = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What doctor says of loops that are a recipe's own, of wrappers, and of SpeechBrain 0.5."""
+"""doctor's remarks on custom loops, on wrappers, and on the API of SpeechBrain 0.5."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_own_loops_limit_what_a_trainer_reaches(
     assert main(["doctor", str(tmp_path / "train.py")]) == 0
     text = capsys.readouterr().out
     assert "callbacks   supported outside the custom loop: all of" in text
-    # What is to be changed comes before what is safe.
+    # The lines to change come before the supported arguments.
     assert text.index("_fit_train: Own._fit_train is overridden without") < text.index(
         "strategies"
     )
@@ -99,7 +99,7 @@ def compute_forward(self, batch, stage):
     self.modules.a.train().requires_grad_()
     return self.modules.a(batch) * scale
 """
-# What each line of these would do to a wrapper.
+# Lines that fail with a wrapper, and the remark on each.
 UNSAFE = {
     "self.modules.w.model": "attributes of the entry: self.modules.w.model",
     "self.modules['w'].encode(batch)": "attributes of the entry: self.modules['w'].encode",
@@ -148,7 +148,7 @@ def test_what_is_of_speechbrain_05_is_named(tmp_path: Path) -> None:
     assert "TypeError since version 1.0" in says["check_gradients"]
     assert "loop lacks it since version 1.0" in says["use_amp"]
     assert says["precision"].startswith("bf16-mixed has no effect")
-    # It clips, as of old; and both kinds of mixed precision are asked for.
+    # check_gradients(loss) clips, and both kinds of mixed precision are checked.
     assert "gradient_clip_val" in old.arguments
     both = "if self.bfloat16_mix_prec: loss = torch.autocast('cpu', torch.bfloat16)"
     assert "precision" in report_of(tmp_path, OLD.format(more=both)).arguments

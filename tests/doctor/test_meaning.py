@@ -1,4 +1,4 @@
-"""Names by which a recipe reaches entries of ``self.modules``: doctor follows them."""
+"""doctor follows the names by which a recipe reaches entries of ``self.modules``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Own(sb.Brain):
     def of_modules(self, mods, x):
         return mods.encoder.special(x)
 """
-# Its gradients are averaged, and its wrapper has all that is used.
+# Gradients are averaged, and the wrapper has all attributes that are used.
 SAFE = (
     "a, b = self.modules.a, self.modules.b; return a(b(batch))",
     "m = self.modules; return m.a(m['b'].parameters())",

@@ -1,4 +1,4 @@
-"""``brain-lightning doctor``: what it reads in a script that it does not run."""
+"""``brain-lightning doctor``: its report on a script, which it does not run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from brain_lightning.doctor.remark import ARGUMENTS
 from brain_lightning.doctor.updates import STEP_ARGUMENTS
 from tests.support.scripts import TOY, script
 
-# SpeechBrain's own.
+# SpeechBrain raises warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -124,7 +124,7 @@ def test_doctor_lists_the_exceptions_in_lines_that_can_be_read(
     assert said is not None
     others = set(said[1].split(", "))
     assert {"precision", "gradient_clip_val", "strategy"} <= others
-    # Every argument is on one side, as in the JSON.
+    # Every argument is either supported or listed, as in the JSON.
     assert others == inspect.signature(Trainer).parameters.keys() - set(safe)
 
 

@@ -1,4 +1,4 @@
-"""What doctor says of modules in shards."""
+"""doctor's remarks on sharded modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import speechbrain as sb
 class Own(sb.Brain):
     {}
 """
-# What does not work with shards, and what doctor says of it.
+# Code that does not work with sharded modules, and the remark on it.
 UNSAFE = {
     "def compute_forward(self, x, stage): return self.modules.m.enc.proj(x)": (
         "not for self.modules.m.enc.proj. Set FSDP2Strategy(blocks=[...]) to its class"
@@ -37,7 +37,7 @@ UNSAFE = {
         "if only the main process calls self.modules.m.state_dict"
     ),
 }
-# Known methods, .module, parts where weights are whole, and entries in hparams.
+# Known methods, .module, parts outside of training, and entries in hparams.
 SAFE = (
     """def compute_forward(self, x, stage):
         if stage != sb.Stage.TRAIN:

@@ -1,4 +1,4 @@
-"""Where doctor finds Brains: in packages, through names of all kinds, and in YAML."""
+"""doctor finds Brains in packages, through all kinds of names, and in YAML files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_brains_are_found_wherever_they_come_from(tmp_path: Path) -> None:
     assert (relative.name, relative.why) == ("Relative", "fit_batch is overridden (base.py:3)")
     assert [brain.name for brain in brains("pack/sub/deep.py")] == ["Deep"]
     (dotted,) = brains("dotted.py")
-    # What its base does with precision is overridden, and never reached.
+    # The base's method that uses precision is overridden, and never called.
     assert dotted.overrides == {"fit_batch": "dotted.py:3"}
     assert "precision" not in dotted.arguments
     (used,) = brains("uses.py")

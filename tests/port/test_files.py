@@ -1,4 +1,4 @@
-"""A port as a diff, in place, and beside."""
+"""A port as a diff, in place, and in another folder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_files_are_written_in_place_through_links(changes: list[Change]) -> None
     assert Path("train.py").is_symlink()
     assert Path("real.py").read_bytes() == AFTER.encode()
     assert Path("real.py").stat().st_mode & 0o777 == 0o750
-    # Nothing is left of what was written beside them.
+    # No temporary file is left.
     assert not list(Path().rglob("tmp*"))
 
 
@@ -97,7 +97,7 @@ def test_a_folder_that_is_a_file_is_one_mistake(changes: list[Change]) -> None:
     for folder in ("same.py", "same.py/within"):
         with pytest.raises(RecipeError, match=r"same\.py.* cannot be written: "):
             write_beside(changes, Path(folder))
-    # And a file that is a folder.
+    # The path of a file is a folder.
     Path("out/train.py").mkdir(parents=True)
     with pytest.raises(RecipeError, match=r"out/train\.py cannot be written: "):
         write_beside(changes, Path("out"))

@@ -1,4 +1,4 @@
-"""Of a Python file a port changes what it has to, and not one byte more."""
+"""A port changes only the necessary bytes of a Python file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from brain_lightning.port.python_file import port_python
 
-# What is written on the left becomes what is written on the right.
+# Pairs of source texts: before and after the port.
 CASES = {
     "an alias, of which other uses stay": (
         """\
@@ -211,7 +211,7 @@ def test_what_ours_has_takes_its_place(case: str) -> None:
     assert "Toy" in ported.brains or "Brain" in ported.brains
     assert not ported.remarks
     compile(ported.text, case, "exec")
-    # A port is ported already.
+    # A second port changes nothing.
     again = port_python(after)
     assert (again.text, again.brains) == (after, ported.brains)
 

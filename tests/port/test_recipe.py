@@ -1,4 +1,4 @@
-"""A recipe is its script, the files its Brains come from, and its YAML files."""
+"""A recipe consists of its script, the modules with its Brains, and its YAML files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BASE = "import speechbrain as sb\nfrom .inner import x\nclass Base(sb.Brain): pa
 INNER = "import speechbrain as sb\ndef x(stage): return stage is sb.Stage.TRAIN\n"
 YAML = "included: !include:more/model.yaml\nclip: 0.1\nevery: 2\n"
 COUNTER = "counter: !new:speechbrain.utils.epoch_loop.EpochCounter {limit: 1}\n"
-# SpeechBrain's fit_batch, with a clipping and an accumulation of its own.
+# SpeechBrain's fit_batch, with custom clipping and accumulation.
 STEP = """\
 import torch
 import speechbrain as sb
@@ -73,11 +73,11 @@ def test_files_that_its_brains_come_from_are_ported_too(tmp_path: Path) -> None:
     found = {str(each.path.relative_to(tmp_path)): each for each in recipe.changes}
     changed = {name for name, each in found.items() if each.before != each.after}
     assert changed == {"train.py", "base/__init__.py", "base/inner.py", "more/model.yaml"}
-    # What the script needs beside it.
+    # Other modules that the script imports.
     assert found.keys() - changed == {"tools/metrics.py", "prepare.py", "hparams.yaml"}
     assert "class Base(Brain)" in found["base/__init__.py"].after
     assert "stage == Stage.TRAIN" in found["train.py"].after
-    # Stage equals ours, and is another one.
+    # SpeechBrain's Stage is equal to brain_lightning's, but is another class.
     assert found["base/inner.py"].after == (
         "from brain_lightning import Stage\ndef x(stage): return stage is Stage.TRAIN\n"
     )
@@ -101,15 +101,15 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
     ("old", "new", "section"),
     [
         ("", "", BOTH),
-        # A Brain without hyperparameters could not read it.
+        # A Brain without hparams cannot read them.
         ("self.hparams.", "", None),
         ("self.hparams.clip)", "0.5)", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
                                        "    gradient_clip_val: 0.5\n"),
-        # Without it max_grad_norm would clip.
+        # Without gradient_clip_val the default of max_grad_norm would clip.
         (CLIP, "pass", None),
         (f"            {CLIP}\n", "", "grad_accumulation_factor: !ref <every>\ntrainer:\n"
                                       "    gradient_clip_val: 0\n"),
-        # Not SpeechBrain's step.
+        # Not SpeechBrain's training step.
         ("loss.detach()", "2 * loss.detach()", None),
         ("sb.Stage.TRAIN)\n        loss", "sb.Stage.VALID)\n        loss", None),
         ("self.modules.parameters()", "self.modules.a.parameters()", None),
@@ -119,7 +119,7 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
         ("def compute_forward", "def on_fit_batch_end", None),
         ("self.hparams.every", "self.hparams.missing", None),
         ("self.hparams.clip", "self.hparams.included", None),
-        # An optimizer of all of its modules' parameters.
+        # The optimizer has all parameters of the modules.
         ("lambda p: torch.optim.SGD(p, 0.1)", "hparams['opt']", BOTH),
         ("lambda p: torch.optim.SGD(p, 0.1)", "torch.optim.Adam", BOTH),
         ("SGD(p,", "SGD(model.parameters(),", None),
@@ -127,7 +127,7 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
         ("lambda p: torch.optim.SGD(p, 0.1)", "choose(hparams)", None),
         ("def fit", "def on_fit_start(self): self.optimizer, a = 1, 2\n    def fit",
          None),
-        # The hyperparameters and run options that were loaded, all of them.
+        # The Brain gets the loaded hyperparameters and run options unchanged.
         ("hparams, run_opts=", "{**hparams}, run_opts=", None),
         ("run_opts=run_opts", "run_opts={'max_grad_norm': 1}", None),
         ("hparams, run_opts=run_opts", "hparams, **run_opts", None),
@@ -153,7 +153,7 @@ def test_a_step_by_hand_that_is_speechbrains_own_becomes_arguments(
     else:
         assert (recipe.outcome, yaml) == ("completely", f"{YAML}\n{section}")
         assert "def fit_batch" not in python
-    # Without the YAML file it is not known.
+    # Without the YAML file the values are not known.
     assert "def fit_batch" in port_recipe(script).changes[0].after
 
 
@@ -179,7 +179,7 @@ def test_brains_that_yaml_alone_names_are_named(tmp_path: Path) -> None:
     assert [str(each).partition(" is left unchanged, ")[0] for each in recipe.remarks] == [
         f"{hparams}:2: The Brain base.Base", f"{hparams}:3: The Brain library.OtherBrain",
     ]  # fmt: skip
-    # One that the script imports is ported.
+    # A Brain that the script imports is ported.
     script.write_text("import base\n")
     recipe = port_recipe(script, [hparams])
     assert [each.line for each in recipe.remarks] == [3]

@@ -1,4 +1,4 @@
-"""Of a YAML file a port changes tags alone."""
+"""A port changes only the tags of a YAML file."""
 
 from __future__ import annotations
 
