@@ -107,7 +107,7 @@ def test_a_trainer_that_runs_already_is_refused() -> None:
                 self.evaluate(loader())
 
     brain = make(Nested, hparams={"trainer": trainer_with()})
-    with pytest.raises(UnsupportedError, match="give a dict of Trainer arguments"):
+    with pytest.raises(UnsupportedError, match="Pass a dict of Trainer arguments"):
         brain.fit(range(1), loader())
 
 

@@ -223,7 +223,7 @@ def test_a_whole_loop_runs_as_it_is_written_with_a_warning(
     brain = make(Whole)
     brain.fit(loader(), trainer={"max_steps": 2})
     assert brain.optimizer_step == 5
-    assert "Whole.fit is a loop of the recipe's own, without _fit_train" in caplog.text
+    assert "Whole.fit is a custom loop that calls neither _fit_train" in caplog.text
 
 
 def test_a_fit_around_speechbrains_has_the_trainer_that_it_is_given() -> None:

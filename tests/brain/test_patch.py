@@ -230,5 +230,5 @@ def test_a_trainer_that_the_command_line_cannot_change_is_refused() -> None:
 
 def test_without_speechbrain_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "speechbrain.core", None)
-    with pytest.raises(UnsupportedError, match="pip install speechbrain, or give your recipe"):
+    with pytest.raises(UnsupportedError, match="pip install speechbrain, or let the recipe"):
         patch_speechbrain()

@@ -247,7 +247,7 @@ def test_trainer_arguments_come_from_hparams_or_the_call() -> None:
 
 
 def test_a_trainer_must_be_one() -> None:
-    with pytest.raises(BrainTypeError, match="a dict of its arguments, got 'ddp'"):
+    with pytest.raises(BrainTypeError, match="a dict of its arguments, but got 'ddp'"):
         make().fit(range(1), loader(), trainer="ddp")
 
 

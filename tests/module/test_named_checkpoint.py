@@ -124,7 +124,7 @@ def test_what_is_not_there_is_refused_with_the_choices(tmp_path: Path) -> None:
         brain.evaluate(loader(), ckpt="e4")
     with pytest.raises(NoSuchCheckpointError, match=choices):
         trainer_with().test(to_lightning(brain), loader(), ckpt_path=tmp_path / "CKPT+e4")
-    with pytest.raises(NoSuchCheckpointError, match="give one of the three"):
+    with pytest.raises(NoSuchCheckpointError, match="Pass only one of ckpt"):
         brain.evaluate(loader(), min_key="loss", ckpt=None)
     with pytest.raises(NoSuchCheckpointError, match=r"no Checkpointer.*give it one"):
         make().evaluate(loader(), ckpt="e1")
