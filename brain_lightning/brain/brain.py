@@ -208,8 +208,8 @@ class Brain(FitAndEvaluate, BrainBase):
         if self.nonfinite_count > patience:
             raise NonFiniteLossError(
                 f"{found}, which is not finite, and nonfinite_patience={patience} is "
-                "exhausted. To debug, wrap fit() with torch.autograd.detect_anomaly(), or pass "
-                "trainer={'detect_anomaly': True}."
+                "exhausted. To debug, wrap fit() with torch.autograd.detect_anomaly(), or "
+                "pass trainer={'detect_anomaly': True}."
             )
         logger.warning(
             "%s, which is not finite. The batch is skipped (%d of %d that nonfinite_patience "
@@ -267,7 +267,7 @@ class Brain(FitAndEvaluate, BrainBase):
         return optimizers
 
     def optimizers_step(self) -> None:
-        """Clips gradients, steps and zeroes gradients, at the end of an accumulation window."""
+        """Clips, steps and zeroes gradients, at the end of an accumulation window."""
         optimizers_step(self, RawUpdate(self).apply)
 
     def zero_grad(self, set_to_none: bool = False) -> None:

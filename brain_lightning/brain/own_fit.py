@@ -144,7 +144,8 @@ def _check_validations(trainer: Any, brain: str) -> None:
         if value != 1:
             raise UnsupportedError(
                 f"Trainer({name}={value}) is not supported with {brain}, because its custom "
-                "fit decides when to validate. Remove the argument, and call _fit_valid in fit."
+                "fit decides when to validate. Remove the argument, and call _fit_valid in "
+                "fit."
             )
 
 
