@@ -396,7 +396,7 @@ def test_averaging_without_end_is_refused_by_old_versions(
 ) -> None:
     monkeypatch.setattr("brain_lightning.callback.unsupported.AVERAGES_WITHOUT_END", False)
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2)
-    with pytest.raises(UnsupportedError, match=r"Lightning 2\.6\.1.*give max_epochs"):
+    with pytest.raises(UnsupportedError, match=r"Lightning 2\.6\.1.*Set max_epochs"):
         make().fit(range(3), loader(), trainer={"callbacks": [averaging]})
 
 
@@ -417,7 +417,7 @@ def test_averaging_ends_with_the_epoch_counter() -> None:
 def test_an_average_that_was_not_taken_is_warned_of() -> None:
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=1)
     brain = make(hparams={"epoch_counter": range(2)})
-    with pytest.warns(UserWarning, match=r"waited for epoch 5, but the run ended after 2"):
+    with pytest.warns(UserWarning, match=r"in epoch 5, but the run ended after epoch 2"):
         fit(brain, averaging, max_epochs=5)
 
 
@@ -425,7 +425,7 @@ def test_an_average_that_was_not_taken_is_warned_of() -> None:
 def test_without_an_average_the_weights_stay(max_epochs: int) -> None:
     brain = make(Snapshots, hparams={"epoch_counter": range(2)})
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=4)
-    with pytest.warns(UserWarning, match=r"starts in epoch 4, but the run ended after 2"):
+    with pytest.warns(UserWarning, match=r"starts in epoch 4, but the run ended after epoch 2"):
         fit(brain, averaging, max_epochs=max_epochs)
     assert all_equal(weights(brain), brain.seen[-1])
 

@@ -80,7 +80,7 @@ def test_what_may_be_reported_is_no_mistake(name: str) -> None:
 def test_what_nothing_reports_is_told_of(name: str) -> None:
     found = told_of(name)
     assert found.startswith(
-        f"EarlyStopping(monitor={name!r}): nothing in the code of Reporting"
+        f"EarlyStopping(monitor={name!r}): the code of Reporting does not seem"
     )
     assert "train_loss, train_loss_step, valid_loss, loss" in found
 

@@ -48,7 +48,7 @@ def test_without_a_folder_it_is_refused() -> None:
 
 def test_two_profilers_exclude_each_other(tmp_path: Path) -> None:
     brain = make(hparams={"output_folder": str(tmp_path)}, **OPTIONS)
-    words = r"profile_training and Trainer\(profiler=SimpleProfiler\) exclude each other"
+    words = r"profile_training and Trainer\(profiler=SimpleProfiler\) cannot be used"
     with pytest.raises(RunOptionError, match=words):
         brain.fit(range(1), loader(), trainer={"profiler": "simple"})
 

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    Timer,
+)
 from speechbrain.utils import checkpoints
 from torch.utils.data import DataLoader
 
@@ -273,6 +278,17 @@ def test_a_limit_that_is_raised_again_and_again(tmp_path: Path, kind: str) -> No
     assert seen == batches(whole)
     assert resumed.scheduler.last_epoch == 3
     assert_same(whole, resumed)
+
+
+@pytest.mark.filterwarnings(r"ignore:.*fit\(ckpt_path=None\)` was called without a model")
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+def test_a_limit_saves_where_a_checkpoint_callback_has_a_path(tmp_path: Path) -> None:
+    """ModelCheckpoint converts its ``dirpath`` to a string; other callbacks do not."""
+    brain, callback = brain_of("none", tmp_path), OnExceptionCheckpoint(tmp_path)
+    trainer = trainer_with(callback, enable_checkpointing=True, max_epochs=-1, max_steps=5)
+    trainer.fit(to_lightning(brain), DataLoader(Noise(), 4), loader())
+    assert brain.optimizer_step == 5
+    assert (tmp_path / "last-within-epoch.ckpt").is_file()
 
 
 @pytest.mark.parametrize("stop", [7, 9])

@@ -119,12 +119,12 @@ def test_fit_goes_on_from_the_checkpoint_that_is_named(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_refused_with_the_choices(tmp_path: Path) -> None:
     brain = trained(tmp_path)
-    choices = r"there are, the newest first: CKPT\+e3, CKPT\+e2, CKPT\+e1"
+    choices = r"Available checkpoints, the newest first: CKPT\+e3, CKPT\+e2, CKPT\+e1"
     with pytest.raises(NoSuchCheckpointError, match=choices):
         brain.evaluate(loader(), ckpt="e4")
     with pytest.raises(NoSuchCheckpointError, match=choices):
         trainer_with().test(to_lightning(brain), loader(), ckpt_path=tmp_path / "CKPT+e4")
     with pytest.raises(NoSuchCheckpointError, match="Pass only one of ckpt"):
         brain.evaluate(loader(), min_key="loss", ckpt=None)
-    with pytest.raises(NoSuchCheckpointError, match=r"no Checkpointer.*give it one"):
+    with pytest.raises(NoSuchCheckpointError, match=r"no Checkpointer.*Pass a Checkpointer"):
         make().evaluate(loader(), ckpt="e1")

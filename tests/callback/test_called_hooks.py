@@ -1,4 +1,4 @@
-"""A resumed run tells each callback once what the run that was cut has told, or not."""
+"""A resumed run calls each callback hook once that the interrupted run called or missed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from brain_lightning import to_lightning
-from brain_lightning.callback.told import OF_A_BATCH, OF_AN_EPOCH
+from brain_lightning.callback.called_hooks import BATCH_HOOKS, EPOCH_HOOKS
 from tests.support.brains import loader, make, trainer_with
 from tests.support.resuming import (
     BATCHES,
@@ -103,7 +103,7 @@ class Cuts(Callback):
             raise Cut
 
 
-# ------------------------------------------- what comes after a recipe's save is made up for
+# ------------------------------------- hooks after a recipe's save are called on resume
 
 
 @pytest.mark.parametrize("epoch", [2, 3, 4, 5])
@@ -147,7 +147,7 @@ def ranking(callback: ModelCheckpoint) -> list[tuple[str, float]]:
 def test_model_checkpoint_ranks_the_validation_after_which_a_recipe_saved(
     tmp_path: Path, epoch: int
 ) -> None:
-    """Cut after the recipe's save, before the callback has heard of the validation."""
+    """Cut after the recipe's save, before the callback is called."""
     expected, found = best_in(tmp_path / "whole-best"), best_in(tmp_path / "best")
     run(tmp_path / "whole", expected)
     first = [Cuts("on_validation_end", epoch), best_in(tmp_path / "best")]
@@ -188,34 +188,34 @@ def test_model_checkpoint_ranks_once_what_it_had_ranked_already(tmp_path: Path) 
 
 
 class Remembers(Callback):
-    """A user's: what it heard is its state."""
+    """A user's callback whose state is the list of its calls."""
 
     def __init__(self) -> None:
-        self.heard: list[Any] = []
+        self.calls: list[Any] = []
 
     def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
-        self.heard.append(["epoch start", trainer.current_epoch])
+        self.calls.append(["epoch start", trainer.current_epoch])
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.heard.append(["batch", trainer.current_epoch, trainer.fit_loop.batch_idx])
+        self.calls.append(["batch", trainer.current_epoch, trainer.fit_loop.batch_idx])
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.heard.append(["validated", trainer.current_epoch, metrics])
+        self.calls.append(["validated", trainer.current_epoch, metrics])
 
     def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
-        self.heard.append(["epoch end", trainer.current_epoch])
+        self.calls.append(["epoch end", trainer.current_epoch])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"heard": self.heard}
+        return {"calls": self.calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.heard = state["heard"]
+        self.calls = state["calls"]
 
 
 @pytest.mark.parametrize("cut", [at(1, 7), at(2, 1), at(2, 8)], ids=["1-7", "2-1", "2-8"])
 @pytest.mark.parametrize("saved", ["at ends", "everywhere"])
-def test_a_callback_of_the_users_hears_each_thing_once(
+def test_each_hook_of_a_users_callback_is_called_once(
     tmp_path: Path, cut: Any, saved: str
 ) -> None:
     steps = 2 if saved == "everywhere" else 0
@@ -223,8 +223,8 @@ def test_a_callback_of_the_users_hears_each_thing_once(
     run(tmp_path / "whole", expected, epochs=3, ckpt_interval_steps=steps)
     cut_run(tmp_path / "cut", Remembers(), epochs=3, cut=cut, ckpt_interval_steps=steps)
     run(tmp_path / "cut", found, epochs=3, ckpt_interval_steps=steps)
-    assert found.heard == expected.heard
-    assert len(found.heard) == 3 * (BATCHES + 3)
+    assert found.calls == expected.calls
+    assert len(found.calls) == 3 * (BATCHES + 3)
 
 
 class Anneals(Planned):
@@ -272,25 +272,25 @@ def test_an_epoch_starts_once_over_the_processes_of_a_run(tmp_path: Path) -> Non
     assert [each.epochs for each in counts] == [[0], [], [1]]
 
 
-def test_a_callback_that_raised_hears_it_again(tmp_path: Path) -> None:
+def test_a_hook_that_raised_is_called_again(tmp_path: Path) -> None:
     class Raises(CountsEpochs):
         def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
             super().on_train_epoch_start(trainer, *args)
             raise Cut
 
-    heard = CountsEpochs()
+    last = CountsEpochs()
     first, files = CountsEpochs(), OnExceptionCheckpoint(tmp_path)
     with pytest.raises(Cut):
         fit_with_trainer(brain_in(None), [first, Raises(), files])
     # By the names of their classes they are known in the file.
     again = type("Raises", (CountsEpochs,), {"__qualname__": Raises.__qualname__})()
-    fit_with_trainer(brain_in(None), [heard, again, OnExceptionCheckpoint(tmp_path)], "last")
+    fit_with_trainer(brain_in(None), [last, again, OnExceptionCheckpoint(tmp_path)], "last")
     assert first.epochs == [0]
-    assert heard.epochs == [1]
+    assert last.epochs == [1]
     assert again.epochs == [0, 1]
 
 
-def test_what_a_callback_saves_itself_counts_as_heard(tmp_path: Path) -> None:
+def test_a_hook_that_saves_counts_as_called(tmp_path: Path) -> None:
     class Saves(CountsEpochs):
         def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
             super().on_train_epoch_start(trainer, *args)
@@ -391,7 +391,7 @@ def test_a_bar_of_lightnings_is_drawn_in_each_process(
 # ------------------------------------------------------------------------------- copies
 
 
-def test_copies_of_a_callback_are_told_everything() -> None:
+def test_hooks_of_a_copied_callback_are_always_called() -> None:
     copies: list[Any] = []
 
     class Copies(CountsEpochs):
@@ -440,4 +440,4 @@ def test_callbacks_are_pickled_without_what_watches_them() -> None:
 def test_after_a_run_callbacks_are_what_they_were() -> None:
     watched = Remembers()
     trainer_with(watched).fit(to_lightning(make()), loader(), loader())
-    assert not {*OF_AN_EPOCH, *OF_A_BATCH} & vars(watched).keys()
+    assert not {*EPOCH_HOOKS, *BATCH_HOOKS} & vars(watched).keys()
