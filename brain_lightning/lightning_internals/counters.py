@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 
 def add(tracker: Any, events: int) -> None:
-    """Adds to all counts of a tracker. (Its ``increment_by`` is new in Lightning 2.5.)
+    """Adds to all counts of a tracker; its ``increment_by`` is new in Lightning 2.5.
 
     Args:
         tracker: One of Lightning's progress trackers.

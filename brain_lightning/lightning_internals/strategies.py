@@ -62,9 +62,9 @@ def check_given_strategy(strategy: object) -> None:
 def _cannot_run(name: str) -> UnsupportedError:
     return UnsupportedError(
         f"{name} is not supported for a Brain, because it wraps the whole LightningModule. "
-        "Gradients of a recipe's loss.backward() would not be averaged. If the model is larger "
-        "than one device, use strategy='fsdp2', which shards each entry of modules. Otherwise "
-        "use 'ddp', 'ddp_find_unused_parameters_true', DDPStrategy(...) or one device."
+        "Gradients of a recipe's loss.backward() would not be averaged. If the model is "
+        "larger than one device, use strategy='fsdp2', which shards each entry of modules. "
+        "Otherwise use 'ddp', 'ddp_find_unused_parameters_true', DDPStrategy(...) or one device."
     )
 
 
@@ -90,7 +90,8 @@ def check_strategy(trainer: Trainer) -> None:
     if strategy._start_method != "popen":
         raise UnsupportedError(
             f"{name}(start_method={strategy._start_method!r}) would train a copy of the Brain "
-            "in another process, and its weights would be lost. Use strategy='ddp' or torchrun."
+            "in another process, and its weights would be lost. Use strategy='ddp' or "
+            "torchrun."
         )
     if isinstance(strategy, FSDP2Strategy):
         _check_sharding(strategy)

@@ -38,7 +38,7 @@ TunerExitException: TypeAlias = _TunerExitException
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Returns the callbacks of a Trainer. (Lightning's type hints lack this attribute.)
+    """Returns the callbacks of a Trainer; Lightning's type hints lack this attribute.
 
     Args:
         trainer: Any Trainer.

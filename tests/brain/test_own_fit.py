@@ -184,7 +184,7 @@ def test_parts_written_anew_have_metrics_steps_and_callbacks(
         "0,9.0,4,0.5,9.0", "1,8.0,9,0.5,8.0", "2,7.0,14,0.5,7.0",
     ]  # fmt: skip
     for part in ("_fit_train", "_fit_valid"):
-        assert f"Anew.{part} is a loop of the recipe's own: limits" in caplog.text
+        assert f"Anew.{part} is a custom loop. Limits" in caplog.text
 
 
 def test_what_comes_after_the_end_is_left_out_in_words(
@@ -207,7 +207,7 @@ def test_what_comes_after_the_end_is_left_out_in_words(
         ("TRAIN", 1), ("VALID", 1), ("TRAIN", 2), ("VALID", 2),
     ]  # fmt: skip
     for part in ("_fit_train", "_fit_valid"):
-        assert f"The Trainer has ended the training: {part} of epoch 3" in caplog.text
+        assert f"The Trainer has ended the training. {part} of epoch 3" in caplog.text
 
 
 def test_a_whole_loop_runs_as_it_is_written_with_a_warning(
@@ -282,7 +282,7 @@ def test_a_loop_without_an_end_ends_with_the_trainer(
     brain.fit(loader(), trainer=arguments)
     assert brain.optimizer_step == arguments.get("max_steps", 10)
     assert caplog.text.count("The Trainer has ended the training") == 1
-    assert "The loop of Endless.fit has no end" in caplog.text
+    assert "The loop of Endless.fit does not end" in caplog.text
 
 
 def test_the_epoch_counter_of_a_fit_is_the_recipes() -> None:

@@ -42,7 +42,7 @@ def test_evaluation_is_not_profiled(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_it_is_refused() -> None:
-    with pytest.raises(RunOptionError, match=r"hparams\['output_folder'\]"):
+    with pytest.raises(RunOptionError, match=r"Set output_folder in hparams"):
         make(**OPTIONS).fit(range(1), loader())
 
 

@@ -269,7 +269,7 @@ def num_sanity_val_steps(caplog: Any) -> None:
     with caplog.at_level("INFO"):
         trainer = fit(brain, num_sanity_val_steps=2)
     assert stages(brain) == EPOCH * 2
-    assert "no sanity check" in caplog.text
+    assert "The sanity check (num_sanity_val_steps) is disabled" in caplog.text
     assert trainer.num_sanity_val_steps == 2
 
 
@@ -424,7 +424,7 @@ def test_the_last_window_of_a_set_without_length_cannot_be_kept() -> None:
         def __iter__(self) -> Any:
             return iter([dataset()[i] for i in range(6)])
 
-    with pytest.raises(RunOptionError, match="use the run option grad_accumulation_factor=3"):
+    with pytest.raises(RunOptionError, match="Use the run option grad_accumulation_factor=3"):
         fit(make(), DataLoader(Stream(), batch_size=2), accumulate_grad_batches=3)
 
 

@@ -173,7 +173,7 @@ def test_a_run_without_a_part_is_refused_before_it_trains(missing: Row) -> None:
     before = weights(brain)
     words = (
         rf"Lightning {lightning.__version__} .*Trainer\._moved \(nothing public does it\).*"
-        r'tested with Lightning 2\.4 to 2\.6\.6: pip install "lightning==2\.6\.6"'
+        r'tested with Lightning 2\.4 to 2\.6\.6\. Run pip install "lightning==2\.6\.6"'
     )
     with pytest.raises(UnsupportedError, match=words):
         brain.fit(range(1), loader())

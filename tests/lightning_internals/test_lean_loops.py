@@ -234,7 +234,7 @@ def test_what_is_logged_before_a_step_is_logged(cls: Any) -> None:
 
 def test_a_metric_that_nobody_reports_is_an_error(tmp_path: Any) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="typo")
-    warns = pytest.warns(UserWarning, match="typo.*There are train_loss")
+    warns = pytest.warns(UserWarning, match="typo.*Available are train_loss")
     with warns, pytest.raises(MisconfigurationException, match="typo"):
         fit(Dropping, callbacks=[saver], enable_checkpointing=True)
 

@@ -34,12 +34,12 @@ class SplitStream(Stream):
 ITEMS: Any = range(8)
 SHARD = {"num_replicas": 2, "rank": 0}
 WHOLE = {
-    "loader": (lambda: DataLoader(ITEMS), "The training loader is not shared out"),
+    "loader": (lambda: DataLoader(ITEMS), "The training loader has no distributed sampler"),
     "looped": (
         lambda: LoopedLoader(DataLoader(ITEMS), 3),
-        "The training loader is not shared",
+        "The training loader has no distributed sampler",
     ),
-    "stream": (lambda: DataLoader(Stream()), "unless that takes its own share by its rank"),
+    "stream": (lambda: DataLoader(Stream()), "The training stream is not split between ranks"),
 }
 SHARED = {
     "sampler": lambda: DataLoader(ITEMS, sampler=DistributedSampler(ITEMS, **SHARD)),
@@ -63,7 +63,7 @@ def test_a_loader_that_is_not_shared_out_is_warned_of_once(
         warn_if_whole([loader], TRAINER)
     (record,) = caplog.records
     assert message in record.getMessage()
-    assert "each of the 2 processes trains on all of its" in record.getMessage()
+    assert "each of the 2 processes trains on the full" in record.getMessage()
 
 
 @pytest.mark.parametrize("case", SHARED)

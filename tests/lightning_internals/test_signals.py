@@ -155,7 +155,7 @@ def test_a_job_that_is_not_requeued_goes_on(
     expected, updates = train("Trainer", told={"TRAIN": signal.SIGUSR1})
     assert updates == 15
     assert asked.read_text() == "requeue 7\n"
-    assert "the job is not requeued, and the run goes on" in caplog.text
+    assert "The job is not requeued, and the run continues" in caplog.text
     Path("hpc_ckpt_1.ckpt").unlink()
     assert all_equal(expected, train("Trainer")[0])
 

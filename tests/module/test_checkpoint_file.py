@@ -184,7 +184,7 @@ def test_the_newest_is_taken_where_there_is_no_last(tmp_path: Path) -> None:
     for index, path in enumerate(sorted(tmp_path.glob("*.ckpt"), key=os.path.getmtime)):
         os.utime(path, (index, index))
     second = brain_in(None)
-    with pytest.warns(UserWarning, match="there is no last checkpoint, and .*step=15.ckpt"):
+    with pytest.warns(UserWarning, match="there is no last checkpoint, so .*step=15.ckpt"):
         fit(second, callbacks(tmp_path), "last")
     assert second.hparams.events[1] == ("batch", 4, True)
 
