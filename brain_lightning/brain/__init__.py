@@ -1,4 +1,4 @@
-"""Brain: what recipes subclass.
+"""Brain: the class that recipes subclass.
 
 ``base`` has the constructor and the attributes, ``fit`` has ``fit`` and ``evaluate``, and
 ``brain`` has the hooks. ``own_fit`` runs a ``fit`` that a recipe overrides.

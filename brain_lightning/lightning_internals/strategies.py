@@ -64,7 +64,8 @@ def _cannot_run(name: str) -> UnsupportedError:
         f"{name} is not supported for a Brain, because it wraps the whole LightningModule. "
         "Gradients of a recipe's loss.backward() would not be averaged. If the model is "
         "larger than one device, use strategy='fsdp2', which shards each entry of modules. "
-        "Otherwise use 'ddp', 'ddp_find_unused_parameters_true', DDPStrategy(...) or one device."
+        "Otherwise use 'ddp', 'ddp_find_unused_parameters_true', DDPStrategy(...) or one "
+        "device."
     )
 
 
