@@ -69,7 +69,7 @@ def test_what_was_measured_is_saved_and_training_goes_on_with_the_weights(
     for folder in ("whole", "cut"):
         tested = brain_in(tmp_path / folder, checkpointer)
         assert tested.evaluate(loader(), min_key="loss") == best
-    assert "do not hold all of the state" not in caplog.text
+    assert "do not contain the full state" not in caplog.text
 
 
 def test_a_checkpoint_without_an_average_begins_one_with_its_weights(tmp_path: Path) -> None:
