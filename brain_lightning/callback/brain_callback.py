@@ -58,7 +58,8 @@ class BrainCallback(Callback):
     Before the first batch, the hooks run in this order: ``on_fit_start`` resumes the run and
     starts the searches of LearningRateFinder and BatchSizeFinder, which may change a loader.
     Then Lightning creates the loaders and loads the optimizer states of a ``ckpt_path``.
-    ``on_train_start`` restores the remaining state and runs preflight, which needs both.
+    ``on_train_start`` restores the remaining state and runs preflight, which needs both. An
+    overridden ``fit`` resumes the run later, when it calls its first stage.
 
     Args:
         run: The run.

@@ -50,7 +50,7 @@ def saves_within_batch(trainer: Trainer, brain: BrainProtocol) -> bool:
     """
     callbacks = callbacks_of(trainer)
     return (
-        # After an out-of-memory error, changes of the batch are undone as for a save.
+        # With oom_patience, the changes of a batch that failed must be undone.
         brain._lightning.oom_patience is not None
         or any(_saves_on_exception(callback) for callback in callbacks)
         or _any_saves(callbacks, STEP_HOOKS)

@@ -254,7 +254,7 @@ class LightningSide:
         found = run.take_metrics(from_all_ranks=trainer.world_size > 1)
         trainer.callback_metrics.update(state["metrics"])
         trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
-        # If the run has metrics, callbacks did not read them, and the saved ones are older.
+        # If found is not empty, callbacks have not read it, and state has older metrics.
         return found.keys() or state["metrics"].keys()
 
     def show_unfrozen(self) -> None:

@@ -1,4 +1,4 @@
-"""A recipe's own loop on a Trainer: callbacks, loggers and limits see what they see of fit."""
+"""A custom loop on a Trainer: callbacks, loggers and limits work as with ``fit``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning.pytorch.loggers import CSVLogger
 from brain_lightning import Brain, EpochCounter, Stage, UnsupportedError, to_lightning
 from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
 
-# That a monitored number is missing, as any user of Lightning's callbacks sees.
+# Lightning's callbacks warn about a missing metric.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 class Trace(Callback):
-    """Every hook, with what the Trainer counts and what can be monitored then."""
+    """Records every hook, with the Trainer's counters and metrics."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -43,7 +43,7 @@ for name in dir(Callback):
 
 
 class OwnFit(Regression):
-    """SpeechBrain's fit, written again."""
+    """A copy of SpeechBrain's fit."""
 
     def fit(self, epoch_counter: Any, train_set: Any, valid_set: Any = None) -> str:  # type: ignore[override]
         self.on_fit_start()
@@ -54,7 +54,7 @@ class OwnFit(Regression):
 
 
 class Parts(Regression):
-    """Overrides both parts of fit, and leaves them as they are."""
+    """Overrides both parts of fit, and only calls super()."""
 
     def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
         super()._fit_train(train_set, epoch, enable)
@@ -64,7 +64,7 @@ class Parts(Regression):
 
 
 def train(folder: Path, brain_class: type[Brain], valid: bool, **arguments: Any) -> Any:
-    """All that a run leaves: events, files, logs, the Brain's own hooks; and weights."""
+    """Returns the events, files, logs, hook calls and weights of a run."""
     trace, brain, counter = Trace(), make(brain_class), EpochCounter(4)
     monitor = "valid_loss" if valid else "train_loss"
     best = ModelCheckpoint(folder / "best", monitor=monitor, save_top_k=-1)
@@ -137,13 +137,13 @@ def test_to_lightning_never_leaves_out_the_recipes_fit() -> None:
     brain = make(OwnFit)
     with pytest.raises(UnsupportedError, match=r"OwnFit overrides fit.*brain\.fit"):
         trainer_with().fit(to_lightning(brain), loader())
-    # That has nothing to do with fit.
+    # This method does not concern fit.
     trainer_with().test(to_lightning(brain), loader(), verbose=False)
     assert [event[1] for event in brain.events] == ["TEST", "TEST"]
 
 
 class Anew(Regression):
-    """Both parts written anew; the validation has a loss of its own."""
+    """Overrides both parts with custom loops; the validation has a custom loss."""
 
     def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
         self.on_stage_start(Stage.TRAIN, epoch)

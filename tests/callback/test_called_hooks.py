@@ -51,7 +51,7 @@ PLAN = [0.5, 0.4, 0.45, 0.46, 0.47, 0.48, 0.49]
 
 
 class Planned(Noisy):
-    """Saves at the end of each validation, whose losses are planned."""
+    """Saves at the end of each validation, and has predefined validation losses."""
 
     def evaluate_batch(self, batch: Any, stage: Any) -> torch.Tensor:
         return torch.tensor(PLAN[self.hparams.epoch_counter.current - 1])
@@ -75,7 +75,7 @@ def run(
     trainer: dict[str, Any] | None = None,
     **options: Any,
 ) -> Noisy:
-    """One run of ``brain.fit``, from what is in the folder."""
+    """Runs ``brain.fit``, resuming from the checkpoints in the folder."""
     brain = brain_in(folder, **{"ckpt_interval_minutes": 0, **options})
     brain.__class__, brain.cut = cls, cut
     counter = brain.hparams.epoch_counter
@@ -91,7 +91,7 @@ def cut_run(folder: Path, *callbacks: Callback, **kwargs: Any) -> None:
 
 
 class Cuts(Callback):
-    """Cuts the run at a call of a hook, by its number."""
+    """Interrupts the run at the n-th call of a hook."""
 
     def __init__(self, hook: str, call: int = 1) -> None:
         self.left = call
@@ -125,7 +125,7 @@ def test_early_stopping_counts_the_validation_after_which_a_recipe_saved(
 
 
 def test_early_stopping_stops_where_its_check_was_the_last_thing_to_do(tmp_path: Path) -> None:
-    """Cut between the recipe's save and the check that would have ended the run."""
+    """The run is interrupted between the recipe's save and the check that would end it."""
     cut_run(tmp_path, Cuts("on_validation_end", 5), EarlyStopping("error", patience=3))
     stopper = EarlyStopping("error", patience=3)
     resumed = run(tmp_path, stopper)
@@ -147,7 +147,7 @@ def ranking(callback: ModelCheckpoint) -> list[tuple[str, float]]:
 def test_model_checkpoint_ranks_the_validation_after_which_a_recipe_saved(
     tmp_path: Path, epoch: int
 ) -> None:
-    """Cut after the recipe's save, before the callback is called."""
+    """The run is interrupted after the recipe's save, before the callback is called."""
     expected, found = best_in(tmp_path / "whole-best"), best_in(tmp_path / "best")
     run(tmp_path / "whole", expected)
     first = [Cuts("on_validation_end", epoch), best_in(tmp_path / "best")]
@@ -161,7 +161,7 @@ def test_model_checkpoint_ranks_the_validation_after_which_a_recipe_saved(
 
 
 def test_model_checkpoint_writes_its_file_again(tmp_path: Path) -> None:
-    """It had written it before the kill, and after the recipe's save."""
+    """The file was written after the recipe's save and before the kill."""
 
     def files(folder: Path, cut: Any = None) -> list[str]:
         saver = ModelCheckpoint(folder / "best", monitor="valid_loss", save_top_k=2)
@@ -178,7 +178,7 @@ def test_model_checkpoint_writes_its_file_again(tmp_path: Path) -> None:
 
 
 def test_model_checkpoint_ranks_once_what_it_had_ranked_already(tmp_path: Path) -> None:
-    """Cut in the epoch after: the directory is older than the callback's file."""
+    """The run is interrupted in the next epoch, after the callback wrote its file."""
     expected, found = best_in(tmp_path / "whole-best"), best_in(tmp_path / "best")
     run(tmp_path / "whole", expected)
     cut_run(tmp_path / "cut", best_in(tmp_path / "best"), cut=at(4, 2))
@@ -282,7 +282,7 @@ def test_a_hook_that_raised_is_called_again(tmp_path: Path) -> None:
     first, files = CountsEpochs(), OnExceptionCheckpoint(tmp_path)
     with pytest.raises(Cut):
         fit_with_trainer(brain_in(None), [first, Raises(), files])
-    # By the names of their classes they are known in the file.
+    # The file identifies callbacks by the names of their classes.
     again = type("Raises", (CountsEpochs,), {"__qualname__": Raises.__qualname__})()
     fit_with_trainer(brain_in(None), [last, again, OnExceptionCheckpoint(tmp_path)], "last")
     assert first.epochs == [0]
@@ -316,7 +316,7 @@ class Backboned(Noisy):
 
 @pytest.mark.parametrize("cut", [at(2, 1), at(2, 7)], ids=["2-1", "2-7"])
 def test_a_backbone_is_thawed_once(tmp_path: Path, cut: Any) -> None:
-    """It adds a parameter group when an epoch starts: twice, and torch refuses."""
+    """It adds a parameter group at the start of an epoch; torch raises if added twice."""
 
     def brain(cut: Any = None) -> Noisy:
         new = brain_in(None)
@@ -357,7 +357,7 @@ def test_accumulation_is_scheduled_in_each_process(tmp_path: Path, cut: Any) -> 
     assert again == batches[-len(again) :]
 
 
-# Where the run is cut, by the hook of a callback; and in which call.
+# The hook, and the number of its call, at which the run is interrupted.
 PHASES = {
     "a batch": ("on_train_batch_end", BATCHES + 3),
     "a validation ends": ("on_validation_end", 2),

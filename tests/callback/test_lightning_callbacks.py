@@ -30,7 +30,7 @@ from tests.support.brains import (
 from tests.support.rows import Table, call
 from tests.support.upstream import needs_lightning, weights_only
 
-# Lightning's advice about workers, loggers and the like, as any user of it sees.
+# Lightning warns about workers, loggers and similar settings.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 # Base classes, which do nothing by themselves.
@@ -55,7 +55,7 @@ class Snapshots(Regression):
 
 
 class TwoParts(Regression):
-    """A backbone, which the optimizer does not have yet, and a head."""
+    """Has a head, and a backbone that is not in the optimizer yet."""
 
     def compute_forward(self, batch: Any, stage: Any) -> Tensor:
         return self.modules.head(self.modules.backbone(batch[0]))
@@ -157,7 +157,7 @@ def stochastic_weight_averaging(tmp_path: Path) -> None:
 
     brain = make(PerEpoch)
     fit(brain, callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2), max_epochs=4)
-    # Lightning averages what each epoch from the second on starts from.
+    # Lightning averages the weights at the start of each epoch, from the second one on.
     averaged = [torch.stack(ws).mean(dim=0) for ws in zip(*brain.epochs[1:], strict=True)]
     for weight, expected in zip(weights(brain), averaged, strict=True):
         assert torch.allclose(weight, expected, atol=1e-6)
@@ -363,11 +363,11 @@ def test_every_callback_of_lightning_has_a_row() -> None:
     assert set(callbacks.__all__) - BASES <= set(ROWS)
 
 
-# ------------------------------------------- learning rates, and what is refused in part
+# ------------------------------------- learning rates, and partly unsupported callbacks
 
 
 class Annealing(Snapshots):
-    """Anneals as recipes do: the learning rate of each epoch is set when the last one ends."""
+    """Sets the learning rate of the next epoch at the end of an epoch, as recipes do."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         if stage.name == "VALID":

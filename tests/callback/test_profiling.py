@@ -1,4 +1,4 @@
-"""``--profile_training``: a trace where SpeechBrain writes it, and the end of the script."""
+"""``--profile_training`` writes the same trace file as SpeechBrain, and ends the script."""
 
 from __future__ import annotations
 

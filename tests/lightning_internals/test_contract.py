@@ -1,4 +1,4 @@
-"""Every private part of Lightning and torch: in the table, where it was, and used."""
+"""Every private name of Lightning and torch has a row, exists, and is used."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .private_names import ANY, Use, foreign_uses, members
 PACKAGE = Path(brain_lightning.__file__).parent
 ROWS = (*LIGHTNING_PARTS, *TORCH_PARTS)
 LIGHTNINGS, TORCHS = ({row.name for row in rows} for rows in (LIGHTNING_PARTS, TORCH_PARTS))
-# A module of the package, as the row itself would hide whether the name is used.
+# This file is not searched, because its rows contain every name.
 TABLE = PACKAGE / "lightning_internals" / "contract.py"
-# The private names of a Brain, which SpeechBrain has too, are known to all files.
+# Every file may use the private names of a Brain, which SpeechBrain has too.
 BRAIN = ("protocol.py", "brain/base.py", "brain/brain.py", "step/older_api.py")
-# Private names of neither Lightning nor torch.
+# Private names of other packages.
 OTHERS = {
     **dict.fromkeys(
         (
@@ -156,7 +156,7 @@ def test_a_private_name_is_found(code: str, names: list[str]) -> None:
 
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> Row:
-    """A part that this release has moved."""
+    """A row whose name does not exist."""
     row = Row("lightning.pytorch:Trainer", "_moved", "nothing public does it")
     monkeypatch.setattr(contract, "LIGHTNING_PARTS", (*LIGHTNING_PARTS, row))
     return row

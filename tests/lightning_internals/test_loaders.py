@@ -1,4 +1,4 @@
-"""Which training loaders are warned of where several processes train."""
+"""Warnings for training loaders that are not split between ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stream(IterableDataset[Any]):
 
 
 def split_by_node(source: Any) -> Any:
-    """Of webdataset, whose streams have their stages in a list."""
+    """A stream as in webdataset, which has its stages in a list."""
 
 
 class SplitStream(Stream):
@@ -47,7 +47,7 @@ SHARED = {
         ITEMS, batch_sampler=DistributedSamplerWrapper([[0, 1], [2, 3]], **SHARD)
     ),
     "webdataset": lambda: DataLoader(SplitStream()),
-    # What a recipe yields itself, nobody knows.
+    # A generator of the recipe cannot be checked.
     "generator": lambda: iter(ITEMS),
 }
 TRAINER: Any = SimpleNamespace(world_size=2, is_global_zero=True)

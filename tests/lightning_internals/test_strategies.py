@@ -1,4 +1,4 @@
-"""Which strategies run a Brain, and how the others are refused; no process is started."""
+"""Supported strategies, and errors for unsupported ones; starts no process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_cannot_run_a_brain_is_refused(strategy: Callable[[], Any], words: 
         ("fsdp", "strategy='fsdp'"),
         ("fsdp_cpu_offload", "strategy='fsdp_cpu_offload'"),
         ("deepspeed_stage_3", "strategy='deepspeed_stage_3'"),
-        # Lightning would ask for a GPU, in vain.
+        # Otherwise Lightning would raise an error, because there is no GPU.
         (FSDPStrategy(), "FSDPStrategy"),
     ],
 )

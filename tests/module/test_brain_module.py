@@ -1,4 +1,4 @@
-"""The generated LightningModule, on brain.fit's own Trainer and on one of the user's."""
+"""The generated LightningModule, on the Trainer of brain.fit and on a user's Trainer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.brains import (
 
 
 class Trace(Callback):
-    """Remembers which of Lightning's hooks were called, with the step counters at the time."""
+    """Records calls of Lightning's hooks, with the step counters."""
 
     def __init__(self) -> None:
         self.hooks: list[str] = []
@@ -100,7 +100,7 @@ class TrainLogger:
 
 
 class HparamsOfAnyKind:
-    """Whose attributes are the class's."""
+    """Has class attributes."""
 
     epoch_counter = (7, 8)
     train_logger = TrainLogger()
@@ -337,7 +337,7 @@ def test_a_brain_on_a_gpu_trains_and_stays_there() -> None:
 
 
 class Moved(nn.Linear):
-    """Has a tensor that only it knows of, as a metric of torchmetrics has."""
+    """Has a tensor that is no buffer, as torchmetrics metrics have."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)
