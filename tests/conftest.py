@@ -26,8 +26,9 @@ LONG = (
     "system/test_documents.py", "system/distributed/test_two_processes.py",
     "parity/test_fit.py", "resume/test_interruptions.py", "parity/test_own_loops.py",
     "loggers/test_curve_plot.py", "resume/test_counterexamples.py", "resume/test_position.py",
-    "callback/test_trainer_side.py", "module/test_checkpoint_file.py", "callback/test_told.py",
-    "system/distributed/test_failures.py", "system/test_exit_status.py",
+    "callback/test_trainer_side.py", "module/test_checkpoint_file.py",
+    "callback/test_called_hooks.py", "system/distributed/test_failures.py",
+    "system/test_exit_status.py",
     "fsdp2/test_checkpoints.py",
 )  # fmt: skip
 

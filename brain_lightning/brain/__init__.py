@@ -1,9 +1,9 @@
-"""Brain: what recipes subclass.
+"""Brain: the class that recipes subclass.
 
-``base`` is its constructor and its attributes, ``fit`` its ``fit`` and ``evaluate``, and
-``brain`` its hooks. ``own_fit`` runs a ``fit`` that a recipe has written itself.
-``own_trainer`` is the Trainer that ``fit`` and ``evaluate`` make, and ``patch`` runs
-SpeechBrain's own Brain on one, too.
+``base`` has the constructor and the attributes, ``fit`` has ``fit`` and ``evaluate``, and
+``brain`` has the hooks. ``own_fit`` runs a ``fit`` that a recipe overrides.
+``own_trainer`` creates the Trainer for ``fit`` and ``evaluate``. ``patch`` makes SpeechBrain's
+own Brain run on a Trainer. ``settings`` makes run options readable as attributes of a Brain.
 """
 
 from .brain import Brain

@@ -1,4 +1,4 @@
-"""What a Brain is made of before anything runs: options, modules, device and counters."""
+"""The constructor of a Brain: run options, modules, device and counters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .settings import OptionSetting, Setting
 if TYPE_CHECKING:
     from brain_lightning.protocol import OptionValues
 else:
-    # As a base, a Protocol would give each recipe's class its metaclass.
+    # A Protocol as a base class would give its metaclass to each recipe's class.
     OptionValues = object
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @hooks.register_checkpoint_hooks
 class BrainBase(OlderAPI, OptionValues):
-    """The attributes of a Brain, and how they are saved.
+    """The attributes of a Brain, and the hooks that save and recover them.
 
     Args:
         modules: See ``Brain``.
@@ -62,23 +62,23 @@ class BrainBase(OlderAPI, OptionValues):
     Attributes:
         modules: A ModuleDict on the device.
         hparams: The hyperparameters, in dot notation.
-        device: The name of the device, ``cpu`` or ``cuda:0``.
-        optimizer: The optimizer of the default ``init_optimizers``.
+        device: The name of the device, for example ``cpu`` or ``cuda:0``.
+        optimizer: The optimizer that the default ``init_optimizers`` creates.
         optimizers_dict: The optimizers that step together, by name.
-        step: Batches so far in the stage that runs.
-        optimizer_step: Updates so far, over all epochs.
+        step: Number of batches so far in the current stage.
+        optimizer_step: Number of optimizer steps so far, over all epochs.
         avg_train_loss: Running average of the training loss in this epoch.
-        nonfinite_count: Losses of this epoch that were not finite.
-        train_sampler: Its ``set_epoch`` is called before each epoch.
-        training_ctx: Autocast of the training precision.
-        evaluation_ctx: Autocast of the evaluation precision.
-        scaler: The gradient scaler, on for fp16.
+        nonfinite_count: Number of losses in this epoch that were not finite.
+        train_sampler: Sampler whose ``set_epoch`` is called before each epoch.
+        training_ctx: Autocast context with the training precision.
+        evaluation_ctx: Autocast context with the evaluation precision.
+        scaler: The gradient scaler, enabled for fp16.
     """
 
     optimizer: Optimizer
     _lightning: LightningSettings
     _lightning_defaults = TrainerDefaults()
-    # For recipes that read them; one that takes such a name has it for itself.
+    # Recipes may read these names. A recipe may also assign them for its own use.
     stage_type = Setting()
     rank = Setting()
     world_size = Setting()
@@ -88,9 +88,9 @@ class BrainBase(OlderAPI, OptionValues):
     async_save = OptionSetting()
     accumulate_by = OptionSetting()
     oom_patience = OptionSetting()
-    # SpeechBrain's, for loops that recipes have copied from it: here the Trainer has one.
+    # Loops that recipes copied from SpeechBrain read it. Here the Trainer has the profiler.
     profiler = None
-    # SpeechBrain's name for the modules without a wrapper, which here each has on its own.
+    # SpeechBrain's name for the modules without a wrapper. Here each module has a wrapper.
     raw_modules = Fallback(lambda brain: brain.modules)
 
     def __init__(
@@ -101,12 +101,12 @@ class BrainBase(OlderAPI, OptionValues):
         run_opts: RunOptions | Mapping[str, Any] | None = None,
         checkpointer: Any = None,
     ) -> None:
-        # Anything else is the recipe's to use: GANs give a list and unpack it.
+        # The recipe may pass any other type: GAN recipes pass a list and unpack it.
         if isinstance(opt_class, Optimizer):
             raise BrainTypeError(
-                "opt_class must make an optimizer of parameters, got an instance of "
-                f"{type(opt_class).__name__}: give torch.optim.Adam, a lambda, or in YAML "
-                "!name:torch.optim.Adam"
+                "opt_class must be a callable that creates an optimizer from parameters, but "
+                f"it is an instance of {type(opt_class).__name__}. Pass torch.optim.Adam or a "
+                "lambda. In YAML, write !name:torch.optim.Adam."
             )
         self.opt_class = opt_class
         self.checkpointer = checkpointer
@@ -124,7 +124,7 @@ class BrainBase(OlderAPI, OptionValues):
             **{name: values.pop(name) for name in OURS_ALONE},
         )
         for name in DEPRECATED_PRECISIONS:
-            # What is in force, by whatever option: see older_api.py.
+            # older_api.py has properties of these names, which return the effective value.
             del values[name]
         vars(self).update(values)
         if self.distributed_launch:
@@ -157,16 +157,19 @@ class BrainBase(OlderAPI, OptionValues):
         if checkpointer is not None:
             _join(self, checkpointer)
         elif self._lightning.async_save:
-            raise UnsupportedError("async_save saves nothing: give the Brain a checkpointer")
+            raise UnsupportedError(
+                "async_save has no effect without a checkpointer. Pass a Checkpointer to the "
+                "Brain, or remove async_save."
+            )
 
     @property
     def _optimizer_step_limit_exceeded(self) -> bool:
-        """Whether ``optimizer_step_limit`` is reached; loops of recipes ask."""
+        """Whether ``optimizer_step_limit`` is reached; loops in recipes read it."""
         limit = self.optimizer_step_limit
         return limit is not None and self.optimizer_step >= limit
 
     def print_trainable_parameters(self) -> None:
-        """Logs how many parameters there are, and how many of them can be trained."""
+        """Logs the number of parameters, and the number of trainable parameters."""
         total = sum(p.numel() for p in self.modules.parameters())
         trainable = sum(p.numel() for p in self.modules.parameters() if p.requires_grad)
         if not total:
@@ -181,7 +184,7 @@ class BrainBase(OlderAPI, OptionValues):
             type(self).__name__,
             abbreviated(trainable),
             abbreviated(total),
-            # SpeechBrain's wording, to the digit.
+            # The same number of digits as in SpeechBrain's message.
             4 if total else 2,
             100 * trainable / max(total, 1),
         )
@@ -202,15 +205,16 @@ class BrainBase(OlderAPI, OptionValues):
 
 
 def _join(brain: BrainBase, checkpointer: Any) -> None:
-    """Adds the Brain to what the checkpointer recovers."""
+    """Adds the Brain to the recoverables of the checkpointer."""
     if speechbrain.is_checkpointer(checkpointer):
         hooks.share_with_speechbrain()
     if isinstance(checkpointer, Checkpointer):
         checkpointer.async_save = checkpointer.async_save or brain._lightning.async_save
     elif brain._lightning.async_save:
         raise UnsupportedError(
-            f"async_save needs brain_lightning.Checkpointer, and the checkpointer is a "
-            f"{type(checkpointer).__name__}: its files and arguments are the same"
+            f"async_save needs a brain_lightning.Checkpointer, but the checkpointer is a "
+            f"{type(checkpointer).__name__}. Use brain_lightning.Checkpointer: it takes the "
+            "same arguments and writes the same files."
         )
     if brain.debug and not brain.debug_persistently:
         _move_to_temporary_directory(checkpointer)
@@ -222,39 +226,39 @@ def _join(brain: BrainBase, checkpointer: Any) -> None:
 def _module_dict(modules: Any) -> ModuleDict:
     if isinstance(modules, ModuleDict):
         modules = dict(modules.items())
-    # None stands for a module that an experiment leaves out.
+    # An experiment may set a module to None to leave it out.
     types = (Module, type(None))
     is_mapping = isinstance(modules, Mapping)
     if not is_mapping or not all(isinstance(m, types) for m in modules.values()):
         found = {n: type(m).__name__ for n, m in modules.items()} if is_mapping else None
         raise BrainTypeError(
-            "modules must be a dict of torch.nn.Module by name, "
-            f"got {found or type(modules).__name__}: Brain(modules={{'model': model}})"
+            "modules must be a dict from names to torch.nn.Module, but got "
+            f"{found or type(modules).__name__}. Pass Brain(modules={{'model': model}})."
         )
     return ModuleDict(dict(modules))
 
 
 def _is_sharded(settings: LightningSettings) -> bool:
-    """Whether modules are moved to the device one by one, when each is sharded."""
+    """Whether the strategy shards modules; it then moves each module when it shards it."""
     overrides = settings.trainer_overrides
     return shards(overrides if "strategy" in overrides else settings.trainer_arguments)
 
 
 def _move(modules: ModuleDict, device: str) -> None:
-    """Moves modules to the device; those on the meta device are for fsdp2 to materialize."""
+    """Moves modules to the device, except for meta modules, which fsdp2 materializes."""
     real = {name: m for name, m in modules.items() if m is not None and not is_meta(m)}
     ModuleDict(real).to(device)
-    # A second time one by one: a module may override to() to move what is no parameter,
+    # Call to() of each module too: a module may override to() to move more than parameters,
     # as SpeechBrain's InputNormalization does.
     for name, module in real.items():
         modules[name] = module.to(device)
 
 
 def _move_to_temporary_directory(checkpointer: Any) -> None:
-    """Debug mode must not write among the checkpoints of real runs."""
+    """Keeps debug mode from writing into the checkpoint folder of real runs."""
     if not hasattr(checkpointer, "checkpoints_dir"):
         return
     directory = tempfile.mkdtemp(prefix="brain_lightning_debug_")
-    logger.info("Debug mode: checkpoints go to the temporary directory %s", directory)
+    logger.info("Debug mode: checkpoints are saved in the temporary directory %s.", directory)
     checkpointer.checkpoints_dir = Path(directory)
     weakref.finalize(checkpointer, shutil.rmtree, directory, ignore_errors=True)

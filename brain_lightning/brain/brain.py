@@ -1,4 +1,4 @@
-"""The Brain: SpeechBrain's public surface, its loops run by Lightning's Trainer."""
+"""The Brain class: SpeechBrain's public API, with Lightning's Trainer running the loops."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ logger = logging.getLogger(__name__)
 
 
 class Brain(FitAndEvaluate, BrainBase):
-    """Fits and evaluates a set of modules: subclass it and say how, as in SpeechBrain.
+    """Fits and evaluates a set of modules. Subclass it, as in SpeechBrain.
 
-    Override ``compute_forward`` and ``compute_objectives``; where that is not
-    enough, any other hook. ``fit`` and ``evaluate`` run on a Lightning Trainer,
-    with SpeechBrain's numbers in SpeechBrain's order.
+    Override ``compute_forward`` and ``compute_objectives``, and any other hook if
+    needed. ``fit`` and ``evaluate`` run on a Lightning Trainer. They compute the
+    same numbers as SpeechBrain, and call the hooks in the same order.
 
     Args:
-        modules: The modules by name; moved to the device, trained and evaluated
-            together, and given to the optimizer.
-        opt_class: Makes the optimizer of a list of parameters.
-        hparams: Hyperparameters by name, available as ``self.hparams.name``.
-            Those named as a run option set it, and ``trainer`` (a dict) gives
-            arguments to the Trainer.
-        run_opts: Run options, from ``parse_arguments`` or a plain dict; they
-            outrank ``hparams``.
-        checkpointer: Recovers and saves what training needs to go on.
+        modules: Dict from names to modules. The Brain moves them to the device, switches
+            them between train and eval mode, and passes their parameters to the optimizer.
+        opt_class: Callable that creates the optimizer from a list of parameters.
+        hparams: Hyperparameters by name, available as ``self.hparams.name``. An entry
+            with the name of a run option sets this option. The entry ``trainer`` (a
+            dict) has arguments for the Trainer.
+        run_opts: Run options, from ``parse_arguments`` or as a dict; they take
+            precedence over ``hparams``.
+        checkpointer: Saves and recovers the state that is needed to resume training.
 
     Raises:
-        BrainTypeError: An argument is of the wrong type.
-        RunOptionError: A run option is unknown or its value makes no sense.
-        UnsupportedError: A run option cannot be honoured.
+        BrainTypeError: If an argument has the wrong type.
+        RunOptionError: If a run option is unknown or its value is invalid.
+        UnsupportedError: If a run option is not supported here.
 
     Example:
         >>> class SimpleBrain(Brain):
@@ -73,11 +73,11 @@ class Brain(FitAndEvaluate, BrainBase):
         """Computes predictions; must be overridden.
 
         Args:
-            batch: What the loader yielded.
+            batch: Batch as the DataLoader returned it.
             stage: TRAIN, VALID or TEST.
 
         Returns:
-            Whatever ``compute_objectives`` needs.
+            The predictions, of any type, which are passed to ``compute_objectives``.
         """
         raise NotImplementedError
 
@@ -85,23 +85,23 @@ class Brain(FitAndEvaluate, BrainBase):
         """Computes the loss; must be overridden.
 
         Args:
-            predictions: What ``compute_forward`` returned.
-            batch: What the loader yielded.
+            predictions: Return value of ``compute_forward``.
+            batch: Batch as the DataLoader returned it.
             stage: TRAIN, VALID or TEST.
 
         Returns:
-            A tensor with one number, to minimize.
+            The loss to minimize, a tensor with one element.
         """
         raise NotImplementedError
 
     # ------------------------------------------------------------------- hooks
 
     def on_stage_start(self, stage: Stage, epoch: Any = None) -> None:
-        """Called when a stage starts, before the modules change between train and eval.
+        """Called when a stage starts, before the modules switch to train or eval mode.
 
         Args:
             stage: The stage.
-            epoch: Its epoch; None in TEST.
+            epoch: The epoch of the stage; None in TEST.
         """
 
     def on_stage_end(self, stage: Stage, stage_loss: float, epoch: Any = None) -> None:
@@ -109,35 +109,35 @@ class Brain(FitAndEvaluate, BrainBase):
 
         Args:
             stage: The stage.
-            stage_loss: The average loss over its batches.
-            epoch: Its epoch; None in TEST.
+            stage_loss: The average loss over the batches of the stage.
+            epoch: The epoch of the stage; None in TEST.
         """
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         """Called before the forward pass of a training batch, outside autocast.
 
         Args:
-            batch: What the loader yielded.
-            should_step: Whether an update will follow.
+            batch: Batch as the DataLoader returned it.
+            should_step: Whether the optimizers step after this batch.
         """
 
     def on_fit_batch_end(
         self, batch: Any, outputs: Any, loss: Tensor, should_step: bool
     ) -> None:
-        """Called after the update; not for a batch that ``oom_patience`` skips.
+        """Called after each training batch, unless ``oom_patience`` skips the batch.
 
         Args:
-            batch: What the loader yielded.
-            outputs: What ``compute_forward`` returned.
-            loss: What ``compute_objectives`` returned.
-            should_step: Whether there was an update; False where one was due
-                but skipped, for its only loss was not finite.
+            batch: Batch as the DataLoader returned it.
+            outputs: Return value of ``compute_forward``.
+            loss: Return value of ``compute_objectives``.
+            should_step: Whether the optimizers stepped. False if a step was due but was
+                skipped, because the only loss of the accumulation window was not finite.
         """
 
     # -------------------------------------------- beginning to fit or to evaluate
 
     def on_fit_start(self) -> None:
-        """Begins ``fit``: compiles, makes the optimizers, loads the latest checkpoint."""
+        """Starts ``fit``: compiles, creates the optimizers, recovers the latest checkpoint."""
         self._compile()
         self._wrap_distributed()
         self.init_optimizers()
@@ -147,11 +147,11 @@ class Brain(FitAndEvaluate, BrainBase):
     def on_evaluate_start(
         self, max_key: str | None = None, min_key: str | None = None
     ) -> None:
-        """Begins ``evaluate``: loads the best checkpoint.
+        """Starts ``evaluate``: recovers the best checkpoint.
 
         Args:
-            max_key: The metric of which more is better.
-            min_key: The metric of which less is better.
+            max_key: Name of a metric; the checkpoint with its highest value is recovered.
+            min_key: Name of a metric; the checkpoint with its lowest value is recovered.
         """
         if self.checkpointer is not None:
             self.checkpointer.recover_if_possible(max_key=max_key, min_key=min_key)
@@ -168,10 +168,10 @@ class Brain(FitAndEvaluate, BrainBase):
     # -------------------------------------------------------------- one batch
 
     def fit_batch(self, batch: Any) -> Any:
-        """Fits one batch. Override it for more than one update a batch.
+        """Fits one batch. Override it for more than one update per batch.
 
         Args:
-            batch: What the loader yielded.
+            batch: Batch as the DataLoader returned it.
 
         Returns:
             The detached loss.
@@ -182,7 +182,7 @@ class Brain(FitAndEvaluate, BrainBase):
         """Evaluates one batch.
 
         Args:
-            batch: What the loader yielded.
+            batch: Batch as the DataLoader returned it.
             stage: VALID or TEST.
 
         Returns:
@@ -197,8 +197,8 @@ class Brain(FitAndEvaluate, BrainBase):
             loss: The scaled loss of a training batch.
 
         Raises:
-            NonFiniteLossError: There were more than ``nonfinite_patience`` in
-                this epoch.
+            NonFiniteLossError: If more than ``nonfinite_patience`` losses of this epoch
+                were not finite.
         """
         if torch.isfinite(loss):
             return
@@ -207,22 +207,23 @@ class Brain(FitAndEvaluate, BrainBase):
         patience = self.nonfinite_patience
         if self.nonfinite_count > patience:
             raise NonFiniteLossError(
-                f"{found}: not finite, and the patience of {patience} is exhausted. To debug, "
-                "wrap fit() with torch.autograd.detect_anomaly(), or pass "
-                "trainer={'detect_anomaly': True}"
+                f"{found}, which is not finite, and nonfinite_patience={patience} is "
+                "exhausted. To debug, wrap fit() with torch.autograd.detect_anomaly(), or "
+                "pass trainer={'detect_anomaly': True}."
             )
         logger.warning(
-            "%s: its update is skipped (%d of %d forgiven in this epoch).",
+            "%s, which is not finite. The batch is skipped (%d of %d that nonfinite_patience "
+            "allows in this epoch).",
             found,
             self.nonfinite_count,
             patience,
         )
 
     def update_average(self, loss: Any, avg_loss: float) -> float:
-        """Updates the running average of the loss; a loss that is not finite is left out.
+        """Updates the running average of the loss; ignores a loss that is not finite.
 
         Args:
-            loss: The detached loss of the batch that ``step`` counts.
+            loss: The detached loss of batch number ``step``.
             avg_loss: The average so far.
 
         Returns:
@@ -237,7 +238,7 @@ class Brain(FitAndEvaluate, BrainBase):
     # -------------------------------------------------------------- optimizers
 
     def init_optimizers(self) -> None:
-        """Makes the optimizers. Override it for several, and fill ``optimizers_dict``."""
+        """Creates the optimizer. To use several, override it and set ``optimizers_dict``."""
         if self.opt_class is None:
             trainable = any(p.requires_grad for p in self.modules.parameters())
             logger.log(
@@ -255,25 +256,25 @@ class Brain(FitAndEvaluate, BrainBase):
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
 
     def freeze_optimizers(self, optimizers: dict[str, Optimizer]) -> Mapping[str, Optimizer]:
-        """Chooses the optimizers that step. Override it to freeze some.
+        """Returns the optimizers that step. Override it to freeze some.
 
         Args:
             optimizers: All optimizers by name.
 
         Returns:
-            Those that are active.
+            The active optimizers by name.
         """
         return optimizers
 
     def optimizers_step(self) -> None:
-        """Clips, steps and zeroes; called once every ``grad_accumulation_factor`` batches."""
+        """Clips, steps and zeroes gradients, at the end of an accumulation window."""
         optimizers_step(self, RawUpdate(self).apply)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zeroes the gradients of the active optimizers.
 
         Args:
-            set_to_none: Frees them instead.
+            set_to_none: Whether to set the gradients to None instead.
         """
         if self.optimizers_dict is not None:
             for opt in self.freeze_optimizers(self.optimizers_dict).values():
@@ -282,14 +283,14 @@ class Brain(FitAndEvaluate, BrainBase):
             zero_grad_of_optimizer(self, set_to_none)
 
     def check_gradients(self, loss: Tensor | None = None) -> bool | None:
-        """Drops each gradient that is not finite, and says whose it was.
+        """Drops each gradient that is not finite, and warns with the parameter's name.
 
         Args:
-            loss: Given by a ``fit_batch`` of SpeechBrain 0.5: checks the loss, and clips the
-                gradients of all modules as one by ``max_grad_norm``.
+            loss: Passed by a ``fit_batch`` from SpeechBrain 0.5. The method then checks the
+                loss, and clips all gradients together to ``max_grad_norm``.
 
         Returns:
-            None; with a loss whether the optimizer may step.
+            None, or if a loss is passed, whether the optimizer may step.
 
         Raises:
             NonFiniteLossError: See ``check_loss_isfinite``.
@@ -298,19 +299,19 @@ class Brain(FitAndEvaluate, BrainBase):
 
     @contextmanager
     def no_sync(self, use: bool = True) -> Iterator[None]:
-        """Keeps gradients local to this process while they accumulate.
+        """Does not synchronize gradients between ranks while they accumulate.
 
         Args:
-            use: False synchronizes as always.
+            use: If False, gradients are synchronized as usual.
 
         Yields:
             None
         """
         name = "require_backward_grad_sync"
-        # In DDP; of shards gradients are averaged all the same.
+        # Modules in DDP have this attribute. FSDP2 reduces the gradients in any case.
         wrapped = [m for m in self.modules.values() if hasattr(m, name)] if use else []
         if not wrapped:
-            # For most steps.
+            # A shortcut for most steps.
             yield
             return
         with TemporaryAttributes() as temporary:
@@ -327,17 +328,17 @@ class Brain(FitAndEvaluate, BrainBase):
         ckpt_prefix: str | None = "dataloader-",
         **loader_kwargs: Any,
     ) -> Any:
-        """Makes the loader that ``fit`` or ``evaluate`` needs for a dataset.
+        """Creates the DataLoader that ``fit`` or ``evaluate`` uses for a dataset.
 
         Args:
             dataset: The dataset.
-            stage: The stage that iterates it; TRAIN shuffles reproducibly.
-            ckpt_prefix: With the stage's name the key under which the
-                checkpointer saves the position; None saves none.
+            stage: The stage that iterates over it. In TRAIN, shuffling is reproducible.
+            ckpt_prefix: The checkpointer saves the position of the loader under this prefix
+                followed by the stage's name. None saves no position.
             **loader_kwargs: Arguments of ``DataLoader``.
 
         Returns:
-            The loader.
+            The DataLoader.
         """
         if stage == Stage.TRAIN:
             loader_kwargs = self._train_loader_specifics(dataset, loader_kwargs)
@@ -350,11 +351,11 @@ class Brain(FitAndEvaluate, BrainBase):
     def _train_loader_specifics(
         self, dataset: Any, loader_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Shuffles and shards; recipes that override ``make_dataloader`` call it."""
+        """Adds the training sampler; recipes that override ``make_dataloader`` call it."""
         if self.distributed_launch:
-            by_chance = getattr(self.hparams, "sorting", "random") == "random"
+            is_random = getattr(self.hparams, "sorting", "random") == "random"
             shard = {"rank": self._lightning.rank, "num_replicas": self._lightning.world_size}
-            sampler = data.distributed_sampler(dataset, loader_kwargs, by_chance, **shard)
+            sampler = data.distributed_sampler(dataset, loader_kwargs, is_random, **shard)
         elif loader_kwargs.get("shuffle"):
             sampler = {"sampler": data.shuffling_sampler(dataset, loader_kwargs)}
         else:
@@ -368,11 +369,11 @@ class Brain(FitAndEvaluate, BrainBase):
     def _should_save_intra_epoch_ckpt(
         self, last_ckpt_time: float, steps_since_ckpt: int
     ) -> bool:
-        """Whether to save now; recipes may override it."""
+        """Whether to save a checkpoint now; recipes may override it."""
         if self.checkpointer is None:
             return False
         return interval.is_due(self, last_ckpt_time, steps_since_ckpt)
 
     def _save_intra_epoch_ckpt(self) -> None:
-        """Saves within an epoch; recipes may override it."""
+        """Saves a checkpoint within an epoch; recipes may override it."""
         interval.save(self.checkpointer)

@@ -1,4 +1,4 @@
-"""``fit`` and ``evaluate`` of a Brain, ours or SpeechBrain's, on a Trainer."""
+"""``fit`` and ``evaluate`` of a Brain, brain_lightning's or SpeechBrain's, on a Trainer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FitAndEvaluate:
     """``speechbrain.Brain.fit`` and ``evaluate``, run by Lightning's Trainer."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Runs a ``fit`` that a recipe has written itself on one Trainer."""
+        """Makes a ``fit`` that the subclass overrides run on one Trainer."""
         super().__init_subclass__(**kwargs)
         if not is_on_trainer(cls.fit, FitAndEvaluate.fit):
             cls.fit = on_trainer(cls.fit)  # type: ignore[method-assign]
@@ -53,23 +53,24 @@ class FitAndEvaluate:
         """Iterates epochs and datasets to improve the objective.
 
         Args:
-            epoch_counter: Yields the number of each epoch.
-            train_set: A DataLoader, or a dataset to make one for; or several, in a dict, a
-                list or a CombinedLoader, whose batches are combined as Lightning does.
-            valid_set: The same for validation, or several in a dict or a list, of which each
-                is a VALID stage of its own; None validates nothing.
-            progressbar: Whether to show a bar; by default unless ``noprogressbar``.
+            epoch_counter: Iterable over the epoch numbers.
+            train_set: A DataLoader or a dataset. Several training sets are passed in a dict, a
+                list or a CombinedLoader; Lightning combines their batches.
+            valid_set: A DataLoader or a dataset for validation. Several sets are passed in a
+                dict or a list; each has a separate VALID stage. None skips validation.
+            progressbar: Whether to show a progress bar; default: not ``noprogressbar``.
             train_loader_kwargs: Arguments of the training DataLoader.
             valid_loader_kwargs: Arguments of the validation DataLoader.
-            trainer: A Trainer, or arguments for one; ``hparams["trainer"]`` if not
-                given. ``--trainer.X=Y`` of the command line outranks both.
+            trainer: A Trainer, or arguments for one; default: ``hparams["trainer"]``.
+                ``--trainer.X=Y`` on the command line takes precedence over both.
 
         Raises:
-            BrainTypeError: ``epoch_counter`` is None, or ``trainer`` is neither of the two.
+            BrainTypeError: If ``epoch_counter`` is None, or ``trainer`` is neither a Trainer
+                nor a dict.
         """
         if epoch_counter is None:
             raise BrainTypeError(
-                "epoch_counter is None: use EpochCounter(limit=10) or range(10)"
+                "epoch_counter is None. Use EpochCounter(limit=10) or range(10)."
             )
         if self.test_only:
             logger.info("Test only mode, skipping training and validation stages.")
@@ -91,25 +92,25 @@ class FitAndEvaluate:
         trainers.run(running, module, lambda: running.fit(module, train_set, valid_set))
 
     def _fit_train(self: BrainProtocol, train_set: Any, epoch: Any, enable: bool) -> None:
-        """One TRAIN stage, as ``fit`` runs one in each epoch.
+        """Runs one TRAIN stage, as ``fit`` does in each epoch.
 
-        Recipes call it in a ``fit`` of their own, which runs on one Trainer then; called
-        elsewhere it has a Trainer to itself.
+        Recipes call it in an overridden ``fit``, which then runs on one Trainer. A call
+        outside of ``fit`` creates a separate Trainer.
 
         Args:
             train_set: Iterable over batches.
             epoch: The number of the epoch.
-            enable: Whether to show a bar.
+            enable: Whether to show a progress bar.
         """
         run_part(self, "train", train_set, epoch, enable)
 
     def _fit_valid(self: BrainProtocol, valid_set: Any, epoch: Any, enable: bool) -> None:
-        """One VALID stage, as ``fit`` runs one in each epoch; see ``_fit_train``.
+        """Runs one VALID stage, as ``fit`` does in each epoch; see ``_fit_train``.
 
         Args:
-            valid_set: Iterable over batches; None validates nothing.
+            valid_set: Iterable over batches; None skips validation.
             epoch: The number of the epoch.
-            enable: Whether to show a bar.
+            enable: Whether to show a progress bar.
         """
         run_part(self, "valid", valid_set, epoch, enable)
 
@@ -127,22 +128,23 @@ class FitAndEvaluate:
         """Evaluates on a dataset, by default with the best checkpoint.
 
         Args:
-            test_set: A DataLoader, or a dataset to make one for; or several in a dict or a
-                list, of which each is a TEST stage of its own.
-            max_key: For ``on_evaluate_start``.
-            min_key: For ``on_evaluate_start``.
-            progressbar: Whether to show a bar; by default unless ``noprogressbar``.
+            test_set: A DataLoader or a dataset. Several sets are passed in a dict or a list;
+                each has a separate TEST stage.
+            max_key: Argument of ``on_evaluate_start``.
+            min_key: Argument of ``on_evaluate_start``.
+            progressbar: Whether to show a progress bar; default: not ``noprogressbar``.
             test_loader_kwargs: Arguments of the DataLoader.
             trainer: As for ``fit``.
-            ckpt: A checkpoint, by its name in the Checkpointer's folder or its path; it is
-                the only one that ``on_evaluate_start`` finds. None evaluates the modules as
-                they are, and does not call it.
+            ckpt: Name of a checkpoint in the Checkpointer's folder, or path of a checkpoint.
+                ``on_evaluate_start`` then finds only this checkpoint. None evaluates the
+                modules without recovering anything, and skips ``on_evaluate_start``.
 
         Returns:
-            The average loss; of several sets a dict or a list.
+            The average loss, or a dict or a list of average losses for several sets.
 
         Raises:
-            NoSuchCheckpointError: There is no such checkpoint, or a key is given as well.
+            NoSuchCheckpointError: If the checkpoint does not exist, or if ``ckpt`` is given
+                together with a key.
         """
         recovers = _recovers(self, ckpt, max_key, min_key)
         running = trainers.trainer_for(self, trainer, collective=False)
@@ -157,7 +159,7 @@ class FitAndEvaluate:
 
 
 def _loaders(brain: BrainProtocol, sets: Any, stage: Any, kwargs: Mapping[str, Any]) -> Any:
-    """A loader for each set to evaluate."""
+    """Returns a loader for each set to evaluate."""
 
     def loader(each: Any) -> Any:
         is_loader = data.is_loader(each)
@@ -167,7 +169,7 @@ def _loaders(brain: BrainProtocol, sets: Any, stage: Any, kwargs: Mapping[str, A
 
 
 def _train_loaders(brain: BrainProtocol, sets: Any, kwargs: Mapping[str, Any]) -> Any:
-    """A training loader for each set; their samplers learn the epoch together."""
+    """Returns a training loader for each set; one ``set_epoch`` reaches all samplers."""
     samplers: list[Any] = []
     prefixes = iter(set_names(sets) if are_several(sets) else [""])
 
@@ -194,7 +196,7 @@ def _fit_within_own_fit(
     valid_set: Any,
     bar: bool,
 ) -> None:
-    """``speechbrain.Brain.fit`` within the run of a recipe's own ``fit``."""
+    """Runs the epochs of ``speechbrain.Brain.fit`` within the run of an overridden ``fit``."""
     brain.on_fit_start()
     for epoch in epoch_counter:
         brain._fit_train(train_set=train_set, epoch=epoch, enable=bar)
@@ -213,8 +215,8 @@ def _recovers(
         return ckpt
     if max_key is not None or min_key is not None:
         raise NoSuchCheckpointError(
-            f"evaluate(ckpt={ckpt!r}, max_key={max_key!r}, min_key={min_key!r}): a key "
-            "chooses a checkpoint, and ckpt names one, or None for none: give one of the three"
+            f"evaluate(ckpt={ckpt!r}, max_key={max_key!r}, min_key={min_key!r}) has more than "
+            "one argument that selects a checkpoint. Pass only one of ckpt, max_key, min_key."
         )
     return None if ckpt is None else named_checkpoint(brain, ckpt)
 

@@ -1,4 +1,4 @@
-"""A ``fit`` that a recipe has written itself, on one Trainer, and the parts that it calls."""
+"""Runs an overridden ``fit`` on one Trainer, and the stages that this ``fit`` calls."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from . import own_trainer as trainers
 
 logger = logging.getLogger(__name__)
 
-# What a Trainer is given at first; each part brings its own data.
-# Long, for Lightning refuses a fraction of it that is less than a batch.
+# A placeholder for the Trainer's data, because each _fit_train and _fit_valid passes its own.
+# It is long, because Lightning raises an error if limit_train_batches=0.1 is below one batch.
 _NO_DATA = range(1_000_000)
 
 
 def run_part(brain: BrainProtocol, part: str, data: Any, epoch: Any, enable: bool) -> None:
-    """Runs one stage, in the run that the Brain is in or else in one of its own.
+    """Runs one stage, in the current run of the Brain, or in a new run if there is none.
 
     Args:
         brain: The Brain.
         part: ``train`` or ``valid``.
         data: Iterable over batches.
         epoch: The number of the epoch.
-        enable: Whether to show a bar.
+        enable: Whether to show a progress bar.
     """
     parts = Run.parts_of(brain)
     if parts is not None and getattr(parts, f"may_{part}"):
@@ -53,10 +53,15 @@ def run_part(brain: BrainProtocol, part: str, data: Any, epoch: Any, enable: boo
 
 
 def on_trainer(fit: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a recipe's own ``fit`` run on one Trainer, if it calls parts of SpeechBrain's.
+    """Makes an overridden ``fit`` run on one Trainer.
+
+    A ``fit`` that calls neither ``_fit_train`` nor ``_fit_valid`` runs unchanged.
 
     Args:
-        fit: A method of a subclass of Brain.
+        fit: The ``fit`` method of a subclass of Brain.
+
+    Returns:
+        The method to use in its place.
     """
 
     @functools.wraps(fit)
@@ -71,8 +76,8 @@ def is_on_trainer(fit: Callable[..., Any], default: Callable[..., Any]) -> bool:
     """Whether a ``fit`` runs on a Trainer.
 
     Args:
-        fit: That of a Brain class.
-        default: That of the class that first has one.
+        fit: The ``fit`` method of a Brain class.
+        default: The ``fit`` method that is not overridden.
     """
     return fit is default or hasattr(fit, "is_on_trainer")
 
@@ -82,7 +87,7 @@ def _run_own_fit(
 ) -> Any:
     parts = Run.parts_of(brain)
     if parts is not None and parts.may_train:
-        # The fit of a base class, called by that of a subclass.
+        # The fit of a subclass called the fit of its base class.
         return fit(brain, *args, **kwargs)
     trainer = None
     if "trainer" not in inspect.signature(fit).parameters:
@@ -102,9 +107,9 @@ def _run_own_fit(
 @functools.cache
 def _warn_of_whole_loop(brain: str) -> None:
     logger.warning(
-        "%s.fit is a loop of the recipe's own, without _fit_train or super().fit: it runs as "
-        "it is written, and nothing of the Trainer has an effect in it, neither limits, "
-        "callbacks and loggers nor devices and precision.",
+        "%s.fit is a custom loop that calls neither _fit_train nor super().fit. It runs "
+        "unchanged, and the Trainer has no effect in it: no limits, callbacks, loggers, "
+        "devices or precision. Call self._fit_train and self._fit_valid to use the Trainer.",
         brain,
     )
 
@@ -133,13 +138,14 @@ def _fit_by_parts(
 
 
 def _check_validations(trainer: Any, brain: str) -> None:
-    """Refuses arguments that say when to validate, which the recipe's own loop does."""
+    """Raises if the Trainer sets when to validate, because the custom loop decides that."""
     for name in ("val_check_interval", "check_val_every_n_epoch"):
         value = getattr(trainer, name, 1)
         if value != 1:
             raise UnsupportedError(
-                f"Trainer({name}={value}) has no effect with {brain}, whose own loop says "
-                "when to validate: leave it out, and call _fit_valid where you want it"
+                f"Trainer({name}={value}) is not supported with {brain}, because its custom "
+                "fit decides when to validate. Remove the argument, and call _fit_valid in "
+                "fit."
             )
 
 
@@ -162,5 +168,5 @@ def _fit_on_trainer(
     module.is_of_fit = True
     valid_data = _NO_DATA if validates else None
     trainers.run(trainer, module, lambda: trainer.fit(module, _NO_DATA, valid_data))
-    # None where the Trainer has ended an endless loop.
+    # The list is empty if the Trainer ended an endless loop.
     return results[0] if results else None

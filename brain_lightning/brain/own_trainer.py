@@ -1,4 +1,4 @@
-"""From run options to a Trainer, and a run on it that behaves as a Brain's loop."""
+"""Creates a Trainer from run options, and runs it so that it behaves as a Brain's loop."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
 
-# What Lightning logs of a Trainer that a user made is noise where brain.fit made it.
+# Loggers that are set to WARNING if brain.fit created the Trainer.
 SILENT_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.accelerators.cuda",
 )
 EXPECTED_WARNINGS = (
-    # A Brain may do without a valid_set.
+    # A Brain needs no valid_set.
     r"You defined a `validation_step` but have no `val_dataloader`",
-    # A Brain's weights after its steps are what is wanted.
+    # A Brain is meant to save the weights after its steps.
     r"Using ModelCheckpoint with manual optimization",
-    # Each process evaluates alone.
+    # Each rank evaluates the full set.
     r"It is recommended to use `self.log\(.*sync_dist=True",
-    # The losses of steps are logged where there are enough of them, the epochs' always.
+    # In a short epoch no loss of a step is logged, but the loss of the epoch is.
     r"The number of training batches \(\d+\) is smaller than the logging interval",
-    # --device=cpu on a machine with a GPU is a decision.
+    # The user chose --device=cpu.
     r"GPU available but not used",
-    # Lightning 2.6 on torch 2.13, in its own CombinedLoader.
+    # Lightning 2.6 causes it in CombinedLoader, with torch 2.13.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
 
 class OwnTrainer(Trainer):
-    """The Trainer that ``brain.fit`` makes: it logs little and handles no signals.
+    """The Trainer that ``brain.fit`` creates: it logs little and handles no signals.
 
     Attributes:
-        may_launch: Whether Trainers may run the script again, once for each other process.
+        may_launch: Whether a Trainer may start the other ranks by running the script again.
     """
 
     may_launch = True
@@ -74,12 +74,12 @@ class OwnTrainer(Trainer):
         disable_signal_handlers(self)
 
 
-# Arguments that decide in how many processes to run.
+# Arguments that decide the number of processes.
 PROCESSES = ("devices", "num_nodes", "strategy")
 
 
-# Arguments of the Trainer that hold for a fit within a fit too, as MetricGAN does it several
-# times an epoch; the others, callbacks and limits among them, are meant for the outer one.
+# Arguments of the Trainer that also apply to a fit within a fit. (MetricGAN calls fit several
+# times per epoch.) Other arguments, such as callbacks and limits, are for the outer fit.
 OF_EVERY_RUN = (
     "accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "deterministic",
     "benchmark", "detect_anomaly",
@@ -87,13 +87,13 @@ OF_EVERY_RUN = (
 
 
 def own_trainer_arguments(brain: BrainProtocol, collective: bool = True) -> dict[str, Any]:
-    """Arguments of the Trainer that ``brain.fit`` makes for itself.
+    """Returns the default arguments of the Trainer that ``brain.fit`` creates.
 
-    Nothing is written anywhere, and nothing but the Brain's own bar is shown.
+    This Trainer writes no files, and shows only the Brain's own progress bar.
 
     Args:
-        brain: Runs on its device.
-        collective: Whether all processes that there are take part, or this one alone.
+        brain: The Brain, whose device the Trainer uses.
+        collective: Whether all ranks run together, or this rank runs by itself.
 
     Returns:
         Keyword arguments of ``Trainer``.
@@ -114,8 +114,8 @@ def own_trainer_arguments(brain: BrainProtocol, collective: bool = True) -> dict
 
 def _one_process(device: str, trains: bool) -> dict[str, Any]:
     where = torch.device(device)
-    # Of SLURM it takes the signal that the job is requeued by; else its variables, and those
-    # of the like, do not matter.
+    # With SLURMEnvironment, Lightning handles the requeue signal. Otherwise the variables of
+    # SLURM and other launchers are ignored.
     requeues = trains and _tasks_of_slurm() == 1
     return {
         "devices": 1 if where.index is None or where.type == "cpu" else [where.index],
@@ -124,7 +124,7 @@ def _one_process(device: str, trains: bool) -> dict[str, Any]:
 
 
 def _several_processes() -> dict[str, Any]:
-    """Those that torchrun started, over all nodes, or a Trainer before this one."""
+    """Arguments for the processes that torchrun or an earlier Trainer started."""
     if not is_launched():
         processes = here = torch.distributed.get_world_size()
         environment: ClusterEnvironment = LightningEnvironment()
@@ -139,12 +139,18 @@ def _several_processes() -> dict[str, Any]:
 def trainer_for(
     brain: BrainProtocol, trainer: Trainer | Mapping[str, Any] | None, collective: bool = True
 ) -> Trainer:
-    """The Trainer to run on: the command line outranks the call, which outranks hparams.
+    """Returns the Trainer to run on.
+
+    The command line takes precedence over the argument, and the argument over hparams.
 
     Args:
         brain: The Brain.
-        trainer: What the call was given.
-        collective: Whether ranks run together; each evaluates alone, as in SpeechBrain.
+        trainer: The argument of ``fit`` or ``evaluate``.
+        collective: Whether all ranks run together. In ``evaluate`` each rank runs by itself,
+            as in SpeechBrain.
+
+    Returns:
+        The user's Trainer, or a new one.
     """
     speechbrain.add_attributes(brain)
     settings = brain._lightning
@@ -153,7 +159,8 @@ def trainer_for(
         if not isinstance(given, Mapping):
             name = next(iter(settings.trainer_overrides))
             raise BrainTypeError(
-                f"--trainer.{name} cannot change {given!r}: give a dict of Trainer arguments"
+                f"--trainer.{name} cannot change {given!r}, which is not a dict. "
+                "Pass a dict of Trainer arguments as trainer."
             )
         given = {**given, **settings.trainer_overrides}
     if trainer is None and isinstance(given, Mapping) and Run.is_running(brain):
@@ -164,51 +171,52 @@ def trainer_for(
 def make_trainer(
     trainer: Trainer | Mapping[str, Any], brain: BrainProtocol, collective: bool
 ) -> Trainer:
-    """The Trainer to run on; the Brain learns its rank and its device from it.
+    """Returns the Trainer to run on, and sets the Brain's rank and device from it.
 
     Args:
-        trainer: A Trainer of the user's, or arguments for one.
+        trainer: The user's Trainer, or arguments for one.
         brain: The Brain.
-        collective: Whether all processes that there are take part, where the arguments
-            leave it open.
+        collective: Whether all ranks run together, if the arguments do not set the number of
+            processes.
 
     Returns:
-        The user's Trainer as it is, or a new one.
+        The user's Trainer unchanged, or a new one.
 
     Raises:
-        BrainTypeError: ``trainer`` is neither.
-        RunOptionError: An argument is unknown, or contradicts the Brain.
-        UnsupportedError: The Trainer is in the middle of another run, has a
-            strategy that a Brain cannot run on, or may not start processes.
+        BrainTypeError: If ``trainer`` is neither a Trainer nor a dict.
+        RunOptionError: If an argument is unknown, or contradicts the Brain.
+        UnsupportedError: If the Trainer is running, has a strategy that is not supported,
+            or would start processes although this is disabled.
     """
     if isinstance(trainer, Mapping):
         trainer = OwnTrainer(**_own_and_given(brain, collective, trainer))
     elif not isinstance(trainer, Trainer):
         raise BrainTypeError(
-            f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, "
-            f"got {trainer!r}"
+            f"trainer must be a lightning.pytorch.Trainer or a dict of its arguments, but got "
+            f"{trainer!r}."
         )
-    # Before Lightning starts the other processes, which would run the script as well.
+    # Check before Lightning starts the other processes, which would also run the script.
     check_strategy(trainer)
     _check_launch(trainer)
     if trainer.state.status is TrainerStatus.RUNNING:
         raise UnsupportedError(
-            "this Trainer is running already, and a Brain called fit or evaluate in a hook: "
-            "give a dict of Trainer arguments, of which each run makes a Trainer of its own"
+            "a hook called fit or evaluate of a Brain with a Trainer that is already running. "
+            "Pass a dict of Trainer arguments instead, so that each run creates a new Trainer."
         )
     reconcile_processes(trainer, brain, TemporaryAttributes())
     return trainer
 
 
 def _check_launch(trainer: Trainer) -> None:
-    """Refuses to start processes where they would run the script in another way."""
+    """Raises if the Trainer would start processes that run the script without the patch."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     is_launched = environment is None or environment.creates_processes_externally
     if trainer.world_size > 1 and not (is_launched or OwnTrainer.may_launch):
         raise UnsupportedError(
             f"the other processes of Trainer(devices={trainer.num_devices}) would run the "
-            "script without brain-lightning: start them by brain-lightning run "
-            f"--trainer.devices={trainer.num_devices}; verify takes --trainer.devices=1"
+            "script without brain-lightning. Use brain-lightning run "
+            f"--trainer.devices={trainer.num_devices} to start them. For brain-lightning "
+            "verify, use --trainer.devices=1."
         )
 
 
@@ -220,7 +228,7 @@ def _own_and_given(
     own = own_trainer_arguments(brain, collective)
     strategy = given.get("strategy")
     if isinstance(strategy, Strategy):
-        # A Trainer fills in what its strategy lacks; the next one would find it taken.
+        # A Trainer sets attributes of its strategy, so the next Trainer needs a fresh copy.
         given["strategy"] = strategy = copy.copy(strategy)
         if strategy.accelerator is not None:
             del own["accelerator"]
@@ -234,19 +242,21 @@ def _own_and_given(
 
 
 def _tasks_of_slurm() -> int:
-    """How many processes srun started, this one among them; Lightning finds out about them."""
+    """Returns the number of processes that srun started, or 0 if it did not start this one."""
     started = SLURMEnvironment.detect() and not is_launched()
     return int(os.environ.get("SLURM_NTASKS", 1)) if started else 0
 
 
 def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A user's arguments, with the switches that the callbacks in them need."""
+    """Returns the user's arguments, with the arguments that their callbacks need."""
     check_trainer_arguments(trainer)
     given = dict(trainer)
     check_given_strategy(given.get("strategy"))
     if given.get("num_sanity_val_steps"):
         logger.warning(
-            "A Brain validates in its own order: num_sanity_val_steps has no effect"
+            "Trainer(num_sanity_val_steps=%s) has no effect, because a Brain has no sanity "
+            "check before training.",
+            given["num_sanity_val_steps"],
         )
     callbacks = given.get("callbacks") or []
     for callback in [callbacks] if isinstance(callbacks, Callback) else callbacks:
@@ -258,21 +268,21 @@ def _as_given(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(trainer: Trainer, module: BrainModule, start: Callable[[], Any]) -> None:
-    """A run of a Trainer that leaves the process as a Brain's loop would.
+    """Runs a Trainer, with the side effects on the process that a Brain's loop has.
 
     Args:
-        trainer: What ``make_trainer`` returned.
+        trainer: The Trainer from ``make_trainer``.
         module: The generated module.
-        start: Calls ``fit`` or ``test`` of the Trainer.
+        start: Function that calls ``fit`` or ``test`` of the Trainer.
     """
     try:
         quiet = _silence() if isinstance(trainer, OwnTrainer) else nullcontext()
-        # Lightning enables gradients for good; a fit may run inside an evaluation.
+        # Lightning leaves gradients enabled after fit, but a fit may run inside an evaluation.
         grad_mode = torch.set_grad_enabled(torch.is_grad_enabled())
         with quiet, grad_mode, _keyboard_interrupts(module):
             start()
     except HookStoppedError as error:
-        # The StopIteration of a hook reaches the caller.
+        # Raise the StopIteration that a hook raised.
         raise (error.__cause__ or error) from None
 
 
@@ -282,7 +292,7 @@ def _silence() -> Iterator[None]:
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         for logger in map(logging.getLogger, SILENT_LOGGERS):
-            # Not setLevel, after which each logger there is finds out its level again.
+            # setLevel would be slow: it clears the cached levels of all loggers.
             logger.addFilter(_is_warning)
             stack.callback(logger.removeFilter, _is_warning)
         yield
@@ -294,7 +304,7 @@ def _is_warning(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _keyboard_interrupts(module: BrainModule) -> Iterator[None]:
-    """Lets Ctrl-C reach the caller; Lightning exits the process and ignores a second one."""
+    """Raises KeyboardInterrupt on Ctrl-C, while Lightning would exit the process."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
     try:
@@ -304,6 +314,6 @@ def _keyboard_interrupts(module: BrainModule) -> Iterator[None]:
             raise
         raise module.run.interrupt from None
     finally:
-        # A handler that a hook has set stays.
+        # Lightning ignores a second Ctrl-C. Keep a handler that a hook has set.
         if handler is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, handler)

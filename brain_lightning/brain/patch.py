@@ -1,4 +1,4 @@
-"""SpeechBrain's own Brain, its ``fit`` and ``evaluate`` run on a Trainer."""
+"""Makes ``fit`` and ``evaluate`` of SpeechBrain's own Brain run on a Trainer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .own_fit import is_on_trainer, on_trainer
 
 
 class Patch(TemporaryAttributes):
-    """What ``patch_speechbrain`` changed; leaving it as a context undoes that."""
+    """The changes of ``patch_speechbrain``; as a context manager, it undoes them on exit."""
 
     def patch_subclass(self, cls: Any) -> None:
-        """Runs a ``fit`` that a recipe has written itself on one Trainer.
+        """Makes an overridden ``fit`` run on one Trainer.
 
         Args:
-            cls: A subclass of SpeechBrain's Brain, when it is made or before.
+            cls: A subclass of SpeechBrain's Brain, defined before or after the patch.
         """
         if not is_on_trainer(cls.fit, FitAndEvaluate.fit):
             self.override(cls, "fit", on_trainer(cls.fit))
 
     def undo(self) -> None:
-        """Gives SpeechBrain its own loops back; a second call does nothing."""
+        """Restores SpeechBrain's own loops; a second call has no effect."""
         self.restore()
 
 
@@ -40,27 +40,27 @@ def patch_speechbrain(
     """Makes ``fit`` and ``evaluate`` of every SpeechBrain Brain run on a Trainer.
 
     Args:
-        trainer: Arguments for every Trainer; they outrank ``hparams["trainer"]``.
-        callbacks: Callbacks for every Trainer, in addition to its own.
+        trainer: Arguments for every Trainer; they take precedence over ``hparams["trainer"]``.
+        callbacks: Callbacks to add to every Trainer.
 
     Returns:
-        The patch, which is effective already. ``with patch_speechbrain(): ...`` undoes
-        it at the end.
+        The patch, which is already in effect. ``with patch_speechbrain(): ...`` undoes
+        it on exit.
 
     Raises:
         UnsupportedError: SpeechBrain is not installed.
     """
     try:
         core = importlib.import_module("speechbrain.core")
-        # What the patch changes, too.
+        # The patch changes this module, too.
         importlib.import_module("speechbrain.utils.parameter_transfer")
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            "patch_speechbrain() needs SpeechBrain: pip install speechbrain, or give your "
-            "recipe our Brain, from brain_lightning import Brain"
+            "patch_speechbrain() needs SpeechBrain, which is not installed. Run pip install "
+            "speechbrain, or let the recipe subclass brain_lightning.Brain."
         ) from error
     patch = Patch()
-    # On the class itself, and with it on all of its subclasses.
+    # The change to the class itself affects all of its subclasses.
     for name in ("fit", "evaluate", *PARTS):
         patch.override(core.Brain, name, getattr(FitAndEvaluate, name))
     defaults = TrainerDefaults(dict(trainer or {}), tuple(callbacks))

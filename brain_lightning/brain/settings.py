@@ -1,4 +1,7 @@
-"""Names of ours on a Brain: readable, and a recipe's as soon as it takes one."""
+"""Descriptors that let a recipe read settings as attributes of a Brain.
+
+If a recipe assigns an attribute of the same name, the recipe's value takes precedence.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from brain_lightning.protocol import is_value_of
 
 
 class Setting:
-    """Reads one of a Brain's ``LightningSettings``.
+    """Reads one field of a Brain's ``LightningSettings``.
 
-    What a recipe's class or ``self.name = ...`` puts in its place is the recipe's own, and
-    means nothing to a run.
+    A recipe may define a class attribute or assign ``self.name = ...`` of the same name. This
+    value belongs to the recipe, and runs ignore it.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -22,7 +25,7 @@ class Setting:
 
 
 class OptionSetting(Setting):
-    """A run option, which a recipe may change in a hook by a value that makes sense for it."""
+    """A run option. A recipe may assign a valid value in a hook, which changes the option."""
 
     def __get__(self, brain: Any, owner: type | None = None) -> Any:
         own = {} if brain is None else vars(brain)

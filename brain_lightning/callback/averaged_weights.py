@@ -1,8 +1,8 @@
-"""The average that ``StochasticWeightAveraging`` puts in place of the weights, at the end.
+"""The end of ``StochasticWeightAveraging``, when the average replaces the weights.
 
-Lightning measures the statistics of BatchNorm for it in an epoch more, which an epoch counter
-does not have. Here they are measured when the training is over, in a pass over the training
-data. Where the training ended before there was an average, the weights stay.
+Lightning computes the BatchNorm statistics of the average in an additional epoch, for which an
+epoch counter has no number. Here a pass over the training data computes them after training.
+If training ends before there is an average, the weights are not changed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def average_at_end(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
-    """Lets each StochasticWeightAveraging of a Trainer end the training of a Brain.
+    """Makes each StochasticWeightAveraging of a Trainer apply its average after training.
 
     Args:
         trainer: The Trainer in its ``setup``.
         run: The run.
-        temporary: Records what is changed on the callbacks.
+        temporary: Records the changes to the callbacks.
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging):
@@ -49,8 +49,8 @@ def _end(
     trainer: Trainer,
     module: LightningModule,
 ) -> None:
-    if reason := _why_not_taken(callback, trainer):
-        rank_zero_warn(f"{reason}: the weights are those of the last update")
+    if reason := _why_no_average(callback, trainer):
+        rank_zero_warn(f"The average of the weights is not used. {reason}.")
         return
     on_train_end(trainer, module)
     batches = run.run_state.position.fitted
@@ -58,35 +58,35 @@ def _end(
         _measure_batch_norm(trainer, run, batches)
 
 
-def _why_not_taken(callback: StochasticWeightAveraging, trainer: Trainer) -> str:
+def _why_no_average(callback: StochasticWeightAveraging, trainer: Trainer) -> str:
     epochs, end = trainer.current_epoch, trainer.max_epochs or 0
-    ended = f"but the run ended after {epochs}"
+    ended = f"but the run ended after epoch {epochs}"
     if callback.n_averaged is None:
         return f"StochasticWeightAveraging starts in epoch {callback.swa_start + 1}, {ended}"
     if epochs < end:
         return (
-            f"StochasticWeightAveraging waited for epoch {end}, {ended}. Give "
-            "Trainer(max_epochs=-1), and the average is taken whenever the run ends"
+            f"StochasticWeightAveraging ends in epoch {end}, {ended}. Use "
+            "Trainer(max_epochs=-1) to use the average in whichever epoch the run ends"
         )
     return ""
 
 
 def _measure_batch_norm(trainer: Trainer, run: Run, batches: int) -> None:
-    """Takes as many batches as the last epoch had: a loader may never end."""
+    """Updates the BatchNorm statistics, on as many batches as the last epoch had."""
     forward = _Forward(run.brain)
-    # It is put back in the mode that it says it is in.
+    # update_bn restores this mode.
     forward.training = run.brain.modules.training
     data = itertools.islice(run.train.loader.loader, batches)
     update_bn(_moved(data, trainer), forward)
 
 
 def _moved(data: Iterator[Any], trainer: Trainer) -> Iterator[list[Any]]:
-    # In a list: what is one already would be replaced by its first item.
+    # update_bn passes the first item of a list to the module.
     return ([trainer.strategy.batch_to_device(batch)] for batch in data)
 
 
 class _Forward(nn.Module):
-    """The forward pass of a Brain in training, as a module whose parts are the Brain's."""
+    """A module with the Brain's modules, whose forward pass is ``compute_forward``."""
 
     def __init__(self, brain: BrainProtocol) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Forward(nn.Module):
         self.parts = brain.modules
 
     def forward(self, batch: Any) -> Any:
-        """``compute_forward`` at Stage.TRAIN."""
+        """Calls ``compute_forward`` with Stage.TRAIN."""
         with self._brain.training_ctx:
             stage = self._brain._lightning.stage_type.TRAIN
             return self._brain.compute_forward(batch, stage)

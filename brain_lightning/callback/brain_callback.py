@@ -1,4 +1,4 @@
-"""When things happen in a run, and what is allowed: a Brain's semantics as a callback."""
+"""The callback that runs the stages of a Brain from the hooks of a Trainer."""
 
 from __future__ import annotations
 
@@ -50,21 +50,27 @@ logger = logging.getLogger(__name__)
 
 
 class BrainCallback(Callback):
-    """Runs the stages of a Brain at the right moments of a Trainer.
+    """Runs the stages of a Brain from the hooks of a Trainer.
 
-    The generated module adds it (``configure_callbacks``); a user adds nothing. What it
-    changes on the Trainer it restores when the run is over.
+    The generated module adds this callback (``configure_callbacks``). It restores the Trainer
+    when the run is over.
+
+    Before the first batch, the hooks run in this order: ``on_fit_start`` resumes the run and
+    starts the searches of LearningRateFinder and BatchSizeFinder, which may change a loader.
+    Then Lightning creates the loaders and loads the optimizer states of a ``ckpt_path``.
+    ``on_train_start`` restores the remaining state and runs preflight, which needs both. An
+    overridden ``fit`` resumes the run later, when it calls its first stage.
 
     Args:
         run: The run.
         trainer: The Trainer of the run.
-        progressbar: Whether to show SpeechBrain's bar where the Trainer has none.
-        own_fit: The recipe's own ``fit``, where that calls for the stages of the run.
+        progressbar: Whether to show SpeechBrain's progress bar if the Trainer has none.
+        own_fit: The overridden ``fit`` of the recipe, if it calls the stages of the run.
 
     Raises:
-        RunOptionError: An argument of the Trainer contradicts a run option.
-        UnsupportedError: A callback of the Trainer cannot do its work with a Brain, or the
-            installed Lightning lacks a private part that is needed.
+        RunOptionError: If an argument of the Trainer contradicts a run option.
+        UnsupportedError: If a callback of the Trainer does not work with a Brain, or the
+            installed Lightning lacks a private name that is needed.
     """
 
     def __init__(
@@ -78,9 +84,9 @@ class BrainCallback(Callback):
         self._progressbar = progressbar
         self._own_fit = own_fit
         self._for_the_epoch = TemporaryAttributes()
-        # Also for callbacks that hear of the end of the epoch after this one.
+        # Still in effect when the next callbacks are called at the end of the epoch.
         self._until_the_next_epoch = TemporaryAttributes()
-        # Lightning checks its arguments before any hook of a callback.
+        # Lightning checks its arguments before it calls any hook of a callback.
         self._for_the_check = TemporaryAttributes()
         self._detects_anomalies = torch.is_anomaly_enabled()
         check_contract()
@@ -92,21 +98,21 @@ class BrainCallback(Callback):
         with TemporaryAttributes() as temporary:
             reconcile(trainer, run.brain, temporary)
             self._finders = Finders(run, trainer, temporary)
-            # Where that fails, everything is restored here.
+            # If one of these calls raises, the context manager restores everything.
             self._for_the_run = temporary.pop_all()
         self._for_the_check.set(trainer, "accumulate_grad_batches", 1)
         own, self._is_within = callbacks_of(trainer), Run.is_running(run.brain)
         of_every_run = () if self._is_within else run.brain._lightning.trainer_callbacks
         self._added = _without(of_every_run, own)
-        # Those of configure_callbacks would replace others of their class.
+        # Callbacks from configure_callbacks would replace the user's callbacks of their class.
         trainer.callbacks = [*own, *self._added]  # type: ignore[attr-defined]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes over the loops, before any loader is looked at."""
+        """Attaches the stages to the Trainer's loops, before Lightning uses any loader."""
         self._for_the_check.restore()
         if stage == "fit":
             check_folder(self.run.brain)
-        # On one process of several, evaluate() runs on a Trainer of that process alone.
+        # If there are several processes, evaluate() runs on a separate Trainer in each.
         is_first = trainer.is_global_zero and not getattr(self.run.brain, "rank", 0)
         shows_bar = self._progressbar and is_first and trainer.progress_bar_callback is None
         self._side = LightningSide(trainer, self.run, self._rows, shows_bar)
@@ -117,7 +123,7 @@ class BrainCallback(Callback):
         if strategies.is_parallel(trainer):
             strategies.disable_synchronization(pl_module)
             if stage != "fit" and self.run.brain._lightning.sharding is not None:
-                # A fit does so after it has compiled.
+                # In fit, modules are wrapped after they are compiled.
                 wrap_modules(self.run.brain)
         if is_saved(self.run):
             checkpointer = self.run.brain.checkpointer
@@ -134,7 +140,7 @@ class BrainCallback(Callback):
             warn_of_unknown_names(trainer, self.run.brain, self._side.validates)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resumes from what was recovered, if anything was; an own ``fit`` recovers later."""
+        """Resumes the run if there is a checkpoint; an overridden ``fit`` does it later."""
         if self._own_fit is None:
             self._resume(trainer)
 
@@ -153,27 +159,27 @@ class BrainCallback(Callback):
         others = _without(callbacks_of(trainer), [self])
         if not trainer.lightning_module.automatic_optimization:
             save_as_automatic(trainer, self._for_the_run)
-        self._side.told.watch(others, self._for_the_run)
+        self._side.called_hooks.watch(others, self._for_the_run)
         self._side.average.watch(others, self._for_the_run)
         self._begin_log()
         self._finders.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles signals to end, where the run can be saved or has several processes."""
+        """Restores the remaining state, runs preflight and installs signal handlers."""
         self._side.resume_after_loading()
         self._preflight(trainer)
         if self._detects_anomalies:
-            # By detect_anomaly around the run, which Lightning has just switched off.
+            # The user enabled it around the run, and Lightning has just disabled it.
             torch.autograd.set_detect_anomaly(True)
         requeues = requeue_signal(trainer)
         if requeues is not None:
             self.run.termination.install(requeues, is_lightning_handler)
-        # Where there are several, Lightning's handler would ask the others in each batch.
+        # On several ranks, Lightning's handler would need a collective in each batch.
         if requeues is not None or self.run.saves or trainer.world_size > 1:
             self.run.termination.install(signal.SIGTERM, is_lightning_handler)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins the TRAIN stage, unless a resumed epoch is validated already."""
+        """Starts the TRAIN stage, unless the resumed epoch was already validated."""
         run, loop = self.run, fit_loop_of(trainer)
         self._until_the_next_epoch.restore()
         show_epoch(trainer, run.epochs)
@@ -190,23 +196,23 @@ class BrainCallback(Callback):
         run.train.fetches_collectively = fetches_collectively(limited)
         run.train.start()
         if strategies.is_parallel(trainer) and not wraps_itself(run.brain):
-            # A callback, or the stage's start, may have unfrozen or replaced something.
+            # A callback or on_stage_start may have unfrozen or replaced modules.
             wrap_modules(run.brain)
             save_whole(run.brain)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the validation run to the end of its loader."""
+        """Makes the validation run to the end of its loader."""
         if not self.run.valid.is_within_training:
             self.run.end_if_terminated()
         evaluation_loop_of(trainer).end_by_exhaustion(self.run.valid.is_sharded)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the test run to the end of its loader, with the counts of the Brain."""
+        """Makes the test run to the end of its loader, with the counters of the Brain."""
         self._preflight(trainer)
         self._begin_log()
         evaluation_loop_of(trainer).end_by_exhaustion(sharded=False)
         if trainer.global_step == 0:
-            # One that has trained nothing would log at the very beginning.
+            # Otherwise a Trainer that did not train would log the results at step 0.
             before = progress(trainer)
             self._for_the_run.callback(set_progress, trainer, **before, batches=0, windows=0)
             steps = self.run.brain.optimizer_step
@@ -214,7 +220,7 @@ class BrainCallback(Callback):
             set_progress(trainer, self._epochs_over(), steps, batches, windows=steps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends an epoch that had no batch, and decides about the next one."""
+        """Ends an epoch that had no batch, and decides whether there is a next epoch."""
         if self.run.train.is_running:
             self.run.train.end()
             fit_loop_of(trainer).run_validation()
@@ -223,7 +229,7 @@ class BrainCallback(Callback):
         self._for_the_epoch.restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what has ended the training."""
+        """Logs whether EarlyStopping ended the training."""
         for stopping in trainer.early_stopping_callbacks:
             if stopping is not None and stopping.stopped_epoch:
                 message = "EarlyStopping(%r) ended the training after epoch %s."
@@ -232,21 +238,21 @@ class BrainCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Records a Ctrl-C, which Lightning makes a SystemExit, and restores the Trainer."""
+        """Records a KeyboardInterrupt, which Lightning replaces; restores the Trainer."""
         if isinstance(exception, KeyboardInterrupt):
             self.run.interrupt = exception
         elif trainer.world_size > 1 and isinstance(exception, Exception):
-            # Now: the others are about to fail of this, with errors that hide this one.
-            message = "Rank %d failed, and the others end with it."
+            # Log it now, before the other ranks fail in a collective and hide this error.
+            message = "Rank %d failed, which also ends the other ranks."
             logger.error(message, trainer.global_rank, exc_info=exception)
         self._restore(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restores the Trainer, and waits until the last checkpoint is durable."""
+        """Restores the Trainer, and waits until the last checkpoint is written."""
         self._restore(trainer)
         checkpointer = self.run.brain.checkpointer
         if isinstance(checkpointer, Checkpointer):
-            # Before another process looks for it; each evaluates alone.
+            # The other ranks may look for it next, because each rank evaluates by itself.
             several = trainer.world_size > 1
             collectively(checkpointer.wait) if several else checkpointer.wait()
 
@@ -274,7 +280,7 @@ class BrainCallback(Callback):
             self._for_the_run,
         ):
             temporary.restore()
-        # The next module of this Trainer may be no Brain's.
+        # The user may run the Trainer with another LightningModule next.
         rest = _without(callbacks_of(trainer), [self, *self._added])
         trainer.callbacks = rest  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Lightning's progress bars, with what a Brain's own bar shows."""
+"""Makes Lightning's progress bars show the values of a Brain's own bar."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from brain_lightning.temporary import TemporaryAttributes
 
 
 def show_running_loss(trainer: Trainer, run: Run, temporary: TemporaryAttributes) -> None:
-    """Lets the Trainer's bar show the running loss, which it reads when it refreshes.
+    """Makes the Trainer's progress bar show the running loss at each refresh.
 
     Args:
         trainer: The Trainer in its ``setup``.
         run: The run.
-        temporary: Records what is changed.
+        temporary: Records the changes.
     """
     bar = trainer.progress_bar_callback
     if bar is None:
@@ -35,16 +35,16 @@ def show_running_loss(trainer: Trainer, run: Run, temporary: TemporaryAttributes
 
 
 def show_epoch(trainer: Trainer, epochs: Epochs) -> None:
-    """Shows the Brain's number of the epoch, where Lightning counts from 0.
+    """Shows the Brain's epoch number, because Lightning's starts at 0.
 
     Args:
-        trainer: The Trainer, after its bar has begun the epoch.
+        trainer: The Trainer, after its bar started the epoch.
         epochs: The epochs of the Brain.
     """
     bar, last = trainer.progress_bar_callback, last_epoch(trainer, epochs)
     name = f"Epoch {epochs.current}" + ("" if last is None else f"/{last}")
     if isinstance(bar, TQDMProgressBar):
-        # One of a subclass may have no bar for training.
+        # A subclass may have no bar for training.
         with suppress(TypeError):
             bar.train_progress_bar.set_description(name)
     elif isinstance(bar, RichProgressBar):
@@ -52,7 +52,7 @@ def show_epoch(trainer: Trainer, epochs: Epochs) -> None:
 
 
 def _describe(bar: RichProgressBar, name: str) -> None:
-    # Neither is there where the bar is switched off, as on other ranks.
+    # Both are None if the bar is disabled, for example on other ranks.
     task = bar.train_progress_bar_id
     if bar.progress is not None and task is not None:
         style = bar.theme.description
@@ -60,14 +60,14 @@ def _describe(bar: RichProgressBar, name: str) -> None:
 
 
 def last_epoch(trainer: Trainer, epochs: Epochs) -> Any:
-    """The number of the last epoch, for the counter or for the Trainer.
+    """Returns the number of the last epoch, from the epoch counter and ``max_epochs``.
 
     Args:
         trainer: The Trainer at the start of an epoch.
         epochs: The epochs of the Brain.
 
     Returns:
-        None where neither has an end that is known.
+        The number, or None if neither has a known end.
     """
     counter, current = epochs.counter, epochs.current
     last = getattr(counter, "limit", None)

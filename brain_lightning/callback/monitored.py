@@ -1,4 +1,4 @@
-"""Names that callbacks monitor and nothing reports, as far as is known before training."""
+"""Warns before training if a callback monitors a name that the recipe does not report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from brain_lightning.references import own_methods, referenced, texts, texts_in
 from brain_lightning.stage import Stage
 from brain_lightning.stages.metrics import staged
 
-# What stands between the parts of a name, and may be put there by the code: f"{task}_{name}".
+# Separators between the parts of a name. Code may join parts, for example f"{task}_{name}".
 SEPARATORS = "_/.-"
-# What stages and losses are called by those who mean one that has another name.
+# Words in names that users expect a loss to have, although the loss has another name.
 WORDS_OF_A_LOSS = {
     "train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing",
     "loss", "epoch", "step", "avg", "mean",
@@ -27,14 +27,14 @@ WORDS_OF_A_LOSS = {
 
 
 def warn_of_unknown_names(trainer: Trainer, brain: BrainProtocol, validates: bool) -> None:
-    """Warns of a monitored name that nothing seems to report, before an epoch is lost.
+    """Warns before training if the code does not seem to report a monitored name.
 
-    Lightning fails when the name is first looked for, which is after an epoch. Here no more
-    is known than what the code says: whether the name, or its parts, stand in it.
+    Lightning raises an error only when it looks up the name, at the end of an epoch. This
+    check searches the source code for the name or its parts, so it can miss a name.
 
     Args:
         trainer: The Trainer in ``setup``.
-        brain: The Brain that is going to fit.
+        brain: The Brain that is about to fit.
         validates: Whether the Trainer validates.
     """
     monitoring = [c for c in callbacks_of(trainer) if isinstance(_monitor_of(c), str)]
@@ -60,31 +60,31 @@ def _message(callback: Callback, name: str, brain: BrainProtocol, losses: list[s
     close = difflib.get_close_matches(name, losses, 1)
     found = f"{type(callback).__name__}(monitor={name!r})"
     return (
-        f"{found}: nothing in the code of {recipe} reports a number of this name. There are "
-        f"{', '.join(losses)}, and what the recipe gives to train_logger.log_stats and to the "
-        "meta of its checkpoints, as valid_WER and as WER"
-        + (f". Did you mean {close[0]!r}?" if close else "")
+        f"{found}: the code of {recipe} does not seem to report a metric of this name. "
+        f"Available are {', '.join(losses)}, and the metrics that the recipe passes to "
+        "train_logger.log_stats (as valid_WER) and to the meta of its checkpoints (as WER)."
+        + (f" Did you mean {close[0]!r}?" if close else "")
     )
 
 
 def _texts_of(trainer: Trainer, brain: BrainProtocol) -> set[str]:
-    """Every text that may be the name of a number, or a part of one."""
+    """Returns every string in the code that may be the name of a metric, or a part of one."""
     hparams = getattr(brain, "hparams", None)
     found = texts(brain) | texts_in(getattr(hparams, "__dict__", hparams))
     for callback in callbacks_of(trainer):
-        # One of the user's may log by itself.
+        # A user's callback may call self.log.
         found |= texts(callback)
-    # Summaries that recipes report as they are.
+    # Recipes may report the summaries of SpeechBrain's metrics unchanged.
     return found | texts_in(metrics_code())
 
 
 def _may_be_reported(name: str, found: set[str], validates: bool) -> bool:
     if name in found or name.startswith("lr-"):
-        # LearningRateMonitor names rates after optimizers.
+        # LearningRateMonitor logs learning rates as "lr-" and the optimizer's name.
         return True
     if any(_is_affix(text, name) for text in found):
         return True
-    # Several validation sets are numbered or named.
+    # The losses of several validation sets have a number or a name at the end.
     if name.startswith("valid_loss_"):
         return validates
     words = _words(name)
@@ -99,7 +99,7 @@ _STAGE = "^" + "|^".join(staged(stage, "") for stage in Stage)
 
 
 def _words(text: str) -> set[str]:
-    """The parts of a name, without numbers; a sentence has none."""
+    """Returns the parts of a name except for numbers; an empty set for a sentence."""
     if any(character.isspace() for character in text):
         return set()
     parts = re.split(f"[{re.escape(SEPARATORS)}]", text)
@@ -107,7 +107,7 @@ def _words(text: str) -> set[str]:
 
 
 def _is_affix(text: str, name: str) -> bool:
-    """Whether a text begins or ends the name, as that of ``f"val_{name}"`` does."""
+    """Whether the name starts or ends with a string, as ``f"val_{name}"`` with ``val_``."""
     if len(text) < 2:
         return False
     begins = text[-1] in SEPARATORS and name.startswith(text)

@@ -1,4 +1,4 @@
-"""``--profile_training``: a few training steps under Lightning's PyTorchProfiler."""
+"""``--profile_training``: profiles a few training steps with Lightning's PyTorchProfiler."""
 
 from __future__ import annotations
 
@@ -17,43 +17,46 @@ logger = logging.getLogger(__name__)
 
 
 class _TrainingProfiler(PyTorchProfiler):
-    """Goes by the training steps alone, as SpeechBrain's profiler."""
+    """Advances its schedule only in training steps, as SpeechBrain's profiler does."""
 
     STEP_FUNCTIONS = {"training_step"}  # noqa: RUF012  Lightning's own name and type
 
 
 def profile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
-    """Lets a Trainer profile the first training steps.
+    """Makes a Trainer profile the first training steps.
 
-    The trace goes where SpeechBrain writes it, ``output_folder/profiler_logs``
+    The trace is written to the same folder as in SpeechBrain, ``output_folder/profiler_logs``
     (``speechbrain.utils.profiling.prepare_profiler``).
 
     Args:
         trainer: The Trainer, before it sets up its profiler.
-        brain: Its ``profile_warmup`` and ``profile_steps`` say which steps.
-        temporary: Records what is changed.
+        brain: The Brain, with the run options ``profile_warmup`` and ``profile_steps``.
+        temporary: Records the changes.
 
     Raises:
-        RunOptionError: The Trainer has a profiler already, or there is no
+        RunOptionError: If the Trainer already has a profiler, or there is no
             ``output_folder``.
     """
-    # An attribute that Lightning's type hints do not show.
+    # Lightning's type hints lack this attribute.
     users: Profiler = trainer.profiler  # type: ignore[attr-defined]
     if not isinstance(users, PassThroughProfiler):
         name = type(users).__name__
         raise RunOptionError(
-            f"run option profile_training and Trainer(profiler={name}) exclude each other: "
-            "leave one of them out"
+            f"run option profile_training and Trainer(profiler={name}) cannot be used "
+            "together. Remove one of them."
         )
     folder = hparam(brain, "output_folder")
     if folder is None:
-        raise RunOptionError("profile_training writes to hparams['output_folder']: give it")
-    # One step more than asked for: where a schedule ends first, Lightning 2.6 on torch
-    # 2.13 finds no events and raises. The run ends first.
+        raise RunOptionError(
+            "run option profile_training needs a folder for its trace. Set output_folder in "
+            "hparams."
+        )
+    # The schedule has one more step than the run. If the schedule ended before the run,
+    # Lightning 2.6 with torch 2.13 would find no events and raise an error.
     schedule = torch.profiler.schedule(
         wait=0, warmup=brain.profile_warmup, active=brain.profile_steps + 1
     )
-    # Without with_stack, with which torch 2.13 on Python 3.11 reads freed memory.
+    # with_stack is not set: with it, torch 2.13 on Python 3.11 reads freed memory.
     profiler = _TrainingProfiler(
         dirpath=Path(folder) / "profiler_logs",
         filename="profile",
@@ -64,20 +67,20 @@ def profile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttribut
 
 
 def end_when_profiled(trainer: Trainer, brain: BrainProtocol, batches: int) -> None:
-    """Ends the script after the last step of the profile, as SpeechBrain does.
+    """Ends the script after the last profiled step, as SpeechBrain does.
 
     Args:
         trainer: The Trainer in ``on_train_batch_end``.
         brain: The Brain in training, with ``profile_training``.
-        batches: Training batches so far.
+        batches: Number of training batches so far.
 
     Raises:
-        SystemExit: The profile is complete.
+        SystemExit: If the profile is complete.
     """
     if batches == brain.profile_warmup + brain.profile_steps:
         profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]
         profiler.describe()
-        # It would start anew with the next hook, and never be closed.
+        # Otherwise the next hook would restart the profiler, and nothing would close it.
         trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]
         logger.info("The profiler finished, training is stopped.")
         raise SystemExit

@@ -1,6 +1,6 @@
-"""Trainer arguments meet run options: an explicit value beats a default.
+"""Reconciles Trainer arguments with run options: an explicit value overrides a default.
 
-Two explicit values that differ are an error that names both.
+If two explicit values differ, an error with both names is raised.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from brain_lightning.temporary import TemporaryAttributes
 from .profiling import profile
 from .sharded_checkpoints import reconcile_sharded_checkpoints
 
-# Lightning's names of mixed precision, in SpeechBrain's words.
+# Lightning's names of mixed precision, and SpeechBrain's names.
 MIXED_PRECISIONS = {"16-mixed": "fp16", "bf16-mixed": "bf16"}
 
 
@@ -37,12 +37,13 @@ def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttrib
 
     Args:
         trainer: The Trainer, before it checks its configuration.
-        brain: The Brain that is going to run.
-        temporary: Records what is changed.
+        brain: The Brain that is about to run.
+        temporary: Records the changes.
 
     Raises:
-        RunOptionError: An argument of the Trainer contradicts a run option.
-        UnsupportedError: Its strategy cannot train modules that an earlier run has sharded.
+        RunOptionError: If an argument of the Trainer contradicts a run option.
+        UnsupportedError: If an earlier run sharded the modules, and the Trainer's strategy
+            cannot train sharded modules.
     """
     reconcile_processes(trainer, brain, temporary)
     if trainer.training and not isinstance(trainer.strategy, FSDP2Strategy):
@@ -56,8 +57,11 @@ def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttrib
     if trainer.accumulate_grad_batches != 1:
         _check_accumulation(brain, trainer.accumulate_grad_batches)
     if trainer.num_sanity_val_steps and trainer.training:
-        # Recipes read in VALID what their on_stage_start set.
-        rank_zero_info("A Brain validates in its own order: no sanity check.")
+        # In VALID, recipes may read attributes that their on_stage_start sets in TRAIN.
+        rank_zero_info(
+            "The sanity check (num_sanity_val_steps) is disabled, because a Brain validates "
+            "only after training."
+        )
         temporary.set(trainer, "num_sanity_val_steps", 0)
     if brain.profile_training and trainer.training:
         profile(trainer, brain, temporary)
@@ -66,24 +70,25 @@ def reconcile(trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttrib
 def reconcile_accumulation(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes, length: int | None
 ) -> bool:
-    """Accumulates gradients in the Brain as the Trainer would, for one epoch.
+    """Makes the Brain accumulate gradients as the Trainer would, for one epoch.
 
-    The Trainer asks for an update after each batch, and the Brain decides.
+    The Trainer calls for an optimizer step after each batch, and the Brain decides.
 
     Args:
-        trainer: The Trainer at the start of a TRAIN stage, when a
-            GradientAccumulationScheduler has set its number.
+        trainer: The Trainer at the start of a TRAIN stage, after a
+            GradientAccumulationScheduler has set ``accumulate_grad_batches``.
         brain: The Brain.
-        temporary: Records what is changed.
-        length: Batches in the epoch, or None where that is not known.
+        temporary: Records the changes.
+        length: Number of batches in the epoch, or None if it is not known.
 
     Returns:
-        Whether an incomplete window at the end makes an update: Lightning's rule
-        where the Trainer has accumulate_grad_batches, else it is dropped.
+        Whether the optimizers step after an incomplete accumulation window at the end of the
+        epoch. With ``accumulate_grad_batches`` they do, as in Lightning. Otherwise the
+        incomplete window is dropped, as in SpeechBrain.
 
     Raises:
-        RunOptionError: The run option is another number, or the end of the epoch
-            cannot be known in advance.
+        RunOptionError: If the run option has another value, or the length of the epoch
+            is not known in advance.
     """
     batches = trainer.accumulate_grad_batches
     if batches == 1:
@@ -91,9 +96,9 @@ def reconcile_accumulation(
     _check_accumulation(brain, batches)
     if length is None:
         raise RunOptionError(
-            f"Trainer(accumulate_grad_batches={batches}) updates on the last batch, which is "
-            "not known for a set without a length: use the run option "
-            f"grad_accumulation_factor={batches}, which drops an incomplete window"
+            f"Trainer(accumulate_grad_batches={batches}) steps after the last batch, which is "
+            "not known for a dataset without a length. Use the run option "
+            f"grad_accumulation_factor={batches}, which drops an incomplete window."
         )
     temporary.set(brain, "grad_accumulation_factor", batches)
     temporary.set(trainer, "accumulate_grad_batches", 1)
@@ -108,19 +113,19 @@ def _check_accumulation(brain: BrainProtocol, batches: int) -> None:
 def reconcile_processes(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
-    """Gives the Brain its rank and its device, which it keeps after the run.
+    """Sets the rank and the device of the Brain, also for the time after the run.
 
     Args:
-        trainer: The Trainer, before or after it has started its processes.
-        brain: The Brain that is going to run.
-        temporary: Records what is changed on the Trainer.
+        trainer: The Trainer, before or after it starts its processes.
+        brain: The Brain that is about to run.
+        temporary: Records the changes to the Trainer.
 
     Raises:
-        RunOptionError: An argument of the Trainer contradicts a run option.
+        RunOptionError: If an argument of the Trainer contradicts a run option.
     """
     if strategies.is_parallel(trainer):
         if trainer.num_devices * trainer.num_nodes > 1:
-            # By this a Brain shares its data out; a launched one knows.
+            # With this option a Brain uses a distributed sampler. (torchrun sets it already.)
             brain.distributed_launch = True
         set_processes(brain, trainer.global_rank, trainer.world_size)
         if is_explicit(brain, "distributed_backend"):
@@ -133,7 +138,7 @@ def reconcile_processes(
 def _reconcile_wrapping(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
-    """Each entry of ``modules`` in its own DDP, or in shards, as the strategy says."""
+    """Wraps each entry of ``modules`` in DDP, or shards it, depending on the strategy."""
     if isinstance(trainer.strategy, FSDP2Strategy):
         temporary.set(brain._lightning, "sharding", trainer.strategy.sharding)
         reconcile_sharded_checkpoints(brain, temporary)
@@ -145,10 +150,10 @@ def _reconcile_wrapping(
         _check_conflict(brain, "find_unused_parameters", unused, argument)
         temporary.set(brain, "find_unused_parameters", unused)
     temporary.set(brain._lightning, "ddp_arguments", arguments)
-    # The strategy's own, around the whole module.
+    # The strategy would wrap the whole LightningModule in DDP.
     temporary.override(trainer.strategy, "configure_ddp", lambda: None)
     if not wraps_itself(brain):
-        # Recipes that override on_fit_start call it by this name.
+        # Recipes that override on_fit_start call _wrap_distributed.
         temporary.override(brain, "_wrap_distributed", partial(wrap_modules, brain))
 
 
@@ -168,26 +173,26 @@ def _reconcile_clipping(
 ) -> None:
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if algorithm is not None:
-        # SpeechBrain's own optimizers_step, which a fit_batch may call, knows norms alone.
+        # An overridden fit_batch may call SpeechBrain's optimizers_step, which clips norms.
         if algorithm != "norm" and steps_itself(brain) and is_speechbrains(brain):
             raise UnsupportedError(
-                f"Trainer(gradient_clip_algorithm={algorithm!r}) has no effect on a fit_batch "
-                f"of {type(brain).__name__}'s own: leave it out, or give the recipe our "
-                "Brain, from brain_lightning import Brain"
+                f"Trainer(gradient_clip_algorithm={algorithm!r}) has no effect on the "
+                f"overridden fit_batch of {type(brain).__name__}. Remove the argument, or let "
+                "the recipe subclass brain_lightning.Brain."
             )
         temporary.set(brain._lightning, "gradient_clip_algorithm", algorithm)
     if value is None:
         return
     _check_conflict(brain, "max_grad_norm", float(value), f"gradient_clip_val={value}")
     temporary.set(brain, "max_grad_norm", float(value))
-    # Lightning refuses to clip for a module with manual optimization.
+    # Lightning raises an error for this argument with manual optimization.
     temporary.set(trainer, "gradient_clip_val", None)
 
 
 def _reconcile_precision(
     trainer: Trainer, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
-    """Mixed precision is the Brain's: its fit_batch may use its scaler and contexts itself."""
+    """Sets mixed precision in the Brain, because fit_batch may use its scaler and contexts."""
     plugin = trainer.precision_plugin
     if type(plugin) is not MixedPrecision:
         if plugin.precision != "32-true" and brain.precision != "fp32":
@@ -200,7 +205,7 @@ def _reconcile_precision(
     temporary.set(brain, "eval_precision", evaluation)
     temporary.set(brain, "training_ctx", autocast(brain.device, precision))
     temporary.set(brain, "evaluation_ctx", autocast(brain.device, evaluation))
-    # The user's scaler, where the plugin was given or has made one.
+    # The plugin may have a scaler from the user.
     scaler = plugin.scaler or gradient_scaler(brain.device, precision)
     temporary.set(brain, "scaler", scaler)
     if scaler.is_enabled() and brain.checkpointer is not None:
@@ -212,6 +217,6 @@ def _check_conflict(brain: BrainProtocol, option: str, value: Any, argument: str
     chosen = getattr(brain, option)
     if is_explicit(brain, option) and chosen != value:
         raise RunOptionError(
-            f"run option {option}={chosen!r} and Trainer({argument}) contradict each other: "
-            "leave one of them out"
+            f"run option {option}={chosen!r} and Trainer({argument}) contradict each other. "
+            "Remove one of them."
         )

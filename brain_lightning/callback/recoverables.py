@@ -1,4 +1,4 @@
-"""The objects that a run saves and recovers."""
+"""Collects the objects that a run saves and recovers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from brain_lightning.stages.run import Run
 
 
 def run_state(brain: BrainProtocol) -> RunState:
-    """The state of a run that begins, a recoverable of the Brain's Checkpointer.
+    """Returns the state of a new run, which is a recoverable of the Brain's Checkpointer.
 
     Args:
-        brain: The Brain. It must not be within another run, whose state is to be saved.
+        brain: The Brain. It must not be in another run, whose state would be lost.
 
     Returns:
-        The object of the Brain's earlier runs, where it has one, begun again.
+        The state object of the Brain's earlier runs after a reset, or a new object.
     """
     checkpointer = brain.checkpointer
     known = getattr(checkpointer, "recoverables", {}).get(KEY)
@@ -41,7 +41,7 @@ def run_state(brain: BrainProtocol) -> RunState:
 
 
 def is_saved(run: Run) -> bool:
-    """Whether the Brain's Checkpointer saves the state of a run, which is no evaluation.
+    """Whether the Brain's Checkpointer saves the state of this run; false in ``evaluate``.
 
     Args:
         run: The run.
@@ -50,23 +50,25 @@ def is_saved(run: Run) -> bool:
 
 
 def recoverables_of(run: Run) -> Recoverables:
-    """What the Brain's Checkpointer recovers; without one, every recoverable of the Brain.
+    """Returns the recoverables of the Brain's Checkpointer and the state of the run.
+
+    Without a Checkpointer, the attributes and hyperparameters of the Brain are searched.
 
     Args:
-        run: The run; its own state is one of them.
+        run: The run.
     """
     brain = run.brain
     checkpointer = brain.checkpointer
     found: dict[str, Any] = {"brain": brain}
     if hasattr(checkpointer, "recoverables"):
         found |= checkpointer.recoverables
-        # In Lightning's files the callbacks save it themselves.
+        # In Lightning's files the callbacks save their averages.
         found.pop(AVERAGES, None)
     else:
         hparams = hparams_of(brain)
         found |= {n: o for n, o in hparams.items() if _is_recoverable(o) and not _is_frozen(o)}
         found |= {n: o for n, o in vars(brain).items() if _is_recoverable(o)}
-        # Each entry is one.
+        # Each entry of modules is a separate recoverable.
         del found["modules"]
         if brain.scaler.is_enabled():
             found["scaler"] = brain.scaler
@@ -83,26 +85,26 @@ def recoverables_of(run: Run) -> Recoverables:
 
 
 def _is_recoverable(obj: object) -> bool:
-    """Also a module beside ``modules``, such as a teacher; not a scaler, which may be off."""
+    """Whether an object can be saved and recovered; a scaler is handled separately."""
     if isinstance(obj, (type, GradScaler)):
         return False
     return save_hook(obj) is not None and load_hook(obj) is not None
 
 
 def _is_frozen(obj: object) -> bool:
-    """A pretrained model among the hyperparameters, which need not be saved."""
+    """Whether an object is a frozen module, such as a pretrained model in hparams."""
     return isinstance(obj, Module) and not any(p.requires_grad for p in obj.parameters())
 
 
 def state_beside_weights(run: Run) -> Content:
-    """Everything but modules, states of optimizers and the state of the run itself.
+    """Returns the states of all recoverables except modules, optimizers and the run state.
 
     Args:
         run: The run.
 
     Returns:
-        As ``content_of``, and ``groups``: the options of each parameter group, such as a
-        learning rate, by the optimizer's name.
+        The content as from ``content_of``, and the key ``groups``: for each optimizer's name,
+        the options of its parameter groups, for example the learning rate.
     """
     meta = {"unixtime": time.time(), "end-of-epoch": False}
     groups = {
@@ -113,21 +115,21 @@ def state_beside_weights(run: Run) -> Content:
 
 
 def recover_beside_weights(run: Run, content: Content) -> None:
-    """Recovers it, without the options of optimizers.
+    """Recovers the states from ``state_beside_weights``, except for optimizer options.
 
     Args:
-        run: The run that begins.
-        content: From ``state_beside_weights``.
+        run: The run that starts.
+        content: Return value of ``state_beside_weights``.
     """
     load_content(_beside_weights(run), content)
 
 
 def recover_options(run: Run, groups: State) -> None:
-    """Recovers the options of optimizers, once the Trainer has loaded their states.
+    """Recovers the options of optimizers, after the Trainer has loaded their states.
 
     Args:
-        run: The run that begins.
-        groups: From ``state_beside_weights``.
+        run: The run that starts.
+        groups: The entry ``groups`` from ``state_beside_weights``.
     """
     for name, optimizer in _optimizers(run).items():
         for group, saved in zip(optimizer.param_groups, groups.get(name, ()), strict=False):

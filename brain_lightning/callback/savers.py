@@ -1,4 +1,7 @@
-"""Who may save when: what has to be noted for an exact resume follows from it."""
+"""Determines whether callbacks or the recipe may save between or within batches.
+
+An exact resume from such a save needs additional records, which cost time and memory.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.references import referenced
 
-# What recipes and callbacks save with, by the names in their code.
-# A validation in the middle of a batch ends with on_stage_end, which saves.
+# Names in the code of recipes and callbacks that indicate a save.
+# (A validation in the middle of a batch calls on_stage_end, which saves.)
 SAVES = {
     "checkpointer", "save_checkpoint", "save_and_keep_only", "_save_intra_epoch_ckpt",
     "_fit_valid",
 }  # fmt: skip
 
-# Methods of a Brain that run within a batch.
+# Methods of a Brain that are called within a batch.
 WITHIN = (
     "fit_batch", "optimizers_step", "compute_forward", "compute_objectives",
     "on_fit_batch_start", "on_fit_batch_end", "check_gradients", "check_loss_isfinite",
@@ -29,7 +32,7 @@ WITHIN = (
 
 
 def saves_between_batches(trainer: Trainer) -> bool:
-    """Whether something may save when the next batch is fetched and not yet fitted.
+    """Whether a save may happen after the next batch is fetched and before it is fitted.
 
     Args:
         trainer: The Trainer in its ``setup``.
@@ -39,15 +42,15 @@ def saves_between_batches(trainer: Trainer) -> bool:
 
 
 def saves_within_batch(trainer: Trainer, brain: BrainProtocol) -> bool:
-    """Whether something may save in the middle of a batch.
+    """Whether a save may happen in the middle of a batch.
 
     Args:
         trainer: The Trainer in its ``setup``.
-        brain: The Brain that is going to run.
+        brain: The Brain that is about to run.
     """
     callbacks = callbacks_of(trainer)
     return (
-        # What an error leaves is saved, or undone.
+        # With oom_patience, the changes of a batch that failed must be undone.
         brain._lightning.oom_patience is not None
         or any(_saves_on_exception(callback) for callback in callbacks)
         or _any_saves(callbacks, STEP_HOOKS)
@@ -56,12 +59,12 @@ def saves_within_batch(trainer: Trainer, brain: BrainProtocol) -> bool:
 
 
 def _saves_on_exception(callback: Callback) -> bool:
-    # An argument of ModelCheckpoint since Lightning 2.5.4.
+    # ModelCheckpoint has this argument since Lightning 2.5.4.
     by_argument = getattr(callback, "save_on_exception", False)
     return bool(by_argument) or isinstance(callback, OnExceptionCheckpoint)
 
 
 def _any_saves(owners: Iterable[Any], methods: Iterable[str]) -> bool:
-    """Whether what some methods reach of their owner's code names what it saves with."""
+    """Whether the code that the methods reach contains a name from ``SAVES``."""
     names = list(methods)
     return any(SAVES & {*names, *referenced(owner, names)} for owner in owners)

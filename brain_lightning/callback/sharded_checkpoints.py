@@ -1,4 +1,4 @@
-"""``FSDP2Strategy(sharded_checkpoints=True)``: what it needs of a Brain, and of its disks."""
+"""``FSDP2Strategy(sharded_checkpoints=True)``: checks the checkpointer and its folder."""
 
 from __future__ import annotations
 
@@ -22,42 +22,44 @@ OPTION = "FSDP2Strategy(sharded_checkpoints=True)"
 def reconcile_sharded_checkpoints(
     brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
-    """Lets the Brain's Checkpointer write shards, where the strategy says so.
+    """Makes the Brain's Checkpointer write shards, if the strategy has the option.
 
     Args:
-        brain: The Brain that is going to run.
-        temporary: Records what is changed.
+        brain: The Brain that is about to run.
+        temporary: Records the changes.
 
     Raises:
-        UnsupportedError: Its Checkpointer cannot.
+        UnsupportedError: If the Brain's checkpointer cannot write shards.
     """
     if not _is_asked_for(brain):
         return
     checkpointer = brain.checkpointer
     if checkpointer is None:
-        raise UnsupportedError(f"{OPTION} saves nothing: give the Brain a checkpointer")
+        raise UnsupportedError(
+            f"{OPTION} has no effect without a checkpointer. Pass a Checkpointer to the Brain."
+        )
     if not isinstance(checkpointer, Checkpointer):
         raise UnsupportedError(
-            f"{OPTION} needs brain_lightning.Checkpointer, and the checkpointer is a "
-            f"{type(checkpointer).__module__}.{type(checkpointer).__qualname__}: its files "
-            "and arguments are the same"
+            f"{OPTION} needs a brain_lightning.Checkpointer, but the checkpointer is a "
+            f"{type(checkpointer).__module__}.{type(checkpointer).__qualname__}. Use "
+            "brain_lightning.Checkpointer: it takes the same arguments."
         )
     if checkpointer.async_save:
         raise UnsupportedError(
-            f"async_save and {OPTION} exclude each other, for processes that write shards "
-            "wait for each other: leave one of them out"
+            f"async_save and {OPTION} cannot be used together, because ranks that write "
+            "shards wait for each other. Remove one of them."
         )
     temporary.set(checkpointer, "writes_shards", True)
 
 
 def check_folder(brain: BrainProtocol) -> None:
-    """Refuses a folder of checkpoints that the processes do not share, all together.
+    """Raises on all ranks if they write shards to a folder that they do not share.
 
     Args:
         brain: The Brain that is about to run, in a process group.
 
     Raises:
-        UnsupportedError: It is not shared, and processes are to write to it together.
+        UnsupportedError: If the ranks do not share the folder of checkpoints.
     """
     if not _is_asked_for(brain):
         return

@@ -1,4 +1,4 @@
-"""What a Trainer gives to the run of a Brain: its state, and its way to save."""
+"""Saves and restores the state of a Trainer for the run of a Brain."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ from brain_lightning.stages.metrics import merge_records
 from brain_lightning.stages.run import Run
 from brain_lightning.step.pruning import masks, restore_masks
 
+from .called_hooks import CalledHooks
 from .recoverables import recover_beside_weights, recover_options, state_beside_weights
 from .savers import saves_between_batches, saves_within_batch
-from .told import Told
 
 logger = logging.getLogger(__name__)
 
-# Their states are as large as the weights, and the same in all processes.
+# States of these callbacks are as large as the weights, and identical on all ranks.
 OF_WEIGHTS = (ModelPruning, StochasticWeightAveraging)
 
 
@@ -63,12 +63,12 @@ class LightningSide:
     Args:
         trainer: The Trainer in its ``setup``.
         run: The run.
-        rows: What the Trainer's loggers have written of it.
-        shows_bar: Whether to show SpeechBrain's bar.
+        rows: The rows that the Trainer's loggers have written in this run.
+        shows_bar: Whether to show SpeechBrain's progress bar.
 
     Attributes:
-        told: Which callbacks have heard what.
-        average: The average of weights that stands in for them.
+        called_hooks: The callback hooks that were called.
+        average: The average that a callback has swapped with the weights.
     """
 
     def __init__(self, trainer: Trainer, run: Run, rows: RunRows, shows_bar: bool) -> None:
@@ -78,7 +78,7 @@ class LightningSide:
         self.saves = bool(trainer.checkpoint_callbacks) or is_asked_for(run.brain)
         self.saves_within_batch = saves_within_batch(trainer, run.brain)
         self.draws_ahead = self.saves_within_batch or saves_between_batches(trainer)
-        self.told = Told(trainer, run)
+        self.called_hooks = CalledHooks(trainer, run)
         self.average = AverageInUse()
         self._trained = TrainedParts(run.brain)
         self._reloads: list[float] = []
@@ -92,7 +92,7 @@ class LightningSide:
         trainer, train = self._trainer, self._run.train
         counts = progress(trainer)
         counts["global_step"] += train.uncounted_steps
-        # Where the state is that of after a batch that is not counted yet.
+        # The state after this batch is saved, but the batch is not counted yet.
         counts_batch = train.is_fitted and not self.is_telling_of_batch()
         metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
         return {
@@ -102,7 +102,7 @@ class LightningSide:
             "callbacks": self._callback_states(),
             "reloads": reloads(trainer),
             "trained": self._trained.changed(self._switches()),
-            "told": self.told.state(),
+            "told": self.called_hooks.state(),
             "metrics": metrics,
             "logged": self._rows.save(logged_steps(trainer)),
             "found": self._run.metrics.state(),
@@ -113,7 +113,7 @@ class LightningSide:
 
     def _switches(self) -> dict[str, bool]:
         state = self._run.run_state
-        # A batch of which a part is done is fitted again.
+        # An incomplete batch is fitted again, so the switches before the batch are saved.
         before = state.before.switches if state.phase is Phase.FITTING else {}
         return before or switches(self._run.brain)
 
@@ -124,9 +124,9 @@ class LightningSide:
         states = {}
         for callback in callbacks_of(self._trainer):
             if isinstance(callback, OF_WEIGHTS) and not self._trainer.is_global_zero:
-                # The first process has it.
+                # Rank 0 saves it.
                 continue
-            # What ModelPruning saves are the weights; averages are in a file of their own.
+            # ModelPruning saves weights; averages are in a separate file.
             elsewhere = isinstance(callback, ModelPruning) or self.average.is_saved(callback)
             state, whole = {}, elsewhere or not has_hook(callback, "on_save_checkpoint")
             try:
@@ -136,8 +136,8 @@ class LightningSide:
             if not whole and callback.state_key not in self._reported:
                 self._reported.add(callback.state_key)
                 logger.warning(
-                    "Checkpoint directories do not hold all of the state of %s: it resumes "
-                    "from Lightning's checkpoints, by fit(ckpt_path=...).",
+                    "Checkpoint directories (CKPT+...) do not contain the full state of %s. "
+                    "To resume it, save with ModelCheckpoint, and use fit(ckpt_path=...).",
                     type(callback).__name__,
                 )
             if state:
@@ -146,12 +146,12 @@ class LightningSide:
 
     def is_telling_of_batch(self) -> bool:
         """See ``TrainerSide``."""
-        can_tell = self._run.run_state.position.can_fetch_again()
-        return can_tell and self.told.is_telling("on_train_batch_end")
+        can_call_again = self._run.run_state.position.can_fetch_again()
+        return can_call_again and self.called_hooks.is_incomplete("on_train_batch_end")
 
     def weights(self) -> AbstractContextManager[None]:
         """See ``TrainerSide``."""
-        return self.average.put_back(self._trainer.lightning_module)
+        return self.average.swapped_back(self._trainer.lightning_module)
 
     def measured(self) -> AbstractContextManager[None]:
         """See ``TrainerSide``."""
@@ -170,12 +170,12 @@ class LightningSide:
         return state_beside_weights(self._run)
 
     def save_within_epoch(self) -> None:
-        """Saves as the Trainer saves, and replaces the save before."""
+        """Saves a checkpoint with the Trainer, and replaces the previous one."""
         trainer = self._trainer
         default = os.path.join(trainer.default_root_dir, "checkpoints")
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or default
-        # ModelCheckpoint finds it for fit(ckpt_path="last").
-        self._save(folder, "last-within-epoch.ckpt")
+        # With this name, ModelCheckpoint finds it for fit(ckpt_path="last").
+        self._save(os.fspath(folder), "last-within-epoch.ckpt")
 
     def requeue(self) -> bool:
         """See ``TrainerSide``."""
@@ -188,7 +188,8 @@ class LightningSide:
         if "://" in folder:
             trainer.save_checkpoint(path)
             return
-        # Lightning may write to $TMPDIR first, and copy from there. It looks for "hpc_ckpt_".
+        # os.replace is atomic, while Lightning may copy the file from $TMPDIR. The temporary
+        # name must not contain "hpc_ckpt_", which Lightning looks for.
         part = os.path.join(folder, "within-epoch.ckpt.part")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
@@ -196,10 +197,10 @@ class LightningSide:
         trainer.strategy.barrier("save_within_epoch")
 
     def resume(self, resumed: ProcessState) -> None:
-        """Restores the Trainer from what the Brain has recovered.
+        """Restores the Trainer from the run state that the Brain has recovered.
 
         Args:
-            resumed: The state of the run that was saved.
+            resumed: The saved state of the run.
         """
         if resumed["beside_weights"]:
             recover_beside_weights(self._run, resumed["beside_weights"])
@@ -215,12 +216,12 @@ class LightningSide:
         run.train.earlier = counts["batches"]
         counts["batches"] += 0 if epoch is None else epoch["batches"]
         run.train.batches = counts["batches"]
-        # Older files count batches.
+        # Older files have only the number of batches.
         run.train.windows = state.get("windows", counts["batches"])
         for name, value in state.get("last_batch", {}).items():
             setattr(run.train, name, value)
         set_progress(trainer, **counts, windows=run.train.windows)
-        # Of earlier versions it is known by the step alone.
+        # Files of earlier versions have no "logged"; then the step is used.
         self._rows.resume(state.get("logged", {}), logged_steps(trainer))
         self._trained.restore(state.get("trained", {}))
         self.show_unfrozen()
@@ -229,23 +230,23 @@ class LightningSide:
                 _load(callback, state["callbacks"][callback.state_key])
         if "masks" in state:
             restore_masks(run.brain.modules, state["masks"], self._plain_name)
-        # Since version 1.
+        # Files have these keys since version 1.
         if "told" in state:
             self._reloads = state["reloads"]
-            self.told.restore(state["told"], self._resume_metrics(state))
+            self.called_hooks.restore(state["told"], self._resume_metrics(state))
             if run.run_state.resumed_phase is not Phase.VALID_OVER:
                 run.metrics.restore(state["found"])
             # A Timer may have stopped the run already.
             trainer.should_stop |= state["should_stop"]
 
     def _resume_metrics(self, state: State) -> Collection[str]:
-        """Gives callbacks that monitor what they would have read; it is not logged again.
+        """Restores the metrics that callbacks monitor, without logging them again.
 
         Args:
-            state: Of the Trainer.
+            state: The saved state of the Trainer.
 
         Returns:
-            The names of what was reported in the epoch that is resumed.
+            The names of the metrics that were reported in the resumed epoch.
         """
         trainer, run = self._trainer, self._run
         merge_records(run.brain._lightning.records, state.get("records", {}))
@@ -253,17 +254,17 @@ class LightningSide:
         found = run.take_metrics(from_all_ranks=trainer.world_size > 1)
         trainer.callback_metrics.update(state["metrics"])
         trainer.callback_metrics.update({n: torch.tensor(v) for n, v in found.items()})
-        # Callbacks have not read it yet, and what they have is of the epoch before.
+        # If found is not empty, callbacks have not read it, and state has older metrics.
         return found.keys() or state["metrics"].keys()
 
     def show_unfrozen(self) -> None:
-        """Lets callbacks see what was unfrozen among the parameters that are optimized."""
+        """Makes unfrozen parameters visible to callbacks in the optimizer's groups."""
         for optimizer in self._trainer.optimizers:
             if isinstance(optimizer, OptimizerGroup):
                 optimizer.show_unfrozen()
 
     def resume_after_loading(self) -> None:
-        """Restores what the Trainer has changed since ``resume``: it made loaders."""
+        """Restores what Lightning has overwritten when it set up loaders and optimizers."""
         if self._groups:
             recover_options(self._run, self._groups)
         if self._reloads:
@@ -272,12 +273,12 @@ class LightningSide:
 
 def _load(callback: Callback, state: State) -> None:
     if isinstance(callback, Timer):
-        # From a Lightning file it is loaded already; else max_time is per start.
+        # Lightning's files restore the time. Otherwise max_time applies to each start.
         return
     load_state(callback, state)
     leave_groups_as_recovered(callback)
     if isinstance(callback, ModelCheckpoint):
-        # It saves it, and does not load it.
+        # ModelCheckpoint saves current_score, but does not load it.
         callback.current_score = state["current_score"]
 
 
@@ -290,22 +291,22 @@ def _has_stopped_early(trainer: Trainer) -> bool:
 
 
 def _resume_epochs(run: Run, resumed: ProcessState) -> None:
-    """Lets the epoch counter yield the epoch in which the run is to be resumed."""
+    """Makes the epoch counter yield the epoch in which the run resumes."""
     state, epochs, counted = run.run_state, run.epochs, resumed["end_of_epoch"]
     recovered = getattr(run.brain.checkpointer, "recoverables", {}).values()
     remembers = any(each is epochs.counter for each in recovered)
     if state.explicit:
         remembers = load_hook(epochs.counter) is not None
-    begins_again = counted and not remembers and not state.explicit
-    if begins_again and state.resumed_phase is not Phase.VALID_OVER:
-        # With its first epoch, as SpeechBrain's loop over a range.
+    restarts = counted and not remembers and not state.explicit
+    if restarts and state.resumed_phase is not Phase.VALID_OVER:
+        # The first epoch comes next, as in SpeechBrain with a range as epoch counter.
         resumed["epoch"] = None
     epoch, in_epoch = resumed["epoch"], resumed["epoch"] is not None
     state.epochs = resumed["epochs"] - in_epoch
-    if not remembers and not begins_again:
+    if not remembers and not restarts:
         state.drawn = resumed["drawn"] - (in_epoch and not counted)
         epochs.skip(state.drawn)
     if epoch is not None and counted:
-        # It yields nothing for the rest of this epoch.
+        # The counter yields no number for the rest of this epoch.
         state.drawn -= 1
         epochs.resume(epoch["number"])

@@ -1,4 +1,4 @@
-"""Lightning's callbacks that cannot do their work with a Brain in some settings."""
+"""Raises for Lightning's callbacks that do not work with a Brain in some settings."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from brain_lightning.errors import UnsupportedError
 from brain_lightning.fsdp2.strategy import FSDP2Strategy
 from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 
-# Those that cannot where modules are sharded, and why. WeightAveraging and EMAWeightAveraging
-# came with Lightning 2.6.
-COPIES = "it copies modules, and there is no copy of one in shards"
+# Callbacks that do not work with sharded modules, and the reasons. (By name, because
+# WeightAveraging and EMAWeightAveraging are new in Lightning 2.6.)
+COPIES = "it copies modules, and sharded modules cannot be copied"
 REFUSED_WITH_SHARDS = {
     "WeightAveraging": COPIES,
     "StochasticWeightAveraging": COPIES,
-    "ModelPruning": "it looks for the smallest of all weights, and each process has a part",
+    "ModelPruning": "it needs the smallest of all weights, and each rank has only its shards",
 }
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """Refuses the callbacks of a Trainer that cannot do their work with a Brain.
+    """Raises if a callback of a Trainer does not work with a Brain.
 
     Args:
         trainer: The Trainer, before it runs.
 
     Raises:
-        UnsupportedError: There is one; it is named, with the reason.
+        UnsupportedError: If there is such a callback. The message has its name and the reason.
     """
     for callback in callbacks_of(trainer):
         if isinstance(trainer.strategy, FSDP2Strategy):
@@ -40,14 +40,14 @@ def _check_with_shards(callback: Callback) -> None:
     for cls in type(callback).__mro__:
         if cls.__name__ in REFUSED_WITH_SHARDS:
             raise UnsupportedError(
-                f"{type(callback).__name__} does not work with strategy='fsdp2': "
-                f"{REFUSED_WITH_SHARDS[cls.__name__]}. Leave it out, or use strategy='ddp'"
+                f"{type(callback).__name__} is not supported with strategy='fsdp2': "
+                f"{REFUSED_WITH_SHARDS[cls.__name__]}. Remove it, or use strategy='ddp'."
             )
 
 
 def _check_averaging(trainer: Trainer) -> None:
     if trainer.max_epochs == -1 and not AVERAGES_WITHOUT_END:
         raise UnsupportedError(
-            "StochasticWeightAveraging takes its average in the last of max_epochs, before "
-            "Lightning 2.6.1, and there is none: give max_epochs as many as the epoch counter"
+            "before Lightning 2.6.1, StochasticWeightAveraging needs max_epochs, because it "
+            "uses its average in the last epoch. Set max_epochs to the epoch counter's limit."
         )

@@ -1,14 +1,14 @@
-"""Every private part of Lightning that is used, each a row of ``contract``.
+"""The only folder that uses private names of Lightning; ``contract`` lists them all.
 
-``attach`` puts our subclasses in the place of a Trainer's loops for one run: ``loops`` makes
-epochs and stages a Brain's, ``parts`` runs them one by one where a recipe brings a loop of its
-own, ``lean_loops`` leaves out the hooks that nobody has. ``loaders`` gives the loops the
-loaders of the stages, ``counters`` sets and moves their counts.
+``attach`` replaces the loops of a Trainer by brain_lightning's subclasses for one run.
+``loops`` runs the epochs and stages of a Brain. ``parts`` runs single stages for recipes with
+a custom loop. ``lean_loops`` skips hooks that no callback overrides. ``loaders`` passes the
+loaders of the stages to the loops. ``counters`` reads and sets the progress counters.
 ``strategies``, ``signals``, ``checkpoint_connector``, ``loggers`` and ``trainer_callbacks``
-each have what is needed of that part of Lightning.
+access these parts of Lightning.
 """
 
 from .contract import check_imports
 
-# Before the files of this folder import them.
+# Check before the files of this folder import private names.
 check_imports()

@@ -1,4 +1,4 @@
-"""A Trainer's loops and loaders ruled by a Brain, for one run."""
+"""Attaches the stages of a Brain to a Trainer's loops and loaders, for one run."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def attach(
     own_fit: Callable[[], Any] | None,
     resume: Callable[[], None],
 ) -> None:
-    """Lets the stages of a Brain rule the Trainer's loops.
+    """Attaches the stages of a Brain to the Trainer's loops.
 
     Args:
         trainer: The Trainer in its ``setup``.
         run: The run.
-        temporary: Records what is changed.
-        own_fit: The recipe's own ``fit``, where that calls for the stages.
-        resume: Resumes the run, once ``own_fit`` has recovered what there was.
+        temporary: Records the changes.
+        own_fit: The overridden ``fit`` of the recipe, if it calls the stages.
+        resume: Function that resumes the run, after ``own_fit`` has recovered a checkpoint.
     """
     support_older_api(run.brain, temporary)
     connector = trainer._logger_connector
@@ -61,38 +61,38 @@ def attach(
             fit.epoch_loop, BrainEpochLoop, temporary,
             brain_run=run, brain_validates_after=by_parts,
         )  # fmt: skip
-        # Also of a batch after which the run was interrupted.
+        # This stores the metrics of the last batch also if the run is interrupted after it.
         temporary.callback(keep_step_metrics, trainer)
         redirect_parts(run.brain, Run.parts_of, temporary)
         for part in overridden:
             _let_run(parts, part, run.brain, temporary)
         if overridden:
             _validate_by_brain(fit.epoch_loop.val_loop, parts, run, temporary)
-    # Without this line, and the file, everything is the same, but slower.
+    # This line only saves time: it changes no result.
     make_lean((fit.epoch_loop, *evaluations), temporary)
     stages: Sequence[RunStage] = (run.train, run.valid, run.valid, run.test)
     for loop, stage in zip((fit, *evaluations), stages, strict=True):
         given = loop._data_source
         source = StageSource(given.instance, given.name, trainer, stage, temporary)
         temporary.set(loop, "_data_source", source)
-        # None, and so again at the end: the loop would reuse the loaders of this run.
+        # If it were not None at the end, the loop would reuse the loaders of this run.
         temporary.set(loop, "_combined_loader", None)
     for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-        # torch.no_grad, as a Brain evaluates: what is stored may be trained on later.
+        # Use torch.no_grad as SpeechBrain does: stored tensors may be trained on later.
         temporary.set(loop, "inference_mode", False)
 
 
 def _let_run(
     parts: StageParts, part: str, brain: BrainProtocol, temporary: TemporaryAttributes
 ) -> None:
-    """Lets a part that the recipe has written anew run as it is, within Lightning's hooks.
+    """Runs an overridden part (``_fit_train`` or ``_fit_valid``) within Lightning's hooks.
 
-    One that calls SpeechBrain's, by ``super()``, needs nothing: the stage is in that.
+    If the part calls ``super()``, nothing is changed, because ``super()`` runs the stage.
     """
     if part in referenced(brain, [part]):
         return
     found = getattr(brain, part)
-    # In a run within another one of the same Brain it is there already.
+    # In a nested run of the same Brain, the part is already replaced.
     recipe = getattr(found, "recipe", found)
     _warn_of_own_loop(type(brain).__name__, part)
     run = parts.train_by_recipe if part == "_fit_train" else parts.valid_by_recipe
@@ -108,7 +108,7 @@ def _let_run(
 
 
 def _epoch_of(recipe: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
-    """The epoch that a part is called with, whatever the recipe has made of its arguments."""
+    """Returns the epoch argument of a part, whose signature the recipe may have changed."""
     bound = inspect.signature(recipe).bind(*args, **kwargs)
     bound.apply_defaults()
     given = {**bound.arguments, **kwargs}
@@ -118,8 +118,8 @@ def _epoch_of(recipe: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> A
 @cache
 def _warn_of_own_loop(brain: str, part: str) -> None:
     logger.warning(
-        "%s.%s is a loop of the recipe's own: limits, gradient options and batch hooks of the "
-        "Trainer have no effect in it; its epochs, metrics, checkpoints and loggers do.",
+        "%s.%s is a custom loop. Limits, gradient options and batch hooks of the Trainer have "
+        "no effect in it. Epochs, metrics, checkpoints and loggers work as usual.",
         brain,
         part,
     )
@@ -128,5 +128,5 @@ def _warn_of_own_loop(brain: str, part: str) -> None:
 def _validate_by_brain(
     loop: Any, parts: StageParts, run: Run, temporary: TemporaryAttributes
 ) -> None:
-    """Makes a validation in the middle of an epoch the Brain's ``_fit_valid``."""
+    """Makes a validation in the middle of an epoch call the Brain's ``_fit_valid``."""
     temporary.override(loop, "run", lambda: parts.validate_by_brain(run.trainer.shows_bar))

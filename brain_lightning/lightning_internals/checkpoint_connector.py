@@ -1,4 +1,4 @@
-"""Which file a run begins with, where Lightning chooses another than is meant."""
+"""Chooses the checkpoint of a run in cases in which Lightning would choose another one."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .trainer_callbacks import callbacks_of
 
 
 def read_ckpt_path(trainer: Trainer, take: Callable[[Any], bool], is_within: bool) -> None:
-    """Reads the ``ckpt_path`` of the next run in the place of Lightning.
+    """Replaces how Lightning reads the ``ckpt_path`` of the next run.
 
-    ``"last"`` means the newest where there is no last: Lightning would start from scratch,
-    with a warning (``_parse_ckpt_path``). In a job of SLURM's that was requeued it would
-    resume everything from what the job has saved: an evaluation of the weights in memory as
-    well, and a fit within the fit that is resumed. It has no hook between the call of
-    ``fit`` and its decision.
+    If there is no last checkpoint, ``"last"`` selects the newest one. (Lightning would start
+    from scratch, with a warning: ``_parse_ckpt_path``.) In a requeued SLURM job, Lightning
+    would load the job's checkpoint in every run, including evaluations of the weights in
+    memory and nested fits. Lightning calls no hook between ``fit`` and this choice.
 
     Args:
         trainer: The Trainer that has just been given a module.
-        take: Whether the module takes care of a ``ckpt_path``; Lightning loads nothing then.
-        is_within: Whether the next run is within another one of the same Brain.
+        take: Function that returns whether the module loads a ``ckpt_path`` itself. Lightning
+            then loads nothing.
+        is_within: Whether the next run is nested in another run of the same Brain.
     """
     connector: Any = trainer._checkpoint_connector
     vars(connector).pop("_parse_ckpt_path", None)
@@ -35,8 +35,8 @@ def read_ckpt_path(trainer: Trainer, take: Callable[[Any], bool], is_within: boo
     def _parse_ckpt_path(state_fn: Any, ckpt_path: Any, **kwargs: Any) -> Any:
         vars(connector).pop("_parse_ckpt_path", None)
         resumes = state_fn is TrainerFn.FITTING and not is_within
-        of_memory = ckpt_path is None and kwargs["model_provided"] and not resumes
-        if of_memory or take(ckpt_path):
+        uses_memory = ckpt_path is None and kwargs["model_provided"] and not resumes
+        if uses_memory or take(ckpt_path):
             return None
         if ckpt_path == "last" and not _has_last(trainer):
             ckpt_path = _newest(trainer) or ckpt_path
@@ -65,7 +65,7 @@ def _newest(trainer: Trainer) -> str | None:
         return None
     newest = max(found, key=lambda path: path.stat().st_mtime)
     rank_zero_warn(
-        f'fit(ckpt_path="last"): there is no last checkpoint, and {newest} is the newest; it '
-        "is taken. ModelCheckpoint(save_last=True) keeps a last one."
+        f'fit(ckpt_path="last"): there is no last checkpoint, so the newest one is loaded, '
+        f"{newest}. Use ModelCheckpoint(save_last=True) to save a last checkpoint."
     )
     return str(newest)

@@ -1,4 +1,4 @@
-"""The counts that Lightning keeps: epochs, batches and steps."""
+"""Reads and sets Lightning's progress counters: epochs, batches and steps."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from lightning.pytorch import Trainer
 
 
 def add(tracker: Any, events: int) -> None:
-    """Adds to all that a tracker counts (its ``increment_by`` came with Lightning 2.5).
+    """Adds to all counts of a tracker; its ``increment_by`` is new in Lightning 2.5.
 
     Args:
         tracker: One of Lightning's progress trackers.
-        events: How many more have been made ready, started, processed and completed.
+        events: Number to add to ready, started, processed and completed.
     """
     for name, so_far in vars(tracker).items():
         setattr(tracker, name, so_far + events)
 
 
 def count_steps(trainer: Trainer, steps: int) -> None:
-    """Makes ``trainer.global_step`` count what the Brain counts.
+    """Corrects ``trainer.global_step`` to count the optimizer steps of the Brain.
 
-    Lightning's automatic optimization counts each call of ``optimizer_step``, with an
-    update or without; its manual optimization the steps of its own wrappers only.
+    Lightning's automatic optimization counts each call of ``optimizer_step``, also without
+    an update. Its manual optimization counts only the steps of its optimizer wrappers.
 
     Args:
         trainer: The Trainer in a training batch.
-        steps: Steps that Lightning has not counted; -1 for one too many.
+        steps: Number of steps that Lightning did not count; -1 if it counted one too many.
     """
     for tracker in step_trackers(trainer):
         add(tracker, steps)
 
 
 def step_trackers(trainer: Trainer) -> tuple[Any, Any]:
-    """What ``trainer.global_step`` is read from, for who counts in each batch.
+    """Returns the trackers from which Lightning computes ``trainer.global_step``.
 
     Args:
         trainer: The Trainer in ``fit``.
     """
-    automatic, by_hand = _steps(trainer)
-    taken = automatic if trainer.lightning_module.automatic_optimization else by_hand
-    return taken.total, taken.current
+    automatic, manual = _steps(trainer)
+    used = automatic if trainer.lightning_module.automatic_optimization else manual
+    return used.total, used.current
 
 
 def progress(trainer: Trainer) -> dict[str, int]:
-    """The counts of a Trainer.
+    """Returns the counts of a Trainer.
 
     Args:
         trainer: The Trainer in ``fit``.
 
     Returns:
-        The epochs that are over, and the steps, as ``set_progress`` takes them.
+        The completed epochs and the steps, as keyword arguments of ``set_progress``.
     """
     epochs = trainer.fit_loop.epoch_progress.current.completed
     return {"epochs": epochs, "global_step": trainer.global_step}
 
 
 def logged_steps(trainer: Trainer) -> int:
-    """How many steps loggers have counted.
+    """Returns the step of loggers.
 
     Args:
         trainer: The Trainer in ``fit``.
@@ -66,13 +66,13 @@ def logged_steps(trainer: Trainer) -> int:
 
 
 def batches_so_far(trainer: Trainer) -> tuple[int, int]:
-    """What a Trainer has counted in the fits before, all of them together.
+    """Returns the counts of all previous fits of a Trainer.
 
     Args:
-        trainer: The Trainer before its loops begin.
+        trainer: The Trainer before its loops start.
 
     Returns:
-        Its batches, and those by which loggers count.
+        The number of batches, and the step of loggers.
     """
     loop = trainer.fit_loop.epoch_loop
     return loop.batch_progress.total.ready, logged_steps(trainer)
@@ -81,14 +81,14 @@ def batches_so_far(trainer: Trainer) -> tuple[int, int]:
 def set_progress(
     trainer: Trainer, epochs: int, global_step: int, batches: int, windows: int
 ) -> None:
-    """Sets the counts of a Trainer, before its loops begin.
+    """Sets the counts of a Trainer, before its loops start.
 
     Args:
         trainer: The Trainer in ``on_fit_start``.
-        epochs: Epochs that are over.
-        global_step: Steps so far.
-        batches: Batches so far, over all epochs.
-        windows: Those of them that ended a window of accumulation.
+        epochs: Number of completed epochs.
+        global_step: Number of optimizer steps so far.
+        batches: Number of batches so far, over all epochs.
+        windows: Number of accumulation windows so far.
     """
     loop, epoch_progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress
     loop._batches_that_stepped = windows
@@ -103,13 +103,13 @@ def set_progress(
 
 
 def reloads(trainer: Trainer) -> list[float]:
-    """The epochs in which the loaders were made (``reload_dataloaders_every_n_epochs``).
+    """Returns when the loaders were reloaded (``reload_dataloaders_every_n_epochs``).
 
     Args:
         trainer: The Trainer in ``fit``.
 
     Returns:
-        That of the training loader, and that of the validation's.
+        The epoch of the training loader, and the epoch of the validation loader.
     """
     fit: Any = trainer.fit_loop
     valid = fit.epoch_loop.val_loop
@@ -117,11 +117,11 @@ def reloads(trainer: Trainer) -> list[float]:
 
 
 def set_reloads(trainer: Trainer, epochs: list[float]) -> None:
-    """Counts on from where loaders were made before, once they are made again.
+    """Restores when the loaders were reloaded, after Lightning has created them again.
 
     Args:
         trainer: The Trainer in ``on_train_start``.
-        epochs: From ``reloads``.
+        epochs: Return value of ``reloads``.
     """
     fit: Any = trainer.fit_loop
     valid = fit.epoch_loop.val_loop

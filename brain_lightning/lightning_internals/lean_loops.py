@@ -1,8 +1,8 @@
-"""The loops without what no callback, profiler or logger needs: the same bits, in less time.
+"""Loops that skip hooks that no callback overrides: identical results in less time.
 
-Lightning's own way asks each of them at each hook, and sets attributes of the module around
-it: more than the work of a small model. ``attach.py`` works without this file, if it does not
-call ``make_lean``; the ``fit_batch`` of the generated modules is then unused.
+Lightning calls each callback, profiler and logger at each hook, and sets attributes of the
+module around the call. This takes longer than a small model. Without this file and the call
+of ``make_lean``, everything works, and ``fit_batch`` of the generated modules is unused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .counters import add, step_trackers
 from .loops import BrainEpochLoop, BrainEvaluationLoop, become
 from .trainer_callbacks import callbacks_of, has_hook
 
-# What a callback may do within a step, and what it may see of one.
+# Hooks within a step, and hooks before and after a batch.
 STEP_HOOKS = (
     "on_before_zero_grad", "on_before_backward", "on_after_backward",
     "on_before_optimizer_step",
@@ -35,26 +35,26 @@ BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 
 
 class LeanEpochLoop(BrainEpochLoop):
-    """An epoch loop that calls the hooks that some callback has."""
+    """An epoch loop that calls only hooks that a callback overrides."""
 
-    # Callbacks that look at batches; None where Lightning's own steps are needed.
+    # Callbacks that override batch hooks; None if Lightning's own steps are needed.
     brain_watchers: list[Callback] | None
     brain_warnings: WarningCache
     brain_module: Any
-    # Where steps are counted.
+    # Trackers of optimizer steps.
     brain_steps: Sequence[Any]
-    # Moves a batch to the device; None where every batch is there.
+    # Moves a batch to the device; None on the CPU.
     brain_moves: Callable[[Any], Any] | None
-    brain_asks_of_sigterm: bool
+    brain_broadcasts_sigterm: bool
 
     def on_run_start(self, data_fetcher: Any) -> None:
-        """Finds out which hooks are needed, and what is the same in all batches."""
+        """Determines which hooks are needed, and values that are constant in all batches."""
         trainer = self.trainer
         self.brain_watchers = _watchers(trainer)
         self.brain_module, self.brain_steps = trainer.lightning_module, step_trackers(trainer)
         self.brain_moves = _mover(trainer)
-        # Lightning's handler of SIGTERM, in another process, waits for this answer.
-        self.brain_asks_of_sigterm = (
+        # Lightning's SIGTERM handler of another rank waits for this collective.
+        self.brain_broadcasts_sigterm = (
             BROADCASTS_SIGTERM
             and trainer.world_size > 1
             and not self.brain_run.termination.handles_sigterm
@@ -62,7 +62,7 @@ class LeanEpochLoop(BrainEpochLoop):
         super().on_run_start(data_fetcher)
 
     def advance(self, data_fetcher: Any) -> None:
-        """Fits batches, until Lightning has to do something between two of them."""
+        """Fits batches, until Lightning's loop has to act between two batches."""
         if self.brain_watchers is None:
             super().advance(data_fetcher)
             return
@@ -72,18 +72,18 @@ class LeanEpochLoop(BrainEpochLoop):
             self._fit_next()
 
     def _is_due(self, data_fetcher: Any) -> bool:
-        """Whether Lightning has to look: the epoch may end, or a validation may be due."""
+        """Whether Lightning's loop has to act: the epoch or a validation may be due."""
         trainer = self.trainer
         if self.batch_progress.is_last_batch or trainer.should_stop:
             return True
-        # Within an epoch: after a number of batches, or None for a time.
+        # val_check_batch is a number of batches within the epoch, or None for a time interval.
         within = trainer.val_check_batch != float("inf")
         return trainer.received_sigterm or (within and self._should_check_val_fx(data_fetcher))
 
     def _fit_next(self) -> None:
         """Fits the next batch, and fetches the one after it."""
         trainer, progress = self.trainer, self.batch_progress
-        if self.brain_asks_of_sigterm:
+        if self.brain_broadcasts_sigterm:
             self._broadcast_sigterm_tensor()
         batch = next(self.brain_run.train.loader)
         if batch is not None and self.brain_moves is not None:
@@ -102,7 +102,7 @@ class LeanEpochLoop(BrainEpochLoop):
             trainer._logger_connector.update_train_step_metrics()
 
     def _fit_watched(self, batch: Any, batch_idx: int) -> None:
-        """``_fit`` with the hooks of callbacks."""
+        """Calls ``_fit`` and the batch hooks of callbacks."""
         trainer = self.trainer
         trainer._logger_connector.on_batch_start(batch)
         if batch is not None:
@@ -112,7 +112,7 @@ class LeanEpochLoop(BrainEpochLoop):
 
     def _fit(self, batch: Any, batch_idx: int) -> Any:
         if batch is None:
-            self.brain_warnings.warn("train_dataloader yielded None: it is left out")
+            self.brain_warnings.warn("train_dataloader yielded None, which is skipped.")
             return None
         self.batch_progress.increment_started()
         output = self.brain_module.fit_batch(batch, batch_idx)
@@ -123,15 +123,15 @@ class LeanEpochLoop(BrainEpochLoop):
 
 
 class LeanEvaluationLoop(BrainEvaluationLoop):
-    """An evaluation loop that leaves out the hooks of a batch where no callback has one."""
+    """An evaluation loop that skips batch hooks if no callback overrides one."""
 
-    # Evaluates a batch; None where Lightning's own steps are needed.
+    # Evaluates a batch; None if Lightning's own steps are needed.
     brain_evaluates: Callable[[Any], Any] | None
-    # Moves a batch to the device; None where every batch is there.
+    # Moves a batch to the device; None on the CPU.
     brain_moves: Callable[[Any], Any] | None
 
     def on_run_start(self) -> None:
-        """Looks whether a callback needs the hooks of a batch."""
+        """Determines whether a callback overrides a batch hook."""
         super().on_run_start()
         trainer, stage = self.trainer, self.brain_stage
         kind = "test" if trainer.testing else "validation"
@@ -147,10 +147,10 @@ class LeanEvaluationLoop(BrainEvaluationLoop):
             super()._evaluation_step(batch, batch_idx, dataloader_idx, dataloader_iter)
             return
         self._evaluate(batch)
-        # ModelCheckpoint asks, and complains of a metric that no validation has brought.
+        # ModelCheckpoint reads it, and warns about a missing metric if it is False.
         self._has_run = True
         if self.brain_limits[dataloader_idx] == float("inf"):
-            # The rest at once: each batch has a way through Lightning's iterators.
+            # Evaluate all remaining batches here, because Lightning's iterators take time.
             for each in self.brain_stage.loaders[dataloader_idx]:
                 self._evaluate(each)
 
@@ -172,8 +172,8 @@ def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
     """Makes the loops of a Brain lean.
 
     Args:
-        loops: Those of ``loops.py``; others stay as they are.
-        temporary: Records what is changed.
+        loops: The loops; loops with other classes than in ``loops.py`` are not changed.
+        temporary: Records the changes.
     """
     for loop in loops:
         if isinstance(loop, BrainEvaluationLoop):
@@ -184,26 +184,26 @@ def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
 
 
 def _watchers(trainer: Trainer) -> list[Callback] | None:
-    """The callbacks that look at batches; None where Lightning's own steps are needed."""
+    """Returns callbacks with batch hooks, or None if Lightning's own steps are needed."""
     callbacks = callbacks_of(trainer)
     automatic = trainer.lightning_module.automatic_optimization
-    # One that steps by hand calls it as well, and what is logged there needs Lightning.
+    # ManualModule calls on_before_optimizer_step itself, but self.log there needs Lightning.
     hooks = STEP_HOOKS if automatic else STEP_HOOKS[-1:]
     within = any(has_hook(callback, hook) for callback in callbacks for hook in hooks)
-    # StochasticWeightAveraging brings a scheduler, which Lightning's own loop steps.
+    # StochasticWeightAveraging adds a scheduler, which Lightning's own loop steps.
     if within or trainer.lr_scheduler_configs or not _is_plain(trainer):
         return None
     return [c for c in callbacks if any(has_hook(c, hook) for hook in BATCH_HOOKS)]
 
 
 def _mover(trainer: Trainer) -> Callable[[Any], Any] | None:
-    """Moves a batch to the device; None where every batch is there."""
+    """Returns a function that moves a batch to the device, or None on the CPU."""
     on_cpu = trainer.strategy.root_device.type == "cpu"
     return None if on_cpu else trainer.strategy.batch_to_device
 
 
 def _is_plain(trainer: Trainer) -> bool:
-    """Whether a batch is for the Brain alone: nothing converts it, moves it or times it."""
+    """Whether no plugin, profiler or DataModule converts, moves or times a batch."""
     return (
         type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)
         and type(trainer.precision_plugin) is Precision

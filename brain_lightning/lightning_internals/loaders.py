@@ -1,4 +1,4 @@
-"""The loaders that a Trainer was given, each under the control of its stage."""
+"""Wraps the loaders that are passed to a Trainer, so that their stages control them."""
 
 from __future__ import annotations
 
@@ -43,26 +43,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StageSource(_DataLoaderSource):
-    """A source of loaders that puts each under the control of its stage.
+    """A source of loaders that wraps each loader, so that its stage controls it.
 
-    A user hands loaders to the Trainer, which keeps them in a private source.
+    The Trainer stores the user's loaders in a private source, which this class replaces.
 
     Attributes:
-        trainer: The Trainer that runs.
+        trainer: The running Trainer.
         stage: The stage of the run.
-        temporary: Records what is changed.
-        part: The set of one ``_fit_train`` or ``_fit_valid``, in place of what was given.
+        temporary: Records the changes.
+        part: The set of one ``_fit_train`` or ``_fit_valid``, which replaces the Trainer's.
     """
 
     trainer: Trainer
     stage: RunStage
     temporary: TemporaryAttributes
     part: Any = None
-    _told: Any = field(default=None, init=False)
-    _own_sampler: Any = field(default=None, init=False)
+    # Sets the epoch of all samplers of this source and of the Brain's sampler.
+    _samplers: Any = field(default=None, init=False)
+    _brain_sampler: Any = field(default=None, init=False)
 
     def dataloader(self) -> Any:
-        """The loaders, wrapped: one for training, a list for evaluation."""
+        """Returns the wrapped loaders: one loader for training, a list for evaluation."""
         combined = self._combined()
         if self.stage.kind is not Stage.TRAIN and combined._mode == "sequential":
             return self._wrap(combined.flattened, set_names(combined.iterables))
@@ -89,10 +90,10 @@ class StageSource(_DataLoaderSource):
                 if shards_training_data(self.trainer):
                     loaders.flattened = [self._sharded(loader) for loader in given]
                 warn_if_whole(loaders.flattened, self.trainer)
-            self._tell_epochs(given, loaders.flattened)
-        # An attribute that Lightning's type hints do not show.
+            self._set_epochs(given, loaders.flattened)
+        # Lightning's type hints lack this attribute.
         if fitting and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            # Lightning looks for shuffling samplers, which it would not find in ours.
+            # Call it here, because Lightning finds no shuffling samplers in wrapped loaders.
             running = RunningStage.TRAINING if training else RunningStage.VALIDATING
             _resolve_overfit_batches(loaders, running)
         return loaders
@@ -101,15 +102,16 @@ class StageSource(_DataLoaderSource):
         is_loader = isinstance(self.part, DataLoader) or are_several(self.part)
         return self.part if is_loader else _Part(self.part)
 
-    def _tell_epochs(self, given: list[Any], iterated: list[Any]) -> None:
-        """Lightning's way, which does not find the samplers behind ours; the Brain counts.
+    def _set_epochs(self, given: list[Any], iterated: list[Any]) -> None:
+        """Makes the Brain call ``set_epoch`` of samplers, as Lightning does.
 
-        As in SpeechBrain, a loader given to ``brain.fit`` needs ``brain.train_sampler``.
+        Lightning does not find samplers in wrapped loaders. In ``brain.fit``, only
+        ``brain.train_sampler`` is used for loaders of the user, as in SpeechBrain.
         """
         brain, of_fit = self.stage.brain, self.trainer.lightning_module.is_of_fit
-        if brain.train_sampler is not self._told:
-            # Not that of loaders that are made again within the run.
-            self._own_sampler = brain.train_sampler
+        if brain.train_sampler is not self._samplers:
+            # If loaders are reloaded within the run, it has been replaced already.
+            self._brain_sampler = brain.train_sampler
         samplers = [
             sampler
             for old, new in zip(given, iterated, strict=True)
@@ -117,8 +119,8 @@ class StageSource(_DataLoaderSource):
             for sampler in _samplers_of(new)
         ]
         if samplers:
-            self._told = SeveralSamplers([*samplers, self._own_sampler])
-            self.temporary.set(brain, "train_sampler", self._told)
+            self._samplers = SeveralSamplers([*samplers, self._brain_sampler])
+            self.temporary.set(brain, "train_sampler", self._samplers)
 
     def _sharded(self, loader: Any) -> Any:
         if is_sharded(loader):
@@ -129,9 +131,10 @@ class StageSource(_DataLoaderSource):
         except TypeError as error:
             name = type(loader.batch_sampler).__name__
             raise UnsupportedError(
-                f"the batch sampler {name} cannot be shared out among processes: wrap it in "
-                "brain_lightning.DistributedSamplerWrapper, or give brain.fit a dataset and "
-                "train_loader_kwargs, or say Trainer(use_distributed_sampler=False)"
+                f"the batch sampler {name} cannot be split between ranks automatically. Wrap "
+                "it in brain_lightning.DistributedSamplerWrapper, or pass a dataset and "
+                "train_loader_kwargs to brain.fit, or use "
+                "Trainer(use_distributed_sampler=False)."
             ) from error
         if sharded is not loader:
             _recover_instead(self.stage.brain.checkpointer, loader, sharded)
@@ -139,25 +142,25 @@ class StageSource(_DataLoaderSource):
 
 
 def _samplers_of(loader: Any) -> list[Any]:
-    """The samplers of a loader that Lightning tells the epoch."""
+    """Returns the samplers of a loader whose ``set_epoch`` Lightning calls."""
     found = (
         getattr(loader, "sampler", None),
         getattr(getattr(loader, "batch_sampler", None), "sampler", None),
     )
-    # Often one and the same.
+    # Both may be the same object.
     return list({id(each): each for each in found if hasattr(each, "set_epoch")}.values())
 
 
-# Loaders that were warned of.
+# Loaders for which a warning was logged.
 _WHOLE: WeakSet[Any] = WeakSet()
 
 
 def warn_if_whole(loaders: list[Any], trainer: Trainer) -> None:
-    """Warns, once, of training loaders that give every process all of their data.
+    """Warns once for each training loader that yields all of its data on every rank.
 
     Args:
-        loaders: The loaders as they are iterated.
-        trainer: A Trainer of several processes.
+        loaders: The loaders over which the Trainer iterates.
+        trainer: A Trainer with several processes.
     """
     for loader in loaders:
         data = loader.loader if is_looped_loader(loader) else loader
@@ -169,20 +172,20 @@ def warn_if_whole(loaders: list[Any], trainer: Trainer) -> None:
 
 
 INDICES_ARE_WHOLE = (
-    "The training loader is not shared out: each of the %d processes trains on all of its %s. "
-    "Give brain.fit the dataset and train_loader_kwargs, or a loader with a "
-    "DistributedSampler, or say trainer={'use_distributed_sampler': True}. "
-    "brain.make_dataloader(dataset, Stage.TRAIN) makes one before fit where torchrun or "
-    "brain-lightning run --trainer.devices=... starts the processes."
+    "The training loader has no distributed sampler: each of the %d processes trains on the "
+    "full %s. Pass the dataset and train_loader_kwargs to brain.fit, or a loader with a "
+    "DistributedSampler, or use trainer={'use_distributed_sampler': True}. If torchrun or "
+    "brain-lightning run --trainer.devices=... starts the processes, you can also create the "
+    "loader before fit with brain.make_dataloader(dataset, Stage.TRAIN)."
 )
 STREAM_IS_WHOLE = (
-    "A training stream is not shared out: each of the %d processes trains on all of its %s, "
-    "unless that takes its own share by its rank."
+    "The training stream is not split between ranks: each of the %d processes trains on the "
+    "full %s, unless the dataset itself selects the examples of its rank."
 )
 
 
 def _recover_instead(checkpointer: Any, loader: Any, sharded: Any) -> None:
-    """A saveable loader is saved under a name; the one that is iterated takes it over."""
+    """Replaces a loader among the recoverables by the sharded loader."""
     recoverables = getattr(checkpointer, "recoverables", {})
     for name, recoverable in recoverables.items():
         if recoverable is loader:
@@ -191,7 +194,7 @@ def _recover_instead(checkpointer: Any, loader: Any, sharded: Any) -> None:
 
 @dataclass
 class _Part:
-    """Anything iterable, as SpeechBrain iterates it; Lightning takes a list for loaders."""
+    """Wraps any iterable, because Lightning would use a list as a list of loaders."""
 
     part: Any
 
@@ -200,7 +203,7 @@ class _Part:
 
 
 def _several(combined: CombinedLoader) -> SeveralLoaders:
-    """What a CombinedLoader combines, as it does."""
+    """Returns loaders that are combined in the mode of a CombinedLoader."""
     total = _SUPPORTED_MODES[combined._mode]["fn"]
     return SeveralLoaders(combined.flattened, partial(_combine, combined), total)
 
@@ -208,7 +211,7 @@ def _several(combined: CombinedLoader) -> SeveralLoaders:
 def _combine(
     combined: CombinedLoader, iterables: list[Any], again: list[bool]
 ) -> Iterator[Any]:
-    """Begins to iterate others as a CombinedLoader would its own; without its indices."""
+    """Iterates over iterables in the mode of a CombinedLoader, and yields batches only."""
     others = copy.copy(combined)
     others.flattened = iterables
     others.limits = None
@@ -220,7 +223,7 @@ def _combine(
 
 @dataclass
 class _Begun(Iterator[Any]):
-    """Iterates a CombinedLoader that has begun, whose ``__iter__`` would begin anew."""
+    """Continues to iterate over a CombinedLoader, whose ``__iter__`` would restart it."""
 
     combined: CombinedLoader
 
@@ -228,7 +231,7 @@ class _Begun(Iterator[Any]):
         return next(self.combined)
 
 
-# Arguments that mean a part of a set where they are a fraction.
+# Arguments that may be a fraction of a set.
 FRACTIONS = {
     Stage.TRAIN: ("limit_train_batches", "val_check_interval"),
     Stage.VALID: ("limit_val_batches",),
@@ -241,6 +244,6 @@ def _check_no_fraction(trainer: Trainer, stage: Stage) -> None:
         value = getattr(trainer, name, None)
         if isinstance(value, float) and value not in (0.0, 1.0):
             raise RunOptionError(
-                f"Trainer({name}={value}) is a fraction of a {stage.name} set without a "
-                "length: give a whole number of batches"
+                f"Trainer({name}={value}) is a fraction, but the {stage.name} set has no "
+                "length. Use a number of batches (an int)."
             )

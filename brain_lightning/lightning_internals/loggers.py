@@ -1,4 +1,4 @@
-"""What only a logger knows and writes; the numbers of a step, for whoever asks a Trainer."""
+"""Logs the metrics of a Brain, and accesses private attributes of Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -22,59 +22,59 @@ from .counters import logged_steps
 
 
 class BrainLoggerConnector(_LoggerConnector):
-    """A logger connector that knows the numbers of a Brain, which need no ``self.log``.
+    """A logger connector that logs the metrics of a Brain without ``self.log``.
 
-    ``self.log`` would average over batches and processes what is an average already. In each
-    step it would cost more than the whole loop of a small model, and at the end of an epoch a
-    quarter of a fit of one batch. The loss of a batch costs nothing until somebody reads it.
+    ``self.log`` would average over batches and ranks, but the Brain's metrics are averages
+    already. Its cost in each step is higher than the loop of a small model. Here the loss of
+    a batch costs nothing until it is read.
     """
 
     brain_run: Run
-    # Of the stages that have ended, until what else was logged with them is reset.
+    # Metrics of the stages that have ended, until the other logged values are reset.
     brain_numbers: dict[str, Tensor]
 
     @property
     def metrics(self) -> Any:
-        """What was logged, for callbacks, loggers and bars."""
+        """The logged values for callbacks, loggers and progress bars."""
         found: Any = super().metrics
         for reader, numbers in _by_reader(self.brain_numbers).items():
             found[reader].update(numbers)
         return found
 
     def log_numbers(self, numbers: Mapping[str, float]) -> None:
-        """Logs the numbers of the stages that have ended.
+        """Logs the metrics of the stages that have ended.
 
         Args:
-            numbers: By name.
+            numbers: Metrics by name.
         """
-        # As self.log.
+        # The same dtype as with self.log.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.brain_numbers = {n: torch.tensor(v, dtype=dtype) for n, v in numbers.items()}
-        # Lightning does not ask for them where nothing else was logged.
+        # Lightning does not read the property metrics if nothing else was logged.
         found = _by_reader(self.brain_numbers)
         self._callback_metrics.update(found["callback"])
         self._logged_metrics.update(found["log"])
         self._progress_bar_metrics.update(found["pbar"])
 
     def reset_results(self) -> None:
-        """Forgets what was logged at the end of an epoch or a stage."""
+        """Resets the logged values at the end of an epoch or a stage."""
         super().reset_results()
         self.brain_numbers = {}
 
     @property
     def callback_metrics(self) -> Any:
-        """Those that ``ModelCheckpoint`` and ``EarlyStopping`` monitor."""
+        """The metrics that ``ModelCheckpoint`` and ``EarlyStopping`` monitor."""
         self.keep_step_metrics()
         return super().callback_metrics
 
     @property
     def logged_metrics(self) -> Any:
-        """What was given to loggers last."""
+        """The metrics that were last passed to loggers."""
         self.keep_step_metrics()
         return super().logged_metrics
 
     def keep_step_metrics(self) -> None:
-        """Stores what is read from now on, also once TRAIN is over."""
+        """Stores the metrics of the last batch, so that they can be read after TRAIN."""
         numbers = self.brain_run.train.step_metrics()
         self._callback_metrics.update(numbers)
         self._logged_metrics.update(_logged(numbers))
@@ -88,19 +88,19 @@ class BrainLoggerConnector(_LoggerConnector):
         found = {name: float(value) for name, value in numbers.items()}
         step = logged_steps(self.trainer)
         for logger in self.trainer.loggers if found else ():
-            # A dictionary for each: some loggers change it.
+            # Each logger gets a new dict, because some loggers change it.
             logger.log_metrics({**found, "epoch": self.trainer.current_epoch}, step)
             logger.save()
 
 
 def _by_reader(numbers: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    # A bar has no room for a number by both of its names.
+    # Progress bars show each metric under only one of its two names.
     shown = {name: value.item() for name, value in numbers.items() if is_of_a_stage(name)}
     return {"callback": {**numbers}, "log": {**numbers}, "pbar": shown}
 
 
 def _logged(numbers: dict[str, Any]) -> dict[str, Any]:
-    """Without ``train_loss``, which is that of an epoch in a log."""
+    """Removes ``train_loss``, which is the loss of an epoch in logs."""
     return {name: value for name, value in numbers.items() if name != "train_loss"}
 
 
@@ -111,7 +111,7 @@ def _connector_of(trainer: Trainer) -> BrainLoggerConnector:
 
 
 def keep_step_metrics(trainer: Trainer) -> None:
-    """Stores the numbers of the last batch, before its stage is over.
+    """Stores the metrics of the last batch, before its stage ends.
 
     Args:
         trainer: The Trainer of a Brain, in training.
@@ -120,17 +120,17 @@ def keep_step_metrics(trainer: Trainer) -> None:
 
 
 def log_numbers(trainer: Trainer, numbers: Mapping[str, float]) -> None:
-    """Logs the numbers of the stages that have ended.
+    """Logs the metrics of the stages that have ended.
 
     Args:
         trainer: The Trainer of a Brain, in the hook that ends an epoch.
-        numbers: By name; the same in all processes.
+        numbers: Metrics by name, identical on all ranks.
     """
     _connector_of(trainer).log_numbers(numbers)
 
 
 def log_step_metrics(trainer: Trainer) -> None:
-    """Logs the numbers of a batch where a LightningModule would.
+    """Logs the metrics of a batch, at the same steps as a LightningModule.
 
     Args:
         trainer: The Trainer of a Brain, in ``on_train_batch_end``.
@@ -139,7 +139,7 @@ def log_step_metrics(trainer: Trainer) -> None:
 
 
 def is_open(logger: CSVLogger | TensorBoardLogger) -> bool:
-    """Whether a logger has begun to write; to ask it for its ``experiment`` would begin.
+    """Whether a logger has started to write. Reading ``logger.experiment`` would start it.
 
     Args:
         logger: The logger.
@@ -148,7 +148,7 @@ def is_open(logger: CSVLogger | TensorBoardLogger) -> bool:
 
 
 def has_version(logger: CSVLogger | TensorBoardLogger) -> bool:
-    """Whether a logger has its version; to ask it for its ``version`` would choose one.
+    """Whether a logger has a version. Reading ``logger.version`` would choose one.
 
     Args:
         logger: The logger.
@@ -157,17 +157,17 @@ def has_version(logger: CSVLogger | TensorBoardLogger) -> bool:
 
 
 def set_version(logger: CSVLogger | TensorBoardLogger, version: int) -> None:
-    """Chooses the version, which the constructor alone takes otherwise.
+    """Sets the version, which is otherwise only an argument of the constructor.
 
     Args:
-        logger: A logger that has not begun to write.
+        logger: A logger that has not started to write.
         version: The number of its folder.
     """
     logger._version = version
 
 
 def name_prefix(logger: CSVLogger | WandbLogger | MLFlowLogger) -> str:
-    """What a logger puts before each name.
+    """Returns the prefix that a logger adds to each name.
 
     Args:
         logger: The logger.
@@ -176,17 +176,17 @@ def name_prefix(logger: CSVLogger | WandbLogger | MLFlowLogger) -> str:
 
 
 def open_with(logger: CSVLogger, writer: ExperimentWriter) -> None:
-    """Lets a logger write with this writer, where its own would delete a file.
+    """Sets the writer of a logger, because Lightning's writer would delete a file.
 
     Args:
-        logger: A logger that has not begun to write.
-        writer: Its writer.
+        logger: A logger that has not started to write.
+        writer: The writer to use.
     """
     logger._experiment = writer
 
 
 class WriterParts:
-    """What a writer of CSV files does where Lightning's deletes one, or writes it anew."""
+    """Methods of a CSV writer that replace how Lightning's writer deletes and rewrites."""
 
     log_dir: str
     _is_used = False
@@ -200,11 +200,11 @@ class WriterParts:
         """Writes the file again, with more columns.
 
         Args:
-            names: Of all columns.
+            names: The names of all columns.
         """
 
     def _check_log_dir_exists(self) -> None:
-        """Looks, when it is made: the file may be of the run that is going to resume."""
+        """Checks for an existing file, which may belong to the run that resumes."""
         self._is_used = os.path.isdir(self.log_dir) and bool(os.listdir(self.log_dir))
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Lightning's loops with a Brain's order of events."""
+"""Subclasses of Lightning's loops that follow a Brain's order of events."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from brain_lightning.temporary import TemporaryAttributes
 from .counters import add
 from .loggers import keep_step_metrics
 
-# Where a resumed epoch has no batch left.
+# Phases of a resumed epoch that has no training batch left.
 AFTER_TRAINING = (Phase.TRAIN_OVER, Phase.VALID_OVER)
 
 
 class BrainFitLoop(_FitLoop):
-    """A fit loop that asks the epoch counter last, and ends an epoch by exhaustion.
+    """A fit loop that advances the epoch counter last, and ends an epoch by exhaustion.
 
-    The next epoch moves an ``EpochCounter``, so it may only begin once every
-    callback could stop the run. That is after ``on_train_epoch_end``
-    and before ``on_train_epoch_start``, where Lightning has no hook.
+    The next epoch advances an ``EpochCounter``, so it must start after every callback
+    could stop the run. This is after ``on_train_epoch_end`` and before
+    ``on_train_epoch_start``, where Lightning calls no hook.
     """
 
     brain_run: Run
-    # Runs the stages one by one, where the recipe has a say in that.
+    # Runs single stages, if the recipe overrides them or has a custom fit.
     brain_runs_parts: Callable[[], None] | None
 
     @property
     def done(self) -> bool:
-        """Whether the run is over, for Lightning or for the epoch counter."""
+        """Whether Lightning or the epoch counter ends the run."""
         return self.brain_run.epochs.over(self._is_over())
 
     @property
     def is_over(self) -> bool:
-        """Whether it is over for Lightning, in any of the processes."""
+        """Whether Lightning ends the run, on any rank."""
         return self.brain_run.epochs.ended(self._is_over())
 
     def _is_over(self) -> bool:
-        # A limit that was reached when training was over leaves the rest of the epoch to do.
+        # If a limit was reached after TRAIN, the rest of the epoch must still run.
         resumed_phase = self.brain_run.run_state.resumed_phase
         return super().done and resumed_phase not in AFTER_TRAINING
 
     def setup_data(self) -> None:
-        """Makes the training loader, if there is none or it is time for another."""
+        """Creates or reloads the training loader, if needed."""
         super().setup_data()
         if self._data_fetcher is not None:
             fetch_on_demand(self._data_fetcher)
@@ -75,47 +75,47 @@ class BrainFitLoop(_FitLoop):
         self.brain_run.finish_epoch()
 
     def _warn_if_modules_in_eval_mode(self) -> None:
-        """Nothing: a Brain stays in eval mode until its TRAIN stage begins with train()."""
+        """Does nothing, because a Brain stays in eval mode until its TRAIN stage starts."""
 
     def start_epoch(self, length: int | None) -> float | None:
-        """Makes an epoch end by exhaustion; a length is only for those who display it.
+        """Makes an epoch end when its loader is exhausted; the length is only displayed.
 
-        Lightning reads the length of the training set once, and validates where the
-        count of batches divides by it: with a length that changes, an epoch is cut
-        short or its validation left out.
+        Lightning reads the length of the training set once, and validates if the number
+        of batches is a multiple of it. If the length changed, the epoch would end too early
+        or without validation.
 
         Args:
-            length: Batches of the training set, or None.
+            length: Number of batches of the training set, or None.
 
         Returns:
-            How many batches the epoch has, where that is known.
+            Number of batches in the epoch, or None if it is not known.
         """
         trainer, limit = self.trainer, self.trainer.limit_train_batches
         self.max_batches = _estimate(limit, length)
-        # Not there where the interval is a time.
+        # The attribute does not exist if the interval is a time.
         interval = getattr(trainer, "val_check_interval", None)
         if isinstance(interval, float) and interval == 1.0:
             trainer.val_check_batch = float("inf")
         return None if length is None else min(length, _limit(limit, length))
 
     def change_length(self, length: int | None) -> None:
-        """Counts another number of batches than those that there were when they were loaded.
+        """Sets the number of batches again, after the loader was changed.
 
         Args:
-            length: Batches of the training set, or None.
+            length: Number of batches of the training set, or None.
         """
         trainer = self.trainer
-        # Not there where the interval is a time.
+        # The attribute does not exist if the interval is a time.
         interval = getattr(trainer, "val_check_interval", None)
         self.max_batches = _estimate(trainer.limit_train_batches, length)
         if isinstance(interval, float) and math.isfinite(self.max_batches):
             trainer.val_check_batch = max(1, int(self.max_batches * interval))
 
     def fetch_batch(self) -> bool:
-        """Fetches the next training batch; without one TRAIN ends.
+        """Fetches the next training batch; if there is none, ends TRAIN.
 
         Returns:
-            Whether there is one.
+            Whether there is a next batch.
         """
         run, batches = self.brain_run, self.epoch_loop.batch_progress.current.ready
         limit, stopped = self._limit_of_batches(), self._is_stopped()
@@ -126,14 +126,14 @@ class BrainFitLoop(_FitLoop):
         if last:
             keep_step_metrics(self.trainer)
             run.train.end()
-            # A signal in the last batch came too late for what processes asked in it.
+            # A signal in the last batch may come after the ranks exchanged their flags.
             run.end_if_terminated()
         return not last
 
     def _limit_of_batches(self) -> float:
         limit = self.trainer.limit_train_batches
         is_none = isinstance(limit, float) and limit == 1.0
-        # To ask for the length may cost as much as a small step.
+        # Computing the length may cost as much as a small step.
         return float("inf") if is_none else _limit(limit, self._length())
 
     def _length_of_epoch(self) -> float:
@@ -144,7 +144,7 @@ class BrainFitLoop(_FitLoop):
         return self.brain_run.train.loader.known_length()
 
     def _is_stopped(self) -> bool:
-        """By ``max_steps``, ``max_time``, or a callback that stops the run."""
+        """Whether ``max_steps``, ``max_time`` or a callback stops the run."""
         trainer, most = self.trainer, self.epoch_loop.max_steps
         reached = 0 <= most <= trainer.global_step
         return reached or (trainer.should_stop and self._can_stop_early)
@@ -158,9 +158,9 @@ class BrainFitLoop(_FitLoop):
         fetcher.length, fetcher.done = None, last
 
     def run_validation(self) -> None:
-        """Validates after a training epoch in which there was no batch.
+        """Validates after a training epoch without a batch.
 
-        Lightning only validates after a batch (``_TrainingEpochLoop.on_advance_end``).
+        Lightning validates only after a batch (``_TrainingEpochLoop.on_advance_end``).
         """
         if self.epoch_loop._should_check_val_epoch():
             self.trainer.validating = True
@@ -169,29 +169,29 @@ class BrainFitLoop(_FitLoop):
 
 
 class BrainEpochLoop(_TrainingEpochLoop):
-    """An epoch loop that can begin in the middle of an epoch.
+    """An epoch loop that can start in the middle of an epoch.
 
-    Lightning's own restart leaves out ``on_train_epoch_start`` and fetches a batch
-    before it validates, while a Brain begins its stage again; so the counters are
-    set, once Lightning has reset them.
+    When Lightning restarts a loop, it skips ``on_train_epoch_start`` and fetches a batch
+    before it validates. A Brain starts its stage again. Therefore the counters are set
+    after Lightning has reset them.
     """
 
     brain_run: Run
-    # Whether the last validation of an epoch follows when this loop is over.
+    # Whether the last validation of an epoch runs after this loop.
     brain_validates_after: bool
 
     def advance(self, data_fetcher: Any) -> None:
-        """Fits one batch, for which Lightning's loop always asks for an update."""
+        """Fits one batch, for which Lightning's loop always calls ``optimizer_step``."""
         self.brain_run.train.accumulates = False
         super().advance(data_fetcher)
 
     def _broadcast_sigterm_tensor(self) -> None:
-        """Nothing where SIGTERM is handled by the run, which asks in its own collective."""
+        """Does nothing if the run handles SIGTERM, because it has its own collective."""
         if not self.brain_run.termination.handles_sigterm:
             super()._broadcast_sigterm_tensor()
 
     def _should_accumulate(self) -> bool:
-        """Whether the Brain made no update: loggers count updates, and log after one."""
+        """Whether the Brain made no update, because loggers count updates."""
         return self.brain_run.train.accumulates
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
@@ -204,7 +204,7 @@ class BrainEpochLoop(_TrainingEpochLoop):
     def validation_is_due(self) -> bool:
         """Whether to validate now, after the last batch of an epoch."""
         if not self.trainer.enable_validation:
-            # SpeechBrain calls _fit_valid with None.
+            # SpeechBrain calls _fit_valid also if valid_set is None.
             return True
         if not self.batch_progress.current.ready:
             return self._should_check_val_epoch()
@@ -213,7 +213,7 @@ class BrainEpochLoop(_TrainingEpochLoop):
         return super()._should_check_val_fx(fetcher)
 
     def on_run_start(self, data_fetcher: Any) -> None:
-        """Resumes the epoch where it was left, with the validation if that came next."""
+        """Resumes the epoch at the saved position, with the validation if it comes next."""
         super().on_run_start(data_fetcher)
         run, epoch = self.brain_run, self.brain_run.run_state.resumed_epoch
         phase = run.run_state.resumed_phase
@@ -224,12 +224,12 @@ class BrainEpochLoop(_TrainingEpochLoop):
             self._resume_after_training(data_fetcher, phase)
             return
         if phase is Phase.FITTED and run.train.fetch():
-            self._tell_of_batch()
+            self._end_fitted_batch()
             self.on_advance_end(data_fetcher)
         elif not fit_loop_of(self.trainer).fetch_batch() or phase is Phase.BATCH_OVER:
             self._validate_if_due(data_fetcher)
         elif phase is Phase.VALIDATED:
-            self._tell_of_validation()
+            self._call_on_validation_end()
 
     def _resume_after_training(self, data_fetcher: Any, phase: Phase | None) -> None:
         run = self.brain_run
@@ -240,23 +240,23 @@ class BrainEpochLoop(_TrainingEpochLoop):
             self._validate_if_due(data_fetcher)
             return
         run.run_state.resume_after_validation(run.train.loader.loader)
-        self._tell_of_validation()
+        self._call_on_validation_end()
 
-    def _tell_of_validation(self) -> None:
-        """Tells of a validation that was over before the run was resumed."""
+    def _call_on_validation_end(self) -> None:
+        """Calls the callbacks after a validation that ended before the run was resumed."""
         self.trainer.validating = True
         call._call_callback_hooks(self.trainer, "on_validation_end")
         self.trainer.training = True
 
     def _validate_if_due(self, data_fetcher: Any) -> None:
         counted = self._batches_that_stepped
-        # Loggers see a validation at its batch, which was counted before it was saved.
+        # The batch was already counted, but the validation belongs to the step before.
         self._batches_that_stepped -= min(counted, not self._should_accumulate())
         self.on_advance_end(data_fetcher)
         self._batches_that_stepped = counted
 
-    def _tell_of_batch(self) -> None:
-        """Tells of a batch that was fitted before the run was resumed."""
+    def _end_fitted_batch(self) -> None:
+        """Calls the end hooks of a batch that was fitted before the run was resumed."""
         trainer, progress, train = self.trainer, self.batch_progress, self.brain_run.train
         batch = trainer.strategy.batch_to_device(next(train.loader))
         loss = train.resume_fitted()
@@ -273,19 +273,19 @@ class BrainEvaluationLoop(_EvaluationLoop):
     """An evaluation loop that runs to the end of its loaders."""
 
     brain_stage: EvaluationStage
-    # How many batches of each loader are evaluated at most.
+    # Maximum number of batches of each loader.
     brain_limits: Sequence[float] = ()
 
     def reset(self) -> None:
-        """Begins the evaluation, and fetches nothing before the stage begins."""
+        """Starts the evaluation, without fetching a batch before the stage starts."""
         super().reset()
         fetch_on_demand(self._data_fetcher)
 
     def end_by_exhaustion(self, sharded: bool) -> None:
-        """Leaves no limit but one that the Trainer was given.
+        """Removes every limit except for the Trainer's ``limit_..._batches``.
 
         Args:
-            sharded: Whether this process has a part of the batches.
+            sharded: Whether this rank evaluates only a shard of the batches.
         """
         trainer, combined, fetcher = self.trainer, self._combined_loader, self._data_fetcher
         assert combined is not None
@@ -301,10 +301,10 @@ class BrainEvaluationLoop(_EvaluationLoop):
 
 
 def fetch_on_demand(fetcher: Any) -> None:
-    """Keeps Lightning from fetching a batch ahead where there is no length.
+    """Disables prefetching, which Lightning uses for loaders without a length.
 
     Args:
-        fetcher: The loop's, which has tried to, and found no batch: no stage has begun.
+        fetcher: The fetcher of a loop. It found no batch, because no stage has started.
     """
     if fetcher.prefetch_batches:
         fetcher.prefetch_batches = 0
@@ -312,13 +312,13 @@ def fetch_on_demand(fetcher: Any) -> None:
 
 
 def become(loop: Any, cls: type, temporary: TemporaryAttributes, **attributes: Any) -> None:
-    """Makes a loop of Lightning's one of ours, for one run.
+    """Changes the class of one of Lightning's loops, for one run.
 
     Args:
         loop: The loop.
-        cls: A subclass of its class.
-        temporary: Records what is changed.
-        **attributes: What the loop has then.
+        cls: A subclass of the loop's class.
+        temporary: Records the changes.
+        **attributes: Attributes to set on the loop.
     """
     temporary.set(loop, "__class__", cls)
     for name, value in attributes.items():
@@ -326,7 +326,7 @@ def become(loop: Any, cls: type, temporary: TemporaryAttributes, **attributes: A
 
 
 def fit_loop_of(trainer: Trainer) -> BrainFitLoop:
-    """The fit loop of a Trainer that fits a Brain.
+    """Returns the fit loop of a Trainer that fits a Brain.
 
     Args:
         trainer: The Trainer after its ``setup``.
@@ -337,7 +337,7 @@ def fit_loop_of(trainer: Trainer) -> BrainFitLoop:
 
 
 def evaluation_loop_of(trainer: Trainer) -> BrainEvaluationLoop:
-    """The evaluation loop that runs.
+    """Returns the running evaluation loop.
 
     Args:
         trainer: The Trainer of a Brain, in a validation or a test.
@@ -350,13 +350,13 @@ def evaluation_loop_of(trainer: Trainer) -> BrainEvaluationLoop:
 
 
 def _limit(limit: float, length: int | None) -> float:
-    """How many batches a ``limit_..._batches`` of the Trainer allows."""
+    """Returns the number of batches that a ``limit_..._batches`` of the Trainer allows."""
     if isinstance(limit, int):
         return limit
-    # A fraction of an unknown length was refused before.
+    # A fraction of an unknown length has raised an error before.
     return float("inf") if limit == 1.0 or length is None else int(limit * length)
 
 
 def _estimate(limit: float, length: int | None) -> float:
-    """For progress bars, and for who asks whether a batch is the last."""
+    """Estimates the number of batches, for progress bars and ``is_last_batch``."""
     return min(_limit(limit, length), float("inf") if length is None else max(1, length))

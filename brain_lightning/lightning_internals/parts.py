@@ -1,8 +1,8 @@
-"""The stages of a Trainer run one by one: ``_fit_train`` and ``_fit_valid`` of a Brain.
+"""Runs single stages on a Trainer: ``_fit_train`` and ``_fit_valid`` of a Brain (parts).
 
-A recipe may override them, or call them in a ``fit`` that it has written itself, as in
-SpeechBrain's tutorial of the Brain class. An epoch of Lightning's is one ``_fit_train`` with
-all that follows until the next one, so that callbacks hear of a validation within it.
+A recipe may override these methods, or call them in an overridden ``fit``, as in
+SpeechBrain's tutorial of the Brain class. One epoch of Lightning starts with ``_fit_train``
+and ends before the next one, so that callbacks see each validation within an epoch.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from .loops import AFTER_TRAINING, BrainEpochLoop, BrainFitLoop, fit_loop_of
 logger = logging.getLogger(__name__)
 
 
-# Parts of one kind that a recipe's own loop may ask for after the end: more have no end.
-MOST_LEFT_OUT = 1000
+# A custom loop that requests so many parts of one kind after the end is an endless loop.
+MAX_SKIPPED_PARTS = 1000
 
 
 class _TrainerHasEnded(BaseException):
-    """Ends a recipe's own ``fit``."""
+    """Ends a custom ``fit``."""
 
 
 class StageParts:
-    """A run by its stages (``stages.run.Parts``).
+    """Runs single stages of a run (``stages.run.Parts``).
 
     Args:
         trainer: The Trainer.
         run: The run.
-        by_parts: Whether all of the run goes by parts; else a hook may validate.
-        own_fit: The recipe's own ``fit``; None for SpeechBrain's, which this class runs.
-        resume: Resumes the run, once the recipe's own ``fit`` has recovered what there was.
+        by_parts: Whether the whole run consists of parts. If not, only a hook may validate.
+        own_fit: The overridden ``fit`` of the recipe. None if this class runs the epochs of
+            SpeechBrain's ``fit``.
+        resume: Function that resumes the run, after ``own_fit`` has recovered a checkpoint.
     """
 
     def __init__(
@@ -59,18 +60,21 @@ class StageParts:
     ) -> None:
         self._trainer, self._run, self.by_parts = trainer, run, by_parts
         self._own_fit, self._resume = own_fit, resume
-        # What the Trainer was given to validate on.
+        # The Trainer's validation set.
         self._given: Any = None
         self._has_begun = self._epoch_is_open = self._is_running = False
-        # Whether the Trainer has ended the training, and whether it is it that validates.
-        self._refuses = self._by_trainer = False
-        self._refused: Counter[Stage] = Counter()
-        # The Brain's updates that the Trainer has counted.
+        # Whether the Trainer has ended the training.
+        self._has_ended = False
+        # Whether the Trainer, not the recipe, started the current validation.
+        self._by_trainer = False
+        # How many parts were skipped after the end.
+        self._skipped: Counter[Stage] = Counter()
+        # Number of the Brain's optimizer steps that the Trainer has counted.
         self._counted = 0
-        # The epoch that is resumed, until a part that was not over has begun.
+        # The resumed epoch, until a part starts that was not complete before the save.
         self._resumed: EpochState | None = None
         self._epoch: Any = None
-        # Of the part among those of the epoch.
+        # Index of the current part in the epoch.
         self._index = 0
 
     @property
@@ -88,7 +92,7 @@ class StageParts:
         return not self._run.valid.is_running
 
     def run(self) -> None:
-        """Runs all of ``fit``."""
+        """Runs the whole ``fit``."""
         with suppress(_TrainerHasEnded):
             self._fit() if self._own_fit is None else self._fit_by_recipe(self._own_fit)
         self._end_epoch()
@@ -101,7 +105,7 @@ class StageParts:
             own_fit()
 
     def _on_stage_end(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``on_stage_end`` of a stage that is in none of the parts is a part by itself."""
+        """Makes a part of an ``on_stage_end`` that the recipe calls outside of parts."""
         brain = self._run.brain
         stage, _, epoch, *_ = (*arguments_of(hook, args, kwargs).values(), None)
         if self._is_running or stage is brain._lightning.stage_type.TEST:
@@ -111,7 +115,7 @@ class StageParts:
         return run(lambda: brain.on_stage_end(*args, **kwargs), epoch)
 
     def _fit(self) -> None:
-        """``speechbrain.Brain.fit``, of which the recipe overrides a part."""
+        """Runs the epochs of ``speechbrain.Brain.fit``, if the recipe overrides a part."""
         run, loop = self._run, self._loop
         epoch_loop = loop.epoch_loop
         assert isinstance(epoch_loop, BrainEpochLoop)
@@ -127,15 +131,15 @@ class StageParts:
             self._end_epoch()
 
     def validate_by_brain(self, bar: bool) -> None:
-        """Validates by the Brain's ``_fit_valid``, on what the Trainer was given.
+        """Validates with the Brain's ``_fit_valid``, on the Trainer's validation set.
 
         Args:
-            bar: Whether to show a bar.
+            bar: Whether to show a progress bar.
         """
         with TemporaryAttributes() as temporary:
             temporary.set(self, "_by_trainer", self._run.train.is_running)
             if self._trainer.enable_validation:
-                # It may not have been necessary so far.
+                # The loader may not exist yet.
                 with self._validating():
                     self._loop.epoch_loop.val_loop.setup_data()
             self._given = self._run.valid.given()
@@ -151,12 +155,12 @@ class StageParts:
             self._run.epochs.is_collective = self._trainer.world_size > 1
             self._resume()
             if state.resumed is not None and state.resumed["end_of_epoch"]:
-                # The recipe begins with the next one.
+                # The recipe starts with the next epoch.
                 state.resumed["epoch"] = None
         self._resumed = state.resumed_epoch
         self._counted = self._run.brain.optimizer_step
         loop.setup_data()
-        # Lightning enables gradients; a recipe may validate within an evaluation.
+        # Restore the grad mode that Lightning enables: a recipe may fit in an evaluation.
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             loop.reset()
             loop.on_run_start()
@@ -170,7 +174,7 @@ class StageParts:
 
     @property
     def _trains_nothing(self) -> bool:
-        """Lightning leaves out all of fit, hooks included."""
+        """Whether Lightning skips the whole fit, including its hooks."""
         return bool(self._trainer.limit_train_batches == 0)
 
     def _end_epoch(self) -> None:
@@ -190,10 +194,10 @@ class StageParts:
                 self._run_epoch(epoch, loop.advance)
 
     def train_by_recipe(self, recipe: Callable[[], Any], epoch: Any) -> None:
-        """One TRAIN stage of which the recipe has written the loop.
+        """Runs one TRAIN stage with a custom loop.
 
         Args:
-            recipe: Its ``_fit_train``.
+            recipe: The overridden ``_fit_train``.
             epoch: The number of the epoch.
         """
         with self._part(Stage.TRAIN, epoch) as runs:
@@ -209,14 +213,14 @@ class StageParts:
         with counts, TemporaryAttributes() as temporary:
             temporary.set(brain, "optimizer_step_limit", self._optimizer_step_limit())
             self._run.train.run_by_recipe()
-        # A recipe that steps by itself may leave optimizer_step alone.
+        # A recipe that steps its optimizers may not increment optimizer_step.
         steps = brain.optimizer_step - self._counted or len(seen)
         count_steps(self._trainer, steps)
         self._loop.epoch_loop._batches_that_stepped += steps
         self._run.train.windows += steps
 
     def _optimizer_step_limit(self) -> int | None:
-        """The Brain's limit, or ``max_steps`` in its words: a copy of its loop asks for it."""
+        """Combines ``optimizer_step_limit`` and ``max_steps``; custom loops read the limit."""
         brain, trainer = self._run.brain, self._trainer
         limits = [brain.optimizer_step_limit]
         if trainer.max_steps >= 0:
@@ -245,23 +249,23 @@ class StageParts:
                 self._validate(valid_set, epoch)
 
     def valid_by_recipe(self, recipe: Callable[[], Any], epoch: Any) -> None:
-        """One VALID stage of which the recipe has written the loop.
+        """Runs one VALID stage with a custom loop.
 
         Args:
-            recipe: Its ``_fit_valid``.
+            recipe: The overridden ``_fit_valid``.
             epoch: The number of the epoch.
         """
         with self._part(Stage.VALID, epoch) as runs:
             if runs:
                 with self._run.valid.written_by_recipe(recipe):
-                    # In the pass over this the recipe's loop runs.
+                    # The custom loop runs as the only batch of this set.
                     self._validate((None,), epoch)
 
     def _validate(self, valid_set: Any, epoch: Any) -> None:
         trainer, run = self._trainer, self._run
         connector, epoch_loop = trainer._logger_connector, self._loop.epoch_loop
         first, within = connector._first_loop_iter, run.train.is_running
-        # Loggers see it where they see a validation of Lightning's: at the last batch.
+        # As in Lightning, the validation is logged at the step of the last batch.
         back = int(not within and epoch_loop._batches_that_stepped > 0)
         epoch_loop._batches_that_stepped -= back
         with TemporaryAttributes() as temporary:
@@ -271,7 +275,7 @@ class StageParts:
             temporary.override(run.valid, "first_position", self._position())
             self._take(valid_set, temporary)
             temporary.enter_context(self._validating())
-            # Not the one that calls the Brain's _fit_valid.
+            # val_loop.run may be replaced by a call of the Brain's _fit_valid.
             type(epoch_loop.val_loop).run(epoch_loop.val_loop)
         connector._first_loop_iter = first
         epoch_loop._batches_that_stepped += back
@@ -285,12 +289,12 @@ class StageParts:
             self._trainer.training = True
 
     def _position(self) -> int:
-        """Of the set among those that the recipe validates on in an epoch."""
+        """Returns the index of the validation set in the epoch."""
         state = self._run.run_state
         return max(0, state.parts_over - state.train_part - 1)
 
     def _take(self, valid_set: Any, temporary: TemporaryAttributes) -> None:
-        """Lets Lightning's loop validate on a set, this time."""
+        """Makes Lightning's loop validate on a set until ``temporary`` is restored."""
         loop, stage = self._loop.epoch_loop.val_loop, self._run.valid
         loaders = [each.loader for each in stage.loaders]
         if valid_set is self._given or (len(loaders) == 1 and loaders[0] is valid_set):
@@ -308,7 +312,7 @@ class StageParts:
 
     @contextmanager
     def _part(self, kind: Stage, epoch: Any, enable: bool = False) -> Iterator[bool]:
-        """One part, and whether it is to be run."""
+        """The context of one part; yields whether to run it."""
         within = self._is_running or not self.by_parts
         if not within and not self._may_run(kind, epoch):
             yield False
@@ -323,36 +327,36 @@ class StageParts:
             self._count_parts()
 
     def _may_run(self, kind: Stage, epoch: Any) -> bool:
-        self._refuses |= self._trains_nothing
-        if not self._refuses:
+        self._has_ended |= self._trains_nothing
+        if not self._has_ended:
             self._begin()
-        if not self._refuses and kind is Stage.TRAIN:
+        if not self._has_ended and kind is Stage.TRAIN:
             self._end_epoch()
-            self._refuses = self._loop.is_over
-        if self._refuses:
-            self._refuse(kind, epoch)
-        return not self._refuses and not self._was_over(kind, epoch)
+            self._has_ended = self._loop.is_over
+        if self._has_ended:
+            self._skip(kind, epoch)
+        return not self._has_ended and not self._was_over(kind, epoch)
 
-    def _refuse(self, kind: Stage, epoch: Any) -> None:
-        self._refused[kind] += 1
-        if self._refused[kind] == 1:
+    def _skip(self, kind: Stage, epoch: Any) -> None:
+        self._skipped[kind] += 1
+        if self._skipped[kind] == 1:
             name = "_fit_train" if kind is Stage.TRAIN else "_fit_valid"
             logger.warning(
-                "The Trainer has ended the training: %s of epoch %s is left out, and what "
-                "follows.",
+                "The Trainer has ended the training. %s of epoch %s and later calls are "
+                "skipped.",
                 name,
                 epoch,
             )
-        if self._refused[kind] == MOST_LEFT_OUT:
+        if self._skipped[kind] == MAX_SKIPPED_PARTS:
             logger.warning(
-                "The loop of %s.fit has no end but that of its training, which is over: fit "
-                "ends here. Iterate the epoch_counter that it is given.",
+                "The loop of %s.fit does not end, although the training has ended, so fit is "
+                "interrupted. Iterate over the epoch_counter that is passed to fit.",
                 type(self._run.brain).__name__,
             )
             raise _TrainerHasEnded
 
     def _was_over(self, kind: Stage, epoch: Any) -> bool:
-        """Whether a part was over before the run was resumed."""
+        """Whether a part was complete before the run was resumed."""
         state = self._run.run_state
         if epoch != self._epoch:
             self._epoch, self._index = epoch, 0
@@ -365,7 +369,7 @@ class StageParts:
         elif kind is Stage.TRAIN:
             self._resumed = None
             if state.resumed is not None:
-                # The recipe begins with another epoch.
+                # The recipe starts with another epoch.
                 state.resumed["epoch"] = None
         if kind is Stage.TRAIN:
             state.train_part = self._index
@@ -376,13 +380,13 @@ class StageParts:
 
     @property
     def _resumed_here(self) -> EpochState | None:
-        """The epoch that is resumed, if it is the one that the recipe asks for."""
+        """The resumed epoch, if the recipe runs a part of the same epoch."""
         resumed = self._resumed
         is_asked_for = resumed is not None and resumed["number"] in (self._epoch, None)
         return resumed if is_asked_for else None
 
     def _count_parts(self) -> None:
-        # Those that follow the TRAIN stage that is resumed may be over as well.
+        # Parts after the resumed TRAIN stage may be complete as well.
         resumed = self._resumed_here
         over = 0 if resumed is None else resumed["parts_over"]
         self._run.run_state.parts_over = max(self._index, over)

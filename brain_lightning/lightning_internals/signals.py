@@ -1,9 +1,9 @@
-"""Lightning's handlers of signals.
+"""Replaces Lightning's signal handlers.
 
-Lightning registers them after ``on_fit_start``, waits for the other processes, and only
-then calls another hook. A SIGTERM in between, as torchrun sends it where a process has
-failed, would not end the process; so handlers that are put back in ``on_train_start``, which
-needs nothing private, come too late.
+Lightning registers its handlers after ``on_fit_start``. It then waits for the other ranks, and
+calls another hook only afterwards. If another rank fails, torchrun sends SIGTERM in between,
+which would not end the process. Therefore it would be too late to restore the handlers in
+``on_train_start``, which would need no private name.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 def disable_signal_handlers(trainer: Trainer) -> None:
-    """Keeps a Trainer that ``brain.fit`` made from handling signals.
+    """Disables the signal handlers of a Trainer that ``brain.fit`` created.
 
-    SIGTERM would else wait for the end of the batch and exit with status 0, in
-    processes that a hook forks as well; and at the end of a run Lightning would undo
-    what a hook has registered.
+    With Lightning's handler, SIGTERM would take effect after the batch and exit with
+    status 0, also in processes that a hook forks. At the end of a run, Lightning would
+    remove handlers that a hook registered.
 
     Args:
         trainer: The Trainer before its first run.
@@ -36,14 +36,14 @@ def disable_signal_handlers(trainer: Trainer) -> None:
 
 
 def is_lightning_handler(handler: object) -> bool:
-    """Whether a signal is handled by a Trainer, and by nothing else.
+    """Whether only a Trainer handles a signal.
 
-    For SIGTERM it would end the process with status 0, and makes a collective call from
-    within the signal (Lightning 2.6, ``_sigterm_notifier_fn``); for the signal by which SLURM
-    requeues a job it would save in the middle of a batch (``_slurm_sigusr_handler_fn``).
+    On SIGTERM, Lightning's handler would end the process with status 0, and run a collective
+    within the handler (Lightning 2.6, ``_sigterm_notifier_fn``). On SLURM's requeue signal, it
+    would save in the middle of a batch (``_slurm_sigusr_handler_fn``).
 
     Args:
-        handler: What ``signal.getsignal`` returned.
+        handler: Return value of ``signal.getsignal``.
     """
     return isinstance(handler, _HandlersCompose) and all(
         isinstance(getattr(each, "__self__", None), _SignalConnector)
@@ -52,10 +52,10 @@ def is_lightning_handler(handler: object) -> bool:
 
 
 def requeue_signal(trainer: Trainer) -> int | None:
-    """The signal at which a job of SLURM's saves and is requeued; None where none does.
+    """Returns the signal on which a SLURM job saves and is requeued, or None.
 
     Args:
-        trainer: The Trainer; ``SLURMEnvironment`` has what its user asked for.
+        trainer: The Trainer, whose ``SLURMEnvironment`` has the user's settings.
     """
     environment = trainer._accelerator_connector.cluster_environment
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
@@ -64,7 +64,7 @@ def requeue_signal(trainer: Trainer) -> int | None:
 
 
 def requeue_path(trainer: Trainer) -> str:
-    """The file from which Lightning resumes the job when it is started again.
+    """Returns the file from which Lightning resumes the job when it is started again.
 
     Args:
         trainer: The Trainer.
@@ -73,13 +73,13 @@ def requeue_path(trainer: Trainer) -> str:
 
 
 def requeue_job(trainer: Trainer) -> bool:
-    """Has SLURM queue this job again, as Lightning does (``_slurm_sigusr_handler_fn``).
+    """Makes SLURM requeue this job, as Lightning does (``_slurm_sigusr_handler_fn``).
 
     Args:
-        trainer: The Trainer; its first process asks SLURM.
+        trainer: The Trainer, whose rank 0 calls SLURM.
 
     Returns:
-        Whether SLURM has agreed, the same in all processes.
+        Whether SLURM requeued the job, identical on all ranks.
     """
     done = trainer.is_global_zero and _requeue()
     return bool(trainer.strategy.broadcast(done))
@@ -95,7 +95,7 @@ def _requeue() -> bool:
         status = error
     if status:
         logger.warning(
-            "%s failed (%s): the job is not requeued, and the run goes on.",
+            "%s failed (%s). The job is not requeued, and the run continues.",
             " ".join(command),
             status,
         )

@@ -1,4 +1,4 @@
-"""Which strategies run a Brain, and what of them is the Brain's to do."""
+"""Checks whether a strategy is supported, and accesses private attributes of strategies."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from brain_lightning.fsdp2.strategy import NAME, FSDP2Strategy
 from brain_lightning.fsdp2.unsupported import check_version
 from brain_lightning.temporary import TemporaryAttributes
 
-# How names of strategies begin that shard a whole LightningModule.
+# Prefixes of the names of strategies that shard the whole LightningModule.
 OF_WHOLE_MODULES = ("fsdp", "deepspeed", "model_parallel")
 
-# Arguments of DDPStrategy that speak of one DistributedDataParallel for the whole module.
+# Arguments of DDPStrategy for one DistributedDataParallel around the whole module.
 WHOLE_MODULE = (
     "_ddp_comm_hook",
     "_ddp_comm_state",
@@ -29,22 +29,25 @@ WHOLE_MODULE = (
 
 
 def is_parallel(trainer: Trainer) -> bool:
-    """Whether a Trainer wraps modules for several processes, even if there is only one.
+    """Whether a Trainer has a strategy for several processes, even if there is only one.
 
     Args:
-        trainer: The Trainer, before or after it has started its processes.
+        trainer: The Trainer, before or after it starts its processes.
     """
     return isinstance(trainer.strategy, DDPStrategy)
 
 
 def check_given_strategy(strategy: object) -> None:
-    """Refuses strategies that a Trainer may not even be made with, for want of a GPU say.
+    """Raises for unsupported strategies before a Trainer is created.
+
+    Otherwise the Trainer's constructor might raise a less helpful error, for example because
+    there is no GPU.
 
     Args:
-        strategy: What a Trainer is to be given: a name, a strategy, or nothing.
+        strategy: The Trainer argument: a name, a strategy, or None.
 
     Raises:
-        UnsupportedError: It is one that shards the whole LightningModule, or its name.
+        UnsupportedError: If the strategy shards the whole LightningModule.
     """
     if isinstance(strategy, Strategy):
         _check_kind(strategy)
@@ -58,10 +61,11 @@ def check_given_strategy(strategy: object) -> None:
 
 def _cannot_run(name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{name} cannot run a Brain: it wraps the whole LightningModule, and gradients of "
-        "a recipe's own loss.backward() would not be averaged. Use strategy='fsdp2', which "
-        "shards each entry of modules, for a model larger than one device; else 'ddp', "
-        "'ddp_find_unused_parameters_true', DDPStrategy(...) or one device"
+        f"{name} is not supported for a Brain, because it wraps the whole LightningModule. "
+        "Gradients of a recipe's loss.backward() would not be averaged. If the model is "
+        "larger than one device, use strategy='fsdp2', which shards each entry of modules. "
+        "Otherwise use 'ddp', 'ddp_find_unused_parameters_true', DDPStrategy(...) or one "
+        "device."
     )
 
 
@@ -71,13 +75,13 @@ def _check_kind(strategy: Strategy) -> None:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuses the strategies that a Brain cannot run on.
+    """Raises if the strategy of a Trainer does not support a Brain.
 
     Args:
         trainer: The Trainer, before it starts its processes.
 
     Raises:
-        UnsupportedError: Its strategy is one of those, or has an argument that is.
+        UnsupportedError: If the strategy or one of its arguments is not supported.
     """
     strategy = trainer.strategy
     _check_kind(strategy)
@@ -86,33 +90,35 @@ def check_strategy(trainer: Trainer) -> None:
     name = type(strategy).__name__
     if strategy._start_method != "popen":
         raise UnsupportedError(
-            f"{name}(start_method={strategy._start_method!r}) trains a copy of the Brain in "
-            "another process, and what it learns stays there: use strategy='ddp', or torchrun"
+            f"{name}(start_method={strategy._start_method!r}) would train a copy of the Brain "
+            "in another process, and its weights would be lost. Use strategy='ddp' or "
+            "torchrun."
         )
     if isinstance(strategy, FSDP2Strategy):
         _check_sharding(strategy)
     for argument in WHOLE_MODULE:
         if getattr(strategy, argument) is not None:
             raise UnsupportedError(
-                f"{name}({argument[1:]}=...) is for one DistributedDataParallel, and a Brain "
-                "has one for each entry of its modules: leave it out"
+                f"{name}({argument[1:]}=...) is not supported: it is for one "
+                "DistributedDataParallel, but a Brain has one for each entry of its modules. "
+                "Remove the argument."
             )
 
 
 def _check_sharding(strategy: FSDP2Strategy) -> None:
     given = [name for name in WHOLE_MODULE if getattr(strategy, name) is not None]
-    # It has a meaning for shards too.
+    # find_unused_parameters has a meaning for shards, too.
     given += [name for name in strategy._ddp_kwargs if name != "find_unused_parameters"]
     if given:
         raise UnsupportedError(
-            f"FSDP2Strategy({given[0].removeprefix('_')}=...) is for DistributedDataParallel, "
-            "of which there is none: leave it out"
+            f"FSDP2Strategy({given[0].removeprefix('_')}=...) is not supported: it is for "
+            "DistributedDataParallel, which FSDP2 does not use. Remove the argument."
         )
     check_version()
 
 
 def ddp_arguments(trainer: Trainer) -> dict[str, Any]:
-    """The arguments of the strategy that are for ``DistributedDataParallel``.
+    """Returns the arguments of the strategy for ``DistributedDataParallel``.
 
     Args:
         trainer: A Trainer whose strategy ``is_parallel``.
@@ -123,15 +129,15 @@ def ddp_arguments(trainer: Trainer) -> dict[str, Any]:
 
 
 def set_backend(trainer: Trainer, backend: str, temporary: TemporaryAttributes) -> str:
-    """Chooses how processes communicate, unless the user's strategy does.
+    """Sets the backend of the process group, unless the user's strategy sets it.
 
     Args:
-        trainer: A Trainer whose strategy ``is_parallel``, without a process group yet.
+        trainer: A Trainer whose strategy ``is_parallel``, before it creates a process group.
         backend: nccl, gloo or mpi.
-        temporary: Records what is changed.
+        temporary: Records the changes.
 
     Returns:
-        The backend that the strategy has now.
+        The backend of the strategy.
     """
     strategy = trainer.strategy
     assert isinstance(strategy, DDPStrategy)
@@ -142,10 +148,10 @@ def set_backend(trainer: Trainer, backend: str, temporary: TemporaryAttributes) 
 
 
 def disable_synchronization(module: LightningModule) -> None:
-    """Keeps the strategy from giving every process the first one's weights to evaluate.
+    """Keeps the strategy from broadcasting the weights of rank 0 before an evaluation.
 
-    A Brain's processes have the same ones, but for what is each process's own, such
-    as the running statistics of a normalization.
+    The ranks of a Brain have identical weights, but their buffers may differ, for example the
+    running statistics of a normalization.
 
     Args:
         module: The module before the Trainer's ``setup``.
@@ -156,19 +162,20 @@ def disable_synchronization(module: LightningModule) -> None:
 
 
 def leave_on(module: LightningModule, device: torch.device) -> bool:
-    """Lets a module know its device, if all of it is there.
+    """Sets the device of a module without moving it, if all tensors are on this device.
 
-    To move ten thousand tensors to where they are takes as long as a step of them.
+    Calling ``to`` for ten thousand tensors takes as long as a training step, even if no
+    tensor moves.
 
     Args:
         module: The module.
-        device: Where a strategy moves it to.
+        device: The device to which a strategy moves the module.
 
     Returns:
         Whether there is nothing to move.
     """
     tensors = chain(module.parameters(), module.buffers())
-    # Others move tensors that nobody else knows of, as a metric of torchmetrics its state.
+    # Other modules may move more tensors, for example a torchmetrics metric its state.
     are_plain = all(
         part._apply.__module__.startswith("torch.nn.") for part in module.modules()
     )
@@ -179,7 +186,7 @@ def leave_on(module: LightningModule, device: torch.device) -> bool:
 
 
 def shards_training_data(trainer: Trainer) -> bool:
-    """Whether the Trainer gives each process its part of the training set.
+    """Whether the Trainer splits the training set between the ranks.
 
     Args:
         trainer: The Trainer.

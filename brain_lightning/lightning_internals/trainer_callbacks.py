@@ -1,4 +1,4 @@
-"""The callbacks of a Trainer: their hooks, when they save, and who exchanges the weights."""
+"""The callbacks of a Trainer: their hooks, states and saves, and averages of weights."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from brain_lightning.distributed.communication import by_main_process
 from brain_lightning.step.pruning import ORIGINAL
 from brain_lightning.temporary import TemporaryAttributes
 
-# The name of the recoverable.
+# The name of the recoverable for averages of weights.
 AVERAGES = "brain_lightning_averages"
-# With ``results``, ``suggestion()`` and ``plot()``, as the documentation of Lightning has it.
+# Has ``results``, ``suggestion()`` and ``plot()``, as in Lightning's documentation.
 LearningRates: TypeAlias = _LRFinder
-# Ends a fit of Tuner.lr_find and Tuner.scale_batch_size when they have found something.
+# Ends the fit of Tuner.lr_find and Tuner.scale_batch_size after the search.
 TunerExitException: TypeAlias = _TunerExitException
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The callbacks of a Trainer, an attribute that Lightning's type hints do not show.
+    """Returns the callbacks of a Trainer; Lightning's type hints lack this attribute.
 
     Args:
         trainer: Any Trainer.
@@ -47,12 +47,12 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 
 def look_up_entry_points_once(temporary: TemporaryAttributes) -> None:
-    """Lets a Trainer find the callbacks of other packages without reading them all again.
+    """Caches the entry points of installed packages, which each new Trainer searches.
 
-    ``brain.fit`` makes a Trainer for each fit, and a recipe may fit in each epoch.
+    ``brain.fit`` creates a Trainer for each fit, and a recipe may fit in each epoch.
 
     Args:
-        temporary: Records what is changed while a Trainer is made.
+        temporary: Records the changes while a Trainer is created.
     """
     temporary.set(registry, "entry_points", _entry_points)
 
@@ -74,12 +74,12 @@ def has_hook(callback: Callback, hook: str) -> bool:
 
 
 def overwrite_files(trainer: Trainer, temporary: TemporaryAttributes) -> None:
-    """Lets ModelCheckpoint write a file again, and not one that is numbered beside it.
+    """Makes ModelCheckpoint overwrite a file, instead of adding a version to its name.
 
     Args:
-        trainer: The Trainer of a run that was resumed at the end of an epoch, which may have
-            saved its files before it was killed.
-        temporary: Records what is changed.
+        trainer: The Trainer of a run that was resumed at the end of an epoch. The killed run
+            may have saved the files of this epoch.
+        temporary: Records the changes.
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint):
@@ -87,14 +87,15 @@ def overwrite_files(trainer: Trainer, temporary: TemporaryAttributes) -> None:
 
 
 def state_of(callback: Callback) -> dict[str, Any]:
-    """What a callback needs to resume.
+    """Returns the state that a callback needs to resume.
 
     Args:
         callback: The callback.
 
     Returns:
-        Its ``state_dict``. ModelPruning has none: the weights that its lottery ticket resets
-        to, or None for one that it has reset: from then on it shares the trained weight.
+        The ``state_dict`` of the callback. For ModelPruning, which has none, the weights to
+        which its lottery ticket resets. The value is None for a weight that was reset, because
+        it then shares the memory of the trained weight.
     """
     if not isinstance(callback, ModelPruning):
         return callback.state_dict()
@@ -106,11 +107,11 @@ def state_of(callback: Callback) -> dict[str, Any]:
 
 
 def load_state(callback: Callback, state: dict[str, Any]) -> None:
-    """Restores it.
+    """Restores the state of a callback.
 
     Args:
         callback: The callback.
-        state: From ``state_of``.
+        state: Return value of ``state_of``.
     """
     if not isinstance(callback, ModelPruning):
         callback.load_state_dict(state)
@@ -121,7 +122,7 @@ def load_state(callback: Callback, state: dict[str, Any]) -> None:
 
 
 def _tickets(callback: ModelPruning) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
-    """What a weight is reset to, and the weight."""
+    """Yields an index, the weight to which ModelPruning resets, and the trained weight."""
     for layer in (callback._original_layers or {}).values():
         for index, name in layer["names"]:
             module, _ = callback._parameters_to_prune[index]
@@ -134,14 +135,14 @@ def _tickets(callback: ModelPruning) -> Iterator[tuple[int, nn.Parameter, Tensor
 
 
 def repair(callback: Callback, temporary: TemporaryAttributes) -> None:
-    """Lets SpikeDetection resume, which of Lightning 2.6.6 cannot.
+    """Makes SpikeDetection resume, which fails in Lightning 2.6.6.
 
-    Its ``load_state_dict`` looks for ``running``, and the window of losses, which is
-    ``running_mean``, is not in its state.
+    Its ``load_state_dict`` reads the attribute ``running``, which does not exist. Its state
+    lacks the window of losses, ``running_mean``.
 
     Args:
         callback: Any callback.
-        temporary: Records what is changed.
+        temporary: Records the changes.
     """
     if not isinstance(callback, SpikeDetection):
         return
@@ -161,29 +162,29 @@ def repair(callback: Callback, temporary: TemporaryAttributes) -> None:
 
 
 def save_as_automatic(trainer: Trainer, temporary: TemporaryAttributes) -> None:
-    """Lets ModelCheckpoint save after a batch, whoever makes the steps.
+    """Makes ModelCheckpoint save after a batch, also with manual optimization.
 
-    Since Lightning 2.6 it looks at ``every_n_train_steps`` alone with manual optimization, and
-    warns of weights that it would save after a step
+    Since Lightning 2.6, ModelCheckpoint uses only ``every_n_train_steps`` with manual
+    optimization, and warns that it would save weights after a step
     (https://github.com/Lightning-AI/pytorch-lightning/issues/21699).
 
     Args:
         trainer: The Trainer of a Brain that overrides ``fit_batch``.
-        temporary: Records what is changed on its callbacks.
+        temporary: Records the changes to the callbacks.
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint):
-            temporary.wrap(callback, "on_train_batch_end", _told_by_automatic)
+            temporary.wrap(callback, "on_train_batch_end", _call_as_automatic)
 
 
-def _told_by_automatic(
+def _call_as_automatic(
     hook: Any, trainer: Trainer, module: LightningModule, *args: Any, **kwargs: Any
 ) -> None:
     hook(trainer, _Automatic(module), *args, **kwargs)
 
 
 class _Automatic:
-    """A module, as ModelCheckpoint sees one with automatic optimization."""
+    """A proxy of a module that claims to use automatic optimization."""
 
     automatic_optimization = True
 
@@ -195,9 +196,9 @@ class _Automatic:
 
 
 def leave_groups_as_recovered(callback: Callback) -> None:
-    """Keeps BaseFinetuning from assigning, when the next run starts, the groups of its state.
+    """Keeps BaseFinetuning from replacing the parameter groups when the next run starts.
 
-    They are recovered with the optimizers, by name.
+    The groups are already recovered with the optimizers, by name.
 
     Args:
         callback: A callback that has loaded its state after ``on_fit_start``.
@@ -207,29 +208,30 @@ def leave_groups_as_recovered(callback: Callback) -> None:
 
 
 class AverageInUse:
-    """The averages that callbacks have put in place of the weights, and save.
+    """Averages that callbacks swap with the weights; saves and restores them.
 
-    ``WeightAveraging`` of Lightning 2.6 exchanges both while it validates. A recipe's own
-    checkpoint, saved when a validation ends, holds in its modules what was measured, the
-    average; the weights are in a file beside, with which training is resumed.
+    ``WeightAveraging`` (Lightning 2.6) swaps the weights with their average during a
+    validation. If the recipe saves at the end of a validation, the modules in its checkpoint
+    contain the average, which was validated. A separate file contains the weights, with which
+    training resumes.
     """
 
     def __init__(self) -> None:
         self._averaging: list[Any] = []
         self._in_use: dict[int, Any] = {}
-        # Those that were exchanged back last.
+        # The callbacks that have just swapped the weights back.
         self._measured: list[Any] = []
         self._recovered: dict[str, Any] = {}
 
     def register(
         self, callbacks: Sequence[Callback], checkpointer: Any, temporary: TemporaryAttributes
     ) -> None:
-        """Makes the averages recoverables for the time of a run, where there are any.
+        """Adds the averages to the recoverables during a run.
 
         Args:
-            callbacks: Those of the Trainer.
-            checkpointer: The Brain's.
-            temporary: Records what is changed on it.
+            callbacks: The callbacks of the Trainer.
+            checkpointer: The checkpointer of the Brain.
+            temporary: Records the changes to the checkpointer.
         """
         self._averaging = [each for each in callbacks if hasattr(each, "_swap_models")]
         if self._averaging:
@@ -241,12 +243,12 @@ class AverageInUse:
         """Whether the average of a callback is a recoverable.
 
         Args:
-            callback: One of the Trainer's.
+            callback: A callback of the Trainer.
         """
         return any(callback is each for each in self._averaging)
 
     def save(self, path: str | Path) -> None:
-        """Saves the averages, or what they have been exchanged for.
+        """Saves the averages, or the weights if they are currently swapped.
 
         Args:
             path: The file.
@@ -261,21 +263,21 @@ class AverageInUse:
         by_main_process(lambda: state_files.write_state(states, path))
 
     def recover(self, path: str | Path, end_of_epoch: bool) -> None:
-        """Reads what ``save`` has written; it takes effect when training starts.
+        """Reads the file from ``save``, which takes effect when training starts.
 
         Args:
             path: The file.
-            end_of_epoch: Of no importance here.
+            end_of_epoch: Not used.
         """
         self._recovered = state_files.load_state(path)
 
     def resume(self, module: LightningModule, resumes: bool) -> None:
-        """Resumes averages, and the weights that were saved in their place.
+        """Restores the averages, and the weights if they were swapped when they were saved.
 
         Args:
             module: The module, which has recovered its weights.
-            resumes: Whether a run is resumed from a directory: where that has no average,
-                it begins with the weights, as Lightning's does.
+            resumes: Whether a run is resumed from a directory. If the directory has no
+                average, the average starts with the weights, as in Lightning.
         """
         recovered, self._recovered = self._recovered, {}
         for callback in self._averaging:
@@ -288,11 +290,11 @@ class AverageInUse:
                 average.module.load_state_dict(module.state_dict())
 
     def watch(self, callbacks: Sequence[Callback], temporary: TemporaryAttributes) -> None:
-        """Records each exchange, until ``temporary`` is restored.
+        """Records each swap, until ``temporary`` is restored.
 
         Args:
-            callbacks: Those of the Trainer.
-            temporary: Records what is changed on them.
+            callbacks: The callbacks of the Trainer.
+            temporary: Records the changes to the callbacks.
         """
         for callback in callbacks:
             swap = getattr(callback, "_swap_models", None)
@@ -309,9 +311,9 @@ class AverageInUse:
 
     @contextmanager
     def measured(self, module: LightningModule) -> Iterator[None]:
-        """Has the averages in use that a validation has just measured, while it ends.
+        """Swaps the averages in again at the end of the validation that used them.
 
-        Lightning exchanges them before a module hears that the validation is over.
+        Lightning swaps the weights back before it calls the module's end hook.
 
         Args:
             module: The module that trains.
@@ -330,8 +332,8 @@ class AverageInUse:
             self._measured = []
 
     @contextmanager
-    def put_back(self, module: LightningModule) -> Iterator[None]:
-        """Exchanges them for the weights, for what is saved within.
+    def swapped_back(self, module: LightningModule) -> Iterator[None]:
+        """Swaps the weights back in while something is saved.
 
         Args:
             module: The module that trains.
@@ -349,7 +351,7 @@ class AverageInUse:
         self._in_use = in_use
 
     def correct(self, checkpoint: dict[str, Any]) -> None:
-        """Exchanges them in a file that ``WeightAveraging`` has written both to.
+        """Swaps weights and average in a file that ``WeightAveraging`` adds both to.
 
         Args:
             checkpoint: The content of the file.
@@ -362,14 +364,14 @@ class AverageInUse:
 def learning_rates(
     mode: str, min_lr: float, max_lr: float, rates: Sequence[float], losses: Sequence[float]
 ) -> LearningRates:
-    """The result of ``Tuner.lr_find``, from which it suggests a learning rate.
+    """Returns a result of ``Tuner.lr_find``, which suggests a learning rate.
 
     Args:
         mode: ``exponential`` or ``linear``.
-        min_lr: The smallest rate.
-        max_lr: The largest rate.
-        rates: Those that were tried.
-        losses: The smoothed loss at each.
+        min_lr: The smallest learning rate.
+        max_lr: The largest learning rate.
+        rates: The learning rates that were tried.
+        losses: The smoothed loss at each learning rate.
     """
     found = _LRFinder(mode, min_lr, max_lr, len(rates))
     found.results = {"lr": list(rates), "loss": list(losses)}
@@ -377,13 +379,13 @@ def learning_rates(
 
 
 class FinderArguments(NamedTuple):
-    """What a callback that searches was given.
+    """The arguments of a LearningRateFinder or BatchSizeFinder.
 
     Attributes:
-        search: How to search.
-        updates: Whether to use what is found.
-        name: Of the attribute that gets it; may be empty.
-        ends_run: Whether the run ends when something is found, as for ``Tuner``.
+        search: Arguments of the search.
+        updates: Whether to use the value that is found.
+        name: Name of the attribute to set to this value; may be empty.
+        ends_run: Whether the run ends after the search, as for ``Tuner``.
     """
 
     search: dict[str, Any]
@@ -393,7 +395,7 @@ class FinderArguments(NamedTuple):
 
 
 def arguments_of_finder(callback: LearningRateFinder | BatchSizeFinder) -> FinderArguments:
-    """What a callback that searches was given.
+    """Returns the arguments of a finder.
 
     Args:
         callback: The callback.
@@ -414,7 +416,7 @@ def arguments_of_finder(callback: LearningRateFinder | BatchSizeFinder) -> Finde
         "steps_per_trial": callback._steps_per_trial,
         "init_val": callback._init_val,
         "max_trials": callback._max_trials,
-        # Of earlier Lightnings there is none.
+        # New in Lightning 2.6.
         "margin": getattr(callback, "_margin", 0.0),
         "max_val": getattr(callback, "_max_val", sys.maxsize),
     }

@@ -1,4 +1,4 @@
-"""The LightningModule of a Brain that leaves stepping to Lightning, and its update."""
+"""The LightningModule with automatic optimization, in which Lightning steps the optimizers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .brain_module import BrainModule
 
 
 class AutomaticModule(BrainModule):
-    """For a Brain that does not override stepping: Lightning's automatic optimization."""
+    """Automatic optimization, for a Brain that overrides no method that steps."""
 
     def __init__(self, brain: BrainProtocol, **kwargs: Any) -> None:
         super().__init__(brain, **kwargs)
         self._batch: Any = None
         self._training_loss: TrainingLoss | None = None
-        # Whether the batch has failed, and Lightning is to go on without it.
+        # Whether the batch failed, so that Lightning's closure must do nothing.
         self._skips = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keeps the batch: Lightning passes only a closure to ``optimizer_step``."""
+        """Stores the batch, because Lightning passes only a closure to ``optimizer_step``."""
         self._batch = batch
 
     def optimizer_step(
@@ -40,7 +40,7 @@ class AutomaticModule(BrainModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """``fit_batch`` of SpeechBrain, with Lightning doing the passes and the step."""
+        """Runs SpeechBrain's ``fit_batch``; Lightning runs forward, backward and step."""
         assert isinstance(optimizer, LightningOptimizer)
         assert optimizer_closure is not None
         update = _TrainerUpdate(self, optimizer, optimizer_closure)
@@ -52,7 +52,7 @@ class AutomaticModule(BrainModule):
             count_steps(self.trainer, -1)
 
     def _skip(self, closure: Callable[[], Any]) -> None:
-        """Has Lightning's closure end with a loss, without which Lightning raises an error."""
+        """Calls Lightning's closure with a NaN loss, because Lightning requires a loss."""
         self._skips = True
         try:
             closure()
@@ -60,22 +60,22 @@ class AutomaticModule(BrainModule):
             self._skips = False
 
     def stepping(self, optimizers: Iterable[Optimizer]) -> None:
-        """Called before optimizers step."""
+        """Called before the optimizers step."""
         self.run.run_state.before.copy_weights(optimizers)
 
     def stepped(self, loss: Tensor, is_step: bool) -> None:
-        """Called when the update of a batch is made."""
+        """Called after the update of a batch."""
         self.run.train.stepped(loss, int(is_step))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """``compute_forward`` and ``compute_objectives`` at Stage.TRAIN."""
+        """Calls ``compute_forward`` and ``compute_objectives`` with Stage.TRAIN."""
         if self._skips:
             return torch.tensor(torch.nan)
         self._training_loss = training_loss(self.brain, batch)
         return self._training_loss.scaled
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass; a loss that is not finite leaves no gradients."""
+        """Runs the backward pass; a loss that is not finite adds no gradients."""
         if self._skips:
             return
         backward = super().backward
@@ -83,21 +83,21 @@ class AutomaticModule(BrainModule):
 
     @property
     def training_loss(self) -> TrainingLoss:
-        """What ``training_step`` found in this batch."""
+        """The loss from ``training_step`` in this batch."""
         assert self._training_loss is not None
         return self._training_loss
 
     def forget_loss(self) -> None:
-        """Frees what ``training_step`` found, and with it the graph of a batch that failed."""
+        """Frees the loss from ``training_step``, and the graph of a batch that failed."""
         self._training_loss = None
 
     def fit_batch(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``fit_batch`` of SpeechBrain without Lightning's hooks: see ``BrainModule``."""
+        """Runs SpeechBrain's ``fit_batch`` without Lightning's hooks; see ``BrainModule``."""
         update = updates.DirectUpdate(self.brain, self.stepping, self.stepped)
         loss = self._fit(batch, batch_idx, update.fit, update.step)
         # on_fit_batch_end may step as well.
         self.run.train.steps = int(update.is_step)
-        # What training_step returns.
+        # The loss that training_step would return.
         return {"loss": loss if update.result is None else update.result.scaled.detach()}
 
     def configure_gradient_clipping(
@@ -106,16 +106,16 @@ class AutomaticModule(BrainModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as the Brain does: each active optimizer on its own."""
+        """Clips as the Brain does: separately for each active optimizer."""
         assert isinstance(optimizer, OptimizerGroup)
         updates.prepare_gradients(self.brain, optimizer.active)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Nothing: the Brain zeroes what has stepped."""
+        """Does nothing, because the Brain zeroes the gradients of optimizers that stepped."""
 
 
 class _TrainerUpdate(updates.DirectUpdate):
-    """An update that goes through the Trainer: its strategy, precision and callbacks."""
+    """An update that uses the Trainer's strategy, precision and callbacks."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class _TrainerUpdate(updates.DirectUpdate):
         self._module, self._optimizer, self._closure = module, optimizer, closure
 
     def compute_gradients(self, batch: Any) -> TrainingLoss:
-        """Lightning's closure: ``training_step``, then the backward pass."""
+        """Calls Lightning's closure, which calls ``training_step`` and ``backward``."""
         try:
             self._closure()
             self.result = result = self._module.training_loss
@@ -136,9 +136,9 @@ class _TrainerUpdate(updates.DirectUpdate):
         return result
 
     def apply(self, optimizers: Mapping[str, Optimizer]) -> None:
-        """Steps the group; Lightning calls ``configure_gradient_clipping`` before."""
+        """Steps the optimizers; Lightning calls ``configure_gradient_clipping`` before."""
         group = self._optimizer.optimizer
         assert isinstance(group, OptimizerGroup)
         group.active = optimizers
-        # Not None: Lightning's mixed precision takes that for "skip this step".
+        # Lightning's mixed precision would skip the step if the closure returned None.
         self._optimizer.step(closure=lambda: True)

@@ -1,4 +1,4 @@
-"""What the LightningModules of all Brains share; ``automatic`` and ``manual`` fit batches."""
+"""The base class of generated LightningModules; ``automatic`` and ``manual`` fit batches."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ from .named_checkpoint import Recovery, is_directory, named_checkpoint, recoveri
 class BrainModule(LightningModule):
     """Calls the stages of a run from Lightning's hooks, and saves and loads checkpoints.
 
-    Subclasses have ``fit_batch(batch, batch_idx)``, which does one training step without
-    Lightning's hooks where no callback needs them, and returns what ``training_step`` would;
-    ``run.train.steps`` are the steps that the Trainer has to count then.
+    Subclasses define ``fit_batch(batch, batch_idx)``. It runs one training step without
+    Lightning's hooks if no callback needs them, and returns the value of ``training_step``.
+    The Trainer then counts ``run.train.steps`` optimizer steps.
 
     Args:
         brain: The Brain to run.
-        epoch_counter: Its epochs; ``hparams.epoch_counter`` if not given, and
-            where there is none 1, 2, … until the Trainer stops, which counts on in
-            another ``fit``.
-        progressbar: Whether to show SpeechBrain's bar where the Trainer has none.
-        max_key: For ``on_evaluate_start``.
-        min_key: For ``on_evaluate_start``.
-        own_fit: The recipe's own ``fit``, where that calls for the stages of the run:
+        epoch_counter: Iterable over epoch numbers; default: ``hparams.epoch_counter``. If
+            there is none, the epochs are 1, 2, … until the Trainer stops. Another ``fit``
+            continues to count.
+        progressbar: Whether to show SpeechBrain's progress bar if the Trainer has none.
+        max_key: Argument of ``on_evaluate_start``.
+        min_key: Argument of ``on_evaluate_start``.
+        own_fit: The overridden ``fit`` of the recipe, if it calls the stages of the run by
             ``_fit_train`` and ``_fit_valid``.
 
     Attributes:
         run: The current or last run.
-        is_of_fit: Whether it is the Brain's ``fit`` that runs it.
-        recovers: What to recover for TEST; None leaves the modules as they are.
+        is_of_fit: Whether the Brain's ``fit`` created this module.
+        recovers: The checkpoint to recover for TEST; None recovers nothing.
     """
 
     is_of_fit = False
     recovers: Checkpoint | Recovery | None = Recovery.BY_KEYS
-    # By ckpt_path.
+    # The checkpoint directory from ckpt_path.
     _named: Checkpoint | None = None
 
     def __init__(
@@ -98,14 +98,14 @@ class BrainModule(LightningModule):
 
     @property
     def trainer(self) -> Trainer:
-        """The Trainer that runs, or has run, the Brain."""
+        """The Trainer that runs, or last ran, the Brain."""
         return super().trainer
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
         LightningModule.trainer.__set__(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None:
-            # The only call that a module gets before Lightning looks at ckpt_path.
+            # Lightning calls nothing else of a module before it reads ckpt_path.
             self._named = None
             read_ckpt_path(trainer, self._take_directory, Run.is_running(self.brain))
 
@@ -115,7 +115,7 @@ class BrainModule(LightningModule):
         return self._named is not None
 
     def configure_callbacks(self) -> list[Callback]:
-        """Begins a run: new stages over the same Brain, and the callback that runs them."""
+        """Starts a run: creates new stages for the Brain, and the callback that runs them."""
         fitting = self.trainer.state.fn is TrainerFn.FITTING
         if fitting:
             check_hooks(self.brain)
@@ -134,7 +134,7 @@ class BrainModule(LightningModule):
         return [BrainCallback(self.run, self.trainer, self._progressbar, own_fit)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BrainModule:
-        """Copies the weights, for callbacks that average them, and shares everything else."""
+        """Copies the weights and shares the rest, for callbacks that average weights."""
         brain = copy.copy(self.brain)
         brain.modules = copy.deepcopy(self.brain.modules, memo)
         brain._lightning = copy.copy(brain._lightning)
@@ -144,7 +144,7 @@ class BrainModule(LightningModule):
         return module
 
     def __getattr__(self, name: str) -> Any:
-        """Finds an entry of the Brain's modules: BackboneFinetuning wants ``backbone``."""
+        """Returns an entry of the Brain's modules; BackboneFinetuning reads ``backbone``."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -154,10 +154,10 @@ class BrainModule(LightningModule):
             raise
 
     def configure_optimizers(self) -> Optimizer:
-        """``on_fit_start`` of the Brain: compile, init_optimizers, recover.
+        """Calls ``on_fit_start`` of the Brain, which compiles, init_optimizers and recovers.
 
-        Lightning calls this once the modules are on their device and the
-        process group is up.
+        Lightning calls this method after it moved the modules to their device and
+        initialized the process group.
         """
         self._initial_groups = InitialGroups(self.brain)
         if self._own_fit is None:
@@ -170,7 +170,7 @@ class BrainModule(LightningModule):
             on_fit_start = self.brain.on_fit_start
 
             def start_once() -> None:
-                # A fit within this one starts by itself.
+                # Restore first, because a nested fit calls on_fit_start itself.
                 temporary.restore()
                 self._start_fit(on_fit_start)
 
@@ -186,12 +186,12 @@ class BrainModule(LightningModule):
             temporary.wrap(brain, "init_optimizers", self._init_optimizers)
             temporary.enter_context(recovering(brain, self._named))
             on_fit_start()
-        # It may have made some by itself.
+        # on_fit_start may have replaced modules.
         save_whole(brain)
         recovered = (brain.step, brain.avg_train_loss) != counts
         self.run.run_state.has_recovered_counts = recovered
         if self._explicit is not None:
-            # A callback that averages weights replaces the state by its average.
+            # A callback that averages weights saves its average as state_dict.
             weights = self._explicit.get("current_model_state", self._explicit["state_dict"])
             self.load_state_dict(weights, self.strict_loading)
             own = self.state_dict(keep_vars=True)
@@ -199,14 +199,14 @@ class BrainModule(LightningModule):
             self._explicit = None
         if several:
             check_same(
-                "has recovered what there was",
-                "how many updates they have done",
+                "has recovered its checkpoint",
+                "the number of optimizer steps",
                 getattr(brain, "optimizer_step", 0),
             )
             self.run.epochs.is_collective = True
 
     def _init_optimizers(self, init_optimizers: Callable[[], None]) -> None:
-        """``init_optimizers`` of the Brain, before anything is recovered."""
+        """Calls ``init_optimizers`` of the Brain, before anything is recovered."""
         check_sharded(self.brain)
         init_optimizers()
         set_learning_rate(self.brain)
@@ -215,51 +215,51 @@ class BrainModule(LightningModule):
         self.run.trainer.remember_trained()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Weights by the names that they have where nothing is compiled or wrapped."""
+        """Returns the weights, by names without the prefixes of compiling and wrapping."""
         state = super().state_dict(*args, **kwargs)
         for name in list(state):
-            # In place: the dictionary carries metadata; all of them, to keep the order.
+            # Rename in place to keep the metadata, and rename every entry to keep the order.
             state[self._plain(name)] = state.pop(name)
         return state
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Takes what ``state_dict`` gave, whatever the modules are wrapped in by now."""
+        """Loads a ``state_dict``, also if the modules are compiled or wrapped now."""
         prune_as_saved(self, state_dict, self._plain)
         names = {self._plain(name): name for name in super().state_dict(keep_vars=True)}
         renamed = {names.get(name, name): value for name, value in state_dict.items()}
         return super().load_state_dict(renamed, strict, assign)
 
     def _plain(self, name: str) -> str:
-        """The name of a weight where nothing is compiled or wrapped."""
+        """Returns the name of a weight without the prefixes of compiling and wrapping."""
         before, found, rest = name.partition("brain_modules.")
         return before + found + plain_name(rest, self.brain)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning does not save, unless weights alone are saved."""
+        """Adds the states that Lightning does not save, unless only weights are saved."""
         if self.hparams and checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_NAME) is None:
-            # What load_from_checkpoint gives them to the constructor as.
+            # The name of the constructor's argument, for load_from_checkpoint.
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = "hparams"
         if self._running() is TrainerFn.FITTING and "optimizer_states" in checkpoint:
             checkpoint[KEY] = content(self.run, self.state_dict(keep_vars=True))
-            # An error may come before the run begins.
+            # It is None if an error was raised before the run started.
             if self.run.run_state.trainer is not None:
-                # After the callbacks: WeightAveraging may have exchanged the weights.
+                # Lightning calls callbacks before: WeightAveraging may have swapped weights.
                 self.run.trainer.correct(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps an explicit ``ckpt_path``: it wins over what a Checkpointer recovers."""
+        """Stores the content of ``ckpt_path``, which takes precedence over a Checkpointer."""
         running = self._running()
         if running is TrainerFn.FITTING:
             check_content(checkpoint)
-            # Lightning would begin in the middle of its own loop, without a TRAIN stage.
+            # Otherwise Lightning would start within its loop, without a TRAIN stage.
             checkpoint.pop("loops", None)
         if running in (TrainerFn.FITTING, TrainerFn.TESTING):
             self._explicit = checkpoint
 
     def _running(self) -> TrainerFn | None:
-        # Without a Trainer, as in load_from_checkpoint, the property raises.
+        # The property raises if there is no Trainer, for example in load_from_checkpoint.
         try:
             return self.trainer.state.fn
         except RuntimeError:
@@ -279,14 +279,16 @@ class BrainModule(LightningModule):
         return train.fit(batch, fit_batch, is_last, step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Ends a batch: the last hook, the callbacks' come before."""
+        """Ends a batch; Lightning calls this hook after the hooks of callbacks."""
         self.end_batch(self.trainer)
 
     def end_batch(self, trainer: Trainer) -> None:
-        """Fetches the next batch, as late as SpeechBrain does; without one TRAIN ends.
+        """Ends a batch and fetches the next one, as late as SpeechBrain does.
+
+        If there is no next batch, the TRAIN stage ends.
 
         Args:
-            trainer: The Trainer that runs.
+            trainer: The running Trainer.
         """
         train = self.run.train
         if trainer.loggers and not train.accumulates:
@@ -297,23 +299,23 @@ class BrainModule(LightningModule):
         fit_loop_of(trainer).fetch_batch()
 
     def on_validation_model_eval(self) -> None:
-        """Begins the VALID stage: the hook first, then ``eval()``."""
+        """Starts the VALID stage, which calls ``on_stage_start`` and then ``eval()``."""
         if self._running() is TrainerFn.VALIDATING:
             self._recover_named()
         self.run.valid.start()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """``evaluate_batch`` at Stage.VALID."""
+        """Calls ``evaluate_batch`` with Stage.VALID."""
         return self.run.valid.evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Ends the VALID stage, before callbacks look at what it changed."""
+        """Ends the VALID stage, before callbacks read its metrics."""
         with self.run.trainer.measured():
             self.run.valid.end()
         self._log_metrics()
 
     def on_test_model_eval(self) -> None:
-        """Begins an evaluation: the best or an explicit checkpoint, then the TEST stage."""
+        """Recovers the best checkpoint or ``ckpt_path``, and starts the TEST stage."""
         recovers = self._named or self.recovers
         if recovers is not None:
             named = None if isinstance(recovers, Recovery) else recovers
@@ -325,7 +327,7 @@ class BrainModule(LightningModule):
         self.run.test.start()
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """``evaluate_batch`` at Stage.TEST."""
+        """Calls ``evaluate_batch`` with Stage.TEST."""
         return self.run.test.evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
@@ -334,7 +336,7 @@ class BrainModule(LightningModule):
         self._log_metrics()
 
     def on_train_epoch_end(self) -> None:
-        """Logs what no validation has logged, before callbacks that monitor read it."""
+        """Logs metrics that no validation has logged, before callbacks read them."""
         self._log_metrics()
 
     def _log_metrics(self) -> None:
@@ -345,7 +347,7 @@ class BrainModule(LightningModule):
             log_numbers(self.trainer, metrics)
 
     def _report_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Calls ``on_brain_metrics`` of every callback that has it, such as CurvePlot."""
+        """Calls ``on_brain_metrics`` of each callback that has it, such as CurvePlot."""
         running = self._running()
         if running not in (TrainerFn.FITTING, TrainerFn.TESTING):
             return
@@ -355,16 +357,16 @@ class BrainModule(LightningModule):
                 callback.on_brain_metrics(self.trainer, self, epoch, metrics)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """``compute_forward`` at Stage.TEST, in evaluation precision."""
+        """Calls ``compute_forward`` with Stage.TEST, in the evaluation precision."""
         with self.brain.evaluation_ctx:
             stage = self.brain._lightning.stage_type.TEST
             return self.brain.compute_forward(batch, stage=stage)
 
     def on_predict_model_eval(self) -> None:
-        """Puts the modules in eval mode, as every evaluation of a Brain does."""
+        """Sets the modules to eval mode, as every evaluation of a Brain does."""
         self._recover_named()
         self.brain.modules.eval()
-        # Processes have different numbers of batches to predict.
+        # Ranks may predict different numbers of batches, so shards are gathered in advance.
         self.run.test.gather()
 
     def _recover_named(self) -> None:
@@ -372,29 +374,29 @@ class BrainModule(LightningModule):
             self.brain.checkpointer.load_checkpoint(self._named)
 
     def on_validation_model_train(self) -> None:
-        """Nothing: a Brain stays in eval mode until its next TRAIN stage."""
+        """Does nothing, because a Brain stays in eval mode until its next TRAIN stage."""
 
     def on_test_model_train(self) -> None:
-        """Nothing: a Brain stays in eval mode after an evaluation."""
+        """Does nothing, because a Brain stays in eval mode after an evaluation."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: a Brain zeroes its gradients itself, but not those of frozen optimizers."""
+        """Does nothing, because a Brain zeroes gradients, except for frozen optimizers."""
 
     def to(self, *args: Any, **kwargs: Any) -> BrainModule:
-        """Moves the modules, unless a strategy wants them where they are."""
+        """Moves the modules, unless the strategy moves them itself."""
         device = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(device, torch.device) and leave_on(self, device):
             return self
         return super().to(*args, **kwargs)
 
     def cpu(self) -> BrainModule:
-        """Nothing: a Brain stays on its device after a run."""
+        """Does nothing, because a Brain stays on its device after a run."""
         return self
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Moves a batch to the device; on the CPU every batch is there."""
+        """Moves a batch to the device; does nothing on the CPU."""
         if device.type == "cpu":
             return batch
         try:

@@ -1,4 +1,4 @@
-"""What a Lightning ``.ckpt`` holds of a Brain, beside its weights and optimizers."""
+"""Saves the states of a Brain in a Lightning ``.ckpt`` file, and recovers them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULES = "brain_modules"
 
 
 def content(run: Run, weights: Mapping[str, Any]) -> Content:
-    """What there is to save, as a checkpoint directory would hold it.
+    """Returns the states to save, with the entries of a checkpoint directory.
 
     Args:
         run: The run.
@@ -30,9 +30,9 @@ def content(run: Run, weights: Mapping[str, Any]) -> Content:
             in the file.
 
     Returns:
-        ``meta`` as YAML, ``modules`` and ``optimizers`` as references to what Lightning
-        saves, ``states`` and ``files`` of everything else by name; empty on other than
-        the main process.
+        ``meta`` as YAML; ``modules`` and ``optimizers`` as references to entries that
+        Lightning saves; ``states`` and ``files`` of all other recoverables by name. The dict
+        is empty on ranks other than 0.
     """
     objects, saved_by_lightning = _split(run, weights)
     meta = {
@@ -47,17 +47,18 @@ def content(run: Run, weights: Mapping[str, Any]) -> Content:
 def recover(
     checkpoint: Content, run: Run, weights: Mapping[str, Any], strict: bool = True
 ) -> None:
-    """Recovers everything but what Lightning loads itself.
+    """Recovers everything except for the states that Lightning loads.
 
     Args:
-        checkpoint: The content of the file, in which the optimizers are renamed as the
-            Brain calls them.
-        run: The run that begins, after ``on_fit_start``.
+        checkpoint: The content of the file. Its optimizers are renamed in place to the
+            names in the Brain.
+        run: The run that starts, after ``on_fit_start``.
         weights: As for ``content``.
-        strict: Whether the file may not lack anything (``LightningModule.strict_loading``).
+        strict: Whether to raise if the file lacks a recoverable
+            (``LightningModule.strict_loading``).
 
     Raises:
-        CheckpointError: The file lacks something, or was not written of a Brain.
+        CheckpointError: If the file lacks a recoverable, or has no states of a Brain.
     """
     own = checkpoint[KEY]
     objects, saved_by_lightning = _split(run, weights)
@@ -68,24 +69,25 @@ def recover(
 
 
 def check_content(checkpoint: Content) -> None:
-    """Refuses a file from which a run cannot be resumed.
+    """Raises if a run cannot be resumed from a file.
 
     Args:
         checkpoint: The content of the file.
 
     Raises:
-        CheckpointError: It was saved without what a Brain needs.
+        CheckpointError: If the file lacks the states of a Brain.
     """
     if KEY not in checkpoint:
         raise CheckpointError(
-            "the checkpoint holds weights alone, or is not of a Brain: fit(ckpt_path=...) "
-            "resumes from what a Trainer saved of one, or brain-lightning convert wrote; "
-            "weights alone come with load_from_checkpoint(path, brain=brain)"
+            "the checkpoint has only weights, or it is not a checkpoint of a Brain. To resume "
+            "with fit(ckpt_path=...), use a file that a Trainer saved in the fit of a Brain, "
+            "or that brain-lightning convert wrote. To load only weights, use "
+            "load_from_checkpoint(path, brain=brain)."
         )
 
 
 def _split(run: Run, weights: Mapping[str, Any]) -> tuple[Recoverables, Content]:
-    """What is saved here; and the modules and optimizers, which Lightning saves."""
+    """Returns the recoverables to save, and references to entries that Lightning saves."""
     objects = recoverables_of(run)
     modules = _modules(objects.recoverables, weights)
     optimizers = _optimizers(run.brain, objects.recoverables)
@@ -95,13 +97,13 @@ def _split(run: Run, weights: Mapping[str, Any]) -> tuple[Recoverables, Content]
 
 
 def _modules(recoverables: Mapping[str, Any], weights: Mapping[str, Any]) -> Content:
-    """The recoverable modules that Lightning saves; each has the version of its parts."""
+    """Returns references to the modules that Lightning saves, with their metadata."""
     names = {id(tensor): name for name, tensor in weights.items()}
     modules = {name: obj for name, obj in recoverables.items() if isinstance(obj, Module)}
     states = {name: module.state_dict(keep_vars=True) for name, module in modules.items()}
     return {
         name: {
-            # The names that the tensors have in the file.
+            # The names of the tensors in the file.
             "keys": {key: names[id(tensor)] for key, tensor in state.items()},
             "metadata": dict(getattr(state, "_metadata", {})),
         }
@@ -111,7 +113,7 @@ def _modules(recoverables: Mapping[str, Any], weights: Mapping[str, Any]) -> Con
 
 
 def _optimizers(brain: BrainProtocol, recoverables: Mapping[str, Any]) -> dict[str, str]:
-    """The names that recoverable optimizers have among those that step together."""
+    """Returns the names in the Brain's optimizers, by the names of the recoverables."""
     members = {id(member): name for name, member in all_optimizers(brain).items()}
     return {
         name: members[id(obj)]
@@ -121,7 +123,7 @@ def _optimizers(brain: BrainProtocol, recoverables: Mapping[str, Any]) -> dict[s
 
 
 def _rename_optimizers(checkpoint: Content, members: Mapping[str, str]) -> None:
-    """Renames them where the file is a converted directory, with the recoverables' names."""
+    """Renames optimizers in a converted directory, where they have the recoverables' names."""
     for states in checkpoint["optimizer_states"]:
         for name, member in members.items():
             if name in states and member not in states:

@@ -1,4 +1,4 @@
-"""The checkpoint directory that a user names, in place of the best or the newest one."""
+"""Recovers a checkpoint directory that the user names, instead of the best or newest one."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from brain_lightning.errors import NoSuchCheckpointError
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.temporary import TemporaryAttributes
 
-# An error names as many.
+# How many checkpoints an error message lists.
 CHOICES = 8
 
 
 class Recovery(Enum):
-    """What ``evaluate`` recovers where no checkpoint is named."""
+    """The checkpoint that ``evaluate`` recovers if the user names none."""
 
     BY_KEYS = "by max_key or min_key, else the newest"
 
 
 def is_directory(ckpt_path: Any) -> bool:
-    """Whether a ``ckpt_path`` of a Trainer's is a checkpoint directory of a Brain.
+    """Whether the ``ckpt_path`` of a Trainer is a checkpoint directory of a Brain.
 
     Args:
-        ckpt_path: What the Trainer was given; by its name, for it may not be there.
+        ckpt_path: The argument of the Trainer. Its name decides, because the directory may
+            not exist.
     """
     if not isinstance(ckpt_path, (str, os.PathLike)):
         return False
@@ -47,17 +48,20 @@ def named_checkpoint(brain: BrainProtocol, named: str | os.PathLike[str]) -> Che
     """Finds a checkpoint directory.
 
     Args:
-        brain: Its Checkpointer says in which folder, and what is recovered from it.
+        brain: The Brain, whose Checkpointer has the folder and the recoverables.
         named: A name in the folder, with or without ``CKPT+``, or a path.
 
+    Returns:
+        The checkpoint.
+
     Raises:
-        NoSuchCheckpointError: There is none of that name.
+        NoSuchCheckpointError: If there is no checkpoint of this name or path.
     """
     checkpointer = brain.checkpointer
     if not hasattr(checkpointer, "checkpoints_dir"):
         raise NoSuchCheckpointError(
-            f"the checkpoint {os.fspath(named)!r} was asked for, and the Brain has no "
-            "Checkpointer, which knows what to recover from it: give it one"
+            f"cannot recover the checkpoint {os.fspath(named)!r}, because the Brain has no "
+            "Checkpointer. Pass a Checkpointer to the Brain."
         )
     if isinstance(checkpointer, Checkpointer):
         checkpointer.wait()
@@ -69,20 +73,20 @@ def named_checkpoint(brain: BrainProtocol, named: str | os.PathLike[str]) -> Che
     newest_first = sorted(saved_in(folder), key=ckpt_recency, reverse=True)
     choices = ", ".join(each.path.name for each in newest_first[:CHOICES])
     raise NoSuchCheckpointError(
-        f"there is no checkpoint {os.fspath(named)!r}, neither in {folder} nor as a path; "
-        f"there are, the newest first: {choices or 'none'}"
+        f"there is no checkpoint {os.fspath(named)!r}, neither in {folder} nor as a path. "
+        f"Available checkpoints, the newest first: {choices or 'none'}."
     )
 
 
 @contextmanager
 def recovering(brain: BrainProtocol, checkpoint: Checkpoint | None) -> Iterator[None]:
-    """Makes a checkpoint the only one that the Brain's Checkpointer finds.
+    """Makes the Brain's Checkpointer find only the given checkpoint.
 
-    ``on_fit_start`` and ``on_evaluate_start`` then recover it, by whatever key they choose.
+    ``on_fit_start`` and ``on_evaluate_start`` then recover it, with any key.
 
     Args:
         brain: The Brain.
-        checkpoint: The checkpoint; None changes nothing.
+        checkpoint: The checkpoint; None has no effect.
 
     Yields:
         None
@@ -102,5 +106,5 @@ def recovering(brain: BrainProtocol, checkpoint: Checkpoint | None) -> Iterator[
         temporary.override(checkpointer, "find_checkpoints", find_checkpoints)
         yield
     if not is_found:
-        # The recipe's own hook recovers nothing.
+        # The recipe overrides the hook and recovers nothing.
         checkpointer.load_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""From a Brain subclass to its LightningModule class."""
+"""Generates a LightningModule class from a Brain class."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def lightning_module_class(brain_class: type) -> type[BrainModule]:
         brain_class: A subclass of ``Brain``.
 
     Returns:
-        A class named after it, ``ASRModule`` for ``ASR``: automatic
-        optimization unless ``fit_batch`` or ``optimizers_step`` is overridden.
+        A class that is named after the Brain class, for example ``ASRModule`` for ``ASR``.
+        It uses manual optimization if ``fit_batch`` or ``optimizers_step`` is overridden,
+        and automatic optimization otherwise.
 
     Raises:
-        TypeError: ``brain_class`` is no Brain class.
+        TypeError: If ``brain_class`` is not a Brain class.
     """
     hooks = [hook for hook in MANUAL_HOOKS if hasattr(brain_class, hook)]
     return _module_class(brain_class, any(overrides(brain_class, hook) for hook in hooks))
@@ -34,7 +35,7 @@ def lightning_module_class(brain_class: type) -> type[BrainModule]:
 def _module_class(brain_class: type, manual: bool) -> type[BrainModule]:
     missing = [hook for hook in MANUAL_HOOKS if not hasattr(brain_class, hook)]
     if missing:
-        raise TypeError(f"{brain_class!r} is no Brain class: it has no {missing[0]}")
+        raise TypeError(f"{brain_class!r} is not a Brain class: it has no {missing[0]}")
     base: type[BrainModule] = ManualModule if manual else AutomaticModule
 
     def __init__(  # noqa: N807
@@ -43,34 +44,36 @@ def _module_class(brain_class: type, manual: bool) -> type[BrainModule]:
         hparams: Any = None,  # noqa: ARG001
         **kwargs: Any,
     ) -> None:
-        # Not those that load_from_checkpoint has read: the Brain has its own.
+        # hparams from load_from_checkpoint are ignored, because the Brain has hparams.
         base.__init__(self, brain, **kwargs)
 
-    # What LightningCLI is to build a Brain of.
+    # LightningCLI reads this annotation to create the Brain.
     __init__.__annotations__["brain"] = brain_class
     own = {"__module__": brain_class.__module__, "__doc__": base.__doc__, "__init__": __init__}
     return type(f"{brain_class.__name__}Module", (base,), own)
 
 
 def to_lightning(brain: BrainProtocol, **kwargs: Any) -> BrainModule:
-    """Turns a Brain into a LightningModule, for a Trainer that you make.
+    """Returns a LightningModule for a Brain, to use with your own Trainer.
+
+    ``trainer.fit(to_lightning(brain), train_loader, valid_loader)`` trains the same weights
+    as ``brain.fit`` with the same loaders.
 
     Args:
-        brain: The Brain; its modules are shared, not copied.
-        **kwargs: ``epoch_counter``, by default ``hparams["epoch_counter"]``, else the
-            epochs are 1, 2, … until the Trainer stops, and count on where it fits again;
-            and others of ``BrainModule``.
+        brain: The Brain. Its modules are shared, not copied.
+        **kwargs: ``epoch_counter`` and other arguments of ``BrainModule``. The default of
+            ``epoch_counter`` is ``hparams["epoch_counter"]``. If there is none, the epochs
+            are 1, 2, … until the Trainer stops. Another ``fit`` continues to count.
 
     Returns:
-        ``trainer.fit(to_lightning(brain), train_loader, valid_loader)`` gives the
-        Brain the same weights as ``brain.fit`` with the same loaders.
+        The LightningModule.
 
     Raises:
-        BrainTypeError: ``brain`` is a class.
+        BrainTypeError: If ``brain`` is a class.
     """
     if isinstance(brain, type):
         raise BrainTypeError(
-            f"to_lightning needs a Brain, got the class {brain.__name__}: make one of it, or "
-            f"use lightning_module_class({brain.__name__})"
+            f"to_lightning needs a Brain, but got the class {brain.__name__}. Create an "
+            f"instance of it, or use lightning_module_class({brain.__name__})."
         )
     return _module_class(type(brain), steps_itself(brain))(brain, **kwargs)

@@ -1,4 +1,4 @@
-"""A Trainer, a module or a Brain that is used for more than one run, and runs that fail."""
+"""Trainers, modules and Brains that are used for several runs, and runs that fail."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from tests.support.brains import (
 )
 from tests.support.upstream import needs_lightning, weights_only
 
-# Lightning's advice about workers, loggers and the like, as any user of it sees.
+# Lightning warns about workers, loggers and similar settings.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 class Plain(LightningModule):
-    """No Brain's module."""
+    """A LightningModule without a Brain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,12 +107,12 @@ def test_a_trainer_that_runs_already_is_refused() -> None:
                 self.evaluate(loader())
 
     brain = make(Nested, hparams={"trainer": trainer_with()})
-    with pytest.raises(UnsupportedError, match="give a dict of Trainer arguments"):
+    with pytest.raises(UnsupportedError, match="Pass a dict of Trainer arguments"):
         brain.fit(range(1), loader())
 
 
 def test_the_brain_follows_the_trainers_device() -> None:
-    """To "meta", which every machine has, for nothing is computed."""
+    """Uses the device "meta", which exists on every machine."""
     module = to_lightning(make())
     module.brain._lightning.explicit_options -= {"device"}
     module.trainer = trainer_with()
@@ -153,7 +153,7 @@ def test_any_train_logger_may_be_used(signature: Any, arguments: Any) -> None:
     brain = make(Logging, hparams={"train_logger": Logger()})
     trainer = trainer_with(max_epochs=1)
     trainer.fit(to_lightning(brain), loader(), loader())
-    # What is not SpeechBrain's interface is the recipe's own business.
+    # A recipe may use any name that is not part of SpeechBrain's interface.
     assert ("valid_WER" in trainer.callback_metrics) == (arguments[0] == {"lr": 1})
     assert brain.hparams.train_logger.log_stats is signature
 
@@ -205,9 +205,7 @@ class Stream(IterableDataset[Any]):
 def test_a_fraction_of_a_set_without_length_is_refused(argument: str) -> None:
     stream = DataLoader(Stream(), batch_size=2)
     trainer = trainer_with(**{argument: 0.4})
-    with pytest.raises(
-        RunOptionError, match=rf"{argument}=0\.4.*give a whole number of batches"
-    ):
+    with pytest.raises(RunOptionError, match=rf"{argument}=0\.4.*Use a number of batches"):
         trainer.fit(to_lightning(make()), stream, stream)
 
 
@@ -293,7 +291,7 @@ def test_the_accumulation_window_of_a_trainer_ends_with_its_run() -> None:
 
 
 class Nested(Regression):
-    """Fits itself before each epoch, as MetricGAN's discriminator."""
+    """Calls its own fit before each epoch, as the discriminator in MetricGAN."""
 
     inner = False
 
@@ -315,7 +313,7 @@ def test_limits_and_callbacks_are_those_of_the_outer_fit() -> None:
     arguments = {"callbacks": [stopper, saver], "max_steps": 7, "limit_train_batches": 2}
     brain = make(Nested, hparams={"trainer": arguments})
     brain.fit(range(2), loader(), loader())
-    # Five steps of each inner fit, two of each outer one.
+    # Five steps in each inner fit, and two in each outer fit.
     assert brain.optimizer_step == 2 * (5 + 2)
     assert stopper.wait_count == 0
     other = make(hparams={"trainer": {"max_steps": 3}})

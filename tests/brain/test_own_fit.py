@@ -1,4 +1,4 @@
-"""A recipe's own loop on a Trainer: callbacks, loggers and limits see what they see of fit."""
+"""A custom loop on a Trainer: callbacks, loggers and limits work as with ``fit``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning.pytorch.loggers import CSVLogger
 from brain_lightning import Brain, EpochCounter, Stage, UnsupportedError, to_lightning
 from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
 
-# That a monitored number is missing, as any user of Lightning's callbacks sees.
+# Lightning's callbacks warn about a missing metric.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 class Trace(Callback):
-    """Every hook, with what the Trainer counts and what can be monitored then."""
+    """Records every hook, with the Trainer's counters and metrics."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -43,7 +43,7 @@ for name in dir(Callback):
 
 
 class OwnFit(Regression):
-    """SpeechBrain's fit, written again."""
+    """A copy of SpeechBrain's fit."""
 
     def fit(self, epoch_counter: Any, train_set: Any, valid_set: Any = None) -> str:  # type: ignore[override]
         self.on_fit_start()
@@ -54,7 +54,7 @@ class OwnFit(Regression):
 
 
 class Parts(Regression):
-    """Overrides both parts of fit, and leaves them as they are."""
+    """Overrides both parts of fit, and only calls super()."""
 
     def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
         super()._fit_train(train_set, epoch, enable)
@@ -64,7 +64,7 @@ class Parts(Regression):
 
 
 def train(folder: Path, brain_class: type[Brain], valid: bool, **arguments: Any) -> Any:
-    """All that a run leaves: events, files, logs, the Brain's own hooks; and weights."""
+    """Returns the events, files, logs, hook calls and weights of a run."""
     trace, brain, counter = Trace(), make(brain_class), EpochCounter(4)
     monitor = "valid_loss" if valid else "train_loss"
     best = ModelCheckpoint(folder / "best", monitor=monitor, save_top_k=-1)
@@ -137,13 +137,13 @@ def test_to_lightning_never_leaves_out_the_recipes_fit() -> None:
     brain = make(OwnFit)
     with pytest.raises(UnsupportedError, match=r"OwnFit overrides fit.*brain\.fit"):
         trainer_with().fit(to_lightning(brain), loader())
-    # That has nothing to do with fit.
+    # This method does not concern fit.
     trainer_with().test(to_lightning(brain), loader(), verbose=False)
     assert [event[1] for event in brain.events] == ["TEST", "TEST"]
 
 
 class Anew(Regression):
-    """Both parts written anew; the validation has a loss of its own."""
+    """Overrides both parts with custom loops; the validation has a custom loss."""
 
     def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
         self.on_stage_start(Stage.TRAIN, epoch)
@@ -184,7 +184,7 @@ def test_parts_written_anew_have_metrics_steps_and_callbacks(
         "0,9.0,4,0.5,9.0", "1,8.0,9,0.5,8.0", "2,7.0,14,0.5,7.0",
     ]  # fmt: skip
     for part in ("_fit_train", "_fit_valid"):
-        assert f"Anew.{part} is a loop of the recipe's own: limits" in caplog.text
+        assert f"Anew.{part} is a custom loop. Limits" in caplog.text
 
 
 def test_what_comes_after_the_end_is_left_out_in_words(
@@ -207,7 +207,7 @@ def test_what_comes_after_the_end_is_left_out_in_words(
         ("TRAIN", 1), ("VALID", 1), ("TRAIN", 2), ("VALID", 2),
     ]  # fmt: skip
     for part in ("_fit_train", "_fit_valid"):
-        assert f"The Trainer has ended the training: {part} of epoch 3" in caplog.text
+        assert f"The Trainer has ended the training. {part} of epoch 3" in caplog.text
 
 
 def test_a_whole_loop_runs_as_it_is_written_with_a_warning(
@@ -223,7 +223,7 @@ def test_a_whole_loop_runs_as_it_is_written_with_a_warning(
     brain = make(Whole)
     brain.fit(loader(), trainer={"max_steps": 2})
     assert brain.optimizer_step == 5
-    assert "Whole.fit is a loop of the recipe's own, without _fit_train" in caplog.text
+    assert "Whole.fit is a custom loop that calls neither _fit_train" in caplog.text
 
 
 def test_a_fit_around_speechbrains_has_the_trainer_that_it_is_given() -> None:
@@ -282,7 +282,7 @@ def test_a_loop_without_an_end_ends_with_the_trainer(
     brain.fit(loader(), trainer=arguments)
     assert brain.optimizer_step == arguments.get("max_steps", 10)
     assert caplog.text.count("The Trainer has ended the training") == 1
-    assert "The loop of Endless.fit has no end" in caplog.text
+    assert "The loop of Endless.fit does not end" in caplog.text
 
 
 def test_the_epoch_counter_of_a_fit_is_the_recipes() -> None:

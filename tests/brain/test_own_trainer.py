@@ -1,4 +1,4 @@
-"""Every way into a Trainer of one's own: fit, validate, test, predict, data, the CLI."""
+"""A user's Trainer: fit, validate, test, predict, DataModules, LightningCLI."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.brains import (
 )
 from tests.support.upstream import weights_only
 
-# Lightning's advice about workers, loggers and the like, as any user of it sees.
+# Lightning warns about workers, loggers and similar settings.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -179,7 +179,7 @@ def test_weights_load_into_a_brain(tmp_path: Path) -> None:
 
 
 class FromCommandLine(Regression):
-    """A Brain that a command line can build: every argument has a type."""
+    """A Brain that LightningCLI can create, because every argument has a type."""
 
     def __init__(self, features: int = 4, lr: float = 0.1) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""SpeechBrain's own Brain on a Trainer: patched, or handed over."""
+"""SpeechBrain's own Brain on a Trainer: with patch_speechbrain or to_lightning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from brain_lightning import (
 from tests.support.brains import all_equal, loader, trainer_with, weights
 
 OWN_FIT, OWN_EVALUATE = speechbrain.Brain.fit, speechbrain.Brain.evaluate
-# SpeechBrain's own.
+# SpeechBrain's own warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -117,7 +117,7 @@ def test_a_trainer_of_the_users_gives_the_same_weights() -> None:
 
 
 def test_speechbrains_own_objects_work(tmp_path: Path) -> None:
-    """Checkpointer, DynamicItemDataset, PaddedBatch, scheduler and train logger at once."""
+    """Uses Checkpointer, DynamicItemDataset, PaddedBatch, scheduler and train logger."""
 
     class Padded(Regression):
         def compute_forward(self, batch: Any, stage: Any) -> Any:
@@ -230,5 +230,5 @@ def test_a_trainer_that_the_command_line_cannot_change_is_refused() -> None:
 
 def test_without_speechbrain_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "speechbrain.core", None)
-    with pytest.raises(UnsupportedError, match="pip install speechbrain, or give your recipe"):
+    with pytest.raises(UnsupportedError, match="pip install speechbrain, or let the recipe"):
         patch_speechbrain()

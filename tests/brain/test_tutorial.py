@@ -23,14 +23,14 @@ import brain_lightning
 from brain_lightning import Checkpointer, if_main_process, patch_speechbrain, run_on_main
 from tests.support.brains import all_equal, weights
 
-# SpeechBrain's own.
+# SpeechBrain's own warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 CPU = {"device": "cpu"}
 
 
 @pytest.fixture(params=["ours", "patched"])
 def sb(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """What the tutorial imports as ``sb``."""
+    """The names that the tutorial uses from ``sb``."""
     if request.param == "ours":
         yield brain_lightning
     else:
@@ -119,7 +119,7 @@ def hooks(sb: Any) -> Any:
 
 
 def loops(sb: Any) -> Any:  # noqa: C901
-    """The blocks of ``fit``: both loops, and what is around them."""
+    """The blocks of ``fit``: both loops, and the code around them."""
     Stage = sb.Stage  # noqa: N806
 
     class Loops(hooks(sb)):
@@ -213,7 +213,7 @@ def of_parts(sb: Any) -> Any:
 
 
 def fitted(cls: Any, folder: Path, checkpointer: Any = Checkpointer, **run_opts: Any) -> Any:
-    """A Brain that was killed after an epoch, and one that goes on where that has saved."""
+    """A Brain that is killed after an epoch, and a Brain that resumes from its checkpoint."""
     data = torch.utils.data.TensorDataset(*torch.randn(2, 12, 4))
     for last in (2, 4):
         torch.manual_seed(0)
@@ -237,7 +237,7 @@ def fitted(cls: Any, folder: Path, checkpointer: Any = Checkpointer, **run_opts:
 def test_on_fit_start_and_fit_batch_and_the_loops_written_out(
     sb: Any, checkpointer: Any, tmp_path: Path
 ) -> None:
-    """A Trainer runs what the tutorial's own loops do, bit for bit."""
+    """A Trainer gives bitwise identical results to the tutorial's loops."""
     for run_opts in ({}, {"debug": True, "debug_persistently": True}):
         folder = tmp_path / str(len(run_opts))
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Time passes where a test says so."""
+"""A clock that a test advances."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import timer
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What Lightning's Timer reads: a number of seconds, ``now``."""
+    """The clock of Lightning's Timer: a number of seconds, ``now``."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(timer, "time", clock)
     return clock

@@ -1,4 +1,4 @@
-"""Averages of weights in a recipe's own checkpoints: measured, saved, tested, and resumed."""
+"""Averages of weights in a recipe's checkpoints: validated, saved, tested and resumed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def fit(brain: Any, *given: Any) -> Any:
 def test_what_was_measured_is_saved_and_training_goes_on_with_the_weights(
     tmp_path: Path, checkpointer: Any, interval: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Killed in an epoch, after a save at the end of one, or within it."""
+    """The run is killed after a save within an epoch, or at the end of an epoch."""
     options = {"ckpt_interval_steps": interval}
     whole = fit(brain_in(tmp_path / "whole", checkpointer, **options))
     with pytest.raises(ConnectionError):
@@ -69,7 +69,7 @@ def test_what_was_measured_is_saved_and_training_goes_on_with_the_weights(
     for folder in ("whole", "cut"):
         tested = brain_in(tmp_path / folder, checkpointer)
         assert tested.evaluate(loader(), min_key="loss") == best
-    assert "do not hold all of the state" not in caplog.text
+    assert "do not contain the full state" not in caplog.text
 
 
 def test_a_checkpoint_without_an_average_begins_one_with_its_weights(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_checkpoint_without_an_average_begins_one_with_its_weights(tmp_path: P
         fit(brain_in(tmp_path, Checkpointer, 6), callbacks.LambdaCallback())
     (saved,) = (torch.load(path, weights_only=True) for path in tmp_path.glob("*/model.ckpt"))
     averaging = callbacks.EMAWeightAveraging(decay=0.9, update_starting_at_step=999)
-    # VALID measures the average, and it is what training leaves.
+    # VALID evaluates the average, which is also the final result of training.
     resumed = fit(brain_in(tmp_path, Checkpointer), averaging)
     assert len(set(resumed.losses.values())) == 1
     assert torch.equal(resumed.modules.model.weight, saved["weight"])

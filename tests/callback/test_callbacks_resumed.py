@@ -38,7 +38,7 @@ from tests.support.killed import (
     load,
 )
 
-# Lightning's advice about workers, loggers and the like, as any user of it sees.
+# Lightning warns about workers, loggers and similar settings.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 # Base classes, which do nothing by themselves.
@@ -46,13 +46,13 @@ BASES = {"Callback", "Checkpoint", "ProgressBar"}
 
 
 class HeadFirst(Recipe):
-    """Leaves the backbone to a callback."""
+    """A Brain whose backbone is unfrozen by a callback."""
 
     trained = ("head",)
 
 
 class Unfreezes(callbacks.BaseFinetuning):
-    """A user's own: the backbone joins in the second epoch."""
+    """A user's callback, which unfreezes the backbone in the second epoch."""
 
     def freeze_before_training(self, module: Any) -> None:
         self.freeze(module.backbone)
@@ -63,7 +63,7 @@ class Unfreezes(callbacks.BaseFinetuning):
 
 
 class Spiking(Recipe):
-    """A loss that is far too large in the middle of the last epoch."""
+    """Has a very large loss in the middle of the last epoch."""
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         loss = super().compute_objectives(predictions, batch, stage)
@@ -71,7 +71,7 @@ class Spiking(Recipe):
 
 
 class Planned(Recipe):
-    """Validation losses that get no better."""
+    """Has validation losses that do not improve."""
 
     def evaluate_batch(self, batch: Any, stage: Any) -> Tensor:
         return torch.tensor(float(self.hparams.epoch_counter.current))
@@ -96,7 +96,7 @@ def predicted(ended: Ended) -> list[Tensor]:
 
 
 def hears(folder: Path) -> callbacks.LambdaCallback:
-    """Writes the epochs and the batches that it hears of."""
+    """Records the epochs and batches for which it is called."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def hear(trainer: Any, *args: Any) -> None:
@@ -107,7 +107,7 @@ def hears(folder: Path) -> callbacks.LambdaCallback:
 
 
 def heard(ended: Ended) -> set[str]:
-    # A batch that was fitted again is heard of again.
+    # The hooks of a batch that is fitted again are called again.
     return {*(ended.folder / "files" / "heard").read_text().splitlines()}
 
 
@@ -136,7 +136,7 @@ def saved(ended: Ended) -> tuple[Any, ...]:
 
 
 def saves(**kwargs: Any) -> Case:
-    """A ModelCheckpoint: its files, the weights in them, and what it knows of them."""
+    """Returns the files of a ModelCheckpoint, their weights, and its state."""
     return Case(lambda folder: [callbacks.ModelCheckpoint(folder, **kwargs)], saved)
 
 
@@ -227,7 +227,7 @@ ROWS = {
     ),
     "ThroughputMonitor": Case(
         lambda _: [callbacks.ThroughputMonitor(lambda batch: len(batch[0]), window_size=2)],
-        # Its window begins anew with each process, as with a plain LightningModule.
+        # Its window restarts in each process, as with a plain LightningModule.
         lambda ended: {row for row in ended.rows() if "_per_sec" not in row[0]},
         logs=True,
     ),
@@ -251,7 +251,7 @@ if LIGHTNING < "2.5.4":
     # It writes tensors while training changes them.
     del ROWS["ModelCheckpoint(AsyncCheckpointIO)"]
 if LIGHTNING < "2.5.3":
-    # It cannot show a Brain's bar.
+    # It cannot show a Brain's progress bar.
     del ROWS["RichProgressBar"]
 
 
@@ -287,7 +287,7 @@ def test_resumed_matrix(name: str, tmp_path: Path, capsys: Any, caplog: Any) -> 
 def test_a_run_is_resumed_from_what_an_exception_saved(
     tmp_path: Path, capsys: Any, caplog: Any
 ) -> None:
-    """Again and again: OnExceptionCheckpoint, and ModelCheckpoint(save_on_exception)."""
+    """Several kills with OnExceptionCheckpoint and ModelCheckpoint(save_on_exception)."""
 
     def savers(folder: Path) -> list[Callback]:
         return [callbacks.OnExceptionCheckpoint(folder, "saved")]

@@ -30,7 +30,7 @@ from tests.support.brains import (
 from tests.support.rows import Table, call
 from tests.support.upstream import needs_lightning, weights_only
 
-# Lightning's advice about workers, loggers and the like, as any user of it sees.
+# Lightning warns about workers, loggers and similar settings.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 # Base classes, which do nothing by themselves.
@@ -55,7 +55,7 @@ class Snapshots(Regression):
 
 
 class TwoParts(Regression):
-    """A backbone, which the optimizer does not have yet, and a head."""
+    """Has a head, and a backbone that is not in the optimizer yet."""
 
     def compute_forward(self, batch: Any, stage: Any) -> Tensor:
         return self.modules.head(self.modules.backbone(batch[0]))
@@ -157,7 +157,7 @@ def stochastic_weight_averaging(tmp_path: Path) -> None:
 
     brain = make(PerEpoch)
     fit(brain, callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2), max_epochs=4)
-    # Lightning averages what each epoch from the second on starts from.
+    # Lightning averages the weights at the start of each epoch, from the second one on.
     averaged = [torch.stack(ws).mean(dim=0) for ws in zip(*brain.epochs[1:], strict=True)]
     for weight, expected in zip(weights(brain), averaged, strict=True):
         assert torch.allclose(weight, expected, atol=1e-6)
@@ -363,11 +363,11 @@ def test_every_callback_of_lightning_has_a_row() -> None:
     assert set(callbacks.__all__) - BASES <= set(ROWS)
 
 
-# ------------------------------------------- learning rates, and what is refused in part
+# ------------------------------------- learning rates, and partly unsupported callbacks
 
 
 class Annealing(Snapshots):
-    """Anneals as recipes do: the learning rate of each epoch is set when the last one ends."""
+    """Sets the learning rate of the next epoch at the end of an epoch, as recipes do."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         if stage.name == "VALID":
@@ -396,7 +396,7 @@ def test_averaging_without_end_is_refused_by_old_versions(
 ) -> None:
     monkeypatch.setattr("brain_lightning.callback.unsupported.AVERAGES_WITHOUT_END", False)
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2)
-    with pytest.raises(UnsupportedError, match=r"Lightning 2\.6\.1.*give max_epochs"):
+    with pytest.raises(UnsupportedError, match=r"Lightning 2\.6\.1.*Set max_epochs"):
         make().fit(range(3), loader(), trainer={"callbacks": [averaging]})
 
 
@@ -417,7 +417,7 @@ def test_averaging_ends_with_the_epoch_counter() -> None:
 def test_an_average_that_was_not_taken_is_warned_of() -> None:
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=1)
     brain = make(hparams={"epoch_counter": range(2)})
-    with pytest.warns(UserWarning, match=r"waited for epoch 5, but the run ended after 2"):
+    with pytest.warns(UserWarning, match=r"in epoch 5, but the run ended after epoch 2"):
         fit(brain, averaging, max_epochs=5)
 
 
@@ -425,7 +425,7 @@ def test_an_average_that_was_not_taken_is_warned_of() -> None:
 def test_without_an_average_the_weights_stay(max_epochs: int) -> None:
     brain = make(Snapshots, hparams={"epoch_counter": range(2)})
     averaging = callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=4)
-    with pytest.warns(UserWarning, match=r"starts in epoch 4, but the run ended after 2"):
+    with pytest.warns(UserWarning, match=r"starts in epoch 4, but .* ended after epoch 2"):
         fit(brain, averaging, max_epochs=max_epochs)
     assert all_equal(weights(brain), brain.seen[-1])
 

@@ -1,4 +1,4 @@
-"""Names that callbacks monitor, looked up in what the code of a recipe says."""
+"""Looks up names that callbacks monitor in the code of a recipe."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reporting(Regression):
         self.report(stats, stage)
 
     def report(self, stats: Any, stage: Any) -> None:
-        """Reports the cosine of all."""
+        """Reports the cosine over all batches."""
         self.hparams.train_logger.log_stats({"epoch": 1}, valid_stats=stats | of_a_module())
 
 
@@ -47,7 +47,7 @@ def told_of(
     validates: bool = True,
     kind: Any = EarlyStopping,
 ) -> str:
-    """The warning, if there is one."""
+    """Returns the warning, or an empty string."""
     brain = make(cls, hparams={"error_name": "STOI", "criteria": ["SDR"]})
     callbacks = Logging(), LearningRateMonitor(), kind(monitor=name)
     trainer = trainer_with(*callbacks, enable_checkpointing=kind is ModelCheckpoint)
@@ -80,7 +80,7 @@ def test_what_may_be_reported_is_no_mistake(name: str) -> None:
 def test_what_nothing_reports_is_told_of(name: str) -> None:
     found = told_of(name)
     assert found.startswith(
-        f"EarlyStopping(monitor={name!r}): nothing in the code of Reporting"
+        f"EarlyStopping(monitor={name!r}): the code of Reporting does not seem"
     )
     assert "train_loss, train_loss_step, valid_loss, loss" in found
 
@@ -111,7 +111,7 @@ def test_summaries_of_speechbrain_are_known(monkeypatch: pytest.MonkeyPatch) -> 
 
     wer_summary.__module__ = module.__name__
     module.wer_summary = wer_summary  # type: ignore[attr-defined]
-    # SpeechBrain itself, which another test may have imported, has no such number.
+    # SpeechBrain, which another test may have imported, has no such name.
     assert told_of("valid_stutters")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert told_of("valid_stutters") == ""

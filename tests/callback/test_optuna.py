@@ -1,4 +1,4 @@
-"""Optuna prunes trials by a recipe's numbers, with the callback of its own integration."""
+"""Optuna's pruning callback for Lightning prunes trials by a recipe's metrics."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ Fit = Callable[[Any, Any, list[Any], Any], None]
 @pytest.mark.parametrize(
     ("cls", "fit"), [(Reporting, by_dict), (Reporting, by_module), (OwnLoop, by_dict)]
 )
-# Of Lightning, on a Trainer of a user's.
+# Lightning's warnings for a user's Trainer.
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_a_trial_is_pruned_by_what_the_recipe_reports(
     tmp_path: Path, cls: type[Reporting], fit: Fit
 ) -> None:
-    """It stops after the epoch, as if no more had been asked for, and leaves nothing open."""
+    """The run stops after the epoch, and closes its workers and loggers."""
     brains = []
 
     def objective(trial: Any) -> float:
@@ -70,7 +70,7 @@ def test_a_trial_is_pruned_by_what_the_recipe_reports(
         fit(brains[-1], data, [pruner], logger)
         return float(brains[-1]._lightning.records["valid_WER"]["min"][0])
 
-    # Of other tests some may still be ending.
+    # Workers of other tests may still be running.
     workers = {*multiprocessing.active_children()}
     study = optuna.create_study(pruner=optuna.pruners.NopPruner())
     study.optimize(objective, n_trials=1)

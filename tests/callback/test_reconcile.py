@@ -1,4 +1,4 @@
-"""Trainer arguments meet run options: each is honoured, translated, or refused in words.
+"""Trainer arguments and run options: each is used, translated, or raises an error.
 
 ``python -m pytest tests/callback/test_reconcile.py -v`` prints the table.
 """
@@ -29,7 +29,7 @@ from tests.support.brains import (
 from tests.support.documents import ROOT
 from tests.support.rows import Table, call
 
-# Lightning's advice about workers, loggers and the like, as any user of it sees.
+# Lightning warns about workers, loggers and similar settings.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 ROWS = Table()
@@ -42,7 +42,7 @@ def fit(brain: Any, train: Any = None, **kwargs: Any) -> Trainer:
 
 
 class Counting(Regression):
-    """Counts batches of each stage, and remembers which gave an update."""
+    """Counts batches of each stage, and records which of them had an update."""
 
     def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, should_step: bool) -> None:
         self.steps = [*getattr(self, "steps", []), should_step]
@@ -115,7 +115,7 @@ class CountingManually(Counting):
 
 
 class PlainModule(LightningModule):
-    """What Lightning itself makes of the same data and the same arguments."""
+    """Runs a plain LightningModule with the same data and arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ def val_check_interval() -> None:
         validation = ["start VALID", "end VALID"]
         assert stages(brain) == ["start TRAIN", *validation, *validation, "end TRAIN"]
         assert brain.steps == [False, True, False, True, False]
-    # A validation in the middle leaves no trace in the training.
+    # A validation within an epoch does not change the training.
     watched, unwatched = make(), make()
     fit(watched, val_check_interval=2)
     fit(unwatched)
@@ -269,7 +269,7 @@ def num_sanity_val_steps(caplog: Any) -> None:
     with caplog.at_level("INFO"):
         trainer = fit(brain, num_sanity_val_steps=2)
     assert stages(brain) == EPOCH * 2
-    assert "no sanity check" in caplog.text
+    assert "The sanity check (num_sanity_val_steps) is disabled" in caplog.text
     assert trainer.num_sanity_val_steps == 2
 
 
@@ -424,7 +424,7 @@ def test_the_last_window_of_a_set_without_length_cannot_be_kept() -> None:
         def __iter__(self) -> Any:
             return iter([dataset()[i] for i in range(6)])
 
-    with pytest.raises(RunOptionError, match="use the run option grad_accumulation_factor=3"):
+    with pytest.raises(RunOptionError, match="Use the run option grad_accumulation_factor=3"):
         fit(make(), DataLoader(Stream(), batch_size=2), accumulate_grad_batches=3)
 
 

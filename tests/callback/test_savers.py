@@ -1,4 +1,4 @@
-"""Who may save when, and what is spared where nobody may."""
+"""Detects which code may save, and skips records that are not needed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class InSteps(Callback):
 
 
 class Looks(Callback):
-    """It looks at steps, and saves nothing in them."""
+    """Overrides step hooks, but does not save in them."""
 
     def on_before_optimizer_step(self, *_: Any) -> None: ...
 
@@ -69,7 +69,7 @@ def save_on_exception(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, save_on_exception=True)
 
 
-# What makes the callback, and whether it may save between and within batches.
+# Creates the callback; whether it may save between batches, and within batches.
 CALLBACKS: list[Any] = [
     pytest.param(lambda _: (), False, False, id="none"),
     pytest.param(lambda path: [ModelCheckpoint(path)], False, False, id="ModelCheckpoint"),
@@ -215,7 +215,7 @@ def test_a_method_of_one_brain_alone_is_read_too(tmp_path: Path) -> None:
     assert saves_within_batch(trainer_with(), brain) is True
 
 
-# ------------------------------------------------------------- nothing where nobody may save
+# ---------------------------------------------------------- no records if nothing may save
 
 
 class Calls:
@@ -231,7 +231,7 @@ class Calls:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The random states that are taken around batches."""
+    """Counts the random states that are recorded around batches."""
     calls = Calls(data_position.random_state)
     for module in (data_position, before_batch):
         monkeypatch.setattr(module, "random_state", calls)
@@ -239,7 +239,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 class LoadingState(StatefulStream):
-    """Counts how often its state is asked for."""
+    """Counts the calls of its state_dict."""
 
     asked = 0
 
@@ -249,7 +249,7 @@ class LoadingState(StatefulStream):
 
 
 def fit_counted(*callbacks: Callback, folder: Path | None = None, **trainer: Any) -> int:
-    """One epoch; how often the state of its data was asked for."""
+    """Runs one epoch, and returns how often the state of its data was read."""
     data = LoadingState()
     brain = brain_in(folder, ckpt_interval_minutes=0)
     brain.hparams.epoch_counter.limit = 1
@@ -269,7 +269,7 @@ def test_nothing_is_noted_where_nobody_saves_in_an_epoch(
     tmp_path: Path, callbacks: list[Callback], has_folder: bool, drawn: Calls
 ) -> None:
     asked = fit_counted(*callbacks, folder=tmp_path if has_folder else None)
-    # As the passes of the training and of the validation begin.
+    # At the start of the training pass and of the validation pass.
     assert drawn.count < BATCHES
     assert asked < BATCHES
 
@@ -288,5 +288,5 @@ def test_each_batch_is_noted_where_an_exception_saves(tmp_path: Path, drawn: Cal
     without = drawn.count
     with pytest.warns(UserWarning, match="without a model|no last checkpoint"):
         fit_counted(OnExceptionCheckpoint(tmp_path))
-    # Before it is fetched, and before it is fitted.
+    # Before a batch is fetched, and before it is fitted.
     assert drawn.count - 2 * without >= 2 * BATCHES

@@ -1,4 +1,4 @@
-"""What a Trainer counts, and where its limits end a run, over kills and starts."""
+"""Counters and limits of a Trainer over several starts of a killed run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    Timer,
+)
 from speechbrain.utils import checkpoints
 from torch.utils.data import DataLoader
 
@@ -26,12 +31,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:When using .Trainer.accumulate_grad_batches != 1"),
 ]
 
-# What saves: our Checkpointer, SpeechBrain's, or a ModelCheckpoint.
+# brain_lightning's Checkpointer, SpeechBrain's Checkpointer, or ModelCheckpoint.
 KINDS = ("ours", "speechbrain", "files")
 
 
 class Saving(Noisy):
-    """Steps a scheduler at the end of each epoch, and saves where it is told."""
+    """Steps a scheduler at the end of each epoch, and saves in a given stage."""
 
     def init_optimizers(self) -> None:
         super().init_optimizers()
@@ -66,7 +71,7 @@ def run(
     options: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> Noisy:
-    """One start, from what the folder has."""
+    """Starts a run, resuming from the checkpoints in the folder."""
     brain = brain_of(kind, folder, saves_at, **(options or {}))
     data = DataLoader(Noise(), 4, shuffle=True)
     valid = loader() if saves_at == "VALID" else None
@@ -94,7 +99,7 @@ def stages(brain: Noisy) -> list[tuple[Any, ...]]:
 
 
 class Watch(Callback):
-    """Notes the recipe's epoch and the Trainer's, and kills the run in an epoch."""
+    """Records the epochs of the recipe and of the Trainer, and kills the run in an epoch."""
 
     def __init__(self, kill: int | None) -> None:
         self.kill = kill
@@ -116,7 +121,7 @@ def kill_in(epoch: int, *args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_epochs_are_counted_over_kills(tmp_path: Path, kind: str, saves_at: str) -> None:
-    """PL#4176, #4265: killed again and again, ``max_epochs`` and callbacks count right."""
+    """PL#4176, #4265: ``max_epochs`` and callbacks count correctly over several kills."""
 
     def scheduled() -> list[Callback]:
         return [GradientAccumulationScheduler({0: 1, 2: 3})]
@@ -132,11 +137,11 @@ def test_epochs_are_counted_over_kills(tmp_path: Path, kind: str, saves_at: str)
     assert_same(whole, resumed)
 
 
-# ------------------------------------------------------------------- loaders made again
+# ----------------------------------------------------------------------- reloaded loaders
 
 
 class Data(LightningDataModule):
-    """Notes in which epochs its loaders are made."""
+    """Records the epochs in which its loaders are created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +206,7 @@ def test_loaders_are_made_in_the_epochs_in_which_they_would_have_been(
 
 
 class Stops(Callback):
-    """Stops the run after so many batches of a process."""
+    """Stops the run after a number of batches in this process."""
 
     def __init__(self, batches: int) -> None:
         self.left = batches
@@ -212,7 +217,7 @@ class Stops(Callback):
 
 
 class Ticks(Callback):
-    """A second passes with each batch."""
+    """Advances the clock by one second in each batch."""
 
     def __init__(self, clock: SimpleNamespace) -> None:
         self.clock = clock
@@ -222,7 +227,7 @@ class Ticks(Callback):
 
 
 def limit(name: str, count: int, clock: SimpleNamespace) -> tuple[list[Callback], Any]:
-    """A limit of so many batches, where each is an update."""
+    """Returns callbacks and arguments that limit the number of batches."""
     if name == "max_steps":
         return [], {"max_steps": count}
     if name == "max_time":
@@ -233,7 +238,7 @@ def limit(name: str, count: int, clock: SimpleNamespace) -> tuple[list[Callback]
 LIMITS = ("max_steps", "max_time", "should_stop")
 
 
-# SpeechBrain takes seconds to save at every other step.
+# With SpeechBrain's Checkpointer, saving in every second step would take seconds.
 SAVED = [
     (kind, name, steps)
     for kind in KINDS
@@ -252,7 +257,7 @@ def test_a_limit_in_an_epoch_saves_where_it_is(
     callbacks, arguments = limit(name, 5, clock)
     first = run(kind, tmp_path / "cut", *callbacks, options=options, **arguments)
     assert batches(first) == [1, 2, 3, 4, 5]
-    # As before: the stage ends, and a validation follows.
+    # The stage ends, and a validation follows.
     assert stages(first) == stages(whole)[:4]
     assert first.scheduler.last_epoch == 1
     second = run(kind, tmp_path / "cut", options=options)
@@ -273,6 +278,17 @@ def test_a_limit_that_is_raised_again_and_again(tmp_path: Path, kind: str) -> No
     assert seen == batches(whole)
     assert resumed.scheduler.last_epoch == 3
     assert_same(whole, resumed)
+
+
+@pytest.mark.filterwarnings(r"ignore:.*fit\(ckpt_path=None\)` was called without a model")
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+def test_a_limit_saves_where_a_checkpoint_callback_has_a_path(tmp_path: Path) -> None:
+    """ModelCheckpoint converts its ``dirpath`` to a string; other callbacks do not."""
+    brain, callback = brain_of("none", tmp_path), OnExceptionCheckpoint(tmp_path)
+    trainer = trainer_with(callback, enable_checkpointing=True, max_epochs=-1, max_steps=5)
+    trainer.fit(to_lightning(brain), DataLoader(Noise(), 4), loader())
+    assert brain.optimizer_step == 5
+    assert (tmp_path / "last-within-epoch.ckpt").is_file()
 
 
 @pytest.mark.parametrize("stop", [7, 9])

@@ -311,7 +311,7 @@ def test_an_error_in_the_background_is_logged_at_once(
 
 
 def test_async_save_without_a_checkpointer_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="async_save saves nothing"):
+    with pytest.raises(UnsupportedError, match="async_save has no effect without a"):
         make(async_save=True)
 
 

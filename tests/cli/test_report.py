@@ -192,7 +192,7 @@ def test_a_number_that_cannot_be_reported_is_a_mistake(
 
 
 def test_a_wrong_name_is_warned_of_before_training(run: Run) -> None:
-    with pytest.warns(UserWarning, match=r"Objective\(monitor='WRE'\): nothing in the code"):
+    with pytest.warns(UserWarning, match=r"Objective\(monitor='WRE'\): the code of"):
         run("make([1.0]).fit([1], DATA, DATA)", report="WRE")
 
 

@@ -247,11 +247,11 @@ def refusal(brain: Any) -> str:
 
 def test_unsupported_checkpointers_raise(tmp_path: Path) -> None:
     option = "FSDP2Strategy(sharded_checkpoints=True)"
-    assert refusal(make()) == f"{option} saves nothing: give the Brain a checkpointer"
+    assert refusal(make()).startswith(f"{option} has no effect without a checkpointer.")
     theirs = make(checkpointer=SpeechBrainCheckpointer(tmp_path))
-    assert refusal(theirs).startswith(f"{option} needs brain_lightning.Checkpointer, and the ")
+    assert refusal(theirs).startswith(f"{option} needs a brain_lightning.Checkpointer, but")
     in_background = make(checkpointer=Checkpointer(tmp_path), async_save=True)
-    assert refusal(in_background).startswith(f"async_save and {option} exclude each other")
+    assert refusal(in_background).startswith(f"async_save and {option} cannot be used")
 
 
 def test_checksums_of_shards_are_taken_by_the_process_that_wrote_them(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ REFUSED = {
     "WeightAveraging": "it copies modules",
     "EMAWeightAveraging": "it copies modules",
     "StochasticWeightAveraging": "it copies modules",
-    "ModelPruning": "it looks for the smallest",
+    "ModelPruning": "it needs the smallest",
 }
 
 
@@ -378,7 +378,7 @@ def callback(name: str) -> Any:
 @needs_shards
 @pytest.mark.parametrize("name", REFUSED)
 def test_callbacks_that_copy_modules_raise(name: str) -> None:
-    words = rf"{name} does not work with .*{REFUSED[name]}"
+    words = rf"{name} is not supported with .*{REFUSED[name]}"
     module = to_lightning(make())
     module.trainer = trainer_with(callback(name), **sharded())
     with pytest.raises(UnsupportedError, match=words):

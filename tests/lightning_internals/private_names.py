@@ -18,7 +18,7 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Use(NamedTuple):
-    """A private name that is not the package's, and the line that uses it."""
+    """A private name that the package does not define, and the line that uses it."""
 
     name: str
     line: int

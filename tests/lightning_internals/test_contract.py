@@ -1,4 +1,4 @@
-"""Every private part of Lightning and torch: in the table, where it was, and used."""
+"""Every private name of Lightning and torch has a row, exists, and is used."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .private_names import ANY, Use, foreign_uses, members
 PACKAGE = Path(brain_lightning.__file__).parent
 ROWS = (*LIGHTNING_PARTS, *TORCH_PARTS)
 LIGHTNINGS, TORCHS = ({row.name for row in rows} for rows in (LIGHTNING_PARTS, TORCH_PARTS))
-# A module of the package, as the row itself would hide whether the name is used.
+# This file is not searched, because its rows contain every name.
 TABLE = PACKAGE / "lightning_internals" / "contract.py"
-# The private names of a Brain, which SpeechBrain has too, are known to all files.
+# Every file may use the private names of a Brain, which SpeechBrain has too.
 BRAIN = ("protocol.py", "brain/base.py", "brain/brain.py", "step/older_api.py")
-# Private names of neither Lightning nor torch.
+# Private names of other packages.
 OTHERS = {
     **dict.fromkeys(
         (
@@ -156,7 +156,7 @@ def test_a_private_name_is_found(code: str, names: list[str]) -> None:
 
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> Row:
-    """A part that this release has moved."""
+    """A row whose name does not exist."""
     row = Row("lightning.pytorch:Trainer", "_moved", "nothing public does it")
     monkeypatch.setattr(contract, "LIGHTNING_PARTS", (*LIGHTNING_PARTS, row))
     return row
@@ -173,7 +173,7 @@ def test_a_run_without_a_part_is_refused_before_it_trains(missing: Row) -> None:
     before = weights(brain)
     words = (
         rf"Lightning {lightning.__version__} .*Trainer\._moved \(nothing public does it\).*"
-        r'tested with Lightning 2\.4 to 2\.6\.6: pip install "lightning==2\.6\.6"'
+        r'tested with Lightning 2\.4 to 2\.6\.6\. Run pip install "lightning==2\.6\.6"'
     )
     with pytest.raises(UnsupportedError, match=words):
         brain.fit(range(1), loader())

@@ -1,4 +1,4 @@
-"""The lean step and Lightning's own: the same numbers, hooks and counts."""
+"""The lean loops and Lightning's own loops: identical metrics, hooks and counters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
 class Dropping(Regression):
-    """Random in every step; writes down what happens."""
+    """A Brain with random numbers in every step, which records its events."""
 
     def compute_forward(self, batch: Any, stage: Any) -> Tensor:
         self.events.append((stage.name, self.step, torch.is_grad_enabled()))
@@ -52,7 +52,7 @@ class ByHand(Dropping):
 
 
 class NeedsHooks(Callback):
-    """Within the step, where only Lightning's own loop calls."""
+    """Overrides hooks within a step, which only Lightning's own loop calls."""
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Nothing: that it is there is enough."""
@@ -76,7 +76,7 @@ def fit(cls: Any, **arguments: Any) -> tuple[Any, Any]:
 
 @pytest.fixture
 def lean_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The batches that were fitted without Lightning's own steps."""
+    """Returns the batches that the lean loop fitted."""
     seen: list[int] = []
     for cls in (AutomaticModule, ManualModule):
         original = cls.fit_batch
@@ -200,7 +200,7 @@ def test_validations_and_tests_are_the_same(lean_steps: list[int]) -> None:
 
 
 def test_a_scheduler_that_a_callback_brings_is_stepped(lean_steps: list[int]) -> None:
-    """StochasticWeightAveraging anneals the learning rate by its own one."""
+    """StochasticWeightAveraging adds its own scheduler, which must be stepped."""
     rates: dict[bool, list[float]] = {}
     for watched in (False, True):
         averaging = StochasticWeightAveraging(
@@ -234,7 +234,7 @@ def test_what_is_logged_before_a_step_is_logged(cls: Any) -> None:
 
 def test_a_metric_that_nobody_reports_is_an_error(tmp_path: Any) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="typo")
-    warns = pytest.warns(UserWarning, match="typo.*There are train_loss")
+    warns = pytest.warns(UserWarning, match="typo.*Available are train_loss")
     with warns, pytest.raises(MisconfigurationException, match="typo"):
         fit(Dropping, callbacks=[saver], enable_checkpointing=True)
 
@@ -256,7 +256,7 @@ def test_sigterm_ends_a_test_within_a_batch() -> None:
 
 
 def calls_of_a_batch(brain_class: Any, accumulation: int) -> int:
-    """How many Python functions are called between two forward passes."""
+    """Counts calls of Python functions between two forward passes."""
     calls, seen = 0, []
 
     class Counting(brain_class):
@@ -278,7 +278,7 @@ def calls_of_a_batch(brain_class: Any, accumulation: int) -> int:
         brain.fit(range(1), loader(24), progressbar=False)
     finally:
         sys.setprofile(None)
-    # Later batches are all the same.
+    # Later batches have the same number of calls.
     return seen[4] - seen[3]
 
 

@@ -1,4 +1,4 @@
-"""Which training loaders are warned of where several processes train."""
+"""Warnings for training loaders that are not split between ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stream(IterableDataset[Any]):
 
 
 def split_by_node(source: Any) -> Any:
-    """Of webdataset, whose streams have their stages in a list."""
+    """A stream as in webdataset, which has its stages in a list."""
 
 
 class SplitStream(Stream):
@@ -34,12 +34,12 @@ class SplitStream(Stream):
 ITEMS: Any = range(8)
 SHARD = {"num_replicas": 2, "rank": 0}
 WHOLE = {
-    "loader": (lambda: DataLoader(ITEMS), "The training loader is not shared out"),
+    "loader": (lambda: DataLoader(ITEMS), "The training loader has no distributed sampler"),
     "looped": (
         lambda: LoopedLoader(DataLoader(ITEMS), 3),
-        "The training loader is not shared",
+        "The training loader has no distributed sampler",
     ),
-    "stream": (lambda: DataLoader(Stream()), "unless that takes its own share by its rank"),
+    "stream": (lambda: DataLoader(Stream()), "The training stream is not split between ranks"),
 }
 SHARED = {
     "sampler": lambda: DataLoader(ITEMS, sampler=DistributedSampler(ITEMS, **SHARD)),
@@ -47,7 +47,7 @@ SHARED = {
         ITEMS, batch_sampler=DistributedSamplerWrapper([[0, 1], [2, 3]], **SHARD)
     ),
     "webdataset": lambda: DataLoader(SplitStream()),
-    # What a recipe yields itself, nobody knows.
+    # A generator of the recipe cannot be checked.
     "generator": lambda: iter(ITEMS),
 }
 TRAINER: Any = SimpleNamespace(world_size=2, is_global_zero=True)
@@ -63,7 +63,7 @@ def test_a_loader_that_is_not_shared_out_is_warned_of_once(
         warn_if_whole([loader], TRAINER)
     (record,) = caplog.records
     assert message in record.getMessage()
-    assert "each of the 2 processes trains on all of its" in record.getMessage()
+    assert "each of the 2 processes trains on the full" in record.getMessage()
 
 
 @pytest.mark.parametrize("case", SHARED)

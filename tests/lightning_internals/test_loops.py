@@ -1,4 +1,4 @@
-"""What the loops rely on beyond the names in the contract, and that a run restores them."""
+"""Behaviour of Lightning on which the loops rely, and restoring after a run."""
 
 from __future__ import annotations
 

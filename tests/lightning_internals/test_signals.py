@@ -1,4 +1,4 @@
-"""Signals: none is Lightning's with the Trainer of ``brain.fit``; SLURM requeues jobs."""
+"""Signal handlers: disabled in the Trainer of ``brain.fit``; requeued SLURM jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_lightning_handles_no_signal_before_training_starts() -> None:
     found = []
 
     def epochs() -> Iterator[int]:
-        # Lightning has registered its handlers, and called no hook since.
+        # Lightning has registered its handlers, but has not called a hook yet.
         found.append(signal.getsignal(signal.SIGTERM))
         yield 1
 
@@ -39,7 +39,7 @@ def test_lightning_handles_no_signal_before_training_starts() -> None:
 
 @pytest.mark.parametrize("hook", ["on_stage_start", "on_stage_end"])
 def test_a_handler_that_a_hook_registers_stays(hook: str) -> None:
-    """As with SpeechBrain; Lightning would restore what there was before training."""
+    """A handler of a hook stays, as in SpeechBrain; Lightning would remove it."""
 
     def handler(*_: Any) -> None:
         """Nothing: that it is there is enough."""
@@ -56,20 +56,20 @@ def test_a_handler_that_a_hook_registers_stays(hook: str) -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
-# ----------------------------------------------------------------------- a job of SLURM's
+# ------------------------------------------------------------------------------ SLURM jobs
 
 JOB = {
     "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
 }  # fmt: skip
 FAILS = "exit 3"
-# SLURM ends the job that it requeues.
+# SLURM ends a job when it requeues the job.
 REQUEUES = "kill -TERM $PPID"
 
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Makes SLURM's command, which writes its arguments to the file that is returned."""
+    """Creates a fake scontrol command, which writes its arguments to the returned file."""
     for name, value in JOB.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -86,7 +86,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 class Told(Regression):
-    """Gets a signal in the middle of its 7th batch, or in the validation after it."""
+    """Receives a signal in the middle of batch 7, or in the validation after it."""
 
     def compute_forward(self, batch: Any, stage: Any) -> Any:
         signum = getattr(self.hparams, stage.name, None)
@@ -111,7 +111,7 @@ def train(job: str, saver: Any = None, told: dict[str, Any] | None = None) -> An
         trainer = trainer_with(plugins=[SLURMEnvironment(**asked.get(job, {}))], max_epochs=3)
         trainer.fit(to_lightning(brain), data, data)
     learned = weights(brain), brain.optimizer_step
-    # It measures what was trained, not what the job has saved.
+    # It evaluates the trained weights, not the weights that the job saved.
     brain.evaluate(data)
     return learned
 
@@ -155,7 +155,7 @@ def test_a_job_that_is_not_requeued_goes_on(
     expected, updates = train("Trainer", told={"TRAIN": signal.SIGUSR1})
     assert updates == 15
     assert asked.read_text() == "requeue 7\n"
-    assert "the job is not requeued, and the run goes on" in caplog.text
+    assert "The job is not requeued, and the run continues" in caplog.text
     Path("hpc_ckpt_1.ckpt").unlink()
     assert all_equal(expected, train("Trainer")[0])
 
@@ -165,7 +165,7 @@ def test_without_requeuing_its_signal_is_as_ever(scontrol: Callable[[str], Path]
     before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
     try:
         assert train("none", told={"TRAIN": signal.SIGUSR1})[1] == 15
-        # Nor where somebody else handles it.
+        # Also not if the user handles the signal.
         assert train("Trainer", told={"TRAIN": signal.SIGUSR1})[1] == 15
     finally:
         signal.signal(signal.SIGUSR1, before)

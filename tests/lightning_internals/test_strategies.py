@@ -1,4 +1,4 @@
-"""Which strategies run a Brain, and how the others are refused; no process is started."""
+"""Supported strategies, and errors for unsupported ones; starts no process."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def ddp(**kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
-        (ModelParallelStrategy, r"ModelParallelStrategy cannot run a Brain.*strategy='fsdp2'"),
+        (ModelParallelStrategy, r"ModelParallelStrategy is not supp.*strategy='fsdp2'"),
         (lambda: FSDP2Strategy(start_method="spawn"), r"FSDP2Strategy\(start_method='spawn'"),
         (lambda: FSDP2Strategy(static_graph=True), r"FSDP2Strategy\(static_graph=\.\.\.\) is"),
-        (lambda: FSDP2Strategy(ddp_comm_hook=print), r"ddp_comm_hook=.*leave it out"),
-        (lambda: "ddp_spawn", r"start_method='spawn'.*use strategy='ddp', or torchrun"),
+        (lambda: FSDP2Strategy(ddp_comm_hook=print), r"ddp_comm_hook=.*Remove the argument"),
+        (lambda: "ddp_spawn", r"start_method='spawn'.*Use strategy='ddp' or torchrun"),
         (lambda: "ddp_notebook", r"start_method='fork'"),
-        (lambda: DDPStrategy(ddp_comm_hook=print), r"ddp_comm_hook=\.\.\..*leave it out"),
+        (lambda: DDPStrategy(ddp_comm_hook=print), r"ddp_comm_hook=\.\.\..*Remove the arg"),
         (lambda: DDPStrategy(model_averaging_period=2), r"model_averaging_period=\.\.\."),
     ],
     ids=[
@@ -64,12 +64,12 @@ def test_what_cannot_run_a_brain_is_refused(strategy: Callable[[], Any], words: 
         ("fsdp", "strategy='fsdp'"),
         ("fsdp_cpu_offload", "strategy='fsdp_cpu_offload'"),
         ("deepspeed_stage_3", "strategy='deepspeed_stage_3'"),
-        # Lightning would ask for a GPU, in vain.
+        # Otherwise Lightning would raise an error, because there is no GPU.
         (FSDPStrategy(), "FSDPStrategy"),
     ],
 )
 def test_strategies_that_shard_the_whole_are_refused_first(strategy: Any, name: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"^{name} cannot.*Use strategy='fsdp2'"):
+    with pytest.raises(UnsupportedError, match=rf"^{name} is not supp.*use strategy='fsdp2'"):
         make().fit(range(1), loader(), trainer={"devices": 1, "strategy": strategy})
 
 

@@ -1,4 +1,4 @@
-"""The generated LightningModule, on brain.fit's own Trainer and on one of the user's."""
+"""The generated LightningModule, on the Trainer of brain.fit and on a user's Trainer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.brains import (
 
 
 class Trace(Callback):
-    """Remembers which of Lightning's hooks were called, with the step counters at the time."""
+    """Records calls of Lightning's hooks, with the step counters."""
 
     def __init__(self) -> None:
         self.hooks: list[str] = []
@@ -91,7 +91,7 @@ def test_what_is_overridden_decides_who_steps(
 
 @pytest.mark.parametrize("thing", [nn.Linear, 42, "Brain"])
 def test_what_is_no_brain_class_is_refused(thing: Any) -> None:
-    with pytest.raises(TypeError, match="no Brain class"):
+    with pytest.raises(TypeError, match="not a Brain class"):
         lightning_module_class(thing)
 
 
@@ -100,7 +100,7 @@ class TrainLogger:
 
 
 class HparamsOfAnyKind:
-    """Whose attributes are the class's."""
+    """Has class attributes."""
 
     epoch_counter = (7, 8)
     train_logger = TrainLogger()
@@ -247,12 +247,12 @@ def test_trainer_arguments_come_from_hparams_or_the_call() -> None:
 
 
 def test_a_trainer_must_be_one() -> None:
-    with pytest.raises(BrainTypeError, match="a dict of its arguments, got 'ddp'"):
+    with pytest.raises(BrainTypeError, match="a dict of its arguments, but got 'ddp'"):
         make().fit(range(1), loader(), trainer="ddp")
 
 
 def test_a_class_is_not_a_brain() -> None:
-    with pytest.raises(BrainTypeError, match="got the class Regression: make one of it"):
+    with pytest.raises(BrainTypeError, match=r"got the class Regression\. Create an instance"):
         to_lightning(Regression)
 
 
@@ -337,7 +337,7 @@ def test_a_brain_on_a_gpu_trains_and_stays_there() -> None:
 
 
 class Moved(nn.Linear):
-    """Has a tensor that only it knows of, as a metric of torchmetrics has."""
+    """Has a tensor that is no buffer, as torchmetrics metrics have."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)

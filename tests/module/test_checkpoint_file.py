@@ -1,4 +1,4 @@
-"""``trainer.fit(ckpt_path=...)``: Lightning's checkpoints of a Brain, exact in any place."""
+"""``trainer.fit(ckpt_path=...)``: exact resume from Lightning's checkpoints of a Brain."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = [
 
 
 class SavesAfter(Callback):
-    """``trainer.save_checkpoint`` after one batch, as a user's callback might."""
+    """Calls ``trainer.save_checkpoint`` after one batch, as a user's callback may."""
 
     def __init__(self, path: Path, batch: int) -> None:
         self.path, self.batch = path, batch
@@ -53,7 +53,7 @@ class SavesAfter(Callback):
 
 
 class ByHand(Noisy):
-    """Two updates a batch, by its own hand."""
+    """Makes two updates per batch in an overridden ``fit_batch``."""
 
     def fit_batch(self, batch: Any) -> Any:
         for _ in range(2):
@@ -120,7 +120,7 @@ def test_save_checkpoint_in_a_window_that_is_not_full(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["compute_forward", "compute_objectives", "evaluate_batch"])
 def test_an_exception_leaves_a_checkpoint_that_resumes(tmp_path: Path, where: str) -> None:
-    """The batch that failed is fitted again, a validation that failed begins again."""
+    """A batch that failed is fitted again, and a validation that failed restarts."""
     whole = brain_in(None, grad_accumulation_factor=2)
     fit(whole, [])
     first = brain_in(None, grad_accumulation_factor=2)
@@ -144,7 +144,7 @@ def test_an_exception_leaves_a_checkpoint_that_resumes(tmp_path: Path, where: st
 def test_an_error_before_the_run_begins_is_not_hidden(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no HPC checkpoint was found"):
         fit(brain_in(None), [OnExceptionCheckpoint(tmp_path)], "hpc")
-    # It is of a run that has done nothing.
+    # The checkpoint is from a run before its first batch.
     other = brain_in(None)
     fit(other, [], str(tmp_path / "on_exception.ckpt"))
     assert other.optimizer_step == 2 * BATCHES
@@ -180,11 +180,11 @@ def test_the_newest_is_taken_where_there_is_no_last(tmp_path: Path) -> None:
     first.cut = at(2, 4)
     with pytest.raises(Cut):
         fit(first, callbacks(tmp_path))
-    # The clock of the file system decides.
+    # The modification time decides.
     for index, path in enumerate(sorted(tmp_path.glob("*.ckpt"), key=os.path.getmtime)):
         os.utime(path, (index, index))
     second = brain_in(None)
-    with pytest.warns(UserWarning, match="there is no last checkpoint, and .*step=15.ckpt"):
+    with pytest.warns(UserWarning, match="there is no last checkpoint, so .*step=15.ckpt"):
         fit(second, callbacks(tmp_path), "last")
     assert second.hparams.events[1] == ("batch", 4, True)
 
@@ -212,7 +212,7 @@ def test_an_explicit_path_wins_over_the_checkpointer(tmp_path: Path) -> None:
 def test_weights_alone_are_refused(tmp_path: Path) -> None:
     trainer = fit(brain_in(None), [])
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-    with pytest.raises(CheckpointError, match=r"weights alone.*load_from_checkpoint"):
+    with pytest.raises(CheckpointError, match=r"only weights.*load_from_checkpoint"):
         fit(brain_in(None), [], tmp_path / "weights.ckpt")
 
 

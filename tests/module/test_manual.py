@@ -1,4 +1,4 @@
-"""Raw ``optimizer.step()`` in a ``fit_batch``, seen by the Trainer as Lightning's own are."""
+"""The Trainer counts calls of ``optimizer.step()`` in an overridden ``fit_batch``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.parity.sides import OURS, Record
 from tests.support.brains import Regression, loader, make, trainer_with, weights
 from tests.system.distributed.scenarios import gan_brain
 
-# Lightning's, about weights after the steps, which are those that a Brain's user expects.
+# Lightning warns that ModelCheckpoint saves the weights after the steps, as intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual")
 
 
 class LightningGAN(LightningModule):
-    """A GAN as Lightning's manual optimization wants it written; two steps a batch."""
+    """A GAN as for Lightning's manual optimization, with two steps per batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class LightningGAN(LightningModule):
 
 
 class Steps(Callback):
-    """Remembers the optimizers about to step, and the steps counted before and after."""
+    """Records the optimizers before their steps, and the step counts before and after."""
 
     def __init__(self) -> None:
         self.optimizers: list[Any] = []
@@ -84,7 +84,7 @@ def test_checkpoints_come_as_often_as_of_a_lightning_gan(tmp_path: Path, every: 
     brain = gan_brain(OURS, Record())
     ours = saved_by(to_lightning(brain), tmp_path / "ours", every)
     theirs = saved_by(LightningGAN(), tmp_path / "theirs", every)
-    # Two steps a batch, 5 batches an epoch, 2 epochs: a multiple of 5 is met at 10 and 20.
+    # 2 epochs of 5 batches with 2 steps: multiples of 5 are reached at 10 and 20.
     assert ours == theirs
     assert len(ours) == {5: 2, 6: 3, 2: 10, 1: 10}[every]
 
@@ -145,7 +145,7 @@ def test_after_a_run_nothing_is_counted() -> None:
 
 
 def test_steps_of_optimizers_without_a_dictionary_are_counted() -> None:
-    """Older recipes fill no ``optimizers_dict``."""
+    """Older recipes do not set ``optimizers_dict``."""
     brain = gan_brain(OURS, Record())
     init = brain.init_optimizers
     brain.init_optimizers = lambda: (init(), setattr(brain, "optimizers_dict", None))
@@ -184,7 +184,7 @@ class Derived(torch.optim.SGD):
 
 
 def test_a_step_that_calls_the_step_of_its_base_is_one() -> None:
-    """torch calls its hooks for both, once there was an optimizer of the base."""
+    """torch calls its hooks for both steps, if an optimizer of the base class exists."""
 
     def steps(cls: type[torch.optim.SGD]) -> int:
         brain = make(ByHand, opt_class=lambda parameters: cls(parameters, 0.1))

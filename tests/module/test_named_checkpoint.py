@@ -1,4 +1,4 @@
-"""A checkpoint directory by its name: ``evaluate(ckpt=...)`` and a Trainer's ``ckpt_path``."""
+"""Named checkpoint directories: ``evaluate(ckpt=...)`` and a Trainer's ``ckpt_path``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 class Saving(Regression):
-    """Saves each epoch under its number, with its loss."""
+    """Saves a checkpoint with the number and the loss of each epoch."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         super().on_stage_end(stage, stage_loss, epoch)
@@ -33,7 +33,7 @@ class Saving(Regression):
 
 
 class Averaging(Saving):
-    """As many recipes, it recovers the mean of all checkpoints that it finds."""
+    """Recovers the average of all checkpoints that it finds, as many recipes do."""
 
     def on_evaluate_start(self, max_key: Any = None, min_key: Any = None) -> None:
         found = self.checkpointer.find_checkpoints(max_key=max_key, min_key=min_key)
@@ -41,7 +41,7 @@ class Averaging(Saving):
 
 
 class Plainly(Saving):
-    """Recovers nothing by itself."""
+    """Overrides the hooks that recover, and recovers nothing."""
 
     def on_evaluate_start(self, max_key: Any = None, min_key: Any = None) -> None:
         pass
@@ -75,10 +75,10 @@ def test_evaluate_recovers_what_is_named(
     for ckpt in ("e1", "CKPT+e1", Path("save") / "CKPT+e1"):
         other = brain_in(tmp_path / "save", cls, checkpointer)
         assert other.evaluate(loader(), ckpt=ckpt) == losses[1]
-    # A path of another Brain's.
+    # A path to a checkpoint of another Brain.
     elsewhere = brain_in(tmp_path / "other", cls, checkpointer)
     assert elsewhere.evaluate(loader(), ckpt=tmp_path / "save" / "CKPT+e2") == losses[2]
-    # The modules as they are: e2's.
+    # The modules are not changed, and have the weights of e2.
     assert elsewhere.evaluate(loader(), ckpt=None) == losses[2]
     with torch.no_grad():
         brain.modules.model.weight.zero_()
@@ -98,7 +98,7 @@ def test_a_trainers_ckpt_path_may_be_a_directory(tmp_path: Path) -> None:
     (metrics,) = trainer.validate(to_lightning(brain_in(tmp_path)), loader(), ckpt_path=path)
     assert metrics["valid_loss"] == pytest.approx(whole.losses[2])
     predicted = trainer.predict(to_lightning(brain_in(tmp_path)), loader(), ckpt_path=path)
-    # One run only: the next one recovers the newest again.
+    # This applies to one run. The next run recovers the newest checkpoint.
     (metrics,) = trainer.test(to_lightning(tested), loader())
     assert metrics["test_loss"] == pytest.approx(whole.losses[3])
     second = nn.Linear(4, 2)
@@ -119,12 +119,12 @@ def test_fit_goes_on_from_the_checkpoint_that_is_named(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_refused_with_the_choices(tmp_path: Path) -> None:
     brain = trained(tmp_path)
-    choices = r"there are, the newest first: CKPT\+e3, CKPT\+e2, CKPT\+e1"
+    choices = r"Available checkpoints, the newest first: CKPT\+e3, CKPT\+e2, CKPT\+e1"
     with pytest.raises(NoSuchCheckpointError, match=choices):
         brain.evaluate(loader(), ckpt="e4")
     with pytest.raises(NoSuchCheckpointError, match=choices):
         trainer_with().test(to_lightning(brain), loader(), ckpt_path=tmp_path / "CKPT+e4")
-    with pytest.raises(NoSuchCheckpointError, match="give one of the three"):
+    with pytest.raises(NoSuchCheckpointError, match="Pass only one of ckpt"):
         brain.evaluate(loader(), min_key="loss", ckpt=None)
-    with pytest.raises(NoSuchCheckpointError, match=r"no Checkpointer.*give it one"):
+    with pytest.raises(NoSuchCheckpointError, match=r"no Checkpointer.*Pass a Checkpointer"):
         make().evaluate(loader(), ckpt="e1")

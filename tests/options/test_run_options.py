@@ -245,7 +245,7 @@ def test_the_rank_is_read_from_torchruns_variables(
 
 @pytest.mark.parametrize("modules", [[1], {"model": "linear"}, "model"])
 def test_modules_must_be_modules(modules: Any) -> None:
-    with pytest.raises(BrainTypeError, match=r"must be a dict of torch\.nn\.Module by name"):
+    with pytest.raises(BrainTypeError, match=r"must be a dict from names to torch\.nn"):
         Brain(modules=modules)
 
 

@@ -442,7 +442,7 @@ def test_a_callback_that_a_directory_cannot_hold_is_told_of_once(
     brain = brain_in(tmp_path, ckpt_interval_steps=5)
     writing = callbacks.LambdaCallback(on_save_checkpoint=lambda *_: None)
     fit(brain, train_set(), trainer={"callbacks": [writing]})
-    assert caplog.text.count("do not hold all of the state of LambdaCallback") == 1
+    assert caplog.text.count("do not contain the full state of LambdaCallback") == 1
 
 
 def test_a_teacher_beside_the_modules_is_in_the_file(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_the_trainer_leaves_the_data_alone_if_told_to(records: Any) -> None:
     for record in of(records, scenarios.the_loaders_as_they_are):
         assert sum(event[0] == "fetch" for event in record.events) == 2 * 2 * (5 + 1)
     told, other = (record.results for record in of(records, scenarios.the_loaders_as_they_are))
-    assert "not shared out: each of the 2 processes trains on all of its" in str(told)
-    assert not [each for each in other if "shared out" in str(each)]
+    assert "no distributed sampler: each of the 2 processes trains on the full" in str(told)
+    assert not [each for each in other if "distributed sampler" in str(each)]
 
 
 def test_names_in_a_checkpoint_are_those_of_one_process(records: Any) -> None:
@@ -188,7 +188,7 @@ def test_a_batch_sampler_is_shared_out_once(records: Any) -> None:
 
 def test_a_batch_sampler_of_the_users_is_refused_in_words(records: Any) -> None:
     for record in of(records, scenarios.a_batch_sampler_that_cannot_be_shared_out):
-        assert "the batch sampler Batches cannot be shared out" in record.results[0]
+        assert "the batch sampler Batches cannot be split" in record.results[0]
 
 
 def test_a_saveable_loader_is_saved_by_the_one_that_is_iterated(records: Any) -> None:

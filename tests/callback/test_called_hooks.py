@@ -1,4 +1,4 @@
-"""A resumed run tells each callback once what the run that was cut has told, or not."""
+"""A resumed run calls each callback hook once that the interrupted run called or missed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from brain_lightning import to_lightning
-from brain_lightning.callback.told import OF_A_BATCH, OF_AN_EPOCH
+from brain_lightning.callback.called_hooks import BATCH_HOOKS, EPOCH_HOOKS
 from tests.support.brains import loader, make, trainer_with
 from tests.support.resuming import (
     BATCHES,
@@ -51,7 +51,7 @@ PLAN = [0.5, 0.4, 0.45, 0.46, 0.47, 0.48, 0.49]
 
 
 class Planned(Noisy):
-    """Saves at the end of each validation, whose losses are planned."""
+    """Saves at the end of each validation, and has predefined validation losses."""
 
     def evaluate_batch(self, batch: Any, stage: Any) -> torch.Tensor:
         return torch.tensor(PLAN[self.hparams.epoch_counter.current - 1])
@@ -75,7 +75,7 @@ def run(
     trainer: dict[str, Any] | None = None,
     **options: Any,
 ) -> Noisy:
-    """One run of ``brain.fit``, from what is in the folder."""
+    """Runs ``brain.fit``, resuming from the checkpoints in the folder."""
     brain = brain_in(folder, **{"ckpt_interval_minutes": 0, **options})
     brain.__class__, brain.cut = cls, cut
     counter = brain.hparams.epoch_counter
@@ -91,7 +91,7 @@ def cut_run(folder: Path, *callbacks: Callback, **kwargs: Any) -> None:
 
 
 class Cuts(Callback):
-    """Cuts the run at a call of a hook, by its number."""
+    """Interrupts the run at the n-th call of a hook."""
 
     def __init__(self, hook: str, call: int = 1) -> None:
         self.left = call
@@ -103,7 +103,7 @@ class Cuts(Callback):
             raise Cut
 
 
-# ------------------------------------------- what comes after a recipe's save is made up for
+# ------------------------------------- hooks after a recipe's save are called on resume
 
 
 @pytest.mark.parametrize("epoch", [2, 3, 4, 5])
@@ -125,7 +125,7 @@ def test_early_stopping_counts_the_validation_after_which_a_recipe_saved(
 
 
 def test_early_stopping_stops_where_its_check_was_the_last_thing_to_do(tmp_path: Path) -> None:
-    """Cut between the recipe's save and the check that would have ended the run."""
+    """The run is interrupted between the recipe's save and the check that would end it."""
     cut_run(tmp_path, Cuts("on_validation_end", 5), EarlyStopping("error", patience=3))
     stopper = EarlyStopping("error", patience=3)
     resumed = run(tmp_path, stopper)
@@ -147,7 +147,7 @@ def ranking(callback: ModelCheckpoint) -> list[tuple[str, float]]:
 def test_model_checkpoint_ranks_the_validation_after_which_a_recipe_saved(
     tmp_path: Path, epoch: int
 ) -> None:
-    """Cut after the recipe's save, before the callback has heard of the validation."""
+    """The run is interrupted after the recipe's save, before the callback is called."""
     expected, found = best_in(tmp_path / "whole-best"), best_in(tmp_path / "best")
     run(tmp_path / "whole", expected)
     first = [Cuts("on_validation_end", epoch), best_in(tmp_path / "best")]
@@ -161,7 +161,7 @@ def test_model_checkpoint_ranks_the_validation_after_which_a_recipe_saved(
 
 
 def test_model_checkpoint_writes_its_file_again(tmp_path: Path) -> None:
-    """It had written it before the kill, and after the recipe's save."""
+    """The file was written after the recipe's save and before the kill."""
 
     def files(folder: Path, cut: Any = None) -> list[str]:
         saver = ModelCheckpoint(folder / "best", monitor="valid_loss", save_top_k=2)
@@ -178,7 +178,7 @@ def test_model_checkpoint_writes_its_file_again(tmp_path: Path) -> None:
 
 
 def test_model_checkpoint_ranks_once_what_it_had_ranked_already(tmp_path: Path) -> None:
-    """Cut in the epoch after: the directory is older than the callback's file."""
+    """The run is interrupted in the next epoch, after the callback wrote its file."""
     expected, found = best_in(tmp_path / "whole-best"), best_in(tmp_path / "best")
     run(tmp_path / "whole", expected)
     cut_run(tmp_path / "cut", best_in(tmp_path / "best"), cut=at(4, 2))
@@ -188,34 +188,34 @@ def test_model_checkpoint_ranks_once_what_it_had_ranked_already(tmp_path: Path) 
 
 
 class Remembers(Callback):
-    """A user's: what it heard is its state."""
+    """A user's callback whose state is the list of its calls."""
 
     def __init__(self) -> None:
-        self.heard: list[Any] = []
+        self.calls: list[Any] = []
 
     def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
-        self.heard.append(["epoch start", trainer.current_epoch])
+        self.calls.append(["epoch start", trainer.current_epoch])
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.heard.append(["batch", trainer.current_epoch, trainer.fit_loop.batch_idx])
+        self.calls.append(["batch", trainer.current_epoch, trainer.fit_loop.batch_idx])
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.heard.append(["validated", trainer.current_epoch, metrics])
+        self.calls.append(["validated", trainer.current_epoch, metrics])
 
     def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
-        self.heard.append(["epoch end", trainer.current_epoch])
+        self.calls.append(["epoch end", trainer.current_epoch])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"heard": self.heard}
+        return {"calls": self.calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.heard = state["heard"]
+        self.calls = state["calls"]
 
 
 @pytest.mark.parametrize("cut", [at(1, 7), at(2, 1), at(2, 8)], ids=["1-7", "2-1", "2-8"])
 @pytest.mark.parametrize("saved", ["at ends", "everywhere"])
-def test_a_callback_of_the_users_hears_each_thing_once(
+def test_each_hook_of_a_users_callback_is_called_once(
     tmp_path: Path, cut: Any, saved: str
 ) -> None:
     steps = 2 if saved == "everywhere" else 0
@@ -223,8 +223,8 @@ def test_a_callback_of_the_users_hears_each_thing_once(
     run(tmp_path / "whole", expected, epochs=3, ckpt_interval_steps=steps)
     cut_run(tmp_path / "cut", Remembers(), epochs=3, cut=cut, ckpt_interval_steps=steps)
     run(tmp_path / "cut", found, epochs=3, ckpt_interval_steps=steps)
-    assert found.heard == expected.heard
-    assert len(found.heard) == 3 * (BATCHES + 3)
+    assert found.calls == expected.calls
+    assert len(found.calls) == 3 * (BATCHES + 3)
 
 
 class Anneals(Planned):
@@ -272,25 +272,25 @@ def test_an_epoch_starts_once_over_the_processes_of_a_run(tmp_path: Path) -> Non
     assert [each.epochs for each in counts] == [[0], [], [1]]
 
 
-def test_a_callback_that_raised_hears_it_again(tmp_path: Path) -> None:
+def test_a_hook_that_raised_is_called_again(tmp_path: Path) -> None:
     class Raises(CountsEpochs):
         def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
             super().on_train_epoch_start(trainer, *args)
             raise Cut
 
-    heard = CountsEpochs()
+    last = CountsEpochs()
     first, files = CountsEpochs(), OnExceptionCheckpoint(tmp_path)
     with pytest.raises(Cut):
         fit_with_trainer(brain_in(None), [first, Raises(), files])
-    # By the names of their classes they are known in the file.
+    # The file identifies callbacks by the names of their classes.
     again = type("Raises", (CountsEpochs,), {"__qualname__": Raises.__qualname__})()
-    fit_with_trainer(brain_in(None), [heard, again, OnExceptionCheckpoint(tmp_path)], "last")
+    fit_with_trainer(brain_in(None), [last, again, OnExceptionCheckpoint(tmp_path)], "last")
     assert first.epochs == [0]
-    assert heard.epochs == [1]
+    assert last.epochs == [1]
     assert again.epochs == [0, 1]
 
 
-def test_what_a_callback_saves_itself_counts_as_heard(tmp_path: Path) -> None:
+def test_a_hook_that_saves_counts_as_called(tmp_path: Path) -> None:
     class Saves(CountsEpochs):
         def on_train_epoch_start(self, trainer: Any, *args: Any) -> None:
             super().on_train_epoch_start(trainer, *args)
@@ -316,7 +316,7 @@ class Backboned(Noisy):
 
 @pytest.mark.parametrize("cut", [at(2, 1), at(2, 7)], ids=["2-1", "2-7"])
 def test_a_backbone_is_thawed_once(tmp_path: Path, cut: Any) -> None:
-    """It adds a parameter group when an epoch starts: twice, and torch refuses."""
+    """It adds a parameter group at the start of an epoch; torch raises if added twice."""
 
     def brain(cut: Any = None) -> Noisy:
         new = brain_in(None)
@@ -357,7 +357,7 @@ def test_accumulation_is_scheduled_in_each_process(tmp_path: Path, cut: Any) -> 
     assert again == batches[-len(again) :]
 
 
-# Where the run is cut, by the hook of a callback; and in which call.
+# The hook, and the number of its call, at which the run is interrupted.
 PHASES = {
     "a batch": ("on_train_batch_end", BATCHES + 3),
     "a validation ends": ("on_validation_end", 2),
@@ -391,7 +391,7 @@ def test_a_bar_of_lightnings_is_drawn_in_each_process(
 # ------------------------------------------------------------------------------- copies
 
 
-def test_copies_of_a_callback_are_told_everything() -> None:
+def test_hooks_of_a_copied_callback_are_always_called() -> None:
     copies: list[Any] = []
 
     class Copies(CountsEpochs):
@@ -440,4 +440,4 @@ def test_callbacks_are_pickled_without_what_watches_them() -> None:
 def test_after_a_run_callbacks_are_what_they_were() -> None:
     watched = Remembers()
     trainer_with(watched).fit(to_lightning(make()), loader(), loader())
-    assert not {*OF_AN_EPOCH, *OF_A_BATCH} & vars(watched).keys()
+    assert not {*EPOCH_HOOKS, *BATCH_HOOKS} & vars(watched).keys()
