@@ -37,7 +37,7 @@ class Metrics:
     it, ``WER``. If several stages report the same metric, the short name is VALID's.
 
     Args:
-        stage: Returns the running stage, because the ``meta`` of a checkpoint does not name it.
+        stage: Returns the running stage, which the ``meta`` of a checkpoint does not name.
 
     Attributes:
         valids: Short names that belong to VALID, because VALID has reported them. If the run

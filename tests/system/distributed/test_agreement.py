@@ -72,7 +72,7 @@ def test_a_trainer_that_stops_on_one_rank_stops_all(outcomes: Outcomes) -> None:
 @pytest.mark.parametrize(
     ("scenario", "words"),
     [
-        (scenarios.epochs_apart, "RankMismatchError: the processes are at different epochs "
+        (scenarios.epochs_apart, "RankMismatchError: the ranks are at different epochs "
          "(rank 0: begins epoch 1; rank 1: begins epoch 2)"),
         (scenarios.updates_apart, "RankMismatchError: the processes differ in how many "
          "updates they have done (rank 0: 0; rank 1: 5)"),
