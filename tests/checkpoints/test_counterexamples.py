@@ -129,7 +129,7 @@ def test_directories_of_other_programs_are_left_alone(folder: Path, name: str) -
 
 
 def test_a_name_that_is_no_directorys_is_told(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="name='a/b' is no name of a directory"):
+    with pytest.raises(CheckpointError, match="name='a/b' is not the name of a directory"):
         saved(folder).checkpointer.save_checkpoint(name="a/b")
     assert not names(folder)
 
@@ -307,7 +307,7 @@ def test_an_error_in_the_background_is_logged_at_once(
         checkpointer.save_checkpoint()
         with pytest.raises(CheckpointSaveError):
             checkpointer.wait()
-    assert "could not be saved in the background" in caplog.text
+    assert "Could not save a checkpoint in the background" in caplog.text
 
 
 def test_async_save_without_a_checkpointer_is_refused() -> None:

@@ -106,8 +106,8 @@ def test_patience_begins_anew_from_a_bare_number_and_that_is_told(
     counter.should_stop = True
     load("ours", tmp_path, counter)
     assert patience_of(counter) == (3, counter.sign * torch.inf, False)
-    (told,) = [record.message for record in caplog.records if "the patience" in record.message]
-    assert "of the EpochCounterWithStopper begins anew after epoch 3" in told
+    (told,) = [record.message for record in caplog.records if "The patience" in record.message]
+    assert "The patience of EpochCounterWithStopper restarts after epoch 3" in told
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -138,7 +138,7 @@ def test_the_best_epoch_of_another_number_is_not_taken(
     counter = counter_of(("ours", name))
     counter._recover(path)
     assert counter.current == 7
-    assert ("the patience of" in caplog.text) is (name == "EpochCounterWithStopper")
+    assert ("The patience of" in caplog.text) is (name == "EpochCounterWithStopper")
 
 
 def test_what_is_no_counters_file_changes_nothing(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_what_is_no_counters_file_changes_nothing(tmp_path: Path) -> None:
     path.write_text("epoch seven")
     counter = counter_of(("ours", "EpochCounterWithStopper"), 3)
     with pytest.raises(
-        ValueError, match=r"is not of an epoch counter: it holds 'epoch seven'"
+        ValueError, match=r"is not the file of an epoch counter: it contains 'epoch seven'"
     ):
         counter._recover(path)
     assert counter.current == 3

@@ -52,7 +52,7 @@ def test_both_save_and_end_and_resume_bit_for_bit(records: Any) -> None:
 def test_what_processes_do_not_ask_each_other_is_said(records: Any) -> None:
     for record in of(records, memory_scenarios.not_agreed_upon):
         note, refused, of_ddp = record.results
-        assert "not saved, for the other processes cannot join. With oom_patience=0" in note
+        assert "the other ranks cannot take part in the save. Set oom_patience=0" in note
         assert refused.startswith("oom_patience cannot be honoured on several processes: ")
         assert "Call super().fit_batch(batch) of brain_lightning.Brain" in refused
         assert "on several processes: DDP's static_graph needs a first batch" in of_ddp
