@@ -213,7 +213,7 @@ class ValidStage(EvaluationStage):
         is_part = self.is_part and not self.is_within_training
         self._parts_after = self.run_state.parts_over + is_part
         if self.is_within_training:
-            self.run_state.count_apart(self.run.train.step)
+            self.run_state.keep_train_counts(self.run.train.step)
         else:
             self.run_state.begin_validation()
         super().start()

@@ -180,7 +180,7 @@ def test_the_state_of_the_scaler(tmp_path: Path, step: int, where: str) -> None:
 
 # ------------------------------------------------------------------- where there is no copy
 
-NO_MEMORY = "There is no memory for a copy"
+NO_MEMORY = "Out of memory for a copy"
 
 
 def fails(*_: Any) -> Any:
@@ -210,7 +210,7 @@ def keep(brain: Any) -> None:
 
 
 KEEPERS = {"keep": keep}
-UNEXPECTED = "saved in the middle of a batch, where nothing was expected to save"
+UNEXPECTED = "saved in the middle of a batch, where no save was expected"
 
 
 @pytest.mark.parametrize("saves", [1, 2])

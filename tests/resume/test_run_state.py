@@ -180,7 +180,7 @@ def test_other_workers_than_before_are_told(
     with pytest.raises(Cut):
         fit(first, DataLoader(Noise(), 4, num_workers=2))
     fit(brain_in(tmp_path), DataLoader(Noise(), 4))
-    assert "saved with num_workers=2, and there are 0 now" in caplog.text
+    assert "saved with num_workers=2, but num_workers is 0 now" in caplog.text
 
 
 # ------------------------------------------------------- the rest of the state
