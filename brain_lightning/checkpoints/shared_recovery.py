@@ -134,9 +134,9 @@ def none_is_loaded(
         skipped: Reason for each requested checkpoint that was skipped.
         listed: Number of checkpoints in the folder.
     """
-    whole = [each for each in skipped if not isinstance(each, DamagedCheckpointError)]
-    if whole:
-        return whole[0]
+    undamaged = [each for each in skipped if not isinstance(each, DamagedCheckpointError)]
+    if undamaged:
+        return undamaged[0]
     if listed > len(skipped) > 0:
         return CheckpointError(
             f"every requested checkpoint in {folder} is damaged. min_key, max_key or "

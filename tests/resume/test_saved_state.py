@@ -83,7 +83,7 @@ def newer(states: Any) -> Any:
     return states
 
 
-WORDS = f"as version {saved_state.VERSION + 1}.*up to {saved_state.VERSION}: upgrade"
+WORDS = rf"as version {saved_state.VERSION + 1}.*up to {saved_state.VERSION}\. Upgrade"
 
 
 @pytest.mark.parametrize("name", ["within", "end"])
@@ -116,7 +116,7 @@ def test_a_newer_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [saved_state.VERSION + 1, 99])
 def test_the_words_name_the_version(version: int) -> None:
     with pytest.raises(
-        CheckpointError, match=rf"version {version}, .*upgrade brain_lightning"
+        CheckpointError, match=rf"version {version}, .*Upgrade brain_lightning"
     ):
         saved_state.migrated({"version": version}, end_of_epoch=True)
 
