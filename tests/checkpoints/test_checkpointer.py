@@ -61,7 +61,7 @@ def test_it_is_read_without_speechbrain() -> None:
         f"Checkpointer({str(GOLDEN / 'save')!r}, {{'model': model}}).recover_if_possible()\n"
         "print(model.bias.tolist())"
     )
-    # It imports the package without it: a fork has both.
+    # A new process, because a fork has already imported SpeechBrain.
     found = check_python("-c", code, real=True)
     expected = json.loads((GOLDEN / "expected.json").read_text())
     assert json.loads(found) == expected["bias"]

@@ -1,4 +1,4 @@
-"""What is not damaged is not called damaged: an error of a load hook is raised as it is."""
+"""Errors of load hooks are raised unchanged: the checkpoint is not called damaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def notes_of(error: BaseException) -> str:
 
 
 def without_checksums(folder: Path) -> None:
-    """As SpeechBrain writes them."""
+    """Removes the checksums, which SpeechBrain does not write."""
     for path in folder.glob("*/checksums.yaml"):
         path.unlink()
 
@@ -42,7 +42,7 @@ def without_checksums(folder: Path) -> None:
 def classify(
     base: Any, checkpointer: Any, folder: Path, classes: int, leave: tuple[str, ...] = ()
 ) -> Any:
-    """Trains an epoch, on top of what was saved before, and saves."""
+    """Recovers the last checkpoint, trains an epoch, and saves."""
 
     class Classifies(base):  # type: ignore[misc]
         def compute_forward(self, batch: Any, stage: Any) -> Any:
@@ -102,7 +102,7 @@ def test_a_class_count_that_changed_is_told_and_the_rest_can_be_recovered(
 def test_parts_of_another_shape_are_left_out_where_they_are_named(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The state of the optimizer for them, too; and only while their shape differs."""
+    """Parameters are left out with their optimizer state, only while their shapes differ."""
 
     def brain_of(classes: int) -> Any:
         model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(3, classes)))
@@ -168,7 +168,7 @@ def test_an_optimizer_of_other_parameters_is_not_named(folder: Path) -> None:
 
 
 class Failing:
-    """Its hook fails in its own way."""
+    """Its load hook raises its own error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -185,7 +185,7 @@ ERRORS = [KeyError("n_steps"), ValueError("a number of another kind"), TypeError
 def test_an_error_of_a_hook_is_raised_as_it_is(
     folder: Path, checksums: bool, error: Exception
 ) -> None:
-    """Not skipped for the checkpoint before, in which it would be the same."""
+    """The checkpoint is not skipped, because the previous one would raise the same error."""
     state = saved(folder, 1, 2)
     if not checksums:
         without_checksums(folder)
