@@ -55,7 +55,7 @@ class DataPosition(Position):
         """See ``Position``."""
         ahead = self._fetched > fitted
         begun = ahead or self._fetching
-        draw = self._before_fetch if begun and self._before_fetch is not None else self._now()
+        stored = self._before_fetch if begun else None
         next_worker, states = self._next_worker, self._workers
         if ahead and states:
             next_worker, states = self._before
@@ -63,7 +63,7 @@ class DataPosition(Position):
             "batches": fitted,
             **self._examples.state(fitted, ahead),
             "begun": {**self._begun, "samplers": plain_states(self._begun["samplers"])},
-            "draw": draw,
+            "draw": self._now() if stored is None else stored,
             "drawn": after_fetch if ahead else None,
             "over": self._over and not ahead,
             "workers_persisted": self._begun.get("workers_persisted", False),
@@ -135,13 +135,13 @@ class DataPosition(Position):
 
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
         self._loader, self._before_fetch, self._fetching = loader, None, False
-        samplers, begun, draw = self._states_of(loader), resumed.get("begun"), None
+        samplers, begun, random = self._states_of(loader), resumed.get("begun"), None
         if resumed.get("over") and begun is None:
             # The pass of this part was over. The state is for its next pass.
             self._resumed = resumed
             return iter(())
         if "draw" in resumed:
-            draw = resumed["draw"].get("random") or random_state()
+            random = resumed["draw"].get("random") or random_state()
         if begun is not None:
             set_random_state(begun["random"])
             samplers.resume(begun["samplers"])
@@ -155,17 +155,17 @@ class DataPosition(Position):
         recovered = _take_position(loader, self)
         self.fitted = self._fetched = resumed.get("batches", recovered)
         iterator = self._iterator(loader, resumed)
-        if draw is not None:
-            set_random_state(draw)
+        if random is not None:
+            set_random_state(random)
         return iterator
 
     def _iterator(self, loader: Any, resumed: State) -> Iterator[Any]:
-        draw = resumed.get("draw", {})
-        if "loader" in draw:
-            loader.load_state_dict(draw["loader"])
+        before_fetch = resumed.get("draw", {})
+        if "loader" in before_fetch:
+            loader.load_state_dict(before_fetch["loader"])
             return iter(loader)
-        if "dataset" in draw:
-            loader.dataset.load_state_dict(draw["dataset"])
+        if "dataset" in before_fetch:
+            loader.dataset.load_state_dict(before_fetch["dataset"])
         if isinstance(loader, Sequence):
             return itertools.islice(loader, self._fetched, None)
         if not _is_data_loader(loader):

@@ -135,8 +135,8 @@ class Position:
             over = self.passes > 0
             return {**self.state_between_passes(), "passes": self.passes, "over": over}
         state = self.state(self._fetched, None)
-        draw = {name: value for name, value in state["draw"].items() if name != "random"}
-        return {**state, "draw": draw, "passes": self.passes}
+        before_fetch = {n: v for n, v in state["draw"].items() if n != "random"}
+        return {**state, "draw": before_fetch, "passes": self.passes}
 
     def part_between_passes(self) -> State:
         """Returns the state of a part before the next pass over all loaders."""
@@ -275,9 +275,9 @@ class _CombinedPosition(Position):
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
         self._before_fetch, self._fetching = None, False
         self.fitted = self._fetched = resumed.get("batches", 0)
-        draw = resumed.get("draw", {}).get("random")
-        if draw is not None:
-            set_random_state(draw)
+        random = resumed.get("draw", {}).get("random")
+        if random is not None:
+            set_random_state(random)
         return iter(()) if resumed.get("over") else self._begin_parts(loader, resumed)
 
     def _begin_parts(self, loader: Any, resumed: State) -> Iterator[Any]:
