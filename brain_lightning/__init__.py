@@ -1,14 +1,14 @@
 """SpeechBrain ``Brain`` recipes on PyTorch Lightning's ``Trainer``.
 
-``__init__.pyi`` is the table of exports. Type checkers read it, and so does this file: a name
-is loaded when it is first used, so that ``brain-lightning --help`` need not wait for torch.
+``__init__.pyi`` lists the exports. Type checkers read it, and this file reads it, too. A name
+is imported when it is first used, so that ``brain-lightning --help`` does not wait for torch.
 """
 
 import ast
 import importlib
 import pkgutil
 
-# By the loader: the package may be in a zip.
+# Read through the loader, because the package may be in a zip file.
 _STUB = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
 _MODULES = {
     alias.name: f"{__name__}.{node.module}"

@@ -1,4 +1,4 @@
-"""The exports: each name, and the file that it is loaded from when it is first used."""
+"""The exports: each name, and the module that it is imported from when it is first used."""
 
 from .brain.brain import Brain as Brain
 from .brain.patch import patch_speechbrain as patch_speechbrain

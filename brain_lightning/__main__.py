@@ -1,4 +1,4 @@
-"""``python -m brain_lightning`` is ``brain-lightning``."""
+"""Runs the command line: ``python -m brain_lightning`` is the same as ``brain-lightning``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What is in a batch, whatever class it is of: its tensors, and how they are described."""
+"""Finds and describes the tensors in a batch of any type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 _short = Repr()
 _short.maxlist = _short.maxtuple = 8
 _short.maxstring = _short.maxother = 80
-# Of a batch: so many of its tensors are described, so deep in its collections.
+# Limits: how many tensors of a batch are described, and to what depth of its collections.
 MOST_TENSORS = 16
 DEEPEST = 4
 
@@ -22,16 +22,16 @@ DEEPEST = 4
 def tensors_of_batch(
     batch: Any, name: str = "", depth: int = 0
 ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
-    """The tensors of an example or of a batch, each with where it is.
+    """Yields the tensors of an example or a batch with their names.
 
     Args:
-        batch: A tensor, or dicts, lists and tuples of them, or an object that has such
-            attributes, as SpeechBrain's ``PaddedBatch`` or a dataclass.
-        name: Where the batch is.
-        depth: How deep that is.
+        batch: A tensor, or a dict, list or tuple of tensors, or an object with such
+            attributes, such as SpeechBrain's ``PaddedBatch`` or a dataclass.
+        name: Name of ``batch`` in the batch that contains it.
+        depth: Number of collections around ``batch``.
 
     Yields:
-        Expressions, such as ``sig.data``, and tensors.
+        The name, such as ``sig.data``, and the tensor.
     """
     if isinstance(batch, (Tensor, np.ndarray)):
         yield name, batch
@@ -43,7 +43,7 @@ def tensors_of_batch(
 
 
 def described(batch: Any) -> list[str]:
-    """The tensors of a batch in words: name and shape, and the numbers of lengths.
+    """Describes the tensors of a batch: name and shape, and the values of lengths.
 
     Args:
         batch: See ``tensors_of_batch``.
@@ -53,15 +53,15 @@ def described(batch: Any) -> list[str]:
 
 
 def ids_of(batch: Any) -> str:
-    """``batch.id``, as SpeechBrain's PaddedBatch has it, or ``batch["id"]``, cut short.
+    """Returns ``batch.id``, as in SpeechBrain's PaddedBatch, or ``batch["id"]``, shortened.
 
     Args:
-        batch: What a loader gave.
+        batch: Batch as the DataLoader returned it.
 
     Returns:
-        Nothing where there is none.
+        The ids as a string. Empty if the batch has no ids.
     """
-    # It is asked for where an error is described, which must not be hidden by another one.
+    # Called while an error is described. Another error must not hide that error.
     with suppress(Exception):
         ids = batch.get("id") if isinstance(batch, Mapping) else getattr(batch, "id", None)
         if ids is not None:
@@ -70,7 +70,7 @@ def ids_of(batch: Any) -> str:
 
 
 def shortened(value: Any) -> str:
-    """The ``repr`` of a value, cut short.
+    """Returns the ``repr`` of a value, shortened.
 
     Args:
         value: Any value.
@@ -79,7 +79,7 @@ def shortened(value: Any) -> str:
 
 
 def _numbers(name: str, tensor: Tensor | np.ndarray) -> str:
-    """Of SpeechBrain's PaddedData, or a tensor that is named so."""
+    """Returns the values of lengths, as in SpeechBrain's PaddedData, or an empty string."""
     is_length = tensor.ndim == 1 and "len" in name.rpartition(".")[2]
     return f" = {shortened([round(n, 4) for n in tensor.tolist()])}" if is_length else ""
 

@@ -1,16 +1,16 @@
-"""What can go wrong, each a subclass of the built-in error that recipes catch already."""
+"""Exception types. Each derives from the built-in exception that recipes already catch."""
 
 
 class RunOptionError(ValueError):
-    """A run option has a value, or stands beside one, that makes no sense."""
+    """The value of a run option is invalid, or it conflicts with another option."""
 
 
 class UnsupportedError(ValueError):
-    """An option or a setting that is not supported: refused, never ignored."""
+    """An option or a setting is not supported. It is never silently ignored."""
 
 
 class RecipeError(ValueError):
-    """A recipe, or a file that goes with it, that cannot be read or run as asked."""
+    """A recipe, or a file that it needs, cannot be read or run as requested."""
 
 
 class UnequalDataError(ValueError):
@@ -18,51 +18,51 @@ class UnequalDataError(ValueError):
 
 
 class RankMismatchError(RuntimeError):
-    """Processes that train together are not at the same place, or in the same state."""
+    """Processes that train together are at different points of a run, or differ in state."""
 
 
 class MainProcessError(RuntimeError):
-    """What the main process did for all of them has failed."""
+    """A function that the main process ran for all processes raised an error."""
 
 
 class BrainTypeError(TypeError):
-    """An argument of a Brain, or what one of its hooks returned, is of the wrong type."""
+    """An argument of a Brain, or the return value of one of its hooks, has the wrong type."""
 
 
 class PreflightError(ValueError):
-    """There is no memory for a batch that a run will have: told before it begins."""
+    """A batch of the run would run out of memory. Raised before training starts."""
 
 
 class HookStoppedError(RuntimeError):
-    """A hook raised StopIteration, which Lightning would take for the end of the data.
+    """A hook raised StopIteration, which Lightning would treat as the end of the data.
 
-    ``brain.fit`` and ``brain.evaluate`` raise the StopIteration itself, as SpeechBrain.
+    ``brain.fit`` and ``brain.evaluate`` raise the StopIteration itself, as SpeechBrain does.
     """
 
 
 class NonFiniteLossError(ValueError):
-    """The loss was not finite more often than ``nonfinite_patience`` allows."""
+    """The loss was NaN or infinite more often than ``nonfinite_patience`` allows."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, would run code, or does not hold what is asked for."""
+    """A checkpoint is damaged, would run code, or does not contain what is requested."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not as it was saved; another one may be."""
+    """A checkpoint differs from what was saved. Another checkpoint may be intact."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A file is whole, and loading it would run code: it is left alone."""
+    """A file is intact, but loading it would run code. It is not loaded."""
 
 
 class NotInCheckpointError(CheckpointError):
-    """A checkpoint was saved without something that is to be recovered."""
+    """A checkpoint was saved without a recoverable that is to be recovered."""
 
 
 class NoSuchCheckpointError(ValueError):
-    """A checkpoint is asked for that is not there, or beside a key that chooses another."""
+    """The requested checkpoint does not exist, or a key also selects another checkpoint."""
 
 
 class CheckpointSaveError(OSError):
-    """A checkpoint could not be written; the earlier ones are as they were."""
+    """A checkpoint could not be written. Earlier checkpoints are unchanged."""

@@ -1,4 +1,4 @@
-"""Tensors of a device on their way to the host, which may do something else meanwhile."""
+"""Copies tensors from a device to the host without blocking the host."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# Where a tensor is in memory, and how.
+# Location and layout of a tensor in memory.
 Memory = tuple[Any, ...]
 State = TypeVar("State")
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether a device copies while it computes; CUDA and XPU do, MPS does not.
+    """Returns whether a device copies while it computes. CUDA and XPU do, MPS does not.
 
     Args:
         device: Any device.
@@ -26,36 +26,36 @@ def has_streams(device: torch.device) -> bool:
 
 
 def current_stream(device: torch.device) -> Any:
-    """The stream in which work for a device is queued (``torch.cuda.current_stream``).
+    """Returns the stream that queues the work of a device (``torch.cuda.current_stream``).
 
     Args:
-        device: One that ``has_streams``.
+        device: A device for which ``has_streams`` is true.
     """
-    # torch.accelerator.current_stream came with torch 2.6.
+    # torch.accelerator.current_stream needs torch 2.6.
     return getattr(torch, device.type).current_stream(device)
 
 
 class HostCopy:
-    """Copies a tensor to the host, behind what its device has in its queue.
+    """Copies a tensor to the host. The copy is queued after the work in the device's queue.
 
     Args:
-        tensor: The tensor. One of the CPU is its own copy; that of a device without streams
-            is there at once.
+        tensor: The tensor. A tensor on the CPU is not copied. On a device without streams,
+            the copy is complete at once.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         is_queued = has_streams(tensor.device)
-        # torch takes memory that a device can write to by itself (pinned memory); what it
-        # holds before ``wait`` is not defined.
+        # torch allocates pinned memory, which a device writes to by itself. Its content is
+        # undefined before ``wait`` returns.
         self._copy = tensor.detach().to("cpu", non_blocking=is_queued)
         self._event = current_stream(tensor.device).record_event() if is_queued else None
 
     def has_arrived(self) -> bool:
-        """Whether ``wait`` returns at once."""
+        """Returns whether the copy is complete, so that ``wait`` returns at once."""
         return self._event is None or bool(self._event.query())
 
     def wait(self) -> Tensor:
-        """Waits until the copy is there, and not for what was queued after it.
+        """Waits until the copy is complete, but not for work that was queued after it.
 
         Returns:
             The copy, on the CPU.
@@ -66,17 +66,17 @@ class HostCopy:
 
 
 def on_host(state: State) -> State:
-    """A state with its tensors on the CPU, for which the host waits once, not once for each.
+    """Moves the tensors of a state to the CPU. The host waits once, not once per tensor.
 
     Args:
         state: Tensors and plain values.
 
     Returns:
-        The state itself where it is there already; else a copy, in which tensors that share
-        memory share it too.
+        The state itself if all tensors are on the CPU. Otherwise a copy, in which tensors
+        that shared memory still share it.
     """
     tensors = list(tensors_in(state))
-    # torch has its own ways with other kinds of tensors.
+    # Subclasses of Tensor have their own implementations of ``to``.
     away = [t for t in tensors if type(t) is Tensor and t.device.type not in ("cpu", "meta")]
     if not away:
         return state
@@ -93,7 +93,7 @@ def on_host(state: State) -> State:
 
 
 def memory_of(tensor: Tensor) -> Memory:
-    """Where a tensor is in memory, and how: tensors with the same share it.
+    """Returns the location and layout of a tensor. Tensors with an equal result share memory.
 
     Args:
         tensor: The tensor.
@@ -102,10 +102,10 @@ def memory_of(tensor: Tensor) -> Memory:
 
 
 def by_device(sources: Iterable[Memory]) -> dict[torch.device, list[Memory]]:
-    """Places in memory by their device.
+    """Groups memory locations by device.
 
     Args:
-        sources: From ``memory_of``.
+        sources: Results of ``memory_of``.
     """
     found: dict[torch.device, list[Memory]] = defaultdict(list)
     for memory in sources:
@@ -114,7 +114,7 @@ def by_device(sources: Iterable[Memory]) -> dict[torch.device, list[Memory]]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The strided tensors of a state.
+    """Yields the strided tensors of a state.
 
     Args:
         value: Tensors and plain values, in mappings and sequences.

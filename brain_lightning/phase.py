@@ -1,4 +1,4 @@
-"""Where a run is: what is done of its epoch, and what comes next."""
+"""The phase of an epoch: what is done, and what comes next."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from enum import Enum, auto
 
 
 class Phase(Enum):
-    """What is done of the current epoch; whoever saves reads it.
+    """What is done of the current epoch. Everything that saves a run reads it.
 
-    A hook of the Brain that is running counts as done for what it saves itself, and is
-    called again where it fails.
+    While a hook of the Brain runs, a save in the hook counts the hook as done. If the hook
+    fails, it is called again when the run is resumed.
 
     Attributes:
-        EPOCH_OVER: The epoch, callbacks included; also before the first.
-        STARTING: The epoch counter has yielded its number; hooks hear of it.
-        FETCHED: All that comes before the next batch, which is to be fitted.
-        BATCH_OVER: A batch, and every callback has heard of it. The next may be fetched, and
-            a validation be due.
-        FITTING: Nothing of a batch that counts: its forward and backward pass, or a part
-            of its update.
-        STEPPED: The update of a batch; ``on_fit_batch_end`` runs.
-        FITTED: A batch; callbacks hear of it.
-        VALIDATED: A validation in the middle of training; callbacks hear of it.
-        TRAIN_OVER: Training, with ``on_stage_end(TRAIN)``.
-        VALIDATING: A part of a validation, which begins again when it is resumed.
-        VALID_OVER: The last validation, with ``on_stage_end(VALID)``; callbacks hear of it
-            and of the end of the epoch.
+        EPOCH_OVER: The epoch is complete, including callbacks. Also set before the first
+            epoch.
+        STARTING: The epoch counter has yielded the number of the epoch. Hooks are called.
+        FETCHED: Everything before the next batch is done. The batch is about to be fitted.
+        BATCH_OVER: A batch is complete and all callbacks were called. The next batch may
+            be fetched, and a validation may be due.
+        FITTING: A batch is in its forward pass, backward pass or optimizer step. Nothing of
+            the batch counts as done.
+        STEPPED: The optimizer step of a batch is done. ``on_fit_batch_end`` is called.
+        FITTED: A batch is fitted. Callbacks are called.
+        VALIDATED: A validation within the epoch is done. Callbacks are called.
+        TRAIN_OVER: Training is done, including ``on_stage_end(TRAIN)``.
+        VALIDATING: A validation is running. It restarts when the run is resumed.
+        VALID_OVER: The last validation is done, including ``on_stage_end(VALID)``. Callbacks
+            are called for the validation and for the end of the epoch.
     """
 
     EPOCH_OVER = auto()

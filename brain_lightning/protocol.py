@@ -1,8 +1,8 @@
-"""The waist: all that the Trainer's side uses of a Brain.
+"""The interface between a Brain and the Trainer's side ("the waist").
 
-``BrainProtocol`` has its attributes and methods, and the functions below look at a Brain
-from outside. No folder but ``brain`` knows our own ``Brain`` class, so that a real
-``speechbrain.Brain`` runs in the same way.
+``BrainProtocol`` has the attributes and methods of a Brain that the Trainer's side uses. The
+functions below inspect a Brain from outside. Only the folder ``brain`` knows the class
+``brain_lightning.Brain``, so that a ``speechbrain.Brain`` runs in the same way.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainerDefaults:
-    """What every Trainer of a Brain class gets: see ``cli/script.py`` and ``patch.py``.
+    """Defaults for every Trainer of a Brain class: see ``cli/script.py`` and ``patch.py``.
 
     Attributes:
-        overrides: Arguments; they outrank the recipe's own.
-        callbacks: Callbacks, in addition to the recipe's own.
+        overrides: Trainer arguments. They take precedence over the recipe's arguments.
+        callbacks: Callbacks in addition to the recipe's callbacks.
     """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -40,42 +40,42 @@ class TrainerDefaults:
 
 @dataclass
 class LightningSettings:
-    """What a Brain has beyond SpeechBrain's: every other name is the recipe's to take.
+    """Everything that brain_lightning adds to a Brain. All other names belong to the recipe.
 
     Attributes:
-        stage_type: The class of the stages that its hooks get.
-        rank: The number of this process, from 0.
-        world_size: The number of processes.
-        explicit_options: The run options that somebody chose.
-        trainer_arguments: A Trainer, or arguments for one, of the recipe.
+        stage_type: Class of the stages that the hooks get.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        explicit_options: Names of the run options that the user set.
+        trainer_arguments: The recipe's Trainer, or its arguments for one.
         trainer_overrides: See ``TrainerDefaults``.
         trainer_callbacks: See ``TrainerDefaults``.
-        gradient_clip_algorithm: How ``max_grad_norm`` clips; a Trainer may change it.
+        gradient_clip_algorithm: How ``max_grad_norm`` clips. A Trainer may change it.
         ends_window: Whether the current batch ends an accumulation window early.
-        counts_valid_steps: Whether ``valid_step`` is ours: see ``step/valid_step.py``.
-        valid_step_was_read: Whether the recipe has read it.
-        set_name: Of the set that is validated or tested, where there are several.
-        trainer_of_parts: For all parts of fit that a script calls outside of any fit, so that
-            limits count over them.
+        counts_valid_steps: Whether ``valid_step`` is counted: see ``step/valid_step.py``.
+        valid_step_was_read: Whether the recipe has read ``valid_step``.
+        set_name: Name of the set that is validated or tested, if there are several.
+        trainer_of_parts: Trainer of all ``_fit_train`` and ``_fit_valid`` that a script calls
+            outside of a fit. Limits count over all these calls.
         ddp_arguments: Arguments of a Trainer's strategy for ``DistributedDataParallel``.
-        flags: What all processes share of the batch in hand, while there is a run
+        flags: Flags of the current batch that all ranks share during a run
             (``distributed.batch_flags.BatchFlags``).
-        sharding: How a Trainer's strategy shards modules (``fsdp2.sharding.Sharding``); None
-            for DistributedDataParallel.
-        records: The best value of each number that its runs reported, and its last
+        sharding: How the Trainer's strategy shards modules (``fsdp2.sharding.Sharding``), or
+            None for DistributedDataParallel.
+        records: Best and last value of each number that the Brain's runs reported
             (``stages.metrics.Record``).
         progress: The run option.
         progress_interval: The run option.
         shard_eval: The run option.
         async_save: The run option.
         accumulate_by: The run option.
-        window: The weights of a window that is not full (``step.window.Window``); None before
-            there is one.
+        window: Weights of the current accumulation window (``step.window.Window``), or None
+            before the first one.
         preflight: The run option.
-        learning_rate: What a search has found, for every optimizer that is made.
+        learning_rate: Result of a search, for every optimizer that is created later.
         oom_patience: The run option.
-        fails_together: Whether all processes give up a batch for which one has no memory
-            (``step/together.py``).
+        synchronizes_oom: Whether all ranks skip a batch if one rank is out of memory
+            (``step/synchronized.py``).
     """
 
     stage_type: Any
@@ -104,7 +104,7 @@ class LightningSettings:
     preflight: bool = False
     learning_rate: float | None = None
     oom_patience: int | None = None
-    fails_together: bool = False
+    synchronizes_oom: bool = False
 
 
 # Run options that SpeechBrain's own Brain does not have.
@@ -119,19 +119,21 @@ OURS_ALONE = (
 )
 PROGRESS_KINDS = ("auto", "bar", "plain")
 ACCUMULATIONS = ("batches", "tokens")
-# Of those, which take one of a few words.
-WORDS = {"progress": PROGRESS_KINDS, "accumulate_by": ACCUMULATIONS}
+# Allowed values of the options among them that accept a fixed set of values.
+OPTION_CHOICES = {"progress": PROGRESS_KINDS, "accumulate_by": ACCUMULATIONS}
 
 
 def is_value_of(name: str, value: Any) -> bool:
-    """Whether a value makes sense for one of ``OURS_ALONE``; a recipe may mean another thing.
+    """Returns whether a value is valid for one of ``OURS_ALONE``.
+
+    If it is not, a recipe may use the name for a hyperparameter.
 
     Args:
-        name: The option.
+        name: Name of the option.
         value: Any value.
     """
-    if name in WORDS:
-        return isinstance(value, str) and value in WORDS[name]
+    if name in OPTION_CHOICES:
+        return isinstance(value, str) and value in OPTION_CHOICES[name]
     if name == "progress_interval":
         return type(value) in (int, float) and value >= 0
     if name == "oom_patience":
@@ -140,9 +142,9 @@ def is_value_of(name: str, value: Any) -> bool:
 
 
 class OptionValues(Protocol):
-    """The run options that a Brain has as attributes; ``RunOptions`` says what each means.
+    """The run options that a Brain has as attributes. ``RunOptions`` describes them.
 
-    Those that SpeechBrain does not have are in ``LightningSettings``.
+    Options that SpeechBrain does not have are in ``LightningSettings``.
     """
 
     test_only: bool
@@ -180,7 +182,7 @@ class OptionValues(Protocol):
 
 
 class BrainProtocol(OptionValues, Protocol):
-    """Attributes and methods of ``speechbrain.core.Brain`` that a Trainer run relies on."""
+    """The attributes and methods of ``speechbrain.core.Brain`` that a Trainer run uses."""
 
     _lightning: LightningSettings
 
@@ -235,28 +237,29 @@ class BrainProtocol(OptionValues, Protocol):
     def no_sync(self, use: bool = True) -> AbstractContextManager[None]: ...
 
 
-# A subclass that overrides one of these does its own stepping.
+# A subclass that overrides one of these controls its optimizer steps itself.
 MANUAL_HOOKS = ("fit_batch", "optimizers_step")
-# The parts of fit, and what each runs of a run.
+# The methods that are parts of ``fit``, and the stage of a run that each runs.
 PARTS = {"_fit_train": "train", "_fit_valid": "valid"}
-# fit_batch calls these, and they have no default.
+# Hooks that fit_batch calls and that have no default.
 REQUIRED_HOOKS = ("compute_forward", "compute_objectives")
 
 
 def overrides(brain_class: type, hook: str) -> bool:
-    """Whether a subclass of Brain overrides a hook, or somebody has replaced Brain's own.
+    """Returns whether a subclass overrides a hook, or Brain's own hook was replaced.
 
     Args:
-        brain_class: The class of a Brain.
-        hook: A method of Brain.
+        brain_class: Class of a Brain.
+        hook: Name of a method of Brain.
     """
     return _overrides(brain_class, hook, getattr(brain_class, hook, None))
 
 
-# Asked in each batch; the method is there for those that are replaced.
+# Cached, because it is called in each batch. The method is a key of the cache, because it may
+# be replaced.
 @cache
 def _overrides(brain_class: type, hook: str, _: Any) -> bool:
-    # The class that first defines a hook is Brain itself, ours or SpeechBrain's.
+    # The class that first defines a hook is Brain: brain_lightning's or SpeechBrain's.
     defining = [cls for cls in brain_class.__mro__ if hook in vars(cls)]
     if len(defining) != 1:
         return len(defining) > 1
@@ -264,9 +267,9 @@ def _overrides(brain_class: type, hook: str, _: Any) -> bool:
 
 
 def _is_original(method: Any, brain_class: type, hook: str) -> bool:
-    """Whether a method is the one that the class came with, or what we put in its place."""
+    """Returns whether a method is the class's original, or brain_lightning's replacement."""
     if isinstance(method, types.FunctionType) and method.__module__ == brain_class.__module__:
-        # The class itself has decorators: torch.no_grad(), contextmanager.
+        # Skip the decorators of the class itself: torch.no_grad() and contextmanager.
         while method.__globals__["__name__"].startswith(("torch.", "contextlib")):
             method = method.__wrapped__  # type: ignore[attr-defined]
     if not isinstance(method, types.FunctionType) or method.__name__ != hook:
@@ -276,35 +279,35 @@ def _is_original(method: Any, brain_class: type, hook: str) -> bool:
 
 
 def has_own(brain: BrainProtocol, hook: str) -> bool:
-    """Whether a Brain overrides a hook, by its class or by an attribute.
+    """Returns whether a Brain overrides a hook, in its class or by an attribute.
 
     Args:
         brain: The Brain.
-        hook: A method of Brain.
+        hook: Name of a method of Brain.
     """
     return hook in vars(brain) or overrides(type(brain), hook)
 
 
 def steps_itself(brain: BrainProtocol) -> bool:
-    """Whether a Brain steps its optimizers itself.
+    """Returns whether a Brain controls its optimizer steps itself.
 
     Args:
         brain: The Brain.
 
     Returns:
-        True where one of ``MANUAL_HOOKS`` is overridden.
+        True if one of ``MANUAL_HOOKS`` is overridden.
     """
     return any(has_own(brain, hook) for hook in MANUAL_HOOKS)
 
 
 def check_hooks(brain: BrainProtocol) -> None:
-    """Refuses a Brain that lacks a hook.
+    """Raises an error if a Brain lacks a required hook.
 
     Args:
-        brain: The Brain that is going to train, before a batch is loaded.
+        brain: Brain that is going to train. No batch is loaded yet.
 
     Raises:
-        BrainTypeError: A hook without default is not overridden.
+        BrainTypeError: A hook without a default is not overridden.
     """
     brain_class = type(brain)
     if has_own(brain, "fit_batch") or has_own(brain, "_fit_train"):
@@ -312,73 +315,73 @@ def check_hooks(brain: BrainProtocol) -> None:
     for hook in REQUIRED_HOOKS:
         if not has_own(brain, hook):
             raise BrainTypeError(
-                f"{brain_class.__name__} must define {hook}, or override fit_batch"
+                f"{brain_class.__name__} must define {hook} or override fit_batch."
             )
     if overrides(brain_class, "check_gradients") and _needs_loss(brain_class):
         logger.warning(
-            "%s.check_gradients(loss) is never called: fit_batch of SpeechBrain 0.5 did so, "
-            "that of SpeechBrain 1 calls check_loss_isfinite, and optimizers_step clips",
+            "%s.check_gradients(loss) is never called. SpeechBrain 0.5 calls it in fit_batch. "
+            "SpeechBrain 1 calls check_loss_isfinite instead, and optimizers_step clips.",
             brain_class.__name__,
         )
 
 
 def _needs_loss(brain_class: type[BrainProtocol]) -> bool:
     arguments = inspect.signature(brain_class.check_gradients).parameters.values()
-    # Beside self.
+    # More than one, because ``self`` is counted, too.
     return (
         sum(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments) > 1
     )
 
 
 def check_fit(brain: BrainProtocol) -> None:
-    """Refuses a Brain whose ``fit`` a Trainer would leave out.
+    """Raises an error if a Brain overrides ``fit``, which ``trainer.fit`` does not call.
 
     Args:
-        brain: The Brain that is going to train.
+        brain: Brain that is going to train.
 
     Raises:
-        UnsupportedError: It overrides ``fit``.
+        UnsupportedError: The Brain overrides ``fit``.
     """
     if has_own(brain, "fit"):
         raise UnsupportedError(
-            f"{type(brain).__name__} overrides fit, which trainer.fit(to_lightning(brain)) "
-            "would leave out: call brain.fit(..., trainer=trainer), which runs the recipe's "
-            "own fit on the Trainer, or move what it does to hooks"
+            f"{type(brain).__name__} overrides fit, but trainer.fit(to_lightning(brain)) does "
+            "not call it. Call brain.fit(..., trainer=trainer), which runs this fit on the "
+            "Trainer, or move its code to hooks."
         )
 
 
 def hparam(brain: BrainProtocol, name: str, default: Any = None) -> Any:
-    """One hyperparameter; a recipe may have replaced ``hparams`` by an object of any kind.
+    """Returns a hyperparameter. A recipe may have replaced ``hparams`` by any object.
 
     Args:
         brain: The Brain.
-        name: The hyperparameter.
-        default: Its value where there is none.
+        name: Name of the hyperparameter.
+        default: Value if the hyperparameter does not exist.
     """
     return getattr(getattr(brain, "hparams", None), name, default)
 
 
 def trainer_arguments(value: Any) -> Any:
-    """What ``hparams["trainer"]`` gives to a Trainer.
+    """Returns the Trainer, or the arguments for one, in ``hparams["trainer"]``.
 
     Args:
-        value: A dict of its arguments, a Trainer, or what a recipe calls by that name.
+        value: A dict of arguments, a Trainer, or any other value.
 
     Returns:
-        The dict or the Trainer; an empty dict where it is a value of the recipe's own.
+        The dict or the Trainer. An empty dict if the value is a recipe's hyperparameter.
     """
     if value is None or isinstance(value, Mapping) or _is_lightnings(value):
         return value or {}
     logger.warning(
-        "hparams['trainer'] is %r, which gives no argument to a Trainer: it is the recipe's "
-        "own. A Trainer gets its arguments by fit(..., trainer={...}) or --trainer.X=Y",
+        "hparams['trainer']=%r is not a Trainer and not a dict of its arguments. It is taken "
+        "for a hyperparameter of the recipe. Use fit(..., trainer={...}) or --trainer.X=Y.",
         value,
     )
     return {}
 
 
 def _is_lightnings(value: object) -> bool:
-    """Whether something is a Trainer, or a class or a function of Lightning's."""
+    """Returns whether a value is a Trainer, or a class or function of Lightning."""
     made_by = str(getattr(getattr(value, "func", value), "__module__", ""))
     return hasattr(value, "fit_loop") or made_by.startswith(
         ("lightning.", "pytorch_lightning")
@@ -386,7 +389,7 @@ def _is_lightnings(value: object) -> bool:
 
 
 def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
-    """The hyperparameters by name; SpeechBrain's Brain may have none.
+    """Returns the hyperparameters by name. A Brain of SpeechBrain may have none.
 
     Args:
         brain: The Brain.
@@ -394,15 +397,15 @@ def hparams_of(brain: BrainProtocol) -> dict[str, Any]:
     return getattr(getattr(brain, "hparams", None), "__dict__", {})
 
 
-# In one place; what there is more of is data, which would be looked through in each step.
+# Larger collections are data. They are not searched, because this is called in each step.
 _MOST_OPTIMIZERS = 100
 
 
 def optimizers_of(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
-    """The optimizers that a Brain and its hparams have, with the expressions for them.
+    """Yields the optimizers of a Brain and its hparams, with the expressions for them.
 
     Args:
-        brain: The Brain, which may keep one in several places.
+        brain: The Brain. One optimizer may be yielded several times.
     """
     for owner, values in {"self": vars(brain), "hparams": hparams_of(brain)}.items():
         for name, value in values.items():
@@ -416,28 +419,28 @@ def optimizers_of(brain: BrainProtocol) -> Iterator[tuple[str, Optimizer]]:
 
 
 def parameters_of(optimizer: Optimizer) -> list[Parameter]:
-    """All parameters of an optimizer, over all its groups."""
+    """Returns all parameters of an optimizer, over all its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def is_explicit(brain: object, option: str) -> bool:
-    """Whether the user chose the value of a run option, rather than leave its default.
+    """Returns whether the user set a run option, as opposed to using its default.
 
     Args:
         brain: The Brain.
-        option: The run option.
+        option: Name of the run option.
     """
     settings: LightningSettings = brain._lightning  # type: ignore[attr-defined]
     return option in settings.explicit_options
 
 
 def is_statistics(value: object, *methods: str) -> bool:
-    """Whether an object collects statistics.
+    """Returns whether an object collects statistics.
 
     Args:
         value: Any object.
-        *methods: The interface: SpeechBrain's ``append`` and ``summarize``, or
-            torchmetrics' ``update`` and ``compute``.
+        *methods: Methods of the interface: ``append`` and ``summarize`` (SpeechBrain), or
+            ``update`` and ``compute`` (torchmetrics).
     """
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         return False

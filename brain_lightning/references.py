@@ -1,4 +1,4 @@
-"""What methods of an object refer to by name, as far as their code is reached."""
+"""Finds the names and strings that the methods of an object refer to in their code."""
 
 from __future__ import annotations
 
@@ -7,37 +7,39 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-# Whose own code is not looked into.
+# The code of these packages is not searched.
 LIBRARIES = ("brain_lightning.", "speechbrain.", "lightning.", "torch.")
 
-# Of what texts are looked for in: what is larger is data, or holds itself.
+# Limits for the search for strings. Larger or deeper values are data, or contain themselves.
 MOST_ITEMS = 2000
 DEEPEST = 8
 
 
 def referenced(owner: Any, methods: Iterable[str]) -> set[str]:
-    """The names in the code of some methods, and in the code of methods that they name.
+    """Returns the names in the code of methods, and in the code of methods that they name.
 
     Args:
-        owner: An object, or a class.
-        methods: The methods to begin with; those of libraries are left out.
+        owner: An object or a class.
+        methods: Names of the methods to start with. Methods of libraries are ignored.
     """
     return {name for each in _reached(owner, methods) for name in _names(each.__code__)}
 
 
 def calls_super(owner: Any, method: str) -> bool:
-    """Whether a method that is overridden calls that of a library, as far as its name says so.
+    """Returns whether an overridden method calls the library's method of the same name.
+
+    The check only looks for the name of the method in its code.
 
     Args:
         owner: An object.
-        method: The method.
+        method: Name of the method.
     """
     own = [set(_names(each.__code__)) for each in own_functions(owner, method)]
     return bool(own) and all(method in names for names in own)
 
 
 def own_methods(owner: Any) -> set[str]:
-    """The names of all methods of an object that are not a library's.
+    """Returns the names of all methods of an object that no library defines.
 
     Args:
         owner: An object.
@@ -47,7 +49,7 @@ def own_methods(owner: Any) -> set[str]:
 
 
 def texts(owner: Any) -> set[str]:
-    """The texts in the code of all own methods of an object, and in what that code names.
+    """Returns the strings in the code of an object's own methods and in what the code names.
 
     Args:
         owner: An object.
@@ -63,11 +65,11 @@ def texts(owner: Any) -> set[str]:
 
 
 def texts_in(value: Any, depth: int = 0) -> set[str]:
-    """The texts in a value: those of collections, and the constants of functions.
+    """Returns the strings in a value, such as a collection or the constants of a function.
 
     Args:
-        value: Anything; large collections are data, and have none.
-        depth: In how many others it is.
+        value: Any value. Large collections are treated as data without strings.
+        depth: Number of collections around the value.
     """
     if isinstance(value, str):
         return {value}
@@ -102,11 +104,11 @@ def _reached(owner: Any, methods: Iterable[str]) -> set[FunctionType]:
 
 
 def own_functions(owner: Any, name: str) -> Iterator[FunctionType]:
-    """Every definition of a method that is not a library's, also one that is decorated.
+    """Yields every definition of a method that no library defines, without its decorators.
 
     Args:
-        owner: An object, or a class.
-        name: The method.
+        owner: An object or a class.
+        name: Name of the method.
     """
     cls = owner if isinstance(owner, type) else type(owner)
     for holder in (owner, *cls.__mro__):
@@ -120,7 +122,7 @@ def own_functions(owner: Any, name: str) -> Iterator[FunctionType]:
 
 
 def _called(function: FunctionType, names: Iterable[str]) -> Iterator[FunctionType]:
-    """Functions beside the methods: those of the module, and those that a decorator keeps."""
+    """Yields functions that a method uses: those of its module and those in its closure."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     for value in (*(function.__globals__.get(name) for name in names), *cells):
         if isinstance(value, FunctionType) and not _is_of_a_library(value):

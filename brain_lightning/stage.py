@@ -6,10 +6,10 @@ from enum import Enum, auto
 
 
 class Stage(Enum):
-    """What a batch is used for; an argument of every hook that depends on it.
+    """The purpose of a batch: training, validation or test. Many hooks get it as an argument.
 
-    Equal to SpeechBrain's stage of the same name: a recipe that changed its Brain and
-    kept ``if stage == sb.Stage.TRAIN`` would otherwise take the wrong branch.
+    A stage equals SpeechBrain's stage of the same name. A recipe that changed its Brain class
+    but kept ``if stage == sb.Stage.TRAIN`` would otherwise take the wrong branch.
     """
 
     TRAIN = auto()
@@ -19,7 +19,7 @@ class Stage(Enum):
     def __eq__(self, other: object) -> bool:
         return self is other or (_is_speechbrain_stage(other) and str(self) == str(other))
 
-    # Enum hashes by name, SpeechBrain's too: equal stages have equal hashes.
+    # Enum hashes by name, as SpeechBrain's does. Equal stages therefore have equal hashes.
     __hash__ = Enum.__hash__
 
 

@@ -1,4 +1,4 @@
-"""Attributes that are changed for the time of a run and restored afterwards."""
+"""Attributes that are changed during a run and restored after it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 class TemporaryAttributes(ExitStack):
-    """Records what it changes, on a user's Trainer or on a Brain, and undoes it.
+    """Changes attributes of a user's Trainer or Brain, and restores them.
 
-    Leaving it as a context restores everything; ``restore`` does so where the
-    changes outlive a block of code.
+    Leaving the object as a context restores everything. If the changes outlive a block of
+    code, call ``restore``.
     """
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Changes an attribute or a property.
+        """Sets an attribute or a property.
 
         Args:
             owner: The object.
-            name: The attribute.
-            value: Its value until ``restore``.
+            name: Name of the attribute.
+            value: Value until ``restore``.
         """
         self.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
@@ -31,8 +31,8 @@ class TemporaryAttributes(ExitStack):
 
         Args:
             owner: The object.
-            name: The attribute.
-            value: Its value until ``restore``.
+            name: Name of the attribute.
+            value: Value until ``restore``.
         """
         own = vars(owner)
         if name in own:
@@ -42,16 +42,16 @@ class TemporaryAttributes(ExitStack):
         setattr(owner, name, value)
 
     def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Puts a function around a method of one object.
+        """Wraps a method of one object.
 
         Args:
             owner: The object.
-            name: The method.
-            wrapper: Gets the method, bound, and what it is called with.
+            name: Name of the method.
+            wrapper: Called with the bound method, followed by the arguments of the call.
         """
         method = getattr(owner, name)
         self.override(owner, name, update_wrapper(partial(wrapper, method), method))
 
     def restore(self) -> None:
-        """Undoes everything, the last change first; a second call does nothing."""
+        """Restores everything, the last change first. A second call does nothing."""
         self.close()

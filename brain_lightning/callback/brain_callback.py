@@ -31,7 +31,7 @@ from brain_lightning.loggers.train_logger import begin_log, leave_to_trainer
 from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
-from brain_lightning.step.together import fail_together
+from brain_lightning.step.synchronized import synchronize_oom
 from brain_lightning.step.wrap import save_whole, wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
 from brain_lightning.trials.finders import Finders
@@ -141,7 +141,7 @@ class BrainCallback(Callback):
     def _resume(self, trainer: Trainer) -> None:
         state, brain = self.run.run_state, self.run.brain
         if brain._lightning.oom_patience is not None and trainer.world_size > 1:
-            fail_together(brain, self._for_the_run)
+            synchronize_oom(brain, self._for_the_run)
         state.position.records_fetches = self._side.draws_ahead
         if state.resumed is not None:
             self._side.resume(state.resumed)

@@ -1,4 +1,4 @@
-"""``brain-lightning convert``: a CKPT+ directory, a Lightning file, a folder for inference."""
+"""``brain-lightning convert``: converts checkpoints of SpeechBrain and Lightning."""
 
 from __future__ import annotations
 
@@ -36,32 +36,39 @@ logger = logging.getLogger(__name__)
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
-    """Converts a checkpoint, and prints the path of what was written.
+    """Converts a checkpoint, and prints the path of the result.
 
     Args:
-        parser: The parser of this command.
-        words: What follows the command.
+        parser: Parser of this command.
+        words: Command line after the command.
 
     Returns:
         The exit status.
     """
     parser.usage = "%(prog)s SRC DST [--hparams=FILE] [--min_key=NAME | --max_key=NAME]"
     parser.description = (
-        "Turns a CKPT+ directory into a Lightning file (DST is x.ckpt) or a folder for "
-        "SpeechBrain's from_hparams (any other name), and a Lightning file, or a CKPT+ "
-        "directory in shards, into a whole CKPT+ directory (DST is CKPT+x)."
+        "Converts a checkpoint. The name of DST selects the format: x.ckpt is a Lightning "
+        "file, CKPT+x is a SpeechBrain checkpoint directory, and any other name is a folder "
+        "for SpeechBrain's from_hparams. SRC is a CKPT+ directory, sharded or not, or, for "
+        "DST=CKPT+x, a Lightning file."
     )
     parser.add_argument("source", metavar="SRC", help="a checkpoint, or a folder of them")
-    parser.add_argument("target", metavar="DST", help="what to write; it must not be there")
-    parser.add_argument("--hparams", metavar="FILE", help="the recipe's hyperparameters")
+    parser.add_argument("target", metavar="DST", help="path to write; it must not exist")
+    parser.add_argument(
+        "--hparams", metavar="FILE",
+        help="the recipe's hyperparameters, for inference (default: hyperparams.yaml beside "
+        "the save folder)",
+    )  # fmt: skip
     best = parser.add_mutually_exclusive_group()
     best.add_argument(
         "--min_key", metavar="NAME",
-        help="of a folder of checkpoints the one with the lowest NAME in its meta, such as "
-        "error (default: the newest)",
+        help="if SRC is a folder of checkpoints, take the one with the lowest NAME in its "
+        "meta, for example error (default: the newest)",
     )  # fmt: skip
-    best.add_argument("--max_key", metavar="NAME", help="the one with the highest")
-    # Which checkpoint it was, and what is left out; the standard output has the path alone.
+    best.add_argument(
+        "--max_key", metavar="NAME", help="the same, with the highest NAME"
+    )  # fmt: skip
+    # Logs the chosen checkpoint and what is left out. Standard output has only the path.
     show_information()
     options = parser.parse_args(words)
     keys = (options.min_key, options.max_key)
@@ -76,32 +83,35 @@ def convert(
     min_key: str | None = None,
     max_key: str | None = None,
 ) -> Path:
-    """Converts a checkpoint to the form that the target's name asks for, and logs which one.
+    """Converts a checkpoint to the format that the target's name selects.
+
+    Logs which checkpoint is converted.
 
     Args:
-        source: A ``CKPT+`` directory, a directory of such (the newest one is taken, unless
-            there is a key), or a Lightning ``.ckpt`` file.
+        source: A ``CKPT+`` directory, a folder of such directories (the newest one is taken,
+            unless a key is given), or a Lightning ``.ckpt`` file.
         target: ``x.ckpt`` for a Lightning file, ``CKPT+x`` for a checkpoint directory that
-            is not in shards; any other name is a folder for inference.
-        hparams: The recipe's hyperparameters, for inference; by default the
+            is not sharded, any other name for an inference folder.
+        hparams: The recipe's hyperparameters file, for inference. Default: the
             ``hyperparams.yaml`` that SpeechBrain wrote beside its ``save`` folder.
-        min_key: A name in ``meta``, as of ``find_checkpoint``: the lowest value is taken.
+        min_key: A name in ``meta``, as in ``find_checkpoint``. The checkpoint with the lowest
+            value is taken.
         max_key: The same, for the highest value.
 
     Returns:
-        What was written.
+        Path of the result.
 
     Raises:
-        RecipeError: The target is there already, or a file is not, or a key chooses nothing.
-        CheckpointError: The source is no checkpoint, or is damaged.
+        RecipeError: The target exists, a file does not exist, or a key selects nothing.
+        CheckpointError: The source is not a checkpoint, or is damaged.
         ValueError: Both keys were given.
     """
     path = Path(target)
     if path.exists():
-        raise RecipeError(f"{target} is there already: give another name, or remove it")
+        raise RecipeError(f"{target} exists already. Give another name, or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if Path(source).is_file():
-        _refuse_key(source, max_key if min_key is None else min_key)
+        _check_no_key(source, max_key if min_key is None else min_key)
         return from_lightning(Path(source), path)
     checkpoint = _checkpoint(Path(source).resolve(), min_key, max_key)
     integrity.check(checkpoint.path)
@@ -112,41 +122,42 @@ def convert(
     return to_inference(checkpoint, path, hparams)
 
 
-def _refuse_key(source: str | Path, key: str | None) -> None:
+def _check_no_key(source: str | Path, key: str | None) -> None:
     if key is not None:
         raise RecipeError(
-            f"{source} is one checkpoint, and {key!r} chooses among several: leave the "
-            "key out, or give the folder that they are in"
+            f"{source} is a single checkpoint, and key {key!r} selects one of several. Leave "
+            "out the key, or give a folder of checkpoints."
         )
 
 
 def _checkpoint(source: Path, min_key: str | None, max_key: str | None) -> Checkpoint:
-    """The checkpoint that a directory is, else the best one of those in it."""
-    alone = checkpoint_in(source)
-    if alone is not None:
-        _refuse_key(source, max_key if min_key is None else min_key)
-        logger.info("%s: %s", alone.path, _in_a_line(alone.meta))
-        return alone
+    """Returns the checkpoint at a path, or the best checkpoint of a folder."""
+    single = checkpoint_in(source)
+    if single is not None:
+        _check_no_key(source, max_key if min_key is None else min_key)
+        logger.info("%s: %s", single.path, _one_line(single.meta))
+        return single
     ranking = Ranking.by_one(None, max_key, min_key)
     inside = saved_in(source)
     if not inside:
-        raise CheckpointError(f"{source} is no checkpoint, and holds none")
+        raise CheckpointError(f"{source} is not a checkpoint, and contains none")
     why = "the newest" if max_key is None else f"the highest {max_key!r}"
     if min_key is not None:
         why = f"the lowest {min_key!r}"
     best = next(iter(ranking.ranked(inside, None)), None)
     if best is None:
+        key = max_key if min_key is None else min_key
         names = ", ".join(sorted({name for c in inside for name in c.meta}))
         raise RecipeError(
-            f"no checkpoint in {source} has {why}: what they say is {names}; choose one of "
-            "these, or leave the key out for the newest"
+            f"no checkpoint in {source} has the key {key!r}. Available keys: {names}. Use one "
+            "of them, or leave out the key to take the newest checkpoint."
         )
-    logger.info("%s, %s of %d: %s", best.path, why, len(inside), _in_a_line(best.meta))
+    logger.info("%s, %s of %d: %s", best.path, why, len(inside), _one_line(best.meta))
     return best
 
 
-def _in_a_line(meta: Mapping[str, Any]) -> str:
-    # When it was saved is in its name, and of no use as a number of seconds.
+def _one_line(meta: Mapping[str, Any]) -> str:
+    # The time of the save is left out: the checkpoint's name has it in a readable form.
     shown = [
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in meta.items()
@@ -156,11 +167,11 @@ def _in_a_line(meta: Mapping[str, Any]) -> str:
 
 
 def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
-    """Writes a Lightning file that holds all that a checkpoint directory holds.
+    """Writes a Lightning file with the full content of a checkpoint directory.
 
     Args:
         checkpoint: The checkpoint.
-        path: The file.
+        path: Path of the file to write.
 
     Returns:
         ``path``.
@@ -185,7 +196,7 @@ def to_lightning_file(checkpoint: Checkpoint, path: Path) -> Path:
         "callbacks": {},
         KEY: {
             **own,
-            "modules": {name: _described(name, state) for name, state in modules.items()},
+            "modules": {name: _weight_keys(name, state) for name, state in modules.items()},
             "states": {name: state for name, state in states.items() if name not in done},
         },
     }
@@ -198,18 +209,20 @@ def to_full_directory(checkpoint: Checkpoint, directory: Path) -> Path:
     """Writes the directory that ``sharded_checkpoints=False`` would have saved.
 
     Args:
-        checkpoint: One of which some files are folders of shards.
-        directory: The checkpoint directory.
+        checkpoint: A sharded checkpoint, in which some files are folders of shards.
+        directory: Checkpoint directory to write.
 
     Returns:
         ``directory``.
 
     Raises:
-        RecipeError: It is what is asked for already.
+        RecipeError: The checkpoint is not sharded.
     """
     in_shards = {n: path for n, path in checkpoint.paramfiles.items() if is_in_shards(path)}
     if not in_shards:
-        raise RecipeError(f"{checkpoint.path} is a checkpoint directory already: copy it")
+        raise RecipeError(
+            f"{checkpoint.path} is not sharded. To get the same checkpoint directory, copy it."
+        )
     temporary = store.new_directory(directory.parent)
     with store.removed_on_failure(temporary):
         left_out = (integrity.CHECKSUMS, *(path.name for path in in_shards.values()))
@@ -220,8 +233,11 @@ def to_full_directory(checkpoint: Checkpoint, directory: Path) -> Path:
         return store.publish(temporary, directory)
 
 
-def _described(name: str, state: Any) -> dict[str, Any]:
-    """A name may have dots; the version of each submodule is an attribute of the state."""
+def _weight_keys(name: str, state: Any) -> dict[str, Any]:
+    """Returns the key of each weight, and the versions of the submodules.
+
+    The keys are stored because a name may contain dots.
+    """
     keys = {key: f"{MODULES}.{name}.{key}" for key in state}
     return {"keys": keys, "metadata": dict(getattr(state, "_metadata", {}))}
 
@@ -235,28 +251,28 @@ def _is_optimizer(state: Any) -> bool:
 
 
 def from_lightning(source: Path, directory: Path) -> Path:
-    """Writes a checkpoint directory of what a Lightning file holds.
+    """Writes a checkpoint directory with the content of a Lightning file.
 
     Args:
-        source: The file: one that ``to_lightning_file`` wrote, or that Lightning wrote of
-            a Brain's module; then each entry of the Brain's modules is a recoverable.
-        directory: The checkpoint directory.
+        source: A file that ``to_lightning_file`` wrote, or that Lightning wrote for a Brain.
+            From Lightning's file each entry of the Brain's modules becomes a recoverable.
+        directory: Checkpoint directory to write.
 
     Returns:
         ``directory``.
 
     Raises:
-        RecipeError: ``directory`` has another name than a checkpoint's.
+        RecipeError: The name of ``directory`` does not begin with ``CKPT+``.
     """
     if not directory.name.startswith(store.CKPT_PREFIX):
         raise RecipeError(
-            f"{source} becomes a checkpoint directory: give a target such as "
-            f"{directory.parent / 'CKPT+converted'}"
+            f"{source} can only be converted to a checkpoint directory. Give a name that "
+            f"begins with CKPT+, for example {directory.parent / 'CKPT+converted'}."
         )
     saved = load_state(source)
     own = saved.get(KEY, {})
     states = _modules(saved["state_dict"], own.get("modules", {}))
-    # The default init_optimizers registers its optimizer by another name.
+    # The default init_optimizers registers its optimizer under another name.
     names = {"opt_class": "optimizer"}
     names |= {member: name for name, member in own.get("optimizers", {}).items()}
     for optimizers in saved.get("optimizer_states", []):
@@ -271,13 +287,16 @@ def from_lightning(source: Path, directory: Path) -> Path:
         write_files(own, temporary)
         written = checkpoint_in(store.publish(temporary, directory))
     assert written is not None
-    logger.info("%s: %s", source, _in_a_line(written.meta))
+    logger.info("%s: %s", source, _one_line(written.meta))
     return written.path
 
 
 def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Any]:
-    """Recoverable modules; weights that are in none of them belong to their entry."""
-    # ModelPruning has saved weights under other names than the module had, masked.
+    """Returns the state of each recoverable module.
+
+    Weights that belong to none of the recoverables belong to their entry of ``modules``.
+    """
+    # ModelPruning saves masked weights under other names than those of the module.
     there = {n: each for n, each in described.items() if {*each["keys"].values()} <= {*state}}
     known = {weight for each in there.values() for weight in each["keys"].values()}
     entries: dict[str, Any] = {}
@@ -287,8 +306,9 @@ def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[
             entries.setdefault(name, {"keys": {}, "metadata": {}})["keys"][key] = weight
     if missing := sorted(known - state.keys()):
         raise CheckpointError(
-            f"the file lacks weights of the modules, such as {missing[0]!r}, and a checkpoint "
-            "directory has all: resume it by fit(ckpt_path=...) with strict_loading = False"
+            f"the file lacks weights of the modules, for example {missing[0]!r}, and a "
+            "checkpoint directory needs all of them. Resume the file with "
+            "fit(ckpt_path=...) and strict_loading = False."
         )
     modules: dict[str, Any] = {}
     for name, each in {**entries, **there}.items():
@@ -298,26 +318,29 @@ def _modules(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[
 
 
 def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> Path:
-    """Writes what SpeechBrain's ``from_hparams`` reads.
+    """Writes a folder for SpeechBrain's ``from_hparams``.
 
     Args:
         checkpoint: The checkpoint.
-        folder: The folder.
+        folder: Folder to write.
         hparams: See ``convert``.
 
     Returns:
         ``folder``.
 
     Raises:
-        RecipeError: There are no hyperparameters, or inference could not load them.
+        RecipeError: The hyperparameters file does not exist, or inference could not load it.
     """
     yaml = Path(hparams or checkpoint.path.parent.parent / "hyperparams.yaml")
     if not yaml.is_file():
-        raise RecipeError(f"{yaml} is not there: give the recipe's file with --hparams=FILE")
+        raise RecipeError(
+            f"hyperparameters file {yaml} was not found. Set --hparams=FILE to the recipe's "
+            "file."
+        )
     recipe = Hyperparameters(yaml)
     states = read_files(checkpoint.path)["states"]
     names = sorted(checkpoint.paramfiles)
-    # Weights that no name leads to are asked for, not left out.
+    # Weights without an entry in the file are included too: `write` raises an error for them.
     weights = {name for name, state in states.items() if _is_module(state) and state}
     carried = [name for name in names if name in weights or recipe.is_module(name)]
     temporary = store.new_directory(folder.parent)
@@ -336,11 +359,11 @@ def to_inference(checkpoint: Checkpoint, folder: Path, hparams: str | None) -> P
 
 def _log_left_out(names: list[str], carried: list[str], pretrained: set[str]) -> None:
     left = [name for name in names if name not in carried]
-    logger.info("For inference: %s; left out: %s", _listed(carried), _listed(left))
+    logger.info("For inference: %s. Left out: %s.", _listed(carried), _listed(left))
     if others := sorted(pretrained.difference(carried)):
         logger.warning(
-            "The recipe's own pretrainer loads %s, of which the checkpoint has nothing: add "
-            "the files, and loadables for them, yourself",
+            "The recipe's pretrainer also loads %s, which is not in the checkpoint. Add its "
+            "files to the folder, and its loadables to hyperparams.yaml.",
             _listed(others),
         )
 

@@ -1,4 +1,4 @@
-"""The part of a recipe's hyperparameters that inference needs."""
+"""Extracts the part of a recipe's hyperparameters that inference needs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ UNREADABLE = (YAMLError, OSError, ValueError, KeyError, RecursionError)
 
 
 class Hyperparameters:
-    """A recipe's HyperPyYAML, as a tree in which an alias is the node that it refers to.
+    """A HyperPyYAML file as a tree, in which an alias is the node that it refers to.
 
     Args:
-        path: The file; nothing that it names is made.
+        path: Path of the file. No object that it names is created.
 
     Raises:
-        RecipeError: It cannot be read, or has no ``modules``.
+        RecipeError: The file cannot be read, or has no ``modules``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,10 +42,10 @@ class Hyperparameters:
             raise RecipeError(f"{path} has no `modules`, which from_hparams needs")
 
     def is_module(self, name: str) -> bool:
-        """Whether a recoverable is one of ``modules``, or of a class of torch's modules.
+        """Returns whether a recoverable is an entry of ``modules`` or a ``torch.nn.Module``.
 
         Args:
-            name: Its name.
+            name: Name of the recoverable.
         """
         node = self._target(self._recoverable(name))
         members = _mapping(self._target(self._tree["modules"])).values()
@@ -54,32 +54,32 @@ class Hyperparameters:
         )
 
     def pretrained(self) -> set[str]:
-        """What the recipe's own pretrainer loads."""
+        """Returns the names that the recipe's pretrainer loads."""
         return set(self._entries("pretrainer", "loadables"))
 
     def write(self, names: Iterable[str], path: Path) -> None:
-        """Writes the part that inference needs, and what loads it.
+        """Writes the part that inference needs, with a pretrainer that loads the weights.
 
-        Data, optimizers, loggers and the like are left out with everything that only
-        they refer to.
+        Leaves out data, optimizers, loggers and the like, and all entries to which only
+        these refer.
 
         Args:
             names: The recoverables to load.
-            path: The file for ``from_hparams``.
+            path: File to write for ``from_hparams``.
 
         Raises:
-            RecipeError: A recoverable is not named, or what is written cannot be loaded.
+            RecipeError: A recoverable has no entry, or the written file cannot be loaded.
         """
         loadables = {name: self._recoverable(name) for name in names}
         for name, node in loadables.items():
             if node is None:
                 raise RecipeError(
-                    f"{self._path} does not say what {name!r} is: name it in `checkpointer`, "
-                    "recoverables, or have an entry of that name"
+                    f"{self._path} does not define {name!r}. Add it to the recoverables of "
+                    "`checkpointer`, or add an entry of that name."
                 )
         needed = self._needed([self._tree["modules"], loadables]) | {"modules"}
         kept = self._tree.copy()
-        # Ours comes last: the recipe's own pretrainer may come before the modules.
+        # The pretrainer goes last. The recipe's pretrainer may come before the modules.
         for name in self._tree:
             if name not in needed or name == "pretrainer":
                 del kept[name]
@@ -90,23 +90,23 @@ class Hyperparameters:
         self._check(path)
 
     def _check(self, path: Path) -> None:
-        """As ``load_hyperpyyaml`` reads it, but for making the objects."""
+        """Reads a file as ``load_hyperpyyaml`` does, without creating objects."""
         try:
             with path.open(encoding="utf-8") as file:
                 resolved = _yaml().load(resolve_references(file))
             for node in _walk(resolved):
-                # One is left where it refers to a reference that comes later, or to itself.
+                # A reference is left if it refers to a later reference, or to itself.
                 if _tag(node) in REFERENCES:
-                    raise ValueError(f"{_tag(node)} {node.value} leads nowhere")
+                    raise ValueError(f"{_tag(node)} {node.value} cannot be resolved")
         except UNREADABLE as error:
             raise RecipeError(
-                f"what inference needs of {self._path} could not be loaded: {error}; give a "
-                "file that stands for itself with --hparams=FILE, such as the "
-                "hyperparams.yaml that SpeechBrain writes into the output_folder"
+                f"the part of {self._path} that inference needs could not be loaded: {error}. "
+                "Use a complete file with --hparams=FILE, for example the hyperparams.yaml "
+                "that SpeechBrain writes into the output_folder."
             ) from error
 
     def _recoverable(self, name: str) -> Any:
-        """A recoverable of the checkpointer, else the entry of its name."""
+        """Returns a recoverable of the checkpointer, or else the entry of that name."""
         node = self._entries("checkpointer", "recoverables").get(name)
         return self._tree.get(name) if node is None else node
 
@@ -115,7 +115,7 @@ class Hyperparameters:
         return _mapping(self._target(found))
 
     def _target(self, node: Any) -> Any:
-        """The node that a reference ends at; one that goes nowhere is its own end."""
+        """Follows references to their node. Returns a reference that cannot be resolved."""
         seen: list[str] = []
         while (reference := _reference(node)) and reference not in seen:
             seen.append(reference)
@@ -126,8 +126,8 @@ class Hyperparameters:
         return node
 
     def _needed(self, nodes: list[Any]) -> set[str]:
-        """The entries that nodes refer to, share a node with, or need through others."""
-        # An alias is the same object; plain values have no anchor, and may be cached ones.
+        """Returns the entries that nodes need, directly or through other entries."""
+        # An alias is the same object. Plain values have no anchor, and may be cached objects.
         shared = {id(n): name for name, n in self._tree.items() if hasattr(n, "anchor")}
         found: set[str] = set()
         while nodes:
@@ -164,20 +164,20 @@ def _tag(node: Any) -> str:
 
 
 def _reference(node: Any) -> str | None:
-    """The text of a node that is nothing but a reference to another one."""
+    """Returns the reference in a node that consists of one reference only, or None."""
     whole = _tag(node) == "!ref" and re.fullmatch(r"<[^<>]+>", node.value)
     return whole[0] if whole else None
 
 
 def _references(node: Any) -> set[str]:
-    """The top-level entries that a node refers to, ``a`` of ``<a[b]>``."""
+    """Returns the top-level entries that a node refers to, such as ``a`` for ``<a[b]>``."""
     if _tag(node) not in REFERENCES:
         return set()
     return set(re.findall(r"<([^<>\[.]+)", node.value))
 
 
 def _is_torch_module(node: Any) -> bool:
-    """Whether a node makes one; a class that cannot be imported from here is none."""
+    """Returns whether a node creates a torch module. False if the class cannot be imported."""
     if not _tag(node).startswith("!new:"):
         return False
     try:

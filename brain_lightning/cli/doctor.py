@@ -19,24 +19,25 @@ from brain_lightning.fsdp2.strategy import NAME
 from .script import hyperparameters_file, parse_command
 
 WIDTH = 100
-REFUSED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
+UNSUPPORTED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
-    """Examines a recipe, and prints the report.
+    """Examines a recipe's source, and prints a report.
 
     Args:
-        parser: The parser of this command.
-        words: What follows the command.
+        parser: Parser of this command.
+        words: Command line after the command.
 
     Returns:
         The exit status.
     """
     parser.usage = "%(prog)s SCRIPT [HPARAMS] [--override=value] [--json] [--trainer.X=Y]"
     parser.description = (
-        "Reads a recipe's script, without running it, and says what works with it. HPARAMS is "
-        "read for Brains that it names, and for what is in modules; what follows is for the "
-        "other commands, and is not read."
+        "Reads a recipe's source without running it. Reports what to change, and which "
+        "strategies, Trainer arguments and callbacks work with it. HPARAMS is read for the "
+        "Brains that it names and for the entries of modules. Overrides and --trainer.X=Y are "
+        "accepted, so that a command line of `run` can be reused, and are ignored."
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options, script, rest = parse_command(parser, words)
@@ -46,15 +47,16 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     else:
         texts = [_text(script, brain) for brain in report.brains]
         texts += [
-            f"{script}:{line}: {name} is in no file that can be found here; if its package is "
-            "in another folder, name that folder in PYTHONPATH"
+            f"{script}:{line}: no file with {name} was found. If its package is in another "
+            "folder, add that folder to PYTHONPATH."
             for name, line in report.not_found.items()
         ]
         texts += [
-            f"{script}:{line}: {name} is not examined, for its base is in no file"
+            f"{script}:{line}: {name} was not examined, because no file with its base class "
+            "was found."
             for name, line in report.not_examined.items()
         ]
-        print("\n\n".join(texts) or f"{script}: no subclass of Brain")  # noqa: T201
+        print("\n\n".join(texts) or f"{script}: no subclass of Brain was found")  # noqa: T201
     return 0
 
 
@@ -63,7 +65,7 @@ def _text(script: str, brain: BrainReport) -> str:
     file = script if own else brain.file
     lines = [f"{file}:{brain.line}: {brain.name}, a subclass of {brain.base}"]
     for head, text in _facts(brain, Path(script).name):
-        # Names are to be copied, and found: none is broken.
+        # No name is broken across lines, so that it can be copied and searched for.
         lines += textwrap.wrap(
             text, WIDTH, initial_indent=f"  {head:<12}", subsequent_indent=" " * 14,
             break_long_words=False, break_on_hyphens=False,
@@ -72,23 +74,24 @@ def _text(script: str, brain: BrainReport) -> str:
 
 
 def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
-    """What is to be changed first, and at the end what that was found by."""
+    """Yields heads and texts: first what to change, last the evidence in the source."""
     yield "updates", f"{brain.updates}: {brain.why}"
     for remark in brain.remarks:
         at = f"line {remark.line}" if remark.file == script else f"{remark.file}:{remark.line}"
         yield "change", f"{at}: {remark.about}: {remark.says}"
-    yield "strategies", f"safe: {'; '.join(brain.strategies) or 'none'}"
-    yield "", f"refused: {REFUSED_STRATEGIES}"
+    yield "strategies", f"supported: {'; '.join(brain.strategies) or 'none'}"
+    yield "", f"not supported: {UNSUPPORTED_STRATEGIES}"
     others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
     if brain.arguments:
-        yield "arguments", f"safe: all of Lightning's but {', '.join(others)}"
-        where = "" if "callbacks" in brain.arguments else " outside the recipe's own loop"
-        refused = "; ".join(brain.callbacks_refused)
-        yield "callbacks", f"safe{where}: all of Lightning's but {refused}"
+        yield "arguments", f"supported: all of Lightning's except {', '.join(others)}"
+        where = "" if "callbacks" in brain.arguments else " outside the custom loop"
+        exceptions = "; ".join(brain.callbacks_refused)
+        but = f" except {exceptions}" if exceptions else ""
+        yield "callbacks", f"supported{where}: all of Lightning's{but}"
         if any(text.startswith(NAME) for text in brain.strategies):
-            yield "", f"with {NAME} also refused: {'; '.join(REFUSED_WITH_SHARDS)}"
+            yield "", f"not supported with {NAME}: {'; '.join(REFUSED_WITH_SHARDS)}"
     else:
-        yield "arguments", "safe: none"
+        yield "arguments", "supported: none"
     yield "overrides", ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())
     for name, locations in brain.uses.items():
         yield "uses", f"{name}: {', '.join(locations)}"

@@ -1,4 +1,4 @@
-"""``brain-lightning port``: writes the port of a recipe."""
+"""``brain-lightning port``: ports a recipe to brain_lightning."""
 
 from __future__ import annotations
 
@@ -22,65 +22,65 @@ if TYPE_CHECKING:
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
-    """Ports a recipe, and says what of it stays as it is.
+    """Ports a recipe, and reports the lines that are left unchanged and need attention.
 
     Args:
-        parser: The parser of this command.
-        words: What follows the command.
+        parser: Parser of this command.
+        words: Command line after the command.
 
     Returns:
-        The exit status: 0 where the whole recipe is ported.
+        The exit status: 0 if the whole recipe is ported.
 
     Raises:
-        RecipeError: LibCST is not installed; a file cannot be read, ported or written.
+        RecipeError: LibCST is not installed, or a file cannot be read, ported or written.
     """
     parser.usage = (
         "%(prog)s SCRIPT [HPARAMS ...] [--write | --out DIR] [--verify [--override=value]]"
     )
     parser.description = (
-        "Writes the port of a recipe to brain_lightning as a diff, for `git apply` or "
-        "`patch -p1`. What stays as it is, is said on stderr, line by line. The exit status "
-        "is 0 only where the whole recipe is ported."
+        "Ports a recipe to brain_lightning, and prints the changes as a diff for `git apply` "
+        "or `patch -p1`. Lines that cannot be ported are listed on stderr. The exit status is "
+        "0 only if the whole recipe is ported."
     )
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--write", action="store_true", help="change the files themselves")
+    target.add_argument("--write", action="store_true", help="change the files in place")
     target.add_argument(
         "--out", metavar="DIR",
-        help="write the files into another folder, with the modules beside the script that "
-        "it imports",
+        help="write the ported files to another folder, together with the modules in the "
+        "script's folder that it imports",
     )  # fmt: skip
     parser.add_argument(
         "--verify", action="store_true",
-        help="run the recipe on SpeechBrain's loop and its port, with the overrides that "
-        "follow, and compare as `verify` does",
+        help="run the recipe on SpeechBrain's loop and its port on a Trainer, with the "
+        "overrides of the command line, and compare them as `verify` does",
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=int, default=10, metavar="N",
-        help="for --verify: training batches of each Brain (default: %(default)s); 0: all",
+        help="number of training batches for --verify, 0 for all (default: %(default)s)",
     )  # fmt: skip
     options, script, rest = parse_command(parser, words)
     files = [word for word in rest if word.endswith((".yaml", ".yml")) and word[0] != "-"]
     overrides = [word for word in rest if word not in files]
     if overrides and not options.verify:
-        parser.error(f"{' '.join(overrides)}: overrides are for --verify")
+        parser.error(f"{' '.join(overrides)}: overrides need --verify")
     recipe = _ported(script, files)
-    # Before anything is written: --write changes what is to be compared with.
-    is_equal = not options.verify or _is_equal(recipe, options, overrides)
-    _give(recipe, options)
+    # Verified before --write changes the recipe, which is one side of the comparison.
+    is_equal = not options.verify or _verify_port(recipe, options, overrides)
+    _write(recipe, options)
     print(_summary(recipe), file=sys.stderr)  # noqa: T201
-    return 0 if is_equal and recipe.outcome == "whole" else 1
+    return 0 if is_equal and recipe.outcome == "completely" else 1
 
 
 def _ported(script: str, files: Sequence[str]) -> PortedRecipe:
     if importlib.util.find_spec("libcst") is None:
-        raise RecipeError("port needs LibCST: pip install 'brain_lightning[port]'")
+        raise RecipeError("port needs LibCST. Run pip install 'brain_lightning[port]'.")
     from brain_lightning.port.recipe import port_recipe
 
     check_script(script)
     return port_recipe(Path(script), [Path(file) for file in files])
 
 
-def _give(recipe: PortedRecipe, options: Namespace) -> None:
+def _write(recipe: PortedRecipe, options: Namespace) -> None:
     from brain_lightning.port.files import unified_diff, write_beside, write_in_place
 
     if options.out is not None:
@@ -93,8 +93,8 @@ def _give(recipe: PortedRecipe, options: Namespace) -> None:
         sys.stdout.write(unified_diff(recipe.changes))
 
 
-def _is_equal(recipe: PortedRecipe, options: Namespace, overrides: Sequence[str]) -> bool:
-    """Runs the recipe, and its port in a folder like the recipe's own."""
+def _verify_port(recipe: PortedRecipe, options: Namespace, overrides: Sequence[str]) -> bool:
+    """Compares the recipe with its port, which runs in a copy of the recipe's folder."""
     from brain_lightning.port.files import link_rest, write_beside
 
     trainer, words = split_trainer(overrides)
@@ -111,7 +111,7 @@ def _is_equal(recipe: PortedRecipe, options: Namespace, overrides: Sequence[str]
                 [*(str(places[path]) for path in recipe.hparams[:1]), *words],
             ),
         )
-    comparison = comparison.without_hooks(recipe.hooks_apart)
+    comparison = comparison.without_hooks(recipe.port_only_hooks)
     print(comparison.as_text(), file=sys.stderr)  # noqa: T201
     return comparison.verified
 
@@ -120,7 +120,7 @@ def _summary(recipe: PortedRecipe) -> str:
     from brain_lightning.port.files import changed_lines
 
     counts = [count for change in recipe.changes if (count := changed_lines(change))]
-    said = f"ported {recipe.outcome}: {sum(counts)} lines changed (files: {len(counts)})"
+    summary = f"ported {recipe.outcome}: {sum(counts)} lines changed (files: {len(counts)})"
     if recipe.remarks:
-        said += f"; {len(recipe.remarks)} to look at"
-    return "\n".join([*map(str, recipe.remarks), f"{recipe.script}: {said}"])
+        summary += f"; remarks above: {len(recipe.remarks)}"
+    return "\n".join([*map(str, recipe.remarks), f"{recipe.script}: {summary}"])

@@ -1,4 +1,4 @@
-"""``brain-lightning preflight``: a recipe's longest batches, tried without training."""
+"""``brain-lightning preflight``: runs the longest batches of a recipe without training."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from brain_lightning.errors import PreflightError, RecipeError
 from brain_lightning.trials.preflight import PreflightAlone
 
-from .run import in_processes
+from .processes import run_in_processes
 from .script import parse_run, run_recipe
 
 logger = logging.getLogger(__name__)
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
-    """Tries the longest batches of a recipe.
+    """Runs the longest batches of a recipe.
 
     Args:
-        parser: The parser of this command.
-        words: What follows the command.
+        parser: Parser of this command.
+        words: Command line after the command.
 
     Returns:
         The exit status.
@@ -30,13 +30,14 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         "%(prog)s SCRIPT [HPARAMS] [--override=value] [--trainer.X=Y] [--trainer=FILE]"
     )
     parser.description = (
-        "Runs a SpeechBrain recipe until it trains or evaluates, and there, on a copy of its "
-        "state, the longest batches of each set: forward, backward and step. Says what memory "
-        "and how many seconds each takes, or which one there is no memory for. Nothing is "
-        "trained and nothing is saved; options are those of brain-lightning run."
+        "Runs a SpeechBrain recipe until it trains or evaluates. Then runs the longest "
+        "batches of each set on a snapshot of the Brain: forward, backward and optimizer "
+        "step. Reports the memory and the seconds of each batch, or the batch that ran out of "
+        "memory. Nothing is trained and no checkpoint is saved. Accepts the run options of "
+        "`brain-lightning run`."
     )
     _, script, rest, trainer = parse_run(parser, words)
-    return in_processes(
+    return run_in_processes(
         ["preflight", *words], script, rest, trainer, lambda: _try(script, rest, trainer)
     )
 
@@ -51,10 +52,10 @@ def _try(script: str, words: Sequence[str], trainer: Mapping[str, Any]) -> None:
         if alone.is_trying or not alone.tried:
             raise
         logger.warning(
-            "After its fit was tried the script ended with %s: %s. Nothing was trained, which "
-            "it may need: what it evaluates later was not tried.",
+            "After the preflight of fit, the script ended with %s: %s. It may need results of "
+            "a training, and preflight trains nothing. Later evaluations were not tried.",
             type(error).__name__,
             str(error).rstrip(". "),
         )
     if not alone.tried:
-        raise RecipeError(f"nothing was tried: {script} has trained and evaluated nothing")
+        raise RecipeError(f"nothing was tried: {script} called neither fit nor evaluate")

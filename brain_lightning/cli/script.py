@@ -1,4 +1,4 @@
-"""Runs a recipe's script, unedited, as ``python script`` would."""
+"""Parses the command line of a recipe's script, and runs the unmodified script."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from brain_lightning.temporary import TemporaryAttributes
 logger = logging.getLogger(__name__)
 
 OVERRIDES = (
-    "--name=value overrides what the hyperparameters file has; options and arguments of the "
-    "Trainer are listed by brain-lightning run --help and --trainer.help"
+    "--name=value must be a key of the hyperparameters file, a run option (listed by "
+    "brain-lightning run --help), or --trainer.name=value (listed by --trainer.help)."
 )
 
 
 def parse_command(
     parser: ArgumentParser, words: Sequence[str]
 ) -> tuple[Namespace, str, list[str]]:
-    """Parses the command line of a command that is given a script.
+    """Parses the command line of a command that takes a script.
 
     Args:
-        parser: The parser of the command.
-        words: What follows the command.
+        parser: Parser of the command.
+        words: Command line after the command.
 
     Returns:
-        The command's own options, the script, and the script's command line.
+        The options of the command, the script, and the script's command line.
 
     Raises:
-        SystemExit: There is no script; the parser shows its usage.
+        SystemExit: The command line has no script. The parser shows its usage.
     """
     options, rest = parser.parse_known_args(words)
     if not rest or rest[0].startswith("-"):
-        parser.error("the script comes first: train.py hparams.yaml")
+        parser.error("the script must come first, as in: train.py hparams.yaml")
     return options, rest[0], rest[1:]
 
 
@@ -59,20 +59,20 @@ def parse_run(
     """Parses the command line of a command that runs a script on a Trainer.
 
     Args:
-        parser: The parser of the command.
-        words: What follows the command.
+        parser: Parser of the command.
+        words: Command line after the command.
 
     Returns:
-        As ``parse_command``, and the arguments of the Trainer.
+        The values that ``parse_command`` returns, and the Trainer arguments.
 
     Raises:
-        SystemExit: There is no script; the parser shows its usage.
+        SystemExit: The command line has no script. The parser shows its usage.
         RecipeError: The file of ``--trainer`` cannot be read.
     """
     parser.add_argument(
         "--trainer", metavar="FILE",
-        help="a HyperPyYAML file with Trainer arguments, callbacks and loggers among them, "
-        "its paths in full; --trainer.X=Y outranks it",
+        help="a HyperPyYAML file with Trainer arguments, including callbacks and loggers "
+        "(!ref reaches only keys of this file); --trainer.X=Y takes precedence over it",
     )  # fmt: skip
     trainer, rest = split_trainer(words)
     options, script, rest = parse_command(parser, rest)
@@ -82,52 +82,52 @@ def parse_run(
 
 
 def check_script(script: str) -> None:
-    """Refuses a script that is not there.
+    """Raises an error if a script does not exist.
 
     Args:
-        script: The script.
+        script: Path of the script.
 
     Raises:
-        RecipeError: There is no such file.
+        RecipeError: The file does not exist.
     """
     if not Path(script).is_file():
-        raise RecipeError(f"there is no script {script!r} here, in {Path.cwd()}")
+        raise RecipeError(f"script {script!r} was not found in {Path.cwd()}")
 
 
 def hyperparameters_file(words: Sequence[str]) -> str | None:
     """Finds the hyperparameters file of a script's command line.
 
     Args:
-        words: The command line.
+        words: Command line of the script.
 
     Returns:
-        The file; None where the command line does not begin with one.
+        Path of the file, or None if the command line does not begin with one.
 
     Raises:
-        RecipeError: There is no such file.
+        RecipeError: The file does not exist.
     """
     file = words[0] if words else ""
     if not file.endswith((".yaml", ".yml")):
         return None
     if not Path(file).is_file():
-        raise RecipeError(f"there is no hyperparameters file {file!r} here, in {Path.cwd()}")
+        raise RecipeError(f"hyperparameters file {file!r} was not found in {Path.cwd()}")
     return file
 
 
 def processes_in_file(words: Sequence[str]) -> dict[str, Any]:
-    """In how many processes the ``trainer`` section of a hyperparameters file asks to run.
+    """Reads ``devices`` and the like from the ``trainer`` section of a hyperparameters file.
 
-    Nothing that the file names is made.
+    No object that the file names is created.
 
     Args:
-        words: The script's command line, whose overrides count.
+        words: Command line of the script. Its overrides are applied.
 
     Returns:
-        Those of ``PROCESSES`` and ``accelerator`` that it has as plain values.
+        The entries of ``PROCESSES`` and ``accelerator`` that are plain values in the file.
 
     Raises:
-        RecipeError: There is no such file.
-        RunOptionError: An override is none.
+        RecipeError: The file does not exist.
+        RunOptionError: An override is not valid.
     """
     file = hyperparameters_file(words)
     if file is None or "trainer" not in _entries(Path(file).read_text(encoding="utf-8")):
@@ -144,21 +144,22 @@ def processes_in_file(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _entries(text: str) -> dict[str, yaml.Node]:
-    # Composed alone: the tags are text, and nothing that they name is made.
+    # Composing the YAML reads tags as strings, and creates no object that they name.
     document = yaml.compose(text, yaml.SafeLoader)
     pairs = document.value if isinstance(document, yaml.MappingNode) else []
     return {key.value: value for key, value in pairs}
 
 
 def with_output_folder(words: Sequence[str], folder: Path) -> list[str]:
-    """Has a recipe write to another folder, and find no checkpoint there.
+    """Sets another ``output_folder``, in which a recipe finds no checkpoint.
 
     Args:
-        words: The script's command line.
-        folder: What takes the place of ``output_folder``.
+        words: Command line of the script.
+        folder: The folder.
 
     Returns:
-        The command line, with one word more where the hyperparameters file has that key.
+        The command line. If the hyperparameters file has the key ``output_folder``, an
+        override of it is appended.
     """
     file = Path(*words[:1])
     if not file.is_file() or "output_folder" not in _entries(file.read_text("utf-8")):
@@ -167,10 +168,10 @@ def with_output_folder(words: Sequence[str], folder: Path) -> list[str]:
 
 
 def names_output_folder(words: Sequence[str]) -> bool:
-    """Whether a command line says where to write.
+    """Returns whether a command line has ``--output_folder``.
 
     Args:
-        words: The script's command line.
+        words: Command line of the script.
     """
     return _split_output_folder(words)[0] is not None
 
@@ -191,14 +192,14 @@ def run_recipe(
     """Runs a script as ``python script words`` would, with its Brains on a Trainer.
 
     Args:
-        script: The script, on SpeechBrain's Brain or on ours.
-        words: Its command line: the hyperparameters file, run options, overrides.
-        trainer: Arguments for every Trainer; they outrank the recipe's own.
-        callbacks: Callbacks for every Trainer, beside the recipe's own.
+        script: Path of a script that uses SpeechBrain's or brain_lightning's Brain.
+        words: Command line of the script: the hyperparameters file, run options, overrides.
+        trainer: Arguments of every Trainer. They take precedence over the recipe's.
+        callbacks: Callbacks of every Trainer, in addition to the recipe's.
 
     Raises:
-        RecipeError: There is no such script.
-        RunOptionError: An argument of the Trainer is unknown.
+        RecipeError: The script does not exist.
+        RunOptionError: A Trainer argument is unknown.
     """
     check_trainer_arguments(trainer)
     with TemporaryAttributes() as temporary:
@@ -208,7 +209,7 @@ def run_recipe(
             try:
                 temporary.enter_context(patch_speechbrain(trainer, callbacks))
             except (ImportError, OSError) as error:
-                # A script that needs it will say so itself.
+                # A script that imports SpeechBrain raises the same error.
                 logger.warning("SpeechBrain is installed but cannot be imported: %s", error)
         run_script(script, words)
 
@@ -217,26 +218,26 @@ def run_script(script: str, words: Sequence[str]) -> None:
     """Runs a script as ``python script words`` would.
 
     Args:
-        script: The script.
-        words: Its command line.
+        script: Path of the script.
+        words: Command line of the script.
 
     Raises:
-        RecipeError: There is no such script, or hyperparameters file, or one of the words
-            overrides nothing that is there.
+        RecipeError: The script or its hyperparameters file does not exist, or an override
+            names no key of the file.
     """
     check_script(script)
     hyperparameters_file(words)
     with TemporaryAttributes() as temporary:
         temporary.set(OwnTrainer, "may_launch", False)
         temporary.set(sys, "argv", [script, *words])
-        # Python puts the script's folder there, instead of the caller's.
+        # As Python does when it runs a script: the script's folder comes first.
         temporary.set(sys, "path", [str(Path(script).resolve().parent), *sys.path[1:]])
         try:
             runpy.run_path(script, run_name="__main__")
         except KeyError as error:
-            # HyperPyYAML raises it for --name=value, and its class says nothing more.
+            # HyperPyYAML raises a plain KeyError for an unknown override.
             if str(error.args[0]).startswith("Override"):
-                raise RecipeError(f"{error.args[0]}; {OVERRIDES}") from error
+                raise RecipeError(f"{error.args[0]}. {OVERRIDES}") from error
             raise
 
 
@@ -247,8 +248,8 @@ def _load_trainer_file(path: str) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"--trainer={path}: {error.strerror}") from error
     except Exception as error:
-        # Whatever is wrong with the YAML, or with the classes that it names.
+        # The YAML may be invalid, and the classes that it names may raise any error.
         raise RecipeError(f"--trainer={path}: {type(error).__name__}: {error}") from error
     if not isinstance(arguments, dict):
-        raise RecipeError(f"--trainer={path}: should be a mapping of Trainer arguments")
+        raise RecipeError(f"--trainer={path}: must be a mapping of Trainer arguments")
     return arguments

@@ -1,4 +1,4 @@
-"""``brain-lightning tune``: a learning rate or a batch size for a recipe, without training."""
+"""``brain-lightning tune``: searches for a learning rate or a batch size for a recipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from brain_lightning.options.parse_arguments import parse_arguments
 from brain_lightning.options.value_keys import Keys, keys_of
 from brain_lightning.trials.tune import Found, Tuned, TuneFirstFit
 
-from .run import in_processes
+from .processes import run_in_processes
 from .script import (
     hyperparameters_file,
     names_output_folder,
@@ -30,7 +30,7 @@ from .script import (
 )
 
 KINDS = ("lr", "batch")
-# What else a recipe calls it.
+# Names of hyperparameters by which recipes set each size.
 SIZES = {
     "batch_size": ("batch_size",),
     "max_batch_length": ("max_batch_length", "max_batch_len"),
@@ -38,11 +38,11 @@ SIZES = {
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
-    """Searches for a recipe, and prints what to use.
+    """Searches for a value, and prints the override that sets it.
 
     Args:
-        parser: The parser of this command.
-        words: What follows the command.
+        parser: Parser of this command.
+        words: Command line after the command.
 
     Returns:
         The exit status.
@@ -52,70 +52,72 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         "[--trainer.X=Y] [--trainer=FILE]"
     )
     parser.description = (
-        "Runs a recipe until it trains, and searches there instead, on a copy of its state: "
-        "the learning rate to begin with (lr, the default), or the largest batch for which "
-        "there is memory (batch). The last line is the override to use. Nothing is trained; "
-        "what the recipe writes goes to a temporary output_folder, unless one is given."
+        "Runs a recipe until it trains, and then searches on a snapshot of the Brain: for an "
+        "initial learning rate (lr, the default), or for the largest batch that fits into "
+        "memory (batch). The last line of the output is the override to use. Nothing is "
+        "trained. The recipe writes to a temporary output_folder, unless --output_folder is "
+        "given."
     )
     parser.add_argument(
         "--output", metavar="FILE.png", default="lr.png",
-        help="the curve of losses at rising learning rates (default: %(default)s)",
+        help="plot of the loss against the learning rate (default: %(default)s)",
     )  # fmt: skip
     options, script, rest, trainer = parse_run(parser, words)
-    kind, rest = _kind(rest)
-    # What its own would write is of no training.
+    kind, rest = _split_kind(rest)
+    # The recipe's logger would log a run in which nothing is trained.
     trainer["logger"] = DummyLogger()
-    picture = _checked(Path(options.output)) if kind == "lr" else None
-    with _apart(rest) as apart:
-        # Processes that are started here write to the same folder.
-        added = apart[len(rest) :]
-        return in_processes(
-            ["tune", *words, *added], script, apart, trainer,
-            lambda: _tune(kind, picture, script, apart, trainer),
+    plot = _checked_plot(Path(options.output)) if kind == "lr" else None
+    with _temporary_output(rest) as redirected:
+        # The processes that this one starts write to the same folder.
+        added = redirected[len(rest) :]
+        return run_in_processes(
+            ["tune", *words, *added], script, redirected, trainer,
+            lambda: _tune(kind, plot, script, redirected, trainer),
         )  # fmt: skip
 
 
-def _kind(words: Sequence[str]) -> tuple[str, list[str]]:
-    """What to search, which follows the hyperparameters file, and the command line without."""
-    place = int(words[:1] != [] and words[0].endswith((".yaml", ".yml")))
-    kind = words[place] if place < len(words) else ""
+def _split_kind(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Takes ``lr`` or ``batch``, which follows the YAML file, out of the command line."""
+    position = int(words[:1] != [] and words[0].endswith((".yaml", ".yml")))
+    kind = words[position] if position < len(words) else ""
     if kind.startswith("-") or not kind:
         return KINDS[0], list(words)
     if kind not in KINDS:
-        raise RunOptionError(f"tune searches {' or '.join(KINDS)}, and not {kind!r}")
-    return kind, [*words[:place], *words[place + 1 :]]
+        raise RunOptionError(f"tune cannot search for {kind!r}. Use {' or '.join(KINDS)}.")
+    return kind, [*words[:position], *words[position + 1 :]]
 
 
-def _checked(picture: Path) -> Path:
-    if picture.suffix.lower() != ".png":
-        raise RunOptionError(f"--output={picture}: the curve is drawn as PNG, name a .png")
+def _checked_plot(plot: Path) -> Path:
+    if plot.suffix.lower() != ".png":
+        raise RunOptionError(f"--output={plot} is not a PNG file. Give a name ending in .png.")
     if importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError(
-            "the curve is drawn by matplotlib, which is not here: pip install matplotlib"
+            "tune lr needs matplotlib for its plot. Run pip install matplotlib."
         )
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    return picture
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    return plot
 
 
 @contextmanager
-def _apart(words: Sequence[str]) -> Iterator[list[str]]:
-    """Has a recipe write to a folder that goes, unless its command line names one."""
+def _temporary_output(words: Sequence[str]) -> Iterator[list[str]]:
+    """Sets ``output_folder`` to a temporary folder, unless the command line has one."""
     if names_output_folder(words):
         yield list(words)
         return
     with TemporaryDirectory(prefix="brain_lightning_tune_") as folder:
-        apart = with_output_folder(words, Path(folder, "output"))
-        if is_launched() and apart != words:
+        redirected = with_output_folder(words, Path(folder, "output"))
+        if is_launched() and redirected != words:
             raise RecipeError(
-                "processes that torchrun or srun has started need one folder: give "
-                "--output_folder=..., or let --trainer.devices=2 start them"
+                "tune creates one temporary output_folder per process, and processes that "
+                "torchrun or srun started need the same one. Set --output_folder=..., or let "
+                "--trainer.devices=2 start the processes."
             )
-        yield apart
+        yield redirected
 
 
 def _tune(
     kind: str,
-    picture: Path | None,
+    plot: Path | None,
     script: str,
     words: Sequence[str],
     trainer: Mapping[str, Any],
@@ -126,31 +128,31 @@ def _tune(
     except Tuned:
         assert tuning.found is not None
         if if_main_process():
-            _tell(tuning.found, picture, words)
+            _print_result(tuning.found, plot, words)
         return
-    raise RecipeError(f"{script} has trained nothing, so there is nothing to search with")
+    raise RecipeError(f"nothing was searched: {script} called no fit")
 
 
-def _tell(found: Found, picture: Path | None, words: Sequence[str]) -> None:
-    if picture is not None:
-        write_rate_curve(picture, found.rates, found.losses, found.value)
+def _print_result(found: Found, plot: Path | None, words: Sequence[str]) -> None:
+    if plot is not None:
+        write_rate_curve(plot, found.rates, found.losses, found.value)
     if found.value is None:
         raise RecipeError(
-            f"no learning rate is suggested, for the loss falls at none: see {picture}"
+            f"no learning rate is suggested, because the loss decreased at none. See {plot}."
         )
     value = f"{found.value:.3g}" if found.name == "lr" else f"{found.value:g}"
     before = ", ".join(f"{each:g}" for each in sorted(found.before))
-    print(f"{found.name} {value} is suggested, instead of {before}")  # noqa: T201
-    if picture is not None:
-        print(f"the losses at rising rates: {picture}")  # noqa: T201
+    print(f"suggested {found.name}: {value} (current: {before})")  # noqa: T201
+    if plot is not None:
+        print(f"plot of the loss against the learning rate: {plot}")  # noqa: T201
     keys = _keys(found, words)
     if not keys:
-        print("no key of the hyperparameters is known to set it: the value is")  # noqa: T201
+        print("no key of the hyperparameters file sets it. The value:")  # noqa: T201
     print(" ".join(f"--{key}={value}" for key in keys) or value, flush=True)  # noqa: T201
 
 
 def _keys(found: Found, words: Sequence[str]) -> list[str]:
-    """The keys of the hyperparameters file by which a recipe chooses what was found."""
+    """Returns the keys of the hyperparameters file that set the value in the recipe."""
     file = hyperparameters_file(words)
     if file is None:
         return []

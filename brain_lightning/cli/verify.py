@@ -1,4 +1,4 @@
-"""``brain-lightning verify``: a recipe on SpeechBrain's loop and on a Trainer's, compared."""
+"""``brain-lightning verify``: compares a recipe on SpeechBrain's loop and on a Trainer."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ from brain_lightning.verify.evidence import Evidence
 
 from .script import check_script, parse_command, with_output_folder
 
-# Lines of the recipe's output to show where it fails.
+# Number of lines of a recipe's output to show if it fails.
 TAIL = 15
-# Events of which any shows that a batch was run; a loop of the recipe's own may have but one.
-OF_BATCHES = ("loss", "objective", "weights")
+# Each of these events proves that a batch was run. A custom loop may have only one of them.
+BATCH_EVENTS = ("loss", "objective", "weights")
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
-    """Verifies a recipe, and prints what both sides did.
+    """Verifies a recipe, and prints the comparison.
 
     Args:
-        parser: The parser of this command.
-        words: What follows the command.
+        parser: Parser of this command.
+        words: Command line after the command.
 
     Returns:
-        The exit status: 0 where everything is equal, the recipe does not fail, and a Trainer
-            ran what is compared.
+        The exit status: 0 if all events are equal, the recipe raises no error, and a Trainer
+            ran its batches.
     """
     parser.usage = (
         "%(prog)s SCRIPT [HPARAMS] [--override=value] [--steps=N] [--json] [--trainer.X=Y]"
     )
     parser.description = (
-        "Runs a recipe through SpeechBrain's loop and through a Trainer's, from the same "
-        "seed, and compares hooks, losses, learning rates, gradients and weights. The exit "
-        "status is 0 only where everything is equal, the recipe does not fail, and a Trainer "
-        "ran one of them."
+        "Runs a recipe on SpeechBrain's loop and on a Trainer, from the same seed. Compares "
+        "hooks, losses, learning rates, gradients and weights. The exit status is 0 only if "
+        "all of them are equal, the recipe raises no error, and a Trainer ran its batches."
     )
     parser.add_argument(
         "--steps", type=int, default=10, metavar="N",
-        help="training batches of each Brain (default: %(default)s); 0: all of them",
+        help="number of training batches of each Brain, 0 for all (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     trainer, rest = split_trainer(words)
@@ -65,27 +64,27 @@ def verify(
     trainer: Mapping[str, Any],
     ported: tuple[str, Sequence[str]] | None = None,
 ) -> Comparison:
-    """Runs a recipe through both loops from the same seed.
+    """Runs a recipe on both loops from the same seed.
 
-    Each side has its own process and its own output folder. After ``steps`` training batches a
-    Brain ends its epoch as in debug mode, with a validation of as many batches at most.
+    Each side has a separate process and output folder. After ``steps`` training batches a
+    Brain ends its epoch as in debug mode, with a validation of at most ``steps`` batches.
 
     Args:
-        script: The script, on SpeechBrain's Brain.
-        words: Its command line.
-        steps: Training batches of each Brain; 0 for all of them.
-        trainer: Arguments of the Trainer.
-        ported: The script on our Brain and its command line, to run in the place of this one
-            on the Trainer.
+        script: Path of a script that uses SpeechBrain's Brain.
+        words: Command line of the script.
+        steps: Number of training batches of each Brain, 0 for all.
+        trainer: Trainer arguments.
+        ported: Ported script and its command line. If given, the Trainer's side runs it
+            instead of ``script``.
 
     Returns:
-        What both did, and where they differ first.
+        The events of both sides, with their first difference.
 
     Raises:
-        RecipeError: SpeechBrain is not installed, or the recipe fails on its own loop.
+        RecipeError: SpeechBrain is not installed, or one side ran no batch.
     """
     if importlib.util.find_spec("speechbrain") is None:
-        raise RecipeError("verify needs SpeechBrain: pip install speechbrain")
+        raise RecipeError("verify needs SpeechBrain. Run pip install speechbrain.")
     check_script(script)
     task = {"script": script, "words": words, "steps": steps, "trainer": dict(trainer)}
     runs = {"speechbrain": task, "trainer": task}
@@ -113,7 +112,9 @@ def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> dict[str, Any
     found: dict[str, Any] = {"events": []}
     if out.is_file():
         found = json.loads(out.read_text(encoding="utf-8"))
-    if not any(event["kind"] in OF_BATCHES for event in found["events"]):
+    if not any(event["kind"] in BATCH_EVENTS for event in found["events"]):
         tail = "\n".join(result.stdout.splitlines()[-TAIL:])
-        raise RecipeError(f"no batch was run on the side of {side}:\n{tail}")
+        raise RecipeError(
+            f"the {side} side of verify ran no batch. Its last lines of output:\n{tail}"
+        )
     return found

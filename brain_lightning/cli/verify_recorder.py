@@ -1,7 +1,7 @@
-"""One side of ``verify``: runs a recipe and records what its Brains did.
+"""Runs one side of ``verify``, and records the events of the recipe's Brains.
 
-Each side is a process, ``python -m brain_lightning.cli.verify_recorder``, so that neither
-finds what the other one left behind.
+Each side is a separate process, ``python -m brain_lightning.cli.verify_recorder``, so that
+neither side sees global state that the other side changed.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from brain_lightning.protocol import parameters_of
 
 from .script import run_recipe, run_script
 
-# Every hook of a Brain that its loops call, except fit_batch and optimizers_step: a Brain
-# that overrides them does its own stepping.
+# All hooks that a Brain's loops call, except fit_batch and optimizers_step, which are called
+# in different ways if a recipe overrides them.
 HOOKS = (
     "make_dataloader", "on_fit_start", "init_optimizers", "on_stage_start",
     "on_fit_batch_start", "compute_forward", "compute_objectives", "check_loss_isfinite",
     "freeze_optimizers", "check_gradients", "on_fit_batch_end", "evaluate_batch", "zero_grad",
     "on_stage_end", "on_evaluate_start",
 )  # fmt: skip
-# Parts of a Brain that are loops: a recipe that overrides one runs its own code there.
+# Methods of a Brain that are loops. If a recipe overrides one, its code runs on both sides.
 LOOPS = ("fit", "_fit_train", "_fit_valid", "evaluate")
 SEED = 1234
 
 
 class TrainerWitness(Callback):
-    """Counts what Trainers run, so that nothing is taken for theirs that is not.
+    """Counts the batches that Trainers run, as evidence that a Trainer ran the recipe.
 
     Attributes:
-        batches: Training batches of each class of Brain.
-        others: Batches of validations and tests of each.
+        batches: Number of training batches of each Brain class.
+        others: Number of validation and test batches of each Brain class.
     """
 
     def __init__(self) -> None:
@@ -61,30 +61,30 @@ class TrainerWitness(Callback):
         self.others: Counter[str] = Counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Counts a training batch of a Trainer."""
+        """Counts a training batch."""
         self.batches[type(pl_module.brain).__name__] += 1
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Counts a test batch of a Trainer."""
+        """Counts a test batch."""
         self.others[type(pl_module.brain).__name__] += 1
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Counts a validation batch of a Trainer."""
+        """Counts a validation batch."""
         self.on_test_batch_end(trainer, pl_module)
 
 
 class Recorder:
-    """Records the events of all Brains, in their order.
+    """Records the events of all Brains in order.
 
     Args:
-        steps: Training batches after which a Brain ends its epoch and its training;
-            0 for all of them.
+        steps: Number of training batches after which a Brain ends its epoch and its
+            training, 0 for all.
 
     Attributes:
-        events: What happened, each as a dict with its ``kind`` and when it was.
-        trained: Objectives of training and updates of each class of Brain.
-        tested: Objectives of validations and tests of each.
-        loops: Loops that each class of Brain overrides, as ``Own.fit``.
+        events: One dict per event, with its ``kind``, ``stage``, ``epoch`` and ``step``.
+        trained: Number of training objectives and optimizer steps of each Brain class.
+        tested: Number of validation and test objectives of each Brain class.
+        loops: Loops that each Brain class overrides, for example ``MyBrain.fit``.
     """
 
     def __init__(self, steps: int) -> None:
@@ -96,14 +96,14 @@ class Recorder:
         self._steps = steps
         self._done: Counter[int] = Counter()
         self._brains: list[Any] = []
-        # A recipe may fit within a stage.
+        # A stack, because a recipe may call fit within a stage.
         self._stages: list[tuple[str, Any]] = []
 
     def watch(self, brain_class: Any) -> None:
-        """Attaches to every Brain that is made after this call, and to every optimizer.
+        """Attaches to every Brain that is created after this call, and to every optimizer.
 
         Args:
-            brain_class: ``speechbrain.core.Brain``.
+            brain_class: ``speechbrain.core.Brain`` or ``brain_lightning.Brain``.
         """
         self._base, make = brain_class, brain_class.__init__
 
@@ -117,7 +117,7 @@ class Recorder:
         register_optimizer_step_post_hook(self.after_step)
 
     def attach(self, brain: Any) -> None:
-        """Records the hooks of one Brain; its class stays as it is.
+        """Records the hooks of one Brain. Its class is not changed.
 
         Args:
             brain: The Brain.
@@ -135,8 +135,9 @@ class Recorder:
         """Records one event.
 
         Args:
-            kind: hook, objective, gradients, weights, loss, stage or error.
-            **details: What it is about.
+            kind: ``hook``, ``objective``, ``gradients``, ``weights``, ``loss``, ``stage`` or
+                ``error``.
+            **details: Values of the event.
         """
         step = max((brain.step for brain in self._brains), default=0)
         stage, epoch = self._stages[-1] if self._stages else ("", None)
@@ -161,7 +162,7 @@ class Recorder:
             if name == "compute_objectives":
                 counts = self.trained if stages == ["TRAIN"] else self.tested
                 counts[type(brain).__name__] += 1
-                # Before the gradients: what differs first is named.
+                # Recorded before the gradients, so that the first difference is the cause.
                 self.add("objective", loss=_number(result))
             return result
 
@@ -174,7 +175,7 @@ class Recorder:
             if self._stages and self._stages[-1][0] == "TRAIN":
                 self._done[id(brain)] += 1
                 if self._done[id(brain)] == self._steps:
-                    # Both sides end the epoch, and the training, after the same batch.
+                    # Ends the epoch and the training after the same batch on both sides.
                     brain.debug, brain.debug_batches = True, brain.step
                     brain.debug_epochs = self._stages[-1][1]
             return hook(loss, avg_loss)
@@ -182,13 +183,14 @@ class Recorder:
         return counted
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Records what an optimizer is about to apply.
+        """Records the gradients and learning rates before an optimizer step.
 
         Args:
             optimizer: The optimizer.
         """
         gradients = {n: p.grad for n, p in self._named(optimizer) if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm([g.detach() for g in gradients.values()])
+        norms = [torch.linalg.vector_norm(g.detach()).item() for g in gradients.values()]
+        norm = torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float64))
         self.add(
             "gradients",
             optimizer=type(optimizer).__name__,
@@ -198,7 +200,7 @@ class Recorder:
         )
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Records what an optimizer has changed.
+        """Records the weights after an optimizer step.
 
         Args:
             optimizer: The optimizer.
@@ -226,7 +228,7 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> str:
-    """Every digit; as text, since JSON has no NaN and a recipe may return anything."""
+    """Returns all digits as a string: JSON has no NaN, and a recipe may return any object."""
     try:
         return repr(float(value))
     except (TypeError, ValueError, RuntimeError):
@@ -245,7 +247,7 @@ def _digest(tensor: Tensor) -> int:
 
 
 def seed_everything() -> None:
-    """Gives both sides the same random numbers, and the same kernels."""
+    """Sets the same seeds on both sides, and selects deterministic kernels."""
     random.seed(SEED)
     importlib.import_module("numpy").random.seed(SEED)
     torch.manual_seed(SEED)
@@ -255,19 +257,21 @@ def seed_everything() -> None:
 def record(
     side: str, script: str, words: list[str], steps: int, trainer: Any
 ) -> dict[str, Any]:
-    """Runs a recipe and records what it does.
+    """Runs a recipe and records its events.
 
     Args:
-        side: ``speechbrain`` or ``trainer``: whose loops run; ``ported``: on our Brain.
-        script: The script.
-        words: Its command line.
+        side: ``speechbrain`` for SpeechBrain's loops, ``trainer`` for a Trainer, ``ported``
+            for a script that uses ``brain_lightning.Brain``.
+        script: Path of the script.
+        words: Command line of the script.
         steps: See ``Recorder``.
-        trainer: Arguments of the Trainer.
+        trainer: Trainer arguments.
 
     Returns:
-        The ``events``, of which an error of the recipe is the last; and by class of Brain what
-        was ``trained`` and ``tested``, how many batches of both were ``on_trainer`` and
-        ``others``, and the recipe's own ``loops``.
+        The ``events``, the last of which is the recipe's error if it raised one. For each
+        Brain class, the counts ``trained`` and ``tested`` of ``Recorder``, the counts
+        ``on_trainer`` and ``others`` of the batches that a Trainer ran, and the overridden
+        ``loops``.
     """
     seed_everything()
     recorder, witness = Recorder(steps), TrainerWitness()
@@ -283,7 +287,7 @@ def record(
     except SystemExit as end:
         if end.code not in (None, 0):
             recorder.add("error", error=f"exit status {end.code}")
-    except BaseException as error:  # noqa: BLE001  whatever the recipe raises
+    except BaseException as error:  # noqa: BLE001  a recipe may raise any exception
         traceback.print_exc()
         recorder.add("error", error=f"{type(error).__name__}: {error}")
     return {

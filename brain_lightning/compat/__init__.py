@@ -1,7 +1,7 @@
-"""Versions of other packages; SpeechBrain's classes, looked up and never imported.
+"""Differences between versions of other packages, and access to SpeechBrain's classes.
 
-``versions`` is the only file that compares versions, and warns of a Lightning that is not
-tested. ``speechbrain`` is the only file that knows SpeechBrain's classes, which it looks up
-where a script has loaded them and never imports; ``dynamic_batches`` knows what its
-DynamicBatchSampler looks like inside.
+Only ``versions`` compares versions. It also warns about an untested version of Lightning. Only
+``speechbrain`` knows SpeechBrain's classes. It never imports SpeechBrain, but looks classes up
+if the script has loaded them. ``load_hooks`` adapts load hooks of SpeechBrain 0.5.
+``dynamic_batches`` knows the internals of DynamicBatchSampler.
 """

@@ -1,4 +1,4 @@
-"""SpeechBrain's DynamicBatchSampler: what its batches may be, and batches of another size."""
+"""The internals of SpeechBrain's DynamicBatchSampler: its batches, and how to resize them."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import numpy as np
 
 
 def is_dynamic(sampler: object) -> bool:
-    """Whether a sampler is SpeechBrain's DynamicBatchSampler.
+    """Returns whether a sampler is SpeechBrain's DynamicBatchSampler.
 
     Args:
-        sampler: Any sampler of batches.
+        sampler: Any batch sampler.
     """
     return hasattr(sampler, "_max_batch_length") and hasattr(sampler, "_bucket_boundaries")
 
 
 def max_batch_length(sampler: Any) -> float:
-    """The most that the examples of a batch are long together, with padding.
+    """Returns the maximum total length of a batch, including padding.
 
     Args:
-        sampler: One that ``is_dynamic``.
+        sampler: A DynamicBatchSampler.
     """
     return float(sampler._max_batch_length)
 
 
 def total_length(sampler: Any) -> float:
-    """The length of one batch of all examples, with padding.
+    """Returns the total length of a batch of all examples, including padding.
 
     Args:
-        sampler: One that ``is_dynamic``.
+        sampler: A DynamicBatchSampler.
     """
     lengths = sampler._ex_lengths.values()
     return float(max(lengths) * len(lengths))
 
 
 def set_max_batch_length(sampler: Any, length: float) -> None:
-    """Makes the batches that the constructor would make with another length.
+    """Generates the batches that the constructor would generate with another length.
 
     Args:
-        sampler: One that ``is_dynamic``; boundaries of buckets that were not given to it are
-            quantiles of the length.
+        sampler: A DynamicBatchSampler. If it computed its bucket boundaries itself, they are
+            recomputed, because they are quantiles that depend on the length.
         length: The new ``max_batch_length``.
     """
     boundaries, before = sampler._bucket_boundaries, sampler._max_batch_length
@@ -59,36 +59,36 @@ def _quantiles(sampler: Any, length: float) -> Any:
 
 
 def lengths(sampler: Any) -> dict[int, float]:
-    """How long each example is, by index.
+    """Returns the length of each example, by index.
 
     Args:
-        sampler: One that ``is_dynamic``.
+        sampler: A DynamicBatchSampler.
     """
     return {int(index): float(each) for index, each in sampler._ex_lengths.items()}
 
 
 def fixed_batches(sampler: Any) -> list[list[int]] | None:
-    """The batches, where they are the same ones in each epoch.
+    """Returns the batches if they are the same in each epoch.
 
     Args:
-        sampler: One that ``is_dynamic``.
+        sampler: A DynamicBatchSampler.
 
     Returns:
-        None where other examples meet in each epoch.
+        The batches, or None if each epoch combines other examples.
     """
     return None if sampler._shuffle_ex else [list(batch) for batch in sampler._batches]
 
 
 def buckets(sampler: Any) -> list[tuple[list[int], int]]:
-    """The examples that may meet in a batch, and how many of them at most.
+    """Returns the examples that may share a batch, and the maximum number of them.
 
     Args:
-        sampler: One that ``is_dynamic``.
+        sampler: A DynamicBatchSampler.
     """
     found: list[list[int]] = [[] for _ in sampler._bucket_lens]
     boundaries = sampler._bucket_boundaries.tolist()
     for index, length in lengths(sampler).items():
-        # As its _generate_batches does, by numpy.searchsorted.
+        # As numpy.searchsorted in _generate_batches.
         found[bisect_left(boundaries, length)].append(index)
     most = [int(min(each, sampler._max_batch_ex)) for each in sampler._bucket_lens]
     return list(zip(found, most, strict=True))

@@ -1,4 +1,4 @@
-"""Load hooks of SpeechBrain 0.5, which have an argument ``device``; from 1.0 on none has."""
+"""Adapts load hooks of SpeechBrain 0.5, which have an argument ``device``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 Hook = Callable[..., Any]
 
-# What a load hook is called with, its object first.
+# Arguments of a load hook, including its object.
 LOAD_HOOK = ("self", "path", "end_of_epoch")
 
 _device: ContextVar[Any] = ContextVar("device", default=None)
@@ -21,11 +21,11 @@ _device: ContextVar[Any] = ContextVar("device", default=None)
 
 @contextmanager
 def loading_to(device: Any, otherwise: Any = None) -> Iterator[None]:
-    """Gives hooks that ask for a device this one.
+    """Passes a device to load hooks that need one.
 
     Args:
-        device: The device; None leaves the one that was given around it.
-        otherwise: The device where none was given.
+        device: The device. With None, the device of the surrounding context stays.
+        otherwise: The device if neither this nor a surrounding context gives one.
 
     Yields:
         None
@@ -39,25 +39,25 @@ def loading_to(device: Any, otherwise: Any = None) -> Iterator[None]:
 
 
 def device_of(brain: Any) -> torch.device | None:
-    """What SpeechBrain 0.5 loads a Brain's checkpoints to.
+    """Returns the device to which SpeechBrain 0.5 loads the checkpoints of a Brain.
 
     Args:
-        brain: A Brain; anything without a device has None.
+        brain: A Brain. The result is None for an object without a device.
     """
     name = getattr(brain, "device", None)
     return None if name is None else torch.device(name)
 
 
 def without_device(hook: Hook, *arguments: str) -> Hook:
-    """A hook as SpeechBrain 1 calls it, whichever form it has.
+    """Returns a hook that can be called without a device, as SpeechBrain 1 does.
 
     Args:
-        hook: One with a parameter ``device``, or with one more than the arguments, gets the
-            device of ``loading_to``; any other one is returned as it is.
-        *arguments: What it is called with besides.
+        hook: The hook. If it has a parameter ``device``, or one parameter more than the
+            arguments, it gets the device of ``loading_to``. Otherwise it is returned as is.
+        *arguments: Names of its other arguments.
 
     Returns:
-        A function that takes these arguments, and may still be called with a device.
+        A function with these arguments, which may also be called with a device.
     """
     by_name = takes_device(hook)
     if not by_name and (binds(hook, *arguments) or not binds(hook, *arguments, "device")):
@@ -71,23 +71,23 @@ def without_device(hook: Hook, *arguments: str) -> Hook:
             return hook(*args, device=_device.get(), **kwargs)
         return hook(*args, _device.get(), **kwargs)
 
-    # Whoever looks at the signature is to see this one.
+    # inspect.signature must not return the signature of the wrapped hook.
     del called.__wrapped__
     return called
 
 
 def takes_device(function: Callable[..., Any]) -> bool:
-    """Whether a function has an argument of the name ``device``."""
+    """Returns whether a function has an argument with the name ``device``."""
     try:
         device = inspect.signature(function).parameters.get("device")
     except ValueError:
-        # Some functions of C have no signature.
+        # Some functions that are implemented in C have no signature.
         return False
     return device is not None and device.kind is not device.POSITIONAL_ONLY
 
 
 def binds(function: Callable[..., Any], *arguments: str) -> bool:
-    """Whether a function can be called with so many arguments."""
+    """Returns whether a function can be called with this number of arguments."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:

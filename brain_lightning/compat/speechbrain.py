@@ -1,7 +1,6 @@
-"""What real SpeechBrain objects need, where SpeechBrain is in use.
+"""Access to SpeechBrain's classes and objects, without importing SpeechBrain.
 
-Never imports SpeechBrain: an object of its classes can only be there if its
-modules are loaded already.
+An object of a SpeechBrain class can exist only if its module has been loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .versions import run_option_defaults
 
 
 def _loaded(module: str, name: str) -> Any:
-    """The named attribute of a SpeechBrain module, or None where nobody loaded it."""
+    """Returns an attribute of a SpeechBrain module, or None if the module is not loaded."""
     return getattr(sys.modules.get(f"speechbrain.{module}"), name, None)
 
 
@@ -41,7 +40,7 @@ def _is_a(obj: object, module: str, name: str) -> bool:
 
 
 def metrics_code() -> list[Any]:
-    """The functions whose results recipes report as they are, such as ``wer_summary``."""
+    """Returns the functions whose results recipes report directly, such as ``wer_summary``."""
     names = [f"speechbrain.utils.{each}" for each in ("edit_distance", "metric_stats")]
     values = [each for name in names for each in vars(sys.modules.get(name, object)).values()]
     own = [each for each in values if getattr(each, "__module__", None) in names]
@@ -49,26 +48,26 @@ def metrics_code() -> list[Any]:
 
 
 def is_main_process_alone() -> bool:
-    """Whether the other processes wait for a function that only the main process calls."""
+    """Returns whether other processes wait for a function that only the main process calls."""
     return bool(_loaded("utils.distributed", "MAIN_PROC_ONLY"))
 
 
 def brain_class() -> Any:
-    """SpeechBrain's own Brain class, where it is loaded."""
+    """Returns SpeechBrain's own Brain class, or None if it is not loaded."""
     return _loaded("core", "Brain")
 
 
 def is_speechbrains(brain: object) -> bool:
-    """Whether ``brain`` is a Brain of SpeechBrain's."""
+    """Returns whether ``brain`` is an instance of SpeechBrain's Brain class."""
     return _is_a(brain, "core", "Brain")
 
 
 def calls_ours(brain: BrainProtocol, hook: str) -> bool:
-    """Whether a hook of a Brain is that of ours, or one that calls it by ``super()``.
+    """Returns whether a hook is ``brain_lightning.Brain``'s or calls it through ``super()``.
 
     Args:
         brain: The Brain.
-        hook: A method of Brain.
+        hook: Name of a method of Brain.
     """
     if is_speechbrains(brain):
         return False
@@ -76,18 +75,18 @@ def calls_ours(brain: BrainProtocol, hook: str) -> bool:
 
 
 def add_attributes(brain: Any) -> None:
-    """Gives a SpeechBrain Brain, once, the attributes that only ours has.
+    """Adds to a SpeechBrain Brain, once, the attributes of ``brain_lightning.Brain``.
 
     Args:
-        brain: Any Brain; nothing happens to ours.
+        brain: Any Brain. A ``brain_lightning.Brain`` is not changed.
 
     Raises:
-        UnsupportedError: It is to use DataParallel.
+        UnsupportedError: The Brain is set to use DataParallel.
     """
     if not is_speechbrains(brain):
         return
     settings = vars(brain).get("_lightning") or _new_settings(brain)
-    # Those of the patch that holds now.
+    # The defaults of the patch that is active now.
     defaults = getattr(type(brain), "_lightning_defaults", TrainerDefaults())
     settings.trainer_overrides = defaults.overrides
     settings.trainer_callbacks = defaults.callbacks
@@ -97,10 +96,10 @@ def add_attributes(brain: Any) -> None:
 def _new_settings(brain: Any) -> LightningSettings:
     if brain.data_parallel_backend:
         raise UnsupportedError(
-            "run option data_parallel_backend=True is not supported: start one process for "
-            "each device, with torchrun or --trainer.devices=2"
+            "run option data_parallel_backend=True is not supported. Start one process per "
+            "device, with torchrun or --trainer.devices=2."
         )
-    # SpeechBrain keeps no more of them than the values.
+    # SpeechBrain stores only the values of run options, and not which were set.
     defaults = run_option_defaults(sys.modules["speechbrain.core"])
     of_any_brain = (
         "accumulate_by",
@@ -124,16 +123,16 @@ def _new_settings(brain: Any) -> LightningSettings:
 
 
 def set_processes(brain: Any, rank: int, world_size: int) -> None:
-    """Tells a Brain which of several processes it is in.
+    """Sets the rank of a Brain and the number of processes.
 
     Args:
-        brain: Any Brain. One of SpeechBrain's reads its ``rank`` in ``make_dataloader``.
-        rank: The number of the process.
-        world_size: How many there are.
+        brain: Any Brain. SpeechBrain's Brain reads its ``rank`` in ``make_dataloader``.
+        rank: Rank of the process.
+        world_size: Number of processes.
     """
     brain._lightning.rank, brain._lightning.world_size = rank, world_size
     if is_speechbrains(brain):
-        # A recipe may have a property by that name.
+        # A recipe may define a read-only property of this name.
         with contextlib.suppress(AttributeError):
             brain.rank = rank
 
@@ -141,12 +140,12 @@ def set_processes(brain: Any, rank: int, world_size: int) -> None:
 def redirect_parts(
     brain: object, parts_of: Callable[[Any], Any], temporary: TemporaryAttributes
 ) -> None:
-    """Makes SpeechBrain's ``_fit_train`` and ``_fit_valid`` stages of a Trainer run.
+    """Makes SpeechBrain's ``_fit_train`` and ``_fit_valid`` run stages of a Trainer run.
 
     Args:
-        brain: The Brain that runs; nothing happens to the class of ours.
-        parts_of: Returns the stages of a Brain's run, or None where it has none.
-        temporary: Records what is changed.
+        brain: Brain that runs. For a ``brain_lightning.Brain`` nothing is changed.
+        parts_of: Returns the stages of a Brain's run, or None if there is no run.
+        temporary: Records the changes, to undo them after the run.
     """
     if not is_speechbrains(brain):
         return
@@ -162,7 +161,7 @@ def _redirected(
     def run_part(self: Any, *args: Any, **kwargs: Any) -> None:
         parts = parts_of(self)
         if parts is None or not getattr(parts, f"may_{stage}"):
-            # Another Brain may be in SpeechBrain's loop at the same time.
+            # Another Brain may run SpeechBrain's own loop at the same time.
             original(self, *args, **kwargs)
         else:
             getattr(parts, stage)(*args, **kwargs)
@@ -171,17 +170,17 @@ def _redirected(
 
 
 def is_looped_loader(obj: object) -> bool:
-    """Whether ``obj`` is SpeechBrain's LoopedLoader."""
+    """Returns whether ``obj`` is SpeechBrain's LoopedLoader."""
     return _is_a(obj, "dataio.dataloader", "LoopedLoader")
 
 
 def is_saveable_loader(obj: object) -> bool:
-    """Whether SpeechBrain's Checkpointer can save ``obj``'s position in the data."""
+    """Returns whether SpeechBrain's Checkpointer can save the position of a loader."""
     return is_looped_loader(obj) or _is_a(obj, "dataio.dataloader", "SaveableDataLoader")
 
 
 def recovered_position(loader: Any) -> int:
-    """The number of batches that a recovered SaveableDataLoader is to skip.
+    """Returns the number of batches that a recovered SaveableDataLoader must skip.
 
     Args:
         loader: Any loader.
@@ -190,22 +189,22 @@ def recovered_position(loader: Any) -> int:
 
 
 def clear_position(loader: Any) -> None:
-    """Keeps a SaveableDataLoader from skipping batches when it is iterated.
+    """Makes a SaveableDataLoader start at its first batch when it is iterated.
 
     Args:
-        loader: Any loader; nothing happens to others.
+        loader: Any loader. Other loaders are not changed.
     """
     if is_saveable_loader(loader) and not is_looped_loader(loader):
         loader._speechbrain_recovery_skip_to = None
 
 
 def track_iterator(loader: Any, iterator: Any, position: int) -> None:
-    """Lets a SaveableDataLoader save the position of an iterator that it did not make.
+    """Makes a SaveableDataLoader save the position of an iterator that it did not create.
 
     Args:
-        loader: Any loader; nothing happens to others.
-        iterator: Of a copy of it.
-        position: Batches before the iterator's first.
+        loader: Any loader. Other loaders are not changed.
+        iterator: Iterator of a copy of the loader.
+        position: Number of batches before the iterator's first batch.
     """
     if is_saveable_loader(loader) and not is_looped_loader(loader):
         clear_position(loader)
@@ -214,19 +213,19 @@ def track_iterator(loader: Any, iterator: Any, position: int) -> None:
 
 
 def is_checkpointer(obj: object) -> bool:
-    """Whether ``obj`` is SpeechBrain's Checkpointer."""
+    """Returns whether ``obj`` is SpeechBrain's Checkpointer."""
     return _is_a(obj, "utils.checkpoints", "Checkpointer")
 
 
 def redirect_recovery(
     checkpointer: object, recover: Callable[..., Any], temporary: TemporaryAttributes
 ) -> None:
-    """Makes ``recover_if_possible`` of one of SpeechBrain's Checkpointers another function.
+    """Replaces ``recover_if_possible`` of one of SpeechBrain's Checkpointers.
 
     Args:
-        checkpointer: The Checkpointer, whose class may call the method that it overrides.
-        recover: Gets SpeechBrain's own method, bound, and the arguments.
-        temporary: Records what is changed.
+        checkpointer: The Checkpointer. An override in its class may call the replaced method.
+        recover: Called with SpeechBrain's own bound method and the arguments.
+        temporary: Records the changes, to undo them after the run.
     """
     checkpointer_class: Any = _loaded("utils.checkpoints", "Checkpointer")
     original = checkpointer_class.recover_if_possible
@@ -242,13 +241,13 @@ def redirect_recovery(
 
 
 def accept_devices(temporary: TemporaryAttributes) -> None:
-    """Lets SpeechBrain's checkpoints, and its Pretrainer, take a ``device`` as in 0.5.
+    """Makes SpeechBrain's checkpoints and Pretrainer accept a ``device``, as in 0.5.
 
-    States are loaded to the CPU, and copied to where their object is; a load hook that
-    asks for the device gets it.
+    States are loaded to the CPU and copied to the device of their object. A load hook with an
+    argument ``device`` gets the device.
 
     Args:
-        temporary: Records what is changed.
+        temporary: Records the changes, to undo them after the run.
     """
     checkpoints: Any = sys.modules.get("speechbrain.utils.checkpoints")
     if checkpoints is None or takes_device(checkpoints.Checkpointer.load_checkpoint):
@@ -266,13 +265,13 @@ def accept_devices(temporary: TemporaryAttributes) -> None:
         temporary.override(checkpoints, f"mark_as_{name}", _marking(mark, *arguments))
 
 
-# Of a Checkpointer, and of a Pretrainer: what their hooks are called with.
+# Custom hooks of a Checkpointer and of a Pretrainer, with the arguments of the hooks.
 CUSTOM_HOOKS = {"custom_load_hooks": LOAD_HOOK, "custom_hooks": LOAD_HOOK[:2]}
 
 
 @functools.cache
 def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a last argument ``device``."""
+    """Returns the function with an additional last argument ``device``."""
     own = inspect.signature(function)
     device = inspect.Parameter("device", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
     signature = own.replace(parameters=[*own.parameters.values(), device])
@@ -281,7 +280,7 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def with_device(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         to = given.arguments.pop("device", None)
-        # A method of a Checkpointer, or a list of checkpoints.
+        # The first argument is a Checkpointer or a list of checkpoints.
         brain = getattr(args[0], "recoverables", {}).get("brain")
         with loading_to(to, device_of(brain)), TemporaryAttributes() as temporary:
             for name, arguments in CUSTOM_HOOKS.items():
@@ -296,7 +295,7 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _marking(mark: Callable[..., Any], *arguments: str) -> Callable[..., Any]:
-    """A decorator of hooks that takes those with a ``device`` as well."""
+    """Returns a decorator of hooks that also accepts hooks with a ``device``."""
 
     @functools.wraps(mark)
     def marking(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -306,15 +305,15 @@ def _marking(mark: Callable[..., Any], *arguments: str) -> Callable[..., Any]:
 
 
 def dataloader_maker(dataset: object, checkpointer: object, looped: bool) -> Any:
-    """SpeechBrain's ``make_dataloader`` where its own objects ask for it.
+    """Returns SpeechBrain's ``make_dataloader`` if objects of SpeechBrain need it.
 
     Args:
-        dataset: A ``DynamicItemDataset`` needs its padding.
-        checkpointer: A SpeechBrain Checkpointer needs a loader that it can save.
-        looped: Whether a LoopedLoader is asked for.
+        dataset: A dataset. A ``DynamicItemDataset`` needs SpeechBrain's padding.
+        checkpointer: A Checkpointer. SpeechBrain's needs a loader that it can save.
+        looped: Whether a LoopedLoader is requested.
 
     Returns:
-        The function, or None where a plain DataLoader serves.
+        The function, or None if a plain DataLoader is enough.
     """
     padded = _is_a(dataset, "dataio.dataset", "DynamicItemDataset")
     if padded or looped or is_checkpointer(checkpointer):
@@ -323,24 +322,24 @@ def dataloader_maker(dataset: object, checkpointer: object, looped: bool) -> Any
 
 
 def default_hooks(kind: str) -> dict[type, Any]:
-    """The hooks that classes have registered with SpeechBrain's Checkpointer.
+    """Returns the hooks that classes registered with SpeechBrain's Checkpointer.
 
     Args:
         kind: SAVE, LOAD or TRANSFER.
 
     Returns:
-        SpeechBrain's own table, or an empty one where nobody loaded it.
+        SpeechBrain's own table, or an empty one if it is not loaded.
     """
     return _loaded("utils.checkpoints", f"DEFAULT_{kind}_HOOKS") or {}
 
 
 def state_savers() -> list[Any]:
-    """The hooks of SpeechBrain that write a ``state_dict``, the default one first."""
+    """Returns SpeechBrain's hooks that write a ``state_dict``, the default hook first."""
     names = ("torch_save", "torch_save_once_per_node")
     return [_loaded("utils.checkpoints", name) for name in names]
 
 
-# Classes whose own hooks save too little, or recover too little: see checkpoints/hooks.py.
+# Classes whose own hooks save or recover too little: see checkpoints/hooks.py.
 _REPAIRED = {
     ("speechbrain.utils.epoch_loop", "EpochCounter"): "counter",
     ("speechbrain.utils.epoch_loop", "EpochCounterWithStopper"): "stopper",
@@ -349,12 +348,12 @@ _REPAIRED = {
 
 
 def repaired_kind(cls: type) -> str | None:
-    """The kind of file that objects of a class have here, in place of SpeechBrain's own.
+    """Returns the kind of file that replaces the file of SpeechBrain's own hooks.
 
     Args:
         cls: Any class.
 
     Returns:
-        None for those that are saved and recovered as their class says.
+        The kind, or None if the hooks of the class itself are used.
     """
     return _REPAIRED.get((cls.__module__, cls.__name__))

@@ -1,7 +1,7 @@
-"""What differs between the versions of other packages: the only file that knows.
+"""Differences between the versions of other packages. Only this file compares versions.
 
-Each name has the version with which it goes away. ``tests/system/versions.sh`` runs the
-tests on the oldest and the newest.
+Each comment names the version that makes the difference. ``tests/system/versions.sh`` runs the
+tests on the oldest and the newest versions.
 """
 
 from __future__ import annotations
@@ -25,35 +25,36 @@ TESTED_LIGHTNING = f"2.4 to {NEWEST_LIGHTNING}"
 
 if LIGHTNING > NEWEST_LIGHTNING:
     warnings.warn(
-        f"Lightning {LIGHTNING} is installed, and brain_lightning is tested with "
-        f"{TESTED_LIGHTNING}. A run is refused if a private part that it needs is gone.",
+        f"Lightning {LIGHTNING} is installed, but brain_lightning is tested with "
+        f"{TESTED_LIGHTNING}. If a private part of Lightning that a run needs is missing, the "
+        "run raises an error.",
         stacklevel=1,
     )
 
-# From 2.5.2 on each process asks the others in each batch whether one got a SIGTERM.
+# Since 2.5.2, ranks exchange in each batch whether one of them received SIGTERM.
 BROADCASTS_SIGTERM = LIGHTNING >= "2.5.2"
 
-# From 2.6.1 on StochasticWeightAveraging takes its average also where max_epochs is -1.
+# Since 2.6.1, StochasticWeightAveraging also averages if max_epochs is -1.
 AVERAGES_WITHOUT_END = LIGHTNING >= "2.6.1"
 
-# What bytes are pickled as; torch loads it as a plain value from 2.6 on.
+# The function that bytes are pickled with. Since 2.6, torch loads it as a plain value.
 PLAIN_GLOBALS: list[Any] = [] if torch.__version__ >= "2.6" else [_codecs.encode]
 
-# From 2.8 on gradients of sharded modules are averaged on the CPU too, if it is asked for by
-# set_force_sum_reduction_for_comms; earlier versions lack some of what is used.
+# Since 2.8, gradients of sharded modules can be averaged on the CPU, too
+# (set_force_sum_reduction_for_comms). Earlier versions also lack other functions.
 SHARDS = torch.__version__ >= "2.8" and torch.distributed.is_available()
 if TYPE_CHECKING or SHARDS:
     from torch.distributed.fsdp import FSDPModule as FSDPModule
     from torch.distributed.tensor import DTensor as DTensor
 else:
-    # Of which there are no instances.
+    # No object is an instance of this class.
     FSDPModule = DTensor = type("NotInThisVersion", (), {})
 
 
-# Whether gradients are averaged where a process has not used a parameter, and others have.
+# Whether gradients are averaged if only some ranks used a parameter.
 REDUCES_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
-# torch has it from 2.6 on.
+# torch.accelerator needs torch 2.6.
 accelerator: Any = getattr(torch, "accelerator", None) or SimpleNamespace(
     is_available=torch.cuda.is_available,
     current_accelerator=lambda: torch.device("cuda"),
@@ -62,14 +63,14 @@ accelerator: Any = getattr(torch, "accelerator", None) or SimpleNamespace(
 
 
 def run_option_defaults(core: Any) -> dict[str, Any]:
-    """What SpeechBrain's run options are where nobody gives them.
+    """Returns the defaults of SpeechBrain's run options.
 
     Args:
-        core: ``speechbrain.core``, which had a dictionary before ``RunOptions`` came
-            with 1.1.
+        core: The module ``speechbrain.core``. It has a dictionary before SpeechBrain 1.1, and
+            ``RunOptions`` since.
 
     Returns:
-        Values by name.
+        Defaults by name.
     """
     if hasattr(core, "run_opt_defaults"):
         return dict(core.run_opt_defaults)
@@ -77,12 +78,12 @@ def run_option_defaults(core: Any) -> dict[str, Any]:
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Adds a line to what a traceback shows of an error.
+    """Adds a note to an error, which tracebacks show after the error.
 
     Args:
-        error: The error; its type, its arguments and ``str(error)`` stay as they are.
-        note: The line. Python 3.10 knows no notes: there it is logged, and kept where
-            later versions keep them.
+        error: The error. Its type, its arguments and ``str(error)`` are not changed.
+        note: The note. Python 3.10 does not show notes. There the note is logged, and stored
+            in the attribute that later versions use.
     """
     if hasattr(error, "add_note"):
         error.add_note(note)

@@ -1,8 +1,8 @@
-"""DataLoaders and samplers as a Brain makes them from a dataset.
+"""The DataLoaders and samplers that a Brain creates for a dataset.
 
-``dataloaders`` makes loaders, chooses their samplers, and has the loader whose position a
-Checkpointer saves. ``samplers`` has SpeechBrain's two: one that shuffles reproducibly by
-epoch, and one that shards what another sampler yields among processes. ``several_loaders``
-has what ``fit`` and ``evaluate`` do with several sets. ``examples`` counts the examples in
-batches, to find a position where batches have another size by now.
+``dataloaders`` creates loaders, chooses their samplers, and has the loader whose position a
+Checkpointer saves. ``samplers`` has SpeechBrain's two samplers: one that shuffles reproducibly
+by epoch, and one that distributes another sampler over processes. ``several_loaders`` handles
+several sets in ``fit`` and ``evaluate``. ``batch_size`` reads and changes the batch size of a
+loader. ``examples`` counts the examples in batches, to resume with batches of another size.
 """

@@ -1,4 +1,4 @@
-"""The size of the batches of a loader: what it is, and another one."""
+"""Reads and changes the batch size of a loader."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from brain_lightning.compat import dynamic_batches as dynamic
 from brain_lightning.errors import UnsupportedError
 
 from .dataloaders import has_indices, length_of
-from .samplers import share_anew, unwrapped
+from .samplers import unwrapped, update_shards
 
 
 class BatchSize:
-    """The size of the batches of one loader.
+    """The batch size of one loader.
 
     Args:
-        loader: A DataLoader with a ``batch_size``, or with SpeechBrain's DynamicBatchSampler.
+        loader: DataLoader with a ``batch_size`` or with SpeechBrain's DynamicBatchSampler.
 
     Attributes:
-        name: The argument by which a recipe chooses it.
+        name: Name of the argument that sets the batch size in a recipe.
 
     Raises:
-        UnsupportedError: It cannot be changed.
+        UnsupportedError: The batch size cannot be changed.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -35,37 +35,38 @@ class BatchSize:
         self.name = "max_batch_length" if is_dynamic else "batch_size"
         if not is_dynamic and (not has_indices(loader) or type(batches) is not BatchSampler):
             raise UnsupportedError(
-                f"the batch size of {_describe(loader)} cannot be changed: give fit a dataset "
-                "with batch_size in its loader_kwargs, or SpeechBrain's DynamicBatchSampler"
+                f"the batch size of {_describe(loader)} cannot be changed. Pass fit a dataset "
+                "with batch_size in its loader_kwargs, or use SpeechBrain's "
+                "DynamicBatchSampler."
             )
 
     @property
     def current(self) -> float:
-        """What it is now: examples, or the length of all of them together."""
+        """The current size: number of examples, or total length of a dynamic batch."""
         if self._dynamic is not None:
             return dynamic.max_batch_length(self._dynamic)
         return self._loader.batch_size or 1
 
     @property
     def largest(self) -> float:
-        """With which one batch has all the data of this process."""
+        """The size at which one batch has all the data of this process."""
         if self._dynamic is not None:
             return dynamic.total_length(self._dynamic)
         return length_of(self._loader.sampler) or 1
 
     def set(self, size: float) -> None:
-        """Changes it, for every pass that begins from now on.
+        """Changes the size for every pass that starts later.
 
         Args:
-            size: As ``current``.
+            size: The new size, in the unit of ``current``.
         """
         batches: Any = self._loader.batch_sampler
         if self._dynamic is not None:
             dynamic.set_max_batch_length(self._dynamic, size)
             if isinstance(batches, DistributedSampler):
-                share_anew(batches)
+                update_shards(batches)
             return
-        # DataLoader's __setattr__ refuses to change its own.
+        # DataLoader's __setattr__ does not allow changing its batch_size.
         batches.batch_size = vars(self._loader)["batch_size"] = int(size)
 
 

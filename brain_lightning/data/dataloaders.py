@@ -1,4 +1,4 @@
-"""DataLoaders as a Brain makes them: reproducible shuffling, padding, saveable positions."""
+"""Creates DataLoaders as a Brain does: reproducible shuffling, padding, saved positions."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class _Position(Protocol):
 
 @hooks.register_checkpoint_hooks
 class SaveableDataLoader(DataLoader[Any]):
-    """A DataLoader whose position in the data is saved, as SpeechBrain's of the same name.
+    """A DataLoader whose position is saved, as SpeechBrain's class of the same name.
 
-    The file is SpeechBrain's: the number of batches, after which ``fit`` resumes.
+    The file has SpeechBrain's format: the number of batches after which ``fit`` resumes.
 
     Attributes:
-        position: Of the run that iterates the loader; it counts the fitted batches.
-        recovered: The number of batches that the next pass skips.
+        position: Position of the run that iterates the loader, which counts fitted batches.
+        recovered: Number of batches that the next pass skips.
     """
 
     position: _Position | None = None
@@ -44,26 +44,26 @@ class SaveableDataLoader(DataLoader[Any]):
     @hooks.mark_as_loader
     def _recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
         saved = Path(path).read_text(encoding="utf-8")
-        # One that was iterated recovers the best checkpoint for an evaluation.
+        # After training, a loader recovers along with the best checkpoint, for evaluation.
         if not (end_of_epoch or self.position or saved == str(None)):
             self.recovered = int(saved)
 
 
 def twin(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
-    """A copy of a loader, to be iterated instead: the user's stays as it is.
+    """Copies a loader, to iterate the copy and leave the user's loader unchanged.
 
     Args:
         loader: The loader.
         **changes: Attributes that differ in the copy.
     """
     new = copy.copy(loader)
-    # DataLoader's __setattr__ refuses to change some of these.
+    # DataLoader's __setattr__ does not allow changing some of these.
     vars(new).update(changes, _iterator=None)
     return new
 
 
 def has_indices(loader: object) -> bool:
-    """Whether a loader draws indices, which say where it is in its data, as a stream has none.
+    """Returns whether a loader samples indices, which define a position. A stream has none.
 
     Args:
         loader: Any iterable.
@@ -72,7 +72,7 @@ def has_indices(loader: object) -> bool:
 
 
 def is_sharded(loader: Any) -> bool:
-    """Whether a loader gives each process its own share, as far as it can be seen.
+    """Returns whether a loader gives each process its own shard, as far as can be detected.
 
     Args:
         loader: A DataLoader.
@@ -80,33 +80,33 @@ def is_sharded(loader: Any) -> bool:
     batches = loader.batch_sampler
     samplers = (loader.sampler, batches, getattr(batches, "sampler", None))
     if has_indices(loader):
-        # One of somebody else's may have these names too.
+        # Duck typing, because a custom distributed sampler may have these names, too.
         return any(hasattr(sampler, "num_replicas") for sampler in samplers)
-    # The stages of a WebDataset.
+    # The pipeline stages of a WebDataset.
     stages = getattr(loader.dataset, "pipeline", ())
     return any("split_by_node" in repr(stage) for stage in stages)
 
 
 def is_loader(data: object) -> bool:
-    """Whether ``fit`` iterates ``data`` directly, rather than making a loader for it."""
+    """Returns whether ``fit`` iterates ``data`` directly instead of creating a loader."""
     return isinstance(data, DataLoader) or speechbrain.is_looped_loader(data)
 
 
 def shuffling_sampler(dataset: Any, loader_kwargs: Mapping[str, Any]) -> Any:
-    """The sampler that ``shuffle=True`` stands for.
+    """Returns the sampler that implements ``shuffle=True``.
 
-    Its seed is ``$SB_GLOBAL_SEED`` where that is set
+    Its seed is ``$SB_GLOBAL_SEED`` if this variable is set
     (``speechbrain.Brain._train_loader_specifics``).
 
     Args:
-        dataset: The dataset to shuffle.
+        dataset: Dataset to shuffle.
         loader_kwargs: Arguments of the loader.
 
     Returns:
         The sampler.
 
     Raises:
-        ValueError: There is a sampler already.
+        ValueError: ``loader_kwargs`` already has a sampler.
     """
     if loader_kwargs.get("sampler") is not None:
         raise ValueError("Cannot specify both shuffle=True and a sampler in loader_kwargs")
@@ -117,18 +117,19 @@ def shuffling_sampler(dataset: Any, loader_kwargs: Mapping[str, Any]) -> Any:
 def distributed_sampler(
     dataset: Any, loader_kwargs: Mapping[str, Any], shuffle: bool, **shard: int
 ) -> dict[str, Any]:
-    """The sampler that gives each process its shard of the training set.
+    """Returns the sampler that gives each process its shard of the training set.
 
     (``speechbrain.Brain._train_loader_specifics``.)
 
     Args:
-        dataset: The dataset to shard.
+        dataset: Dataset to shard.
         loader_kwargs: Arguments of the loader.
         shuffle: Whether examples, or batches of a batch sampler, are shuffled.
         **shard: ``rank`` and ``num_replicas``.
 
     Returns:
-        ``sampler`` or ``batch_sampler``; nothing for a stream, of which ``fit`` warns.
+        Arguments of the loader: ``sampler`` or ``batch_sampler``. Empty for a stream. In that
+        case ``fit`` logs a warning.
     """
     if isinstance(dataset, IterableDataset):
         return {}
@@ -143,11 +144,11 @@ def distributed_sampler(
 
 
 def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any) -> Any:
-    """Makes a loader, by SpeechBrain's own function where its objects are used.
+    """Creates a loader, with SpeechBrain's own function if SpeechBrain's objects need it.
 
     Args:
-        dataset: A dataset; a SpeechBrain ``DynamicItemDataset`` is padded.
-        checkpointer: Where there is one, the position of the loader can be saved.
+        dataset: A dataset. Examples of a SpeechBrain ``DynamicItemDataset`` are padded.
+        checkpointer: Checkpointer of the Brain. With one, the loader's position is saved.
         **loader_kwargs: Arguments of ``DataLoader``, and SpeechBrain's
             ``looped_nominal_epoch``.
 
@@ -155,7 +156,7 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
         The loader.
 
     Raises:
-        UnsupportedError: ``looped_nominal_epoch`` without SpeechBrain.
+        UnsupportedError: ``looped_nominal_epoch`` is given and SpeechBrain is not loaded.
     """
     looped = loader_kwargs.get("looped_nominal_epoch") is not None
     maker = speechbrain.dataloader_maker(dataset, checkpointer, looped)
@@ -163,8 +164,8 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
         return maker(dataset, **loader_kwargs)
     if looped:
         raise UnsupportedError(
-            "looped_nominal_epoch makes SpeechBrain's LoopedLoader: build that loader "
-            "with speechbrain.dataio.dataloader.make_dataloader and give it to fit()"
+            "looped_nominal_epoch needs SpeechBrain's LoopedLoader. Create that loader with "
+            "speechbrain.dataio.dataloader.make_dataloader and pass it to fit()."
         )
     loader_kwargs.pop("looped_nominal_epoch", None)
     if loader_kwargs.get("shuffle"):
@@ -176,7 +177,7 @@ def make_dataloader(dataset: Any, checkpointer: Any = None, **loader_kwargs: Any
 
 
 def is_saveable(loader: object) -> bool:
-    """Whether a Checkpointer can save a loader's position in the data.
+    """Returns whether a Checkpointer can save a loader's position.
 
     Args:
         loader: Any loader.
@@ -185,7 +186,7 @@ def is_saveable(loader: object) -> bool:
 
 
 def length_of(loader: Any) -> int | None:
-    """The length of a loader, now, or None where it has none.
+    """Returns the current length of a loader, or None if it has no length.
 
     Args:
         loader: Any iterable.

@@ -1,4 +1,4 @@
-"""A position in examples: where a pass resumes if its batches have another size by now."""
+"""Positions counted in examples, to resume an epoch with batches of another size."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ State = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
-# What changes in a sampler and is of no length.
+# Types of the attributes of a sampler that have no length.
 SCALARS = (bool, int, float, str, type(None))
 
 
 def layout(loader: Any) -> State:
-    """How the data of a loader are divided into batches.
+    """Returns how the data of a loader is divided into batches.
 
     Args:
         loader: Any loader.
 
     Returns:
-        ``items`` of the dataset, or of a list of batches. Of a DataLoader also the
-        ``batch_size``, None where it varies; the ``length`` of the sampler, for one
-        process; and the number of ``shards``, one for each process. Nothing for a stream.
+        For a list of batches: ``items``, the length of the list. For a DataLoader: ``items``,
+        the length of the dataset; ``batch_size``, None if it varies; ``length``, the length of
+        the sampler in one process; ``shards``, the number of processes. Empty for a stream.
     """
     if isinstance(loader, Sequence):
         return {"items": len(loader)}
@@ -47,7 +47,7 @@ def layout(loader: Any) -> State:
 
 
 def varies(loader: Any) -> bool:
-    """Whether the batches of a loader are of several sizes, as of a DynamicBatchSampler.
+    """Returns whether batch sizes vary, as with a DynamicBatchSampler.
 
     Args:
         loader: Any loader.
@@ -62,13 +62,13 @@ def _shards(*samplers: Any) -> int:
 
 
 class CountedBatches:
-    """The batches of a batch sampler, whose sizes are recorded as they are drawn.
+    """Wraps a batch sampler and records the sizes of the batches that are sampled.
 
     Args:
         sampler: The batch sampler.
 
     Attributes:
-        sizes: Of batches that were drawn, and not yet taken.
+        sizes: Sizes of the batches that were sampled and not yet fetched.
     """
 
     def __init__(self, sampler: Any) -> None:
@@ -77,7 +77,7 @@ class CountedBatches:
 
     def __iter__(self) -> Iterator[Any]:
         self.sizes.clear()
-        # Not in a generator: some samplers draw random numbers when they are iterated.
+        # Not a generator: some samplers use random numbers as soon as iter() is called.
         return map(self._record, iter(self._sampler))
 
     def __len__(self) -> int:
@@ -89,28 +89,28 @@ class CountedBatches:
 
 
 class Examples:
-    """The number of examples in the batches of one pass.
+    """Counts the examples in the batches of one pass.
 
     Args:
-        loader: What is iterated.
+        loader: Loader that is iterated.
     """
 
     def __init__(self, loader: Any) -> None:
         self._layout = layout(loader)
         self._sizes: deque[int | None] | None = None
-        # None where nobody can tell.
+        # None if the number is unknown.
         self._seen: int | None = 0
         self._last: int | None = 0
 
     def count(self, batches: CountedBatches, skipped: int) -> int | None:
-        """Counts the batches that are drawn from now on.
+        """Starts to count the batches of a sampler.
 
         Args:
-            batches: What the loader draws from.
-            skipped: The number of batches that were drawn and are not fitted.
+            batches: Batch sampler that the loader samples from.
+            skipped: Number of batches that were already sampled and are not fitted.
 
         Returns:
-            The number of examples in those.
+            Number of examples in the skipped batches, or None if unknown.
         """
         self._sizes = batches.sizes
         for _ in range(skipped):
@@ -118,18 +118,18 @@ class Examples:
         return self._seen
 
     def fetch(self) -> None:
-        """Called for each batch that was fetched."""
+        """Counts a batch. Called for each batch that is fetched."""
         if self._sizes:
             self._last = self._sizes.popleft()
             known = self._seen is not None and self._last is not None
             self._seen = self._seen + self._last if known else None  # type: ignore[operator]
 
     def state(self, batches: int, ahead: bool) -> State:
-        """What to save beside the number of batches.
+        """Returns the state to save along with the number of batches.
 
         Args:
-            batches: The number of batches after which to resume.
-            ahead: Whether one more was fetched.
+            batches: Number of batches after which to resume.
+            ahead: Whether one more batch was fetched.
         """
         return {"layout": self._layout, "examples": self._examples(batches, ahead)}
 
@@ -144,15 +144,15 @@ class Examples:
 
 
 def skip_examples(batches: Iterator[Any], examples: int) -> tuple[Iterator[Any], int]:
-    """Skips batches as long as all of their examples are among the first ones.
+    """Skips batches whose examples are all among the first ``examples``.
 
     Args:
-        batches: Of indices. No more are drawn than have to be skipped, where the examples
-            end with a batch.
-        examples: How many examples to skip, at most.
+        batches: Iterator over lists of indices. If the examples end with a batch, no further
+            batch is sampled.
+        examples: Number of examples to skip, at most.
 
     Returns:
-        The batches that follow, and the number of those that were skipped.
+        The remaining batches and the number of skipped batches.
     """
     skipped = 0
     while examples > 0 and (batch := next(batches, None)) is not None:
@@ -166,13 +166,13 @@ def skip_examples(batches: Iterator[Any], examples: int) -> tuple[Iterator[Any],
 
 
 def adapt(state: State, loader: Any) -> None:
-    """Changes a position to be the same one, in examples, in a loader with other batches.
+    """Converts a position to a loader with other batches, so that it is at the same example.
 
-    It is rounded down to where a batch begins, so that no example is left out.
+    The position is rounded down to the start of a batch, so that no example is left out.
 
     Args:
-        state: From ``DataPosition.state``; one of an earlier version stays as it is.
-        loader: What ``fit`` was given.
+        state: State from ``DataPosition.state``. A state of an earlier version is not changed.
+        loader: Loader that was passed to ``fit``.
     """
     saved, now, examples = state.get("layout"), layout(loader), state.get("examples")
     if not saved or not now or saved == now:
@@ -184,48 +184,48 @@ def adapt(state: State, loader: Any) -> None:
     if examples is None or "batch_size" not in now:
         warn(state, now, None)
         return
-    # What all processes have seen is shared out again.
+    # Distribute the examples that all processes have seen over the current processes.
     examples = examples * saved["shards"] // now["shards"]
     if now["batch_size"] is None:
-        # It is told where the batches have been skipped, and their sizes are known.
+        # The warning follows when batches have been skipped, because their sizes are unknown.
         state["skip_examples"] = examples
     else:
         batches, resumed = _whole_batches(examples, now["batch_size"], now["length"])
         warn(state, now, resumed)
         state.update(layout=now, examples=resumed, batches=batches)
         if not batches:
-            _begin_anew(state)
+            _restart_pass(state)
 
 
 def _whole_batches(examples: int, size: int, length: int | None) -> tuple[int, int]:
-    """How many batches hold no more than so many examples, and how many they hold."""
+    """Returns the number of full batches within the first examples, and their examples."""
     if length is not None and examples >= length:
         return -(-length // size), length
     return examples // size, examples // size * size
 
 
 def warn(state: State, now: State, resumed: int | None) -> None:
-    """Says what has changed since a position was saved, and where the pass resumes.
+    """Warns what has changed since a position was saved, and where the epoch resumes.
 
     Args:
-        state: The position as it was saved.
-        now: The layout of the loader.
-        resumed: The number of examples after which the pass resumes, where it is known.
+        state: Position as it was saved.
+        now: Current layout of the loader.
+        resumed: Number of examples after which the epoch resumes, or None if unknown.
     """
     saved, examples = state["layout"], state["examples"]
     batches = f"{state['batches']} batches"
     logger.warning(
-        "The checkpoint was saved after %s of %s; now the data are %s. The epoch is resumed "
+        "The checkpoint was saved after %s of %s. The data now has %s. The epoch resumes "
         "after %s.%s",
         batches if examples is None else examples,
         _words(saved),
         _words(now),
-        batches if resumed is None else f"{resumed} of them, where a batch begins",
+        batches if resumed is None else f"{resumed} of them, at the start of a batch",
         _ORDER if saved["items"] != now["items"] or now.get("batch_size") is None else "",
     )
 
 
-_ORDER = " Where their order differs, some are fitted twice in this epoch, or not at all."
+_ORDER = " If their order differs, some are fitted twice in this epoch, or not at all."
 
 
 def _words(found: State) -> str:
@@ -237,14 +237,14 @@ def _words(found: State) -> str:
     return f"{count} examples{each} in batches of {size}"
 
 
-def _begin_anew(state: State) -> None:
-    """Makes a position the beginning of its pass, with the random state of then."""
+def _restart_pass(state: State) -> None:
+    """Moves a position to the start of its pass, with the random state of the start."""
     state.pop("draw")
     state.update(drawn=None, workers={}, next_worker=0)
 
 
 def _forget_order(state: State) -> None:
-    """Leaves out the indices that a sampler has kept, which may not be in the data now."""
+    """Removes the indices in the state of a sampler, which may not exist in the data now."""
     samplers: Iterable[State] = state.get("begun", state).get("samplers", [])
     for sampler in samplers:
         kept = sampler.get("changed", {})

@@ -1,4 +1,4 @@
-"""Samplers whose order depends on nothing but their seed and the epoch."""
+"""Samplers whose order depends only on their seed and the epoch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler
 
-# SpeechBrain's seed where $SB_GLOBAL_SEED is not set (Brain._train_loader_specifics).
+# SpeechBrain's seed if $SB_GLOBAL_SEED is not set (Brain._train_loader_specifics).
 DEFAULT_SEED = 563375142
 
 
 class ReproducibleRandomSampler(RandomSampler):
-    """A ``RandomSampler`` whose order depends on its seed and the epoch alone.
+    """A ``RandomSampler`` whose order depends only on its seed and the epoch.
 
-    Call ``set_epoch`` before every epoch, else each epoch has the same order
+    Call ``set_epoch`` before every epoch. Otherwise each epoch has the same order
     (``speechbrain.dataio.sampler.ReproducibleRandomSampler``).
 
     Args:
-        data_source: The dataset whose indices to shuffle.
-        seed: Added to the epoch to seed each pass.
-        epoch: The epoch to start at.
+        data_source: Dataset whose indices are shuffled.
+        seed: Seed. The epoch is added to it for each pass.
+        epoch: First epoch.
         **kwargs: ``replacement`` and ``num_samples`` of ``RandomSampler``.
 
     Raises:
-        ValueError: A ``generator`` was given; the sampler has its own.
+        ValueError: A ``generator`` was given. The sampler creates its own.
     """
 
     def __init__(
@@ -33,7 +33,8 @@ class ReproducibleRandomSampler(RandomSampler):
     ) -> None:
         if "generator" in kwargs:
             raise ValueError(
-                "ReproducibleRandomSampler has a generator of its own: give seed= instead"
+                "ReproducibleRandomSampler creates its own generator. Use seed= instead of "
+                "generator=."
             )
         super().__init__(data_source, **kwargs)
         self.seed = int(seed)
@@ -41,10 +42,10 @@ class ReproducibleRandomSampler(RandomSampler):
         self.generator = torch.Generator()
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the next pass is shuffled for.
+        """Sets the epoch of the next pass.
 
         Args:
-            epoch: The epoch's number.
+            epoch: Number of the epoch.
         """
         self.epoch = epoch
 
@@ -54,17 +55,17 @@ class ReproducibleRandomSampler(RandomSampler):
 
 
 class DistributedSamplerWrapper(DistributedSampler[Any]):
-    """Gives each process its shard of what any sampler or batch sampler yields.
+    """Gives each process its shard of the items that a sampler or a batch sampler yields.
 
     (``speechbrain.dataio.sampler.DistributedSamplerWrapper``.)
 
     Args:
-        sampler: Has a length, and yields the same in every process.
-        **kwargs: Of ``DistributedSampler``.
+        sampler: Sampler with a length that yields the same items in every process.
+        **kwargs: Arguments of ``DistributedSampler``.
     """
 
     def __init__(self, sampler: Any, **kwargs: Any) -> None:
-        # DistributedSampler asks its dataset for nothing but a length.
+        # DistributedSampler uses only the length of its dataset.
         super().__init__(dataset=sampler, **kwargs)
         self.sampler = sampler
 
@@ -73,10 +74,10 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         return iter([items[index] for index in super().__iter__()])
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the next pass is shuffled for, also in the inner sampler.
+        """Sets the epoch of the next pass, also in the wrapped sampler.
 
         Args:
-            epoch: The epoch's number.
+            epoch: Number of the epoch.
         """
         super().set_epoch(epoch)
         if hasattr(self.sampler, "set_epoch"):
@@ -84,20 +85,22 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
 
 
 def unwrapped(sampler: Any) -> Any:
-    """The sampler in a ``DistributedSamplerWrapper``, SpeechBrain's or ours; else itself.
+    """Returns the sampler in a ``DistributedSamplerWrapper`` (also SpeechBrain's), or itself.
 
     Args:
-        sampler: Any sampler, of examples or of batches.
+        sampler: Any sampler of examples or batches.
     """
     wraps = isinstance(sampler, DistributedSampler) and hasattr(sampler, "sampler")
     return sampler.sampler if wraps else sampler
 
 
-def share_anew(sampler: DistributedSampler[Any]) -> None:
-    """Shares what a sampler wraps, whose length has changed, which is looked at once.
+def update_shards(sampler: DistributedSampler[Any]) -> None:
+    """Updates the shard sizes of a distributed sampler after its wrapped sampler changed.
+
+    DistributedSampler computes them only once, when it is created.
 
     Args:
-        sampler: A DistributedSampler, or a wrapper such as SpeechBrain's.
+        sampler: A DistributedSampler or a wrapper such as SpeechBrain's.
     """
     anew: DistributedSampler[Any] = DistributedSampler(
         sampler.dataset, sampler.num_replicas, sampler.rank, drop_last=sampler.drop_last

@@ -1,4 +1,4 @@
-"""Several loaders: combined to one for training, or each a set to evaluate by itself."""
+"""Several loaders: combined for training, or evaluated one after the other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .dataloaders import is_loader, length_of
 
 @dataclass
 class SeveralLoaders:
-    """The batches of several loaders, combined.
+    """The combined batches of several loaders.
 
     Attributes:
         loaders: The loaders.
-        combine: Begins to iterate as many iterables together, some of which have been
-            iterated before in this pass; yields what is a batch then.
-        total: The number of batches of that, given the lengths of all.
+        combine: Iterates several iterables and yields the combined batches. Its second
+            argument has a flag per iterable: whether this pass has iterated it before.
+        total: Returns the number of combined batches, given the lengths of all iterables.
     """
 
     loaders: list[Any]
@@ -39,13 +39,13 @@ class SeveralLoaders:
 
 
 class SeveralSamplers(list[Any]):
-    """The samplers of several training loaders, which learn the epoch together."""
+    """The samplers of several training loaders, whose epoch is set together."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the next passes are shuffled for.
+        """Sets the epoch of the next passes.
 
         Args:
-            epoch: The epoch's number.
+            epoch: Number of the epoch.
         """
         for sampler in self:
             if hasattr(sampler, "set_epoch"):
@@ -53,12 +53,12 @@ class SeveralSamplers(list[Any]):
 
 
 def are_several(sets: Any) -> bool:
-    """Whether an argument of ``fit`` or ``evaluate`` is several sets, and not one dataset.
+    """Returns whether an argument of ``fit`` or ``evaluate`` is several sets.
 
     Args:
-        sets: A dict of sets, or a list of nothing but datasets and loaders; a dict or a list
-            of anything else is a dataset, as MetricGAN's dict of records by their ids is,
-            for which that recipe has a ``make_dataloader`` of its own.
+        sets: A dict of sets, or a list in which each element is a dataset or a loader. Any
+            other dict or list is one dataset. An example is MetricGAN's dict of records by
+            id, for which that recipe overrides ``make_dataloader``.
     """
     if isinstance(sets, Mapping):
         return len(sets) > 0 and all(map(_is_set, sets.values()))
@@ -73,14 +73,14 @@ def _is_set(value: Any) -> bool:
 
 
 def map_sets(function: Callable[[Any], Any], sets: Any) -> Any:
-    """Calls a function with each of several sets, or with the only one.
+    """Calls a function for each of several sets, or for the only set.
 
     Args:
-        function: What to do with a set.
+        function: Function that gets a set.
         sets: See ``are_several``.
 
     Returns:
-        What the function returned: a dict, a list, or the only one.
+        Return values of the function, in a dict or a list, or the only return value.
     """
     if not are_several(sets):
         return function(sets)
@@ -90,13 +90,13 @@ def map_sets(function: Callable[[Any], Any], sets: Any) -> Any:
 
 
 def set_names(loaders: Any) -> list[str]:
-    """What the numbers of several sets are called by: their keys, or positions in a list.
+    """Returns the names of several sets for their metrics: dict keys or list positions.
 
     Args:
-        loaders: Loaders in dicts and lists, or one.
+        loaders: Loaders in dicts and lists, or one loader.
 
     Returns:
-        A name for each; an empty one for a set that stands alone.
+        One name per set. The name of a single set is empty.
     """
     if isinstance(loaders, (list, tuple)) and len(loaders) == 1:
         return set_names(loaders[0])

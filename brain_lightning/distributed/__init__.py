@@ -1,11 +1,11 @@
-"""Several processes that train one Brain: ranks, collectives, DDP, SIGTERM.
+"""Several processes that train one Brain: ranks, collectives, DDP, signals.
 
-``communication`` says which rank this is, and has the collectives (its public names are
-SpeechBrain's, from ``speechbrain.utils.distributed``). ``batch_flags`` is the one collective
-of a training batch; ``gradients`` are averaged where DDP does not. ``agreement`` compares what
-ranks are about to do. ``process_group`` makes the group of a script that makes none. ``ddp``
-wraps each entry of a Brain's modules. ``termination`` handles SIGTERM and the like, so that
-all ranks stop after the same batch.
+``communication`` has the rank of this process and the collectives. Its public names are those
+of ``speechbrain.utils.distributed``. ``batch_flags`` has the only collective that a training
+batch adds. ``gradients`` averages gradients if DDP does not. ``agreement`` checks that all
+ranks are at the same point of a run. ``process_group`` creates the process group if the script
+does not. ``ddp`` wraps each entry of a Brain's modules. ``termination`` handles SIGTERM and
+similar signals, so that all ranks stop after the same batch.
 """
 
 from .communication import ddp_barrier as ddp_barrier

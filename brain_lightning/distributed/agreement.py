@@ -1,7 +1,7 @@
-"""Whether all processes are at the same place of a run, and what each of them found there.
+"""Checks that all ranks are at the same point of a run, and exchanges values at that point.
 
-A process that waits for another one, which is elsewhere, waits for ever. So each says
-what it is about to do, together with what it has to say.
+If a rank waits in a collective that another rank does not reach, it hangs. Therefore each rank
+sends the name of its action along with its value.
 """
 
 from __future__ import annotations
@@ -13,51 +13,54 @@ from brain_lightning.errors import RankMismatchError
 
 from .communication import gather
 
-# What to do where processes are in different states.
+# The remedy if processes are in different states.
 REMEDY = (
-    "let each of them recover the same checkpoint, with recover_if_possible of the Brain's "
-    "checkpointer, and give each the same epoch counter"
+    "Let every process recover the same checkpoint, with recover_if_possible of the Brain's "
+    "checkpointer, and use the same epoch counter in every process."
 )
 
 
 class _Said(NamedTuple):
-    """What a process does, and what it found."""
+    """The action of a rank, and its value."""
 
     doing: str
     found: Any
 
 
 def compare(doing: str, found: Any) -> list[Any]:
-    """What all processes found, each of which does the same.
+    """Gathers a value of each rank, after checking that all ranks do the same.
 
     Args:
-        doing: What this process does, such as ``recovers a checkpoint``.
-        found: Anything that can be pickled.
+        doing: Action of this rank, such as ``recovers a checkpoint``.
+        found: Value of this rank. Any object that can be pickled.
 
     Returns:
-        What each process found, in the order of their ranks.
+        The values of all ranks, in the order of the ranks.
 
     Raises:
-        RankMismatchError: Another process does something else.
+        RankMismatchError: Another rank does something else.
     """
     everything = gather(_Said(doing, found))
-    done = [each.doing if isinstance(each, _Said) else "is elsewhere" for each in everything]
+    done = [
+        each.doing if isinstance(each, _Said) else "does something else" for each in everything
+    ]
     if any(each != doing for each in done):
         raise RankMismatchError(
-            f"the processes are not at the same place ({by_rank(done)}), and would wait for "
-            "each other for ever: let no process leave out what the others do in on_fit_start"
+            f"the processes are at different points of the run ({by_rank(done)}) and would "
+            "hang. In on_fit_start, call the same methods in all processes, with no "
+            "`if rank == 0:` around them."
         )
     return [each.found for each in everything]
 
 
 def by_rank(values: Sequence[Any]) -> str:
-    """Which ranks have which value, in words.
+    """Describes which ranks have which value.
 
     Args:
-        values: One for each rank.
+        values: One value per rank.
 
     Returns:
-        Such as ``rank 0: 3; ranks 1, 2: 4``.
+        A string such as ``rank 0: 3; ranks 1, 2: 4``.
     """
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
@@ -69,18 +72,18 @@ def by_rank(values: Sequence[Any]) -> str:
 
 
 def check_same(doing: str, what: str, value: Any) -> None:
-    """Ends the run where the processes do not have the same value.
+    """Raises an error if a value is not the same on all ranks.
 
     Args:
-        doing: What this process does.
-        what: What the value is.
-        value: That of this process.
+        doing: Action of this rank.
+        what: Name of the value, for the error message.
+        value: Value of this rank.
 
     Raises:
-        RankMismatchError: Another process has another one, or is elsewhere.
+        RankMismatchError: Another rank has another value or does something else.
     """
     values = compare(doing, value)
     if any(each != values[0] for each in values):
         raise RankMismatchError(
-            f"the processes differ in {what} ({by_rank(values)}): {REMEDY}"
+            f"the processes differ in {what} ({by_rank(values)}). {REMEDY}"
         )

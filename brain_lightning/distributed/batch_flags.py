@@ -1,4 +1,4 @@
-"""What all processes have to know of a batch: one collective for everything."""
+"""Flags that all ranks share in each batch. One collective reduces all of them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from brain_lightning.host_copy import HostCopy
 
 from .communication import communicates, is_distributed_initialized
 
-# What an error has that all processes have raised.
+# Attribute of an error that all ranks raise together.
 SHARED = "brain_lightning_shared"
 
 
 class Reduction:
-    """Flags on their way to all processes, which do something else meanwhile.
+    """A reduction of flags over all ranks that runs in the background.
 
     Args:
-        flag: Of the batch; one boolean on ``device``, or the host knows it already.
-        numbers: Of the caller, of each of which all processes learn the largest.
-        others: What this process has to say besides.
-        device: The device that processes communicate from.
+        flag: Flag of the batch: a boolean, or a tensor with one boolean on ``device``.
+        numbers: Numbers of the caller. All ranks get the maximum of each.
+        others: The other flags of this rank.
+        device: Device that the process group communicates from.
 
     Attributes:
-        largest: Of each number, known once it has been waited for.
+        largest: Maximum of each number. Known after ``wait``.
     """
 
     largest: Sequence[int]
@@ -47,15 +47,15 @@ class Reduction:
             flags, torch.distributed.ReduceOp.MAX, async_op=True
         )
         if not flags.is_cpu:
-            # For NCCL the device waits, and not the host.
+            # With NCCL, this makes the device wait and not the host.
             self._work.wait()
         self._copy = HostCopy(flags)
 
     def wait(self) -> list[bool]:
-        """Waits for the other processes.
+        """Waits for the other ranks.
 
         Returns:
-            Which of the flags, the first of them that of the batch, is raised in a process.
+            For each flag, whether any rank has set it. The flag of the batch is the first.
         """
         self._work.wait()
         first, *rest = self._copy.wait().tolist()
@@ -64,30 +64,30 @@ class Reduction:
 
 
 class BatchFlags:
-    """The flags of one batch, each raised in all processes where one process raises it.
+    """The flags of a batch. A flag counts as set if any rank sets it.
 
-    The first decision of a batch that all processes share takes along what each has to say
-    besides. Where a batch needs none, one is made when it is over.
+    The first collective decision of a batch also reduces the other flags of each rank. If a
+    batch needs no decision, ``take`` reduces the flags at the end of the batch.
 
     Args:
-        mine: The flags of this process besides that of the batch.
+        mine: Returns the flags of this rank, without the flag of the batch.
     """
 
     def __init__(self, mine: Callable[[], Sequence[bool]] = tuple) -> None:
-        # It is asked in each batch, where a single process has no time to look again.
+        # Cached, because a single process would otherwise look it up in each batch.
         self._is_alone = not is_distributed_initialized()
         self._mine = mine
         self._found: Sequence[bool] | None = None
 
     @property
     def are_shared(self) -> bool:
-        """Whether there are other processes, which do not wait for the main process."""
+        """Whether other ranks take part, as opposed to waiting for the main process."""
         return not self._is_alone and communicates()
 
     def reduce(
         self, flag: Tensor | bool, device: torch.device | str, numbers: Sequence[int] = ()
     ) -> Reduction:
-        """Begins to tell all processes of a flag, behind what the device has in its queue.
+        """Starts a reduction, which is queued after the work in the device's queue.
 
         Args:
             flag: See ``Reduction``.
@@ -97,32 +97,32 @@ class BatchFlags:
         return Reduction(flag, numbers, self._mine(), device)
 
     def wait(self, reduction: Reduction) -> bool:
-        """Waits for the other processes.
+        """Waits for the other ranks.
 
         Args:
-            reduction: From ``reduce``, once.
+            reduction: Return value of ``reduce``. Each can be waited for once.
 
         Returns:
-            Whether the flag of the batch is raised in a process.
+            Whether any rank has set the flag of the batch.
         """
         first, *found = reduction.wait()
         self._found = [a or b for a, b in zip(found, self._found or found, strict=True)]
         return first
 
     def share(self, error: BaseException) -> None:
-        """Marks an error that all processes raise together.
+        """Marks an error that all ranks raise together.
 
         Args:
-            error: What this process raises. It has the mark itself: what it holds must not
-                be kept, and another error may have its id when it is gone.
+            error: Error that this rank raises. The mark is an attribute of the error. A set of
+                errors would keep their memory, and the id of a freed error may be reused.
         """
         setattr(error, SHARED, True)
 
     def is_everywhere(self, error: BaseException) -> bool:
-        """Whether all processes have raised an error, or there is but one.
+        """Returns whether all ranks have raised an error, or there is only one rank.
 
         Args:
-            error: What this process has raised.
+            error: Error that this rank has raised.
         """
         return not self.are_shared or hasattr(error, SHARED)
 
@@ -130,10 +130,10 @@ class BatchFlags:
         """Ends a batch.
 
         Args:
-            device: The device that processes communicate from.
+            device: Device that the process group communicates from.
 
         Returns:
-            The flags besides that of the batch, as they are raised in any process.
+            The flags without the flag of the batch. Each is set if any rank has set it.
         """
         if not self.are_shared:
             return self._mine()

@@ -1,6 +1,6 @@
-"""Which of several processes this one is, and collective operations of all of them.
+"""The rank of this process, and collectives over all ranks.
 
-Where there is one process only, a collective operation just returns this process's value
+With a single process, a collective returns the value of this process
 (``speechbrain.utils.distributed``).
 """
 
@@ -22,58 +22,59 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or the like, started this process."""
+    """Returns whether torchrun or another launcher started this process."""
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def is_distributed_initialized() -> bool:
-    """Whether there is a process group."""
+    """Returns whether there is a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Returns the rank of this process."""
     return torch.distributed.get_rank() if is_distributed_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Returns the number of processes."""
     return torch.distributed.get_world_size() if is_distributed_initialized() else 1
 
 
 def if_main_process() -> bool:
-    """Whether this process is the first, or the only one."""
+    """Returns whether this process has rank 0 or is the only process."""
     return rank() == 0
 
 
-# The functions that only the main process calls, while it calls them.
+# The functions that currently run on the main process only.
 _on_main_only: list[Callable[..., Any]] = []
 
 
 def communicates() -> bool:
-    """Whether there are other processes, which do not wait for the main process."""
+    """Returns whether other ranks take part, as opposed to waiting for the main process."""
     if not is_distributed_initialized():
         return False
     return not (_on_main_only or speechbrain.is_main_process_alone())
 
 
 def ddp_barrier() -> None:
-    """Waits for all processes."""
+    """Waits until all processes reach this barrier."""
     if communicates():
         torch.distributed.barrier()
 
 
 def main_process_only(function: Function) -> Function:
-    """Makes a function run on the main process only; every process gets its result.
+    """Makes a function run on the main process only. All processes get its return value.
 
     Args:
-        function: What it returns can be pickled.
+        function: Function whose return value can be pickled.
 
     Returns:
-        The function.
+        The wrapped function.
 
     Raises:
-        MainProcessError: It failed on the main process, where its error is raised.
+        MainProcessError: The function failed on the main process, which raises the original
+            error.
     """
 
     @functools.wraps(function)
@@ -83,7 +84,7 @@ def main_process_only(function: Function) -> Function:
             _on_main_only.append(function)
             try:
                 result = function(*args, **kwargs)
-                # Else the others would wait for what cannot be sent.
+                # If the result cannot be pickled, raise here. The other ranks would hang.
                 pickle.dumps(result)
             except BaseException as error:  # noqa: BLE001  it is raised again below
                 result, failed = None, error
@@ -108,19 +109,20 @@ def run_on_main(
     post_kwargs: Mapping[str, Any] | None = None,
     run_post_on_main: bool = False,
 ) -> Any:
-    """Calls a function on the main process, then another one on the others.
+    """Calls a function on the main process, and then another function on the other processes.
 
     Args:
-        func: Called on the main process, while the others wait.
-        args: Of ``func``.
-        kwargs: Of ``func``.
-        post_func: Called afterwards, to load what ``func`` has made.
-        post_args: Of ``post_func``.
-        post_kwargs: Of ``post_func``.
-        run_post_on_main: Whether the main process calls ``post_func`` too.
+        func: Function that the main process calls, while the other processes wait.
+        args: Positional arguments of ``func``.
+        kwargs: Keyword arguments of ``func``.
+        post_func: Function that is called afterwards, for example to load the files that
+            ``func`` wrote.
+        post_args: Positional arguments of ``post_func``.
+        post_kwargs: Keyword arguments of ``post_func``.
+        run_post_on_main: Whether the main process also calls ``post_func``.
 
     Returns:
-        What ``func`` returned, on all processes.
+        The return value of ``func``, on all processes.
     """
     result = main_process_only(func)(*(args or ()), **(kwargs or {}))
     ddp_barrier()
@@ -132,11 +134,11 @@ def run_on_main(
 
 
 def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
-    """Sends an object of one process to all of them.
+    """Broadcasts an object from one rank to all ranks.
 
     Args:
-        communication_object: Anything that can be pickled.
-        src: The rank that has it.
+        communication_object: Any object that can be pickled.
+        src: Rank that sends its object.
 
     Returns:
         The object of rank ``src``.
@@ -149,13 +151,13 @@ def ddp_broadcast(communication_object: Any, src: int = 0) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in the order of their ranks.
+    """Gathers a value from all ranks, in the order of the ranks.
 
     Args:
-        value: Anything that can be pickled.
+        value: Any object that can be pickled.
 
     Returns:
-        One value for each process.
+        One value per rank.
     """
     if not communicates():
         return [value]
@@ -165,14 +167,14 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_all_ranks(condition: bool, device: torch.device | str) -> bool:
-    """Whether a condition holds in every process.
+    """Returns whether a condition is true on all ranks.
 
     Args:
-        condition: Whether it holds here.
-        device: The device that the process group communicates from.
+        condition: The condition on this rank.
+        device: Device that the process group communicates from.
 
     Returns:
-        The same answer everywhere.
+        The same result on all ranks.
     """
     if not communicates():
         return condition
@@ -182,29 +184,29 @@ def on_all_ranks(condition: bool, device: torch.device | str) -> bool:
 
 
 def on_any_rank(condition: bool, device: str) -> bool:
-    """Whether a condition holds in one of the processes.
+    """Returns whether a condition is true on any rank.
 
     Args:
-        condition: Whether it holds here.
-        device: The device that the process group communicates from.
+        condition: The condition on this rank.
+        device: Device that the process group communicates from.
 
     Returns:
-        The same answer everywhere.
+        The same result on all ranks.
     """
     return not on_all_ranks(not condition, device)
 
 
 def collectively(action: Callable[[], Result]) -> Result:
-    """Calls a function in every process; where one fails, all of them do.
+    """Calls a function on every rank. If it fails on one rank, all ranks raise an error.
 
     Args:
-        action: What to call in this process.
+        action: Function to call on this rank.
 
     Returns:
-        What it returned in this process.
+        Its return value on this rank.
 
     Raises:
-        CheckpointSaveError: It failed in another process.
+        CheckpointSaveError: The function failed on another rank.
     """
     try:
         result = action()
@@ -218,17 +220,18 @@ def collectively(action: Callable[[], Result]) -> Result:
 
 
 def by_main_process(action: Callable[[], object]) -> None:
-    """Calls a function in the main process, while the others wait; where it fails, all do.
+    """Calls a function on the main process only. If it fails, all ranks raise an error.
 
-    What the main process writes for SpeechBrain's Checkpointer is written so: the next thing
-    each process does there is to list the checkpoints with their files, twice. A process that
-    finds another file the second time deletes a checkpoint that the others keep, and all wait
-    for each other for ever.
+    All ranks wait until it returns. This matters for files of SpeechBrain's Checkpointer:
+    afterwards each rank lists the checkpoints and their files twice. If a rank found another
+    file the second time, it would delete a checkpoint that the other ranks keep, and all
+    ranks would hang.
 
     Args:
-        action: What to call.
+        action: Function to call.
 
     Raises:
-        CheckpointSaveError: It failed in the main process, which has its own error.
+        CheckpointSaveError: The function failed on the main process, which raises the
+            original error.
     """
     collectively(lambda: action() if if_main_process() else None)

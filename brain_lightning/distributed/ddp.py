@@ -1,8 +1,8 @@
 """Wraps each entry of a Brain's modules in DistributedDataParallel, as SpeechBrain does.
 
-A single wrapper around the LightningModule, which is what Lightning makes, does not
-average the gradients of a recipe's own ``loss.backward()``, and gives a recipe's
-``self.modules.generator.module`` no meaning.
+Lightning wraps the whole LightningModule instead. Such a wrapper does not average the
+gradients of a ``loss.backward()`` in a recipe, and ``self.modules.generator.module`` would
+not exist.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from brain_lightning.protocol import BrainProtocol
 
 logger = logging.getLogger(__name__)
 
-# The parameters that were trainable when they were wrapped: a wrapper averages no others.
+# Ids of the parameters that were trainable when a module was wrapped. DDP averages only these.
 _wrapped: WeakKeyDictionary[Module, frozenset[int]] = WeakKeyDictionary()
 
 
 def wrap_modules(brain: BrainProtocol) -> None:
-    """Wraps each entry that can be trained (``speechbrain.Brain._wrap_distributed``).
+    """Wraps each entry with trainable parameters (``speechbrain.Brain._wrap_distributed``).
 
-    One that is wrapped already stays as it is, unless a parameter was frozen or
-    unfrozen since: the ranks would diverge silently.
+    An entry that is already wrapped is not changed, unless a parameter was frozen or unfrozen
+    since. In that case the ranks would diverge without an error.
 
     Args:
-        brain: The Brain, on its device, in a process group; compiled already. The
-            ``ddp_arguments`` of its settings are given to ``DistributedDataParallel``.
+        brain: Brain on its device, with compiled modules, in a process group. The
+            ``ddp_arguments`` of its settings are passed to ``DistributedDataParallel``.
 
     Raises:
-        UnsupportedError: There is a SyncBatchNorm on the CPU.
+        UnsupportedError: A module has a SyncBatchNorm on the CPU.
     """
     for name, module in brain.modules.items():
-        # None stands for a module that is left out.
+        # The value of an entry is None if the recipe leaves the module out.
         parameters = () if module is None else module.parameters()
         trainable = frozenset(id(p) for p in parameters if p.requires_grad)
         if module is not None and _wrapped.get(module) != trainable:
@@ -49,10 +49,10 @@ def wrap_modules(brain: BrainProtocol) -> None:
 
 
 def unwrap_modules(brain: BrainProtocol) -> None:
-    """Removes the wrappers of an earlier run, before anything is compiled again.
+    """Removes the wrappers of an earlier run, before modules are compiled again.
 
     Args:
-        brain: The Brain at the start of a training.
+        brain: Brain at the start of training.
     """
     for name, module in brain.modules.items():
         if isinstance(module, DistributedDataParallel):
@@ -64,14 +64,14 @@ def _unwrapped(module: Module) -> Module:
 
 
 class _BypassWarning:
-    """Warns once when a module is called without its wrapper, as ``hparams.model(...)``.
+    """Warns once if a module is called without its wrapper, as in ``hparams.model(...)``.
 
-    Its gradients are not averaged then, nor are they in SpeechBrain, and the ranks
-    diverge silently.
+    Its gradients are then not averaged, as in SpeechBrain, and the ranks diverge without an
+    error.
 
     Args:
-        name: The entry of ``brain.modules``.
-        wrapper: What is there.
+        name: Name of the entry of ``brain.modules``.
+        wrapper: The entry.
     """
 
     def __init__(self, name: str, wrapper: DistributedDataParallel) -> None:
@@ -94,8 +94,9 @@ class _BypassWarning:
             return
         self._warned = True
         logger.warning(
-            "%r is called around its DistributedDataParallel: its gradients are not averaged "
-            "over processes. Call self.modules.%s(...), not what it wraps, nor hparams",
+            "%r is called without its DistributedDataParallel, so its gradients are not "
+            "averaged over processes. Call self.modules.%s(...), not self.hparams or the "
+            "wrapped module.",
             self._name,
             self._name,
         )
@@ -114,44 +115,44 @@ def _wrap(brain: BrainProtocol, name: str, module: Module) -> Module:
 
 
 def with_batchnorm_for(device_type: str, name: str, module: Module) -> Module:
-    """An entry with SyncBatchNorm, which exists for GPUs only; SpeechBrain crashes on the CPU.
+    """Converts BatchNorm to SyncBatchNorm, which needs a GPU. On the CPU, SpeechBrain crashes.
 
     Args:
-        device_type: Where it is trained.
-        name: The entry of ``brain.modules``.
-        module: What is there.
+        device_type: Type of the device that trains the entry.
+        name: Name of the entry of ``brain.modules``.
+        module: The entry.
 
     Returns:
-        The module, or what replaces it.
+        The module or its replacement.
 
     Raises:
-        UnsupportedError: There is a SyncBatchNorm on the CPU.
+        UnsupportedError: The module has a SyncBatchNorm on the CPU.
     """
     if device_type != "cpu":
         return SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-any-return, no-untyped-call]
     if any(isinstance(part, SyncBatchNorm) for part in module.modules()):
         raise UnsupportedError(
-            f"{name!r} has a SyncBatchNorm, which needs a GPU: use BatchNorm on the CPU, and "
-            "no Trainer(sync_batchnorm=True)"
+            f"{name!r} has a SyncBatchNorm, which needs a GPU. On the CPU, use BatchNorm and "
+            "do not set Trainer(sync_batchnorm=True)."
         )
     if any(isinstance(part, _BatchNorm) for part in module.modules()):
         logger.warning(
-            "%r has a BatchNorm, which computes the statistics of each process on its own "
-            "on the CPU (SyncBatchNorm needs a GPU)",
+            "%r has a BatchNorm. On the CPU, each process computes its own batch statistics, "
+            "because SyncBatchNorm needs a GPU.",
             name,
         )
     return module
 
 
 def unwrapped_name(name: str, brain: BrainProtocol) -> str:
-    """The name that a parameter of ``brain.modules`` has without a wrapper.
+    """Returns the name of a parameter of ``brain.modules`` without the wrapper's prefix.
 
     Args:
-        name: Such as ``model.module.weight``.
-        brain: Its modules say which entries are wrapped.
+        name: Name such as ``model.module.weight``.
+        brain: Brain whose entries may be wrapped.
 
     Returns:
-        Such as ``model.weight``.
+        Name such as ``model.weight``.
     """
     entry, _, rest = name.partition(".")
     wrapped = entry in brain.modules and isinstance(
@@ -160,15 +161,15 @@ def unwrapped_name(name: str, brain: BrainProtocol) -> str:
     return f"{entry}.{rest.removeprefix('module.')}" if wrapped else name
 
 
-# What torch.compile puts before the names of a module.
+# Prefix that torch.compile adds to the names of a module.
 COMPILED_PREFIX = "_orig_mod."
 
 
 def plain_name(name: str, brain: BrainProtocol) -> str:
-    """The name that a parameter has where nothing is compiled or wrapped.
+    """Returns the name of a parameter as if its module was neither compiled nor wrapped.
 
     Args:
-        name: As ``brain.modules`` has it.
-        brain: Its modules say which entries are wrapped.
+        name: Name in ``brain.modules``.
+        brain: Brain whose entries may be wrapped.
     """
     return unwrapped_name(name.replace(COMPILED_PREFIX, ""), brain)

@@ -1,4 +1,4 @@
-"""What DistributedDataParallel communicates of a batch, at another moment: the same bits."""
+"""Does the communication of DistributedDataParallel later, with bitwise identical results."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from .communication import world_size
 
 
 def wrapped_modules(brain: BrainProtocol) -> list[DistributedDataParallel]:
-    """The entries of a Brain's modules that are wrapped.
+    """Returns the entries of a Brain's modules that are wrapped.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
     """
     return [m for m in brain.modules.values() if isinstance(m, DistributedDataParallel)]
 
 
 def modules_with_gradients(brain: BrainProtocol) -> list[DistributedDataParallel]:
-    """Those that have had a backward pass: others were not called, or without gradients.
+    """Returns the wrapped entries that have gradients, because they had a backward pass.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
     """
     modules = wrapped_modules(brain)
     return [m for m in modules if any(p.grad is not None for p in m.parameters())]
 
 
 def averaged_parameters(brain: BrainProtocol) -> list[Parameter]:
-    """The parameters whose gradients are averaged, in the same order in all processes.
+    """Returns the parameters whose gradients are averaged, in the same order on all ranks.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
     """
     parameters = (p for module in wrapped_modules(brain) for p in module.parameters())
     return list(dict.fromkeys(p for p in parameters if p.requires_grad))
@@ -46,12 +46,13 @@ def averaged_parameters(brain: BrainProtocol) -> list[Parameter]:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Parameter]) -> None:
-    """Averages gradients, with one collective for each dtype and device.
+    """Averages gradients, with one collective per dtype and device.
 
-    As a reducer of DistributedDataParallel does: each process divides, and then they add.
+    As in the reducer of DistributedDataParallel, each rank divides its gradients first, and
+    then the gradients are summed.
 
     Args:
-        parameters: Those that have a gradient in some process: the same in all of them.
+        parameters: Parameters that have a gradient on any rank, the same on all ranks.
     """
     _in_one_piece(
         map(_gradient, parameters),
@@ -60,7 +61,7 @@ def average_gradients(parameters: Iterable[Parameter]) -> None:
 
 
 def _gradient(parameter: Parameter) -> Tensor:
-    """Of a parameter, which another process has used and this one has not: then zeros."""
+    """Returns the gradient of a parameter. If only other ranks used it, creates zeros."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
@@ -68,12 +69,12 @@ def _gradient(parameter: Parameter) -> Tensor:
 
 @torch.no_grad()
 def share_buffers(brain: BrainProtocol) -> None:
-    """Makes buffers those of the first process, where the next forward pass would do so.
+    """Broadcasts buffers from rank 0, if DDP's next forward pass would broadcast them.
 
-    In the forward pass a process that has no memory would leave the others waiting.
+    If a rank ran out of memory in the forward pass, the other ranks would hang there.
 
     Args:
-        brain: The Brain before a training batch.
+        brain: Brain before a training batch.
     """
     buffers: list[Tensor] = []
     for module in wrapped_modules(brain):
@@ -84,7 +85,7 @@ def share_buffers(brain: BrainProtocol) -> None:
 
 
 def _in_one_piece(tensors: Iterable[Tensor], communicate: Callable[[Tensor], object]) -> None:
-    """Communicates tensors in place, those of one dtype and device together."""
+    """Communicates tensors in place, in one piece per dtype and device."""
     groups = defaultdict(list)
     for tensor in tensors:
         groups[tensor.dtype, tensor.device].append(tensor)

@@ -1,4 +1,4 @@
-"""The process group of a script that makes none, as ``ddp_init_group`` makes it."""
+"""Creates the process group if a script does not, as ``ddp_init_group`` does."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from torch.distributed.rendezvous import rendezvous
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.temporary import TemporaryAttributes
 
-# SpeechBrain's: the main process may prepare data while the others wait.
+# SpeechBrain's timeout: the main process may prepare data while the other ranks wait.
 TIMEOUT = timedelta(seconds=7200)
 
 
 def check_gpus(backend: str, processes: int) -> None:
-    """Refuses nccl where a process would have no GPU.
+    """Raises an error if a process would have no GPU for nccl.
 
     Args:
         backend: nccl, gloo or mpi, or torch's ``cpu:gloo,cuda:nccl``.
-        processes: How many there are on this machine, as far as this one knows.
+        processes: Number of processes on this machine, as far as this process knows.
 
     Raises:
-        UnsupportedError: There are not as many GPUs.
+        UnsupportedError: There are fewer GPUs than processes.
     """
     gpus = torch.cuda.device_count()
     if "nccl" in backend and processes > gpus:
         raise UnsupportedError(
-            f"the backend nccl needs a GPU for each process, and for {processes} there are "
-            f"{gpus}: --trainer.devices={gpus or 1}, or --device=cpu "
-            "--distributed_backend=gloo"
+            f"the backend nccl needs one GPU per process (processes: {processes}, GPUs: "
+            f"{gpus}). Use --trainer.devices={gpus or 1}, or --device=cpu "
+            "--distributed_backend=gloo."
         )
 
 
 def use_variables_of_slurm() -> None:
-    """Tells this process who it is by torchrun's variables, which scripts read.
+    """Sets torchrun's environment variables from SLURM's, because scripts read them.
 
     Raises:
-        RuntimeError: srun was not told how many tasks each node has.
+        RuntimeError: srun was started without the number of tasks per node.
     """
     task = SLURMEnvironment()
     os.environ.update(
@@ -60,16 +60,16 @@ def use_variables_of_slurm() -> None:
 
 @contextmanager
 def process_group(backend: str) -> Iterator[None]:
-    """Has a process group from the first line of a script on, as for ``run_on_main``.
+    """Provides a process group from the first line of a script on, as ``run_on_main`` needs.
 
-    One that the script makes itself, by SpeechBrain's ``ddp_init_group`` or torch's
-    ``init_process_group``, takes the place of this one, with the script's own arguments.
+    If the script creates a group itself, with SpeechBrain's ``ddp_init_group`` or torch's
+    ``init_process_group``, that group replaces this one, with the script's own arguments.
 
     Args:
         backend: nccl, gloo or mpi, or torch's ``cpu:gloo,cuda:nccl``.
 
     Raises:
-        UnsupportedError: nccl, and this process has no GPU.
+        UnsupportedError: The backend is nccl and this process has no GPU.
     """
     initialize, hook = distributed.init_process_group, sys.excepthook
     _initialize(backend)
@@ -79,14 +79,14 @@ def process_group(backend: str) -> Iterator[None]:
         if distributed.group.WORLD is group:
             distributed.destroy_process_group()
             if sys.excepthook is prefixing_hook:
-                # Else each line of a traceback would have its rank twice.
+                # Otherwise each line of a traceback would show its rank twice.
                 sys.excepthook = hook
         initialize(*args, **kwargs)
 
     with TemporaryAttributes() as temporary:
         temporary.set(distributed, "init_process_group", instead)
         yield
-    # Not after an error: the others would fail of that before the reason is seen.
+    # Not after an error: the other ranks would fail because of it before the cause is shown.
     if distributed.group.WORLD is group:
         distributed.destroy_process_group()
 
@@ -98,7 +98,7 @@ def _initialize(backend: str) -> None:
         torch.cuda.set_device(local_rank)
     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
     store.set_timeout(TIMEOUT)
-    # The script's own group would find in the same store where this one was.
+    # A separate prefix, because the script's own group would find the addresses of this group.
     store = PrefixStore(__name__, store)
     distributed.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT

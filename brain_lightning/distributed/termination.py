@@ -1,39 +1,40 @@
-"""Signals that end a run: recorded, and acted upon between two batches."""
+"""Signals that end a run. They are recorded, and handled between two batches."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .communication import on_any_rank
 
-# The exit status that a shell reports for a process that SIGTERM has ended.
+# Exit status that a shell reports for a process that SIGTERM ended.
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class Termination:
-    """Handles SIGTERM during a run, and the signal that a scheduler requeues its job by.
+    """Handles SIGTERM during a run, and the signal by which a scheduler requeues its job.
 
-    They are recorded. A second SIGTERM ends the process, unless the run is ending already.
+    Signals are recorded. A second SIGTERM ends the process, unless the run is already ending.
     """
 
     def __init__(self) -> None:
         self._received: set[int] = set()
         self._previous: dict[int, Any] = {}
-        # The same in all processes, also where the recipe of one handles a signal itself.
+        # The same on all ranks, even if the recipe handles a signal itself on one rank.
         self._signals: list[int] = []
         self._process = 0
         self._is_ending = False
 
     def install(self, signum: int, is_free: Callable[[Any], bool]) -> None:
-        """Handles a signal, unless the recipe does.
+        """Installs the handler of a signal, unless the recipe has a handler.
 
         Args:
-            signum: The signal; of several that were received, the first installed counts.
-            is_free: Whether a handler may be replaced.
+            signum: The signal. If several are received, the one installed first counts.
+            is_free: Returns whether a handler may be replaced.
         """
         self._signals.append(signum)
         is_main = threading.current_thread() is threading.main_thread()
@@ -43,7 +44,7 @@ class Termination:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, _: Any) -> None:
-        # A process that a hook or a loader has forked has nothing to save.
+        # A process that a hook or a loader forked has nothing to save.
         is_alone = os.getpid() != self._process
         is_second = signum in self._received and not self._is_ending
         if signum == signal.SIGTERM and (is_alone or is_second):
@@ -53,24 +54,24 @@ class Termination:
 
     @property
     def handles_sigterm(self) -> bool:
-        """Whether a SIGTERM to one of the processes is handled by all, or by the recipe."""
+        """Whether SIGTERM to one rank is handled by all ranks or by the recipe."""
         return signal.SIGTERM in self._signals
 
     @property
     def is_installed(self) -> bool:
-        """Whether the processes ask each other for a signal."""
+        """Whether the ranks exchange the signals that they received."""
         return bool(self._signals)
 
     @property
     def is_requested(self) -> bool:
-        """Whether this process received one of the signals, and has not acted upon it."""
+        """Whether this rank received one of the signals and has not handled it yet."""
         return bool(self._received)
 
     def requested(self, device: str) -> int | None:
-        """The signal to act upon, where a process ``is_requested``; the same in all of them.
+        """Returns the signal to handle if any rank ``is_requested``. The same on all ranks.
 
         Args:
-            device: The device that processes communicate from.
+            device: Device that the process group communicates from.
         """
         found = (
             signum for signum in self._signals if on_any_rank(signum in self._received, device)
@@ -78,7 +79,7 @@ class Termination:
         return next(found, None)
 
     def forget(self, signum: int) -> None:
-        """Records that a signal was acted upon, and that the run goes on.
+        """Records that a signal was handled and that the run continues.
 
         Args:
             signum: The signal.
@@ -86,12 +87,12 @@ class Termination:
         self._received.discard(signum)
 
     def acknowledge(self) -> None:
-        """Records that the run has saved its state, and is about to end."""
+        """Records that the run has saved its state and is about to end."""
         self._received.clear()
         self._is_ending = True
 
     def restore(self) -> None:
-        """Restores the previous handlers; a SIGTERM that nothing came of is raised now."""
+        """Restores the previous handlers. Raises a SIGTERM that was not handled again."""
         for signum, handler in self._previous.items():
             if signal.getsignal(signum) == self._handle:
                 signal.signal(signum, handler)
@@ -100,3 +101,22 @@ class Termination:
         self._signals.clear()
         if is_open and not self._is_ending:
             signal.raise_signal(signal.SIGTERM)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Defers Ctrl-C (SIGINT) until the end of the context, and raises it then."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        # The previous handler was not set from Python and could not be restored, or Ctrl-C
+        # does not interrupt this thread.
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda signum, _: received.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)

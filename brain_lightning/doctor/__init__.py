@@ -1,13 +1,13 @@
-"""What works with a recipe, read from its source without running it.
+"""Reports what works with a recipe, from its source, without running it.
 
-``modules`` finds files of Python and what their names stand for, ``hparams`` reads a
-HyperPyYAML file, both without making or importing anything. ``reading`` reads one method of a
-Brain, by what its expressions have for a ``meaning``, into a ``method``; ``source`` puts a
-Brain together from its classes, and from the functions that it gives itself to. Of that,
-``loops`` says what own loops come to, ``processes`` what several processes do not stand, and
-``updates`` what an own step leaves out, each as a ``remark``. ``report`` says of each Brain
-how it steps, which Trainer arguments, strategies and callbacks are safe with it, and what to
-change.
+``modules`` finds Python files and resolves their names, and ``hparams`` reads a HyperPyYAML
+file. Neither imports a module or creates an object. ``method_reader`` reads one method of a
+Brain into a ``method``. ``meaning`` tells whether an expression is the Brain, its modules or one of
+their entries. ``source`` assembles a Brain from its classes, and from the functions to which
+it passes itself. From these, ``loops`` checks custom loops, ``processes`` checks what fails in
+several processes, and ``updates`` checks custom training steps. Each problem is a ``remark``.
+``report`` lists for each Brain how it steps, which Trainer arguments, strategies and callbacks
+are supported, and what to change.
 """
 
 from .report import examine as examine

@@ -1,4 +1,4 @@
-"""A HyperPyYAML file as it is written: what is in ``modules``, and which classes it names."""
+"""Reads the source of a HyperPyYAML file: entries of ``modules``, and the classes it names."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import yaml
 
 from brain_lightning.errors import RecipeError
 
-# Tags before the name of a class or a function.
+# Tags that are followed by the name of a class or a function.
 NAMES = re.compile(r"!(?:name|new|apply|applyref):(.+)")
 REFERENCE = re.compile(r"<([^<>.\[]+)[^<>]*>")
-# Objects that can be called for their result; a list or a number cannot.
+# Tags of objects that can be called. A list or a number cannot be called.
 OBJECT = re.compile(r"!(new|apply|ref|applyref)\b")
 OPTIMIZER = re.compile(r"!new:torch\.optim\.(?!lr_scheduler)")
 LIST = re.compile(r"!new:torch\.nn\.Module(List|Dict)$")
 
 
 class HparamsSource:
-    """A hyperparameters file, of which nothing is made.
+    """The source of a hyperparameters file. No object in it is created.
 
     Args:
-        path: The file.
+        path: Path of the file.
 
     Attributes:
-        path: The file.
-        named: Dotted names of classes and functions, and the line of each.
-        modules: The entries of ``modules``; None where it has no such section.
-        parts: The names of all that the entries are made of, and the entry of each.
-        inner: Those of them that are called within an entry, and are neither one themselves
-            nor in a list that is one.
-        optimizers: Names of optimizers that are made with the file, and the line of each.
+        path: Path of the file.
+        named: Dotted names of classes and functions, with their lines.
+        modules: The entries of ``modules``, or None if there is no such section.
+        parts: Names of the objects that the entries consist of, with the entry of each.
+        inner: Names in ``parts`` that are called only within an entry: they are neither an
+            entry nor in a list that is an entry.
+        optimizers: Names of the optimizers that the file creates, with their lines.
 
     Raises:
-        RecipeError: It cannot be read, or is no YAML.
+        RecipeError: The file cannot be read, or is not valid YAML.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,7 +60,7 @@ class HparamsSource:
         self.optimizers = {name: node.start_mark.line + 1 for name, node in made.items()}
 
     def _called(self, node: yaml.Node) -> Iterator[str]:
-        """Names of what an entry is, or of what is called in a list that is one."""
+        """Yields the names of an entry, or of the modules in a list that is an entry."""
         names = [name for name, value in self._values.items() if value is node]
         if node.tag == "!ref" and isinstance(node, yaml.ScalarNode):
             names += REFERENCE.findall(node.value)
@@ -71,7 +71,7 @@ class HparamsSource:
                     yield from self._called(part) if part is not value else ()
 
     def _add_parts(self, entry: str, node: yaml.Node, seen: set[str]) -> None:
-        """Follows references and aliases; parts of parts are parts."""
+        """Adds the parts of an entry, and their parts, through references and aliases."""
         names = {id(value): name for name, value in self._values.items()}
         for part in _walk(node):
             found = [names[id(part)]] if id(part) in names else []
@@ -87,7 +87,7 @@ class HparamsSource:
 
 def _compose(path: Path) -> yaml.Node | None:
     try:
-        # Composed alone: the tags are text, and nothing that they name is made.
+        # Composing the YAML reads tags as strings, and creates no object that they name.
         return yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""What expressions in a method mean.
+"""The meaning of expressions in a method.
 
-Names stand for the Brain, its modules or an entry of these; tests and contexts say how many
-processes there are under them, and whether a batch is learned from.
+An expression may be the Brain, its modules or one of their entries. Tests and context managers
+tell how many processes there are, and whether gradients are recorded.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Methods of modules themselves, a ModuleDict, which are no entries.
-OF_A_MODULE_DICT = frozenset(dir(torch.nn.ModuleDict()))
+# Attributes of ``self.modules``, a ModuleDict, that are not entries.
+MODULE_DICT_ATTRIBUTES = frozenset(dir(torch.nn.ModuleDict()))
 EACH_ENTRY = "each entry"
-# What an expression may stand for, beside the name of an entry.
+# Meanings of an expression, besides the name of an entry.
 ITSELF, MODULES = "<self>", "<self.modules>"
-# Tests that are true where several processes train, and those that say so of one.
+# Tests that are true only if several processes train, and only if one process trains.
 SEVERAL = re.compile(
     r"""hasattr\(.*['"]module['"]\)|DistributedDataParallel|\bDDP\b|DataParallel"""
     r"|distributed_launch|is_initialized\(\)|world_size(\(\))? > 1"
 )
 ONE = re.compile(r"world_size(\(\))? (==|<=) 1|world_size(\(\))? < 2")
-# Tests that are true in the main process alone.
+# Tests that are true only in the main process.
 MAIN = re.compile(r"^(?!not ).*(if_main_process\(\)|\brank == 0|is_global_zero)")
 TRAIN = re.compile(r"Stage\.TRAIN\b")
 LATER = re.compile(r"Stage\.(VALID|TEST)\b")
@@ -33,11 +33,11 @@ NO_GRADIENTS = ("no_grad", "inference_mode")
 
 @dataclass(frozen=True)
 class Kept:
-    """Attributes of a Brain that are its modules, or an entry of these.
+    """Attributes of a Brain that refer to its modules or to one of their entries.
 
     Attributes:
-        meanings: What they stand for.
-        bare: Those that ``__init__`` has kept, before an entry is in its wrapper.
+        meanings: Meaning of each attribute.
+        bare: Meaning of the attributes that ``__init__`` assigns, before entries are wrapped.
     """
 
     meanings: Mapping[str, str] = field(default_factory=dict)
@@ -45,10 +45,10 @@ class Kept:
 
 
 class Names:
-    """What the names of one method stand for, as far as it is read.
+    """The meanings of the names in one method, up to the statement that is read.
 
     Args:
-        meanings: Of its parameters.
+        meanings: Meanings of the parameters.
         kept: Attributes of the Brain.
     """
 
@@ -57,22 +57,22 @@ class Names:
         self._kept = kept
 
     def bind(self, name: str, meaning: str) -> None:
-        """Takes note of an assignment.
+        """Records an assignment.
 
         Args:
-            name: The name.
-            meaning: What it stands for from now on; empty for something else.
+            name: The assigned name.
+            meaning: Meaning of the name from now on, or empty for any other object.
         """
         self._meanings[name] = meaning
 
     def meaning(self, node: ast.expr) -> str:
-        """What an expression stands for.
+        """Returns the meaning of an expression.
 
         Args:
             node: The expression.
 
         Returns:
-            ``ITSELF``, ``MODULES``, an entry, or empty for something else.
+            ``ITSELF``, ``MODULES``, the name of an entry, or empty for any other object.
         """
         match node:
             case ast.Name(name):
@@ -92,25 +92,25 @@ class Names:
         return ""
 
     def entry(self, node: ast.expr) -> str:
-        """The entry of ``self.modules`` that an expression is.
+        """Returns the entry of ``self.modules`` to which an expression refers.
 
         Args:
             node: The expression.
 
         Returns:
-            Its name; empty where it is none.
+            Name of the entry, or empty if the expression is not an entry.
         """
         meaning = self.meaning(node)
         return "" if meaning in (ITSELF, MODULES) else meaning
 
     def each(self, node: ast.expr) -> str:
-        """What each of a loop over an expression stands for.
+        """Returns the meaning of the loop variable in a loop over an expression.
 
         Args:
             node: The expression.
 
         Returns:
-            ``EACH_ENTRY``, or empty for something else.
+            ``EACH_ENTRY``, or empty for any other object.
         """
         match node:
             case ast.Call(ast.Attribute(owner, "values" | "items")):
@@ -120,13 +120,13 @@ class Names:
         return ""
 
     def bare(self, node: ast.expr) -> str:
-        """The entry that an expression is, kept before it was in its wrapper.
+        """Returns the entry to which an expression refers without its wrapper.
 
         Args:
             node: The expression.
 
         Returns:
-            Its name; empty where it is none.
+            Name of an entry that ``__init__`` assigned to an attribute, or empty.
         """
         if isinstance(node, ast.Attribute) and self.meaning(node.value) == ITSELF:
             return self._kept.bare.get(node.attr, "")
@@ -136,7 +136,7 @@ class Names:
         return next((found for node in nodes if (found := self.meaning(node))), "")
 
     def _of_branches(self, node: ast.IfExp) -> str:
-        """What is taken in one process alone has no wrapper."""
+        """Ignores a branch that is taken only in a single process, which has no wrapper."""
         then, otherwise = processes(node.test)
         branches = ((then, node.body), (otherwise, node.orelse))
         return self._any(branch for count, branch in branches if count != "one")
@@ -144,7 +144,7 @@ class Names:
     def _of_attribute(self, owner: str, name: str) -> str:
         if owner == ITSELF:
             return MODULES if name == "modules" else self._kept.meanings.get(name, "")
-        return name if owner == MODULES and name not in OF_A_MODULE_DICT else ""
+        return name if owner == MODULES and name not in MODULE_DICT_ATTRIBUTES else ""
 
     def _key(self, owner: ast.expr, key: ast.expr) -> str:
         if self.meaning(owner) != MODULES:
@@ -168,13 +168,13 @@ class Names:
 
 
 def names_in(target: ast.expr) -> list[str]:
-    """The names that a target of an assignment binds.
+    """Returns the names that the target of an assignment binds.
 
     Args:
         target: The target.
 
     Returns:
-        Its names, in their order.
+        The names in the order of the source.
     """
     return [
         node.id for node in ast.walk(target)
@@ -183,25 +183,25 @@ def names_in(target: ast.expr) -> list[str]:
 
 
 def stops_gradients(node: ast.expr) -> bool:
-    """Whether a context or a decorator records no gradients.
+    """Returns whether a context manager or a decorator disables gradients.
 
     Args:
         node: The expression.
 
     Returns:
-        True for ``torch.no_grad()`` and its like.
+        True for ``torch.no_grad()`` and ``torch.inference_mode()``.
     """
     return any(name in ast.unparse(node) for name in NO_GRADIENTS)
 
 
 def processes(test: ast.expr) -> tuple[str, str]:
-    """How many processes there are where a test is true, and where it is false.
+    """Returns how many processes there are if a test is true, and if it is false.
 
     Args:
         test: The test.
 
     Returns:
-        ``one``, ``several`` or empty, for each.
+        For each case ``one``, ``several``, or empty if it is not known.
     """
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         then, otherwise = processes(test.operand)
@@ -217,7 +217,7 @@ def processes(test: ast.expr) -> tuple[str, str]:
 
 
 def is_on_main(test: ast.expr) -> bool:
-    """Whether a test is true in the main process alone.
+    """Returns whether a test is true only in the main process.
 
     Args:
         test: The test.
@@ -226,13 +226,13 @@ def is_on_main(test: ast.expr) -> bool:
 
 
 def learns(test: ast.expr) -> tuple[bool, bool]:
-    """Whether a batch may be learned from where a test is true, and where it is false.
+    """Returns whether the stage may be TRAIN if a test is true, and if it is false.
 
     Args:
         test: The test.
 
     Returns:
-        For each.
+        One value for each case.
     """
     match test:
         case ast.BoolOp(ast.And(), values):

@@ -1,4 +1,4 @@
-"""One method of a Brain: what it reads, calls and changes of the Brain."""
+"""One method of a Brain: what it reads, calls and changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Location(NamedTuple):
-    """A line of a file."""
+    """A file and a line."""
 
     file: str
     line: int
@@ -21,18 +21,19 @@ Locations = dict[str, list[Location]]
 
 
 class EntryUse(NamedTuple):
-    """What a method does with an entry of ``self.modules``, other than to call it.
+    """A use of an entry of ``self.modules`` other than a call of the entry.
 
     Attributes:
-        entry: The entry, or ``EACH_ENTRY``.
-        attribute: What is used of it; ``[]`` where it is indexed, empty where it is replaced.
-        how: ``read``, ``set``, ``around`` (a call of what is in ``.module``), ``part`` (a call
-            of a method or a part of it, whose path is ``attribute``), ``replace`` or ``kept``
-            (what ``__init__`` has kept of it, which is not the wrapper).
-        text: As it is written.
-        at: Where.
-        processes: ``one`` or ``several`` where a test asked for that before, else empty.
-        learns: Whether gradients are recorded there.
+        entry: Name of the entry, or ``EACH_ENTRY``.
+        attribute: Attribute of the entry that is used. ``[]`` if the entry is indexed, empty
+            if it is replaced.
+        how: ``read``, ``set``, ``around`` (a call that bypasses the wrapper by ``.module``),
+            ``part`` (a call of a method or a submodule with the path ``attribute``),
+            ``replace``, or ``kept`` (a reference from ``__init__``, which has no wrapper).
+        text: Source text of the expression.
+        at: Location of the expression.
+        processes: ``one`` or ``several`` if an enclosing test requires it, else empty.
+        learns: Whether gradients are recorded.
     """
 
     entry: str
@@ -45,16 +46,16 @@ class EntryUse(NamedTuple):
 
 
 class HparamsCall(NamedTuple):
-    """A call of something in ``self.hparams``.
+    """A call of an object in ``self.hparams``.
 
     Attributes:
-        name: What is called, or whose method is.
-        method: Its method; empty where it is called itself.
-        text: As it is written.
-        at: Where.
-        arguments: How many arguments it is given.
-        learns: Whether gradients are recorded there.
-        is_entry: Whether it is in ``self.hparams.modules``.
+        name: Name of the object.
+        method: Method of the object that is called, or empty if the object itself is called.
+        text: Source text of the called expression.
+        at: Location of the call.
+        arguments: Number of arguments.
+        learns: Whether gradients are recorded.
+        is_entry: Whether the object is in ``self.hparams.modules``.
     """
 
     name: str
@@ -67,14 +68,14 @@ class HparamsCall(NamedTuple):
 
 
 class Handover(NamedTuple):
-    """A call that gives the Brain, its modules or an entry of them to a function.
+    """A call that passes the Brain, its modules or one of their entries to a function.
 
     Attributes:
-        function: Its dotted name, ``self.name`` for a method; empty for something else.
-        given: What it is given, by the index of the argument, or its keyword.
-        at: Where.
-        processes: As of ``EntryUse``.
-        learns: As of ``EntryUse``.
+        function: Dotted name of the function, ``self.name`` for a method, empty otherwise.
+        given: Meaning of each such argument, by its index or keyword.
+        at: Location of the call.
+        processes: See ``EntryUse``.
+        learns: See ``EntryUse``.
     """
 
     function: str
@@ -90,27 +91,27 @@ def _locations() -> Locations:
 
 @dataclass
 class Method:
-    """A method of a Brain, and what it does.
+    """A method of a Brain, and what it does. Names are mapped to their locations.
 
     Attributes:
-        name: Its name.
-        at: Where it begins.
-        owner: The class that it is written in.
-        reads: Attributes of ``self``, and where.
-        sets: Attributes of ``self`` that are assigned, and where.
-        calls: Methods called on anything, and where: ``backward``, ``step``…
-        optimizer_steps: Where ``step()`` of an optimizer is called.
-        given: Methods of ``self`` that are called with arguments, and where.
-        supers: Methods called on ``super()``, and where.
-        super_in_branch: Those of them that are called under an ``if``.
-        unwraps: Where ``.module`` of something else than ``self`` is read.
+        name: Name of the method.
+        at: Its first line.
+        owner: Name of the class that defines it.
+        reads: Attributes of ``self`` that are read.
+        sets: Attributes of ``self`` that are assigned.
+        calls: Methods that are called on any object: ``backward``, ``step``…
+        optimizer_steps: Calls of ``step()`` of an optimizer.
+        given: Methods of ``self`` that are called with arguments.
+        supers: Methods that are called on ``super()``.
+        super_in_branch: Names in ``supers`` that are called within an ``if``.
+        unwraps: Reads of ``.module`` of objects other than ``self``.
         entries: Entries of ``self.modules`` that are used.
-        entry_uses: What is done with them other than to call them.
-        hparams_calls: What is called in ``self.hparams``.
-        keeps: Attributes of ``self`` that are assigned modules or an entry of them.
-        handovers: What is given to functions.
-        unread: Those of them whose function is in no file.
-        on_main: What is called in the main process alone that saves, and where.
+        entry_uses: Uses of the entries other than calls of them.
+        hparams_calls: Calls of objects in ``self.hparams``.
+        keeps: Attributes of ``self`` to which the modules or an entry are assigned.
+        handovers: Calls that pass the Brain or its modules to a function.
+        unread: The calls in ``handovers`` whose function was not found in a file.
+        on_main: Calls that save a state, and that only the main process makes.
     """
 
     name: str
@@ -133,7 +134,7 @@ class Method:
     on_main: list[tuple[str, Location]] = field(default_factory=list)
 
     def absorb(self, function: Method) -> None:
-        """Takes what a function does that this method calls for what it does itself.
+        """Adds what a function does that this method calls.
 
         Args:
             function: The function.

@@ -1,4 +1,4 @@
-"""Python files and what their names stand for, read without importing any of them."""
+"""Reads Python files and resolves the names in them, without importing them."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from typing import NamedTuple
 
 from brain_lightning.errors import RecipeError
 
-# Where a Brain comes from, by any of its names.
-SPEECHBRAINS, OURS = "SpeechBrain's Brain", "brain_lightning's Brain"
+# The two Brain classes, and the names under which they can be imported.
+SPEECHBRAIN, OURS = "SpeechBrain's Brain", "brain_lightning's Brain"
 BRAINS = {
-    "speechbrain.Brain": SPEECHBRAINS,
-    "speechbrain.core.Brain": SPEECHBRAINS,
+    "speechbrain.Brain": SPEECHBRAIN,
+    "speechbrain.core.Brain": SPEECHBRAIN,
     "brain_lightning.Brain": OURS,
     "brain_lightning.brain.Brain": OURS,
     "brain_lightning.brain.brain.Brain": OURS,
 }
-# Packages that have no Brain, and are long to read.
+# Packages without a Brain, which take long to read.
 WITHOUT_BRAINS = frozenset(sys.stdlib_module_names) | {
     "torch", "torchaudio", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "sklearn",
     "transformers", "datasets", "lightning", "pytorch_lightning", "hyperpyyaml", "tqdm",
 }  # fmt: skip
-# Before a name that stands for another one of the same file, as in ``Base = sb.Brain``.
+# Prefix of a name that is an alias in the same file, as in ``Base = sb.Brain``.
 ALIAS = "="
-# Names that were looked for, each in its file.
+# Names that were already looked up, each with its file.
 Seen = set[tuple[Path, str]]
 
 
 class Reference(NamedTuple):
-    """A dotted name, as of an import.
+    """A dotted name from an import.
 
     Attributes:
-        dotted: The name from its top package on.
-        root: The folder of the top package, where that is known: of a relative import.
+        dotted: Name from the top package on.
+        root: Folder that contains the top package, if the import is relative.
     """
 
     dotted: str
     root: Path | None = None
 
     def joined(self, rest: str) -> Reference:
-        """The name of something within.
+        """Returns the name of a member.
 
         Args:
-            rest: Its name from here on; may be empty.
+            rest: Name of the member relative to this name. It may be empty.
 
         Returns:
-            Its whole name.
+            Full name of the member.
         """
         return Reference(f"{self.dotted}.{rest}" if rest else self.dotted, self.root)
 
@@ -61,7 +61,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True, eq=False)
 class FunctionSource:
-    """A function as it is written, and the file that it is in."""
+    """The source of a function, and its file."""
 
     node: Function
     module: ModuleSource
@@ -69,7 +69,7 @@ class FunctionSource:
 
 @dataclass(frozen=True, eq=False)
 class ClassSource:
-    """A class as it is written, and the file that it is in."""
+    """The source of a class, and its file."""
 
     node: ast.ClassDef
     module: ModuleSource
@@ -79,22 +79,22 @@ Found = ClassSource | FunctionSource | str
 
 
 class ModuleSource:
-    """A file of Python.
+    """The source of a Python file.
 
     Args:
-        path: The file.
+        path: Path of the file.
 
     Attributes:
-        path: The file.
-        nodes: All of its syntax tree.
-        classes: Its classes, by name.
-        functions: Its functions that are in no class, by name.
-        names: What names that are imported or assigned stand for; there may be several, as in
+        path: Path of the file.
+        nodes: All nodes of the syntax tree.
+        classes: Classes by name.
+        functions: Top-level functions by name.
+        names: References of imported and assigned names. A name may have several, as in
             ``try: from a import X``, ``except ImportError: from b import X``.
-        stars: What ``import *`` is from.
+        stars: Modules from which ``*`` is imported.
 
     Raises:
-        RecipeError: It cannot be read, or is no Python.
+        RecipeError: The file cannot be read, or is not valid Python.
     """
 
     def __init__(self, path: Path) -> None:
@@ -135,13 +135,14 @@ class ModuleSource:
         return Reference(folder.name, folder.parent).joined(node.module or "")
 
     def full_name(self, node: ast.expr) -> str:
-        """The dotted name of an expression, its first part as it was imported.
+        """Returns the full name of an expression such as ``sb.Brain``.
 
         Args:
-            node: Such as ``sb.Brain``.
+            node: The expression.
 
         Returns:
-            Such as ``speechbrain.Brain``; empty where it is no dotted name.
+            The name with its import resolved, such as ``speechbrain.Brain``. Empty if the
+            expression is not a dotted name.
         """
         first, _, rest = dotted_name(node).partition(".")
         known = [r for r in self.names.get(first, []) if not r.dotted.startswith(ALIAS)]
@@ -149,12 +150,13 @@ class ModuleSource:
 
 
 class Modules:
-    """Finds what names stand for, in files beside a script and in installed packages.
+    """Finds the classes and functions of names, in the script's folder and installed packages.
 
-    Files are found by walking folders: to import even the parent of a package would run it.
+    Files are found by searching folders. Importing a package, even only the parent of a
+    module, would run it.
 
     Args:
-        folder: The script's folder, which comes first, as when Python runs the script.
+        folder: Folder of the script. It is searched first, as when Python runs the script.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -163,16 +165,16 @@ class Modules:
     def resolve(
         self, module: ModuleSource, dotted: str, seen: Seen | None = None
     ) -> Found | None:
-        """Finds a class or a function by the name that it has in a file.
+        """Finds a class or a function by its name in a file.
 
         Args:
             module: The file.
-            dotted: The name, such as ``sb.Brain``.
-            seen: What was looked for already: imports may go in circles.
+            dotted: Name in the file, such as ``sb.Brain``.
+            seen: Names that were already looked up, because imports may be circular.
 
         Returns:
-            The class or function; for a Brain of SpeechBrain or ours what ``BRAINS`` says;
-            None where the name is something else, or is not found.
+            The class or function, or the value of ``BRAINS`` for one of the two Brain classes.
+            None if the name is another object, or is not found.
         """
         first, _, rest = dotted.partition(".")
         seen = set() if seen is None else seen
@@ -197,15 +199,15 @@ class Modules:
     def follow(
         self, reference: Reference, importer: Path, seen: Seen | None = None
     ) -> Found | None:
-        """Finds a class or a function by its name from the top package on.
+        """Finds a class or a function by its full name.
 
         Args:
             reference: The name.
-            importer: The file that has it.
-            seen: What was looked for already.
+            importer: File that contains the name.
+            seen: Names that were already looked up.
 
         Returns:
-            As ``resolve``.
+            See ``resolve``.
         """
         seen = set() if seen is None else seen
         if reference.dotted in BRAINS:
@@ -221,33 +223,33 @@ class Modules:
         return None
 
     def bases(self, cls: ClassSource) -> list[ClassSource | str]:
-        """The bases of a class that can be found.
+        """Returns the base classes that were found.
 
         Args:
             cls: The class.
 
         Returns:
-            Classes; for a Brain of SpeechBrain or ours what ``BRAINS`` says.
+            Classes, or the values of ``BRAINS`` for the two Brain classes.
         """
         found = [self._base(cls, dotted_name(base)) for base in cls.node.bases]
         return [base for base in found if isinstance(base, (ClassSource, str))]
 
     def _base(self, cls: ClassSource, name: str) -> Found | None:
         if name == cls.node.name:
-            # class Brain(Brain): of the one that is imported.
+            # In `class Brain(Brain)` the base is the imported class.
             imported = cls.module.names.get(name, [])
             found = (self.follow(reference, cls.module.path) for reference in imported)
             return next((base for base in found if base is not None), None)
         return self.resolve(cls.module, name)
 
     def ancestors(self, cls: ClassSource) -> list[ClassSource | str]:
-        """A class and all that it inherits from, in the order in which methods are found.
+        """Returns a class and its ancestors in method resolution order.
 
         Args:
             cls: The class.
 
         Returns:
-            Python's order, but for hierarchies that Python refuses.
+            Python's order, except for hierarchies that Python does not accept.
         """
         order: list[ClassSource | str] = []
 
@@ -260,18 +262,18 @@ class Modules:
                     visit(base, [*below, one])
 
         visit(cls, [])
-        # A base that several share comes after all of them.
+        # A base class comes after all its subclasses.
         return list(dict.fromkeys(reversed(order)))[::-1]
 
 
 def dotted_name(node: ast.expr) -> str:
-    """An expression such as ``a.b.c``.
+    """Returns the text of an expression such as ``a.b.c``.
 
     Args:
         node: The expression.
 
     Returns:
-        Its text; empty where it is something else.
+        The text, or empty for any other expression.
     """
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
@@ -281,7 +283,7 @@ def dotted_name(node: ast.expr) -> str:
 
 
 def _files(parts: Sequence[str], roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """The files that may have a name, the longest path first, and its name in them."""
+    """Yields files that may define a name, the longest path first, with its name in them."""
     root = next((r for r in roots if (r / parts[0]).is_dir() or _python(r, parts[0])), None)
     found: list[tuple[Path, str]] = []
     for index, part in enumerate(parts):
@@ -300,7 +302,7 @@ def _python(folder: Path, name: str) -> Path | None:
 
 
 def _top_of(path: Path) -> Path:
-    """The folder that a file's top package is in."""
+    """Returns the folder that contains a file's top package."""
     folder = path.resolve().parent
     while (folder / "__init__.py").is_file():
         folder = folder.parent
@@ -308,7 +310,7 @@ def _top_of(path: Path) -> Path:
 
 
 def _module(path: Path) -> ModuleSource | None:
-    """None for what is no Python of this version: it may never be reached."""
+    """Returns None for a file that this Python cannot parse: it may never be imported."""
     try:
         return _read(path.resolve(), path.stat().st_mtime_ns)
     except RecipeError:

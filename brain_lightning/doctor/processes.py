@@ -1,4 +1,4 @@
-"""What keeps a recipe from running in several processes, or in one alone."""
+"""Checks what prevents a recipe from running in several processes, or in a single one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning.fsdp2.methods import METHODS
 
-from .meaning import OF_A_MODULE_DICT
+from .meaning import MODULE_DICT_ATTRIBUTES
 from .method import EntryUse, HparamsCall, Location
-from .modules import SPEECHBRAINS
+from .modules import SPEECHBRAIN
 from .remark import DDP, FSDP2, ONE_DEVICE, Remark, remark
 from .source import BrainSource, RecipeSource
 
-OF_A_MODULE = frozenset(dir(torch.nn.Module())) | {"device"}
-OF_A_WRAPPER = frozenset(dir(DistributedDataParallel)) | {"module", "[]", ""}
-# What every module has, and means something else of a wrapper: its names begin with "module.".
-WITH_OTHER_NAMES = frozenset(
+MODULE_ATTRIBUTES = frozenset(dir(torch.nn.Module())) | {"device"}
+WRAPPER_ATTRIBUTES = frozenset(dir(DistributedDataParallel)) | {"module", "[]", ""}
+# Attributes of modules that give other names on a wrapper, which adds the prefix "module.".
+PREFIXED_NAMES = frozenset(
     {"state_dict", "load_state_dict", "get_submodule", "get_parameter", "get_buffer",
      "children", "named_children"}
 )  # fmt: skip
@@ -26,27 +26,27 @@ OPTIMIZERS = {
     name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)
 } | {"opt_class"}
 SHOWN = 4
-UNWRAP = "Use getattr(entry, 'module', entry)"
-# What reads and changes of an entry come to where it is in a wrapper.
-WRAPPED = "DistributedDataParallel, which an entry of modules with trainable parameters is in,"
-OF_WRAPPERS: dict[str, Callable[[EntryUse], bool]] = {
-    WRAPPED + f" has no attribute of it: {{}}. {UNWRAP}": lambda use: (
-        use.attribute not in OF_A_MODULE | OF_A_WRAPPER
+UNWRAP = "Use getattr(entry, 'module', entry)."
+# Remarks on reads and changes of an entry that is wrapped, and the uses that each is about.
+WRAPPED = "DistributedDataParallel wraps each entry of modules with trainable parameters"
+WRAPPER_REMARKS: dict[str, Callable[[EntryUse], bool]] = {
+    WRAPPED + f", and lacks the attributes of the entry: {{}}. {UNWRAP}": lambda use: (
+        use.attribute not in MODULE_ATTRIBUTES | WRAPPER_ATTRIBUTES
     ),
-    WRAPPED + f" has another attribute of this name, or is no sequence: {{}}. {UNWRAP}": (
-        lambda use: use.attribute in OF_A_WRAPPER - OF_A_MODULE - {"module"}
+    WRAPPED + f". It has another attribute of this name, or is no sequence: {{}}. {UNWRAP}": (
+        lambda use: use.attribute in WRAPPER_ATTRIBUTES - MODULE_ATTRIBUTES - {"module"}
     ),
-    WRAPPED + f" begins all names with 'module.': {{}}. {UNWRAP}": (
-        lambda use: use.attribute in WITH_OTHER_NAMES
+    WRAPPED + f", and prefixes all names with 'module.': {{}}. {UNWRAP}": (
+        lambda use: use.attribute in PREFIXED_NAMES
     ),
-    WRAPPED + f" is set, and not the module in it: {{}}. {UNWRAP}": (
-        lambda use: use.how == "set" and use.attribute in OF_A_MODULE
+    WRAPPED + f". The attribute is set on the wrapper only: {{}}. {UNWRAP}": (
+        lambda use: use.how == "set" and use.attribute in MODULE_ATTRIBUTES
     ),
 }
 
 
 def process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
-    """What a Brain does that its processes do not stand.
+    """Checks what fails if a Brain runs in several processes.
 
     Args:
         brain: The Brain.
@@ -55,8 +55,8 @@ def process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark
     Yields:
         Remarks.
     """
-    if brain.is_own("on_fit_start") and "_wrap_distributed" not in brain.reads:
-        says = "gradients would not be averaged: call self._wrap_distributed() in on_fit_start"
+    if brain.is_replaced("on_fit_start") and "_wrap_distributed" not in brain.reads:
+        says = "Gradients are not averaged. Call self._wrap_distributed() in on_fit_start."
         yield remark(DDP, says, brain.methods["on_fit_start"], DDP, FSDP2)
     yield from _hparams_remarks(brain, source)
     yield from _wrapper_remarks(brain)
@@ -65,13 +65,13 @@ def process_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark
 
 
 def unread_functions(brain: BrainSource) -> list[str]:
-    """Functions that are given the Brain or its modules, and are in no file.
+    """Returns the functions that get the Brain or its modules, and whose file was not found.
 
     Args:
         brain: The Brain.
 
     Returns:
-        Each once, with its line.
+        Each function once, with its line.
     """
     found = ((h.function, h.at) for method in brain.every() for h in method.unread
              if method.name != "__init__" and h.processes != "one")  # fmt: skip
@@ -79,26 +79,27 @@ def unread_functions(brain: BrainSource) -> list[str]:
 
 
 def depends_on_hparams(brain: BrainSource, source: RecipeSource) -> bool:
-    """Whether it takes the hyperparameters to say that a Brain calls its modules in wrappers.
+    """Returns whether the hyperparameters file decides if a Brain bypasses wrappers.
 
     Args:
         brain: The Brain.
         source: The recipe that it belongs to.
 
     Returns:
-        True where it calls something in ``self.hparams`` that may be an entry of ``modules``.
+        True if the Brain calls an object of ``self.hparams`` that may be an entry of
+        ``modules``, and the entries are not known.
     """
     return _entries(source) is None and bool(_computing(brain))
 
 
 def _entries(source: RecipeSource) -> dict[str, str] | None:
-    """Names in hparams that are in an entry of modules; None where that is not known."""
+    """Returns the hparams that are part of an entry of modules, or None if not known."""
     hparams = source.hparams
     return None if hparams is None or hparams.modules is None else hparams.parts
 
 
 def _computing(brain: BrainSource) -> list[HparamsCall]:
-    """Calls that may compute what is learned from: a factory is given nothing."""
+    """Returns the calls that may compute the loss. A call without arguments is a factory."""
     return [
         call for call in brain.hparams_calls
         if (call.arguments and not call.method) or call.method == "forward"
@@ -107,26 +108,31 @@ def _computing(brain: BrainSource) -> list[HparamsCall]:
 
 def _hparams_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
     parts = _entries(source)
-    # A part of an entry may do by a method what its forward does not.
-    calls = [c for c in brain.hparams_calls if c.method not in OF_A_MODULE - {"forward"}]
+    # A method of a part may compute something that its entry's forward does not compute.
+    calls = [c for c in brain.hparams_calls if c.method not in MODULE_ATTRIBUTES - {"forward"}]
     found = [call for call in calls if call.is_entry or call.name in (parts or {})]
     if found:
         first = min(found, key=lambda call: call.at)
         listed = _listed([(call.text, call.at) for call in found])
         says = (
-            f"gradients of what can be trained in modules would not be averaged: {listed}. "
-            f"Call self.modules.{(parts or {}).get(first.name, first.name)}, for what is "
-            "called in hparams has no wrapper"
+            f"Gradients of entries of modules are not averaged, because self.hparams bypasses "
+            f"their wrappers: {listed}. Call "
+            f"self.modules.{(parts or {}).get(first.name, first.name)}."
         )
         yield remark(DDP, says, first.at)
     computing = _computing(brain)
-    if parts is None and not found and computing and not brain.entries - OF_A_MODULE_DICT:
+    if (
+        parts is None
+        and not found
+        and computing
+        and not brain.entries - MODULE_DICT_ATTRIBUTES
+    ):
         names = list(dict.fromkeys(call.name for call in computing))
         more = f" or {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         listed = ", ".join(names[:SHOWN]) + more
         says = (
-            f"gradients would not be averaged if hparams.{listed} is one of modules: call "
-            f"self.modules.{names[0]}, for what is called in hparams has no wrapper"
+            f"Gradients are not averaged if hparams.{listed} is an entry of modules, because "
+            f"self.hparams bypasses its wrapper. Call self.modules.{names[0]}."
         )
         yield remark(DDP, says, computing[0].at)
 
@@ -134,49 +140,51 @@ def _hparams_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
 def _wrapper_remarks(brain: BrainSource) -> Iterator[Remark]:
     uses = [use for use in brain.entry_uses if use.processes != "one"]
     bare = [use for use in uses if use.how in ("read", "set")]
-    for says, applies in OF_WRAPPERS.items():
+    for says, applies in WRAPPER_REMARKS.items():
         yield from _about_uses(DDP, says, filter(applies, bare))
-    says = "an entry of modules that is replaced has no wrapper any more: {}"
+    says = "An entry of modules that is replaced has no wrapper any more: {}."
     yield from _about_uses(DDP, says, (use for use in uses if use.how == "replace"))
-    says = "an entry of modules that is replaced is not sharded: {}"
+    says = "An entry of modules that is replaced is not sharded: {}."
     yield from _about_uses(FSDP2, says, (use for use in uses if use.how == "replace"))
     learning = {use.at for method in brain.learning for use in method.entry_uses}
     around = [use for use in uses if use.how == "around" and use.at in learning]
     says = (
-        "gradients are averaged only if the entry of modules itself is called in the same "
-        "step, and not what is in its wrapper: {}"
+        "This call bypasses the wrapper of an entry of modules: {}. Gradients are averaged "
+        "only if the same step also calls the entry itself."
     )
     yield from _about_uses(
-        DDP, says, (u for u in around if u.learns and u.attribute not in OF_A_MODULE)
+        DDP, says, (u for u in around if u.learns and u.attribute not in MODULE_ATTRIBUTES)
     )
     kept = [use for use in uses if use.how == "kept" and use.at in learning and use.learns]
     says = (
-        "gradients would not be averaged, for __init__ keeps an entry of modules before it is "
-        "in its wrapper: {}. Read it from self.modules"
+        "Gradients are not averaged, because __init__ stores an entry of modules before it is "
+        "wrapped: {}. Read the entry from self.modules."
     )
     yield from _about_uses(
-        DDP, says, (u for u in kept if u.attribute not in OF_A_MODULE - {"forward"})
+        DDP, says, (u for u in kept if u.attribute not in MODULE_ATTRIBUTES - {"forward"})
     )
-    says = "there is no wrapper in one process, and no .module: {}"
+    says = "In a single process an entry has no wrapper, and no attribute .module: {}."
     alone = [u for u in bare if u.attribute == "module" and u.processes != "several"]
     yield from _about_uses(ONE_DEVICE, says, alone)
 
 
 def methods_to_name(brain: BrainSource, source: RecipeSource) -> list[str]:
-    """Methods of entries that a batch is learned by, and that are not known to use weights.
+    """Returns the methods of entries that may need ``FSDP2Strategy(methods=...)``.
+
+    These are methods that a training step calls, and that are not in its defaults.
 
     Args:
         brain: The Brain.
         source: The recipe that it belongs to.
 
     Returns:
-        Their names, as ``FSDP2Strategy(methods=...)`` takes them.
+        Names of the methods.
     """
     return sorted({name for name, _, _ in _methods(brain, source)})
 
 
 def _methods(brain: BrainSource, source: RecipeSource) -> Iterator[tuple[str, str, Location]]:
-    known = OF_A_MODULE | {*METHODS, "", "[]"}
+    known = MODULE_ATTRIBUTES | {*METHODS, "", "[]"}
     for use in _part_calls(brain):
         if "." not in use.attribute and use.attribute not in known:
             yield use.attribute, use.text, use.at
@@ -188,7 +196,7 @@ def _methods(brain: BrainSource, source: RecipeSource) -> Iterator[tuple[str, st
 
 
 def _part_calls(brain: BrainSource) -> list[EntryUse]:
-    """Calls of methods and parts of entries by which a batch is learned."""
+    """Returns the calls of methods and parts of entries in the training step."""
     learning = {use.at for method in brain.learning for use in method.entry_uses}
     return [
         use for use in brain.entry_uses
@@ -197,12 +205,12 @@ def _part_calls(brain: BrainSource) -> list[EntryUse]:
 
 
 def _shard_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
-    """What a Brain does that modules in shards do not stand."""
+    """Checks what fails if the modules of a Brain are sharded."""
     if methods := list(_methods(brain, source)):
         listed = _listed([(text, at) for _, text, at in methods])
         says = (
-            f"weights are gathered for forward, and not for {listed}: where it uses weights, "
-            f"name it, FSDP2Strategy(methods={methods_to_name(brain, source)})"
+            f"Weights are gathered for forward, but not for {listed}. If the method uses "
+            f"weights, set FSDP2Strategy(methods={methods_to_name(brain, source)})."
         )
         at = min(at for _, _, at in methods)
         yield Remark(FSDP2, says, at.line, at.file)
@@ -210,27 +218,28 @@ def _shard_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]
     inner = set() if source.hparams is None else source.hparams.inner
     parts += [(call.text, call.at) for call in _computing(brain) if call.name in inner]
     yield from _about_shards(
-        "weights of a part are gathered while its entry of modules is called, and not for {}: "
-        "name its class, FSDP2Strategy(blocks=[...]), or make it an entry", parts,
+        "Weights of a submodule are gathered while its entry of modules is called, but not "
+        "for {}. Set FSDP2Strategy(blocks=[...]) to its class, or make it an entry.", parts,
     )  # fmt: skip
     after = [method for method in brain.every() if method.name != "__init__"]
     yield from _about_shards(
-        "all processes make a state together, and wait for ever where the main process alone "
-        "calls {}: call it in all of them", (each for m in after for each in m.on_main),
+        "Collecting a state is a collective operation. The run hangs if only the main process "
+        "calls {}. Call it on all ranks.", (each for m in after for each in m.on_main),
     )  # fmt: skip
     copies = [h for m in after for h in m.handovers if h.function.endswith("deepcopy")]
     yield from _about_shards(
-        "there is no copy of a module in shards: {}. Make it in __init__",
+        "A sharded module cannot be copied: {}. Copy it in __init__.",
         ((f"{h.function}({', '.join(h.given.values())})", h.at) for h in copies),
     )
     hooks = brain.calls.get("register_comm_hook", [])
-    yield from _about_shards("{} is refused", (("register_comm_hook", at) for at in hooks))
+    says = "{} is not supported."
+    yield from _about_shards(says, (("register_comm_hook", at) for at in hooks))
     yield from _optimizer_remarks(brain, source)
 
 
 def _is_of_a_part(path: str) -> bool:
     *owners, name = path.split(".")
-    return path == "[]" or (bool(owners) and name not in OF_A_MODULE - {"forward"})
+    return path == "[]" or (bool(owners) and name not in MODULE_ATTRIBUTES - {"forward"})
 
 
 def _optimizer_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
@@ -244,8 +253,8 @@ def _optimizer_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Rem
         file = source.show(hparams.path)
         found += [(name, Location(file, at)) for name, at in hparams.optimizers.items()]
     yield from _about_shards(
-        "an optimizer that is made before modules are sharded is refused: {}. Make it in "
-        "init_optimizers", found,
+        "An optimizer that is created before the modules are sharded is not supported: {}. "
+        "Create it in init_optimizers.", found,
     )  # fmt: skip
 
 
@@ -255,14 +264,14 @@ def _about_shards(says: str, found: Iterable[tuple[str, Location]]) -> Iterator[
 
 
 def _about_uses(about: str, says: str, uses: Iterable[EntryUse]) -> Iterator[Remark]:
-    """One remark on all uses of a kind, in the order of their lines."""
+    """Yields one remark on all uses of a kind, in the order of their lines."""
     found = [(use.text, use.at) for use in uses]
     if found:
         yield remark(about, says.format(_listed(found)), min(at for _, at in found))
 
 
 def _listed(found: Iterable[tuple[str, Location]]) -> str:
-    """Texts and their lines, each text once, in the order of their lines."""
+    """Returns texts with their lines, each text once, in the order of their lines."""
     ordered = sorted(found, key=lambda pair: pair[1])
     first = ordered[0][1]
     texts: dict[str, Location] = {}
@@ -281,10 +290,9 @@ def _with_line(text: str, at: Location, first: Location) -> str:
 
 def _group_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
     group = next((p for n, p in source.called.items() if n.endswith("ddp_init_group")), None)
-    if group is not None and brain.base != SPEECHBRAINS:
+    if group is not None and brain.base != SPEECHBRAIN:
         says = (
-            "python train.py --trainer.devices=2 would wait for ever at SpeechBrain's "
-            "ddp_init_group: leave it out, or start the processes by torchrun or "
-            "brain-lightning run"
+            "python train.py --trainer.devices=2 hangs at SpeechBrain's ddp_init_group. "
+            "Remove the call, or start the processes with torchrun or brain-lightning run."
         )
         yield remark("devices", says, group)

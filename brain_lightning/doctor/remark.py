@@ -1,4 +1,4 @@
-"""A remark, and the names of what it may limit."""
+"""A remark, and the Trainer arguments and strategies that it may exclude."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Remark:
-    """What does not work, and what to change.
+    """A problem in a recipe, and the change that solves it.
 
     Attributes:
         about: A Trainer argument, a strategy or a method of the Brain.
-        says: What happens, and what would make it work.
-        line: Where to change it.
-        file: The file that has the line.
-        limits: Trainer arguments and strategies that are not safe for that reason.
+        says: Sentences that describe the problem and the remedy.
+        line: Line to change.
+        file: File that contains the line.
+        limits: Trainer arguments and strategies that do not work for this reason.
     """
 
     about: str
@@ -40,13 +40,13 @@ class Remark:
 
 
 def remark(about: str, says: str, at: Location, *limits: str) -> Remark:
-    """Makes a remark.
+    """Creates a remark.
 
     Args:
         about: See ``Remark``.
         says: See ``Remark``.
-        at: Its file and line.
-        *limits: See ``Remark``; ``about`` itself where none is given.
+        at: File and line of the remark.
+        *limits: See ``Remark``. Default: ``about``.
 
     Returns:
         The remark.

@@ -1,4 +1,4 @@
-"""What works with each Brain of a recipe."""
+"""The report on each Brain of a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from brain_lightning.brain.brain import Brain
 from brain_lightning.protocol import MANUAL_HOOKS
 
-from .loops import is_whole, loop_remarks
+from .loops import has_custom_fit, loop_remarks
 from .method import Location
 from .processes import (
     depends_on_hparams,
@@ -23,40 +23,46 @@ from .updates import old_api_remarks, update_remarks
 HOOKS = frozenset(
     name for name in dir(Brain) if callable(getattr(Brain, name)) and not name.startswith("__")
 )
-# Attributes of SpeechBrain's Brain whose use shows how a recipe steps.
+# Attributes of SpeechBrain's Brain that show how a recipe steps.
 STEPPING = ("scaler", "training_ctx", "no_sync", "optimizers_step", "check_gradients", "fit")
 CALLS = ("backward", "clip_grad_norm_")
-PARALLEL = "ddp (each entry of modules in its own DistributedDataParallel)"
-SHARDED = "fsdp2 (each entry of modules in shards, for models larger than one device)"
+PARALLEL = "ddp (one DistributedDataParallel per entry of modules)"
+SHARDED = "fsdp2 (shards each entry of modules, for models larger than one device)"
 IF_NAMED = ", with FSDP2Strategy(methods={})"
 IF_NO_PART = (
-    ", if nothing that it calls in hparams is a part of one of modules (doctor SCRIPT HPARAMS "
-    "looks)"
+    ", if no object of hparams that the Brain calls is part of an entry of modules (checked "
+    "by doctor SCRIPT HPARAMS)"
 )
 IF_NO_ENTRY = (
-    ", if nothing that it calls in hparams is one of modules (doctor SCRIPT HPARAMS looks)"
+    ", if no object of hparams that the Brain calls is an entry of modules (checked by doctor "
+    "SCRIPT HPARAMS)"
 )
-IF_CALLED = ", if what is given self or modules uses weights by calling entries alone: {}"
-IF_READ = ", if what is given self or modules uses nothing that a wrapper lacks: {}"
+IF_CALLED = (
+    ", if these functions, which get self or modules, use weights only by calling entries: {}"
+)
+IF_READ = (
+    ", if these functions, which get self or modules, read no attribute of an entry that its "
+    "wrapper lacks: {}"
+)
 
 
 @dataclass(frozen=True)
 class BrainReport:
-    """What works with one Brain of a recipe.
+    """The report on one Brain of a recipe.
 
     Attributes:
-        name: Its class.
-        line: Where it begins.
-        base: What it is a Brain of.
-        overrides: Its hooks, and where they are.
+        name: Name of the class.
+        line: First line of the class.
+        base: ``SpeechBrain's Brain`` or ``brain_lightning's Brain``.
+        overrides: Hooks that it overrides, with their locations.
         updates: ``automatic`` or ``manual``.
-        why: Why so.
-        uses: What else it touches of a Brain, and on which lines.
-        strategies: Those that run it.
-        arguments: Arguments of the Trainer that work as Lightning documents them.
-        remarks: What does not work, what matters most first.
-        callbacks_refused: Lightning's callbacks that it cannot have.
-        file: The file that it is in.
+        why: Reason for ``updates``.
+        uses: Other attributes and methods of Brain that it uses, with their locations.
+        strategies: Strategies that it supports.
+        arguments: Trainer arguments that work as Lightning documents them.
+        remarks: Problems, the most important first.
+        callbacks_refused: Lightning's callbacks that raise ``UnsupportedError`` with it.
+        file: File that contains the class.
     """
 
     name: str
@@ -75,13 +81,14 @@ class BrainReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What works with a recipe.
+    """The report on a recipe.
 
     Attributes:
-        script: The script.
-        brains: One report for each Brain in it, that it imports or that HPARAMS names.
-        not_found: What it imports as a Brain and is in no file, and the line of each.
-        not_examined: Its classes that are based on that, and the line of each.
+        script: Path of the script.
+        brains: One report for each Brain in the script, or that it imports, or that HPARAMS
+            names.
+        not_found: Names that it imports as Brains and whose file was not found, with lines.
+        not_examined: Classes with such a name as a base, with their lines.
     """
 
     script: str
@@ -91,17 +98,18 @@ class Report:
 
 
 def examine(script: str, hparams: str | None = None) -> Report:
-    """Reads a script, and the files that its Brains come from.
+    """Reads a script and the files of its Brains, and reports what works with them.
 
     Args:
-        script: The script.
-        hparams: Its hyperparameters file: it may name Brains, and says what is in ``modules``.
+        script: Path of the script.
+        hparams: Path of its hyperparameters file, which may name Brains and has the entries
+            of ``modules``.
 
     Returns:
-        What works with it.
+        The report.
 
     Raises:
-        RecipeError: A file cannot be read, or is no Python or YAML.
+        RecipeError: A file cannot be read, or is not valid Python or YAML.
     """
     source = RecipeSource(script, hparams)
     brains = [_examine(brain, source) for brain in source.brains]
@@ -134,7 +142,7 @@ def _examine(brain: BrainSource, source: RecipeSource) -> BrainReport:
 
 
 def _sharded(brain: BrainSource, source: RecipeSource) -> str:
-    """What it takes to shard its modules."""
+    """Returns the text on ``fsdp2``, with the conditions under which it works."""
     text = SHARDED
     if methods := methods_to_name(brain, source):
         text += IF_NAMED.format(methods)
@@ -152,9 +160,9 @@ def _why(overrides: dict[str, str]) -> str:
 
 def _remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remark]:
     yield from loop_remarks(brain)
-    if not is_whole(brain):
+    if not has_custom_fit(brain):
         yield from process_remarks(brain, source)
-        yield from [] if brain.is_own("_fit_train") else update_remarks(brain)
+        yield from [] if brain.is_replaced("_fit_train") else update_remarks(brain)
     yield from old_api_remarks(brain)
 
 

@@ -1,4 +1,4 @@
-"""A recipe's Brains as they are written in its source, which is not run."""
+"""The Brains of a recipe, read from its source without running it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from .hparams import HparamsSource
 from .meaning import ITSELF, MODULES, Kept
 from .method import EntryUse, Handover, HparamsCall, Location, Locations, Method
+from .method_reader import read_function, read_method
 from .modules import (
     WITHOUT_BRAINS,
     ClassSource,
@@ -21,12 +22,11 @@ from .modules import (
     Reference,
     dotted_name,
 )
-from .reading import read_function, read_method
 
-# Where a batch is learned from, as far as a Brain's methods are concerned.
+# Methods that run in a training step.
 LEARNING = ("fit_batch", "compute_forward", "compute_objectives", "on_fit_batch_start",
             "_fit_train", "fit")  # fmt: skip
-# Hooks that learn from no batch by themselves.
+# Hooks that are no part of a training step.
 OTHER_HOOKS = ("__init__", "on_stage_start", "on_stage_end", "on_fit_start", "init_optimizers",
                "on_evaluate_start", "evaluate_batch", "evaluate", "_fit_valid", "zero_grad",
                "make_dataloader", "on_fit_batch_end", "freeze_optimizers")  # fmt: skip
@@ -34,15 +34,16 @@ OTHER_HOOKS = ("__init__", "on_stage_start", "on_stage_end", "on_fit_start", "in
 
 @dataclass
 class BrainSource:
-    """A subclass of Brain as it is written.
+    """The source of a subclass of Brain.
 
     Attributes:
-        name: Its name.
-        location: Where it begins.
-        base: What it is a Brain of.
-        chains: Its methods by name: its own, and those of its bases that it reaches by
-            ``super()``, in this order.
-        reaches: Names of methods by which ``super()`` reaches those of Brain itself.
+        name: Name of the class.
+        location: First line of the class.
+        base: ``SpeechBrain's Brain`` or ``brain_lightning's Brain``.
+        chains: For each method name the method, and the methods of base classes that it
+            reaches by ``super()``, in this order.
+        reaches: Names of the methods that are not overridden, or that call ``super()`` up to
+            Brain's method.
     """
 
     name: str
@@ -53,27 +54,27 @@ class BrainSource:
 
     @property
     def methods(self) -> dict[str, Location]:
-        """Its methods, and those of its bases within the recipe, and where they are."""
+        """Its methods, including those of bases within the recipe, with their locations."""
         return {name: chain[0].at for name, chain in self.chains.items()}
 
     @property
     def reads(self) -> Locations:
-        """Attributes of ``self`` that its methods use, and where."""
+        """Attributes of ``self`` that its methods read, with their locations."""
         return _merged(method.reads for method in self.every())
 
     @property
     def calls(self) -> Locations:
-        """Methods called on anything, and where: ``backward``, ``step`` and others."""
+        """Methods that it calls on any object, such as ``backward``, with their locations."""
         return _merged(method.calls for method in self.every())
 
     @property
     def supers(self) -> Locations:
-        """Methods called on ``super()``, and where."""
+        """Methods that it calls on ``super()``, with their locations."""
         return _merged(method.supers for method in self.every())
 
     @property
     def unwraps(self) -> list[Location]:
-        """Where ``.module`` of something else than ``self`` is read."""
+        """Locations where ``.module`` of an object other than ``self`` is read."""
         return [at for method in self.every() for at in method.unwraps]
 
     @property
@@ -83,45 +84,45 @@ class BrainSource:
 
     @property
     def entry_uses(self) -> list[EntryUse]:
-        """What it does with entries of ``self.modules`` once they may be wrapped."""
+        """Uses of entries of ``self.modules`` after ``__init__``, when they may be wrapped."""
         after = [method for method in self.every() if method.name != "__init__"]
         return [use for method in after for use in method.entry_uses]
 
     @property
     def learning(self) -> list[Method]:
-        """Its methods in which a batch may be learned from."""
+        """Its methods that may run in a training step."""
         names = self.reached_from(LEARNING)
-        # A helper that no hook calls by its name may be called anywhere.
+        # A helper that no hook calls by name may be called from anywhere.
         others = self.chains.keys() - self.reached_from((*LEARNING, *OTHER_HOOKS))
         return list(self.every(names | others))
 
     @property
     def hparams_calls(self) -> list[HparamsCall]:
-        """What it calls in ``self.hparams`` where a batch may be learned from."""
+        """Its calls of objects in ``self.hparams`` in a training step."""
         calls = (call for method in self.learning for call in method.hparams_calls)
         return [call for call in calls if call.learns]
 
     def every(self, names: Iterable[str] | None = None) -> Iterator[Method]:
-        """Its methods that may be called: none that is overridden and out of reach.
+        """Yields the methods that may be called. Methods that are overridden are left out.
 
         Args:
-            names: Of these alone.
+            names: Names of the methods. Default: all.
 
         Yields:
-            One after the other.
+            The methods.
         """
         chosen = self.chains.keys() if names is None else set(names)
         for name, chain in self.chains.items():
             yield from chain if name in chosen else ()
 
     def reached_from(self, names: Iterable[str]) -> set[str]:
-        """Methods of its own that some methods call, and those that these call.
+        """Returns its methods that some methods call, directly or through other methods.
 
         Args:
-            names: Where to begin.
+            names: Names of the calling methods.
 
         Returns:
-            Their names, with those that it begins with and has.
+            Names of the methods, including the calling methods that it has.
         """
         found: set[str] = set()
         ahead = set(names) & self.chains.keys()
@@ -131,43 +132,44 @@ class BrainSource:
             ahead = (read & self.chains.keys()) - found
         return found
 
-    def is_own(self, name: str) -> bool:
-        """Whether a method of Brain is written anew: nothing calls Brain's own.
+    def is_replaced(self, name: str) -> bool:
+        """Returns whether a method of Brain is overridden and Brain's method is not called.
 
         Args:
-            name: The method.
+            name: Name of the method.
 
         Returns:
-            False where it is left alone, or calls ``super()``.
+            False if it is not overridden, or calls ``super()``.
         """
         return name in self.chains and name not in self.reaches
 
 
 class RecipeSource:
-    """A script, and the files that its Brains come from.
+    """The source of a script, and of the files of its Brains.
 
     Args:
-        script: The script.
-        hparams: Its hyperparameters file, which may name Brains too.
+        script: Path of the script.
+        hparams: Path of its hyperparameters file, which may also name Brains.
 
     Attributes:
-        path: The script.
-        hparams: What is written in the hyperparameters file, if there is one.
-        brains: Its Brains, in the order of their lines; then those that it imports, or its
-            hyperparameters name.
-        called: Dotted names of the functions that the script calls, and where.
-        not_found: Names that the script imports as Brains and are in no file, and where.
-        not_examined: Its classes that are based on these, and where.
+        path: Path of the script.
+        hparams: Source of the hyperparameters file, or None.
+        brains: Brains of the script in the order of their lines, then the Brains that it
+            imports or that the hyperparameters file names.
+        called: Full names of the functions that the script calls, with their locations.
+        not_found: Names that the script imports as Brains and whose file was not found, with
+            their lines.
+        not_examined: Classes with such a name as a base, with their lines.
 
     Raises:
-        RecipeError: A file cannot be read, or is no Python or YAML.
+        RecipeError: A file cannot be read, or is not valid Python or YAML.
     """
 
     def __init__(self, script: str | Path, hparams: str | Path | None = None) -> None:
         self.path = Path(script)
         self.hparams = None if hparams is None else HparamsSource(hparams)
         self._module = ModuleSource(self.path)
-        # Python takes the folder that a link leads to.
+        # As Python does: the folder of the link's target.
         self._modules = Modules(self.path.resolve().parent)
         self.called = {
             self._module.full_name(node.func): Location(self.path.name, node.lineno)
@@ -182,13 +184,13 @@ class RecipeSource:
         self.not_examined = dict(self._based_on_missing())
 
     def show(self, path: Path) -> str:
-        """A file as it is shown: from the script's folder on.
+        """Returns the name of a file to show in locations.
 
         Args:
-            path: The file.
+            path: Path of the file.
 
         Returns:
-            Its path within that folder, or in full.
+            Path relative to the script's folder, or absolute if the file is elsewhere.
         """
         script, path = self.path.resolve(), path.resolve()
         if path == script:
@@ -197,12 +199,12 @@ class RecipeSource:
         return str(path.relative_to(script.parent) if inside else path)
 
     def _from_elsewhere(self) -> list[ClassSource]:
-        """Classes that the script uses, or its hyperparameters name, as more than bases."""
+        """Returns classes of other files that the script uses or its hyperparameters name."""
         bases = [base for cls in self._module.classes.values() for base in cls.node.bases]
         within_bases = {id(node) for base in bases for node in ast.walk(base)}
         used = [n for n in self._module.nodes if id(n) not in within_bases]
         names = {dotted_name(n) for n in used if isinstance(n, (ast.Attribute, ast.Name))}
-        # A class is named by its last part.
+        # Only names whose last part begins with a capital letter are likely to be classes.
         likely = sorted(name for name in names if name.rpartition(".")[2][:1].isupper())
         found = [self._modules.resolve(self._module, name) for name in likely]
         named = () if self.hparams is None else self.hparams.named
@@ -211,7 +213,7 @@ class RecipeSource:
         return [c for c in classes.values() if c.module.path.resolve() != self.path.resolve()]
 
     def _missing(self) -> Iterator[tuple[str, int]]:
-        """What is called a Brain, is imported and is in no file."""
+        """Yields imported names that end with Brain, and whose file was not found."""
         imports = (node for node in self._module.nodes if isinstance(node, ast.ImportFrom))
         for node in imports:
             package = "." * node.level + (node.module or "")
@@ -228,7 +230,7 @@ class RecipeSource:
         return name.endswith("Brain") and found is None
 
     def _based_on_missing(self) -> Iterator[tuple[str, int]]:
-        """Classes of the script that would be Brains by a base that is in no file."""
+        """Yields classes of the script with a base whose file was not found."""
         examined = {brain.name for brain in self.brains}
         for name, cls in self._module.classes.items():
             written = [c for c in self._modules.ancestors(cls) if isinstance(c, ClassSource)]
@@ -237,7 +239,7 @@ class RecipeSource:
                 yield name, cls.node.lineno
 
     def _brain(self, cls: ClassSource) -> BrainSource | None:
-        """None for a class that is no Brain."""
+        """Reads a class. Returns None if it is not a Brain."""
         ancestors = self._modules.ancestors(cls)
         base = next((name for name in ancestors if isinstance(name, str)), None)
         if base is None:
@@ -256,7 +258,7 @@ class RecipeSource:
         return brain
 
     def _methods(self, cls: ClassSource, kept: Kept) -> dict[str, Method]:
-        """The methods of a class, and what takes the place of one: ``fit_batch = other``."""
+        """Returns the methods of a class, including assignments: ``fit_batch = other``."""
         file, found = self.show(cls.module.path), {}
         for node in cls.node.body:
             match node:
@@ -274,7 +276,7 @@ class RecipeSource:
         kept: Kept,
         within: list[Function],
     ) -> None:
-        """Reads the functions that a method gives the Brain or its modules to."""
+        """Reads the functions to which a method passes the Brain or its modules."""
         for handover in method.handovers:
             if _is_harmless(handover, module):
                 continue
@@ -301,7 +303,7 @@ class RecipeSource:
 
 
 def _kept(levels: list[dict[str, Method]]) -> Kept:
-    """What attributes stand for; ``__init__`` is over before entries are in wrappers."""
+    """Returns the meanings of attributes. Those from ``__init__`` have no wrapper."""
     meanings: dict[str, str] = {}
     bare: dict[str, str] = {}
     for method in (method for level in levels for method in level.values()):
@@ -312,23 +314,23 @@ def _kept(levels: list[dict[str, Method]]) -> Kept:
 
 
 def _is_harmless(handover: Handover, module: ModuleSource) -> bool:
-    """Functions of Python and torch use nothing of a Brain that a wrapper lacks."""
+    """Returns whether a function is Python's or torch's. These work with wrapped entries."""
     first = handover.function.partition(".")[0]
     references = [reference.dotted for reference in module.names.get(first, [])]
     packages = {name.partition(".")[0] for name in references}
-    # A partial calls what it is given.
+    # functools.partial calls the object that it gets.
     return hasattr(builtins, first) or bool(packages & WITHOUT_BRAINS - {"functools"})
 
 
 def _add_chain(brain: BrainSource, name: str, levels: list[dict[str, Method]]) -> None:
-    """Follows a method to those that it reaches by ``super()``, maybe to Brain's own."""
+    """Adds a method, and the methods that it reaches by ``super()``."""
     chain = brain.chains[name] = []
-    goes_on = True
+    calls_super = True
     for level in levels:
-        if name in level and goes_on:
+        if name in level and calls_super:
             chain.append(level[name])
-            goes_on = any(name in method.supers for method in level.values())
-    if goes_on:
+            calls_super = any(name in method.supers for method in level.values())
+    if calls_super:
         brain.reaches.add(name)
 
 

@@ -1,10 +1,11 @@
-"""FSDP2: each entry of a Brain's modules in shards, of which each process holds one.
+"""FSDP2: shards each entry of a Brain's modules over the ranks.
 
-``strategy`` is what a Trainer is given, and ``sharding`` what it says. ``shard`` puts an
-entry in shards; ``blocks`` chooses the parts of it that are gathered one by one, ``methods``
-has them gathered for more than ``forward``, ``hooks`` mends what a sharded module would do
-differently from one in DDP, and ``unsupported`` refuses what cannot be sharded. ``evaluate``
-gathers the weights for VALID and TEST, and ``meta`` initializes what has no memory yet.
-``state_dict`` makes a sharded module, or an optimizer of one, save and load whole tensors, and
-``tensors`` translates these; ``sharded_files`` lets each process save its own shards instead.
+``strategy`` holds the strategy for a Trainer, and ``sharding`` its settings. ``shard`` shards
+the entries. ``blocks`` selects the parts of an entry that are gathered one by one.
+``methods`` gathers the weights for methods other than ``forward``. ``hooks`` makes a sharded
+module behave like one in DDP. ``unsupported`` raises errors for modules that cannot be
+sharded. ``evaluate`` gathers the weights for VALID and TEST. ``meta`` initializes modules that
+were built on the meta device. ``state_dict`` makes sharded modules and their optimizers save
+and load full tensors, and ``tensors`` converts between shards and full tensors.
+``sharded_files`` lets each rank save its own shards instead.
 """

@@ -1,4 +1,4 @@
-"""The parts of an entry that are gathered one by one."""
+"""Selects the parts of an entry whose weights are gathered one by one."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from .sharding import AUTO
 
 logger = logging.getLogger(__name__)
 
-# Fewer parameters are not worth a collective of their own.
+# Layers with fewer parameters are not worth a separate collective.
 SMALLEST = 1_000_000
 
-# By which SpeechBrain's and Hugging Face's encoders leave out a layer by chance, in each
-# process another one.
+# Options with which SpeechBrain's and Hugging Face's encoders skip layers at random. Each rank
+# skips different layers.
 LAYERDROP = ("layerdrop_prob", "layerdrop")
 
 
 def units(entry: Module) -> Iterator[Module]:
-    """The modules of an entry that are called: a list of modules is not.
+    """Yields the modules of an entry that are called themselves, not as part of another one.
+
+    A ``ModuleList`` or ``ModuleDict`` is not called itself: its children are yielded instead.
 
     Args:
         entry: An entry of ``brain.modules``.
@@ -38,7 +40,7 @@ def units(entry: Module) -> Iterator[Module]:
 
 
 def is_container(module: Module) -> bool:
-    """Whether a module only holds others, which are called one by one.
+    """Returns whether a module only holds other modules and is not called itself.
 
     Args:
         module: Any module.
@@ -48,50 +50,52 @@ def is_container(module: Module) -> bool:
 
 
 def blocks(unit: Module, chosen: Collection[str] | str) -> list[Module]:
-    """The blocks of a unit, the innermost first.
+    """Returns the blocks of a unit, innermost first.
 
     Args:
-        unit: What is sharded.
-        chosen: Names of classes, or ``"auto"``.
+        unit: Module to shard.
+        chosen: Class names, or ``"auto"``.
 
     Raises:
-        UnsupportedError: Processes would gather different blocks.
+        UnsupportedError: The unit skips layers at random, so ranks would gather different
+            blocks.
     """
     if chosen == AUTO:
         layers = list(_large_layers(unit))
         if layers and (name := drops_layers(unit)):
-            _say_whole(name)
+            _warn_of_no_blocks(name)
             return []
         return layers
     found = [m for m in unit.modules() if type(m).__name__ in chosen and m is not unit]
     if found and (name := drops_layers(unit)):
         raise UnsupportedError(
-            f"{name} leaves out layers by chance, in each process others, which then wait for "
-            f"each other for ever: set it to 0, or leave out blocks={list(chosen)}"
+            f"{name} skips layers at random, different ones on each rank. With "
+            f"blocks={list(chosen)} the ranks would hang. Set it to 0, or remove blocks."
         )
     return found[::-1]
 
 
 @functools.cache
-def _say_whole(name: str) -> None:
-    """Says once why a unit has no blocks."""
+def _warn_of_no_blocks(name: str) -> None:
+    """Warns once that a unit is gathered as a whole, and why."""
     if if_main_process():
         logger.warning(
-            "%s leaves out layers by chance, in each process others: its layers are gathered "
-            "all together, which takes more memory. Set it to 0 to have them gathered one by "
-            "one",
+            "%s skips layers at random, different ones on each rank. All its layers are "
+            "therefore gathered together, which takes more memory. Set it to 0 to gather the "
+            "layers one by one.",
             name,
         )
 
 
 def drops_layers(unit: Module) -> str:
-    """By which of its options a unit leaves out layers.
+    """Returns the option that makes a unit skip layers at random.
 
     Args:
-        unit: What is sharded.
+        unit: Module to shard.
 
     Returns:
-        The class and the option; empty where it leaves out none.
+        The class and the option, as in ``"Encoder with layerdrop=0.1"``. An empty string if
+        the unit does not skip layers.
     """
     for module in unit.modules():
         for owner in (module, getattr(module, "config", None)):
@@ -103,7 +107,7 @@ def drops_layers(unit: Module) -> str:
 
 
 def _large_layers(unit: Module) -> Iterator[Module]:
-    """Layers in lists that are large, and share no parameter with anything outside."""
+    """Yields large layers of ``ModuleList``s that share no parameter with other modules."""
     uses, taken = _uses(unit), set[int]()
     for holder in unit.modules():
         for layer in holder.children() if isinstance(holder, ModuleList) else ():
@@ -117,5 +121,5 @@ def _large_layers(unit: Module) -> Iterator[Module]:
 
 
 def _uses(module: Module) -> Counter[int]:
-    """How often each parameter is an attribute of a part of the module."""
+    """Counts the attributes of a module and its parts that refer to each parameter."""
     return Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))

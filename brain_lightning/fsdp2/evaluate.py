@@ -1,4 +1,4 @@
-"""Weights that are whole while a stage evaluates, in which processes do different things."""
+"""Gathers all weights for evaluation, so that ranks may evaluate different batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tensors import is_shard, like, local
 
 
 def is_sharded(module: Module | None) -> bool:
-    """Whether a module, or something in it, is in shards.
+    """Returns whether a module or a part of it is sharded.
 
     Args:
         module: An entry of ``brain.modules``.
@@ -34,34 +34,35 @@ def _sharded(brain: BrainProtocol) -> list[Any]:
 
 
 def check_evaluation(brain: BrainProtocol, sharding: Sharding) -> None:
-    """Refuses stages in which processes would wait for each other for ever.
+    """Checks that ranks evaluate the same number of batches if weights are not gathered first.
 
     Args:
         brain: The Brain.
         sharding: How its modules are sharded.
 
     Raises:
-        UnsupportedError: Each process gets other batches to evaluate.
+        UnsupportedError: ``shard_eval`` is set and ``gather_to_evaluate`` is not, so the ranks
+            would hang.
     """
     if brain._lightning.shard_eval and not sharding.gather_to_evaluate:
         raise UnsupportedError(
-            "shard_eval gives processes different numbers of batches, and with "
-            "FSDP2Strategy(gather_to_evaluate=False) each batch needs all processes: leave "
-            "one of them out"
+            "shard_eval gives ranks different numbers of batches, and with "
+            "FSDP2Strategy(gather_to_evaluate=False) all ranks must evaluate the same number "
+            "of batches. Remove one of the two options."
         )
 
 
 @contextmanager
 def gathered(brain: BrainProtocol) -> Iterator[None]:
-    """A context in which all weights are whole in each process, without communication.
+    """Context manager in which each rank holds all weights, so that calls need no collectives.
 
-    With ``gather_to_evaluate=False`` they are as in TRAIN: each call gathers them. All
-    processes enter it together. What saves in it releases the weights, and they are
-    gathered again where they are used, by all processes together.
+    All ranks enter and leave it together. With ``gather_to_evaluate=False`` nothing is
+    gathered here: each call gathers the weights that it uses, as in TRAIN. Saving a checkpoint
+    within the context releases the weights. They are gathered again at their next use, by all
+    ranks together.
 
     Args:
-        brain: Where nothing of it is sharded, or its strategy has
-            ``gather_to_evaluate=False``, no weights are gathered.
+        brain: The Brain. If none of its modules is sharded, nothing happens.
 
     Yields:
         None
@@ -81,44 +82,45 @@ def gathered(brain: BrainProtocol) -> Iterator[None]:
         for module in modules:
             _reshard_after_use(module, True)
         changes.end()
-        changes.keep()
+        changes.apply()
         release(brain)
 
 
 def _reshard_after_use(module: Any, use: bool) -> None:
     module.set_reshard_after_forward(use, recurse=False)
-    # An attack on the input has a backward pass, too.
+    # An adversarial attack on the input runs a backward pass in evaluation too.
     module.set_reshard_after_backward(use, recurse=False)
 
 
 def release(brain: BrainProtocol) -> None:
-    """Releases weights that are whole: the parameters are those that optimizers have.
+    """Releases gathered weights, so that the parameters are the shards that optimizers hold.
 
     Args:
         brain: The Brain.
 
     Raises:
-        UnsupportedError: ``numpy()`` was called on one, on the CPU: an array has its memory.
+        UnsupportedError: ``numpy()`` was called on a gathered weight on the CPU. The array
+            shares the memory of the weight, which cannot be released.
     """
     for changes in _watching:
-        changes.keep()
+        changes.apply()
     for module in _sharded(brain):
         for name, parameter in module.named_parameters():
             if not (is_shard(parameter) or parameter.untyped_storage().resizable()):
                 raise UnsupportedError(
-                    f"numpy() was called on weights, {name}, whose memory is released when "
-                    "they are in shards again: copy them first, .clone().numpy()"
+                    f"numpy() was called on the gathered weight {name!r}, and the array "
+                    "shares its memory, which has to be released. Use .clone().numpy()."
                 )
         module.reshard()
 
 
 class _Changes:
-    """What a recipe changes while weights are whole, of which shards would know nothing.
+    """Applies changes that a recipe makes to gathered weights to the shards as well.
 
-    ``on_stage_end`` may unfreeze weights, initialize them again or give them to an optimizer.
+    ``on_stage_end`` may unfreeze weights, initialize them again or pass them to an optimizer.
 
     Args:
-        brain: The Brain, its weights in shards.
+        brain: The Brain, its weights sharded and not gathered yet.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -130,20 +132,20 @@ class _Changes:
             if is_shard(parameter)
         ]
         self._versions: dict[Tensor, int] = {}
-        self.is_kept = False
+        self.is_applied = False
 
     def begin(self) -> None:
-        """Remembers weights, which are whole now."""
+        """Records the versions of the weights, which are gathered now."""
         self._versions = {whole: whole._version for whole, _ in self._whole()}
         _watching.append(self)
 
     def end(self) -> None:
-        """Looks no more."""
+        """Stops tracking changes."""
         if self in _watching:
             _watching.remove(self)
 
-    def keep(self) -> None:
-        """Does to shards what was done to weights that are whole still."""
+    def apply(self) -> None:
+        """Copies changes of weights that are still gathered to their shards."""
         shards = dict(self._whole())
         with torch.no_grad():
             for whole, shard in shards.items():
@@ -154,20 +156,20 @@ class _Changes:
             _give_shards(optimizer, shards)
 
     def _whole(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each weight that is whole, and its shard."""
+        """Yields each weight that is gathered, with its shard."""
         for part, name, shard in self._shards:
             whole = getattr(part, name, shard)
             if not is_shard(whole):
                 yield whole, shard
 
 
-# Of evaluations that run, one within another perhaps.
+# One element per running evaluation, because evaluations may be nested.
 _watching: list[_Changes] = []
 
 
 def _give_shards(optimizer: Optimizer, shards: dict[Tensor, Tensor]) -> None:
     for group in optimizer.param_groups:
-        # In place: LBFGS keeps the list.
+        # In place, because LBFGS holds a reference to the list.
         group["params"][:] = [shards.get(p, p) for p in group["params"]]
     for whole in shards.keys() & optimizer.state.keys():
         shard = shards[whole]
@@ -175,19 +177,21 @@ def _give_shards(optimizer: Optimizer, shards: dict[Tensor, Tensor]) -> None:
         optimizer.state[shard] = {name: like(value, shard) for name, value in state.items()}
 
 
-def keep_changes(module: Module) -> None:
-    """Has changes to whole weights kept before a state is made, for which FSDP2 releases them.
+def apply_changes_before_states(module: Module) -> None:
+    """Registers hooks that apply changes of gathered weights before ``state_dict`` is called.
+
+    FSDP2 releases gathered weights in ``state_dict`` and ``load_state_dict``.
 
     Args:
-        module: Not sharded yet: the hooks have to run before those of FSDP2.
+        module: Module that is not sharded yet, because the hooks have to run before FSDP2's.
     """
     for part in module.modules():
-        part.register_state_dict_pre_hook(_keep_once)  # type: ignore[no-untyped-call]
-        part.register_load_state_dict_pre_hook(_keep_once)  # type: ignore[no-untyped-call]
+        part.register_state_dict_pre_hook(_apply_once)  # type: ignore[no-untyped-call]
+        part.register_load_state_dict_pre_hook(_apply_once)  # type: ignore[no-untyped-call]
 
 
-def _keep_once(*_: object) -> None:
+def _apply_once(*_: object) -> None:
     for changes in _watching:
-        if not changes.is_kept:
-            changes.is_kept = True
-            changes.keep()
+        if not changes.is_applied:
+            changes.is_applied = True
+            changes.apply()

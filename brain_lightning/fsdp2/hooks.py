@@ -1,4 +1,4 @@
-"""What a sharded module does differently from one in DDP, mended by hooks of the module."""
+"""Module hooks that make a sharded module behave like one in DDP."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from .tensors import is_shard
 
 
 def clone_views(module: Module) -> None:
-    """Makes a module return no views, before it is sharded.
+    """Registers a hook that clones the views that a module returns.
 
     Args:
-        module: Not sharded yet: the hook has to run before that of FSDP2.
+        module: Module that is not sharded yet, because the hook has to run before FSDP2's.
     """
     module.register_forward_hook(lambda _, __, output: without_views(output))
 
 
 def without_views(output: Any) -> Any:
-    """What a sharded module returns, with clones of views.
+    """Returns the output of a sharded module with clones in place of views.
 
     FSDP2 gathers weights for the backward pass by a hook on the tensors that a module
-    returns. A change in place of a view, as ``output[:, 0] = 0`` of ``x.transpose(1, 2)``,
-    would lose it, and with it all gradients, without a word; and so would a tensor that is
-    in an object which is not taken apart.
+    returns. If the recipe changes a view in place, such as ``output[:, 0] = 0`` after
+    ``x.transpose(1, 2)``, the hook is lost, and all gradients with it, without an error. The
+    hook also misses tensors in objects that are not registered as pytrees.
 
     Args:
-        output: What ``forward``, or another method, returns.
+        output: Return value of ``forward`` or of another method.
 
     Raises:
-        UnsupportedError: There is such an object.
+        UnsupportedError: The output contains such an object with a tensor that needs
+            gradients.
     """
     if not torch.is_grad_enabled():
         return output
@@ -52,27 +53,28 @@ def _without_view(value: Any) -> Any:
     for name, each in held:
         if isinstance(each, Tensor) and each.requires_grad:
             raise UnsupportedError(
-                f"a sharded module returns a {type(value).__name__} that holds a tensor as "
-                f".{name}, and would train nothing: return tensors, in tuples, lists or dicts"
+                f"a sharded module returns a {type(value).__name__} that holds a tensor in "
+                f".{name}. FSDP2 does not find this tensor, so the weights would get no "
+                "gradients. Return tensors, or tuples, lists or dicts of tensors."
             )
     return value
 
 
-# The weights of a module while they are whole: each time they are the same parameters.
+# Gathered weights of each module. FSDP2 uses the same parameter objects at each gathering.
 _gathered: WeakKeyDictionary[Module, list[Parameter]] = WeakKeyDictionary()
 
 
 def remember_gathered(module: Module) -> None:
-    """Remembers the whole weights of a module, which FSDP2 takes the gradients from.
+    """Records the gathered weights of a module, from which FSDP2 takes the gradients.
 
     Args:
-        module: It is called: its weights are gathered.
+        module: Module that is being called, so its weights are gathered.
     """
     _gathered[module] = [p for p in module.parameters() if not is_shard(p)]
 
 
 def gathered_of(module: Module) -> list[Parameter]:
-    """What was remembered; a gradient that it still has was not averaged.
+    """Returns the recorded gathered weights. A gradient that they still hold was not averaged.
 
     Args:
         module: Any module.
@@ -81,14 +83,15 @@ def gathered_of(module: Module) -> list[Parameter]:
 
 
 def keep_buffers_equal(module: Module) -> None:
-    """Has the buffers of a module made those of the first process, when DDP does so.
+    """Broadcasts the buffers of a module from rank 0 whenever DDP would do so.
 
-    It does in the forward pass after one whose gradients were to be averaged
-    (``DistributedDataParallel(broadcast_buffers=True)``), which two attributes say: the module
-    gets them as well. ``no_sync`` of a Brain, ours or SpeechBrain's, changes the first.
+    ``DistributedDataParallel(broadcast_buffers=True)`` broadcasts them in the forward pass
+    that follows a forward pass whose gradients are averaged. It tracks this in two attributes,
+    which the module gets as well. ``no_sync`` of a Brain, brain_lightning's or SpeechBrain's,
+    changes the first attribute.
 
     Args:
-        module: A module that is trained.
+        module: Module with parameters that are trained.
     """
     trained: Any = module
     trained.require_backward_grad_sync = trained.require_forward_param_sync = True
@@ -103,7 +106,7 @@ def _before_forward(module: Any, _: Any) -> None:
 
 
 def synchronize_buffers(module: Module) -> None:
-    """Makes the buffers of a module those of the first process, if they may differ.
+    """Broadcasts the buffers of a module from rank 0 if they may differ between ranks.
 
     Args:
         module: Any module.
@@ -113,15 +116,15 @@ def synchronize_buffers(module: Module) -> None:
         broadcast(module.buffers())
 
 
-# Bytes that are sent together: they are copied for it.
+# Bytes that are sent together. Tensors that are sent together are copied first.
 TOGETHER = 32 * 2**20
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Makes tensors those of the first process; small ones of a type are sent together.
+    """Broadcasts tensors from rank 0 in place. Small tensors of one dtype are sent together.
 
     Args:
-        tensors: The same in all processes, but for their values.
+        tensors: Tensors that have the same shapes, types and order on all ranks.
     """
     by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
@@ -129,7 +132,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     for same in by_type.values():
         for batch in _batches(same):
             flats = [tensor.reshape(-1) for tensor in batch]
-            # A large one by itself, without a copy.
+            # A large tensor is sent by itself, without a copy.
             flat = torch.cat(flats) if len(flats) > 1 else flats[0]
             distributed.broadcast(flat, src=0)
             parts = torch.split(flat, [tensor.numel() for tensor in batch])

@@ -1,4 +1,4 @@
-"""Modules that were built on the meta device: of their weights there is the shape alone."""
+"""Initializes modules that were built on the meta device, where tensors have no memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.nn import Module, Parameter
 from brain_lightning.errors import UnsupportedError
 from brain_lightning.protocol import BrainProtocol
 
-# By which a part of a module gives itself its first values, in the order of the calls.
+# Methods that initialize the tensors of a module, in the order in which they are called.
 RESETS = ("reset_parameters", "_reset_parameters", "reset_buffers")
 
 
 def is_meta(module: Module) -> bool:
-    """Whether a module, or a part of it, has no memory yet.
+    """Returns whether a module or a part of it is on the meta device.
 
     Args:
         module: An entry of ``brain.modules``.
@@ -26,33 +26,33 @@ def is_meta(module: Module) -> bool:
 
 
 def check_memory(brain: BrainProtocol) -> None:
-    """Refuses modules on the meta device, where nothing is going to materialize them.
+    """Checks that no module is on the meta device, for strategies that do not materialize it.
 
     Args:
         brain: The Brain of a run whose strategy does not shard.
 
     Raises:
-        UnsupportedError: There is one.
+        UnsupportedError: A module is on the meta device.
     """
     if not is_meta(brain.modules):
         return
     for name, module in brain.modules.items():
         if module is not None and is_meta(module):
             raise UnsupportedError(
-                f"modules[{name!r}] is on the meta device, and has no weights: give the "
-                "Trainer strategy='fsdp2', which initializes it, or build it on the CPU"
+                f"modules[{name!r}] is on the meta device, and this strategy does not "
+                "initialize it. Use strategy='fsdp2', or build the module on the CPU."
             )
 
 
 def check_resets(name: str, module: Module) -> None:
-    """Refuses a module that cannot be initialized after it was built.
+    """Checks that each part of a module on the meta device has a method that initializes it.
 
     Args:
-        name: Of the entry of ``brain.modules``.
-        module: What is there.
+        name: Key of the entry in ``brain.modules``.
+        module: Module of that entry.
 
     Raises:
-        UnsupportedError: A part of it cannot; it is named.
+        UnsupportedError: A part has no such method. The message names it.
     """
     for path, part in module.named_modules():
         if _on_meta(part) and not any(hasattr(part, reset) for reset in RESETS):
@@ -60,24 +60,24 @@ def check_resets(name: str, module: Module) -> None:
 
 
 def materialize(name: str, module: Module, device: torch.device) -> None:
-    """Gives a module memory and its first values.
+    """Allocates and initializes the tensors of a module that are on the meta device.
 
-    The parts of a part come before it, as they do where it is built.
+    Children are initialized before their parents, as when a module is built.
 
     Args:
-        name: Of the entry of ``brain.modules``.
-        module: What is there.
-        device: Where its weights are to be.
+        name: Key of the entry in ``brain.modules``.
+        module: Module of that entry.
+        device: Device for the tensors.
 
     Raises:
-        UnsupportedError: A part of it leaves something uninitialized.
+        UnsupportedError: A part does not initialize all of its tensors.
     """
     parts = [(path, part) for path, part in _inner_first(module) if _on_meta(part)]
-    # What several parts share they share after it.
-    made: dict[Tensor, Tensor] = {}
+    # A tensor that several parts share is allocated once and stays shared.
+    allocated: dict[Tensor, Tensor] = {}
     for _, part in parts:
         for key, tensor in _on_meta(part).items():
-            setattr(part, key, made.setdefault(tensor, _without_values(tensor, device)))
+            setattr(part, key, allocated.setdefault(tensor, _without_values(tensor, device)))
     for path, part in parts:
         with torch.no_grad():
             for reset in RESETS:
@@ -94,7 +94,7 @@ def _inner_first(module: Module, path: str = "") -> Iterator[tuple[str, Module]]
 
 
 def _own(part: Module) -> dict[str, Tensor]:
-    """Parameters and buffers that are not those of its parts."""
+    """Returns the parameters and buffers of a module, without those of its children."""
     parameters = part.named_parameters(recurse=False, remove_duplicate=False)
     return {**dict(parameters), **dict(part.named_buffers(recurse=False))}
 
@@ -104,7 +104,7 @@ def _on_meta(part: Module) -> dict[str, Tensor]:
 
 
 def _unset(tensor: Tensor) -> float | int | None:
-    """What no initialization gives; None where that is not known."""
+    """Returns a value that no initialization produces, or None if there is no such value."""
     if tensor.is_floating_point() or tensor.is_complex():
         return float("nan")
     signed = tensor.dtype.is_signed and tensor.dtype is not torch.int8
@@ -132,6 +132,6 @@ def _no_values(name: str, path: str, part: Module, key: str) -> UnsupportedError
     where = ".".join(filter(None, (name, path)))
     return UnsupportedError(
         f"modules[{name!r}] is on the meta device, and {where} ({type(part).__name__}) does "
-        f"not initialize its {key!r}: give it a reset_parameters() that does, or build this "
-        "entry on the CPU"
+        f"not initialize its {key!r}. Give this class a reset_parameters() method that "
+        f"initializes {key!r}, or build modules[{name!r}] on the CPU."
     )

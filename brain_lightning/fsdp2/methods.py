@@ -1,4 +1,4 @@
-"""Methods of a sharded module that use its weights, besides ``forward``."""
+"""Gathers the weights of a sharded module for methods other than ``forward``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from .hooks import without_views
 
-# What SpeechBrain's recipes call on an entry of modules.
+# Methods that SpeechBrain's recipes call on entries of ``brain.modules``.
 METHODS = (
     "encode", "decode", "forward_step", "forward_decoder", "forward_mt", "forward_asr",
     "forward_mt_decoder_only", "generate", "inference", "infer", "sample", "train_sample",
@@ -19,14 +19,14 @@ METHODS = (
 
 
 def register_methods(module: Module, names: Iterable[str]) -> None:
-    """Has weights gathered for methods of a module, as for ``forward``.
+    """Makes FSDP2 gather the weights of a module for the given methods, as for ``forward``.
 
-    ``forward`` may call them too, and they may call each other or the module itself: weights
-    are gathered for the outermost call, and released when it returns.
+    The methods may call each other or the module itself, and ``forward`` may call them.
+    Weights are gathered for the outermost call, and released when it returns.
 
     Args:
-        module: A module that ``fully_shard`` was called on.
-        names: Names of methods; those that the module does not have are left out.
+        module: Module that ``fully_shard`` was called on.
+        names: Method names. Names that the module does not have are ignored.
     """
     found = [name for name in names if callable(getattr(module, name, None))]
     running: list[str] = []
@@ -37,10 +37,10 @@ def register_methods(module: Module, names: Iterable[str]) -> None:
 
 
 def _ignore_inner_calls(module: Module, running: list[str]) -> None:
-    """FSDP2's hooks do nothing in a call of the module within a call of it.
+    """Disables FSDP2's hooks in a call of the module that runs within another call of it.
 
-    They would release the weights that the outer call still needs, or reduce gradients of
-    which a part is still to come.
+    Otherwise they would release weights that the outer call still needs, or reduce gradients
+    that are not complete yet.
     """
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in hooks.items():

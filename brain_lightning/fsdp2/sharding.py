@@ -1,4 +1,4 @@
-"""How the modules of a Brain are sharded."""
+"""Settings that say how the modules of a Brain are sharded."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 from brain_lightning.errors import UnsupportedError
 
-# Blocks of an entry that are large enough to be gathered one by one.
+# Value of ``blocks`` that selects large layers automatically.
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the modules of a Brain are sharded; see ``FSDP2Strategy``.
+    """Settings of ``FSDP2Strategy``, which describes them in detail.
 
     Attributes:
-        blocks: Names of classes, or ``"auto"``.
-        methods: Methods that use weights, in addition to ``methods.METHODS``.
-        gather_to_evaluate: Whether weights are whole in VALID and TEST.
-        cpu_offload: Whether shards are in memory of the CPU between their uses.
-        replicate: How many copies there are of all shards together.
-        sharded_checkpoints: Whether each process writes its own shards.
+        blocks: Names of classes whose instances are gathered one by one, or ``"auto"``.
+        methods: Names of methods that use weights, in addition to ``methods.METHODS``.
+        gather_to_evaluate: Whether all weights are gathered in VALID and TEST.
+        cpu_offload: Whether shards are stored in CPU memory between their uses.
+        replicate: Number of copies of the model.
+        sharded_checkpoints: Whether each rank saves its own shards.
 
     Raises:
-        UnsupportedError: A value makes no sense.
+        UnsupportedError: A value is invalid.
     """
 
     blocks: Collection[str] | str = AUTO
@@ -37,15 +37,17 @@ class Sharding:
     def __post_init__(self) -> None:
         if isinstance(self.blocks, str) and self.blocks != AUTO:
             raise UnsupportedError(
-                f"FSDP2Strategy(blocks={self.blocks!r}): give 'auto', a list of names of "
-                f"classes such as [{self.blocks!r}], or [] for none"
+                f"FSDP2Strategy(blocks={self.blocks!r}) is not valid. Use 'auto', a list of "
+                f"class names such as [{self.blocks!r}], or [] for no blocks."
             )
         if isinstance(self.methods, str):
             raise UnsupportedError(
-                f"FSDP2Strategy(methods={self.methods!r}): give a list, [{self.methods!r}]"
+                f"FSDP2Strategy(methods={self.methods!r}) is not valid. Use a list: "
+                f"[{self.methods!r}]."
             )
         if type(self.replicate) is not int or self.replicate < 1:
             raise UnsupportedError(
-                f"FSDP2Strategy(replicate={self.replicate!r}) must be the number of copies of "
-                "the model, 1 or more, of which the number of processes is a multiple"
+                f"FSDP2Strategy(replicate={self.replicate!r}) is not valid. Set it to the "
+                "number of copies of the model: an integer of 1 or more that divides the "
+                "number of ranks."
             )

@@ -1,9 +1,9 @@
-"""What is saved of sharded modules and of their optimizers is whole, as under DDP.
+"""Makes sharded modules and their optimizers save and load full tensors, as under DDP.
 
-``state_dict`` has whole tensors in the main process, on the CPU, and shards in the others:
-all processes call it together. ``load_state_dict`` takes both, and each process takes its
-part of a whole tensor without communication. So whoever saves, a Checkpointer, SpeechBrain's,
-a Trainer or a recipe itself, writes the file that it would write under DDP.
+All ranks call ``state_dict`` together. It returns full tensors on the CPU on rank 0, and
+shards on the other ranks. ``load_state_dict`` takes both: each rank takes its part of a full
+tensor without communication. A file that brain_lightning's or SpeechBrain's Checkpointer, a
+Trainer or a recipe saves is therefore the same as under DDP.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from brain_lightning.protocol import parameters_of
 from .tensors import is_shard, like, on_main
 
 _watched: WeakSet[Optimizer] = WeakSet()
-# Parts of sharded modules, which have weights of their own.
+# Modules with hooks: those that directly own a sharded parameter.
 _sharded: WeakSet[Module] = WeakSet()
-# Within ``made_whole``: by the id of the parameter.
-_made: dict[int, Tensor] = {}
-# Within ``as_shards``.
+# Full tensors by the id of their parameter. Empty outside of ``made_whole``.
+_full_tensors: dict[int, Tensor] = {}
+# Not empty within ``as_shards``.
 _as_shards: list[None] = []
 
 
 def save_whole_module(module: Module) -> None:
-    """Makes a module save and load whole tensors.
+    """Registers hooks with which a module saves and loads full tensors.
 
     Args:
-        module: Sharded, and ready for use.
+        module: Sharded and initialized module.
     """
     for part in module.modules():
         if part not in _sharded and any(map(is_shard, part.parameters(recurse=False))):
@@ -44,13 +44,14 @@ def save_whole_module(module: Module) -> None:
 
 
 def save_whole_optimizers(objects: Iterable[object]) -> list[Optimizer]:
-    """Makes optimizers save and load whole tensors, where they have sharded parameters.
+    """Registers hooks with which optimizers of sharded parameters save and load full tensors.
 
     Args:
-        objects: Optimizers among others; those that do already stay as they are.
+        objects: Any objects. Objects that are no optimizers of sharded parameters, and
+            optimizers that have the hooks already, are ignored.
 
     Returns:
-        Those that did not.
+        The optimizers that got the hooks in this call.
     """
     new: list[Optimizer] = []
     for each in objects:
@@ -65,28 +66,27 @@ def save_whole_optimizers(objects: Iterable[object]) -> list[Optimizer]:
 
 
 def is_saved_together(obj: object) -> bool:
-    """Whether the ``state_dict`` of an object is made by all processes together.
+    """Returns whether all ranks have to call ``state_dict`` of an object together.
 
     Args:
-        obj: Anything.
+        obj: Any object.
     """
     if isinstance(obj, Module):
-        # Where weights are whole, it releases them.
+        # Not is_shard: weights may be gathered now, and state_dict releases them.
         return any(part in _sharded for part in obj.modules())
-    # A recipe may have made it by itself, and only now.
+    # The recipe may have created the optimizer since the hooks were registered.
     save_whole_optimizers([obj])
     return isinstance(obj, Optimizer) and obj in _watched
 
 
 @contextmanager
 def made_whole(obj: Any) -> Iterator[None]:
-    """A context in which ``state_dict`` has whole tensors without communication.
+    """Context manager in which ``state_dict`` returns full tensors without communication.
 
-    All processes enter it together, for a function that saves the module its own way, in the
-    main process alone perhaps.
+    It is for custom save functions, which may run on rank 0 only. All ranks enter it together.
 
     Args:
-        obj: A module, or a part of one; with anything else nothing happens.
+        obj: A module or a part of one. For any other object nothing happens.
 
     Yields:
         None
@@ -95,16 +95,16 @@ def made_whole(obj: Any) -> Iterator[None]:
     for parameter in state.values():
         if is_shard(parameter):
             whole = on_main(parameter.detach())
-            _made[id(parameter)] = whole.requires_grad_(parameter.requires_grad)
+            _full_tensors[id(parameter)] = whole.requires_grad_(parameter.requires_grad)
     try:
         yield
     finally:
-        _made.clear()
+        _full_tensors.clear()
 
 
 @contextmanager
 def as_shards() -> Iterator[None]:
-    """A context in which a ``state_dict`` has shards, without communication."""
+    """Context manager in which ``state_dict`` returns shards, without communication."""
     _as_shards.append(None)
     try:
         yield
@@ -117,23 +117,23 @@ def _gather(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None
         key = f"{prefix}{name}"
         if key not in state or _as_shards:
             continue
-        # With keep_vars=True they are asked for as they are.
+        # With keep_vars=True the caller asks for the parameters themselves.
         as_they_are = isinstance(state[key], Parameter)
-        if id(parameter) in _made:
-            made = _made[id(parameter)]
+        if id(parameter) in _full_tensors:
+            made = _full_tensors[id(parameter)]
             state[key] = made if as_they_are else made.detach()
         elif not as_they_are:
             state[key] = _gathered_once(parameter, key, state)
 
 
-# The state that is made, and in it the first name of each parameter.
+# The state that is being built, and the first key of each parameter in it.
 _names: list[tuple[Any, dict[int, str]]] = []
 
 
 def _gathered_once(parameter: Tensor, key: str, state: dict[str, Any]) -> Any:
-    """A whole weight; one that has several names is in memory once, as under DDP."""
+    """Returns the full weight. A weight with several names is gathered once, as under DDP."""
     if type(state) is dict:
-        # A destination of the caller's, to which nothing can refer.
+        # The caller passed a plain dict as destination, which has no weak references.
         return on_main(state[key])
     if not _names or _names[0][0]() is not state:
         _names[:] = [(ref(state), {})]
@@ -151,7 +151,7 @@ def _shard(module: Module, state: dict[str, Any], prefix: str, *__: Any) -> None
 def _gather_state(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     if _as_shards:
         return state
-    # Its dictionaries are those of the optimizer: they are copied.
+    # The dictionaries belong to the optimizer, so they are copied.
     gathered: dict[Any, Any] = {
         index: {name: on_main(value) for name, value in found.items()}
         for index, found in sorted(state["state"].items())
@@ -160,11 +160,11 @@ def _gather_state(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters_by_index(optimizer: Optimizer, state: dict[str, Any]) -> dict[Any, Any]:
-    """The parameters of an optimizer, by their indices in a state that it is to load.
+    """Returns the parameters of an optimizer by their indices in a state that it will load.
 
     Args:
         optimizer: The optimizer.
-        state: The state.
+        state: State dict of such an optimizer.
     """
     saved = [index for group in state["param_groups"] for index in group["params"]]
     return dict(zip(saved, parameters_of(optimizer), strict=False))

@@ -1,4 +1,4 @@
-"""The strategy that shards a Brain's modules, for a Trainer."""
+"""Trainer strategy that shards a Brain's modules."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ from brain_lightning.errors import UnsupportedError
 from .sharding import AUTO, Sharding
 
 NAME = "fsdp2"
-# How processes communicate about shards on the CPU and weights on GPUs.
+# Backends for collectives on CPU tensors (offloaded shards) and GPU tensors (weights).
 OF_EACH_DEVICE = "cpu:gloo,cuda:nccl"
 
 
 class FSDP2Strategy(DDPStrategy):
-    """Trains a Brain whose weights, gradients and optimizer states are shared out.
+    """Trains a Brain with sharded weights, gradients and optimizer states.
 
-    Each process holds a part of them, and gathers the weights of an entry of ``modules``, or
-    of a block of it, while it computes (``torch.distributed.fsdp.fully_shard``). Processes,
-    samplers and checkpoints are those of ``strategy="ddp"``, and so is what is learned.
-    ``Trainer(strategy="fsdp2")`` is this with its defaults.
+    Each rank stores one shard of them. While an entry of ``modules``, or a block of it,
+    computes, its weights are gathered (``torch.distributed.fsdp.fully_shard``). Launching,
+    samplers, checkpoints and results are the same as with ``strategy="ddp"``.
+    ``Trainer(strategy="fsdp2")`` uses this strategy with its defaults.
 
     Args:
-        blocks: Names of classes whose instances are gathered one by one, rather than the
-            whole entry at once. By default these are layers of a million parameters and more
-            in a ``ModuleList``; ``[]`` for none.
-        methods: Names of methods, besides ``forward``, that the recipe calls on an entry or a
-            block and that use its weights; the usual ones are known (``methods.METHODS``).
-        gather_to_evaluate: Whether each process gathers all weights for VALID and TEST, where
-            it may evaluate other batches than the others. ``False`` for a model that does not
-            fit: processes then evaluate as many batches each, by the same calls.
-        cpu_offload: Keeps shards in memory of the CPU, where the optimizer steps as well. On
-            the CPU they are there anyway.
-        replicate: Copies of the model (HSDP): each is shared out over as many processes as
-            there are, divided by this.
-        sharded_checkpoints: Lets each process write its own shards to a ``CKPT+`` directory,
-            instead of whole tensors by the first one.
-        **kwargs: Of Lightning's ``DDPStrategy``, but for those that are for
-            ``DistributedDataParallel``.
+        blocks: Names of classes whose instances are gathered one by one, instead of the whole
+            entry at once. ``"auto"`` selects layers of a ``ModuleList`` with a million or
+            more parameters. ``[]`` selects none.
+        methods: Names of methods, other than ``forward``, that the recipe calls on an entry or
+            a block and that use its weights. The methods in ``methods.METHODS`` are always
+            included.
+        gather_to_evaluate: Whether each rank gathers all weights for VALID and TEST, so that
+            ranks may evaluate different batches. Use ``False`` if the model does not fit on
+            one device: then all ranks have to evaluate the same number of batches with the
+            same calls.
+        cpu_offload: Whether to store shards in CPU memory, where the optimizer then steps. No
+            effect if the device is the CPU.
+        replicate: Number of copies of the model (HSDP). Each copy is sharded over the number
+            of ranks divided by ``replicate``.
+        sharded_checkpoints: Whether each rank writes its own shards to a ``CKPT+`` directory.
+            By default rank 0 writes full tensors.
+        **kwargs: Arguments of Lightning's ``DDPStrategy``, except for those that it passes on
+            to ``DistributedDataParallel``.
 
     Raises:
-        UnsupportedError: A value makes no sense.
+        UnsupportedError: A value is invalid.
     """
 
     strategy_name = NAME
@@ -70,23 +72,28 @@ class FSDP2Strategy(DDPStrategy):
         )
 
     def connect(self, model: LightningModule) -> None:
-        """Lightning's, which gets the module of a run.
+        """Connects the strategy to the LightningModule, as in Lightning.
 
         Args:
-            model: The module.
+            model: The LightningModule.
 
         Raises:
-            UnsupportedError: It is not of a Brain: nothing would be sharded.
+            UnsupportedError: The module was not generated for a Brain, so no module of it
+                would be sharded.
         """
         if not hasattr(model, "brain"):
             raise UnsupportedError(
-                f"strategy='fsdp2' shards modules of a Brain, and {type(model).__name__} is "
-                "of none: give the Trainer to_lightning(brain), or another strategy"
+                f"strategy='fsdp2' shards the modules of a Brain, and {type(model).__name__} "
+                "has no Brain. Pass to_lightning(brain) to the Trainer, or use another "
+                "strategy."
             )
         super().connect(model)
 
     def setup(self, trainer: Trainer) -> None:
-        """Lightning's, which moves what was recovered of optimizers to the device.
+        """Sets up the run as in Lightning.
+
+        Lightning moves recovered optimizer states to the device. With ``cpu_offload`` they are
+        moved back to the CPU.
 
         Args:
             trainer: The Trainer.
@@ -97,30 +104,30 @@ class FSDP2Strategy(DDPStrategy):
                 move_to_parameters(optimizer)
 
     def model_to_device(self) -> None:
-        """Nothing: an entry of ``modules`` is moved and sharded before the next one is."""
+        """Does nothing, because ``shard_modules`` moves and shards the entries one by one."""
 
     def configure_ddp(self) -> None:
-        """Nothing: each entry of ``modules`` is sharded by itself, after it is compiled."""
+        """Does nothing, because each entry of ``modules`` is sharded after it was compiled."""
 
 
 def move_to_parameters(optimizer: Optimizer) -> None:
-    """Moves the state of an optimizer to where its parameters are.
+    """Moves the state of an optimizer to the devices of its parameters.
 
     Args:
-        optimizer: Has all of its parameters.
+        optimizer: The optimizer, with all of its parameters.
     """
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            # Where a step is counted says the optimizer.
+            # The optimizer decides on which device it counts steps.
             if isinstance(value, Tensor) and key != "step":
                 state[key] = value.to(parameter.device)
 
 
 def shards(trainer: Any) -> bool:
-    """Whether a Trainer, or arguments for one, say that modules are sharded.
+    """Returns whether a Trainer, or its arguments, select a strategy that shards modules.
 
     Args:
-        trainer: One of both.
+        trainer: A Trainer, or a mapping of Trainer arguments.
     """
     is_mapping = isinstance(trainer, Mapping)
     strategy = trainer.get("strategy") if is_mapping else getattr(trainer, "strategy", None)

@@ -1,4 +1,4 @@
-"""Shards of tensors: ``torch.distributed.tensor.DTensor``."""
+"""Conversions between shards (``torch.distributed.tensor.DTensor``) and full tensors."""
 
 from __future__ import annotations
 
@@ -13,78 +13,80 @@ from brain_lightning.errors import UnsupportedError
 
 
 def is_shard(value: object) -> bool:
-    """Whether something is a tensor of which each process has a part.
+    """Returns whether an object is a sharded tensor.
 
     Args:
-        value: Anything.
+        value: Any object.
     """
     return isinstance(value, DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, in all processes.
+    """Returns the full tensor, on all ranks.
 
     Args:
-        tensor: Where it is a shard, all processes call this.
+        tensor: A shard or a full tensor. If it is a shard, all ranks have to call this.
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    # With cpu_offload it is in memory of the CPU, from where devices do not communicate.
+    # With cpu_offload the shard is in CPU memory, but the collective runs on the device.
     shard: Any = tensor.to(tensor.device_mesh.device_type)
     return shard.full_tensor()  # type: ignore[no-any-return]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has.
+    """Returns the part of a tensor that this rank holds.
 
     Args:
-        tensor: One that is no shard is its own part.
+        tensor: A shard, or a full tensor, which is returned unchanged.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all of a tensor is finite, the same answer in all processes.
+    """Returns whether all elements of the full tensor are finite, on all ranks the same.
 
     Args:
-        tensor: Where it is a shard, all processes call this.
+        tensor: A shard or a full tensor. If it is a shard, all ranks have to call this.
     """
     return bool(whole(torch.isfinite(tensor).all()))
 
 
 def on_main(value: Any) -> Any:
-    """The whole of a shard, on the CPU, in the main process; others keep what they have.
+    """Returns the full tensor of a shard on the CPU on rank 0, and the shard on other ranks.
 
     Args:
-        value: Anything; where it is a shard, all processes call this.
+        value: Any object. If it is a shard, all ranks have to call this. Other objects are
+            returned unchanged.
 
     Raises:
-        UnsupportedError: The others do not.
+        UnsupportedError: Only rank 0 calls it, in ``run_on_main``.
     """
     if not isinstance(value, DTensor):
         return value
     if world_size() > 1 and not communicates():
         raise UnsupportedError(
-            "a sharded module, or its optimizer, is saved by the main process alone, in "
-            "run_on_main: call state_dict() in all processes, and write what it returns there"
+            "a sharded module, or its optimizer, is saved on rank 0 only, in run_on_main. "
+            "Call state_dict() on all ranks, and pass the result to run_on_main."
         )
     with torch.no_grad():
         gathered = whole(value)
-    return _alone(gathered.cpu()) if if_main_process() else value
+    return _in_own_storage(gathered.cpu()) if if_main_process() else value
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """A tensor that is alone in its memory, all of which is written to a file."""
+def _in_own_storage(tensor: Tensor) -> Tensor:
+    """Returns a tensor with a separate storage, because files contain whole storages."""
     is_alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if is_alone else tensor.clone()
 
 
 def like(value: Any, tensor: Tensor) -> Any:
-    """A whole tensor as a shard, without communication.
+    """Shards a full tensor in the same way as another tensor, without communication.
 
     Args:
-        value: Anything; another than a whole tensor of the same shape is left as it is.
-        tensor: What may be a shard.
+        value: Any object. Objects that are no full tensors of the same shape are returned
+            unchanged.
+        tensor: The other tensor. If it is not a shard, ``value`` is returned unchanged.
     """
     if not isinstance(tensor, DTensor) or not isinstance(value, Tensor) or is_shard(value):
         return value
@@ -92,7 +94,7 @@ def like(value: Any, tensor: Tensor) -> Any:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    # Each process has all of it: it takes its part.
+    # Each rank has the full tensor and takes its part.
     mesh, placements = tensor.device_mesh, tensor.placements
     return distribute_tensor(value.detach(), mesh, placements, src_data_rank=None).to(
         tensor.device

@@ -1,4 +1,4 @@
-"""What cannot be sharded, refused before training; and what torch's errors mean."""
+"""Raises errors for modules that cannot be sharded, and explains errors that torch raises."""
 
 from __future__ import annotations
 
@@ -29,77 +29,78 @@ from .tensors import is_shard
 
 logger = logging.getLogger(__name__)
 
-# Parameters that were replaced by shards, while something has them still.
+# Parameters that were replaced by shards and that other objects still refer to.
 _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
 UNUSED = (
-    "%s parameters of %r have no gradient. If processes leave out different ones, they need "
-    "--find_unused_parameters, as with strategy='ddp': without it gradients of different "
-    "parameters are averaged"
+    "%s parameters of %r have no gradient. If different ranks leave out different parameters, "
+    "use --find_unused_parameters, as with strategy='ddp'. Without it gradients of different "
+    "parameters are averaged."
 )
-# Entries, and the settings that they were sharded with.
+# The settings with which each entry was sharded.
 _settings: WeakKeyDictionary[Module, Sharding] = WeakKeyDictionary()
-# What torch says of weights that are not whole, and why they are not.
-MEANINGS = {
+# Explanations of errors that torch raises if weights are not gathered, by parts of their text.
+EXPLANATIONS = {
     ("mixed torch.Tensor and DTensor", "sharding strategy registered"): (
-        "brain_lightning: weights in shards are gathered while an entry of modules is called, "
-        "and here a part, another method or a parameter of one was used by itself. A part: "
-        "name its class in FSDP2Strategy(blocks=[...]), or make it an entry. A method: name "
-        "it in FSDP2Strategy(methods=[...]). A parameter: read it in forward, or in such a "
-        "method"
+        "brain_lightning: sharded weights are gathered only while an entry of modules is "
+        "called. Here the recipe used a part, another method or a parameter of an entry "
+        "directly. For a part, add its class to FSDP2Strategy(blocks=[...]), or make it an "
+        "entry. For a method, add its name to FSDP2Strategy(methods=[...]). For a parameter, "
+        "read it in forward or in such a method."
     ),
     ("out of bounds for storage of size 0",): (
-        "brain_lightning: weights in shards are gathered for the backward pass of what an "
-        "entry of modules returned, and released after it. A loss that is made of a tensor "
-        "on an attribute needs it returned; a gradient of a gradient (torch.autograd.grad "
-        "with create_graph=True) needs strategy='ddp'"
+        "brain_lightning: sharded weights are gathered for the backward pass through the "
+        "tensors that an entry of modules returned, and released after it. If the loss is "
+        "computed from a tensor in an attribute, return this tensor. If the loss needs second "
+        "derivatives (torch.autograd.grad with create_graph=True), use strategy='ddp'."
     ),
 }
 
 
 def check_version() -> None:
-    """Refuses a version of torch that shards wrongly.
+    """Checks that the version of torch shards correctly.
 
     Raises:
-        UnsupportedError: It does.
+        UnsupportedError: torch is too old.
     """
     if not SHARDS:
         raise UnsupportedError(
-            f"strategy='fsdp2' needs torch 2.8 or newer, and this is torch {torch.__version__}"
+            f"strategy='fsdp2' needs torch 2.8 or newer, and torch {torch.__version__} is "
+            "installed. Upgrade torch, or use strategy='ddp'."
         )
 
 
 def check_not_sharded(brain: BrainProtocol) -> None:
-    """Refuses to train modules in shards by another strategy.
+    """Checks that no module is sharded, for a run with another strategy.
 
     Args:
         brain: The Brain.
 
     Raises:
-        UnsupportedError: An earlier run has sharded a module of it.
+        UnsupportedError: An earlier run has sharded a module of the Brain.
     """
     for name, module in brain.modules.items():
         if is_sharded(module):
             raise UnsupportedError(
-                f"{name!r} is in shards since an earlier fit with strategy='fsdp2': train it "
-                "with that strategy again, or make a new Brain and recover its checkpoint"
+                f"{name!r} was sharded by an earlier fit with strategy='fsdp2'. Train it with "
+                "strategy='fsdp2' again, or create a new Brain and recover its checkpoint."
             )
 
 
 def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
-    """Refuses modules that cannot be sharded.
+    """Checks that the modules of a Brain can be sharded.
 
     Args:
         brain: The Brain, before it has optimizers.
         sharding: How its modules are to be sharded.
 
     Raises:
-        UnsupportedError: There is one; it is named, with a remedy.
+        UnsupportedError: A module cannot be sharded. The message names it, with a remedy.
     """
     if world_size() % sharding.replicate:
         numbers = [str(n) for n in range(1, world_size() + 1) if not world_size() % n]
         raise UnsupportedError(
             f"FSDP2Strategy(replicate={sharding.replicate}) does not divide the number of "
-            f"processes, {world_size()}: give {' or '.join(numbers)}"
+            f"ranks, {world_size()}. Use {' or '.join(numbers)}."
         )
     entries = {name: module for name, module in brain.modules.items() if module is not None}
     _check_shared(entries)
@@ -108,10 +109,10 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
         _check_settings(name, module, sharding)
         for unit in units(module):
             _check_unused(brain, unit)
-        # What is sharded was looked through before it was.
+        # An entry that is sharded was checked before it was sharded.
         if not is_sharded(module):
             inside |= _check_entry(name, module, sharding)
-    # An entry that is sharded has another class.
+    # Sharding changes the class of a module, so names cannot be checked after it.
     if not any(map(is_sharded, entries.values())):
         _check_names(inside, sharding)
     for parameter in brain.modules.parameters():
@@ -120,7 +121,7 @@ def check_modules(brain: BrainProtocol, sharding: Sharding) -> None:
 
 
 def _check_entry(name: str, module: Module, sharding: Sharding) -> dict[Module, list[Module]]:
-    """Refuses an entry that cannot be sharded; its units, with their blocks."""
+    """Checks that an entry can be sharded, and returns its units with their blocks."""
     check_resets(name, module)
     _check_parts(name, module)
     inside = {unit: blocks(unit, sharding.blocks) for unit in units(module)}
@@ -131,22 +132,25 @@ def _check_entry(name: str, module: Module, sharding: Sharding) -> dict[Module, 
 
 
 def _check_parts(name: str, module: Module) -> None:
-    """Refuses parts that have no shards, or no gradients of shards."""
+    """Raises an error for TorchScript modules and for modules with sparse gradients."""
     for path, part in module.named_modules():
         if isinstance(part, ScriptModule) and any(True for _ in part.parameters()):
             raise UnsupportedError(
-                f"{name} is TorchScript, which cannot be sharded: use --compile instead "
-                "of --jit"
+                f"{name} is TorchScript, which cannot be sharded. Use --compile instead "
+                "of --jit."
             )
         if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse:
             where = ".".join(filter(None, (name, path)))
             raise UnsupportedError(
-                f"{where} has sparse gradients, which cannot be sharded: give it sparse=False"
+                f"{where} has sparse gradients, which cannot be sharded. Set sparse=False."
             )
 
 
 def _check_tied(name: str, unit: Module, inner: list[Module]) -> None:
-    """Refuses a block that shares a parameter outward: some torch unties it, others fail."""
+    """Raises an error for a block that shares a parameter with a module outside of the block.
+
+    Some versions of torch would untie the parameter, other versions fail.
+    """
     for block in inner:
         own, inside = {id(p): n for n, p in block.named_parameters()}, {*block.modules()}
         for path, part in unit.named_modules():
@@ -154,14 +158,14 @@ def _check_tied(name: str, unit: Module, inner: list[Module]) -> None:
                 if id(parameter) in own and part not in inside:
                     where = ".".join(filter(None, (name, path, key)))
                     raise UnsupportedError(
-                        f"{where} is {own[id(parameter)]!r} of a block as well, a "
-                        f"{type(block).__name__}: name a class in FSDP2Strategy(blocks=[...]) "
-                        "that has both, or none"
+                        f"{where} is the same parameter as {own[id(parameter)]!r} of a block, "
+                        f"a {type(block).__name__}. Use FSDP2Strategy(blocks=[...]) with a "
+                        "class that contains both, or blocks=[]."
                     )
 
 
 def _check_settings(name: str, module: Module, sharding: Sharding) -> None:
-    """Refuses other settings for a module that is sharded already."""
+    """Raises an error for changed settings of a module that is sharded already."""
     first = _settings.setdefault(module, sharding)
     if not is_sharded(module):
         _settings[module] = sharding
@@ -170,13 +174,14 @@ def _check_settings(name: str, module: Module, sharding: Sharding) -> None:
         before, now = getattr(first, setting), getattr(sharding, setting)
         if before != now:
             raise UnsupportedError(
-                f"{name!r} is in shards since an earlier fit with FSDP2Strategy({setting}="
-                f"{before!r}), and stays so: {setting}={now!r} needs a new Brain"
+                f"{name!r} was sharded by an earlier fit with FSDP2Strategy({setting}="
+                f"{before!r}), which cannot be changed. Create a new Brain to use "
+                f"{setting}={now!r}."
             )
 
 
 def _check_shared(entries: dict[str, Module]) -> None:
-    """Refuses a parameter of two entries, and one of which there are no shards."""
+    """Raises an error for a parameter that two entries share or that cannot be sharded."""
     owners: dict[int, str] = {}
     for name, module in entries.items():
         for key, parameter in module.named_parameters():
@@ -185,66 +190,66 @@ def _check_shared(entries: dict[str, Module]) -> None:
             if first.partition(".")[0] != name:
                 raise UnsupportedError(
                     f"{name}.{key} and {first} are the same parameter, and each entry of "
-                    "modules is sharded by itself: put both in one entry"
+                    "modules is sharded separately. Put both modules in one entry."
                 )
 
 
 def check_offload() -> None:
-    """Refuses shards on the CPU of which processes cannot communicate.
+    """Checks that the process group can communicate CPU tensors, for ``cpu_offload``.
 
     Raises:
-        UnsupportedError: The process group is for GPUs alone.
+        UnsupportedError: The process group supports GPU tensors only.
     """
     if "cpu" not in distributed.get_backend_config():
         raise UnsupportedError(
-            "FSDP2Strategy(cpu_offload=True): processes also communicate about shards on the "
-            "CPU, which nccl does not: --distributed_backend=cpu:gloo,cuda:nccl"
+            "FSDP2Strategy(cpu_offload=True) needs a backend for CPU tensors, and nccl "
+            "supports GPU tensors only. Use --distributed_backend=cpu:gloo,cuda:nccl."
         )
 
 
 def _check_parameter(name: str, parameter: Parameter) -> None:
     if is_lazy(parameter):
         raise UnsupportedError(
-            f"{name} has no shape yet: give its module the size of its input"
+            f"{name} is a lazy parameter without a shape. Pass the input size to its module."
         )
     if parameter.dim() == 0:
         raise UnsupportedError(
-            f"{name} is a scalar, of which there are no shards: make it torch.nn.Parameter("
-            "torch.tensor([...])), with one element"
+            f"{name} is a scalar, which cannot be sharded. Use torch.nn.Parameter("
+            "torch.tensor([...])), with one element."
         )
 
 
 def may_leave_out(brain: BrainProtocol, unit: Module) -> str:
-    """By which option a process may leave out parameters that others use.
+    """Returns the option that lets a rank leave out parameters that other ranks use.
 
     Args:
         brain: The Brain.
-        unit: What is sharded.
+        unit: Module to shard.
 
     Returns:
-        The option and its value; empty where there is none.
+        The option and its value. An empty string if there is no such option.
     """
     found = "find_unused_parameters=True" if brain.find_unused_parameters else ""
     return found or drops_layers(unit)
 
 
 def check_first_steps(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> None:
-    """Has the first step of each optimizer look for gradients that are not there.
+    """Makes the first step of each optimizer check for missing gradients.
 
     Args:
-        brain: The Brain, whose modules are in shards.
+        brain: The Brain, whose modules are sharded.
         optimizers: Its optimizers.
     """
     pending = set(optimizers)
 
     def check(optimizer: Optimizer, *_: object) -> None:
-        # The hook stays: while hooks are called, none may be removed.
+        # The hook is not removed, because hooks must not be removed while hooks are called.
         if optimizer not in pending:
             return
         pending.remove(optimizer)
         own = set(map(id, parameters_of(optimizer)))
         for name, module in brain.modules.items():
-            # Not as a condition: what is compiled has no length.
+            # "if module" would call len(), which compiled modules do not support.
             if module is not None:
                 _check_returned(name, module)
                 if world_size() > 1 and not may_leave_out(brain, module):
@@ -255,24 +260,25 @@ def check_first_steps(brain: BrainProtocol, optimizers: Iterable[Optimizer]) -> 
 
 
 def _check_returned(name: str, module: Module) -> None:
-    """Refuses gradients that were not averaged, of a loss that a module did not return.
+    """Raises an error for gradients of a tensor that the module did not return.
 
-    FSDP2 averages them after the backward pass of what the module returned.
+    FSDP2 averages gradients only in the backward pass through tensors that the module
+    returned.
     """
     for unit in units(module):
         if any(parameter.grad is not None for parameter in gathered_of(unit)):
             raise UnsupportedError(
-                f"{name!r} would not be trained: the loss is made of a tensor that it did not "
-                "return, such as one that it keeps on an attribute. Return all tensors that "
-                "the loss is made of"
+                f"{name!r} would not be trained, because the loss is computed from a tensor "
+                "that it did not return, such as a tensor in an attribute. Return all tensors "
+                "that the loss uses."
             )
 
 
 def _warn_of_unused(name: str, module: Module, own: set[int]) -> None:
-    """Warns of parameters of an optimizer that this process left out.
+    """Warns of parameters of an optimizer that this rank left out of the loss.
 
-    ``DistributedDataParallel`` ends with an error there. Torch's shards say nothing, and
-    average gradients of different parameters where processes left out different ones.
+    ``DistributedDataParallel`` raises an error for them. FSDP2 does not. If ranks leave out
+    different parameters, it averages gradients of different parameters.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     unused = [p for p in trained if id(p) in own and p.grad is None]
@@ -281,18 +287,18 @@ def _warn_of_unused(name: str, module: Module, own: set[int]) -> None:
 
 
 def _check_unused(brain: BrainProtocol, unit: Module) -> None:
-    """Refuses parameters that one process may leave out, where others would get wrong ones."""
+    """Raises an error if ranks may leave out different parameters and torch is too old."""
     if (option := may_leave_out(brain, unit)) and not REDUCES_UNUSED:
         raise UnsupportedError(
-            f"{option}: each process may leave out other parameters, and torch "
-            f"{torch.__version__} would average gradients of different ones with "
-            "strategy='fsdp2'. Set it to 0 or False, or upgrade torch until FSDPModule has "
-            "set_reduce_scatter_unused_params"
+            f"{option} lets each rank leave out different parameters, and torch "
+            f"{torch.__version__} would average gradients of different parameters with "
+            "strategy='fsdp2'. Set it to 0 or False, or upgrade torch to a version whose "
+            "FSDPModule has set_reduce_scatter_unused_params."
         )
 
 
 def _check_types(name: str, unit: Module, inner: list[Module]) -> None:
-    """Refuses what is gathered together and has different types."""
+    """Raises an error for parameters of different dtypes that are gathered together."""
     taken: set[int] = set()
     for group in (*inner, unit):
         own = [p for p in group.parameters() if id(p) not in taken]
@@ -300,28 +306,28 @@ def _check_types(name: str, unit: Module, inner: list[Module]) -> None:
         types = sorted({str(p.dtype).removeprefix("torch.") for p in own})
         if len(types) > 1:
             raise UnsupportedError(
-                f"{name} has parameters of {' and '.join(types)} that are gathered together: "
-                "give them one type, or name the classes of the parts that have each in "
-                "FSDP2Strategy(blocks=[...])"
+                f"{name} has parameters of {' and '.join(types)} that are gathered together. "
+                "Convert them to one type, or put the parts of each type in separate blocks "
+                "with FSDP2Strategy(blocks=[...])."
             )
 
 
 def _check_names(inside: dict[Module, list[Module]], sharding: Sharding) -> None:
-    """Refuses names of classes and of methods that no module has."""
+    """Raises an error for names of classes and methods that no module has."""
     parts = [part for unit in inside for part in unit.modules()]
     classes = sorted({type(p).__name__ for p in parts if any(True for _ in p.parameters())})
     for name in () if sharding.blocks == AUTO else sharding.blocks:
         if name not in classes:
             raise UnsupportedError(
                 f"FSDP2Strategy(blocks=[{name!r}]): no module with parameters is of that "
-                f"class; there are {', '.join(classes)}"
+                f"class. Available classes: {', '.join(classes)}."
             )
     gathered = [*inside, *(block for inner in inside.values() for block in inner)]
     for name in sharding.methods:
         if not any(_has_method(module, name) for module in gathered):
             raise UnsupportedError(
                 f"FSDP2Strategy(methods=[{name!r}]): no entry of modules, and no block, has "
-                f"that method; {_where_it_is(name, parts, gathered)}"
+                f"that method. {_suggestion(name, parts, gathered)}"
             )
 
 
@@ -330,65 +336,66 @@ def _has_method(module: Module, name: str) -> bool:
     return callable(method) and not isinstance(method, Module)
 
 
-def _where_it_is(name: str, parts: list[Module], gathered: list[Module]) -> str:
-    """What was meant by a method that no entry has."""
+def _suggestion(name: str, parts: list[Module], gathered: list[Module]) -> str:
+    """Returns a remedy for a method name that no entry and no block has."""
     owners = {type(part).__name__ for part in parts if _has_method(part, name)}
     named = [getattr(module, name, None) for module in gathered]
     owners |= {type(module).__name__ for module in named if isinstance(module, Module)}
     if owners:
-        return f"a part of one has: name its class, blocks={sorted(owners)}"
+        return f"A part of an entry has it. Make this part a block: blocks={sorted(owners)}."
     own = {method for module in gathered for method in dir(type(module))} - {*dir(Module)}
-    return f"there are {', '.join(sorted(n for n in own if not n.startswith('_'))) or 'none'}"
+    names = ", ".join(sorted(n for n in own if not n.startswith("_")))
+    return f"Available methods: {names or 'none'}."
 
 
 def check_optimizers(brain: BrainProtocol) -> None:
-    """Refuses an optimizer of parameters that were replaced by shards.
+    """Checks that no optimizer has parameters that were replaced by shards.
 
     Args:
         brain: The Brain, after ``init_optimizers``.
 
     Raises:
-        UnsupportedError: There is one.
+        UnsupportedError: An optimizer has such parameters.
     """
     if not _replaced:
         return
     for name, optimizer in optimizers_of(brain):
         if any(p in _replaced for p in parameters_of(optimizer)):
             raise UnsupportedError(
-                f"{name} was made before the modules were sharded, and would train nothing: "
-                "make it in init_optimizers, or after self._wrap_distributed() where an entry "
-                "of modules is replaced"
+                f"{name} was created before the modules were sharded, and would train "
+                "nothing. Create it in init_optimizers. If the recipe replaces an entry of "
+                "modules, create it after self._wrap_distributed()."
             )
 
 
-def refuse_comm_hooks(module: Module) -> None:
-    """Gives a module ``DistributedDataParallel.register_comm_hook``, which refuses in words.
+def disallow_comm_hooks(module: Module) -> None:
+    """Adds a ``register_comm_hook`` method to a module, which raises ``UnsupportedError``.
 
     Args:
-        module: A module that ``fully_shard`` was called on.
+        module: Module that ``fully_shard`` was called on.
     """
 
     def register_comm_hook(*_: object, **__: object) -> NoReturn:
         raise UnsupportedError(
             "register_comm_hook is for gradients that DistributedDataParallel averages, and "
-            "strategy='fsdp2' has none of these: leave it out"
+            "strategy='fsdp2' does not use DistributedDataParallel. Remove the call."
         )
 
     vars(module)["register_comm_hook"] = register_comm_hook
 
 
 def explanation(error: Exception) -> str:
-    """What an error of torch's means where weights are in shards.
+    """Explains an error that torch raises because of sharded weights.
 
     Args:
         error: Any error.
 
     Returns:
-        A sentence with the remedy, or nothing for another error.
+        An explanation with the remedy. An empty string for other errors.
     """
     found = (
-        meaning
-        for said, meaning in MEANINGS.items()
-        if any(words in str(error) for words in said)
+        text
+        for fragments, text in EXPLANATIONS.items()
+        if any(fragment in str(error) for fragment in fragments)
     )
     return next(found, "")

@@ -1,10 +1,10 @@
-"""What is recorded of a run: in loggers, as a picture, on the console.
+"""Records of a run: metrics in loggers, plots, and messages on the console.
 
-``train_logger`` logs what a recipe reports to Lightning's loggers; ``log_versions`` finds the
-log that a resumed run continues, with each epoch in it once; ``csv_rows`` does so for a
-Trainer's CSVLogger. ``hyperparameters`` says which are logged; ``media`` logs sounds and
-pictures. ``curve_plot`` is the callback that plots a training, ``curves`` the picture,
-``rate_curve`` that of a search for a learning rate. ``objective`` prints the best value of one
-number, for a search for hyperparameters; ``whole_file`` writes it and pictures. ``console``
-shows this package's messages where nobody has configured logging.
+``train_logger`` sends the metrics of a recipe to Lightning's loggers. ``log_versions`` finds
+the log that a resumed run continues, with one entry per epoch, and ``csv_rows`` does the same
+for a Trainer's CSVLogger. ``hyperparameters`` selects the hyperparameters to log. ``media``
+logs audio and figures. ``curve_plot`` is the callback that plots a training. ``curves`` draws
+this plot, and ``rate_curve`` draws the plot of a learning rate search. ``objective`` prints
+the best value of one metric for a hyperparameter search. ``atomic_file`` replaces files
+atomically. ``console`` shows this package's log messages if logging is not configured.
 """

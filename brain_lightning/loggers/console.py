@@ -1,7 +1,8 @@
-"""Shows what this package logs on the console, where nobody has configured logging.
+"""Shows this package's log messages on the console if logging is not configured.
 
-SpeechBrain's loggers pass INFO whatever the level of the root logger is, and its recipes show
-it through ``create_experiment_directory``. A script that does not call it would see nothing.
+SpeechBrain's loggers have the level INFO, independent of the root logger. Its recipes show
+these messages because ``create_experiment_directory`` configures logging. A script that does
+not call this function would show no messages.
 """
 
 from __future__ import annotations
@@ -16,43 +17,44 @@ from tqdm import tqdm
 
 from brain_lightning.errors import RunOptionError
 
-# The parent of every file's logger.
+# Name of the parent of all loggers of this package.
 PACKAGE = "brain_lightning"
-# For powers of a thousand.
+# Suffixes for powers of 1000.
 UNITS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 class Console(logging.Handler):
-    """Writes between progress bars, as long as the root logger has no handler."""
+    """Writes messages above progress bars, while there is no other logging handler."""
 
     def __init__(self) -> None:
         super().__init__()
-        # As in SpeechBrain's log-config.yaml.
+        # The same format as in SpeechBrain's log-config.yaml.
         self.setFormatter(logging.Formatter("%(name)s - %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows on the standard error what no other handler does.
+        """Writes a record to the standard error if no other handler shows it.
 
         Args:
-            record: What was logged.
+            record: The log record.
         """
         others = [*logging.getLogger().handlers, *logging.getLogger(PACKAGE).handlers]
         if any(not isinstance(handler, Console) for handler in others):
             return
         try:
             tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:  # noqa: BLE001  as every handler: a line is not worth a training
+        except Exception:  # noqa: BLE001  as in other handlers: logging must not end a training
             self.handleError(record)
 
 
 def show_information() -> None:
-    """Shows this package's INFO as SpeechBrain's is shown; a second call does nothing.
+    """Shows INFO messages of this package, as SpeechBrain shows its own.
 
-    Other processes than the first show warnings alone, as in SpeechBrain. ``$SB_LOG_LEVEL`` is
-    its variable for another level. A level that somebody has set stays.
+    A second call does nothing. Ranks other than 0 show only warnings, as in SpeechBrain. The
+    environment variable ``SB_LOG_LEVEL`` sets another level, also as in SpeechBrain. If a
+    level is set already, it is not changed.
 
     Raises:
-        RunOptionError: The variable names no level.
+        RunOptionError: The value of the variable is not a level.
     """
     package = logging.getLogger(PACKAGE)
     if package.level == logging.NOTSET:
@@ -65,18 +67,20 @@ def _level() -> int:
     name = os.environ.get("SB_LOG_LEVEL") or "INFO"
     level = int(name) if name.isdecimal() else logging.getLevelName(name.upper())
     if not isinstance(level, int):
-        raise RunOptionError(f"SB_LOG_LEVEL={name} is not one of DEBUG, INFO, WARNING, ERROR")
+        raise RunOptionError(
+            f"SB_LOG_LEVEL={name} is not a log level. Use DEBUG, INFO, WARNING or ERROR."
+        )
     return level
 
 
 def abbreviated(number: int) -> str:
-    """A count as SpeechBrain writes it (``utils.logger.format_order_of_magnitude``).
+    """Formats a count as SpeechBrain does (``utils.logger.format_order_of_magnitude``).
 
     Args:
-        number: A whole number, 0 or more.
+        number: An integer of 0 or more.
 
     Returns:
-        ``123.5k`` for 123456.
+        A string such as ``123.5k`` for 123456.
     """
     power = min((len(str(number)) - 1) // 3, len(UNITS) - 1)
     return f"{number / 1000**power:3.1f}{UNITS[power]}" if power else str(number)

@@ -1,4 +1,4 @@
-"""The rows of a Trainer's CSVLogger of one folder, over the processes that one run takes."""
+"""Keeps the rows of a Trainer's CSVLogger consistent when a run is resumed."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from brain_lightning.phase import Phase
 from brain_lightning.resume.run_progress import RunProgress
 
 Row = dict[str, str]
-# Part of a run: what is resumed in the middle of it does it again from its start, hooks and
-# all (see ``RunProgress``). Its first entry says of which kind it is.
+# A part of a run that is repeated from its start, hooks included, if the run is resumed in the
+# middle of it (see ``RunProgress``). The first entry is its kind.
 Section = tuple[str | int, ...]
 START: Section = ("START",)
-# What is not done again; a row that waits may be of any section.
+# Not a section: for rows that are not logged again, and for rows whose section is not known.
 ANY: Section = ()
-# Callbacks hear of the start of a batch in any of these.
+# Phases in which callbacks may log at the start of a batch.
 BEFORE_BATCH_IS_FITTED = (Phase.FETCHED, Phase.BATCH_OVER, Phase.VALIDATED, Phase.FITTING)
-# Of a row: its section, its names and, where the section alone says nothing, its step.
+# Identifies a row: section, column names and, if the section is ANY, the step.
 Key = tuple[Section, frozenset[str], float | None]
 
 
 def rows_of(file: Path) -> list[Row]:
-    """The rows of a CSV file, without those that a kill, or a power cut, has left damaged.
+    """Returns the rows of a CSV file, without rows that a crash has damaged.
 
     Args:
-        file: The file, which need not be there.
+        file: The file. If it does not exist, there are no rows.
     """
     if not file.is_file():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
-    # What has no end of line may be half a number.
+    # A last line without a newline may be incomplete.
     lines = [line for line in text.split("\n")[:-1] if "\0" not in line]
     return [row for row in csv.DictReader(lines) if _is_whole(row)]
 
 
 def _is_whole(row: dict[Any, Any]) -> bool:
-    # A field too many is a list, one too few is None.
+    # DictReader stores extra fields as a list, and missing fields as None.
     try:
         float(row["step"])
     except (KeyError, TypeError, ValueError):
@@ -54,21 +54,23 @@ def _is_whole(row: dict[Any, Any]) -> bool:
 
 
 class RunWriter(internals.WriterParts, ExperimentWriter):
-    """Writes the rows of one run, which may take several processes.
+    """Writes the rows of one run, which may be resumed in several processes.
 
-    Lightning's deletes those of earlier processes at once. Here ``begin`` or ``resume`` says
-    what becomes of them, and rows are kept in memory until then. What a resumed run logs
-    again takes the place of the row that is there, of that step and those names: one for one,
-    for batches of one update log rows that differ in their values alone.
+    Lightning's writer deletes the rows of earlier processes immediately. This writer stores
+    rows in memory until ``begin`` deletes the earlier rows or ``resume`` continues after them.
+    A row that a resumed run logs again replaces the existing row with the same step and
+    columns. Each existing row is replaced once, because batches of one optimizer step log
+    rows that differ only in their values.
 
     Args:
-        log_dir: The folder.
-        section: Returns the section of the run that is going on.
+        log_dir: Folder of the CSV file.
+        section: Function that returns the current section of the run.
 
     Attributes:
         has_begun: Whether ``begin`` or ``resume`` was called.
-        saved_step: The step of the last checkpoint: what is logged of that after the
-            checkpoint, as of a validation, is not logged again by a run that resumes from it.
+        saved_step: Step of the last checkpoint. Rows of this step that are logged after the
+            checkpoint, for example by a validation, are not logged again by a run that is
+            resumed from it.
     """
 
     def __init__(self, log_dir: str, section: Callable[[], Section]) -> None:
@@ -76,17 +78,17 @@ class RunWriter(internals.WriterParts, ExperimentWriter):
         self.saved_step = -1
         self._section = section
         self._rows = 0
-        # By index: rows of sections that a run resumed from now on does again.
+        # Rows, by index, whose section would be repeated if the run was resumed now.
         self._repeated: dict[int, Section] = {}
-        # Rows that this run was resumed to log again: their indices, and their steps.
+        # Indices and steps of existing rows that this run is expected to log again.
         self._waiting: dict[Key, deque[tuple[int, str]]] = defaultdict(deque)
-        # By index: what it has logged again, and not written.
-        self._again: dict[int, Mapping[str, Any]] = {}
+        # Rows, by index, that were logged again and are not written yet.
+        self._replacements: dict[int, Mapping[str, Any]] = {}
         super().__init__(log_dir)
         self._file = Path(self.metrics_file_path)
 
     def begin(self) -> None:
-        """Begins a run: rows of another one are deleted, with Lightning's warning."""
+        """Starts a new run. Rows of another run are deleted, with Lightning's warning."""
         self.delete_earlier()
         self._record_early_rows()
 
@@ -94,11 +96,10 @@ class RunWriter(internals.WriterParts, ExperimentWriter):
         """Resumes a run.
 
         Args:
-            step: The first that it is going to log again. What else has it is of a validation
-                whose last batch made no update, and is not logged again.
-            rows: How many it had when it was saved; more may be there.
-            repeated: Which of them it is going to log again, by their index, and in which
-                section.
+            step: First step that is logged again. Other rows of this step are from a
+                validation after a batch without an update. They are not logged again.
+            rows: Number of rows when the checkpoint was saved. The file may have more.
+            repeated: Sections of the rows that will be logged again, by the index of the row.
         """
         found = rows_of(self._file)
         kept = [*found[:rows], *(row for row in found[rows:] if float(row["step"]) <= step)]
@@ -112,12 +113,12 @@ class RunWriter(internals.WriterParts, ExperimentWriter):
         self._record_early_rows()
 
     def state(self) -> dict[str, Any]:
-        """What ``resume`` needs beside the step."""
+        """Returns the arguments of ``resume``, except for the step."""
         waiting = {i: key[0] for key, rows in self._waiting.items() for i, _ in rows}
         return {"rows": self._rows, "repeated": waiting | self._repeated}
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Records a row."""
+        """Adds a row."""
         super().log_metrics(metrics_dict, step)
         if self.has_begun:
             self._record(self.metrics.pop(), self._section())
@@ -138,8 +139,8 @@ class RunWriter(internals.WriterParts, ExperimentWriter):
         else:
             index, step = waiting.popleft()
             self._remember(index, section)
-            # An epoch that is resumed in its middle starts again, at another step.
-            self._again[index] = {**row, "step": step}
+            # The step of the existing row, because a resumed epoch starts at another step.
+            self._replacements[index] = {**row, "step": step}
 
     def _append(self, row: dict[str, float]) -> None:
         self._rows += 1
@@ -157,21 +158,21 @@ class RunWriter(internals.WriterParts, ExperimentWriter):
         self._repeated = {**kept, index: section}
 
     def save(self) -> None:
-        """Writes the rows that were recorded."""
+        """Writes the rows that were added."""
         if not self.has_begun:
             return
-        if self._again:
-            # Once for all of them.
+        if self._replacements:
+            # The file is rewritten once for all replacements.
             rows: dict[int, Mapping[str, Any]] = dict(enumerate(rows_of(self._file)))
-            self._write((rows | self._again).values())
-            self._again = {}
+            self._write((rows | self._replacements).values())
+            self._replacements = {}
         super().save()
 
     def rewrite(self, names: Sequence[str]) -> None:
-        """Writes the file again, with more columns; it is whole at any time.
+        """Rewrites the file with more columns. The file is replaced atomically.
 
         Args:
-            names: Of all columns.
+            names: Names of all columns.
         """
         self._write(rows_of(self._file))
 
@@ -193,14 +194,14 @@ def _key(row: Row, section: Section) -> Key:
 
 
 class RunRows:
-    """What a Trainer's CSVLoggers have written of a run.
+    """The rows that a Trainer's CSVLoggers write for a run.
 
-    Made before Lightning opens them. Others than those of a folder on this machine, which
-    was chosen, are left to Lightning.
+    It has to be created before Lightning opens the loggers. It handles only loggers that write
+    to a fixed version in a local folder.
 
     Args:
-        loggers: The Trainer's.
-        progress: Of the run.
+        loggers: Loggers of the Trainer.
+        progress: Progress of the run.
     """
 
     def __init__(self, loggers: Sequence[Logger], progress: RunProgress) -> None:
@@ -211,7 +212,7 @@ class RunRows:
         }
 
     def begin(self) -> None:
-        """Begins a run."""
+        """Starts a new run."""
         for writer in self._writers.values():
             if not writer.has_begun:
                 writer.begin()
@@ -220,21 +221,21 @@ class RunRows:
         """Resumes a run.
 
         Args:
-            saved: What ``save`` returned.
-            step: Of Lightning's loggers, at which it is resumed.
+            saved: Return value of ``save``.
+            step: Step of Lightning's loggers at which the run is resumed.
         """
         for name, writer in self._writers.items():
             if not writer.has_begun:
                 writer.resume(step, **saved.get(name, {}))
 
     def save(self, step: int) -> dict[str, dict[str, Any]]:
-        """Writes what was logged before a checkpoint.
+        """Writes the rows that were logged before a checkpoint.
 
         Args:
-            step: Of Lightning's loggers.
+            step: Step of Lightning's loggers.
 
         Returns:
-            What the rows are, for ``resume``.
+            State of the rows, for ``resume``.
         """
         for writer in self._writers.values():
             writer.saved_step = step

@@ -1,4 +1,4 @@
-"""The callback that draws the curves of a training as a picture, after each epoch."""
+"""The callback that plots the metrics of a training after each epoch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 class CurvePlot(Callback):
-    """Draws the losses, and what a recipe reports, at the end of each epoch.
+    """Plots the losses and the metrics that a recipe reports, at the end of each epoch.
 
-    The picture holds its numbers: a resumed run continues the curves, with each epoch once,
-    whatever its checkpoints hold. Each Brain that runs with the callback has its own picture:
-    ``curves.png``, ``curves-2.png``, … Only the main process writes.
+    The metrics are stored in the PNG file. A resumed run therefore continues the curves, with
+    each epoch once, independent of its checkpoints. Each Brain that runs with the callback has
+    a separate file: ``curves.png``, ``curves-2.png``, … Only rank 0 writes.
 
     Args:
-        path: The PNG; ``curves.png`` in the recipe's ``output_folder`` if not given, or in the
-            current folder where there is none.
+        path: Path of the PNG file. By default ``curves.png`` in the recipe's
+            ``output_folder``, or in the current folder if there is no ``output_folder``.
 
     Raises:
         RunOptionError: ``path`` does not end in ``.png``.
@@ -41,17 +41,20 @@ class CurvePlot(Callback):
 
     def __init__(self, path: str | PathLike[str] | None = None) -> None:
         if path is not None and Path(path).suffix.lower() != ".png":
-            raise RunOptionError(f"curves are drawn as PNG: {str(path)!r} should end in .png")
+            raise RunOptionError(
+                f"CurvePlot writes PNG files, so {str(path)!r} must end in .png."
+            )
         if importlib.util.find_spec("matplotlib") is None:
             raise UnsupportedError(
-                "curves are drawn by matplotlib, which is not here: pip install matplotlib"
+                "CurvePlot needs matplotlib, which is not installed. Run `pip install "
+                "matplotlib`."
             )
         self._path = None if path is None else Path(path)
         self._taken: set[Path] = set()
         self._curves: WeakKeyDictionary[Any, _Curves] = WeakKeyDictionary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Chooses the path of the picture, before anything is trained."""
+        """Selects the path of the PNG file before training."""
         brain = pl_module.brain
         if brain not in self._curves:
             self._curves[brain] = _Curves(self._free_path(brain))
@@ -59,11 +62,11 @@ class CurvePlot(Callback):
             self._curves[brain].begins = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the learning rates, before the VALID stage anneals them."""
+        """Records the learning rates before the VALID stage anneals them."""
         self._curves[pl_module.brain].rates = _rates(pl_module.brain)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the learning rates of an epoch without a validation."""
+        """Records the learning rates of an epoch without a validation."""
         self._curves[pl_module.brain].rates = _rates(pl_module.brain)
 
     def on_brain_metrics(
@@ -73,13 +76,13 @@ class CurvePlot(Callback):
         epoch: Any,
         metrics: Mapping[str, float],
     ) -> None:
-        """Draws the metrics of a stage; ``BrainModule`` calls this of any callback.
+        """Plots the metrics of a stage. ``BrainModule`` calls this hook of every callback.
 
         Args:
             trainer: The Trainer.
-            pl_module: The module of the Brain that runs.
-            epoch: Its epoch, as its counter has it; None in a test.
-            metrics: Numbers by name.
+            pl_module: LightningModule of the Brain.
+            epoch: Epoch from the epoch counter, or None in TEST.
+            metrics: Metrics by name.
         """
         if not metrics or not if_main_process():
             return
@@ -87,8 +90,8 @@ class CurvePlot(Callback):
         try:
             curves.add_test(metrics) if epoch is None else curves.add_epoch(epoch, metrics)
         except OSError as error:
-            # A picture is not worth a training; the next epoch tries again.
-            logger.warning("The curves could not be drawn: %s", error)
+            # A failed plot must not end the training. The next epoch plots again.
+            logger.warning("CurvePlot could not write the plot: %s", error)
 
     def _free_path(self, brain: Any) -> Path:
         folder = hparam(brain, "output_folder", "")
@@ -104,11 +107,11 @@ class _Curves:
     """The curves of one Brain.
 
     Args:
-        path: The PNG.
+        path: Path of the PNG file.
 
     Attributes:
-        begins: Whether a run has begun, and has no epoch yet.
-        rates: The learning rates, for recipes that do not report them.
+        begins: Whether a run has started and has not reported an epoch yet.
+        rates: Learning rates, for recipes that do not report them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,22 +122,22 @@ class _Curves:
         self._tests: list[Mapping[str, float]] = []
 
     def add_epoch(self, epoch: Any, metrics: Mapping[str, float]) -> None:
-        """Adds metrics of an epoch, which may come in parts."""
-        # A counter may give numbers of any kind, or none at all.
+        """Adds metrics of an epoch, in one or several calls."""
+        # An epoch counter may yield any numeric type, or objects that are no numbers.
         epoch = float(epoch) if hasattr(epoch, "__float__") else len(self._history) + 1.0
         if self.begins:
             known = self._history or read_curves(self._path)
-            # A run that was killed may have plotted epochs that it had not saved.
+            # A run that was killed may have plotted epochs that are not in its checkpoint.
             self._history = {number: known[number] for number in known if number < epoch}
             self.begins = False
         rates = {} if any(map(is_rate, metrics)) else self.rates
         self._history[epoch] = {**self._history.get(epoch, {}), **metrics, **rates}
-        # They were of the weights before this epoch.
+        # Earlier tests used the weights before this epoch.
         self._tests.clear()
         write_curves(self._path, self._history, self._tests)
 
     def add_test(self, metrics: Mapping[str, float]) -> None:
-        """Adds metrics of a test; a recipe may have several test sets."""
+        """Adds metrics of one test set. A recipe may have several test sets."""
         self._history = self._history or read_curves(self._path)
         self._tests.append({n: v for n, v in metrics.items() if n.startswith("test_")})
         write_curves(self._path, self._history, self._tests)

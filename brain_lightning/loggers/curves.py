@@ -1,4 +1,4 @@
-"""Curves of a training: a panel for the losses, one for each other number."""
+"""Draws the plot of a training: one panel for the losses, and one for each other metric."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from brain_lightning.stage import Stage
 from brain_lightning.stages.metrics import staged
 
-from .whole_file import written_whole
+from .atomic_file import atomically_replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,39 +21,39 @@ if TYPE_CHECKING:
 Numbers = Mapping[str, float]
 History = dict[float, dict[str, float]]
 
-# Of the numbers in the metadata of the PNG: the picture is their only file.
+# Key of the metrics in the metadata of the PNG file. They are stored nowhere else.
 KEY = "brain_lightning"
 COLORS = {Stage.TRAIN: "#4477aa", Stage.VALID: "#ee6677", Stage.TEST: "#228833"}
 NO_STAGE = "#555555"
 RATES = ("#555555", "#aa3377", "#66ccee", "#ccbb44")
-# The numbers at which entries are logged: see train_logger.py.
+# Names of counters, which are not plotted (see train_logger.py).
 COUNTERS = {"epoch", "step", "steps", "epoch loaded"}
 COLUMNS = 3
-# A scale is logarithmic where numbers differ by more than this factor.
+# If the values of a panel differ by more than this factor, its scale is logarithmic.
 SPAN = 20
 
 
 def write_curves(path: Path, history: History, tests: Sequence[Numbers]) -> None:
-    """Replaces the picture, whole or not at all.
+    """Writes the plot. The file is replaced atomically.
 
     Args:
-        path: The PNG.
-        history: The numbers of each epoch, ``train_loss``, ``valid_WER`` or ``lr``.
-        tests: Those of each test, ``test_WER``.
+        path: Path of the PNG file.
+        history: Metrics by epoch, such as ``train_loss``, ``valid_WER`` or ``lr``.
+        tests: Metrics of each test, such as ``test_WER``.
     """
     text = json.dumps(list(history.items()))
-    with written_whole(path) as part:
+    with atomically_replaced(path) as part:
         draw(history, tests).savefig(part, format="png", metadata={KEY: text})
 
 
 def read_curves(path: Path) -> History:
-    """The numbers that a picture shows.
+    """Reads the metrics that are stored in a plot.
 
     Args:
-        path: What ``write_curves`` wrote.
+        path: PNG file that ``write_curves`` wrote.
 
     Returns:
-        The numbers of each epoch; none where there is no such picture.
+        Metrics by epoch. Empty if there is no such file.
     """
     from PIL import Image
 
@@ -65,14 +65,14 @@ def read_curves(path: Path) -> History:
 
 
 def draw(history: History, tests: Sequence[Numbers]) -> Figure:
-    """Draws the curves.
+    """Draws the plot.
 
     Args:
-        history: As for ``write_curves``.
-        tests: As for ``write_curves``.
+        history: See ``write_curves``.
+        tests: See ``write_curves``.
 
     Returns:
-        The picture, of which pyplot has no record.
+        The figure, which is not registered with pyplot.
     """
     names, rates = _panels([*history.values(), *tests])
     panels = len(names) + bool(rates)
@@ -87,23 +87,23 @@ def draw(history: History, tests: Sequence[Numbers]) -> Figure:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty picture, which needs no display.
+    """Returns an empty figure, which does not need a display.
 
     Args:
-        width: In inches.
-        height: In inches.
+        width: Width in inches.
+        height: Height in inches.
     """
     from matplotlib.figure import Figure
 
-    # Without pyplot it is drawn with Agg.
+    # A figure that is created without pyplot uses the Agg backend.
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
 def tidy(axes: Axes) -> None:
-    """Gives a panel that is drawn its grid, and a legend where curves have names.
+    """Adds a grid to a panel, and a legend if its curves have labels.
 
     Args:
-        axes: The panel.
+        axes: The panel, with its curves.
     """
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -112,16 +112,16 @@ def tidy(axes: Axes) -> None:
 
 
 def is_rate(name: str) -> bool:
-    """Whether a number is a learning rate, as recipes call it: ``lr``, ``lr_g``, ``old_lr``.
+    """Returns whether a metric is a learning rate, such as ``lr``, ``lr_g`` or ``old_lr``.
 
     Args:
-        name: Its name.
+        name: Name of the metric.
     """
     return "lr" in name.lower().split("_")
 
 
 def _panels(entries: Sequence[Numbers]) -> tuple[list[str], list[str]]:
-    """What there is to show, whatever the stage, the loss first; and the learning rates."""
+    """Returns names of metrics without their stage, the loss first, and of learning rates."""
     names = dict.fromkeys(_without_stage(name) for numbers in entries for name in numbers)
     shown = [name for name in names if name.lower() not in COUNTERS]
     shown.sort(key=lambda name: name != "loss")
@@ -138,7 +138,7 @@ def _draw_panel(axes: Axes, name: str, history: History, tests: Sequence[Numbers
         for stage in Stage
     ]
     if not any(drawn):
-        # With its stage a number is there twice: see metrics.py.
+        # Metrics with a stage are also stored without it, and are drawn once (see metrics.py).
         _curve(axes, history, name, "", NO_STAGE)
     for numbers in tests:
         if (value := numbers.get(staged(Stage.TEST, name))) is not None:
@@ -153,10 +153,10 @@ def _draw_rates(axes: Axes, names: Sequence[str], history: History) -> None:
 
 
 def _curve(axes: Axes, history: History, name: str, label: str, color: str) -> bool:
-    """False where no epoch has the number."""
+    """Plots one metric. Returns False if no epoch has it."""
     points = [(epoch, numbers[name]) for epoch, numbers in history.items() if name in numbers]
     if points:
-        # Points that are close together make a line thick.
+        # Markers that overlap would make the line thick.
         style = "o-" if len(points) <= 40 else "-"
         axes.plot(*zip(*points, strict=True), style, ms=4, color=color, label=label or None)
     return bool(points)

@@ -1,4 +1,4 @@
-"""The hyperparameters of a run, as loggers take them."""
+"""Converts the hyperparameters of a run for loggers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from brain_lightning.protocol import BrainProtocol, hparams_of
 
 PLAIN = (bool, int, float, str, type(None))
-# What has more entries is data, such as a list of words.
+# Lists with more entries are data, such as a list of words, and are not logged.
 LONGEST = 100
-# Known by what they print: a folder, cpu, torch.float32.
+# Types that are logged as strings, such as "cpu" or "torch.float32".
 TEXTS = (PurePath, torch.device, torch.dtype)
 
 
 def hyperparameters(brain: BrainProtocol) -> dict[str, Any]:
-    """The plain values among the hyperparameters of a Brain.
+    """Returns the plain values among the hyperparameters of a Brain.
 
     Args:
         brain: The Brain.
 
     Returns:
-        Numbers, texts (of paths and devices, too) and lists of them by name; those within
-        others have joined names, as Lightning's loggers join them: ``optimizer/lr``. Objects
-        are left out.
+        Numbers, strings, and lists of them by name. Paths, devices and dtypes are converted to
+        strings. Nested values have joined names, as in Lightning's loggers: ``optimizer/lr``.
+        Other objects are left out.
     """
     return dict(_plain("", dict(hparams_of(brain))))
 
@@ -45,7 +45,7 @@ def _plain(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple)) and len(value) <= LONGEST:
         scalars = [_scalar(each) for each in value]
         if all(type(each) in PLAIN for each in scalars):
-            # YAML has no tuples.
+            # A list, because YAML has no tuples.
             yield name, scalars
         elif all(isinstance(each, Mapping) for each in value):
             for index, each in enumerate(value):

@@ -1,7 +1,7 @@
-"""A log that continues where a run resumes, with each epoch in it once.
+"""Continues the log of a resumed run, with each epoch in it once.
 
-A run that is killed after it has logged an epoch and before it has saved it logs that epoch
-again.
+If a run is killed after it has logged an epoch and before it has saved a checkpoint, the
+resumed run logs that epoch again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .csv_rows import Row, rows_of
 
 
 class Entry(NamedTuple):
-    """What is logged at one time.
+    """The metrics that are logged in one call.
 
     Attributes:
-        numbers: By name.
-        name: Of the number that says where it belongs, such as ``epoch``.
-        position: Where it stands.
-        is_test: Whether it speaks of TEST alone.
+        numbers: Metrics by name.
+        name: Name of the metric that is the position, such as ``epoch``.
+        position: Value at which the entry is logged, such as the number of the epoch.
+        is_test: Whether the entry has only metrics of TEST.
     """
 
     numbers: dict[str, float]
@@ -42,24 +42,24 @@ class Entry(NamedTuple):
 
 
 def is_of_test(names: Iterable[str]) -> bool:
-    """Whether an entry speaks of TEST alone, and of no epoch.
+    """Returns whether an entry has only metrics of TEST, and none of TRAIN or VALID.
 
     Args:
-        names: Of its numbers.
+        names: Names of its metrics.
     """
     stages = {name.partition("_")[0] for name in names}
     return "test" in stages and not stages & {"train", "valid"}
 
 
 class Log:
-    """What one logger of a train logger writes: whatever it is given.
+    """Writes the entries of a train logger to one logger. This base class writes all entries.
 
-    It is made just before its first entry, and finds what that adds to.
+    It is created just before the first entry. Subclasses then find the log to continue.
 
     Args:
         logger: The logger.
-        index: Of the logger among those of its train logger.
-        resumes: Whether this is a log of earlier processes.
+        index: Index of the logger in its train logger.
+        resumes: Whether the run resumes the run of an earlier process.
 
     Attributes:
         logger: The logger.
@@ -68,21 +68,21 @@ class Log:
     def __init__(self, logger: Logger, index: int, resumes: bool) -> None:
         self.logger = logger
         self._index = index
-        # Of which an earlier process may have entries that are made again: epochs, tests.
+        # Kinds of entries (is_test) of an earlier process that may be logged again.
         self._repeated = {True, False} if self._begin(resumes) else set()
 
     def write(self, entry: Entry) -> bool:
-        """Logs an entry; the first one replaces what it repeats.
+        """Logs an entry. The first entry replaces the entries that the run repeats.
 
         Args:
             entry: The entry.
 
         Returns:
-            False where it is there already, and cannot be changed.
+            False if the entry was not logged, because the log has it and cannot be changed.
         """
         if entry.is_test in self._repeated and (entry.is_test or entry.name is not None):
             self._repeated.remove(entry.is_test)
-            self._supersede(entry)
+            self._replace(entry)
         if self._has(entry):
             return False
         self.logger.log_metrics(dict(entry.numbers), entry.position)
@@ -93,24 +93,25 @@ class Log:
         """Logs the hyperparameters of the run.
 
         Args:
-            hyperparameters: By name.
+            hyperparameters: Values by name.
         """
         self.logger.log_hyperparams(hyperparameters)
 
     def _begin(self, resumes: bool) -> bool:
-        """Whether there may be entries of earlier processes."""
+        """Prepares the log, and returns whether it may have entries of earlier processes."""
         return False
 
-    def _supersede(self, entry: Entry) -> None: ...
+    def _replace(self, entry: Entry) -> None: ...
 
     def _has(self, entry: Entry) -> bool:
         return False
 
 
 class _Versions(Log):
-    """A folder for each run, with a mark where a train logger writes it.
+    """A log with a versioned folder for each run.
 
-    Lightning's loggers number such folders, and those of a Trainer may be among them.
+    A hidden file marks folders of train loggers, because a Trainer may write to other versions
+    in the same parent folder.
     """
 
     logger: CSVLogger | TensorBoardLogger
@@ -122,20 +123,21 @@ class _Versions(Log):
         return Path(self.logger.log_dir, name)
 
     def _begin(self, resumes: bool) -> bool:
-        # Elsewhere, or where somebody else, such as a Trainer, writes: as Lightning has it.
+        # Remote logs, and logs that are open, for example by a Trainer, are left to Lightning.
         if "://" in str(self.logger.save_dir) or internals.is_open(self.logger):
             return False
         if resumes and not internals.has_version(self.logger):
             self._choose_version()
         self._has_earlier = resumes and self._mark.exists()
-        self._take_over() if resumes else self._begin_anew()
-        # Makes the folder; Lightning warns of one that is not empty, so the mark is last.
+        self._continue_log() if resumes else self._start_new()
+        # Creates the folder. The mark is created last, because Lightning warns if the folder
+        # has files.
         self.logger.save()
         self._mark.touch()
         return resumes
 
     def _choose_version(self) -> None:
-        """The newest that has the mark, else a new one."""
+        """Selects the newest version with the mark, or a new version if there is none."""
         new = self.logger.version
         assert isinstance(new, int)
         for version in range(new - 1, -1, -1):
@@ -144,13 +146,13 @@ class _Versions(Log):
                 return
         internals.set_version(self.logger, new)
 
-    def _take_over(self) -> None: ...
+    def _continue_log(self) -> None: ...
 
-    def _begin_anew(self) -> None: ...
+    def _start_new(self) -> None: ...
 
 
 class _CSVLog(_Versions):
-    """Lightning deletes the file of a version that is there: its rows are logged again."""
+    """A CSV log. Lightning deletes an existing file, so its rows are logged again."""
 
     logger: CSVLogger
 
@@ -159,41 +161,44 @@ class _CSVLog(_Versions):
         return Path(self.logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
 
     @property
-    def _aside(self) -> Path:
-        """Where the rows are until they are in the new file, for a process may be killed."""
+    def _backup(self) -> Path:
+        """Copy of the rows until they are in the new file, in case the process is killed."""
         return self._file.with_suffix(".before")
 
-    def _take_over(self) -> None:
-        self._keep(lambda _: True)
+    def _continue_log(self) -> None:
+        self._rewrite(lambda _: True)
 
-    def _begin_anew(self) -> None:
-        self._aside.unlink(missing_ok=True)
+    def _start_new(self) -> None:
+        self._backup.unlink(missing_ok=True)
 
-    def _supersede(self, entry: Entry) -> None:
+    def _replace(self, entry: Entry) -> None:
         if entry.is_test:
-            self._keep(lambda row: row["step"] != str(entry.position) or not self._tests(row))
+            self._rewrite(
+                lambda row: row["step"] != str(entry.position) or not self._tests(row)
+            )
         else:
             start = entry.numbers[entry.name or ""]
-            self._keep(lambda row: float(row["step"]) < start)
+            self._rewrite(lambda row: float(row["step"]) < start)
 
     def _tests(self, row: Row) -> bool:
         before = internals.name_prefix(self.logger)
         return is_of_test(name.removeprefix(before) for name, value in row.items() if value)
 
-    def _keep(self, is_kept: Callable[[Row], bool]) -> None:
-        if self._file.is_file() and not self._aside.is_file():
-            self._file.replace(self._aside)
+    def _rewrite(self, is_kept: Callable[[Row], bool]) -> None:
+        if self._file.is_file() and not self._backup.is_file():
+            self._file.replace(self._backup)
         self._file.unlink(missing_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Experiment logs directory")
             writer = self.logger.experiment
         writer.metrics_keys.clear()
-        for row in filter(is_kept, filter(_is_of_numbers, rows_of(self._aside))):
-            # As they stand there: a prefix is in their names already, and no digit changes.
+        for row in filter(is_kept, filter(_is_of_numbers, rows_of(self._backup))):
+            # The strings are written unchanged: names have their prefix, and numbers all
+            # digits.
             values: Any = {name: value for name, value in row.items() if value}
             writer.log_metrics(values, int(values.pop("step")))
         self.logger.save()
-        self._aside.unlink(missing_ok=True)
+        self._backup.unlink(missing_ok=True)
 
 
 def _is_of_numbers(row: Row) -> bool:
@@ -208,42 +213,42 @@ def _is_of_numbers(row: Row) -> bool:
 
 
 class _TensorBoardLog(_Versions):
-    """TensorBoard leaves out what a later file of events replaces, by its ``purge_step``."""
+    """A TensorBoard log. TensorBoard hides events after the ``purge_step`` of a later file."""
 
     logger: TensorBoardLogger
 
     def write_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Logs them once, for each time adds a number to its curves, ``hp_metric``."""
+        """Logs them only once, because each call adds a value to the curve ``hp_metric``."""
         if not self._has_earlier:
             super().write_hyperparameters(hyperparameters)
 
-    def _begin_anew(self) -> None:
+    def _start_new(self) -> None:
         if self._mark.exists():
             self._purge(0)
 
-    def _supersede(self, entry: Entry) -> None:
-        # A test cannot be left out alone.
+    def _replace(self, entry: Entry) -> None:
+        # A test cannot be purged without the epochs after it.
         if not entry.is_test:
             self._purge(int(entry.numbers[entry.name or ""]))
 
     def _purge(self, start: int) -> None:
-        # The next entry begins a file.
+        # The next entry starts a new file.
         self.logger.experiment.close()
         self.logger.experiment.purge_step = start
 
 
 class _ServiceLog(Log):
-    """Nothing can be taken away from a run of W&B or MLflow: what is there is left out."""
+    """A W&B or MLflow log, whose entries cannot be removed. Existing entries are skipped."""
 
     logger: WandbLogger | MLFlowLogger
 
     def _begin(self, resumes: bool) -> bool:
-        # The last number of each name, of earlier processes.
+        # The last value of each metric from earlier processes.
         self._last = self._last_numbers() if resumes else {}
         return resumes
 
     def write_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Logs them; MLflow refuses another value of one that its run has."""
+        """Logs them, except for those that MLflow has, because MLflow cannot change them."""
         logger = self.logger
         if isinstance(logger, MLFlowLogger):
             there = logger.experiment.get_run(logger.run_id).data.params
@@ -262,7 +267,7 @@ class _ServiceLog(Log):
         }
 
     def _has(self, entry: Entry) -> bool:
-        """Of an epoch before the last one; else equal, for an epoch may have several."""
+        """Returns whether the log has an entry: of an earlier epoch, or with equal values."""
         numbers, last, name = entry.numbers, self._last, entry.name
         is_repeated = numbers.items() <= last.items()
         if entry.is_test or name is None or name not in last:
@@ -271,7 +276,7 @@ class _ServiceLog(Log):
 
 
 def log_class(logger: Logger) -> type[Log]:
-    """The class for what a logger writes.
+    """Returns the class that writes to a logger.
 
     Args:
         logger: The logger.

@@ -1,4 +1,4 @@
-"""Sounds and pictures, as each of Lightning's loggers takes them."""
+"""Logs audio and figures to Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def log_audio(logger: Logger, name: str, value: Any, sample_rate: int, position: int) -> bool:
-    """Logs a sound: in TensorBoard, W&B or MLflow, else as a file in the logger's folder.
+    """Logs audio to TensorBoard, W&B or MLflow, or as a file to a logger's folder.
 
     Args:
         logger: The logger.
-        name: Of the sound.
-        value: Its samples, between -1 and 1.
-        sample_rate: Samples in a second.
-        position: The epoch.
+        name: Name of the audio.
+        value: Samples between -1 and 1.
+        sample_rate: Number of samples per second.
+        position: Epoch.
 
     Returns:
-        False where the logger has no folder.
+        False if the logger has no folder, so nothing was logged.
     """
     samples = torch.as_tensor(value).detach().cpu().float().flatten()
     if isinstance(logger, TensorBoardLogger):
@@ -41,16 +41,16 @@ def log_audio(logger: Logger, name: str, value: Any, sample_rate: int, position:
 
 
 def log_figure(logger: Logger, name: str, figure: Figure, position: int) -> bool:
-    """Logs a picture: in TensorBoard, W&B or MLflow, else as a file in the logger's folder.
+    """Logs a figure to TensorBoard, W&B or MLflow, or as a file to a logger's folder.
 
     Args:
         logger: The logger.
-        name: Of the picture.
-        figure: The picture.
-        position: The epoch.
+        name: Name of the figure.
+        figure: The figure.
+        position: Epoch.
 
     Returns:
-        False where the logger has no folder.
+        False if the logger has no folder, so nothing was logged.
     """
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_figure(name, figure, position)
@@ -65,10 +65,10 @@ def spectrogram(value: Any) -> Figure:
     """Draws a spectrogram, as SpeechBrain's ``plot_spectrogram``.
 
     Args:
-        value: Two dimensions that count, time being the last.
+        value: Array with two dimensions after ``squeeze``. The last one is time.
 
     Returns:
-        The picture, of which pyplot has no record.
+        The figure, which is not registered with pyplot.
     """
     from matplotlib.figure import Figure
 
@@ -80,7 +80,7 @@ def spectrogram(value: Any) -> Figure:
 
 
 def _log_file(logger: Logger, write: Callable[[Path], None], *parts: str) -> bool:
-    """Writes a file beside a log; False where the logger has no folder."""
+    """Writes a file to the folder of a logger. Returns False if it has no folder."""
     if isinstance(logger, MLFlowLogger):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, parts[-1])
@@ -97,6 +97,6 @@ def _log_file(logger: Logger, write: Callable[[Path], None], *parts: str) -> boo
 
 def _write_wav(samples: torch.Tensor, sample_rate: int, path: Path) -> None:
     with wave.open(str(path), "wb") as file:
-        # One channel, two bytes a sample; the number of samples is written at the end.
+        # One channel, two bytes per sample. wave writes the number of samples at the end.
         file.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
         file.writeframes((samples.clamp(-1, 1) * 32767).short().numpy().tobytes())

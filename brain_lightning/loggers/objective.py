@@ -1,4 +1,4 @@
-"""What a search of hyperparameters optimizes: the best value of one number of a run."""
+"""Reports the best value of one metric of a run to a hyperparameter search."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from brain_lightning.errors import RecipeError, RunOptionError
 from brain_lightning.stage import Stage
 from brain_lightning.stages.metrics import BETTER, Record, staged
 
-from .whole_file import written_whole
+from .atomic_file import atomically_replaced
 
-# Where Orion waits for the objective of a trial, as orion.client.report_objective writes it.
+# Environment variable with the path where Orion expects the objective of a trial. The file has
+# the format of orion.client.report_objective.
 ORION = "ORION_RESULTS_PATH"
 
 
 class Objective(Callback):
-    """Prints the best value of a reported number when a recipe is over, and nothing after it.
+    """Prints the best value of a metric when a recipe has finished, as the last line.
 
-    A number is found by the names that callbacks monitor: ``valid_WER``, or ``WER``, which
-    is that of VALID, or of a recipe's own, or of TEST. It is the best of all epochs, also of
-    those before a run was resumed. Where several Brains report the number, it is that of the
-    one that began last. Orion finds it where it has started the run.
+    The metric has a name that callbacks can monitor. A name with a stage is ``valid_WER``. A
+    name without a stage, ``WER``, selects the metric of VALID, then a metric without stage,
+    then the metric of TEST. The value is the best one of all epochs, including epochs before a
+    run was resumed. If several Brains report the metric, the Brain that started last is used.
+    If Orion has started the run, the value is also written to Orion's file.
 
     Args:
-        wanted: The name of the number, and ``:max`` behind it where larger is better.
-        file: Where to write it as JSON, beside its epoch and the last value.
+        wanted: Name of the metric, followed by ``:max`` if larger values are better.
+        file: Path of a JSON file for the value, its epoch and the last value.
 
     Raises:
-        RunOptionError: ``wanted`` ends with a mode that is neither ``min`` nor ``max``, or
-            there can be no such file.
+        RunOptionError: ``wanted`` has a mode other than ``min`` and ``max``, or the file
+            cannot be created.
     """
 
     def __init__(self, wanted: str, file: str | None = None) -> None:
@@ -45,29 +47,30 @@ class Objective(Callback):
         self._mode = mode or "min"
         if not self._name or self._mode not in BETTER:
             raise RunOptionError(
-                f"--report={wanted}: give the name of a number, and {' or '.join(BETTER)}, as "
-                "in --report=WER:min, which --report=WER is too"
+                f"--report={wanted} is not valid. Use the name of a metric, optionally with "
+                f"{' or '.join(f':{mode}' for mode in BETTER)}, such as --report=WER:min. The "
+                "default is min."
             )
         self._file = None if file is None else _checked(Path(file))
-        # Of each Brain, the one that began last at the end.
+        # The records of each Brain, in the order in which the Brains were started last.
         self._records: list[Mapping[str, Record]] = []
 
     @property
     def monitor(self) -> str | None:
-        """What has to be reported in training, where a wrong name is warned of."""
+        """Name of the metric, if it is checked before training to warn of a wrong name."""
         return None if self._name.startswith(staged(Stage.TEST, "")) else self._name
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes where the numbers of a Brain are found; it may be gone at the end."""
+        """Stores the records of a Brain, which may not exist any more when the recipe ends."""
         brain: Any = pl_module.brain
         records = brain._lightning.records
         self._records = [*(each for each in self._records if each is not records), records]
 
     def report(self) -> None:
-        """Prints the value, on the main process, after what the others print.
+        """Prints the value on rank 0, after the output of all ranks.
 
         Raises:
-            RecipeError: No number of that name was reported, or none that is finite.
+            RecipeError: The metric was not reported, or was never finite.
         """
         sys.stdout.flush()
         ddp_barrier()
@@ -81,7 +84,7 @@ class Objective(Callback):
             result = {"name": name, "value": value, "mode": self._mode, "epoch": epoch}
             _write(self._file, {**result, "last": last if math.isfinite(last) else None})
         if path := os.environ.get(ORION):
-            # It minimizes.
+            # Orion minimizes the objective.
             least = value if self._mode == "min" else -value
             _write(Path(path), [{"name": name, "type": "objective", "value": least}])
 
@@ -96,26 +99,29 @@ class Objective(Callback):
         if not found:
             known = dict.fromkeys(name for each in self._records for name in each)
             raise RecipeError(
-                f"--report={self._name}: the recipe has reported no number of this name; it "
-                f"has reported {', '.join(known) or 'none at all'}"
+                f"--report={self._name}: the recipe has not reported a metric with this name. "
+                f"Reported metrics: {', '.join(known) or 'none'}."
             )
         name, record = found[0]
         if self._mode not in record:
-            raise RecipeError(f"--report={self._name}: {name} was never finite")
+            raise RecipeError(f"--report={self._name}: {name} was never finite.")
         return name, record
 
 
 def _checked(file: Path) -> Path:
-    """Refuses, before hours of training, a file that cannot be written after them."""
+    """Checks before training that the file can be written after training."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunOptionError(f"--report-file={file}: {error.strerror}") from error
+        raise RunOptionError(
+            f"--report-file={file}: its folder cannot be created ({error.strerror}). Use "
+            "another path."
+        ) from error
     if file.is_dir():
-        raise RunOptionError(f"--report-file={file}: it is a folder, name a file")
+        raise RunOptionError(f"--report-file={file} is a folder. Use the path of a file.")
     return file
 
 
 def _write(file: Path, content: Any) -> None:
-    with written_whole(file) as part:
+    with atomically_replaced(file) as part:
         part.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The picture of a search for a learning rate: the loss at each rate that was tried."""
+"""Draws the plot of a learning rate search: the loss at each rate."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from .atomic_file import atomically_replaced
 from .curves import new_figure, tidy
-from .whole_file import written_whole
 
 COLOR, SUGGESTED = "#4477aa", "#ee6677"
 
@@ -15,13 +15,13 @@ COLOR, SUGGESTED = "#4477aa", "#ee6677"
 def write_rate_curve(
     path: Path, rates: Sequence[float], losses: Sequence[float], suggestion: float | None
 ) -> None:
-    """Draws the curve; the picture is there whole or not at all.
+    """Writes the plot. The file is replaced atomically.
 
     Args:
-        path: The PNG.
-        rates: The rates, in the order in which they were tried.
-        losses: The smoothed loss at each.
-        suggestion: The rate to mark, if any.
+        path: Path of the PNG file.
+        rates: Learning rates in the order in which they were tried.
+        losses: Smoothed loss at each rate.
+        suggestion: Rate to mark, or None.
     """
     figure = new_figure(6, 4)
     axes = figure.add_subplot()
@@ -32,12 +32,12 @@ def write_rate_curve(
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss, smoothed")
     axes.set_ylim(*_limits(losses))
     tidy(axes)
-    with written_whole(path) as part:
+    with atomically_replaced(path) as part:
         figure.savefig(part, format="png")
 
 
 def _limits(losses: Sequence[float]) -> tuple[float, float]:
-    """Where the loss diverges is not shown to its end: the fall before that would be flat."""
+    """Returns limits of the y axis that hide divergence, which would flatten the curve."""
     finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
     low = min(finite)
     high = max(finite[: finite.index(low) + 1])

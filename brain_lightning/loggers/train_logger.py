@@ -1,4 +1,4 @@
-"""The train logger of a recipe, over Lightning's loggers."""
+"""A train logger for recipes that writes to Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -23,42 +23,44 @@ from .media import log_audio, log_figure, spectrogram
 
 log = logging.getLogger(__name__)
 
-# Names, in any case, of the number in stats_meta at which an entry is logged.
+# Keys of stats_meta, in any case, whose value is the position of an entry.
 POSITIONS = ("epoch", "steps", "step")
-# The same where a checkpoint is tested.
+# The same for the test of a checkpoint.
 TESTED = ("epoch loaded",)
 
 
 class LightningTrainLogger:
-    """Logs what a recipe reports to Lightning's loggers.
+    """Sends the metrics that a recipe reports to Lightning's loggers.
 
-    Replaces any ``speechbrain.utils.train_logger``, in the recipe's YAML file:
+    It replaces any ``speechbrain.utils.train_logger`` in the recipe's YAML file:
 
         train_logger: !new:brain_lightning.LightningTrainLogger
             logger: !new:lightning.pytorch.loggers.CSVLogger
                 save_dir: !ref <output_folder>
 
-    Numbers have the names of a Trainer's metrics, ``train_loss`` and ``valid_WER``, and are
-    logged at their epoch. Only the main process writes.
+    Metrics have the names that a Trainer uses, such as ``train_loss`` and ``valid_WER``, and
+    are logged at their epoch. Only rank 0 writes.
 
-    A resumed run continues its log: the version that was asked for, else the newest that a
-    train logger has written. Each epoch is there once: the first epoch that is logged again
-    supersedes what is there from that epoch on. A finished run that is tested again replaces
-    the test in a CSV file, leaves it out of W&B and MLflow where it is equal, and adds to it
-    in TensorBoard. Any other run has a new version, or replaces the one that was asked for;
-    so does a run of SpeechBrain's own loop, since only a Trainer says that a run is resumed.
+    A resumed run continues its log: the version of the logger if it is set, otherwise the
+    newest version that a train logger has written. The log has each epoch once, because the
+    first epoch that is logged again replaces the entries from this epoch on. If a finished run
+    is tested again, the new test replaces the test in a CSV file, is skipped in W&B and MLflow
+    if it is equal, and is added in TensorBoard. Any other run writes a new version, or
+    replaces the version that is set. Runs of SpeechBrain's own loop also do this, because only
+    a Trainer notifies the train logger that a run is resumed.
 
-    A logger that is the Trainer's too is fed by the Trainer, with a new version at each start.
+    If a logger is also a logger of the Trainer, the Trainer logs to it, with a new version at
+    each start.
 
     Args:
-        logger: One of Lightning's loggers, or several.
+        logger: One of Lightning's loggers, or a list of them.
 
     Attributes:
-        loggers: All of them.
-        fed_by_trainer: Those to which a Trainer logs the same numbers at this time.
+        loggers: List of the loggers.
+        fed_by_trainer: Loggers to which the Trainer currently logs the same metrics.
 
     Raises:
-        BrainTypeError: ``logger`` is something else.
+        BrainTypeError: ``logger`` is of another type.
     """
 
     def __init__(self, logger: Logger | Sequence[Logger]) -> None:
@@ -76,14 +78,14 @@ class LightningTrainLogger:
         position: int = 0,
         hyperparameters: Mapping[str, Any] = {},
     ) -> None:
-        """Says whether the run resumes that of an earlier process; a Trainer calls this.
+        """Sets whether the run resumes the run of an earlier process. The Trainer calls this.
 
-        The first call counts. Nothing is written yet.
+        Only the first call has an effect. Nothing is written yet.
 
         Args:
-            goes_on: Whether something was recovered.
-            position: The last epoch that is over.
-            hyperparameters: Of the run, for each of the loggers.
+            goes_on: Whether a checkpoint was recovered.
+            position: The last completed epoch.
+            hyperparameters: Hyperparameters of the run, for all loggers.
         """
         if self._resumes is None:
             self._resumes = goes_on
@@ -98,18 +100,19 @@ class LightningTrainLogger:
         test_stats: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        """Logs what is known at the end of an epoch.
+        """Logs the metrics of an epoch or of a test.
 
         Args:
-            stats_meta: Of the epoch: its number as ``epoch``, the learning rate, …
-            train_stats: Of TRAIN: numbers, lists of numbers, of which the mean is logged, and
-                dictionaries of them.
-            valid_stats: Of VALID.
-            test_stats: Of TEST; logged at the ``Epoch loaded``, or at the last epoch.
-            verbose: Whether to log it also as one line of Python's logging, as
+            stats_meta: Values of the epoch: its number as ``epoch``, the learning rate, …
+            train_stats: Metrics of TRAIN: numbers, lists of numbers, whose mean is logged, and
+                dictionaries of these.
+            valid_stats: Metrics of VALID.
+            test_stats: Metrics of TEST. They are logged at ``Epoch loaded`` if ``stats_meta``
+                has it, otherwise at the last epoch.
+            verbose: Whether to log the metrics also as one line with Python's logging, as
                 SpeechBrain's FileTrainLogger does.
         """
-        # SpeechBrain's waits for the other processes; one may be alone, in a test.
+        # No barrier as in SpeechBrain's train loggers, because TEST may run on one rank only.
         if not if_main_process():
             return
         stats = {Stage.TRAIN: train_stats, Stage.VALID: valid_stats, Stage.TEST: test_stats}
@@ -118,47 +121,49 @@ class LightningTrainLogger:
             named |= {staged(stage, name): value for name, value in leaves(values)}
         numbers = numbers_in(named)
         for name in named.keys() - numbers.keys():
-            self._warn(f"log_stats: {name!r} is no number, and is not logged")
+            self._warn(f"log_stats: {name!r} is not a number, so it is not logged")
         entry = self._entry(numbers)
         for each in self._logs():
             is_fed = any(each.logger is fed for fed in self.fed_by_trainer)
             if not is_fed and not each.write(entry):
-                self._warn(f"{_kind(each)} leaves out what its run has already")
+                self._warn(f"{_kind(each)} skips metrics that its run already has")
         if verbose:
             log.info(_line(stats_meta, stats))
 
     def log_audio(self, name: str, value: Any, sample_rate: int) -> None:
-        """Logs a sound, at the epoch that was logged last.
+        """Logs audio at the epoch that was logged last.
 
         Args:
-            name: Of the sound.
-            value: Its samples, between -1 and 1.
-            sample_rate: Samples in a second.
+            name: Name of the audio.
+            value: Samples between -1 and 1.
+            sample_rate: Number of samples per second.
         """
         if not if_main_process():
             return
         for each in self._logs():
             if not log_audio(each.logger, name, value, sample_rate, self._position):
-                self._warn(f"{_kind(each)} does not log audio ({name!r})")
+                self._warn(f"{_kind(each)} does not support audio, so {name!r} is not logged")
             each.logger.save()
 
     def log_figure(self, name: str, value: Any) -> None:
-        """Logs a picture, at the epoch that was logged last.
+        """Logs a figure at the epoch that was logged last.
 
         Args:
-            name: Of the picture.
-            value: A spectrogram, or a figure of matplotlib's.
+            name: Name of the figure.
+            value: A spectrogram, or a matplotlib figure.
         """
         if not if_main_process():
             return
         if importlib.util.find_spec("matplotlib") is None:
-            self._warn(f"figures ({name!r}) are not logged without matplotlib: install it")
+            self._warn(f"figure {name!r} is not logged. Install matplotlib to log figures")
             return
         for each in self._logs():
-            # A figure for each: TensorBoard closes it.
+            # Each logger gets a new figure, because TensorBoard closes it.
             figure = value if hasattr(value, "savefig") else spectrogram(value)
             if not log_figure(each.logger, name, figure, self._position):
-                self._warn(f"{_kind(each)} does not log figures ({name!r})")
+                self._warn(
+                    f"{_kind(each)} does not support figures, so {name!r} is not logged"
+                )
             each.logger.save()
 
     def _entry(self, numbers: dict[str, float]) -> Entry:
@@ -171,7 +176,7 @@ class LightningTrainLogger:
         return Entry(numbers, name, self._position, is_test)
 
     def _logs(self) -> Iterator[Log]:
-        """Each is opened with its first entry: then it is known whether the run resumes."""
+        """Yields the logs. They are opened here, when it is known whether the run resumes."""
         for index, each in enumerate(self.loggers):
             if index == len(self._opened):
                 opened = log_class(each)(each, index, bool(self._resumes))
@@ -190,12 +195,12 @@ class LightningTrainLogger:
 def leave_to_trainer(
     brain: BrainProtocol, loggers: Sequence[Logger], temporary: TemporaryAttributes
 ) -> None:
-    """Keeps a recipe's train logger from logging twice to a logger that is the Trainer's too.
+    """Stops a recipe's train logger from logging to loggers that the Trainer logs to.
 
     Args:
-        brain: The Brain whose train logger may be a ``LightningTrainLogger``.
-        loggers: The Trainer's.
-        temporary: Records what is changed.
+        brain: The Brain, whose train logger may be a ``LightningTrainLogger``.
+        loggers: Loggers of the Trainer.
+        temporary: Records the changes.
     """
     if (train_logger := _train_logger_of(brain)) is not None:
         temporary.set(train_logger, "fed_by_trainer", loggers)
@@ -205,9 +210,9 @@ def begin_log(brain: BrainProtocol, resumes: bool, position: int) -> None:
     """Calls ``begin_run`` of a recipe's train logger, before training changes anything.
 
     Args:
-        brain: The Brain whose train logger may be a ``LightningTrainLogger``.
-        resumes: Whether something was recovered.
-        position: The last epoch that is over.
+        brain: The Brain, whose train logger may be a ``LightningTrainLogger``.
+        resumes: Whether a checkpoint was recovered.
+        position: The last completed epoch.
     """
     if (train_logger := _train_logger_of(brain)) is not None:
         train_logger.begin_run(resumes, position, hyperparameters(brain))
@@ -223,8 +228,8 @@ def _checked(logger: object) -> list[Logger]:
     for each in loggers:
         if not isinstance(each, Logger):
             raise BrainTypeError(
-                f"logger must be one of lightning.pytorch.loggers, such as CSVLogger, or a "
-                f"list of them, got {each!r}"
+                f"logger={each!r} is not a logger. Use a logger of lightning.pytorch.loggers, "
+                "such as CSVLogger, or a list of loggers."
             )
     return list(loggers)
 
@@ -239,7 +244,7 @@ def _kind(of: Log) -> str:
 
 
 def _line(stats_meta: Mapping[str, Any], stats: Mapping[Stage, Any]) -> str:
-    """The line that SpeechBrain's FileTrainLogger writes."""
+    """Returns the line that SpeechBrain's FileTrainLogger would write."""
     reported = {stage: values for stage, values in stats.items() if values is not None}
     parts = [_words(values, f"{stage.name.lower()} ") for stage, values in reported.items()]
     return " - ".join([_words(stats_meta, ""), *parts])

@@ -1,6 +1,7 @@
-"""The optimizers of a Brain: which there are, what they train, and all of them as one.
+"""The optimizers of a Brain, what they train, and one optimizer that combines them.
 
-``active`` says which optimizers there are and which step, ``group`` has the ``OptimizerGroup``
-that is all of them in Lightning, ``initial_groups`` parameter groups that change,
-``trained_parts`` what is frozen and unfrozen.
+``active`` finds the optimizers of a Brain and those that step. ``group`` has the
+``OptimizerGroup``, which stands for all of them in Lightning. ``initial_groups`` saves and
+restores parameter groups that change during training. ``trained_parts`` saves and restores
+what is frozen or unfrozen during a run.
 """

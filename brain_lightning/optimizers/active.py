@@ -1,4 +1,4 @@
-"""The optimizers of a Brain: which there are, and which are active."""
+"""Finds the optimizers of a Brain, and those that are active."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
 
 
 def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
-    """Every optimizer of a Brain, as it is now: recipes replace them during a run.
+    """Returns all optimizers of a Brain now. Recipes may replace them during a run.
 
     Args:
-        brain: The Brain after ``init_optimizers``.
+        brain: Brain after ``init_optimizers``.
 
     Returns:
-        ``optimizers_dict``; where an older ``init_optimizers`` does not fill
-        it, ``optimizer`` alone (``speechbrain.Brain.optimizers_step``).
+        ``optimizers_dict``. If an older ``init_optimizers`` does not fill it, only
+        ``optimizer`` (``speechbrain.Brain.optimizers_step``).
     """
     if brain.optimizers_dict is not None:
         return brain.optimizers_dict
@@ -31,10 +31,10 @@ def all_optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
 
 
 def has_optimizer(brain: BrainProtocol) -> bool:
-    """Whether a Brain has an optimizer, if only one that it steps itself.
+    """Returns whether a Brain has an optimizer, including one that the recipe steps itself.
 
     Args:
-        brain: The Brain after ``init_optimizers``.
+        brain: Brain after ``init_optimizers``.
     """
     if brain.optimizers_dict or all_optimizers(brain):
         return True
@@ -42,10 +42,10 @@ def has_optimizer(brain: BrainProtocol) -> bool:
 
 
 def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
-    """The optimizers that ``freeze_optimizers`` leaves active now.
+    """Returns the optimizers that ``freeze_optimizers`` currently leaves active.
 
     Args:
-        brain: The Brain after ``init_optimizers``.
+        brain: Brain after ``init_optimizers``.
 
     Returns:
         Optimizers by name, in the order in which they step.
@@ -56,26 +56,26 @@ def active_optimizers(brain: BrainProtocol) -> Mapping[str, Optimizer]:
 
 
 def trained_parameters(brain: BrainProtocol) -> Iterable[Parameter]:
-    """The parameters of all optimizers and of all modules, some of them twice.
+    """Returns the parameters of all optimizers and all modules. Some occur twice.
 
-    Of all: a recipe may step one itself, which has gathered gradients of earlier batches; and
-    perhaps one that is not found.
+    Inactive optimizers are included, because a recipe may step one itself after accumulating
+    gradients. Modules are included, because an optimizer of the recipe may not be found.
 
     Args:
-        brain: The Brain after ``init_optimizers``.
+        brain: Brain after ``init_optimizers``.
     """
     optimized = (parameters_of(each) for _, each in optimizers_of(brain))
     return chain(chain.from_iterable(optimized), brain.modules.parameters())
 
 
 def split_vectors_from_weight_decay(modules: Module) -> list[dict[str, Any]]:
-    """Parameter groups in which vectors, such as biases and norms, do not decay.
+    """Returns parameter groups without weight decay for vectors, such as biases.
 
     Args:
-        modules: The modules to optimize.
+        modules: Modules to optimize.
 
     Returns:
-        Two groups, the one without decay first
+        Two groups. The group without weight decay is the first
         (``speechbrain.utils.optimizers.rm_vector_weight_decay``).
     """
     trainable = [p for p in modules.parameters() if p.requires_grad]

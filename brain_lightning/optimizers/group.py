@@ -1,4 +1,4 @@
-"""The optimizers of a Brain as one, for the Trainer and its callbacks."""
+"""One optimizer that stands for all optimizers of a Brain, for the Trainer and callbacks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .initial_groups import InitialGroups
 
 
 class GroupView(ChainMap[str, Any]):
-    """A parameter group of a member: changing it changes the member's.
+    """A view of a parameter group of a member. A change of the view changes the group.
 
     Attributes:
-        member: The name of the member.
-        hidden: The ids of parameters that it has, and does not show.
+        member: Name of the member.
+        hidden: Ids of parameters in the group that the view does not show.
     """
 
     member: str
     hidden: Collection[int] = ()
 
     def __getitem__(self, key: str) -> Any:
-        """A value of the group; of ``params`` those that are not hidden."""
+        """Returns a value of the group. For ``params``, without the hidden parameters."""
         value = super().__getitem__(key)
         if key == "params" and self.hidden:
             return [p for p in value if id(p) not in self.hidden]
@@ -39,11 +39,11 @@ class GroupView(ChainMap[str, Any]):
 
 
 class GroupList(list[Any]):
-    """Parameter groups; a change of the list is an assignment to ``param_groups``.
+    """A list of parameter groups. A change of the list is assigned to ``param_groups``.
 
     Args:
         groups: The groups.
-        assign: Assigns.
+        assign: Assigns the changed list.
     """
 
     def __init__(self, groups: Iterable[Any], assign: Callable[[list[Any]], None]) -> None:
@@ -51,7 +51,7 @@ class GroupList(list[Any]):
         self._assign = assign
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is a list as any other."""
+        """Makes a copy a plain list."""
         return list, (list(self),)
 
 
@@ -75,19 +75,22 @@ for _name in (
 
 
 class OptimizerGroup(Optimizer):
-    """A Brain's optimizers as the one optimizer of Lightning's automatic optimization.
+    """A Brain's optimizers as the single optimizer of Lightning's automatic optimization.
 
-    It has no state: members are looked up at each use, and ``step`` steps those in
-    ``active``, through the Brain's scaler. So a recipe uses its torch optimizers as before.
+    It has no state. It looks up its members (the Brain's optimizers) at each use, and
+    ``step`` steps the members in ``active`` through the Brain's scaler. A recipe uses its
+    torch optimizers as before.
 
-    ``init_optimizers`` gives an optimizer all parameters, and ``configure_optimizers`` of a
-    LightningModule those that are not frozen. What was frozen then is not shown here, until
-    a callback adds it: from then on it is in the group that was added, and in no other. What
-    is unfrozen and not added then, such as norms by ``train_bn=False``, is in none.
+    ``init_optimizers`` passes all parameters to an optimizer, whereas
+    ``configure_optimizers`` of a LightningModule usually passes only those that are not
+    frozen. Callbacks expect the latter. Therefore parameters that were frozen at that time are
+    hidden here until a callback adds them. From then on they are only in the added group.
+    Parameters that are unfrozen but not added, such as normalization layers with
+    ``train_bn=False``, are in no group.
 
     Args:
-        brain: The Brain whose optimizers these are.
-        initial: The groups that they began with; by default all that they have.
+        brain: Brain with the optimizers.
+        initial: The initial groups of the optimizers. Default: their current groups.
     """
 
     _initial: InitialGroups | None = None
@@ -95,7 +98,7 @@ class OptimizerGroup(Optimizer):
     def __init__(self, brain: BrainProtocol, initial: InitialGroups | None = None) -> None:
         self._brain = brain
         self.active: Mapping[str, Optimizer] = {}
-        # torch requires a parameter group; an empty one is added to no member.
+        # torch requires a parameter group. An empty group is added to no member.
         super().__init__([{"params": []}], {})
         self._initial = initial or InitialGroups(brain)
 
@@ -106,21 +109,21 @@ class OptimizerGroup(Optimizer):
 
     @property
     def param_groups(self) -> list[Any]:
-        """Views of the members' groups, named after the member for a LearningRateMonitor.
+        """Views of the members' groups, with the member's name for LearningRateMonitor.
 
-        Those that were added come last, where BackboneFinetuning looks for them.
+        Groups that were added come last, because BackboneFinetuning looks for them there.
         """
         views = sorted(self._views(), key=lambda numbered: numbered[0])
         return GroupList((view for _, view in views), self._assign)
 
     @param_groups.setter
     def param_groups(self, value: list[Any]) -> None:
-        """Gives each member those groups that are its own."""
+        """Assigns to each member its own groups."""
         if self._initial is not None:
             self._assign(value)
 
     def _views(self) -> Iterable[tuple[int, GroupView]]:
-        """Each group, with its number among those that were added to its member, or 0."""
+        """Yields each group with its position among the added groups of its member, or 0."""
         for name, member in self.members.items():
             made = 0 if self._initial is None else self._initial.made(member)
             for index, group in enumerate(member.param_groups):
@@ -143,7 +146,7 @@ class OptimizerGroup(Optimizer):
             self.members[name].param_groups = groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the member that has its parameters, or else to the last one.
+        """Adds a group to the member that has its parameters, or otherwise to the last one.
 
         Args:
             param_group: Parameters, and options of that member.
@@ -166,10 +169,10 @@ class OptimizerGroup(Optimizer):
             return group.member
         if not members:
             raise UnsupportedError(
-                "a parameter group was added to the Trainer's optimizer, and the Brain has no "
-                "optimizer that is known: fill optimizers_dict in init_optimizers"
+                "a parameter group was added to the Trainer's optimizer, but no optimizer of "
+                "the Brain is known. Fill optimizers_dict in init_optimizers."
             )
-        # A copy of a view.
+        # The group may be a copy of a view, which has the member's name.
         name = str(group.get("name")).partition("/")[0]
         if name in members:
             return name
@@ -178,13 +181,13 @@ class OptimizerGroup(Optimizer):
         return next(has_some, list(members)[-1])
 
     def _take_out(self, new: list[dict[str, Any]]) -> None:
-        """Takes frozen parameters that are added out of the groups that they were made in."""
+        """Removes frozen parameters that are being added from their initial groups."""
         frozen = set() if self._initial is None else self._initial.frozen
         added = {id(p) for group in new for p in _parameters_in(group)} & frozen
         for _, view in self._views() if added else ():
             group = view.maps[0]
             if view.hidden and not any(group is each for each in new):
-                # In place: LBFGS keeps the list.
+                # In place, because LBFGS holds a reference to the list.
                 group["params"][:] = [
                     p
                     for p in group["params"]
@@ -192,7 +195,7 @@ class OptimizerGroup(Optimizer):
                 ]
 
     def show_unfrozen(self) -> None:
-        """Shows what was unfrozen in an epoch that is over, and not added: it is trained."""
+        """Shows parameters that were unfrozen in the last epoch and not added to a group."""
         if self._initial is not None:
             self._initial.forget_unfrozen()
 
@@ -200,10 +203,10 @@ class OptimizerGroup(Optimizer):
         """Steps the active members.
 
         Args:
-            closure: Called first, as torch's optimizers do; Lightning clips in it.
+            closure: Called before the step, as by torch's optimizers. Lightning clips in it.
 
         Returns:
-            What the closure returned.
+            Return value of the closure.
         """
         result = None if closure is None else closure()
         for member in self.active.values():
@@ -211,47 +214,47 @@ class OptimizerGroup(Optimizer):
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients of every member."""
+        """Zeroes the gradients of all members."""
         for member in self.members.values():
             member.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The members' states by name."""
-        # A recipe may have replaced one.
+        """Returns the states of the members by name."""
+        # A recipe may have replaced a member since.
         save_whole_optimizers(self.members.values())
         return {name: member.state_dict() for name, member in self.members.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` gave.
+        """Restores a state from ``state_dict``.
 
         Args:
-            state_dict: One state for each member.
+            state_dict: States of the members by name.
 
         Raises:
-            CheckpointError: A member has no state in it.
+            CheckpointError: The state of a member is missing.
         """
         save_whole_optimizers(self.members.values())
         for name, member in self.members.items():
             if name not in state_dict:
                 raise CheckpointError(
-                    f"the checkpoint has no state for the optimizer {name!r}, but for "
-                    f"{', '.join(map(repr, state_dict)) or 'none'}: optimizers_dict has to "
-                    "have the names that it had when the checkpoint was saved"
+                    f"the checkpoint has no state for the optimizer {name!r}, only for "
+                    f"{', '.join(map(repr, state_dict)) or 'none'}. In optimizers_dict, use "
+                    "the names that it had when the checkpoint was saved."
                 )
             member.load_state_dict(state_dict[name])
 
 
-# torch would otherwise call its global step hooks for the group too, after each member's.
+# Otherwise torch would call its global step hooks for the group, too, after each member's.
 OptimizerGroup.step.hooked = True  # type: ignore[attr-defined]
 
 
 def _parameters_in(group: Mapping[str, Any]) -> list[Parameter]:
-    """The parameters of a group, of which torch also takes pairs with a name."""
+    """Returns the parameters of a group. torch also accepts (name, parameter) pairs."""
     return [each[1] if isinstance(each, tuple) else each for each in group["params"]]
 
 
 def _completed(group: dict[str, Any], member: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The group itself, with the options that it lacks, and without the name of a view."""
+    """Fills missing options of a group in place, and removes the name that a view added."""
     if str(group.get("name")).partition("/")[0] == member:
         del group["name"]
     for option, value in defaults.items():

@@ -1,4 +1,4 @@
-"""The parameter groups that ``init_optimizers`` makes; what they become is saved by name."""
+"""Saves parameters by name if the parameter groups of ``init_optimizers`` change."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from brain_lightning.protocol import BrainProtocol, parameters_of
 
 from .active import all_optimizers
 
-# In a saved parameter group: the names of its parameters.
+# Key of a saved parameter group: the names of its parameters.
 NAMES = "brain_lightning_names"
 
 Groups = Sequence[Sequence[Parameter]]
 
 
 class InitialGroups:
-    """Remembers the parameter groups of optimizers, which may change while they train.
+    """Records the initial parameter groups of optimizers, which may change during training.
 
-    torch refuses to load the state of other groups than an optimizer has. Callbacks such as
-    BackboneFinetuning, and recipes that unfreeze a part of the model or add adapters, change
-    them in the middle of a training: then parameters are saved by name, and an optimizer
-    gets the groups of its checkpoint before that is loaded.
+    torch raises an error if the groups of a state differ from those of the optimizer.
+    Callbacks such as BackboneFinetuning, and recipes that unfreeze a part of the model or add
+    adapters, change the groups during training. In that case parameters are saved by name,
+    and an optimizer gets the groups of the checkpoint before it loads its state.
 
     Args:
         brain: The Brain.
 
     Attributes:
-        frozen: The ids of the parameters that were frozen when the groups were made.
+        frozen: Ids of the parameters that were frozen when the groups were created.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -43,7 +43,7 @@ class InitialGroups:
         self.frozen: set[int] = set()
 
     def remember(self) -> None:
-        """Remembers the groups of now, after ``init_optimizers``."""
+        """Records the current groups. Called after ``init_optimizers``."""
         for optimizer in all_optimizers(self._brain).values():
             self._made[optimizer] = _structure(optimizer)
             optimizer.register_state_dict_post_hook(self._name)
@@ -51,7 +51,7 @@ class InitialGroups:
         self.frozen = {id(p) for p in self._all() if not p.requires_grad}
 
     def forget_unfrozen(self) -> None:
-        """Takes those that are trained by now for parameters as all others."""
+        """Treats parameters that have been unfrozen since like all other parameters."""
         if self.frozen:
             self.frozen -= {id(p) for p in self._all() if p.requires_grad}
 
@@ -60,10 +60,10 @@ class InitialGroups:
             yield from chain.from_iterable(groups)
 
     def made(self, optimizer: Optimizer) -> int:
-        """How many groups an optimizer began with; all of them where that is not known.
+        """Returns the initial number of groups of an optimizer, or the current one if unknown.
 
         Args:
-            optimizer: One of the Brain's.
+            optimizer: An optimizer of the Brain.
         """
         return len(self._made.get(optimizer, optimizer.param_groups))
 
@@ -91,14 +91,14 @@ class InitialGroups:
         return {**state, "param_groups": plain}
 
     def _saved(self, optimizer: Optimizer, saved: Sequence[dict[str, Any]]) -> Groups | None:
-        """The parameters of saved groups; None where torch is going to refuse them."""
+        """Returns the parameters of saved groups, or None if torch cannot load the groups."""
         made, parameters = self._made[optimizer], self._parameters(optimizer)
         if not any(NAMES in group for group in saved):
             return made if len(made) == len(saved) else None
         groups: list[Sequence[Parameter]] = []
         for index, group in enumerate(saved):
             if NAMES not in group and index < len(made):
-                # brain_lightning 0.1.0 named those that were added.
+                # brain_lightning 0.1.0 saved names only for added groups.
                 groups.append(made[index])
             elif parameters.keys() >= set(group.get(NAMES, [""])):
                 groups.append([parameters[name] for name in group[NAMES]])
@@ -107,9 +107,9 @@ class InitialGroups:
         return groups
 
     def _parameters(self, optimizer: Optimizer) -> dict[str, Parameter]:
-        """By names that are the same where modules are wrapped or compiled.
+        """Returns parameters by names that do not depend on wrapping and compilation.
 
-        A parameter that is in no module has its number in the groups that were made.
+        A parameter outside of all modules has its index in the initial groups as its name.
         """
         brain = self._brain
         release(brain)

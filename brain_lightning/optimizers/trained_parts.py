@@ -1,4 +1,4 @@
-"""Which parts of the modules are trained, where that has changed within a run."""
+"""Saves and restores which parts of the modules are trained, if that changes during a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Switches = dict[str, bool]
 
 
 def switches(brain: BrainProtocol) -> Switches:
-    """Whether parameters are trained, and statistics of norms tracked.
+    """Returns which parameters are trained and which normalization layers track statistics.
 
     BaseFinetuning freezes and unfreezes both.
 
@@ -20,8 +20,8 @@ def switches(brain: BrainProtocol) -> Switches:
         brain: The Brain.
 
     Returns:
-        ``requires_grad`` of each parameter, and ``track_running_stats`` of each norm, by
-        names that are the same where modules are wrapped or compiled.
+        ``requires_grad`` of each parameter and ``track_running_stats`` of each normalization
+        layer, by names that do not depend on wrapping and compilation.
     """
     return {
         plain_name(name, brain): getattr(owner, attribute)
@@ -30,10 +30,10 @@ def switches(brain: BrainProtocol) -> Switches:
 
 
 class TrainedParts:
-    """What has changed of it since the optimizers were made.
+    """The changes of ``switches`` since the optimizers were created.
 
-    What a script freezes at its start it freezes in each process, or no longer, where
-    somebody has changed it; what a callback or a hook changes later is saved.
+    What a script freezes at its start is not saved: each process freezes it again, or no
+    longer does if the script was edited. What a callback or a hook changes later is saved.
 
     Args:
         brain: The Brain.
@@ -44,7 +44,7 @@ class TrainedParts:
         self.remember()
 
     def remember(self) -> None:
-        """Remembers what is not trained now: the rest, nearly all, is found by looking."""
+        """Records what is not trained now. These are few, and everything else is trained."""
         self._frozen = {
             plain_name(name, self._brain)
             for name, owner, attribute in _switches(self._brain)
@@ -52,18 +52,18 @@ class TrainedParts:
         }
 
     def changed(self, now: Switches) -> Switches:
-        """What is other than at first.
+        """Returns the switches that differ from the recorded ones.
 
         Args:
-            now: From ``switches``.
+            now: Current switches, from ``switches``.
         """
         return {name: on for name, on in now.items() if on == (name in self._frozen)}
 
     def restore(self, changed: Mapping[str, bool]) -> None:
-        """Restores what had changed when the run was saved.
+        """Restores the switches that had changed when the run was saved.
 
         Args:
-            changed: From ``changed``.
+            changed: Return value of ``changed``.
         """
         for name, owner, attribute in _switches(self._brain):
             if (plain := plain_name(name, self._brain)) in changed:
@@ -71,7 +71,7 @@ class TrainedParts:
 
 
 def _switches(brain: BrainProtocol) -> Iterator[tuple[str, Any, str]]:
-    """Each switch: its name as the modules have it, its owner and its attribute."""
+    """Yields each switch: its name in the modules, its owner and its attribute."""
     for name, parameter in brain.modules.named_parameters():
         yield f"{name}.requires_grad", parameter, "requires_grad"
     for name, module in brain.modules.named_modules():

@@ -1,4 +1,4 @@
-"""Overrides of a YAML file, ``--name=value``, as the text that ``load_hyperpyyaml`` takes."""
+"""Converts overrides (``--name=value``) of a YAML file to text for ``load_hyperpyyaml``."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from brain_lightning.errors import RunOptionError
 
 from .run_options import check_names
 
-# A value as it was given, or a section: its values by name.
+# Values as strings. A section is a nested mapping.
 Tree = dict[str, Any]
 
 
 def overrides_to_yaml(words: Sequence[str], hparams_file: str) -> str:
-    """``--a=b`` and ``--a b`` become ``a: b`` (``RunOptions._convert_to_yaml``).
+    """Converts ``--a=b`` and ``--a b`` to ``a: b`` (``RunOptions._convert_to_yaml``).
 
-    ``--section.key=value`` sets one key of a section, and leaves the others.
+    ``--section.key=value`` sets one key of a section and leaves its other keys unchanged.
 
     Args:
-        words: Of the command line.
-        hparams_file: The YAML file.
+        words: Words of the command line.
+        hparams_file: Path of the YAML file.
 
     Returns:
-        YAML text, with the values as they were given.
+        YAML text. Values are copied unchanged.
 
     Raises:
-        RunOptionError: A word belongs to no override, or the file has no such key in such a
-            section.
+        RunOptionError: A word does not belong to an override, or the file does not have the
+            section or the key.
     """
     overrides: list[tuple[list[str], str]] = []
     document = None
@@ -53,17 +53,19 @@ def _named(words: Sequence[str]) -> list[tuple[str, str]]:
             name, value = named[-1]
             named[-1] = (name, f"{value} {word}".strip())
         else:
-            raise RunOptionError(f"{word!r} belongs to no option: overrides are --name=value")
+            raise RunOptionError(
+                f"{word!r} does not belong to an option. Write overrides as --name=value."
+            )
     return named
 
 
 def _document(hparams_file: str) -> Any:
-    # Its tags need not be known: nothing is made of them.
+    # Unknown tags are no problem, because yaml.compose creates no objects.
     return yaml.compose(Path(hparams_file).read_text(encoding="utf-8"), yaml.SafeLoader)
 
 
 def _path(name: str, document: Any, hparams_file: str) -> list[str]:
-    """The sections of an override, and its key."""
+    """Splits the name of an override into its sections and its key."""
     if name in entries(document):
         return [name]
     path, node = name.split("."), document
@@ -71,8 +73,8 @@ def _path(name: str, document: Any, hparams_file: str) -> list[str]:
         section = ".".join(path[:depth])
         if not isinstance(node, yaml.MappingNode):
             raise RunOptionError(
-                f"--{name}: {section!r} is no section of {hparams_file}, which has keys; set "
-                f"the whole with --{section}=..."
+                f"--{name}: {section!r} of {hparams_file} is not a section with keys. Set its "
+                f"value with --{section}=..."
             )
         known = entries(node)
         check_names(f"key of {section or hparams_file}, in --{name}:", [key], list(known))
@@ -81,10 +83,10 @@ def _path(name: str, document: Any, hparams_file: str) -> list[str]:
 
 
 def entries(node: Any) -> dict[str, Any]:
-    """The nodes of a section by their keys; what is no section has none.
+    """Returns the nodes of a section by key. A node that is not a section has no keys.
 
     Args:
-        node: What PyYAML has composed.
+        node: Node that ``yaml.compose`` returned.
     """
     found: dict[str, Any] = {}
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -113,7 +115,10 @@ def _tree(overrides: Sequence[tuple[Sequence[str], str]]) -> Tree:
 
 def _given_twice(sections: Sequence[str], key: str) -> RunOptionError:
     name = ".".join([*sections, key])
-    return RunOptionError(f"--{name}: a section is set as a whole, or key by key, not both")
+    return RunOptionError(
+        f"--{name}: a section and a key in it are both set. Set the section as a whole or "
+        "key by key."
+    )
 
 
 def _lines(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:

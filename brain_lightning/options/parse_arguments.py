@@ -1,4 +1,4 @@
-"""A recipe's command line: run options, Trainer arguments, overrides of the YAML file."""
+"""Parses a recipe's command line: run options, Trainer arguments, YAML overrides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 
 
 class Arguments(NamedTuple):
-    """What ``parse_arguments`` returns."""
+    """The parsed command line."""
 
     hparams_file: str
     run_opts: RunOptions
@@ -34,18 +34,18 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
-    """Reads a recipe's command line, as ``speechbrain.parse_arguments``.
+    """Parses a recipe's command line, as ``speechbrain.parse_arguments`` does.
 
-    ``--a=b`` and ``--a b`` are the same, and a flag may be given as ``--debug``
-    or ``--debug=true``. What names no run option is an override of the YAML
-    file, ``--section.key=value`` of one key within a section; what starts with
-    ``--trainer.`` is an argument of Lightning's Trainer, its value read as YAML.
+    ``--a=b`` and ``--a b`` are the same. A flag is given as ``--debug`` or ``--debug=true``.
+    ``--trainer.NAME=VALUE`` sets an argument of Lightning's Trainer; its value is parsed as
+    YAML. Any other name that is not a run option is an override of the YAML file;
+    ``--section.key=value`` overrides one key of a section.
 
     Args:
-        arg_list: The words of the command line; ``sys.argv[1:]`` if not given.
+        arg_list: The words of the command line. Default: ``sys.argv[1:]``.
 
     Returns:
-        The hyperparameters file, the run options, and the overrides as YAML
+        The path of the hyperparameters file, the run options, and the overrides as YAML
         text for ``load_hyperpyyaml``.
     """
     trainer, words = split_trainer(sys.argv[1:] if arg_list is None else arg_list)
@@ -63,10 +63,10 @@ def parse_arguments(arg_list: Sequence[str] | None = None) -> Arguments:
 
 
 def _without_launchers(words: Sequence[str]) -> list[str]:
-    """Leaves out what the environment says, too.
+    """Removes arguments of launchers, which are read from the environment instead.
 
-    ``torch.distributed.launch`` appends ``--local-rank=0``, and SpeechBrain 0.5 was told of a
-    launch by ``--distributed_launch``.
+    ``torch.distributed.launch`` appends ``--local-rank=0``. SpeechBrain 0.5 needed
+    ``--distributed_launch`` if a launcher started the script.
     """
     rest: list[str] = []
     remaining = list(words)
@@ -77,20 +77,22 @@ def _without_launchers(words: Sequence[str]) -> list[str]:
             if not has_value and remaining and remaining[0].lower() in TRUTHS:
                 value = remaining.pop(0)
             if TRUTHS.get(value.lower(), True) and not is_launched():
-                logger.warning("%s has no effect: start the script with torchrun", name)
+                logger.warning(
+                    "--distributed_launch has no effect. Start the script with torchrun."
+                )
         elif not (name in LOCAL_RANKS and value == os.environ.get("LOCAL_RANK")):
             rest.append(word)
     return rest
 
 
 def _parser() -> ArgumentParser:
-    # SUPPRESS: what is in the result was given.
+    # With SUPPRESS, the parsed result has only the options that were given.
     parser = ArgumentParser(
-        description="Run a SpeechBrain experiment",
-        epilog=f"Arguments of Lightning's Trainer: {TRAINER_HELP} lists them.",
+        description="Run a SpeechBrain experiment.",
+        epilog=f"{TRAINER_HELP} lists the arguments of Lightning's Trainer.",
         allow_abbrev=False,
     )
-    parser.add_argument("param_file", help="A hyperparameters file in HyperPyYAML.")
+    parser.add_argument("param_file", help="Hyperparameters file in HyperPyYAML format.")
     types = get_type_hints(RunOptions)
     for name, help_text in RunOptions.on_command_line().items():
         kind = _argument(name, types[name])
@@ -109,7 +111,7 @@ def _argument(name: str, hint: Any) -> dict[str, Any]:
 
 
 def _expand_flags(words: Sequence[str]) -> list[str]:
-    """``--debug=true`` becomes ``--debug``, ``--debug=false`` nothing."""
+    """Replaces ``--debug=true`` by ``--debug`` and removes ``--debug=false``."""
     flags = {f"--{n}" for n, hint in get_type_hints(RunOptions).items() if hint is bool}
     expanded = []
     for word in words:
@@ -119,7 +121,10 @@ def _expand_flags(words: Sequence[str]) -> list[str]:
             continue
         truth = _from_yaml(name, value)
         if not isinstance(truth, bool):
-            raise RunOptionError(f"{name}={value}: a flag is true or false, or stands alone")
+            raise RunOptionError(
+                f"{name}={value}: the value of a flag must be true or false. Use {name} or "
+                f"{name}=true."
+            )
         if truth:
             expanded.append(name)
     return expanded
@@ -132,14 +137,14 @@ def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         words: The words of the command line.
 
     Returns:
-        Arguments of the Trainer, and the other words.
+        The Trainer arguments by name, and the remaining words.
 
     Raises:
-        RunOptionError: One has no value, or one that is not YAML.
-        SystemExit: ``--trainer.help`` is among them, and was shown.
+        RunOptionError: An argument has no value, or its value is not valid YAML.
+        SystemExit: ``--trainer.help`` is given. Its text has been printed.
     """
     if TRAINER_HELP in words:
-        # Lightning is needed here, and not for a command line.
+        # Imported here, because parsing a command line does not need Lightning.
         from .trainer_arguments import trainer_help
 
         print(trainer_help())  # noqa: T201
@@ -155,7 +160,7 @@ def split_trainer(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if not has_value:
             value = next(remaining, "")
         if not name or not value or value.startswith("--"):
-            raise RunOptionError(f"{word}: give it a value, as in --trainer.devices=2")
+            raise RunOptionError(f"{word} needs a value, as in --trainer.devices=2.")
         trainer[name] = _from_yaml(word, value)
     return trainer, rest
 
@@ -164,4 +169,4 @@ def _from_yaml(word: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise RunOptionError(f"{word}: {value!r} is not YAML: {error}") from error
+        raise RunOptionError(f"{word}: {value!r} is not valid YAML: {error}") from error

@@ -1,4 +1,4 @@
-"""The value of each run option: of the command line, else of hparams, else the default."""
+"""Resolves each run option: command line before hparams before default."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ DEPRECATED_PRECISIONS = {"auto_mix_prec": "fp16", "bfloat16_mix_prec": "bf16"}
 def resolve_run_options(
     run_opts: RunOptions, hparams: Mapping[str, Any]
 ) -> tuple[dict[str, Any], frozenset[str]]:
-    """The value of every run option (``speechbrain.Brain.__init__``).
+    """Resolves the value of every run option (``speechbrain.Brain.__init__``).
 
     Args:
-        run_opts: Those of the command line, or of a plain dict.
-        hparams: A key that names a run option sets it.
+        run_opts: Options from the command line or from a plain dict.
+        hparams: Hyperparameters of the recipe. A key with the name of a run option sets it.
 
     Returns:
-        Values by name, and the names of those that are explicit.
+        Values by name, and the names of the explicit options: those that the user set.
 
     Raises:
-        RunOptionError: The value of an option makes no sense.
-        UnsupportedError: An option cannot be honoured.
+        RunOptionError: The value of an option is invalid.
+        UnsupportedError: An option is not supported.
     """
     defaults = RunOptions().as_dict()
     on_command_line = run_opts.overridden_args
@@ -42,16 +42,16 @@ def resolve_run_options(
     given = {*on_command_line} | {
         name
         for name in RunOptions.option_names()
-        # With SpeechBrain's run_opts hparams.update(run_opts) copies every default, with
-        # overridden_args as the record that it did: a default there is not explicit.
+        # With SpeechBrain's run_opts, hparams.update(run_opts) copies every default, and
+        # overridden_args with them. In that case a default in hparams is not explicit.
         if name in hparams
         and ("overridden_args" not in hparams or hparams[name] != defaults[name])
     }
     if values["data_parallel_backend"]:
         raise UnsupportedError(
             f"run option data_parallel_backend={values['data_parallel_backend']!r} is not "
-            "supported: start one process for each device, with torchrun or "
-            "--trainer.devices=2"
+            "supported. Start one process per device, with torchrun or "
+            "--trainer.devices=2."
         )
     _leave_to_recipe(values, given - on_command_line)
     _check_numbers(values)
@@ -63,12 +63,13 @@ def resolve_run_options(
 
 
 def _leave_to_recipe(values: dict[str, Any], in_hparams: Collection[str]) -> None:
-    """Ignores hyperparameters of the recipe's own that are named as an option of ours."""
+    """Ignores hyperparameters of the recipe that only share their name with a run option."""
     for name in OURS_ALONE:
         if name in in_hparams and not is_value_of(name, values[name]):
             logger.warning(
-                "hparams[%r] is %r, which is no value of the run option: it is the recipe's "
-                "own. The run option is set by --%s on the command line",
+                "hparams[%r]=%r is not a valid value of the run option of this name. It is "
+                "taken for a hyperparameter of the recipe. To set the run option, use --%s on "
+                "the command line.",
                 name,
                 values[name],
                 name,
@@ -77,20 +78,20 @@ def _leave_to_recipe(values: dict[str, Any], in_hparams: Collection[str]) -> Non
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
-    """Refuses a text where a number should be, as a YAML file may have it."""
+    """Raises an error for a string in place of a number, such as a quoted number in YAML."""
     for name, default in RunOptions().as_dict().items():
         is_number = type(default) in (int, float)
         if (is_number or name == "optimizer_step_limit") and isinstance(values[name], str):
             raise RunOptionError(
-                f"run option {name}={values[name]!r} is a text: give a number, without quotes"
+                f"run option {name}={values[name]!r} is a string. Use a number without quotes."
             )
 
 
 def _translate_deprecated(values: dict[str, Any], given: set[str]) -> None:
-    """Sets precision by its older flags."""
+    """Sets ``precision`` from the deprecated flags."""
     for name, precision in DEPRECATED_PRECISIONS.items():
         if values[name]:
-            logger.warning("--%s is deprecated: use --precision=%s", name, precision)
+            logger.warning("--%s is deprecated. Use --precision=%s.", name, precision)
             values["precision"] = precision
             given.add("precision")
 
@@ -101,35 +102,36 @@ def _check_values(values: dict[str, Any]) -> None:
             values[name] = "fp32"
         if values[name] not in choices:
             raise RunOptionError(
-                f"run option {name}={values[name]!r} is not one of {', '.join(choices)}"
+                f"run option {name}={values[name]!r} is not supported. Use one of "
+                f"{', '.join(choices)}."
             )
     if not values["progress_interval"] >= 0:
         raise RunOptionError(
             f"run option progress_interval={values['progress_interval']!r} must be a number "
-            "of seconds, 0 or more: 0 shows a line after every batch"
+            "of seconds, 0 or more. 0 shows a line after every batch."
         )
     patience = values["oom_patience"]
     if not is_value_of("oom_patience", patience):
         raise RunOptionError(
-            f"run option oom_patience={patience!r} must be a whole number of 0 or more: 0 "
-            "ends the run at the first batch for which there is no memory"
+            f"run option oom_patience={patience!r} must be an integer, 0 or more. 0 ends the "
+            "run at the first batch that runs out of memory."
         )
     factor = values["grad_accumulation_factor"]
     if factor < 1 or factor != int(factor):
         raise RunOptionError(
-            f"run option grad_accumulation_factor={factor!r} must be a whole number of 1 or "
-            "more: 1 updates after every batch"
+            f"run option grad_accumulation_factor={factor!r} must be an integer, 1 or more. "
+            "1 makes an optimizer step after every batch."
         )
 
 
 def _choose_interval(values: dict[str, Any], given: Collection[str]) -> None:
-    """Explicit steps replace the default minutes; both explicit are an error."""
+    """Lets explicit steps replace the default minutes. Raises an error if both are set."""
     minutes = values["ckpt_interval_minutes"]
     if values["ckpt_interval_steps"] <= 0 or minutes <= 0:
         return
     if "ckpt_interval_minutes" in given:
         raise RunOptionError(
             f"ckpt_interval_minutes={minutes} and ckpt_interval_steps="
-            f"{values['ckpt_interval_steps']} exclude each other: set one of them to 0"
+            f"{values['ckpt_interval_steps']} exclude each other. Set one of them to 0."
         )
     values["ckpt_interval_minutes"] = 0

@@ -1,7 +1,7 @@
-"""The run options of an experiment: what each means, and its default.
+"""Declares the run options: their names, meanings and defaults.
 
-Names, meanings and defaults are those of ``speechbrain.utils.run_opts``; where
-a default differs the field says so.
+Names, meanings and defaults are those of ``speechbrain.utils.run_opts``. The description of
+an option says so if its default differs.
 """
 
 from __future__ import annotations
@@ -15,107 +15,118 @@ from difflib import get_close_matches
 from typing import Any
 
 from brain_lightning.errors import RunOptionError
-from brain_lightning.protocol import WORDS
+from brain_lightning.protocol import OPTION_CHOICES
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-# Options that take one of a few words.
+# Options that accept a fixed set of values.
 CHOICES = {
     "precision": PRECISIONS,
     "eval_precision": PRECISIONS,
-    **WORDS,
+    **OPTION_CHOICES,
 }
-# Fields that are no option of the experiment but a record of how they were given.
+# Fields that are not run options. They record what the user passed.
 RECORDS = ("param_file", "overridden_args", "trainer")
-# Options that --name=value does not set.
+# Options that --name=value cannot set.
 NOT_ON_COMMAND_LINE = ("data_parallel_count", "distributed_launch", "tqdm_barcolor")
 
 
 def documented(owner: object, section: str) -> dict[str, str]:
-    """What a docstring in Google style says of each argument or attribute.
+    """Returns the description of each argument or attribute in a Google-style docstring.
 
     Args:
         owner: A class or a function.
         section: ``Args`` or ``Attributes``.
 
     Returns:
-        Texts by name, with their line breaks; none where Python has stripped the docstrings.
+        Descriptions by name, with their line breaks. Empty if Python runs with ``-OO``, which
+        removes docstrings.
     """
     text = (inspect.getdoc(owner) or "").partition(f"{section}:\n")[2]
-    # Names are indented by four columns, their descriptions by more.
+    # Names are indented by four columns and their descriptions by more.
     return dict(re.findall(r"^ {4}(\w+): ?(.+?)(?=^ {0,4}\S|\Z)", text, re.M | re.S))
 
 
 @dataclass(frozen=True)
 class RunOptions(Mapping[str, Any]):
-    """How to run an experiment, apart from what the experiment is.
+    """Run options: how an experiment is run, as opposed to what the experiment is.
 
-    Also a mapping, for recipes do ``hparams.update(run_opts)`` and
-    ``run_opts["device"]``: it has every option, and yields those that were given, so that
-    what the YAML file sets stays. An option counts as given where ``overridden_args``
-    names it; only then it outranks the same key in ``hparams``. What ``--help``
-    shows are the texts below.
+    The object is also a mapping, because recipes call ``hparams.update(run_opts)`` and read
+    ``run_opts["device"]``. Every option can be read as a key. Iteration yields only the
+    options that were set, so ``update`` does not overwrite other values of the YAML file.
+    ``overridden_args`` holds the names of the options that were set. Only these take
+    precedence over the same key in ``hparams``. ``--help`` shows the descriptions below.
 
     Attributes:
-        test_only: Skip training; only evaluate.
-        debug: Run a few batches of a few epochs to see whether it runs.
-        debug_batches: Batches per stage in debug mode.
-        debug_epochs: The epoch after which debug mode stops.
-        debug_persistently: In debug mode keep checkpoints where they belong, not in a
-            temporary folder.
-        device: cpu, cuda, cuda:1… (default: this rank's GPU where there is one, else the CPU)
-        data_parallel_backend: Not supported: see --trainer.devices.
+        test_only: Skip training and only evaluate.
+        debug: Run a few batches of a few epochs to check that the recipe works.
+        debug_batches: Number of batches per stage in debug mode.
+        debug_epochs: Number of epochs in debug mode.
+        debug_persistently: In debug mode, save checkpoints in the recipe's folder instead of
+            a temporary one.
+        device: Device to run on: cpu, cuda, cuda:1, ... If not set, each process uses its own
+            GPU, or the CPU if there is no GPU.
+        data_parallel_backend: Not supported. Use --trainer.devices=2 instead.
         data_parallel_count: Not supported.
-        distributed_backend: nccl, gloo or mpi.
-        distributed_launch: Set by torchrun's environment, never by hand.
-        find_unused_parameters: Let distributed training look for parameters that got no
-            gradient.
+        distributed_backend: Backend for communication between processes: nccl (GPU), gloo
+            (CPU) or mpi.
+        distributed_launch: Whether a launcher such as torchrun started this process. Read from
+            the environment.
+        find_unused_parameters: With several processes, allow parameters that get no gradient
+            (DistributedDataParallel's find_unused_parameters).
         jit: Compile all modules with torch.jit.script.
-        jit_module_keys: The modules to compile with jit.
+        jit_module_keys: Names of the modules to compile with torch.jit.script.
         compile: Compile all modules with torch.compile.
-        compile_module_keys: The modules to compile with torch.compile.
-        compile_mode: default, reduce-overhead or max-autotune.
-        compile_using_fullgraph: Refuse graph breaks when compiling.
-        compile_using_dynamic_shape_tracing: Trace with dynamic shapes when compiling.
-        precision: Training precision: fp32, fp16 or bf16.
-        eval_precision: Validation and test precision: fp32, fp16 or bf16.
-        auto_mix_prec: Deprecated: --precision=fp16.
-        bfloat16_mix_prec: Deprecated: --precision=bf16.
-        max_grad_norm: Clip each optimizer's gradient norm to this value; 0 or less disables.
-        skip_nonfinite_grads: Drop the gradients that are not finite, parameter by parameter.
-        nonfinite_patience: Non-finite losses to forgive per epoch; their updates are skipped.
-        oom_patience: Batches to skip in an epoch for want of memory, on all processes
-            together; the next one ends the run, which is saved before it and resumes exactly.
-            Without it the first one ends the run (SpeechBrain has no such option).
+        compile_module_keys: Names of the modules to compile with torch.compile.
+        compile_mode: The mode argument of torch.compile: default, reduce-overhead or
+            max-autotune.
+        compile_using_fullgraph: Make torch.compile raise an error at a graph break.
+        compile_using_dynamic_shape_tracing: Make torch.compile trace with dynamic shapes.
+        precision: Precision of training: fp32, fp16 or bf16. fp16 needs a GPU.
+        eval_precision: Precision of validation and test: fp32, fp16 or bf16.
+        auto_mix_prec: Deprecated. Use --precision=fp16.
+        bfloat16_mix_prec: Deprecated. Use --precision=bf16.
+        max_grad_norm: Clip the gradient norm of each optimizer to this value. 0 or less
+            disables clipping.
+        skip_nonfinite_grads: If the gradient of a parameter has NaN or infinite values, drop
+            it and update the other parameters.
+        nonfinite_patience: Number of batches per epoch that may have a NaN or infinite loss.
+            Their updates are skipped. One more ends the run with an error.
+        oom_patience: Number of batches per epoch that may run out of memory. All processes
+            skip such a batch together. One more saves the run as it was before that batch and
+            ends it with an error. If not set, the first one ends the run. Not an option of
+            SpeechBrain.
         noprogressbar: Show no progress bar.
-        progress: bar, or plain: whole lines, for log files; auto: a bar in a terminal or a
-            notebook, lines elsewhere (SpeechBrain has no such option).
-        progress_interval: Seconds between the lines of --progress=plain (SpeechBrain has no
-            such option).
-        ckpt_interval_minutes: Minutes between checkpoints within an epoch, with a
-            checkpointer; 0 disables (SpeechBrain 1.1: 0).
-        ckpt_interval_steps: Steps between checkpoints within an epoch; given, it replaces the
-            minutes.
-        shard_eval: In several processes each validates a part of the data: the same numbers,
-            sooner.
-        async_save: Write checkpoints in the background; training waits only while tensors are
-            copied, and on a GPU not even then (SpeechBrain has no such option).
-        preflight: Try the longest batches of each set before training, and show the memory and
-            the seconds that they take (SpeechBrain has no such option).
-        grad_accumulation_factor: Batches whose gradients make one update.
-        accumulate_by: What gradients are the mean over: batches, or tokens, of which the
-            Brain's loss_weight(batch) says how many a batch has (SpeechBrain has no such
-            option).
-        optimizer_step_limit: Updates after which to stop, with a validation at the end.
-        tqdm_colored_bar: Colour the progress bar.
-        tqdm_barcolor: The bar's colour in each stage.
-        remove_vector_weight_decay: No weight decay for vectors, such as biases and norms.
-        profile_training: Profile training steps.
-        profile_warmup: Steps before the profile starts.
-        profile_steps: Steps in the profile.
-        log_config: A YAML file that configures logging.
-        param_file: The HyperPyYAML file.
-        overridden_args: Names of the options that were given.
-        trainer: Arguments of Lightning's Trainer, --trainer.devices=2.
+        progress: How to show progress: bar, plain (one line at a time, for log files) or auto
+            (bar in a terminal or a notebook, plain elsewhere). Not an option of SpeechBrain.
+        progress_interval: Seconds between two lines of --progress=plain. Not an option of
+            SpeechBrain.
+        ckpt_interval_minutes: Minutes between checkpoints within an epoch, if the Brain has a
+            checkpointer. 0 disables them, which is the default of SpeechBrain 1.1.
+        ckpt_interval_steps: Steps between checkpoints within an epoch. 0 disables them. If
+            set, it replaces the default of ckpt_interval_minutes.
+        shard_eval: With several processes, let each validate a part of the data. Validation
+            is faster and its results are the same.
+        async_save: Write checkpoints in the background. Training waits only while tensors are
+            copied, and on a GPU not even for that. Not an option of SpeechBrain.
+        preflight: Before training, try the longest batches of each set and show the memory and
+            the time that they need. Not an option of SpeechBrain.
+        grad_accumulation_factor: Number of batches whose gradients are accumulated for one
+            optimizer step.
+        accumulate_by: What accumulated gradients are averaged over: batches or tokens. With
+            tokens, the Brain's loss_weight(batch) returns the number of tokens of a batch.
+            Not an option of SpeechBrain.
+        optimizer_step_limit: Number of optimizer steps after which to validate and stop.
+        tqdm_colored_bar: Color the progress bar.
+        tqdm_barcolor: Color of the progress bar by stage.
+        remove_vector_weight_decay: Apply no weight decay to vectors, such as biases and the
+            weights of normalization layers.
+        profile_training: Profile a few training steps with the PyTorch profiler.
+        profile_warmup: Number of steps before the profile starts.
+        profile_steps: Number of steps in the profile.
+        log_config: YAML file that configures logging.
+        param_file: Path of the HyperPyYAML file.
+        overridden_args: Names of the options that were set.
+        trainer: Arguments of Lightning's Trainer, as set by --trainer.devices=2.
     """
 
     test_only: bool = False
@@ -170,38 +181,43 @@ class RunOptions(Mapping[str, Any]):
 
     @classmethod
     def from_dictionary(cls, args_dict: Mapping[str, Any]) -> RunOptions:
-        """Makes options of a plain mapping, each key counting as given.
+        """Creates options from a plain mapping. Every key counts as set.
 
         Args:
-            args_dict: Values by name.
+            args_dict: Values by name of the option.
 
         Returns:
             The options.
 
         Raises:
-            RunOptionError: A key names no option.
+            RunOptionError: A key is not the name of an option.
         """
         check_names("run option", args_dict, [f.name for f in dataclasses.fields(cls)])
-        # SpeechBrain's own RunOptions know which of theirs were given.
+        # SpeechBrain's own RunOptions record which options were set.
         given = frozenset(getattr(args_dict, "overridden_args", args_dict))
         return cls(**{**args_dict, "overridden_args": given - {"overridden_args"}})
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """Names of the options, in the order of their fields."""
+        """Returns the names of the options, in the order of their fields."""
         return [f.name for f in dataclasses.fields(cls) if f.name not in RECORDS]
 
     @classmethod
     def on_command_line(cls) -> dict[str, str]:
-        """The help of each option that ``--name=value`` sets."""
-        names = [name for name in cls.option_names() if name not in NOT_ON_COMMAND_LINE]
+        """Returns the help text of each option that ``--name=value`` can set."""
         texts = documented(cls, "Attributes")
-        return {name: " ".join(texts.get(name, "").split()) for name in names}
+        helps = {}
+        for each in dataclasses.fields(cls):
+            if each.name in cls.option_names() and each.name not in NOT_ON_COMMAND_LINE:
+                # Flags are off by default, and None means "not set".
+                shown = f" (default: {each.default})" if each.default else ""
+                helps[each.name] = " ".join(texts.get(each.name, "").split()) + shown
+        return helps
 
     def as_dict(self) -> dict[str, Any]:
-        """A plain dictionary of every option."""
+        """Returns every option in a plain dictionary."""
         names = (f.name for f in dataclasses.fields(self))
-        # An empty `trainer` must not overwrite the one in hparams.
+        # An empty `trainer` must not overwrite the `trainer` of hparams.
         return {n: getattr(self, n) for n in names if n != "trainer" or self.trainer}
 
     def __getitem__(self, key: str) -> Any:
@@ -218,20 +234,18 @@ class RunOptions(Mapping[str, Any]):
 
 
 def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """Refuses a name that is not known, with a guess at what was meant.
+    """Raises an error that suggests a known name if a name is not known.
 
     Args:
-        kind: What each should be a name of.
-        names: The names.
-        known: Those that there are.
+        kind: What the names refer to, for the message: "run option".
+        names: Names to check.
+        known: All known names.
 
     Raises:
-        RunOptionError: One is unknown.
+        RunOptionError: A name is not known.
     """
     for name in names:
         if name not in known:
             close = get_close_matches(name, known, n=1)
-            hint = (
-                f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
-            )
+            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
             raise RunOptionError(f"unknown {kind} {name!r}: {hint}")

@@ -1,4 +1,4 @@
-"""The arguments of Lightning's Trainer: which there are, and what each does with a Brain."""
+"""The arguments of Lightning's Trainer, and what each does with a Brain."""
 
 from __future__ import annotations
 
@@ -12,62 +12,64 @@ from lightning.pytorch import Trainer
 
 from .run_options import check_names, documented
 
-# Of a terminal, by default.
+# Default width of a terminal, in columns.
 WIDTH = 80
 INTRODUCTION = """\
-Arguments of Lightning's Trainer, --trainer.NAME=VALUE; the value is YAML, and what follows
-NAME here is the default. A line that begins with '>' says what is different with a Brain."""
-# Where an argument does something else, or more, than Lightning documents; each is tested
-# in tests/callback/test_reconcile.py.
+Arguments of Lightning's Trainer. Set them with --trainer.NAME=VALUE. VALUE is parsed as YAML.
+The default follows each name. A line that begins with '>' describes what is different with a
+Brain."""
+# Arguments that do something other, or more, than Lightning documents. Each is tested in
+# tests/callback/test_reconcile.py.
 WITH_A_BRAIN = {
-    "accelerator": "brain.fit follows the run option device",
+    "accelerator": "brain.fit uses the run option device",
     "accumulate_grad_batches": "translated into grad_accumulation_factor; an incomplete last "
-    "window makes an update, where the run option drops it",
-    "devices": "brain.fit takes 1, and brain-lightning run starts as many processes as asked",
-    "enable_checkpointing": "off in brain.fit, unless a callback saves checkpoints",
-    "enable_model_summary": "off in brain.fit, unless asked for",
-    "enable_progress_bar": "off in brain.fit, where the Brain's own bar is shown (--progress)",
-    "gradient_clip_val": "translated into max_grad_norm: each optimizer on its own",
+    "accumulation window makes an optimizer step, whereas the run option drops it",
+    "devices": "brain.fit accepts 1; brain-lightning run starts this number of processes",
+    "enable_checkpointing": "off by default in brain.fit, unless a callback saves checkpoints",
+    "enable_model_summary": "off by default in brain.fit",
+    "enable_progress_bar": "off by default in brain.fit, which shows the Brain's own bar "
+    "(--progress)",
+    "gradient_clip_val": "translated into max_grad_norm; each optimizer is clipped separately",
     "inference_mode": "translated into torch.no_grad",
-    "logger": "off in brain.fit, unless asked for",
-    "max_epochs": "no limit in brain.fit; the epoch counter ends the run too, whichever comes "
-    "first",
-    "max_steps": "counts updates; the run ends after the epoch's stage hooks, validation "
-    "included",
-    "max_time": "the run ends after the epoch's stage hooks, validation included",
-    "num_sanity_val_steps": "switched off: recipes set up in TRAIN what VALID reads",
+    "logger": "off by default in brain.fit",
+    "max_epochs": "unlimited by default in brain.fit; the run ends at this limit or at the "
+    "limit of the epoch counter, whichever comes first",
+    "max_steps": "counts optimizer steps; the run ends after the epoch's stage hooks and "
+    "validation",
+    "max_time": "the run ends after the epoch's stage hooks and validation",
+    "num_sanity_val_steps": "off, because recipes initialize in TRAIN what VALID needs",
     "precision": "mixed precisions are translated into the run options precision and "
     "eval_precision",
-    "strategy": "one device, ddp or fsdp2; others are refused before training",
-    "use_distributed_sampler": "holds for loaders that the Trainer is given; datasets that "
-    "brain.fit makes loaders for are shared out as in SpeechBrain",
+    "strategy": "one device, ddp or fsdp2; others raise an error before training",
+    "use_distributed_sampler": "applies to loaders that are passed to the Trainer; datasets "
+    "that are passed to brain.fit are distributed as in SpeechBrain",
 }
 
 
 def check_trainer_arguments(names: Iterable[str]) -> None:
-    """Refuses what no Trainer understands.
+    """Raises an error if a name is not an argument of the Trainer.
 
     Args:
         names: Names of arguments.
 
     Raises:
-        RunOptionError: One is unknown.
+        RunOptionError: A name is not known.
     """
     check_names("Trainer argument", names, list(_parameters()))
 
 
 def trainer_help() -> str:
-    """What ``--trainer.help`` shows.
+    """Returns the text that ``--trainer.help`` shows.
 
     Returns:
-        Every argument with its default, Lightning's description of it in one sentence,
-        and what is different with a Brain.
+        Every argument with its default, the first sentence of Lightning's description, and
+        what is different with a Brain.
     """
     texts = documented(Trainer.__init__, "Args")
     lines = textwrap.wrap(INTRODUCTION, WIDTH)
     for name, parameter in _parameters().items():
         text = texts.get(name, "")
-        # Many have None for a default that only the documentation gives.
+        # The default of many arguments is None in the signature, and only documented.
         default = re.search(r"Default: ``(.+?)``", text)
         lines += ["", f"--trainer.{name}={default[1] if default else parameter.default}"]
         lines += _indented(_first_sentence(text), "    ")

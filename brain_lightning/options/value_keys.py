@@ -1,4 +1,4 @@
-"""The keys of a hyperparameters file by which a value that is in use can be overridden."""
+"""Finds the keys of a hyperparameters file that set a given value, for use in an override."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hyperpyyaml import resolve_references
 
 from .overrides import entries
 
-# The keys that lead to a value.
+# The keys that lead to a value, from the outermost section to the key itself.
 Keys = tuple[str, ...]
 
 
@@ -22,20 +22,20 @@ def keys_of(
     is_named: Callable[[str], bool],
     is_likely: Callable[[Keys, str], bool],
 ) -> list[str]:
-    """Finds the keys that have a value, by their names.
+    """Returns the keys that set one of some values.
 
-    A reference to another key, ``lr: !ref <lr_adam>``, leads to that one.
+    A reference to another key, such as ``lr: !ref <lr_adam>``, is followed to that key.
 
     Args:
-        hparams_file: The file.
+        hparams_file: Path of the hyperparameters file.
         overrides: YAML text, as for ``load_hyperpyyaml``.
-        values: What is looked for.
-        is_named: Whether a key may have it, by its name.
-        is_likely: Of several, whether this is one, by its keys and the tag of its section;
-            where none is, all are.
+        values: Values to look for.
+        is_named: Returns whether a key of this name may set the value.
+        is_likely: If several keys are found, returns whether a key is a likely one, from its
+            path and the tag of its section. If no key is likely, all keys are returned.
 
     Returns:
-        Names as ``--name=value`` takes them, ``lr_adam`` or ``opt_class.lr``, each once.
+        Names for ``--name=value``, such as ``lr_adam`` or ``opt_class.lr``. No duplicates.
     """
     with open(hparams_file, encoding="utf-8") as stream:
         resolved = _leaves(_compose(resolve_references(stream, overrides).getvalue()))
@@ -53,14 +53,14 @@ def keys_of(
 
 
 def _compose(text: str) -> yaml.Node | None:
-    # Composed alone: nothing that a tag names is made.
+    # yaml.compose creates nodes only. The objects that tags name are not created.
     return yaml.compose(text, yaml.SafeLoader)
 
 
 def _leaves(
     node: yaml.Node | None, keys: Keys = ()
 ) -> Iterator[tuple[Keys, yaml.ScalarNode, str]]:
-    """The scalars that an override reaches, each with the tag of the section that it is in."""
+    """Yields the scalars that an override can set, each with the tag of its section."""
     for key, value in entries(node).items():
         if isinstance(value, yaml.ScalarNode):
             yield (*keys, key), value, "" if node is None else node.tag

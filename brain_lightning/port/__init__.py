@@ -1,9 +1,9 @@
-"""Writes the port of a recipe that the guide describes.
+"""Ports a recipe to brain_lightning, as the guide describes.
 
-``recipe`` finds the files and has each ported: ``python_file`` a script, ``yaml_file`` its
-hyperparameters. ``equivalents`` is the table of what is replaced. Of a script ``uses`` reads
-what it uses of SpeechBrain's, by LibCST, which the extra ``brain_lightning[port]`` installs;
-``imports`` changes its imports, ``by_hand`` finds what a Trainer or a run option would do for
-it, and ``instantiation`` whether the Brain is made in the way that this needs.
-``local_modules`` has the modules beside the script, ``files`` makes diffs and writes.
+``recipe`` finds the files of a recipe. ``python_file`` ports a script, and ``yaml_file`` ports
+a hyperparameters file. ``equivalents`` is the table of replacements. ``uses`` finds the uses
+of SpeechBrain in a script with LibCST, which the extra ``brain_lightning[port]`` installs.
+``imports`` changes the imports. ``by_hand`` finds code that a Trainer or a run option
+replaces, and ``instantiation`` checks that the Brain is created in a way that allows it.
+``local_modules`` finds the modules in the script's folder. ``files`` writes diffs and files.
 """

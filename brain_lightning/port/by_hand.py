@@ -1,7 +1,7 @@
-"""What a Brain does by hand that run options and a Trainer do for others.
+"""Finds code of a Brain that run options and Trainer arguments can replace.
 
-A ``fit_batch`` that is SpeechBrain's own step, written out with a clipping or an accumulation
-of its own, is replaced by arguments that say the same. Everything else stays, and is named.
+If a ``fit_batch`` is SpeechBrain's training step with custom clipping or accumulation, it is
+replaced by the equivalent arguments. Other such code stays, and gets a remark.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from libcst import matchers
 from .instantiation import is_plain
 from .uses import Uses
 
-# The step of SpeechBrain's fit_batch, as ast.unparse writes it; what clips it, and how often.
+# SpeechBrain's training step, as ast.unparse writes it, with clipping and accumulation.
 STEP = re.compile(
     r"""
     (?P<outputs>\w+)\ =\ self\.compute_forward\((?P<batch>\w+),\ [\w.]*Stage\.TRAIN\)\n
@@ -33,46 +33,46 @@ STEP = re.compile(
     """,
     re.VERBOSE,
 )
-# Hooks that SpeechBrain's fit_batch calls, and this one does not.
-AROUND = frozenset({
+# Hooks that SpeechBrain's fit_batch calls, and that STEP does not call.
+SKIPPED_HOOKS = frozenset({
     "on_fit_batch_start", "on_fit_batch_end", "optimizers_step", "check_gradients",
     "zero_grad", "freeze_optimizers", "check_loss_isfinite", "init_optimizers", "no_sync",
 })  # fmt: skip
-# With one of its own nobody knows what a Brain is given.
+# If a Brain overrides it, the arguments of the Brain are not known.
 CONSTRUCTOR = "__init__"
-# Run options among hyperparameters, which SpeechBrain's fit_batch reads and this one does not.
+# Run options in hparams that SpeechBrain's fit_batch reads, and that STEP does not read.
 READ_BY_DEFAULT = frozenset({
     "max_grad_norm", "grad_accumulation_factor", "precision", "auto_mix_prec",
     "bfloat16_mix_prec", "nonfinite_patience", "skip_nonfinite_grads", "trainer",
 })  # fmt: skip
-OF_HPARAMS = "self.hparams."
+HPARAMS_PREFIX = "self.hparams."
 CLIPS = matchers.Name("clip_grad_norm_") | matchers.Name("clip_grad_value_")
 POSITION = matchers.Name("limit") | matchers.Name("current")
 ASSIGNS = matchers.Assign(targets=[matchers.AssignTarget(matchers.Name())])
 OWN_WINDOW = re.compile(r"self\.step % (?!self\.grad_accumulation_factor\b)")
 CLIPPING = (
-    "clips gradients by hand, which stays: max_grad_norm and Trainer(gradient_clip_val=...) "
-    "do not change it"
+    "Custom gradient clipping is left unchanged. max_grad_norm and "
+    "Trainer(gradient_clip_val=...) have no effect on it."
 )
 ACCUMULATION = (
-    "accumulates gradients by hand, which stays: grad_accumulation_factor and "
-    "Trainer(accumulate_grad_batches=...) do not change it"
+    "Custom gradient accumulation is left unchanged. grad_accumulation_factor and "
+    "Trainer(accumulate_grad_batches=...) have no effect on it."
 )
 STOPPING = (
-    "moves the epoch counter by hand, which stays: EpochCounterWithStopper or the Trainer's "
-    "EarlyStopping would end the training"
+    "A custom change of the epoch counter is left unchanged. To end the training early, use "
+    "EpochCounterWithStopper or the Trainer's EarlyStopping."
 )
-GROUP = "init_process_group: take it out, for the Trainer starts the process group"
+GROUP = "Remove init_process_group, because the Trainer initializes the process group."
 
 
-class WrittenOut(NamedTuple):
-    """A ``fit_batch`` that is SpeechBrain's, and what takes its place in the YAML file.
+class ReplaceableStep(NamedTuple):
+    """A ``fit_batch`` that matches ``STEP``, and the YAML arguments that replace it.
 
     Attributes:
         method: The method.
-        clip: ``gradient_clip_val`` of the Trainer, or None where a run option says it.
-        factor: ``grad_accumulation_factor``, or None where it is there or nothing is
-            accumulated.
+        clip: ``gradient_clip_val`` of the Trainer, or None if ``max_grad_norm`` sets it.
+        factor: ``grad_accumulation_factor``, or None if the YAML file has it already or
+            nothing is accumulated.
     """
 
     method: cst.FunctionDef
@@ -80,18 +80,19 @@ class WrittenOut(NamedTuple):
     factor: str | None
 
 
-def written_out_step(
+def replaceable_step(
     uses: Uses, tree: ast.Module, hparams: Sequence[Mapping[str, str]]
-) -> WrittenOut | None:
-    """Finds a ``fit_batch`` that a Trainer's arguments replace, with the same numbers.
+) -> ReplaceableStep | None:
+    """Finds a ``fit_batch`` that arguments can replace with bitwise identical results.
 
     Args:
-        uses: What was found in the file.
-        tree: The file.
-        hparams: The plain hyperparameters of each YAML file.
+        uses: Uses of SpeechBrain in the file.
+        tree: Syntax tree of the file.
+        hparams: Plain hyperparameters of each YAML file.
 
     Returns:
-        None where there is none, or where the numbers may be others.
+        The method and the arguments. None if there is no such method, or if the results may
+        differ.
     """
     if not (len(uses.brains) == 1 and hparams and _stands_alone(uses.brains[0], uses)):
         return None
@@ -99,12 +100,12 @@ def written_out_step(
     found = STEP.fullmatch(_body(methods["fit_batch"])) if "fit_batch" in methods else None
     if (
         found is None
-        or (AROUND | {CONSTRUCTOR}) & methods.keys()
+        or (SKIPPED_HOOKS | {CONSTRUCTOR}) & methods.keys()
         or bool(found["indent"]) != bool(found["factor"])
     ):
         return None
     norm, factor = found["norm"], found["factor"]
-    read = {name.removeprefix(OF_HPARAMS) for name in (norm, factor) if name}
+    read = {name.removeprefix(HPARAMS_PREFIX) for name in (norm, factor) if name}
     if not is_plain(tree, uses.brains[0].name.value, READ_BY_DEFAULT | read):
         return None
     for values in hparams:
@@ -114,28 +115,28 @@ def written_out_step(
             return None
         if factor and not _is_positive(factor, values, int):
             return None
-    # Nothing is clipped by hand: the default of max_grad_norm would clip.
+    # Without clipping in STEP, 0 disables the clipping by the default of max_grad_norm.
     clip = _argument(norm, "max_grad_norm") if norm else "0"
-    return WrittenOut(
+    return ReplaceableStep(
         methods["fit_batch"], clip, _argument(factor, "grad_accumulation_factor")
     )
 
 
 def _stands_alone(brain: cst.ClassDef, uses: Uses) -> bool:
-    """Whether a Brain is no part of another and has hyperparameters to read them from."""
+    """Returns whether a Brain has no subclass and one base, and reads ``self.hparams``."""
     is_subclassed = brain.name.value in uses.bases
-    return len(brain.bases) == 1 and not is_subclassed and OF_HPARAMS in _code(brain)
+    return len(brain.bases) == 1 and not is_subclassed and HPARAMS_PREFIX in _code(brain)
 
 
 def remarks(uses: Uses, gone: cst.CSTNode | None) -> Iterator[tuple[int, str]]:
-    """Names what stays.
+    """Finds custom code that a port leaves unchanged.
 
     Args:
-        uses: What was found in the file.
-        gone: The method that does not stay.
+        uses: Uses of SpeechBrain in the file.
+        gone: The method that the port removes, if any.
 
-    Returns:
-        Lines, and what is done by hand there.
+    Yields:
+        Line and text of each remark.
     """
     for brain in uses.brains:
         for method in _methods(brain):
@@ -161,13 +162,13 @@ def _remarks_on(method: cst.FunctionDef, uses: Uses) -> Iterator[tuple[int, str]
 
 
 def _windows(method: cst.FunctionDef) -> Iterator[cst.CSTNode]:
-    """The conditions of its own on which an optimizer steps."""
+    """Yields the custom conditions under which an optimizer steps."""
     assigned = [cst.ensure_type(n, cst.Assign) for n in matchers.findall(method, ASSIGNS)]
     for each in matchers.findall(method, matchers.If()):
         condition = cst.ensure_type(each, cst.If)
         if ".step(" in _code(condition.body):
             test = _code(condition.test)
-            # `should_step = self.step % ... == 0` comes first.
+            # The condition may be assigned before: `should_step = self.step % ... == 0`.
             test += " ".join(
                 _code(n.value) for n in assigned if _code(n.targets[0].target) in test
             )
@@ -190,7 +191,7 @@ def _code(node: cst.CSTNode) -> str:
 
 
 def _body(method: cst.FunctionDef) -> str:
-    """Its statements without a docstring, in one way of writing them."""
+    """Returns the statements of a method without its docstring, in a normalized form."""
     tree = ast.parse(_code(method.with_changes(leading_lines=[]))).body[0]
     assert isinstance(tree, ast.FunctionDef)
     if tree.decorator_list:
@@ -202,16 +203,20 @@ def _body(method: cst.FunctionDef) -> str:
 def _is_positive(
     name: str, values: Mapping[str, str], number: type[int] | type[float]
 ) -> bool:
-    """Whether an argument is known to be a number above 0."""
-    text = values.get(name.removeprefix(OF_HPARAMS), "")
+    """Returns whether an argument is known to be a number above 0."""
+    text = values.get(name.removeprefix(HPARAMS_PREFIX), "")
     try:
-        return number(text if name.startswith(OF_HPARAMS) else name) > 0
+        return number(text if name.startswith(HPARAMS_PREFIX) else name) > 0
     except ValueError:
         return False
 
 
 def _argument(name: str | None, option: str) -> str | None:
-    """As it is written in YAML; None where the hyperparameter is the run option itself."""
-    if name is None or name == OF_HPARAMS + option:
+    """Returns an argument as YAML, or None if the hyperparameter is the run option itself."""
+    if name is None or name == HPARAMS_PREFIX + option:
         return None
-    return f"!ref <{name.removeprefix(OF_HPARAMS)}>" if name.startswith(OF_HPARAMS) else name
+    return (
+        f"!ref <{name.removeprefix(HPARAMS_PREFIX)}>"
+        if name.startswith(HPARAMS_PREFIX)
+        else name
+    )

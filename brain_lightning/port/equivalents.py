@@ -1,4 +1,4 @@
-"""What of SpeechBrain's a port replaces, and by what of ours; everything else stays."""
+"""The names of SpeechBrain that a port replaces. All other names stay."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ COUNTERS_AND_CHECKPOINTER = {
     "speechbrain.utils.epoch_loop.EpochCounter": "EpochCounter",
     "speechbrain.utils.epoch_loop.EpochCounterWithStopper": "EpochCounterWithStopper",
 }
-# The dotted name that a script imports it by, and its name in brain_lightning.
+# Full names in SpeechBrain that scripts import, with their names in brain_lightning.
 IN_SCRIPTS = {
     **{f"{module}.{name}": name
        for module in ("speechbrain", "speechbrain.core")
        for name in ("Brain", "Stage", "parse_arguments")},
     **COUNTERS_AND_CHECKPOINTER,
 }  # fmt: skip
-# The name after ``!new:`` and other tags, and what it becomes.
+# Full names after ``!new:`` and other tags, with their replacements.
 IN_YAML = {name: f"{OURS}.{ours}" for name, ours in COUNTERS_AND_CHECKPOINTER.items()}
-# The Trainer starts the process group.
+# A function that a port removes, because the Trainer initializes the process group.
 STARTS_PROCESS_GROUP = "speechbrain.utils.distributed.ddp_init_group"
 BRAINS = frozenset(
     [*(name for name, ours in IN_SCRIPTS.items() if ours == "Brain"),
@@ -30,12 +30,12 @@ MODULES = frozenset(name.rpartition(".")[0] for name in IN_SCRIPTS)
 
 
 class Remark(NamedTuple):
-    """What a port leaves as it is.
+    """Code that a port leaves unchanged and that needs attention.
 
     Attributes:
-        file: Where it is.
-        line: On which line.
-        says: What it is, why it stays, and what can be done about it.
+        file: Path of the file.
+        line: Line in the file.
+        says: Sentences that describe the code, the reason and the remedy.
     """
 
     file: str

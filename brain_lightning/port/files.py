@@ -1,4 +1,4 @@
-"""What a port gives: a diff, files in place, or files beside."""
+"""Writes a port as a diff, in place, or to another folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .recipe import Change
 
 
 def unified_diff(changes: Iterable[Change]) -> str:
-    """The changes, as ``git apply`` and ``patch -p1`` take them in this folder.
+    """Returns a diff for ``git apply`` and ``patch -p1`` in the current folder.
 
     Args:
-        changes: Files as they were and as they become.
+        changes: Files before and after the port.
 
     Returns:
-        A diff, empty where nothing changes.
+        The diff, empty if no file changes.
     """
     return "".join(line for change in changes for line in _diff(change))
 
@@ -35,58 +35,58 @@ def _diff(change: Change) -> Iterator[str]:
 
 
 def _name(path: Path) -> str:
-    """Its path from here, which a diff needs."""
+    """Returns a path relative to the current folder, as a diff needs it."""
     here, there = Path.cwd(), Path(os.path.abspath(path))
     return (there.relative_to(here) if there.is_relative_to(here) else path).as_posix()
 
 
 def _lines(text: str) -> list[str]:
-    """Lines as ``patch`` counts them: a form feed does not end one."""
+    """Splits a text into lines as ``patch`` does: a form feed does not end a line."""
     lines = [f"{line}\n" for line in text.split("\n")]
     last = lines.pop()[:-1]
     return [*lines, last] if last else lines
 
 
 def changed_lines(change: Change) -> int:
-    """How many lines a diff takes out or puts in.
+    """Returns the number of lines that a diff removes and adds.
 
     Args:
-        change: A file.
+        change: A file before and after the port.
     """
     body = list(_diff(change))[2:]
     return sum(line[0] in "+-" for line in body)
 
 
 def write_in_place(changes: Iterable[Change]) -> list[Path]:
-    """Writes all files that change, or none.
+    """Writes all files that change. If one cannot be written, none is changed.
 
     Args:
-        changes: Files as they were and as they become.
+        changes: Files before and after the port.
 
     Returns:
-        What was written.
+        Paths of the files that were written.
 
     Raises:
-        RecipeError: One cannot be written.
+        RecipeError: A file cannot be written.
     """
     written = [change for change in changes if change.before != change.after]
-    # What a link stands for, and not the link.
+    # Writes to the target of a link, and does not replace the link.
     _replace({change.path.resolve(): (change.path, change.after) for change in written})
     return [change.path for change in written]
 
 
 def write_beside(changes: Sequence[Change], folder: Path) -> dict[Path, Path]:
-    """Writes all files into a folder, where they lie to each other as they did.
+    """Writes all files into another folder, with the same paths relative to each other.
 
     Args:
-        changes: Files as they were and as they become.
-        folder: Where to; it is made.
+        changes: Files before and after the port.
+        folder: Folder to write. It is created if it does not exist.
 
     Returns:
-        Where each file is now.
+        New path of each file.
 
     Raises:
-        RecipeError: A file is there already, and is another one; one cannot be written.
+        RecipeError: A different file of that name exists, or a file cannot be written.
     """
     absolute = {change.path: Path(os.path.abspath(change.path)) for change in changes}
     root = os.path.commonpath([path.parent for path in absolute.values()])
@@ -95,8 +95,8 @@ def write_beside(changes: Sequence[Change], folder: Path) -> dict[Path, Path]:
         place = places[change.path]
         if place.is_file() and place.read_bytes() != change.after.encode():
             raise RecipeError(
-                f"{place} is there already, and is another file: remove it, or choose "
-                "another folder for --out"
+                f"{place} exists already with other content. Remove it, or set --out to "
+                "another folder."
             )
     for place in places.values():
         with _named(place):
@@ -106,10 +106,10 @@ def write_beside(changes: Sequence[Change], folder: Path) -> dict[Path, Path]:
 
 
 def link_rest(places: Mapping[Path, Path]) -> None:
-    """Links what else lies beside files, as a script may look for it.
+    """Creates links to the other files of the folders, because a script may open them.
 
     Args:
-        places: Files, and where they were written to.
+        places: Original and new path of each file.
     """
     for path, place in places.items():
         for other in Path(os.path.abspath(path)).parent.iterdir():
@@ -118,10 +118,10 @@ def link_rest(places: Mapping[Path, Path]) -> None:
 
 
 def _replace(files: Mapping[Path, tuple[Path, str]]) -> None:
-    """Writes files beside their places and renames them; all of them, or none.
+    """Writes temporary files and renames them. If one fails, all files stay as they were.
 
     Args:
-        files: Where to, the file whose mode it gets, and the text.
+        files: For each path to write, the file whose mode it gets, and the text.
     """
     with ExitStack() as undo:
         written: dict[Path, Path] = {}
@@ -145,7 +145,7 @@ def _restore(path: Path, before: bytes | None) -> None:
 
 
 def _temporary(path: Path, text: bytes, like: Path) -> Path:
-    """A file beside a place, with the mode of another one; nothing is left where it fails."""
+    """Writes a temporary file in the folder of a path. If this fails, no file is left."""
     descriptor, name = tempfile.mkstemp(dir=path.parent)
     with ExitStack() as undo:
         undo.callback(os.unlink, name)
@@ -158,7 +158,7 @@ def _temporary(path: Path, text: bytes, like: Path) -> Path:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Says which file it was that could not be written."""
+    """Turns an OSError into a RecipeError that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The imports of a file that is ported: ours come, what nobody uses any more goes."""
+"""Changes the imports of a ported file: adds brain_lightning's, removes unused ones."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from libcst.helpers import get_full_name_for_node
 from .equivalents import IN_SCRIPTS, OURS
 
 Statements = Sequence[cst.BaseStatement]
-# Modules of which an import goes where nobody uses it any more.
+# Modules whose import is removed if the port removes its last use.
 OWN_MODULES = frozenset({"speechbrain", "speechbrain.core", "speechbrain.utils.distributed"})
 
-# Stands on a line that goes: LibCST would drop an empty line with the comments above it.
+# Marks a line to remove. If LibCST removed the line now, the comments above it would be lost.
 GONE = cst.Pass()
 DOCSTRING = matchers.SimpleStatementLine([matchers.Expr(matchers.SimpleString())])
 
 
 class Split(NamedTuple):
-    """The names of one import.
+    """The names of one import statement.
 
     Attributes:
-        kept: Those that stay as they are.
-        ours: Those that are to be imported from ours, as ``Brain`` or ``Brain as B``.
+        kept: Names that stay.
+        ours: Names to import from brain_lightning, as ``Brain`` or ``Brain as B``.
     """
 
     kept: list[cst.ImportAlias]
@@ -33,13 +33,13 @@ class Split(NamedTuple):
 
 
 def import_in(statement: cst.CSTNode) -> cst.Import | cst.ImportFrom | None:
-    """The import that a line is.
+    """Returns the import statement of a line.
 
     Args:
-        statement: Any.
+        statement: Any statement.
 
     Returns:
-        None for every other statement, and for lines of several.
+        The import. None for other statements, and for lines with several statements.
     """
     if isinstance(statement, cst.SimpleStatementLine) and len(statement.body) == 1:
         found = statement.body[0]
@@ -49,27 +49,27 @@ def import_in(statement: cst.CSTNode) -> cst.Import | cst.ImportFrom | None:
 
 
 def module_of(found: cst.ImportFrom) -> str:
-    """The module that names are imported from.
+    """Returns the module from which names are imported.
 
     Args:
         found: The import.
 
     Returns:
-        Its dotted name; nothing for a relative one.
+        Full name of the module, or empty for a relative import.
     """
     name = get_full_name_for_node(found.module) if found.module else None
     return "" if found.relative or name is None else name
 
 
 def split(found: cst.Import | cst.ImportFrom, is_unused: Callable[[str], bool]) -> Split:
-    """Says of each name of an import whether it stays, is one of ours, or goes.
+    """Splits the names of an import into names that stay, are replaced, or are removed.
 
     Args:
         found: The import.
-        is_unused: Whether the port takes the last use of a name.
+        is_unused: Returns whether the port removes the last use of a name.
 
     Returns:
-        Those that stay, and those of ours.
+        The names that stay, and the names to import from brain_lightning.
     """
     if isinstance(found.names, cst.ImportStar):
         return Split([], [])
@@ -78,7 +78,7 @@ def split(found: cst.Import | cst.ImportFrom, is_unused: Callable[[str], bool]) 
     for alias in found.names:
         name = prefix + (get_full_name_for_node(alias.name) or "")
         bound = alias.evaluated_alias or alias.evaluated_name.split(".")[0]
-        # `import a.b` may be there for its own sake.
+        # `import a.b` stays, because it may be there for its side effects.
         goes = name in OWN_MODULES or bound != name.split(".")[0] or "." not in name
         if prefix and name in IN_SCRIPTS:
             ours.append(_as(IN_SCRIPTS[name], alias))
@@ -95,14 +95,14 @@ def _as(name: str, alias: cst.ImportAlias) -> str:
 def with_names(
     line: cst.SimpleStatementLine, names: Sequence[cst.ImportAlias]
 ) -> cst.SimpleStatementLine:
-    """An import of fewer names, in the layout that it has.
+    """Removes names from an import, and keeps its layout.
 
     Args:
         line: The line of the import.
-        names: Those of its names that stay.
+        names: The names that stay.
 
     Returns:
-        The line, gone where no name stays.
+        The line, or ``GONE`` if no name stays.
     """
     found = import_in(line)
     assert found is not None
@@ -114,7 +114,7 @@ def with_names(
 
 
 def _end(name: cst.ImportAlias, last: cst.ImportAlias) -> cst.Comma | cst.MaybeSentinel:
-    """What follows a name that becomes the last one: its comment, and the end of the line."""
+    """Returns the comma after a name that becomes the last one, with the name's comment."""
     mine, end = _space_after(name), _space_after(last)
     if mine is None or mine.first_line.comment is None:
         return last.comma
@@ -123,7 +123,7 @@ def _end(name: cst.ImportAlias, last: cst.ImportAlias) -> cst.Comma | cst.MaybeS
 
 
 def _space_after(name: cst.ImportAlias) -> cst.ParenthesizedWhitespace | None:
-    """The end of the line after a name and its comma."""
+    """Returns the whitespace and the comment after a name and its comma."""
     space = name.comma.whitespace_after if isinstance(name.comma, cst.Comma) else None
     return space if isinstance(space, cst.ParenthesizedWhitespace) else None
 
@@ -131,11 +131,11 @@ def _space_after(name: cst.ImportAlias) -> cst.ParenthesizedWhitespace | None:
 def from_ours(
     names: Collection[str], leading_lines: Sequence[cst.EmptyLine] = ()
 ) -> cst.SimpleStatementLine:
-    """Imports names from ours.
+    """Creates an import from brain_lightning.
 
     Args:
-        names: As ``Brain`` or ``Brain as B``.
-        leading_lines: What stands above it.
+        names: Names such as ``Brain`` or ``Brain as B``.
+        leading_lines: Lines above the import.
 
     Returns:
         The line.
@@ -146,11 +146,11 @@ def from_ours(
 
 
 def extended(line: cst.SimpleStatementLine, names: Collection[str]) -> cst.SimpleStatementLine:
-    """An import from ours, with more names; its layout stays.
+    """Adds names to an import from brain_lightning, and keeps its layout.
 
     Args:
         line: The line of the import.
-        names: Names to add, where they are not there.
+        names: Names to add, unless the import has them.
 
     Returns:
         The line.
@@ -174,18 +174,18 @@ def extended(line: cst.SimpleStatementLine, names: Collection[str]) -> cst.Simpl
 
 
 def end_of_imports(body: Statements) -> int:
-    """Where one more import goes: after the imports among which SpeechBrain's are.
+    """Returns where to insert an import: after the block of imports with SpeechBrain's.
 
     Args:
-        body: The statements of a file.
+        body: Statements of a file.
 
     Returns:
-        The place before which to insert it.
+        Index in ``body``.
     """
     places = [n for n, statement in enumerate(body) if _names(statement)]
     first = next((n for n in places if is_speechbrains(body[n])), None)
     if first is None:
-        # A file that imports nothing at its top may begin with a docstring.
+        # Without imports the new one goes after the docstring of the file.
         has_docstring = bool(body) and matchers.matches(body[0], DOCSTRING)
         first = next(iter(places), 0 if has_docstring else -1)
     end = first + 1
@@ -195,16 +195,16 @@ def end_of_imports(body: Statements) -> int:
 
 
 def is_speechbrains(statement: cst.CSTNode) -> bool:
-    """Whether a line imports SpeechBrain, or something of it.
+    """Returns whether a line imports SpeechBrain or one of its modules.
 
     Args:
-        statement: Any.
+        statement: Any statement.
     """
     return any(name.split(".")[0] == "speechbrain" for name in _names(statement))
 
 
 def _names(statement: cst.CSTNode) -> list[str]:
-    """The modules that a line imports, or imports from; a dot for a relative import."""
+    """Returns the modules that a line imports. A relative import is a dot."""
     parts = statement.body if isinstance(statement, cst.SimpleStatementLine) else ()
     names: list[str] = []
     for part in parts:

@@ -1,27 +1,27 @@
-"""How a script makes its Brain: whether run options and a Trainer see what its step sees."""
+"""Checks how a script creates its Brain, which decides whether its step can be replaced."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator
 
-# The order of Brain's arguments, and methods of a dictionary that change it.
+# The positional arguments of Brain, and the methods of a dict that change it.
 ARGUMENTS = ("modules", "opt_class", "hparams", "run_opts", "checkpointer")
 CHANGES = frozenset({"update", "pop", "popitem", "setdefault", "clear", "__setitem__"})
-# What a script may set by hand on a Brain, so that another step is taken.
-OF_THE_STEP = frozenset({"optimizer", "fit_batch", "hparams"})
+# Attributes of a Brain with which a script can change the training step.
+STEP_ATTRIBUTES = frozenset({"optimizer", "fit_batch", "hparams"})
 
 
 def is_plain(tree: ast.Module, brain: str, read: Collection[str]) -> bool:
-    """Whether a Brain's optimizer updates all of its modules, by the hyperparameters loaded.
+    """Returns whether a Brain has one optimizer of all its modules, and unchanged hparams.
 
     Args:
-        tree: The script.
-        brain: The name of its Brain.
-        read: Hyperparameters and run options that have to stay as they were loaded.
+        tree: Syntax tree of the script.
+        brain: Name of the Brain class.
+        read: Hyperparameters and run options that the script must not change after loading.
 
     Returns:
-        False where it is not so, or not known.
+        False if this does not hold, or is not known.
     """
     nodes = list(ast.walk(tree))
     calls = [n for n in nodes if isinstance(n, ast.Call) and _name(n.func) == brain]
@@ -29,13 +29,13 @@ def is_plain(tree: ast.Module, brain: str, read: Collection[str]) -> bool:
     return (
         bool(calls)
         and len(calls) == len(uses)
-        and not any(_sets(node, {*read, *OF_THE_STEP}) for node in nodes)
+        and not any(_sets(node, {*read, *STEP_ATTRIBUTES}) for node in nodes)
         and all(_is_plain_call(call, tree) for call in calls)
     )
 
 
 def _sets(node: ast.AST, names: Collection[str]) -> bool:
-    """Whether an attribute or a key is set, or deleted, by one of some names."""
+    """Returns whether a node sets or deletes an attribute or a key of one of the names."""
     match node:
         case ast.Call(func=ast.Name(id="setattr" | "delattr" | "vars")):
             return True
@@ -66,7 +66,7 @@ def _is_plain_call(call: ast.Call, tree: ast.Module) -> bool:
 
 
 def _takes_all(opt_class: ast.expr | None, hparams: str) -> bool:
-    """Whether an optimizer is made of the parameters that Brain gives it."""
+    """Returns whether an optimizer is created with all parameters that Brain passes to it."""
     match opt_class:
         case ast.Subscript(value=ast.Name(id=name)):
             return name == hparams
@@ -82,7 +82,7 @@ def _takes_all(opt_class: ast.expr | None, hparams: str) -> bool:
 
 
 def _is_loaded(tree: ast.Module, name: str, function: str) -> bool:
-    """Whether a name has what a function returned, but for keys that are written out."""
+    """Returns whether a name holds the result of a function, changed only by literal keys."""
     given = {
         node
         for node in ast.walk(tree)
@@ -104,7 +104,7 @@ def _is_loaded(tree: ast.Module, name: str, function: str) -> bool:
 
 
 def _assigned(tree: ast.Module, function: str) -> Iterator[ast.AST]:
-    """What stands on the left of a function's call."""
+    """Yields the targets to which a function's result is assigned."""
     for node in ast.walk(tree):
         match node:
             case ast.Assign(

@@ -1,4 +1,4 @@
-"""The modules of a recipe's own that a script imports: files beside it."""
+"""Finds the modules in a script's folder that the script imports."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from brain_lightning.errors import RecipeError
 
 from .equivalents import OURS
 
-# What some editors begin a file in UTF-8 with; it stays.
+# Some editors write it at the start of UTF-8 files. It is preserved.
 BYTE_ORDER_MARK = "\ufeff"
-# A folder of this name beside a script is a checkout of it, not a part of the recipe.
+# A folder of this name beside a script is a checkout of the package, not part of the recipe.
 NOT_LOCAL = frozenset({"speechbrain", OURS})
 
 
 def read_script(path: Path) -> str:
-    """Reads a script, its line ends as they are.
+    """Reads a script without changing its line endings.
 
     Args:
-        path: The script.
+        path: Path of the script.
 
     Returns:
-        Its text.
+        Text of the script.
 
     Raises:
-        RecipeError: It cannot be read, or is no text in UTF-8.
+        RecipeError: The file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8")
@@ -38,14 +38,14 @@ def parse(text: str, path: Path) -> ast.Module:
     """Parses a script.
 
     Args:
-        text: Its text.
-        path: Where it is, for an error.
+        text: Text of the script.
+        path: Path of the script, for error messages.
 
     Returns:
-        Its tree.
+        The syntax tree.
 
     Raises:
-        RecipeError: It is no Python.
+        RecipeError: The text is not valid Python.
     """
     try:
         return ast.parse(text.removeprefix(BYTE_ORDER_MARK), str(path))
@@ -55,16 +55,16 @@ def parse(text: str, path: Path) -> ast.Module:
 
 
 def local_modules(script: Path) -> list[Path]:
-    """The modules that a script imports and that lie beside it, and those that they import.
+    """Returns the modules in a script's folder that it imports, directly or indirectly.
 
     Args:
-        script: The script; Python puts its folder on the path.
+        script: Path of the script, whose folder Python puts on ``sys.path``.
 
     Returns:
-        The files, without the script.
+        Paths of the modules, without the script.
 
     Raises:
-        RecipeError: One cannot be read.
+        RecipeError: A module cannot be read.
     """
     found: dict[Path, None] = {script: None}
     waiting = [script]
@@ -91,14 +91,14 @@ def _imported(tree: ast.Module, here: Path, root: Path) -> Iterator[Path]:
 
 
 def files_of(folder: Path, parts: list[str]) -> Iterator[Path]:
-    """The modules on the way of a dotted name, packages among them.
+    """Yields the files of a dotted name: its packages and its module.
 
     Args:
-        folder: Where its first part is looked for.
-        parts: The parts of the name.
+        folder: Folder that contains the first part.
+        parts: Parts of the name.
 
     Yields:
-        Those that are files.
+        Paths of the files that exist.
     """
     if parts[0] in NOT_LOCAL:
         return

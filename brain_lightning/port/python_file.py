@@ -1,4 +1,4 @@
-"""Ports a Python file: its concrete syntax tree keeps comments and layout as they are."""
+"""Ports a Python file. Its concrete syntax tree preserves comments and layout."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ import libcst as cst
 from libcst.metadata import MetadataWrapper
 
 from . import imports
-from .by_hand import WrittenOut, remarks, written_out_step
+from .by_hand import ReplaceableStep, remarks, replaceable_step
 from .equivalents import OURS
 from .uses import Uses, qualified_uses
 
-# A comment that goes with what starts the process group.
-OF_THE_GROUP = re.compile("ddp|distributed|group|process|gpu|parallel|launch", re.IGNORECASE)
+# A comment that is removed together with the call that initializes the process group.
+GROUP_COMMENT = re.compile("ddp|distributed|group|process|gpu|parallel|launch", re.IGNORECASE)
 Line = cst.SimpleStatementLine
 Block = TypeVar("Block", cst.IndentedBlock, cst.Module)
 
 
 class PortedFile(NamedTuple):
-    """A Python file that was ported.
+    """A ported Python file.
 
     Attributes:
-        text: Its text.
-        brains: The names of its Brains.
-        has_stage: Whether it used SpeechBrain's Stage, or imported it for others.
-        remarks: Lines of the file as it was, and what stays on them.
-        step: A ``fit_batch`` that is taken out, for arguments in YAML that do the same.
+        text: Text of the file.
+        brains: Names of its Brains.
+        has_stage: Whether the original file used or imported SpeechBrain's Stage.
+        remarks: Line in the original file and text of each remark.
+        step: A ``fit_batch`` that was removed because arguments in the YAML file replace it.
     """
 
     text: str
     brains: list[str]
     has_stage: bool
     remarks: list[tuple[int, str]]
-    step: WrittenOut | None
+    step: ReplaceableStep | None
 
 
 def port_python(
     text: str, local: Collection[str] = (), hparams: Sequence[Mapping[str, str]] = ()
 ) -> PortedFile:
-    """Replaces what ours has too, and takes out what starts the process group.
+    """Replaces names of SpeechBrain, and removes the call that initializes the process group.
 
     Args:
-        text: The file's text.
-        local: Names of modules beside it.
-        hparams: The plain hyperparameters of each of its YAML files.
+        text: Text of the file.
+        local: Names of modules in the same folder.
+        hparams: Plain hyperparameters of each YAML file of the recipe.
 
     Returns:
-        The text with those changes, and not one more.
+        The file with these changes and no others.
     """
     wrapper = MetadataWrapper(cst.parse_module(text))
     uses = Uses(wrapper, local)
     wrapper.visit(uses)
-    step = written_out_step(uses, ast.parse(text), hparams)
+    step = replaceable_step(uses, ast.parse(text), hparams)
     if step is not None:
         uses.removed.add(step.method)
     qualified = qualified_uses(wrapper, uses.replaced)
@@ -66,12 +66,13 @@ def port_python(
 
 
 class _Rewrite(cst.CSTTransformer):
-    """Makes the changes.
+    """Applies the changes to the syntax tree.
 
     Args:
-        module: The file.
-        uses: What was found in it.
-        qualified: What is replaced where its name means something else.
+        module: Syntax tree of the file.
+        uses: Uses of SpeechBrain in the file.
+        qualified: Uses that need the prefix ``brain_lightning.``, because the file gives
+            their name to another object.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class _Rewrite(cst.CSTTransformer):
         super().__init__()
         self._uses, self._qualified = uses, qualified
         self._top_level = set(module.body)
-        # What is to be imported at the top, and whether a line that imports it was found.
+        # Names to import at the top of the file.
         self._needed = {name for n, name in uses.replaced.items() if n not in qualified}
         self._splits: dict[cst.CSTNode, imports.Split] = {
             line: imports.split(found, uses.is_unused)
@@ -94,8 +95,8 @@ class _Rewrite(cst.CSTTransformer):
         self._merge(module)
 
     def _find_target(self, module: cst.Module) -> cst.CSTNode | None:
-        """The line that all names are imported on: ours, else one that becomes ours."""
-        # One that comes later may come after the first use.
+        """Returns the import to which all names are added, or that is replaced by one."""
+        # A later import may come after the first use of a name.
         first = module.body[: imports.end_of_imports(module.body)]
         lines = [n for n in first if isinstance(n, Line)]
         emptied = [n for n in lines if n in self._splits and not self._splits[n].kept]
@@ -107,7 +108,7 @@ class _Rewrite(cst.CSTTransformer):
         return candidates[0] if candidates else None
 
     def _merge(self, module: cst.Module) -> None:
-        """Lines that would import from ours too become one."""
+        """Merges the lines that would become imports from brain_lightning."""
         for line in module.body if self._target is not None else ():
             split = self._splits.get(line)
             if split and split.ours and not split.kept and line is not self._target:
@@ -117,7 +118,7 @@ class _Rewrite(cst.CSTTransformer):
     def leave_Attribute(
         self, original_node: cst.Attribute, updated_node: cst.Attribute
     ) -> cst.BaseExpression:
-        """``sb.Stage`` becomes ``Stage``."""
+        """Replaces ``sb.Stage`` by ``Stage``."""
         name = self._uses.replaced.get(original_node)
         if name is None:
             return updated_node
@@ -129,7 +130,7 @@ class _Rewrite(cst.CSTTransformer):
     def leave_SimpleStatementLine(
         self, original_node: Line, updated_node: Line
     ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement]:
-        """Changes imports, and marks the lines that go."""
+        """Changes imports, and marks the lines to remove."""
         if original_node in self._uses.removed:
             return updated_node.with_changes(
                 body=[imports.GONE],
@@ -161,18 +162,18 @@ class _Rewrite(cst.CSTTransformer):
     def leave_FunctionDef(
         self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
     ) -> cst.BaseStatement | cst.RemovalSentinel:
-        """Takes out a method that goes."""
+        """Removes a method."""
         gone = original_node in self._uses.removed
         return cst.RemoveFromParent() if gone else updated_node
 
     def leave_IndentedBlock(
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.BaseSuite:
-        """Takes out the lines that are gone; where no other is left, it needs a ``pass``."""
+        """Removes the marked lines of a block. If no line is left, adds a ``pass``."""
         return _without_gone(updated_node)
 
     def leave_Module(self, original_node: cst.Module, updated_node: cst.Module) -> cst.Module:
-        """Imports what no line of the file imports yet."""
+        """Imports the names that no line of the file imports yet."""
         module = _without_gone(updated_node)
         new: list[Line] = []
         place = imports.end_of_imports(module.body)
@@ -180,7 +181,7 @@ class _Rewrite(cst.CSTTransformer):
             new.append(cst.ensure_type(cst.parse_statement(f"import {OURS}"), Line))
         if self._needed and self._target is None:
             new.append(imports.from_ours(self._needed))
-            # After other imports they are a group of their own.
+            # After other imports a blank line separates the new group.
             above = [cst.EmptyLine(indent=False)] if place else []
             new[0] = new[0].with_changes(leading_lines=above)
         return module.with_changes(body=[*module.body[:place], *new, *module.body[place:]])
@@ -216,7 +217,7 @@ def _imports_ours(line: cst.CSTNode) -> bool:
 def _kept(
     found: cst.Import | cst.ImportFrom | None, split: imports.Split
 ) -> list[cst.ImportAlias]:
-    """The names that stay, as they are in a tree that was visited since."""
+    """Returns the names that stay, as nodes of the current tree."""
     assert found is not None
     assert not isinstance(found.names, cst.ImportStar)
     kept = [alias.evaluated_name for alias in split.kept]
@@ -230,15 +231,15 @@ def _count(found: cst.Import | cst.ImportFrom | None) -> int:
 
 
 def _without_its_comment(lines: Sequence[cst.EmptyLine]) -> Sequence[cst.EmptyLine]:
-    """The lines above what starts the process group, without the comment that is about it."""
+    """Removes the comment about the process group from the lines above its call."""
     blank = [n for n, line in enumerate(lines) if line.comment is None]
     start = blank[-1] + 1 if blank else 0
     comments = [line.comment.value for line in lines[start:] if line.comment]
-    return lines[:start] if any(map(OF_THE_GROUP.search, comments)) else lines
+    return lines[:start] if any(map(GROUP_COMMENT.search, comments)) else lines
 
 
 def _without_gone(block: Block) -> Block:
-    """Takes out the lines that are gone, and keeps what stands above them."""
+    """Removes the marked lines of a block, and keeps the lines above them."""
     kept: list[cst.BaseStatement] = []
     above: list[cst.EmptyLine] = []
     for statement in block.body:
@@ -253,7 +254,7 @@ def _without_gone(block: Block) -> Block:
 
 
 def _below(above: Sequence[cst.EmptyLine], statement: cst.BaseStatement) -> cst.BaseStatement:
-    """A statement with lines above it: one blank line, where there were two of them."""
+    """Adds lines above a statement. Two adjacent blank lines become one."""
     lines: Sequence[cst.EmptyLine] = getattr(statement, "leading_lines", ())
     if above[-1].comment is None and lines and lines[0].comment is None:
         above = above[:-1]

@@ -1,4 +1,4 @@
-"""Ports a recipe: its script, the files that its Brains come from, its YAML files."""
+"""Ports a recipe: its script, the modules with its Brains, and its YAML files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import libcst
 
 from brain_lightning.errors import RecipeError
 
-from .by_hand import AROUND, WrittenOut
+from .by_hand import SKIPPED_HOOKS, ReplaceableStep
 from .equivalents import OURS, Remark
 from .local_modules import BYTE_ORDER_MARK, files_of, local_modules, parse, read_script
 from .python_file import PortedFile, port_python
 from .yaml_file import included_files, named_objects, plain_values, port_yaml, with_step
 
-WHOLE, IN_PART, NOT_AT_ALL = "whole", "in part", "not at all"
+COMPLETELY, PARTLY, NOT_AT_ALL = "completely", "partly", "not at all"
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Change:
     """One file of a recipe.
 
     Attributes:
-        path: Where it is.
-        before: Its text.
-        after: Its text, ported; the same where nothing of it is to be ported.
+        path: Path of the file.
+        before: Original text.
+        after: Ported text, which is the original text if there is nothing to port.
     """
 
     path: Path
@@ -36,17 +36,16 @@ class Change:
 
 @dataclass(frozen=True)
 class PortedRecipe:
-    """A recipe that was ported.
+    """A ported recipe.
 
     Attributes:
-        script: Its script.
-        hparams: The YAML files that were given.
-        changes: All of its files: those that change, and those that the script needs beside
-            it.
-        brains: Its Brains.
-        remarks: What stays as it is, and why.
-        hooks_apart: Hooks that are called in the port alone, where a ``fit_batch`` was taken
-            out that is SpeechBrain's own but for them.
+        script: Path of the script.
+        hparams: Paths of the given YAML files.
+        changes: All files of the recipe, including those that do not change.
+        brains: Names of its Brains.
+        remarks: Code that is left unchanged, with the reasons.
+        port_only_hooks: Hooks that only the port calls, if a ``fit_batch`` was removed that does
+            not call them.
     """
 
     script: Path
@@ -54,28 +53,28 @@ class PortedRecipe:
     changes: list[Change]
     brains: list[str]
     remarks: list[Remark]
-    hooks_apart: frozenset[str]
+    port_only_hooks: frozenset[str]
 
     @property
     def outcome(self) -> str:
-        """How much of it is ported: ``whole``, ``in part`` or ``not at all``."""
+        """How much of the recipe is ported: ``completely``, ``partly`` or ``not at all``."""
         if not self.brains:
             return NOT_AT_ALL
-        return IN_PART if self.remarks else WHOLE
+        return PARTLY if self.remarks else COMPLETELY
 
 
 def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
-    """Ports a recipe; nothing is written.
+    """Ports a recipe without writing files.
 
     Args:
-        script: Its script.
-        hparams: Its HyperPyYAML files, those that they include among them.
+        script: Path of the script.
+        hparams: Paths of its HyperPyYAML files. Files that these include are ported too.
 
     Returns:
-        Its files as they were and as they become.
+        The ported recipe.
 
     Raises:
-        RecipeError: A file cannot be read, or is no Python or no YAML.
+        RecipeError: A file cannot be read, or is not valid Python or YAML.
     """
     yaml = {path: read_script(path) for path in _with_included(hparams)}
     values = [plain_values(yaml[path], str(path)) for path in hparams]
@@ -93,26 +92,27 @@ def port_recipe(script: Path, hparams: Sequence[Path] = ()) -> PortedRecipe:
     after |= {path: _port_yaml(path, text, step, hparams) for path, text in yaml.items()}
     if not brains:
         after = {}
-        remarks = remarks or [Remark(str(script), 1, "no subclass of Brain: nothing to port")]
+        says = "There is no subclass of Brain, so there is nothing to port."
+        remarks = remarks or [Remark(str(script), 1, says)]
     changes = [
         Change(path, text, after.get(path, text)) for path, text in (texts | yaml).items()
     ]
     for change in changes:
         _check_parses(change.path, change.after)
-    hooks_apart = AROUND if step else frozenset()
-    return PortedRecipe(script, list(hparams), changes, brains, remarks, hooks_apart)
+    port_only_hooks = SKIPPED_HOOKS if step else frozenset()
+    return PortedRecipe(script, list(hparams), changes, brains, remarks, port_only_hooks)
 
 
 def _ported(
     script: Path, texts: Mapping[Path, str], values: Sequence[Mapping[str, str]]
 ) -> dict[Path, PortedFile]:
-    """The script, and files with a Brain or a Stage: ours equals theirs, but is another."""
+    """Ports the script and the modules that use a Brain, a Stage, or need a remark."""
     names = {_module_name(path, script) for path in texts}
     found = {script: _port(script, texts[script], names, values)}
     for path, text in texts.items():
-        # Most of what is beside a script prepares data.
+        # Skips other modules, most of which prepare data.
         if path != script and ("Brain" in text or "Stage" in text):
-            # A fit_batch there may be that of many Brains.
+            # No hparams: a fit_batch of such a module may belong to several recipes.
             found[path] = _port(path, text, names, [])
     return {
         path: each
@@ -124,27 +124,29 @@ def _ported(
 def _brains_in(
     yaml: Mapping[Path, str], script: Path, ported: Mapping[Path, PortedFile]
 ) -> Iterator[Remark]:
-    """Names Brains that YAML files make, and that are in no file that is ported."""
+    """Yields remarks on Brains that YAML files create, and that are in no ported file."""
     for path, text in yaml.items():
         for line, name in named_objects(text, str(path)):
             files = list(files_of(script.parent, name.split(".")[:-1] or [name]))
             if not ported.keys() & files and _is_brain(name, files):
                 says = (
-                    f"{name} is a Brain that no file of the recipe imports, and stays: give "
-                    "it brain_lightning.Brain where it is defined"
+                    f"The Brain {name} is left unchanged, because no file of the recipe "
+                    "imports it. Change its base to brain_lightning.Brain where it is defined."
                 )
                 yield Remark(str(path), line, says)
 
 
 def _is_brain(name: str, files: Sequence[Path]) -> bool:
-    """Whether a name is a Brain by its file, or, without a file, by what it is called."""
+    """Returns whether its file defines a Brain of that name, or, without a file, its name."""
     root, attribute = name.split(".")[0], name.split(".")[-1]
     if files:
         return any(attribute in _port(f, read_script(f), set(), []).brains for f in files)
     return attribute.endswith("Brain") and root != OURS
 
 
-def _port_yaml(path: Path, text: str, step: WrittenOut | None, hparams: Sequence[Path]) -> str:
+def _port_yaml(
+    path: Path, text: str, step: ReplaceableStep | None, hparams: Sequence[Path]
+) -> str:
     ported = port_yaml(text, str(path))
     if step is None or path not in hparams:
         return ported
@@ -152,7 +154,7 @@ def _port_yaml(path: Path, text: str, step: WrittenOut | None, hparams: Sequence
 
 
 def _check_parses(path: Path, text: str) -> None:
-    """Refuses to hand out what could not be run."""
+    """Raises an error if a ported file is not valid Python or YAML."""
     if path.suffix == ".py":
         parse(text, path)
     else:
@@ -160,7 +162,7 @@ def _check_parses(path: Path, text: str) -> None:
 
 
 def _module_name(path: Path, script: Path) -> str:
-    """What a script imports a module beside it by, as far as the first dot."""
+    """Returns the top-level name by which a script imports a module of its folder."""
     is_below = path.is_relative_to(script.parent)
     return path.relative_to(script.parent).parts[0].removesuffix(".py") if is_below else ""
 
@@ -178,7 +180,7 @@ def _port(
 
 
 def _with_included(paths: Sequence[Path]) -> Iterator[Path]:
-    """YAML files, and those that they include by a path of their own."""
+    """Yields YAML files, and the files that they include."""
     seen: set[Path] = set()
     waiting = list(paths)
     while waiting:

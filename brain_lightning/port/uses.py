@@ -1,4 +1,4 @@
-"""What a Python file uses of SpeechBrain's that ours has too, and where."""
+"""Finds the uses of names of SpeechBrain that a port replaces."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from libcst.metadata import (
 
 from .equivalents import BRAINS, IN_SCRIPTS, MODULES, OURS, STARTS_PROCESS_GROUP
 
-# A class with a base and one of these is meant to be a Brain.
-OF_A_BRAIN = frozenset({
+# A class with a base and one of these methods is assumed to be a Brain.
+BRAIN_METHODS = frozenset({
     "compute_forward", "compute_objectives", "fit_batch", "evaluate_batch", "on_stage_start",
     "on_stage_end", "on_fit_batch_start", "on_fit_batch_end", "on_evaluate_start",
     "init_optimizers", "optimizers_step",
 })  # fmt: skip
-# Theirs are no Brains, whatever they are called.
+# Packages for which a name that ends with Brain needs no remark.
 KNOWN = frozenset({"speechbrain", OURS})
 
 
 class Uses(cst.CSTVisitor):
-    """Reads a file; names are resolved by scope, whatever their alias is.
+    """Reads a file. Names are resolved by scope, through all aliases.
 
     Args:
-        wrapper: The file.
-        local: Names of modules beside the file: their classes are ported there.
+        wrapper: Syntax tree of the file.
+        local: Names of modules in the same folder, whose classes are ported there.
 
     Attributes:
-        replaced: Expressions such as ``sb.Stage``, and their name in ours.
-        removed: Statements that go: lines that do nothing but start the process group.
-        brains: The classes that are subclasses of a Brain as they are written.
-        bases: The names of all classes that others are subclasses of.
-        has_stage: Whether it uses SpeechBrain's Stage, or imports it for others.
-        remarks: Lines, and what stays on them.
+        replaced: Expressions such as ``sb.Stage``, with their name in brain_lightning.
+        removed: Statements to remove: lines that only initialize the process group.
+        brains: Classes with a Brain as a direct base.
+        bases: Names of all base classes.
+        has_stage: Whether the file uses or imports SpeechBrain's Stage.
+        remarks: Line and text of each remark.
     """
 
     METADATA_DEPENDENCIES = (QualifiedNameProvider,)
@@ -68,29 +68,29 @@ class Uses(cst.CSTVisitor):
         self.remarks: list[tuple[int, str]] = []
 
     def is_unused(self, name: str) -> bool:
-        """Whether the port takes the last use of an imported name.
+        """Returns whether the port removes the last use of an imported name.
 
         Args:
-            name: The name as the file has it.
+            name: Name in the file.
         """
         uses = {node for node, used in self._uses.items() if used == name}
         gone = {each for node in (*self.replaced, *self.removed) for each in names_in(node)}
         return bool(uses) and uses <= gone and name not in self._in_texts
 
     def line(self, node: cst.CSTNode) -> int:
-        """The line that a node begins on.
+        """Returns the first line of a node.
 
         Args:
-            node: Any.
+            node: Any node.
         """
         position: Any = self._positions[node]
         return int(position.start.line)
 
     def dotted(self, node: cst.CSTNode) -> str:
-        """The full name of an imported expression, ``speechbrain.Stage``; else nothing.
+        """Returns the full name of an imported expression, such as ``speechbrain.Stage``.
 
         Args:
-            node: A name, or an attribute of one.
+            node: A name, or an attribute of a name. For other nodes the result is empty.
         """
         return next(iter(self._names(node, QualifiedNameSource.IMPORT)), "")
 
@@ -99,14 +99,14 @@ class Uses(cst.CSTVisitor):
         return sorted(each.name for each in found if each.source is source)
 
     def visit_Import(self, node: cst.Import) -> bool:
-        """Names in an import are no uses."""
+        """Skips an import: its names are not uses."""
         return False
 
     def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
-        """Names in an import are no uses; of ``*`` nobody knows what is used."""
+        """Checks an import for Brains, Stage and ``*``. Its names are not uses."""
         module = get_full_name_for_node(node.module) if node.module else None
         if isinstance(node.names, cst.ImportStar) and module in MODULES:
-            says = f"from {module} import *: write out Brain, Stage and what else is used"
+            says = f"from {module} import * cannot be ported. Import each name that is used."
             self.remarks.append((self.line(node), says))
         elif not isinstance(node.names, cst.ImportStar):
             names = {f"{module}.{alias.evaluated_name}" for alias in node.names}
@@ -116,7 +116,7 @@ class Uses(cst.CSTVisitor):
         return False
 
     def visit_SimpleStatementLine(self, node: cst.SimpleStatementLine) -> None:
-        """Finds the call that starts the process group."""
+        """Finds the call that initializes the process group."""
         match node.body:
             case [cst.Expr(value=cst.Call(func=function))] if (
                 self.dotted(function) == STARTS_PROCESS_GROUP
@@ -124,41 +124,42 @@ class Uses(cst.CSTVisitor):
                 self.removed |= {node, function}
 
     def visit_Attribute(self, node: cst.Attribute) -> bool:
-        """Finds ``sb.Stage`` and the like."""
+        """Finds expressions such as ``sb.Stage``."""
         name = self.dotted(node)
         if name in IN_SCRIPTS:
             self.replaced[node] = IN_SCRIPTS[name]
             self.has_stage |= IN_SCRIPTS[name] == "Stage"
         self._check_brain(node, name)
         self._check_group(node, name)
-        # What comes after the dot is no name of this file.
+        # The name after the dot is an attribute, and not a name of this file.
         node.value.visit(self)
         return False
 
     def visit_Arg(self, node: cst.Arg) -> bool:
-        """A keyword is no name of this file."""
+        """Skips the keyword of an argument, which is not a name of this file."""
         node.value.visit(self)
         return False
 
     def visit_AssignTarget(self, node: cst.AssignTarget) -> bool:
-        """``sb.Brain = ...`` replaces it for others too."""
+        """Finds assignments such as ``sb.Brain = ...``, which act on other modules too."""
         name = self.dotted(node.target)
         if name in IN_SCRIPTS:
-            says = f"{name} is set here, which stays: ours is {OURS}.{IN_SCRIPTS[name]}"
+            ours = f"{OURS}.{IN_SCRIPTS[name]}"
+            says = f"{name} = ... is left unchanged. It does not change {ours}."
             self.remarks.append((self.line(node), says))
             for each in names_in(node):
                 self._uses[each] = each.value
         return name not in IN_SCRIPTS
 
     def visit_Name(self, node: cst.Name) -> None:
-        """Finds the uses of what is imported."""
+        """Finds the uses of imported names."""
         name = self.dotted(node)
         if name:
             self._uses[node] = node.value
         self._check_group(node, name)
 
     def visit_Annotation(self, node: cst.Annotation) -> None:
-        """A type that is written as a text is a use that stays."""
+        """Finds names in annotations that are strings. These uses stay."""
         for text in matchers.findall(node, matchers.SimpleString()):
             self._in_texts |= {
                 *re.findall(r"\w+", cst.ensure_type(text, cst.SimpleString).value)
@@ -166,23 +167,23 @@ class Uses(cst.CSTVisitor):
 
     def _check_group(self, node: cst.CSTNode, name: str) -> None:
         if name == STARTS_PROCESS_GROUP and node not in self.removed:
-            says = "ddp_init_group: take it out, for the Trainer starts the process group"
+            says = "Remove ddp_init_group, because the Trainer initializes the process group."
             self.remarks.append((self.line(node), says))
 
     def _check_brain(self, node: cst.CSTNode, name: str) -> None:
-        """Names, once, a Brain that is imported from where nothing is ported."""
+        """Adds one remark on a Brain that is imported from a package that is not ported."""
         root, _, attribute = name.rpartition(".")
         is_elsewhere = name and root.split(".")[0] not in {*KNOWN, *self._local, ""}
         if is_elsewhere and attribute.endswith("Brain") and name not in self._named:
             self._named.add(name)
             says = (
-                f"{name} is a Brain by its name, and is in no file beside the script: "
-                "give it brain_lightning.Brain where it is defined"
+                f"{name} seems to be a Brain by its name, and its file is not in the script's "
+                "folder. Change its base to brain_lightning.Brain where it is defined."
             )
             self.remarks.append((self.line(node), says))
 
     def visit_ClassDef(self, node: cst.ClassDef) -> None:
-        """Finds Brains, and what should be one and is not known to be."""
+        """Finds Brains, and classes that seem to be Brains by their methods."""
         self._classes.add(node.name.value)
         bases = [base.value for base in node.bases]
         self.bases |= {base.value for base in bases if isinstance(base, cst.Name)}
@@ -190,16 +191,16 @@ class Uses(cst.CSTVisitor):
             self.brains.append(node)
             return
         methods = {n.name.value for n in node.body.body if isinstance(n, cst.FunctionDef)}
-        if not OF_A_BRAIN & methods or any(self._is_local(base) for base in bases):
+        if not BRAIN_METHODS & methods or any(self._is_local(base) for base in bases):
             return
         for base in bases[:1]:
             if self.dotted(base) in self._named:
                 continue
             self._named.add(self.dotted(base))
             says = (
-                f"{node.name.value} is a Brain by its methods, and its base "
-                f"{cst.Module([]).code_for_node(base)} is in no file beside the script: "
-                "give it brain_lightning.Brain where it is defined"
+                f"{node.name.value} seems to be a Brain by its methods, and the file of its "
+                f"base {cst.Module([]).code_for_node(base)} is not in the script's folder. "
+                "Change the base to brain_lightning.Brain where it is defined."
             )
             self.remarks.append((self.line(node), says))
 
@@ -211,12 +212,12 @@ class Uses(cst.CSTVisitor):
 
 
 def names_in(node: cst.CSTNode) -> Iterator[cst.Name]:
-    """Every name within a node.
+    """Yields all names within a node.
 
     Args:
-        node: Any.
+        node: Any node.
 
-    Returns:
+    Yields:
         The names.
     """
     if isinstance(node, cst.Name):
@@ -228,14 +229,14 @@ def names_in(node: cst.CSTNode) -> Iterator[cst.Name]:
 def qualified_uses(
     wrapper: MetadataWrapper, replaced: Mapping[cst.CSTNode, str]
 ) -> set[cst.CSTNode]:
-    """Uses of what ours has too, where its name is another's, or a function's own.
+    """Returns the uses whose name in brain_lightning the file gives to another object.
 
     Args:
-        wrapper: The file.
-        replaced: Expressions, and their name in ours.
+        wrapper: Syntax tree of the file.
+        replaced: Expressions, with their name in brain_lightning.
 
     Returns:
-        Those that have to become ``brain_lightning.Stage`` and the like.
+        Expressions that must become ``brain_lightning.Stage`` and the like.
     """
     found = wrapper.resolve(ScopeProvider)
     taken = _taken_names({scope for scope in found.values() if isinstance(scope, Scope)})
@@ -247,7 +248,7 @@ def qualified_uses(
 
 
 def _is_bound_within(name: str, scope: Any) -> bool:
-    """Whether a scope, or one around it, binds a name before the file itself does."""
+    """Returns whether a scope, or an enclosing scope within the file, binds a name."""
     while scope is not None and not isinstance(scope, GlobalScope | BuiltinScope):
         if any(each.name == name for each in scope.assignments):
             return True
@@ -256,7 +257,7 @@ def _is_bound_within(name: str, scope: Any) -> bool:
 
 
 def _taken_names(scopes: Collection[Scope]) -> set[str]:
-    """Names that a file gives to something else than to what ours has."""
+    """Returns the names that a file gives to objects not from brain_lightning."""
     assignments = {a for scope in scopes for a in scope.assignments}
     return {
         each.name

@@ -1,4 +1,4 @@
-"""Ports a HyperPyYAML file: tags are replaced where they stand, all else is left as it is."""
+"""Ports a HyperPyYAML file: replaces tags in place, and leaves all other text unchanged."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ TAG = re.compile(r"(new|name|apply):(.+)")
 
 
 def port_yaml(text: str, path: str) -> str:
-    """Replaces classes of SpeechBrain's by ours.
+    """Replaces classes of SpeechBrain by those of brain_lightning.
 
     Args:
-        text: The file's text.
-        path: The file, for an error.
+        text: Text of the file.
+        path: Path of the file, for error messages.
 
     Returns:
-        The text with other tags, and not one more change.
+        The text with replaced tags and no other change.
 
     Raises:
-        RecipeError: It is no YAML.
+        RecipeError: The text is not valid YAML.
     """
-    # From the end: what was found keeps its place.
+    # In reverse order, so that the positions of earlier tags stay valid.
     for start, end, tag in reversed(list(_tags(text, path))):
         found = TAG.fullmatch(tag)
         if found and found[2] in IN_YAML:
@@ -36,34 +36,34 @@ def port_yaml(text: str, path: str) -> str:
 
 
 def included_files(text: str, path: str) -> list[str]:
-    """The files that ``!include:`` names, relative to this one.
+    """Returns the files that ``!include:`` names.
 
     Args:
-        text: The file's text.
-        path: The file, for an error.
+        text: Text of the file.
+        path: Path of the file, for error messages.
 
     Returns:
-        Their paths as they are written.
+        Paths as written in the file, relative to its folder.
 
     Raises:
-        RecipeError: It is no YAML.
+        RecipeError: The text is not valid YAML.
     """
     tags = [tag for _, _, tag in _tags(text, path)]
     return [tag.removeprefix("include:") for tag in tags if tag.startswith("include:")]
 
 
 def named_objects(text: str, path: str) -> list[tuple[int, str]]:
-    """What of Python's a file makes, names or calls.
+    """Returns the Python objects that a file creates, names or calls.
 
     Args:
-        text: The file's text.
-        path: The file, for an error.
+        text: Text of the file.
+        path: Path of the file, for error messages.
 
     Returns:
-        The line of each tag, and the dotted name in it.
+        The line of each tag, and the full name in it.
 
     Raises:
-        RecipeError: It is no YAML.
+        RecipeError: The text is not valid YAML.
     """
     return [
         (text.count("\n", 0, start) + 1, found[2])
@@ -73,17 +73,17 @@ def named_objects(text: str, path: str) -> list[tuple[int, str]]:
 
 
 def plain_values(text: str, path: str) -> dict[str, str]:
-    """The hyperparameters of a file.
+    """Returns the hyperparameters of a file.
 
     Args:
-        text: The file's text.
-        path: The file, for an error.
+        text: Text of the file.
+        path: Path of the file, for error messages.
 
     Returns:
-        What each one is, as it is written; nothing for what is no plain value.
+        The value of each key as written in the file, empty if it is not a plain value.
 
     Raises:
-        RecipeError: It is no YAML.
+        RecipeError: The text is not valid YAML.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -97,15 +97,15 @@ def plain_values(text: str, path: str) -> dict[str, str]:
 
 
 def with_step(text: str, clip: str | None, factor: str | None) -> str:
-    """Adds what a Trainer and a run option do in the place of a ``fit_batch``.
+    """Adds the arguments that replace a ``fit_batch``.
 
     Args:
-        text: The file's text.
-        clip: ``gradient_clip_val`` of the Trainer, as YAML.
-        factor: ``grad_accumulation_factor``, as YAML.
+        text: Text of the file.
+        clip: ``gradient_clip_val`` of the Trainer as YAML, or None.
+        factor: ``grad_accumulation_factor`` as YAML, or None.
 
     Returns:
-        The text, with lines at its end.
+        The text with the arguments at its end.
     """
     lines = [] if factor is None else [f"grad_accumulation_factor: {factor}"]
     lines += [] if clip is None else ["trainer:", f"    gradient_clip_val: {clip}"]
@@ -117,7 +117,7 @@ def with_step(text: str, clip: str | None, factor: str | None) -> str:
 
 
 def _tags(text: str, path: str) -> Iterator[tuple[int, int, str]]:
-    """Each tag: where it begins, where it ends, and what follows its ``!``."""
+    """Yields the start and the end of each tag, and the text after its ``!``."""
     try:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.TagToken):

@@ -14,7 +14,7 @@ from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
 from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
-from brain_lightning.step.together import average_window
+from brain_lightning.step.synchronized import average_window
 from brain_lightning.step.valid_step import reset_valid_step
 from brain_lightning.step.window import is_full, restart_window
 

@@ -1,8 +1,9 @@
-"""One batch becomes one update: precision, gradients, clipping, compile.
+"""The optimizer step of a batch: precision, loss, gradients, clipping, compilation.
 
-``update`` has SpeechBrain's ``fit_batch`` and ``optimizers_step``, with the clipping;
-``losses`` the forward pass, and when the host waits for the loss; ``window`` what each batch
-weighs whose gradients are accumulated; ``out_of_memory`` what is said and freed where there is
-no memory for a batch, ``together`` how all processes give it up; ``precision`` device,
-autocast and gradient scaler; ``compile`` compiled modules, ``pruning`` pruned ones.
+``update`` has SpeechBrain's ``fit_batch`` and ``optimizers_step``, with gradient clipping.
+``losses`` computes and checks the loss, and decides when the host waits for it. ``window``
+computes the weights of batches in an accumulation window. ``out_of_memory`` detects and
+describes out-of-memory errors, and ``synchronized`` lets all ranks skip a batch if one rank is
+out of memory. ``precision`` has the device, autocast and the gradient scaler. ``compile``
+compiles modules, and ``pruning`` loads pruned ones.
 """

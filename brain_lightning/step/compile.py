@@ -1,4 +1,4 @@
-"""Compiled modules: torch.compile, and torch.jit.script for what it cannot take."""
+"""Compiles modules with torch.compile or torch.jit.script."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 def compile_modules(brain: BrainProtocol) -> None:
     """Compiles the modules that the run options name (``speechbrain.Brain._compile``).
 
-    Where both compilers are asked for, ``torch.compile`` comes first.
+    If both compilers are requested, ``torch.compile`` is tried first.
 
     Args:
-        brain: Its ``compile`` and ``jit`` options say what to compile.
+        brain: Brain whose ``compile`` and ``jit`` options select the modules.
 
     Raises:
-        RunOptionError: A key names no module.
+        RunOptionError: A key is not an entry of ``modules``.
     """
     compile_keys = _keys(brain, "compile", brain.compile_module_keys) if brain.compile else []
     jit_keys = _keys(brain, "jit", brain.jit_module_keys) if brain.jit else []
@@ -34,13 +34,13 @@ def compile_modules(brain: BrainProtocol) -> None:
 
 
 def compile_jit(brain: BrainProtocol) -> None:
-    """Compiles ``jit_module_keys``, which need no ``jit`` before SpeechBrain 0.5.16.
+    """Compiles ``jit_module_keys`` without ``jit``, as SpeechBrain before 0.5.16 did.
 
     Args:
-        brain: What ``compile_modules`` has compiled stays as it is.
+        brain: Brain. Modules that ``compile_modules`` compiled are not changed.
 
     Raises:
-        RunOptionError: A key names no module.
+        RunOptionError: A key is not an entry of ``modules``.
     """
     if brain.jit or brain.jit_module_keys is None:
         return
@@ -55,23 +55,25 @@ def _script(brain: BrainProtocol, name: str) -> None:
 
 def _keys(brain: BrainProtocol, option: str, keys: list[str] | None) -> list[str]:
     if keys is None:
-        # None stands for a module that is left out.
+        # The value of an entry is None if the recipe leaves the module out.
         return [name for name, module in brain.modules.items() if module is not None]
-    logger.warning("--%s compiles only those in --%s_module_keys: %s", option, option, keys)
+    logger.warning(
+        "--%s compiles only the modules in --%s_module_keys: %s", option, option, keys
+    )
     for name in keys:
         if name not in brain.modules:
             raise RunOptionError(
-                f"{option}_module_keys names {name!r}, which is no entry of modules: "
-                f"the entries are {', '.join(brain.modules)}"
+                f"{option}_module_keys has {name!r}, which is not an entry of modules. Use "
+                f"some of {', '.join(brain.modules)}."
             )
     return list(keys)
 
 
 def _compile(brain: BrainProtocol, name: str) -> bool:
-    # A module that an earlier fit compiled is compiled again, not twice.
+    # Compile the original of a module that an earlier fit compiled, not the compiled one.
     plain = getattr(brain.modules[name], "_orig_mod", brain.modules[name])
     if plain is not brain.modules[name] and is_sharded(brain.modules[name]):
-        # Its weights are gathered by what is compiled already.
+        # Sharding gathers the weights for the module that is already compiled.
         return True
     try:
         module: Any = torch.compile(
@@ -81,9 +83,9 @@ def _compile(brain: BrainProtocol, name: str) -> bool:
             dynamic=brain.compile_using_dynamic_shape_tracing,
         )
     except Exception as error:  # noqa: BLE001  any compiler may fail in any way
-        logger.warning("%r failed to compile and is left as it is: %s", name, error)
+        logger.warning("%r failed to compile and is used uncompiled: %s", name, error)
         return False
-    # What is going to be sharded is moved then.
+    # A module that is going to be sharded is moved to the device when it is sharded.
     is_moved = brain._lightning.sharding is None
     brain.modules[name] = module.to(brain.device) if is_moved else module
     return True

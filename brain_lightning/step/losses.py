@@ -1,9 +1,8 @@
-"""The losses of batches: their forward pass; in training also check and backward pass.
+"""Computes the loss of a batch; in training also checks it and runs the backward pass.
 
-In a training batch the host waits for the device once. The copy of the loss to the host is
-queued behind the forward pass, then the backward pass is queued, and only then the host waits
-for the copy. All processes decide together whether the loss is finite, before an optimizer
-steps.
+In a training batch the host waits for the device only once. The forward pass, the copy of the
+loss to the host and the backward pass are queued in this order. Then the host waits for the
+copy. All ranks decide together whether the loss is finite, before an optimizer steps.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from .window import share_of_window, weight_of
 
 
 class FiniteCheck:
-    """Whether the loss of a batch is finite in all processes.
+    """Checks whether the loss of a batch is finite on all ranks.
 
     Args:
-        scaled: The loss that has the backward pass, one number.
-        copy: Its copy to the host.
-        flags: What the processes share of the batch.
+        scaled: Loss that the backward pass starts from, with one element.
+        copy: Copy of that loss to the host.
+        flags: Flags of the batch, which all ranks share.
     """
 
     def __init__(self, scaled: Tensor, copy: HostCopy, flags: BatchFlags) -> None:
@@ -39,44 +38,45 @@ class FiniteCheck:
         self._reduction: Reduction | None = None
 
     def begin(self) -> None:
-        """Begins to ask the other processes, if there are any."""
+        """Starts the collective of all ranks, if there are several."""
         if self._flags.are_shared:
-            self._reduction = self._flags.reduce(self.raised(), self._scaled.device)
+            self._reduction = self._flags.reduce(self.nonfinite_flag(), self._scaled.device)
 
-    def raised(self) -> Tensor | bool:
-        """Whether it is not finite in this process; the host does not wait for a device."""
+    def nonfinite_flag(self) -> Tensor | bool:
+        """Returns whether the loss is not finite on this rank. The host does not wait."""
         return not self.here() if self._scaled.is_cpu else ~torch.isfinite(self._scaled)
 
     def here(self) -> bool:
-        """Whether it is finite in this process, for which the host waits."""
+        """Returns whether the loss is finite on this rank. The host waits for the copy."""
         return isfinite(self._copy.wait().item())
 
     def everywhere(self) -> bool:
-        """Whether it is finite in all processes: the same answer in each of them."""
+        """Returns whether the loss is finite on all ranks. The result is the same on each."""
         if self._reduction is None:
             return self.here()
         return not self._flags.wait(self._reduction)
 
 
 class TrainingLoss:
-    """What one training batch gave.
+    """The loss of one training batch.
 
     Args:
-        brain: The Brain in training.
-        outputs: What ``compute_forward`` returned.
-        loss: What ``compute_objectives`` returned, one number.
-        weight: What the batch weighs in its window: see ``window.py``.
+        brain: Brain in training.
+        outputs: Return value of ``compute_forward``.
+        loss: Return value of ``compute_objectives``, with one element.
+        weight: Weight of the batch in its accumulation window (see ``window.py``).
 
     Attributes:
-        outputs: What ``compute_forward`` returned.
-        loss: What ``compute_objectives`` returned.
-        weight: See above.
-        scaled: The share of the loss in its window, scaled for fp16.
-        finite: Whether it may have an update; known after ``backward``.
+        outputs: Return value of ``compute_forward``.
+        loss: Return value of ``compute_objectives``.
+        weight: Weight of the batch in its accumulation window.
+        scaled: Share of the loss in its accumulation window, scaled for fp16.
+        finite: Whether the loss is finite, so that the batch may be used. Known after
+            ``backward``.
     """
 
     finite: bool
-    _is_together = False
+    _is_deferred = False
 
     def __init__(
         self, brain: BrainProtocol, outputs: Any, loss: Tensor, weight: Tensor | None
@@ -93,47 +93,47 @@ class TrainingLoss:
             return
         copy = self._copy if self.scaled is loss else None
         self._check = check = FiniteCheck(self.scaled, copy or HostCopy(self.scaled), flags)
-        if brain._lightning.fails_together and flags.are_shared:
-            # ``together`` settles it.
-            self._is_together = self.finite = True
+        if brain._lightning.synchronizes_oom and flags.are_shared:
+            # ``synchronized`` calls ``settle`` after the backward pass.
+            self._is_deferred = self.finite = True
             return
         check.begin()
-        # One of several processes fails of a loss without gradients, as in SpeechBrain: the
-        # others have begun to average theirs.
+        # If one of several ranks has a loss without gradients, it fails, as in SpeechBrain.
+        # The other ranks have already started to average their gradients.
         has_gradients = self.scaled.requires_grad or flags.are_shared
         if not has_gradients or not _can_drop_gradients(brain):
             self._wait()
 
     def backward(self, backward: Callable[[], Any]) -> None:
-        """The backward pass; a loss that is not finite leaves no gradients.
+        """Runs the backward pass. A loss that is not finite leaves no gradients.
 
         Args:
-            backward: Computes them.
+            backward: Computes the gradients.
         """
-        if not self._is_together and self._check is not None:
+        if not self._is_deferred and self._check is not None:
             backward()
             self._wait(drops_gradients=True)
         elif self.finite:
             backward()
 
-    def raised(self) -> Tensor | bool:
-        """Whether it is not finite in this process, before ``settle``."""
+    def nonfinite_flag(self) -> Tensor | bool:
+        """Returns whether the loss is not finite on this rank. Call it before ``settle``."""
         assert self._check is not None
-        return self._check.raised()
+        return self._check.nonfinite_flag()
 
     def settle(self, finite: bool) -> None:
-        """Ends a check that processes make after the backward pass, with what else they ask.
+        """Ends a check that the ranks make after the backward pass, in a shared collective.
 
         Args:
-            finite: Whether the loss is finite in all of them.
+            finite: Whether the loss is finite on all ranks.
         """
         check, self._check = self._check, None
         assert check is not None
         self._decide(finite, finite or check.here())
 
     def on_host(self) -> Tensor:
-        """The detached loss, on the CPU."""
-        # A hook may have changed it since it was copied.
+        """Returns the detached loss on the CPU."""
+        # A hook may have changed the loss in place since it was copied.
         if self._copy is None or self.loss._version != self._version:
             return self.loss.detach().cpu()
         return self._copy.wait()
@@ -143,31 +143,30 @@ class TrainingLoss:
         assert check is not None
         finite = check.everywhere()
         if drops_gradients and not finite:
-            # Before an error says so: whoever catches it may go on.
+            # Dropped before ``_decide`` raises: a caller that catches the error may continue.
             drop_gradients(self._brain, self.scaled)
         self._decide(finite, finite or check.here())
 
     def _decide(self, finite: bool, here: bool) -> None:
         self.finite = finite
-        # The default would only check a finite loss a second time.
+        # For a finite loss, the default hook would only repeat the check.
         if not finite or has_own(self._brain, "check_loss_isfinite"):
             loss = self.scaled if finite or not here else self.scaled * torch.nan
             self._brain.check_loss_isfinite(loss)
 
 
 def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
-    """The forward pass of a training batch, and the check of its loss.
+    """Runs the forward pass of a training batch and starts the check of its loss.
 
     Args:
-        brain: The Brain in training.
-        batch: What the loader gave.
+        brain: Brain in training.
+        batch: Batch as the DataLoader returned it.
 
     Returns:
-        The loss and what belongs to it.
+        The loss, with the outputs of the forward pass.
 
     Raises:
-        BrainTypeError: ``compute_objectives`` returned anything but one number
-            in a tensor.
+        BrainTypeError: ``compute_objectives`` did not return a tensor with one element.
     """
     stage = brain._lightning.stage_type.TRAIN
     with brain.training_ctx:
@@ -176,19 +175,19 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise BrainTypeError(
             f"{type(brain).__name__}.compute_objectives must return a tensor with one "
-            f"number to minimize, got {_describe(loss)}: reduce the loss, for example "
-            "with .mean(), or override fit_batch"
+            f"element, got {_describe(loss)}. Reduce the loss, for example with .mean(), or "
+            "override fit_batch."
         )
     return TrainingLoss(brain, outputs, loss, weight_of(brain, batch, loss))
 
 
 @torch.no_grad()
 def evaluation_loss(brain: BrainProtocol, batch: Any, stage: Any) -> Tensor:
-    """The forward pass of an evaluation batch.
+    """Runs the forward pass of an evaluation batch.
 
     Args:
-        brain: The Brain that evaluates.
-        batch: What the loader gave.
+        brain: Brain in evaluation.
+        batch: Batch as the DataLoader returned it.
         stage: VALID or TEST.
 
     Returns:
@@ -207,11 +206,11 @@ def _describe(value: object) -> str:
 
 
 def _can_drop_gradients(brain: BrainProtocol) -> bool:
-    """Whether the gradients of this batch can be dropped, when its loss is not finite."""
+    """Returns whether the gradients can be dropped if the loss turns out not finite."""
     return (
         brain.grad_accumulation_factor == 1
         and not has_own(brain, "check_loss_isfinite")
-        # Which raises an error in the backward pass of such a loss.
+        # Anomaly detection raises an error in the backward pass of such a loss.
         and not torch.is_anomaly_enabled()
         and not any(p.grad is not None for p in trained_parameters(brain))
     )
@@ -223,18 +222,19 @@ def drop_gradients(
     """Drops the gradients of a batch.
 
     Args:
-        brain: The Brain in training.
-        loss: What had the backward pass; None where that is not known.
-        kept: The gradients of earlier batches, by what they are of.
+        brain: Brain in training.
+        loss: Loss that the backward pass started from, or None if unknown.
+        kept: Gradients of earlier batches to restore, by parameter.
     """
-    # The graph also has what nobody else knows of, but nothing of what it recomputes.
+    # The graph also reaches tensors that no optimizer has, except tensors that activation
+    # checkpointing recomputes.
     leaves = () if loss is None else _leaves(loss)
     for tensor in chain(leaves, trained_parameters(brain)):
         tensor.grad = kept.get(tensor)
 
 
 def _leaves(loss: Tensor) -> Iterable[Tensor]:
-    """The tensors that the backward pass of a loss gives gradients to."""
+    """Yields the leaf tensors to which the backward pass of a loss adds gradients."""
     seen: set[Any] = set()
     nodes: list[Any] = [loss.grad_fn]
     while nodes:

@@ -1,7 +1,7 @@
-"""Members of SpeechBrain 0.5's Brain that SpeechBrain has dropped since.
+"""Members of SpeechBrain 0.5's Brain that later versions of SpeechBrain removed.
 
-The tutorial of the Brain class, and many recipes, are written in them. Our Brain has them
-all, and SpeechBrain's own while it is patched, and while it runs.
+The tutorial of the Brain class and many recipes use them. ``brain_lightning.Brain`` has all of
+them. SpeechBrain's own Brain has them while it is patched and while it runs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .valid_step import ValidStep
 
 
 class Fallback:
-    """An attribute that has a value until the recipe gives it another.
+    """An attribute with a computed value until the recipe assigns another value.
 
     Args:
-        value: Its value for a Brain.
+        value: Computes the value from the Brain.
     """
 
     def __init__(self, value: Callable[[Any], Any]) -> None:
@@ -39,10 +39,10 @@ class Fallback:
 
 
 class PrecisionFlag:
-    """Whether a precision is in force, whoever chose it: a run option or a Trainer.
+    """Whether training uses a precision, which a run option or a Trainer may have set.
 
-    A recipe's own ``fit_batch`` branches on it. SpeechBrain's ``__init__`` assigns the run
-    option of the same name, which says so as well where it is set.
+    A ``fit_batch`` of a recipe may branch on it. SpeechBrain's ``__init__`` assigns the value
+    of the deprecated run option with the same name. If that value is True, so is the flag.
 
     Args:
         precision: The precision.
@@ -66,14 +66,14 @@ class PrecisionFlag:
 def may_step(brain: BrainProtocol, loss: Tensor) -> bool:
     """Checks a loss and clips the gradients (``check_gradients(loss)`` of SpeechBrain 0.5).
 
-    All modules' parameters are clipped as one.
+    The parameters of all modules are clipped by one common norm.
 
     Args:
-        brain: The Brain in training.
-        loss: The loss of its batch, one number.
+        brain: Brain in training.
+        loss: Loss of the batch, with one element.
 
     Returns:
-        Whether the optimizers should step; the same answer in every process.
+        Whether the optimizers should step. The result is the same on all ranks.
     """
     mine = isfinite(loss.item())
     if not on_all_ranks(mine, loss.device):
@@ -85,14 +85,14 @@ def may_step(brain: BrainProtocol, loss: Tensor) -> bool:
 
 
 def check_gradients(brain: BrainProtocol, loss: Tensor | None = None) -> bool | None:
-    """``speechbrain.Brain.check_gradients``, of SpeechBrain 1.0 or with a loss of 0.5.
+    """Implements ``check_gradients`` of SpeechBrain 1.0, or of 0.5 if ``loss`` is given.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
         loss: See ``may_step``.
 
     Returns:
-        None; with a loss whether the optimizer may step.
+        None without a loss. With a loss, whether the optimizer should step.
     """
     if loss is not None:
         return may_step(brain, loss)
@@ -101,14 +101,14 @@ def check_gradients(brain: BrainProtocol, loss: Tensor | None = None) -> bool | 
 
 
 class OlderAPI:
-    """The members, for a Brain to inherit.
+    """Mixin with these members.
 
     Attributes:
-        auto_mix_prec: Whether training is in fp16.
-        bfloat16_mix_prec: Whether training is in bf16.
-        use_amp: Whether training is in mixed precision.
-        progressbar: Whether a bar is shown by default.
-        valid_step: Training batches of this epoch whose loss was finite.
+        auto_mix_prec: Whether training uses fp16.
+        bfloat16_mix_prec: Whether training uses bf16.
+        use_amp: Whether training uses mixed precision.
+        progressbar: Whether a progress bar is shown by default.
+        valid_step: Number of training batches of this epoch with a finite loss.
     """
 
     auto_mix_prec = PrecisionFlag("fp16")
@@ -118,17 +118,17 @@ class OlderAPI:
     valid_step = ValidStep()
 
     def _compile_jit(self: Any) -> None:
-        """``_compile``; and ``jit_module_keys`` alone, without ``jit``, are compiled too."""
+        """Calls ``_compile``, and compiles ``jit_module_keys`` even if ``jit`` is not set."""
         self._compile()
         compile_jit(self)
 
 
 def add_older_api(brain_class: Any, temporary: TemporaryAttributes) -> None:
-    """Gives SpeechBrain's Brain what it has dropped, and its Checkpointer a ``device``.
+    """Adds the removed members to SpeechBrain's Brain, and ``device`` to its Checkpointer.
 
     Args:
         brain_class: ``speechbrain.core.Brain``.
-        temporary: Records what is changed.
+        temporary: Records the changes, to undo them after the run.
     """
     speechbrain.accept_devices(temporary)
     if hasattr(brain_class, "_compile_jit"):
@@ -140,10 +140,10 @@ def add_older_api(brain_class: Any, temporary: TemporaryAttributes) -> None:
 
     def check_gradients(self: Any, loss: Tensor | None = None) -> bool | None:
         if loss is None:
-            # SpeechBrain's asks each process about its own shard.
+            # SpeechBrain's check looks only at the shard of each process.
             drop = drop_nonfinite_gradients if is_sharded(self.modules) else check
             return drop(self)
-        # There is no run where a recipe has a loop of its own.
+        # A custom loop in a recipe may call this outside of a run.
         speechbrain.add_attributes(self)
         return may_step(self, loss)
 
@@ -157,22 +157,22 @@ def add_older_api(brain_class: Any, temporary: TemporaryAttributes) -> None:
 
 
 def zero_grad_of_optimizer(brain: Any, set_to_none: bool) -> None:
-    """Zeroes the gradients of ``brain.optimizer``, which an older ``init_optimizers`` made.
+    """Zeroes the gradients of ``brain.optimizer``, which an older ``init_optimizers`` created.
 
     Args:
-        brain: Any Brain; nothing happens where there is no optimizer.
-        set_to_none: Frees them instead.
+        brain: Any Brain. Without this attribute nothing happens.
+        set_to_none: Whether to set gradients to None instead.
     """
     if hasattr(brain, "optimizer"):
         brain.optimizer.zero_grad(set_to_none)
 
 
 def support_older_api(brain: Any, temporary: TemporaryAttributes) -> None:
-    """Lets SpeechBrain's objects be called as in 0.5 for the time of a run.
+    """Makes SpeechBrain's objects accept calls in the style of 0.5 during a run.
 
     Args:
-        brain: The Brain that is going to run.
-        temporary: Records what is changed.
+        brain: Brain that is going to run.
+        temporary: Records the changes, to undo them after the run.
     """
     if speechbrain.is_speechbrains(brain):
         add_older_api(speechbrain.brain_class(), temporary)

@@ -1,4 +1,4 @@
-"""A batch for which there is no memory: how to know it, what is said of it, what is freed."""
+"""Out-of-memory errors: detect them, describe the batch, free what the failed calls hold."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ ALLOCATED = "brain_lightning: memory of"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory, on the device or on the host.
+    """Returns whether an error means that the device or the host is out of memory.
 
     Args:
         error: Any error.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # Lightning looks for words in it.
+    # Lightning searches for phrases in the only argument of the error, a string.
     in_words = len(error.args) == 1 and isinstance(error.args[0], str)
     return in_words and is_oom_error(error)
 
 
 def note_memory(error: BaseException, device: str) -> None:
-    """Adds to an error how much of a GPU's memory was taken, once.
+    """Adds a note with the memory use of the GPU to an error, once.
 
     Args:
-        error: The error, before anything is freed.
-        device: The device of the Brain.
+        error: The error, before any memory is freed.
+        device: Device of the Brain.
     """
     if torch.device(device).type != "cuda" or any(
         n.startswith(ALLOCATED) for n in notes(error)
     ):
         return
-    # Whatever goes wrong here must not hide the error.
+    # An error in here must not hide the original error.
     with suppress(Exception):
         sizes = (
             torch.cuda.memory_allocated(device),
@@ -54,20 +54,20 @@ def note_memory(error: BaseException, device: str) -> None:
 
 
 def in_gib(count: int) -> str:
-    """An amount of memory in words.
+    """Formats an amount of memory in GiB.
 
     Args:
-        count: Bytes.
+        count: Number of bytes.
     """
     return f"{count / 2**30:.2f} GiB"
 
 
 def note_batch(error: BaseException, batch: Any) -> None:
-    """Adds to an error the shapes and the lengths in a batch.
+    """Adds a note with the shapes and lengths in a batch to an error.
 
     Args:
         error: The error.
-        batch: What the loader gave.
+        batch: Batch as the DataLoader returned it.
     """
     with suppress(Exception):
         if found := described(batch):
@@ -75,7 +75,7 @@ def note_batch(error: BaseException, batch: Any) -> None:
 
 
 def notes(error: BaseException) -> list[str]:
-    """What was added to an error.
+    """Returns the notes of an error.
 
     Args:
         error: Any error.
@@ -84,11 +84,11 @@ def notes(error: BaseException) -> list[str]:
 
 
 def free(error: BaseException, device: str) -> None:
-    """Frees what the calls that have failed hold, else there is no memory to go on with.
+    """Frees the memory that the failed calls still hold, so that the run can continue.
 
     Args:
-        error: The error; what functions that it has left had in their variables is gone.
-        device: The device of the Brain.
+        error: The error. The local variables of the calls in its traceback are cleared.
+        device: Device of the Brain.
     """
     note_memory(error, device)
     each: BaseException | None = error

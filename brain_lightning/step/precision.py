@@ -1,4 +1,4 @@
-"""The device of a Brain, and the precision in which it computes."""
+"""The device of a Brain and the precision of its computations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.float16, torch.bfloat16), st
 
 
 def infer_device() -> str:
-    """This rank's accelerator where there is one, else the CPU.
+    """Returns the accelerator of this rank, or the CPU if there is no accelerator.
 
     Returns:
-        Its name (``speechbrain.utils.distributed.infer_device``).
+        Name of the device (``speechbrain.utils.distributed.infer_device``).
     """
     if not accelerator.is_available():
         return "cpu"
@@ -29,13 +29,13 @@ def infer_device() -> str:
 
 
 def device_type(device: str) -> str:
-    """The kind of a device, which has to be there.
+    """Returns the type of a device, after checking that the device exists.
 
     Args:
-        device: Its name.
+        device: Name of the device.
 
     Returns:
-        ``cpu``, ``cuda``…
+        ``cpu``, ``cuda``, ...
 
     Raises:
         RunOptionError: There is no such device.
@@ -44,50 +44,53 @@ def device_type(device: str) -> str:
         where = torch.device(device).type
     except RuntimeError as error:
         raise RunOptionError(
-            f"device {device!r} is not one of cpu, cuda, cuda:0, cuda:1, mps…: {error}"
+            f"device {device!r} is not valid. Use cpu, cuda, cuda:0, cuda:1 or mps: {error}"
         ) from error
     if where == "cuda" and not torch.cuda.is_available():
-        raise RunOptionError(f"device {device!r}: this torch sees no CUDA device; use cpu")
+        raise RunOptionError(
+            f"device {device!r} is not available: torch finds no CUDA device. Use "
+            "--device=cpu."
+        )
     return where
 
 
 def gradient_scaler(device: str, precision: str) -> torch.GradScaler:
-    """The scaler of a Brain's losses, on for fp16 alone.
+    """Returns the gradient scaler of a Brain, which is enabled only for fp16.
 
     Args:
-        device: The Brain's device.
-        precision: The training precision.
+        device: Device of the Brain.
+        precision: Precision of training.
 
     Returns:
-        The scaler; where it is off, it changes nothing.
+        The scaler. If it is disabled, it changes nothing.
     """
     return torch.GradScaler(device, enabled=precision == "fp16")
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
-    """The context in which a Brain computes.
+    """Returns the context in which a Brain computes.
 
     Args:
-        device: The Brain's device.
+        device: Device of the Brain.
         precision: fp32, fp16 or bf16.
 
     Returns:
-        ``torch.autocast``; for fp32 a context without effect, so that a recipe's
-        own autocast around it remains effective.
+        ``torch.autocast``. For fp32, a context without effect, so that an autocast context of
+        the recipe around it stays in effect.
 
     Raises:
-        RunOptionError: ``precision`` is none of them, or fp16 on the CPU.
+        RunOptionError: ``precision`` is not one of the three, or it is fp16 on the CPU.
     """
     if precision not in DTYPES:
         raise RunOptionError(
-            f"precision {precision!r} is not one of {', '.join(DTYPES)}: "
-            "use --precision=bf16 for mixed precision on any device"
+            f"precision={precision!r} is not supported. Use one of {', '.join(DTYPES)}. bf16 "
+            "is mixed precision on any device."
         )
     where = device_type(device)
     if precision == "fp16" and where == "cpu":
         raise RunOptionError(
-            "precision 'fp16' is not supported on the CPU: use --precision=bf16 or "
-            "--eval_precision=bf16, or a GPU"
+            "precision='fp16' is not supported on the CPU. Use --precision=bf16 (or "
+            "--eval_precision=bf16), or a GPU."
         )
     if precision == "fp32":
         return nullcontext()

@@ -1,7 +1,7 @@
-"""Weights that ``torch.nn.utils.prune`` has pruned, as ``ModelPruning`` does: loaded, resumed.
+"""Loads and resumes modules that were pruned, as by ``ModelPruning``.
 
-A pruned ``weight`` is saved as ``weight_orig`` and ``weight_mask``, which a module that is not
-pruned cannot load.
+``torch.nn.utils.prune`` saves a pruned ``weight`` as ``weight_orig`` and ``weight_mask``. A
+module that is not pruned cannot load these.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-# What torch calls the two parts of a pruned weight, after its name.
+# Suffixes that torch adds to the name of a pruned weight.
 ORIGINAL, MASK = "_orig", "_mask"
 
 
 class _Weight(NamedTuple):
-    """A parameter: its module, and its name there and in a state, as if it was not pruned."""
+    """A parameter: its module, its name there, and its key in a state if it is not pruned."""
 
     module: nn.Module
     name: str
@@ -31,12 +31,12 @@ class _Weight(NamedTuple):
 def prune_as_saved(
     module: nn.Module, state: Mapping[str, Any], plain: Callable[[str], str] = str
 ) -> None:
-    """Prunes a module where the state that it is to load is of a pruned one, and only there.
+    """Makes the pruning of a module match a state: prunes weights or removes their pruning.
 
     Args:
         module: The module.
-        state: What its ``load_state_dict`` is called with.
-        plain: Gives the name that a parameter has in the state.
+        state: State dict that the module is going to load.
+        plain: Maps the name of a parameter to its key in the state.
     """
     for weight in list(_weights(module, plain)):
         names = _pruned(weight.key)
@@ -48,11 +48,11 @@ def prune_as_saved(
 
 
 def masks(module: nn.Module, plain: Callable[[str], str] = str) -> dict[str, Tensor]:
-    """The masks of what is pruned, by the names of the weights.
+    """Returns the masks of pruned weights, by the name of the weight.
 
     Args:
         module: The module.
-        plain: Gives the name that a weight is to have.
+        plain: Maps the name of a weight to its key in the result.
     """
     return {
         weight.key: getattr(weight.module, _pruned(weight.name)[1])
@@ -64,11 +64,11 @@ def masks(module: nn.Module, plain: Callable[[str], str] = str) -> dict[str, Ten
 def restore_masks(
     module: nn.Module, saved: Mapping[str, Tensor], plain: Callable[[str], str] = str
 ) -> None:
-    """Prunes what was pruned, where its weights were saved without their masks.
+    """Prunes the weights that were pruned, if they were saved without their masks.
 
     Args:
         module: The module.
-        saved: From ``masks``.
+        saved: Masks from ``masks``.
         plain: As for ``masks``.
     """
     for weight in list(_weights(module, plain)):
@@ -88,7 +88,7 @@ def _weights(module: nn.Module, plain: Callable[[str], str]) -> Iterator[_Weight
 
 
 def _prune(weight: _Weight, mask: Tensor) -> None:
-    # The parameter stays the same object: optimizers have it.
+    # The parameter stays the same object, because optimizers refer to it.
     device = getattr(weight.module, weight.name).device
     prune.custom_from_mask(  # type: ignore[no-untyped-call]
         weight.module, weight.name, mask.to(device)

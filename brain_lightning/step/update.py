@@ -1,7 +1,8 @@
-"""How one batch becomes one update: SpeechBrain's ``fit_batch`` and ``optimizers_step``.
+"""Fits one batch: SpeechBrain's ``fit_batch`` and ``optimizers_step``.
 
-``fit_batch`` takes an update, which computes and applies the gradients. ``RawUpdate`` calls
-torch, as SpeechBrain does; ``module.automatic`` has one that goes through the Trainer.
+``fit_batch`` gets an update object, which computes and applies the gradients. ``RawUpdate``
+calls torch directly, as SpeechBrain does. ``module.automatic`` has an update that goes through
+the Trainer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from brain_lightning.optimizers.active import active_optimizers, has_optimizer
 from brain_lightning.protocol import BrainProtocol, parameters_of
 
 from .losses import TrainingLoss, training_loss
-from .together import compute_alone, compute_together
+from .synchronized import forward_backward, synchronized_forward_backward
 from .valid_step import count_valid_step
 from .window import add_to_window, end_window, is_full
 
@@ -30,19 +31,20 @@ logger = logging.getLogger(__name__)
 def fit_batch(brain: BrainProtocol, batch: Any, update: RawUpdate) -> Tensor:
     """Fits one batch (``speechbrain.Brain.fit_batch``).
 
-    A loss that is not finite leaves no gradients, and the update that it alone would have
-    made is skipped; SpeechBrain would make every weight NaN.
+    A loss that is not finite leaves no gradients. If no other batch contributes to the
+    optimizer step, the step is skipped. SpeechBrain would set every weight to NaN.
 
     Args:
-        brain: The Brain in training; its ``step`` counts this batch already.
-        batch: What the loader gave.
-        update: How gradients are computed and applied.
+        brain: Brain in training. Its ``step`` already counts this batch.
+        batch: Batch as the DataLoader returned it.
+        update: Computes and applies the gradients.
 
     Returns:
         The detached loss, on the CPU.
     """
     should_step = is_full(brain)
-    compute = compute_together if brain._lightning.fails_together else compute_alone
+    synchronizes = brain._lightning.synchronizes_oom
+    compute = synchronized_forward_backward if synchronizes else forward_backward
     result = compute(brain, batch, update, should_step)
     if result.finite:
         count_valid_step(brain)
@@ -61,8 +63,8 @@ def optimizers_step(
     """Steps the active optimizers once (``speechbrain.Brain.optimizers_step``).
 
     Args:
-        brain: The Brain whose gradients are ready.
-        apply: Clips the gradients of some optimizers and steps these.
+        brain: Brain whose gradients are complete.
+        apply: Clips the gradients of the given optimizers and steps the optimizers.
     """
     if brain.optimizers_dict is None and brain.opt_class is None:
         return
@@ -78,15 +80,15 @@ def optimizers_step(
 
 
 def prepare_gradients(brain: BrainProtocol, optimizers: Mapping[str, Optimizer]) -> None:
-    """Clips the unscaled gradients and drops those that are not finite.
+    """Clips the unscaled gradients and drops gradients that are not finite.
 
     Args:
-        brain: Its ``max_grad_norm`` and ``skip_nonfinite_grads`` say how.
-        optimizers: The optimizers about to step.
+        brain: Brain with ``max_grad_norm`` and ``skip_nonfinite_grads``.
+        optimizers: Optimizers that are about to step.
     """
     algorithm = brain._lightning.gradient_clip_algorithm
     clip_gradients(optimizers.values(), brain.max_grad_norm, algorithm)
-    # A GradScaler that is on skips the whole step instead.
+    # An enabled GradScaler skips the whole step instead.
     if brain.skip_nonfinite_grads and not brain.scaler.is_enabled():
         brain.check_gradients()
 
@@ -94,16 +96,16 @@ def prepare_gradients(brain: BrainProtocol, optimizers: Mapping[str, Optimizer])
 def clip_gradients(
     optimizers: Iterable[Optimizer], max_norm: float, algorithm: str = "norm"
 ) -> None:
-    """Clips the gradients of each optimizer on its own.
+    """Clips the gradients of each optimizer separately (``optimizers_step``).
 
-    One norm over everything could overflow (``speechbrain.Brain.optimizers_step``).
-    SpeechBrain clips the first parameter group only and climbs the gradient
-    where ``max_norm`` is negative; here all groups count, and 0 or less disables.
+    One norm over all optimizers could overflow. SpeechBrain clips only the first parameter
+    group, and a negative ``max_norm`` reverses the gradients. Here all groups are clipped,
+    and a value of 0 or less disables clipping.
 
     Args:
-        optimizers: The optimizers about to step.
-        max_norm: The largest norm to allow.
-        algorithm: ``"value"`` limits each number instead, as
+        optimizers: Optimizers that are about to step.
+        max_norm: Largest allowed norm.
+        algorithm: ``"norm"``, or ``"value"`` to clip each element, as with
             ``Trainer(gradient_clip_algorithm="value")``.
     """
     for optimizer in optimizers:
@@ -111,7 +113,7 @@ def clip_gradients(
 
 
 def clip_parameters(parameters: Iterable[Parameter], max_norm: float, algorithm: str) -> None:
-    """Clips the gradients of parameters as one.
+    """Clips the gradients of parameters by one common norm.
 
     Args:
         parameters: The parameters.
@@ -124,27 +126,29 @@ def clip_parameters(parameters: Iterable[Parameter], max_norm: float, algorithm:
 
 
 def drop_nonfinite_gradients(brain: BrainProtocol) -> None:
-    """Drops each gradient that is not finite, and says whose it was.
+    """Drops each gradient that is not finite and logs the name of its parameter.
 
-    Of one in shards all processes drop theirs, or none does.
+    For a sharded gradient, either all ranks drop their shards or none does.
 
     Args:
-        brain: The Brain, with gradients.
+        brain: Brain whose gradients are complete.
     """
     for name, parameter in brain.modules.named_parameters():
         if parameter.grad is not None and not is_finite(parameter.grad):
             parameter.grad = None
-            logger.warning("Gradient of %s contains NaN or Inf: dropped.", name)
+            logger.warning("The gradient of %s has NaN or infinite values. Dropped it.", name)
 
 
 class RawUpdate:
-    """An update by torch alone: for ``fit_batch`` called by a recipe, or without a Trainer.
+    """An update that calls torch directly, without a Trainer.
+
+    It is used if a recipe calls ``fit_batch``, or if there is no Trainer.
 
     Args:
-        brain: The Brain to update.
+        brain: Brain to update.
 
     Attributes:
-        result: What the batch gave; None where that failed.
+        result: Loss of the batch, or None if the batch failed.
     """
 
     result: TrainingLoss | None = None
@@ -153,24 +157,24 @@ class RawUpdate:
         self._brain = brain
 
     def compute_gradients(self, batch: Any) -> TrainingLoss:
-        """Forward and backward pass of one batch."""
+        """Runs the forward and backward pass of one batch."""
         result = training_loss(self._brain, batch)
         result.backward(result.scaled.backward)
-        # Only now: an error frees what the batch holds.
+        # Assigned last: after an error, nothing here holds the memory of the batch.
         self.result = result
         return result
 
     def step(self) -> None:
-        """One step, through the Brain's hook, which a recipe may override."""
+        """Steps through ``brain.optimizers_step``, which a recipe may override."""
         self._brain.optimizers_step()
 
     def end(self, batch: Any, result: TrainingLoss, should_step: bool) -> None:
-        """``on_fit_batch_end``.
+        """Calls ``on_fit_batch_end``.
 
         Args:
-            batch: What the loader gave.
-            result: What it gave.
-            should_step: Whether there was a step.
+            batch: Batch as the DataLoader returned it.
+            result: Loss of the batch.
+            should_step: Whether an optimizer step was due.
         """
         self._brain.on_fit_batch_end(batch, result.outputs, result.loss, should_step)
 
@@ -186,13 +190,13 @@ class RawUpdate:
 
 
 class DirectUpdate(RawUpdate):
-    """An update of a Brain that does not override stepping, by torch alone.
+    """An update without the Trainer, for a Brain that does not override ``optimizers_step``.
 
     Args:
-        brain: The Brain to update.
-        stepping: Called before optimizers step, with them.
-        stepped: Called when the update is made, before ``on_fit_batch_end``, with the loss
-            and with whether the batch counts as a step.
+        brain: Brain to update.
+        stepping: Called with the optimizers before they step.
+        stepped: Called after the step and before ``on_fit_batch_end``, with the loss and with
+            whether the batch counts as a step.
     """
 
     def __init__(
@@ -207,25 +211,25 @@ class DirectUpdate(RawUpdate):
 
     @property
     def is_step(self) -> bool:
-        """Whether the batch counts as a step, as one does where nothing is optimized."""
+        """Whether the batch counts as a step. If nothing is optimized, every batch counts."""
         brain = self._brain
-        # ModelCheckpoint counts steps.
+        # ModelCheckpoint counts these steps.
         return brain.optimizer_step != self._steps_before or not has_optimizer(brain)
 
     def fit(self, batch: Any) -> Tensor:
-        """``fit_batch`` of a Brain by this update.
+        """Calls ``fit_batch`` with this update.
 
         Args:
-            batch: What the loader gave.
+            batch: Batch as the DataLoader returned it.
         """
         return fit_batch(self._brain, batch, self)
 
     def step(self) -> None:
-        """One step, as a Brain of ours does it, also of one of SpeechBrain's."""
+        """Steps as ``brain_lightning.Brain`` does, also for a Brain of SpeechBrain."""
         optimizers_step(self._brain, self._step)
 
     def end(self, batch: Any, result: TrainingLoss, should_step: bool) -> None:
-        """``on_fit_batch_end``, for which the batch is fitted."""
+        """Calls ``on_fit_batch_end``. Before it, the batch counts as fitted."""
         self._stepped(result.loss, self.is_step)
         super().end(batch, result, should_step)
 

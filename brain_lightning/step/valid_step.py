@@ -1,4 +1,4 @@
-"""``valid_step`` of SpeechBrain 0.5, from which its ``fit_batch`` knows when to step."""
+"""``valid_step`` of SpeechBrain 0.5, which its ``fit_batch`` uses to decide when to step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from brain_lightning.protocol import BrainProtocol
 
 
 class ValidStep:
-    """``valid_step``: training batches of an epoch whose loss was finite.
+    """``valid_step``: number of training batches of an epoch with a finite loss.
 
-    A ``fit_batch`` of SpeechBrain 0.5 adds to it. A recipe that assigns it before it has read
-    it has something of its own by that name, which is neither counted nor set to 0.
+    A ``fit_batch`` written for SpeechBrain 0.5 increments it. If a recipe assigns the
+    attribute before reading it, the recipe uses the name for something else. The attribute is
+    then neither incremented nor reset.
     """
 
     def __get__(self, brain: Any, owner: type | None = None) -> Any:
@@ -31,10 +32,10 @@ class ValidStep:
 
 
 def count_valid_step(brain: BrainProtocol) -> None:
-    """Counts a batch that was fitted by the default ``fit_batch``.
+    """Counts a batch that the default ``fit_batch`` fitted.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
     """
     if _counts(brain):
         own = vars(brain)
@@ -42,10 +43,10 @@ def count_valid_step(brain: BrainProtocol) -> None:
 
 
 def reset_valid_step(brain: BrainProtocol) -> None:
-    """Begins to count anew, at the end of the TRAIN stage.
+    """Resets the count to 0 at the end of the TRAIN stage.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
     """
     if _counts(brain):
         vars(brain)["valid_step"] = 0
@@ -55,7 +56,7 @@ def _counts(brain: BrainProtocol) -> bool:
     return brain._lightning.counts_valid_steps and _is_ours(type(brain))
 
 
-# Asked once for each batch.
+# Cached, because it is called for each batch.
 @cache
 def _is_ours(brain_class: type) -> bool:
     member = inspect.getattr_static(brain_class, "valid_step", None)

@@ -1,14 +1,16 @@
-"""A window of batches that weigh by what they have, as one batch of all of them would.
+"""The accumulation window: batches for one optimizer step, and how they are weighted.
 
-By default each batch of a window counts the same: the gradient is the mean over batches. With
-``accumulate_by="tokens"`` it is the mean over targets, or frames: ``loss_weight(batch)`` of
-the Brain says how many of them ``compute_objectives`` took its mean over. A loss is multiplied
-by that before its backward pass; when the window is full, the gradients are divided by what
-the weights in all processes add up to.
+By default each batch of a window has the same weight: the gradient is the mean over batches.
+With ``accumulate_by="tokens"`` it is the mean over targets (tokens or frames), as for one
+large batch. The Brain's ``loss_weight(batch)`` returns the number of targets that
+``compute_objectives`` takes its mean over. Each loss is multiplied by this number before its
+backward pass. When the window is full, the gradients are divided by the sum of the weights
+over all ranks.
 
-What the weights add up to is known at the end alone. Until then losses are divided by a
-reference, near to the weight of the window before, so that gradients have their usual size,
-which a scaler for fp16 expects. It is a power of two, which changes no bit of them.
+The sum of the weights is known only at the end. Until then, losses are divided by a reference
+that is close to the sum of the previous window. Gradients then have their usual magnitude,
+which the gradient scaler of fp16 needs. The reference is a power of two, so the division is
+exact.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ OPTION = "accumulate_by='tokens'"
 
 
 class WindowState(TypedDict):
-    """A window, as it is saved.
+    """State of a window in a checkpoint.
 
     Attributes:
         weight: See ``Window``.
@@ -46,34 +48,34 @@ class WindowState(TypedDict):
 
 @dataclass(frozen=True)
 class Window:
-    """The weights of the batches whose gradients have been accumulated.
+    """Sum of the weights of the batches whose gradients have been accumulated.
 
-    It is replaced and never changed, so that an earlier one may be restored. Its numbers stay
-    on the device, and no step waits for them.
+    The object is immutable, so that an earlier window can be restored. Its numbers stay on
+    the device, so that no step waits for them.
 
     Attributes:
-        weight: Of the batches of this process; None where there is none yet.
-        reference: What their losses were divided by, the same in all processes.
+        weight: Sum over the batches of this rank, or None before the first batch.
+        reference: Divisor of their losses, the same on all ranks.
     """
 
     weight: Tensor | float | None = None
-    # Of the first window nothing is known in all processes: at worst fp16 skips its step.
+    # The first window has no estimate that is equal on all ranks. At worst fp16 skips a step.
     reference: Tensor | float = 1.0
 
     def state(self) -> WindowState:
-        """What to save of it."""
+        """Returns the state to save."""
         weight = None if self.weight is None else float(self.weight)
         return {"weight": weight, "reference": float(self.reference)}
 
 
 def check_window(brain: BrainProtocol) -> None:
-    """Refuses a Brain whose batches cannot be weighed.
+    """Raises an error if the Brain cannot weigh its batches.
 
     Args:
-        brain: The Brain that is going to train.
+        brain: Brain that is going to train.
 
     Raises:
-        UnsupportedError: It has no ``loss_weight``, or a step of its own.
+        UnsupportedError: The Brain has no ``loss_weight``, or its own optimizer step.
     """
     if brain._lightning.accumulate_by == "batches":
         return
@@ -81,42 +83,42 @@ def check_window(brain: BrainProtocol) -> None:
     if not callable(getattr(brain, "loss_weight", None)):
         raise UnsupportedError(
             f"{OPTION} needs a method loss_weight(self, batch) of {name}, which returns the "
-            "number of targets, or frames, that compute_objectives takes its mean over: "
-            "define it, or use accumulate_by='batches'"
+            "number of targets (tokens or frames) that compute_objectives takes its mean "
+            "over. Define the method, or use accumulate_by='batches'."
         )
     for hook in MANUAL_HOOKS:
         if has_own(brain, hook) and not calls_ours(brain, hook):
             raise UnsupportedError(
-                f"{OPTION} has no effect in {name}.{hook}: call super().{hook} there, which "
-                "has to be that of our Brain (from brain_lightning import Brain), or use "
-                "accumulate_by='batches'"
+                f"{OPTION} has no effect in {name}.{hook}. Derive {name} from "
+                f"brain_lightning.Brain and call super().{hook}, or use "
+                "accumulate_by='batches'."
             )
 
 
 def is_full(brain: BrainProtocol) -> bool:
-    """Whether the window ends with the batch in hand.
+    """Returns whether the window ends with the current batch.
 
     Args:
-        brain: The Brain in training; its ``step`` counts this batch already.
+        brain: Brain in training. Its ``step`` already counts this batch.
     """
     ends_early = brain._lightning.ends_window
     return brain.step % brain.grad_accumulation_factor == 0 or ends_early
 
 
 def window_of(brain: BrainProtocol) -> Window:
-    """The window that is not full.
+    """Returns the current window.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
     """
     return brain._lightning.window or Window()
 
 
 def restart_window(brain: BrainProtocol) -> None:
-    """Begins a new window, where the gradients of the last one are dropped.
+    """Starts a new window after the gradients of the current window were dropped.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
     """
     brain._lightning.window = Window(reference=window_of(brain).reference)
 
@@ -125,30 +127,30 @@ def restore_window(brain: BrainProtocol, saved: WindowState) -> None:
     """Restores a window.
 
     Args:
-        brain: The Brain in training.
-        saved: From ``Window.state``.
+        brain: Brain in training.
+        saved: State from ``Window.state``.
     """
     brain._lightning.window = Window(**saved)
 
 
 def weight_of(brain: BrainProtocol, batch: Any, loss: Tensor) -> Tensor | None:
-    """What a batch weighs in its window.
+    """Returns the weight of a batch in its window.
 
     Args:
-        brain: The Brain in training.
-        batch: What the loader gave.
-        loss: What ``compute_objectives`` has just returned.
+        brain: Brain in training.
+        batch: Batch as the DataLoader returned it.
+        loss: Return value of ``compute_objectives``.
 
     Returns:
-        One number beside the loss; None where all batches weigh the same.
+        Scalar on the device of the loss, or None if all batches have the same weight.
 
     Raises:
-        BrainTypeError: ``loss_weight`` returned no number of 0 or more.
+        BrainTypeError: ``loss_weight`` did not return a number of 0 or more.
     """
     if brain._lightning.accumulate_by == "batches":
         return None
     found: Any = brain.loss_weight(batch)  # type: ignore[attr-defined]
-    # In full precision also where the loss is not.
+    # Full precision, even if the loss has a lower precision.
     dtype = torch.promote_types(loss.dtype, torch.float32)
     number = found
     if isinstance(found, Tensor) and found.numel() == 1:
@@ -156,35 +158,35 @@ def weight_of(brain: BrainProtocol, batch: Any, loss: Tensor) -> Tensor | None:
             return found.detach().reshape(()).to(loss.device, dtype)
         number = found.item()
     if isinstance(number, Real) and 0 <= number <= torch.finfo(dtype).max:  # type: ignore[operator]
-        # Unlike torch.tensor it does not wait for the device.
+        # Unlike torch.tensor, torch.full does not wait for the device.
         return torch.full((), float(number), dtype=dtype, device=loss.device)
     raise BrainTypeError(
-        f"{type(brain).__name__}.loss_weight must return the number of targets of a batch, 0 "
-        f"or more, or a tensor with that number, got {found!r:.80}"
+        f"{type(brain).__name__}.loss_weight must return the number of targets of a batch (0 "
+        f"or more), as a number or a tensor with one element, got {found!r:.80}"
     )
 
 
 def share_of_window(brain: BrainProtocol, loss: Tensor, weight: Tensor | None) -> Tensor:
-    """What a batch adds to the loss of its window, from which the backward pass begins.
+    """Returns the loss from which the backward pass starts: the batch's share of its window.
 
     Args:
-        brain: The Brain in training.
-        loss: What ``compute_objectives`` returned.
-        weight: From ``weight_of``.
+        brain: Brain in training.
+        loss: Return value of ``compute_objectives``.
+        weight: Weight from ``weight_of``.
     """
     if weight is None:
         factor = brain.grad_accumulation_factor
         return loss if factor == 1 else loss / factor
-    # In the precision of the weight: in fp16 the product may be too large for the loss's own.
+    # Computed in the dtype of the weight, because the product may overflow in fp16.
     return loss.to(weight.dtype) * (weight / window_of(brain).reference)
 
 
 def add_to_window(brain: BrainProtocol, weight: Tensor | None) -> None:
-    """Counts a batch whose gradients are in the window: its loss was finite everywhere.
+    """Counts a batch whose gradients are in the window: its loss is finite on all ranks.
 
     Args:
-        brain: The Brain in training.
-        weight: From ``weight_of``.
+        brain: Brain in training.
+        weight: Weight from ``weight_of``.
     """
     if weight is not None:
         window = window_of(brain)
@@ -193,21 +195,21 @@ def add_to_window(brain: BrainProtocol, weight: Tensor | None) -> None:
 
 
 def end_window(brain: BrainProtocol, active: Iterable[Optimizer]) -> None:
-    """Makes the gradients of a full window the mean over all of its targets.
+    """Divides the gradients of a full window so that they are the mean over all its targets.
 
-    All processes call it, once gradients are averaged over them, and before they are unscaled
-    and clipped. An optimizer that is frozen keeps its gradients until it steps: they are
-    divided then, by what the weights of the last window add up to.
+    All ranks call it, after gradients are averaged over ranks and before they are unscaled
+    and clipped. A frozen optimizer accumulates gradients until it steps again. Its gradients
+    are divided then, by the sum of the weights of the last window.
 
     Args:
-        brain: The Brain in training.
-        active: The optimizers that are about to step.
+        brain: Brain in training.
+        active: Optimizers that are about to step.
     """
     window = window_of(brain)
     if window.weight is None:
         return
     weight = _mean_over_processes(brain, window.weight)
-    # Batches without a target have no gradients.
+    # If no batch of the window has a target, there are no gradients.
     weight = torch.where(weight > 0, weight, window.reference)
     # The next power of two.
     reference = weight / torch.frexp(weight).mantissa
@@ -231,13 +233,13 @@ def _parameters(optimizers: Iterable[Optimizer]) -> set[Tensor]:
 
 
 def _mean_over_processes(brain: BrainProtocol, weight: Tensor | float) -> Tensor:
-    """The mean of the weights, for that of their gradients has been taken."""
+    """Returns the mean of the weights over ranks, because gradients are averaged, too."""
     if not isinstance(weight, Tensor):
-        # It was restored, or gradients were dropped, and no batch came after.
+        # The window was restored, or its gradients were dropped, and no batch followed.
         weight = torch.full((), weight, device=brain.device)
     if not communicates():
         return weight
-    # One process may have another type than the others.
+    # Ranks may have different dtypes, and all_reduce needs the same.
     weight = weight.to(torch.float64, copy=True)
     torch.distributed.all_reduce(weight)
     return weight / world_size()

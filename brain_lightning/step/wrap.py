@@ -1,4 +1,4 @@
-"""Each entry of a Brain's modules on several processes: in DDP, or in shards."""
+"""Prepares each entry of a Brain's modules for several processes: DDP or sharding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from brain_lightning.protocol import BrainProtocol, optimizers_of, overrides
 
 
 def wrap_modules(brain: BrainProtocol) -> None:
-    """Wraps or shards each entry, as the strategy says.
+    """Wraps or shards each entry, depending on the strategy.
 
     Args:
-        brain: The Brain, on its device, in a process group; compiled already.
+        brain: Brain on its device, with compiled modules, in a process group.
 
     Raises:
-        UnsupportedError: There is a module that cannot be trained by several processes.
+        UnsupportedError: Several processes cannot train one of the modules.
     """
     sharding: Sharding | None = brain._lightning.sharding
     if sharding is None:
@@ -29,10 +29,10 @@ def wrap_modules(brain: BrainProtocol) -> None:
 
 
 def wraps_itself(brain: BrainProtocol) -> bool:
-    """Whether a recipe wraps its modules for several processes itself.
+    """Returns whether a recipe wraps its modules for several processes itself.
 
     Args:
-        brain: The Brain, before or within a run.
+        brain: Brain before or during a run.
     """
     own = vars(brain).get("_wrap_distributed")
     ours = isinstance(own, partial) and own.func is wrap_modules
@@ -43,10 +43,10 @@ def save_whole(brain: BrainProtocol) -> None:
     """Makes the optimizers of sharded modules save and load whole tensors.
 
     Args:
-        brain: The Brain, with its optimizers.
+        brain: Brain with its optimizers.
 
     Raises:
-        UnsupportedError: One was made before the modules were sharded.
+        UnsupportedError: An optimizer was created before the modules were sharded.
     """
     check_optimizers(brain)
     new = save_whole_optimizers(optimizer for _, optimizer in optimizers_of(brain))

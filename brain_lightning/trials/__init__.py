@@ -1,9 +1,10 @@
-"""What is tried before a long run and leaves nothing: learning rate, batch size, memory.
+"""Trials before a long run, without side effects: learning rate, batch size, memory.
 
-``trial`` fits and evaluates batches on a ``snapshot`` of everything that hangs on the Brain,
-of which ``kept`` knows what to keep of each kind of object; ``isolation`` puts out of reach
-what the recipe saves and logs with. ``learning_rate`` and ``batch_size`` search in a trial:
-``finders`` has them do so where a callback of Lightning asks for it, ``tune`` in place of a
-recipe's training. ``preflight`` tries the ``longest`` batches, by the ``lengths`` of examples,
-and says what ``memory`` each takes.
+``trial`` fits and evaluates batches on a ``snapshot`` of everything reachable from the Brain.
+``object_state`` captures and restores single objects by type. ``isolation`` disables the
+Checkpointers and train loggers of the recipe during a trial. ``learning_rate`` and
+``batch_size`` run searches in a trial. ``finders`` starts a search for a Lightning callback,
+and ``tune`` starts one in place of a recipe's training. ``preflight`` tries the ``longest``
+batches, which it finds by the ``lengths`` of the examples, and reports the ``memory`` that
+each batch uses.
 """

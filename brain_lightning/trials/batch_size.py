@@ -1,4 +1,4 @@
-"""The largest batch size that fits into memory (Lightning's ``Tuner.scale_batch_size``)."""
+"""Finds the largest batch size that fits into memory (Lightning's ``scale_batch_size``)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Search:
-    """How to search, as the arguments of ``Tuner.scale_batch_size``.
+    """Arguments of a search, as in ``Tuner.scale_batch_size``.
 
     Attributes:
-        mode: ``power`` doubles until there is no memory; ``binsearch`` then halves the
-            interval between the last two.
-        steps_per_trial: Batches to try with each size.
-        init_val: The first size, in examples; a ``max_batch_length`` begins with its own.
-        max_trials: The most sizes to try.
-        margin: By which part ``binsearch`` makes what it has found smaller.
-        max_val: The largest size, in examples; of no effect on a ``max_batch_length``.
+        mode: ``power`` doubles the size until memory is exhausted. ``binsearch`` then bisects
+            the interval between the last two sizes.
+        steps_per_trial: Number of batches to run with each size.
+        init_val: First size in examples. A search for ``max_batch_length`` starts with its
+            current value instead.
+        max_trials: Maximum number of sizes to try.
+        margin: Fraction by which ``binsearch`` reduces its result.
+        max_val: Largest size in examples. Not used for ``max_batch_length``.
     """
 
     mode: str = "power"
@@ -46,20 +47,21 @@ class Search:
 
 
 def find(run: Run, trainer: Trainer, loader: Any, search: Search) -> float:
-    """Searches the largest batch size, in a trial; the loader keeps its own.
+    """Searches for the largest batch size in a trial. The DataLoader itself is not changed.
 
     Args:
         run: The run, between two batches.
         trainer: The Trainer that runs it.
-        loader: A loader of the run; batches of the training set are fitted, others evaluated.
-        search: How to search.
+        loader: DataLoader of the run. Batches of the training set are fitted, other batches
+            are evaluated.
+        search: Arguments of the search.
 
     Returns:
-        The size, or the ``max_batch_length`` of a DynamicBatchSampler.
+        The batch size, or the ``max_batch_length`` of a DynamicBatchSampler.
 
     Raises:
-        UnsupportedError: The size of the loader's batches cannot be changed, or there is no
-            memory for the smallest.
+        UnsupportedError: The batch size of the DataLoader cannot be changed, or the smallest
+            batch does not fit into memory.
     """
     size = BatchSize(loader)
     with Trial(run, trainer, loader) as trial:
@@ -68,19 +70,19 @@ def find(run: Run, trainer: Trainer, loader: Any, search: Search) -> float:
         if size.name == "batch_size":
             first, limit = search.init_val, min(limit, search.max_val)
         found = _largest(fits, min(first, limit), limit, search)
-    logger.info("The largest %s for which there is memory is %g.", size.name, found)
+    logger.info("The largest %s that fits into memory is %g.", size.name, found)
     return found
 
 
 class _Fits:
-    """Whether there is memory for a size, in all processes.
+    """Checks whether a batch size fits into memory on all ranks.
 
     Args:
         trial: The trial.
-        loader: The loader.
-        size: The size of its batches.
-        trains: Whether its batches are fitted.
-        steps: How many of them.
+        loader: The DataLoader.
+        size: Accessor of the DataLoader's batch size.
+        trains: Whether to fit the batches. Otherwise they are evaluated.
+        steps: Number of batches to run.
     """
 
     def __init__(
@@ -112,11 +114,11 @@ class _Fits:
             if not is_out_of_memory(error) or (self._trains and not trial.fails_together):
                 raise
             return False
-        # With drop_last there may be none.
+        # With drop_last there may be no batch.
         return batches > 0
 
     def _longest(self) -> Iterator[Any]:
-        """The batches that take most memory, over and over."""
+        """Yields the batches that need most memory, again and again."""
         longest = longest_batches(self._loader)
         while longest.count:
             yield from islice(self._trial.batches(longest.loader), longest.count)
@@ -131,8 +133,8 @@ def _largest(fits: _Fits, first: float, limit: float, search: Search) -> float:
                 break
         elif size <= 1:
             raise UnsupportedError(
-                "there is no memory for the smallest batch: make the model smaller, or leave "
-                "out the longest examples"
+                "the smallest batch does not fit into memory. Use a smaller model, or remove "
+                "the longest examples."
             )
         else:
             high = size
@@ -146,11 +148,11 @@ def _largest(fits: _Fits, first: float, limit: float, search: Search) -> float:
             size = (low + high) // 2
     if low == 0:
         raise UnsupportedError(
-            f"there is no memory for any of the {fits.tried} sizes that were tried, {first:g} "
-            "the first of them: give a smaller init_val, or more max_trials"
+            f"none of the {fits.tried} tried sizes fits into memory. The first one was "
+            f"{first:g}. Use a smaller init_val, or increase max_trials."
         )
     return max(1, int(low * (1 - search.margin))) if search.mode == "binsearch" else low
 
 
-# Of a length in seconds or frames it makes no difference.
+# The search for a length in seconds or frames stops at this relative precision.
 _SMALLEST_PART = 0.01

@@ -1,7 +1,7 @@
-"""Lightning's callbacks that search before training, whose searches are trials here.
+"""Runs the searches of ``LearningRateFinder`` and ``BatchSizeFinder`` as trials.
 
-Lightning's own run the loops of the Trainer, without the callback that runs the stages of a
-Brain, and restore weights and optimizers alone.
+Lightning's own searches run the Trainer's loops without ``BrainCallback``, which runs the
+stages of a Brain. They also restore only weights and optimizers.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ from . import batch_size, learning_rate
 
 logger = logging.getLogger(__name__)
 
-# Searches as a callback was told to.
+# A function that searches with the arguments of a callback.
 Find: TypeAlias = Callable[[Any, FinderArguments], None]
-# In the state of a BatchSizeFinder, which has none by itself.
+# Key in the saved state of a BatchSizeFinder, which saves no state in Lightning.
 SIZE = "brain_lightning_size"
 
 
 class Finders:
-    """The callbacks of a Trainer that search before training.
+    """Redirects the searches of a Trainer's callbacks to trials.
 
-    A callback asks for its search in ``on_fit_start``, before a run has resumed: it is begun
-    when ``start`` is called. A subclass may ask again between two epochs.
+    A callback requests its search in ``on_fit_start``, before the run has resumed. The search
+    starts when ``start`` is called. A subclass of a callback may request another search
+    between two epochs.
 
     Args:
         run: The run.
         trainer: The Trainer, before its ``setup``.
-        temporary: Records what is changed on its callbacks.
+        temporary: Records the changes to the callbacks.
     """
 
     def __init__(self, run: Run, trainer: Trainer, temporary: TemporaryAttributes) -> None:
         self._run, self._trainer = run, trainer
         self._waiting: list[Callable[[], None]] = []
-        # Of a run that is resumed, by the callbacks that have found them.
+        # Batch sizes that callbacks found before the run was resumed.
         self._recovered: list[tuple[BatchSizeFinder, float]] = []
         self._sizes: dict[BatchSizeFinder, float] = {}
         self._may_begin = trainer.state.fn is not TrainerFn.FITTING
@@ -65,16 +66,16 @@ class Finders:
             elif isinstance(callback, BatchSizeFinder):
                 search = partial(self._ask, callback, self._find_size)
                 temporary.override(callback, "scale_batch_size", search)
-                # It asks for attributes of a module, and for loaders that a module makes.
+                # It checks attributes and loaders of the module, which a Brain does not have.
                 temporary.override(callback, "setup", _nothing)
                 temporary.wrap(callback, "state_dict", partial(self._save_size, callback))
                 temporary.wrap(callback, "load_state_dict", partial(self._load_size, callback))
 
     def start(self) -> None:
-        """Begins the searches that were asked for."""
+        """Starts the searches that callbacks have requested."""
         self._may_begin = True
         if self._waiting or self._recovered:
-            # Lightning makes its loader after on_fit_start.
+            # Lightning creates its DataLoader after on_fit_start.
             self._trainer.fit_loop.setup_data()
         while self._recovered:
             self._set_size(*self._recovered.pop(0))
@@ -83,7 +84,7 @@ class Finders:
 
     def _ask(self, callback: Any, find: Find, *_: Any) -> None:
         if self._trainer.fast_dev_run:  # type: ignore[attr-defined]
-            logger.warning("fast_dev_run: nothing is searched.")
+            logger.warning("fast_dev_run is set, so no search is run.")
         elif self._may_begin:
             self._search(callback, find)
         else:
@@ -92,13 +93,13 @@ class Finders:
     def _search(self, callback: Any, find: Find) -> None:
         arguments = arguments_of_finder(callback)
         if self._run.run_state.resumed is not None and not arguments.ends_run:
-            # What was found is recovered, and holds.
+            # The result of the search is recovered, and is still used.
             name = type(callback).__name__
-            logger.info("The run is resumed: %s does not search again.", name)
+            logger.info("The run is resumed, so %s does not search again.", name)
             return
         find(callback, arguments)
         if arguments.ends_run:
-            # Of Lightning's Tuner, which has nothing trained.
+            # Lightning's Tuner ends the run after a search, without training.
             raise TunerExitException
 
     def _find_rate(self, callback: LearningRateFinder, arguments: FinderArguments) -> None:
@@ -108,12 +109,12 @@ class Finders:
         )
         found = callback.optimal_lr.suggestion()
         if found is not None:
-            logger.info("A learning rate of %.3g is suggested.", found)
+            logger.info("The suggested learning rate is %.3g.", found)
             if arguments.updates:
                 learning_rate.apply(self._run.brain, found, arguments.name)
                 logger.info(
-                    "Every optimizer has it now. An annealing of the recipe that keeps a "
-                    "rate of its own begins with that: give it to the recipe, --lr=%.3g.",
+                    "Every optimizer uses this learning rate now. If an annealing of the "
+                    "recipe stores a separate initial rate, set it too, with --lr=%.3g.",
                     found,
                 )
 
@@ -130,14 +131,14 @@ class Finders:
         size.set(found)
         module = self._trainer.lightning_module
         if lightning_hasattr(module, name):
-            # Of a LightningDataModule, which may make its loaders again.
+            # A LightningDataModule reads it when it creates its DataLoaders again.
             lightning_setattr(module, name, int(found))
         if self._trainer.state.fn is TrainerFn.FITTING:
             fit_loop_of(self._trainer).change_length(length_of(loader))
-        logger.info("The loader has a %s of %g now.", size.name, found)
+        logger.info("The DataLoader now uses a %s of %g.", size.name, found)
 
     def _save_size(self, callback: BatchSizeFinder, original: Any) -> dict[str, Any]:
-        """What it has found is of the run: the batches of another size are others."""
+        """Saves the batch size that was found, because a resumed run needs equal batches."""
         found = self._sizes.get(callback)
         return {**original(), **({} if found is None else {SIZE: found})}
 
@@ -150,26 +151,28 @@ class Finders:
         original(own)
 
     def _loader(self) -> Any:
-        """Of what runs: the training set, or the one set that is evaluated."""
+        """Returns the DataLoader of the training set, or of the only set that is evaluated."""
         fn = self._trainer.state.fn
         if fn is TrainerFn.FITTING:
             if not self._run.train.loaders:
                 raise UnsupportedError(
-                    "nothing can be searched before training where the recipe's own fit makes "
-                    "or chooses the loader: search with brain-lightning tune, or give fit's "
-                    "loader to a Trainer"
+                    "the search cannot run before training, because the overridden fit of the "
+                    "recipe creates or selects the DataLoader. Use brain-lightning tune, or "
+                    "pass the DataLoader to trainer.fit."
                 )
             return self._run.train.loader.loader
         if fn is TrainerFn.PREDICTING:
-            raise UnsupportedError("BatchSizeFinder searches in fit, validate and test alone")
+            raise UnsupportedError(
+                "BatchSizeFinder does not support predict. Use it in fit, validate or test."
+            )
         stage = self._run.test if fn is TrainerFn.TESTING else self._run.valid
         if len(stage.loaders) > 1:
             raise UnsupportedError(
-                f"BatchSizeFinder searches with one set, and there are {len(stage.loaders)}: "
-                "give one of them"
+                f"BatchSizeFinder supports one set, and the run has {len(stage.loaders)}. "
+                "Pass one of them."
             )
         return stage.loaders[0].loader
 
 
 def _nothing(trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-    """Stands for a check that does not hold for a Brain."""
+    """Replaces a check that does not apply to a Brain."""

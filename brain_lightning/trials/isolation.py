@@ -1,4 +1,4 @@
-"""What a trial must not reach: what the recipe saves and logs."""
+"""Disables the Checkpointers and train loggers of a recipe during a trial."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 from brain_lightning.protocol import BrainProtocol, hparams_of
 from brain_lightning.temporary import TemporaryAttributes
 
-# Of a Checkpointer, SpeechBrain's or ours.
+# Methods of brain_lightning's and SpeechBrain's Checkpointer.
 SAVES = ("save_checkpoint", "save_and_keep_only", "delete_checkpoints")
-# Of a train logger (speechbrain.utils.train_logger).
+# Methods of a train logger (speechbrain.utils.train_logger).
 LOGS = ("log_stats", "log_image", "log_audio", "log_figure")
 
 
 def isolate(
     brain: BrainProtocol, objects: Iterable[Any], temporary: TemporaryAttributes
 ) -> None:
-    """Puts the Checkpointers and the train loggers of a recipe out of reach.
+    """Disables the Checkpointers and the train loggers of a recipe.
 
-    Hooks may call them: they do nothing.
+    Hooks may still call their methods, which then do nothing.
 
     Args:
         brain: The Brain.
-        objects: What can be reached from it.
-        temporary: Records what is changed.
+        objects: All objects that are reachable from the Brain.
+        temporary: Records the changes.
     """
     for owner in _writers(brain, objects):
         for name in (*SAVES, *LOGS):
@@ -37,7 +37,7 @@ def isolate(
 def _writers(brain: BrainProtocol, objects: Iterable[Any]) -> Iterator[Any]:
     if brain.checkpointer is not None:
         yield brain.checkpointer
-    # Not all that answers to any name is a train logger.
+    # getattr_static, because an object with __getattr__ is not necessarily a train logger.
     own = (*hparams_of(brain).values(), *vars(brain).values())
     yield from (obj for obj in own if getattr_static(obj, "log_stats", None) is not None)
     for obj in objects:
@@ -52,4 +52,4 @@ def _is_writer(cls: Any) -> bool:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands for a method that would write."""
+    """Replaces a method that writes."""

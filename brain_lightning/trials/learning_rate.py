@@ -1,7 +1,8 @@
-"""The learning rate to begin with: losses at rising rates (Lightning's ``Tuner.lr_find``).
+"""Finds an initial learning rate by training with increasing rates.
 
-The rates, the smoothing and the end of the search are Lightning's, so that a Brain gets the
-suggestion that a LightningModule would get (Smith 2017, https://arxiv.org/abs/1506.01186).
+The rates, the smoothing and the stop criterion are those of Lightning's ``Tuner.lr_find``. A
+Brain therefore gets the same suggestion as a LightningModule (Smith 2017,
+https://arxiv.org/abs/1506.01186).
 """
 
 from __future__ import annotations
@@ -31,28 +32,29 @@ from .trial import Trial
 
 logger = logging.getLogger(__name__)
 
-# How much of the smoothed loss stays at each step.
+# Weight of the previous average in the smoothed loss.
 MOMENTUM = 0.98
-# The average of so few losses is noise: nothing is suggested among them.
+# First steps without a suggestion, because the average of so few losses is noise.
 SKIPPED = 10
-# A fall is from so many steps before a rate to as many after it, and by this part of the loss.
+# The slope at a rate is measured from SPAN steps before to SPAN steps after it. The loss has
+# to fall there by at least this fraction.
 SPAN = 4
 LEAST = 0.01
-# Where nobody names another attribute of the hyperparameters.
+# Hyperparameters that are set if the callback does not name one.
 NAMES = ("lr", "learning_rate")
 
 
 @dataclass(frozen=True)
 class Search:
-    """How to search, as the arguments of ``Tuner.lr_find``.
+    """Arguments of a search, as in ``Tuner.lr_find``.
 
     Attributes:
-        min_lr: The rate of the first step.
-        max_lr: The rate of the last step.
-        num_training: The number of steps.
+        min_lr: Learning rate of the first step.
+        max_lr: Learning rate of the last step.
+        num_training: Number of steps.
         mode: ``exponential`` or ``linear``.
-        early_stop_threshold: Ends the search where the smoothed loss is so many times the
-            smallest one; None for never.
+        early_stop_threshold: The search stops if the smoothed loss exceeds the smallest
+            smoothed loss times this value. None disables this.
     """
 
     min_lr: float = 1e-8
@@ -62,10 +64,10 @@ class Search:
     early_stop_threshold: float | None = 4.0
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step.
+        """Returns the learning rate of a step.
 
         Args:
-            step: Counted from 0.
+            step: Index of the step, starting from 0.
         """
         if step == 0:
             return self.min_lr
@@ -76,7 +78,7 @@ class Search:
 
 
 class _Losses:
-    """The smoothed losses of a search."""
+    """Smooths the losses of a search and detects divergence."""
 
     def __init__(self, threshold: float | None) -> None:
         self.smoothed: list[float] = []
@@ -84,7 +86,7 @@ class _Losses:
         self._average, self._best = 0.0, 0.0
 
     def add(self, loss: float) -> bool:
-        """Adds the loss of a step; returns whether it diverges."""
+        """Adds the loss of a step, and returns whether the loss diverges."""
         step = len(self.smoothed) + 1
         self._average = MOMENTUM * self._average + (1 - MOMENTUM) * loss
         smoothed = self._average / (1 - MOMENTUM ** (step + 1))
@@ -97,24 +99,24 @@ class _Losses:
 
 
 def find(run: Run, trainer: Trainer, loader: Any, search: Search) -> LearningRates:
-    """Searches the learning rate to begin with, in a trial.
+    """Searches for an initial learning rate in a trial.
 
     Args:
-        run: The run, between two batches; its optimizers are made.
+        run: The run, between two batches, with its optimizers created.
         trainer: The Trainer that runs it.
-        loader: Its training loader.
-        search: How to search.
+        loader: Training DataLoader of the run.
+        search: Arguments of the search.
 
     Returns:
-        Rates and losses, and what they suggest.
+        The rates with their losses, and the suggested rate.
 
     Raises:
-        UnsupportedError: The Brain has no optimizer, or its data no batch.
+        UnsupportedError: The Brain has no optimizer, or there is no training batch.
     """
     brain = run.brain
     if next(optimizers_of(brain), None) is None:
         raise UnsupportedError(
-            f"{type(brain).__name__} has no optimizer, so there is no learning rate to find"
+            f"{type(brain).__name__} has no optimizer, so there is no learning rate to search"
         )
     losses, rates = _Losses(search.early_stop_threshold), list[float]()
     trial, bar = Trial(run, trainer, loader), _bar(search)
@@ -124,7 +126,7 @@ def find(run: Run, trainer: Trainer, loader: Any, search: Search) -> LearningRat
         for step, window in zip(range(search.num_training), windows, strict=False):
             rates.append(search.rate(step))
             own = [trial.fit(batch) for batch in window]
-            # All processes end the search together.
+            # All ranks use the same average, so they stop at the same step.
             everywhere = gather(sum(own) / len(own))
             bar.update()
             if losses.add(sum(everywhere) / len(everywhere)):
@@ -134,25 +136,27 @@ def find(run: Run, trainer: Trainer, loader: Any, search: Search) -> LearningRat
 
 
 def _endless(trial: Trial, loader: Any) -> Iterator[Any]:
-    """Pass after pass."""
+    """Yields the batches of the DataLoader again and again."""
     while True:
         batches = trial.batches(loader)
         first = next(batches, None)
         if first is None:
-            raise UnsupportedError("there is no training batch to find a learning rate with")
+            raise UnsupportedError(
+                "the learning rate search needs at least one training batch"
+            )
         yield first
         yield from batches
 
 
 def _windows(batches: Iterator[Any], size: int) -> Iterator[Iterator[Any]]:
-    """The batches of each step."""
+    """Yields the batches of each optimizer step."""
     while True:
         yield islice(batches, size)
 
 
 @contextmanager
 def _rising_rates(brain: BrainProtocol, rates: list[float]) -> Iterator[None]:
-    """Has every optimizer step at the last of some rates, whatever an annealing has set."""
+    """Makes all optimizers step with the last rate of a list, whatever an annealing sets."""
 
     def set_rate(optimizer: Optimizer, *_: Any) -> None:
         _set_rate(optimizer, rates[-1])
@@ -183,13 +187,13 @@ def _bar(search: Search) -> Any:
 
 
 def unbiased(losses: Sequence[float]) -> list[float]:
-    """Smoothed losses as they would be had their average not begun with 0.
+    """Corrects the bias of the smoothed losses from the initial average of 0.
 
-    Lightning corrects for one step too many: the first loss is half of what it was, and the
-    curve rises before it falls.
+    Lightning's correction uses one step too many. With it the first loss is half of its value,
+    and the curve rises before it falls.
 
     Args:
-        losses: From ``find``.
+        losses: Smoothed losses from ``find``.
     """
     return [
         loss * (1 - MOMENTUM ** (step + 1)) / (1 - MOMENTUM**step)
@@ -198,18 +202,18 @@ def unbiased(losses: Sequence[float]) -> list[float]:
 
 
 def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The rate at which the loss falls fastest, as rates grow by one factor.
+    """Returns the rate at which the loss falls fastest per step of the search.
 
-    Lightning's divides a fall by the difference of the rates (since 2.5.3, "Compute the
-    gradient of losses w.r.t. learning rates"). Where rates grow by a factor, that is among the
-    smallest, whatever noise there is.
+    Lightning divides the change of the loss by the change of the rate (since 2.5.3, "Compute
+    the gradient of losses w.r.t. learning rates"). With exponentially growing rates this
+    selects one of the smallest rates, because noise dominates there.
 
     Args:
-        rates: In steps of one factor.
-        losses: The smoothed loss at each, from ``unbiased``.
+        rates: Learning rates that grow by a constant factor.
+        losses: Smoothed loss at each rate, from ``unbiased``.
 
     Returns:
-        None where the loss falls nowhere.
+        The rate. None if the loss does not fall at any rate.
     """
     falls = [
         ((losses[i + SPAN] - losses[i - SPAN]) / abs(losses[i - SPAN]), rates[i])
@@ -221,22 +225,22 @@ def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float | None:
 
 
 def apply(brain: BrainProtocol, rate: float, name: str = "") -> None:
-    """Sets a learning rate on every optimizer of a Brain, now and when it makes new ones.
+    """Sets the learning rate of all optimizers of a Brain, also of those it creates later.
 
     Args:
         brain: The Brain.
         rate: The learning rate.
-        name: Of the attribute of its hyperparameters; without one ``lr`` or
-            ``learning_rate``, if there is one.
+        name: Hyperparameter to set. By default ``lr`` and ``learning_rate`` are set, if they
+            exist.
 
     Raises:
-        UnsupportedError: There is no such attribute.
+        UnsupportedError: There is no hyperparameter with this name.
     """
     known = hparams_of(brain)
     if name and name not in known:
         raise UnsupportedError(
-            f"attr_name={name!r} is no hyperparameter of {type(brain).__name__}: those that "
-            f"are numbers are {_numbers(known)}"
+            f"attr_name={name!r} is not a hyperparameter of {type(brain).__name__}. Use one "
+            f"of those that are numbers: {_numbers(known)}."
         )
     found = [each for each in NAMES if isinstance(known.get(each), Real)]
     for each in [name] if name else found:
@@ -246,10 +250,10 @@ def apply(brain: BrainProtocol, rate: float, name: str = "") -> None:
 
 
 def set_learning_rate(brain: BrainProtocol) -> None:
-    """Sets what was found on every optimizer, if something was.
+    """Sets the learning rate that a search found on all optimizers, if there was a search.
 
     Args:
-        brain: The Brain, whose optimizers are made.
+        brain: The Brain, with its optimizers created.
     """
     rate = brain._lightning.learning_rate
     if rate is not None:

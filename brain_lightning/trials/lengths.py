@@ -1,4 +1,4 @@
-"""How long the examples of a dataset are, as far as that is known without reading them."""
+"""Finds the lengths of a dataset's examples, if possible without reading the examples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils.data import ConcatDataset, Subset
 
 from brain_lightning.batch_content import tensors_of_batch
 
-# Columns that say how long an example is, in SpeechBrain's recipes and elsewhere.
+# Names of columns with the length of an example, in SpeechBrain's recipes and elsewhere.
 COLUMNS = (
     "duration", "length", "n_frames", "num_frames", "n_samples", "num_samples", "frames",
     "samples", "wav_len", "len",
 )  # fmt: skip
-# Examples that are read where nothing says how long they are.
+# Number of examples to read if no column has their lengths.
 MOST_READ = 64
 
 
@@ -26,8 +26,8 @@ class Lengths:
     """The lengths of the examples of a dataset.
 
     Attributes:
-        values: By index; a part of the examples, where they had to be read.
-        source: Where they come from, in words.
+        values: Length by index. If examples had to be read, only some of them have a length.
+        source: Description of where the lengths come from.
     """
 
     values: Mapping[int, float]
@@ -35,17 +35,17 @@ class Lengths:
 
 
 def lengths_of(dataset: Any) -> Lengths:
-    """How long the examples of a dataset are.
+    """Returns the lengths of the examples of a dataset.
 
-    A column of the table behind it says so, where there is one. The examples of a list, which
-    are in memory, are measured. Of any other dataset a few examples are read.
+    If the dataset has a table with a length column, this column is used. The examples of a
+    list are in memory and are all measured. From any other dataset a few examples are read.
 
     Args:
-        dataset: Has a length and indices. SpeechBrain's ``DynamicItemDataset``, a dataset of
-            Hugging Face, and parts or chains of them have tables.
+        dataset: Map-style dataset. SpeechBrain's ``DynamicItemDataset``, a dataset of Hugging
+            Face, and a ``Subset`` or ``ConcatDataset`` of them have tables.
 
     Returns:
-        The lengths, in the unit of the column.
+        The lengths, in the unit of the column, or in tensor elements.
     """
     found = _in_table(dataset)
     if found is not None:
@@ -61,11 +61,11 @@ def lengths_of(dataset: Any) -> Lengths:
 
 
 def name_of(dataset: Any, index: int) -> Any:
-    """What an example is called: its id in a table, else its index.
+    """Returns the id of an example if the dataset has ids, otherwise its index.
 
     Args:
         dataset: The dataset.
-        index: The example.
+        index: Index of the example.
     """
     if isinstance(dataset, Subset):
         return name_of(dataset.dataset, dataset.indices[index])
@@ -74,23 +74,23 @@ def name_of(dataset: Any, index: int) -> Any:
 
 
 def size_of(example: Any) -> float:
-    """The number of elements that the tensors of an example, or of a batch, have.
+    """Returns the total number of elements in the tensors of an example or of a batch.
 
     Args:
-        example: See ``tensors_of_batch``.
+        example: An example or a batch, see ``tensors_of_batch``.
     """
     return float(sum(np.prod(tensor.shape) for _, tensor in tensors_of_batch(example)))
 
 
 def _in_table(dataset: Any) -> tuple[str, Sequence[float]] | None:
-    """The column of a dataset that says how long its examples are, and its name."""
+    """Returns the name and the values of a dataset's length column, if it has one."""
     if isinstance(dataset, Subset):
         whole = _in_table(dataset.dataset)
         return whole and (whole[0], [whole[1][index] for index in dataset.indices])
     if isinstance(dataset, ConcatDataset):
         tables = [table for table in map(_in_table, dataset.datasets) if table is not None]
         columns = {column for column, _ in tables}
-        # In one unit, and of all.
+        # All datasets need a length in the same unit.
         if len(columns) > 1 or len(tables) < len(dataset.datasets):
             return None
         return columns.pop(), list(chain.from_iterable(values for _, values in tables))
@@ -102,13 +102,13 @@ def _in_table(dataset: Any) -> tuple[str, Sequence[float]] | None:
 
 
 def _column(dataset: Any, name: str) -> Iterable[Any] | None:
-    """One column of a table; None where there is no such column, or no table."""
+    """Returns one column of a table, or None if there is no such column or no table."""
     if name in (getattr(dataset, "column_names", None) or ()):
-        # A dataset of Hugging Face, which reads nothing else then.
+        # A Hugging Face dataset reads only this column.
         return dataset[name]  # type: ignore[no-any-return]
     data, ids = getattr(dataset, "data", None), getattr(dataset, "data_ids", None)
     if isinstance(data, Mapping) and ids is not None:
-        # SpeechBrain's; without what its pipeline would read and compute.
+        # A SpeechBrain dataset. Its data is used directly, so that its pipeline does not run.
         return _of_rows([data[each] for each in ids], name)
     return _of_rows(dataset, name) if isinstance(dataset, (list, tuple)) else None
 
@@ -119,7 +119,7 @@ def _of_rows(rows: Sequence[Any], name: str) -> Iterable[Any] | None:
 
 
 def _numbers(values: Iterable[Any] | None) -> list[float] | None:
-    """Numbers; a table that was read from CSV may have them as texts."""
+    """Converts values to numbers, because a table from a CSV file has strings."""
     try:
         return None if values is None else [float(value) for value in values]
     except (TypeError, ValueError):

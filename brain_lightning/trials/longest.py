@@ -1,4 +1,4 @@
-"""The batches of a loader that take most memory, found without a pass over its data."""
+"""Finds the batches of a DataLoader that need most memory, without reading all data."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from brain_lightning.data.several_loaders import SeveralLoaders
 from .lengths import Lengths, lengths_of, name_of, size_of
 
 Batch = list[int]
-# Batches that are taken of a stream, of which nobody knows the longest.
+# Number of batches to take from a stream, whose longest batches are not known.
 FIRST = 2
-# Batches of an unknown batch sampler that are looked at; it may never end.
+# Maximum number of batches to read from a custom batch sampler, which may be infinite.
 MOST_BATCHES = 100_000
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What is in a batch, before it is read.
+    """The examples of a batch, known before the batch is read.
 
     Attributes:
-        names: The ids of its examples, or their indices.
-        lengths: Their lengths, where they are known.
+        names: Ids of the examples, or their indices.
+        lengths: Their known lengths.
     """
 
     names: list[Any]
@@ -46,13 +46,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Longest:
-    """The batches of a loader that take most memory.
+    """The batches of a DataLoader that need most memory.
 
     Attributes:
-        loader: Gives them first, made as the loader makes its batches.
-        count: How many there are.
-        chosen: By what they were chosen, in words.
-        examples: What is in each of them; nothing where they are the first ones.
+        loader: Yields these batches first, with the collate function of the DataLoader.
+        count: Number of these batches.
+        chosen: Description of how they were chosen.
+        examples: Examples of each batch. Empty if the first batches were chosen.
     """
 
     loader: Iterable[Any]
@@ -62,19 +62,20 @@ class Longest:
 
 
 def longest_batches(loader: Any) -> Longest:
-    """The batches of a loader that take most memory.
+    """Returns the batches of a DataLoader that need most memory.
 
-    Two of them, or one that is both: most memory grows with the number of padded frames, and
-    that of attention with the square of the longest example. Where examples are shuffled the
-    longest ones may meet in one batch, and are put together. Samplers may be iterated, and
-    examples read: call it within a trial, which restores random states.
+    These are up to two batches. Most memory grows with the number of padded frames, and the
+    memory of attention with the square of the longest example. If the examples are shuffled,
+    the longest ones may occur in the same batch, so they are combined into one. This function
+    may iterate samplers and read examples. Call it within a trial, which restores random
+    states.
 
     Args:
-        loader: What a stage iterates: a DataLoader, several, SpeechBrain's ``LoopedLoader``,
-            or any iterable of batches.
+        loader: A DataLoader, several DataLoaders, SpeechBrain's ``LoopedLoader``, or any
+            iterable of batches.
 
     Returns:
-        The batches; of a stream, whose longest nobody knows, the first ones.
+        The longest batches. For a stream, the first batches.
     """
     if isinstance(loader, SeveralLoaders):
         return _of_several(loader)
@@ -90,7 +91,7 @@ def longest_batches(loader: Any) -> Longest:
 
 
 def _of_several(several: SeveralLoaders) -> Longest:
-    """The longest batches of each, combined as the loaders are."""
+    """Returns the longest batches of each DataLoader, combined like the DataLoaders."""
     found = [longest_batches(loader) for loader in several.loaders]
     loaders = [each.loader for each in found]
     chosen = ", ".join(dict.fromkeys(each.chosen for each in found))
@@ -102,7 +103,7 @@ def _of_several(several: SeveralLoaders) -> Longest:
 def _by_index(loader: DataLoader[Any]) -> Longest:
     sampler = unwrapped(loader.batch_sampler)
     if dynamic.is_dynamic(sampler):
-        # It was told of the lengths by which it makes batches.
+        # The sampler has the lengths by which it creates batches.
         lengths = Lengths(dynamic.lengths(sampler), "length")
         possible = dynamic.fixed_batches(sampler)
         if possible is None:
@@ -115,7 +116,7 @@ def _by_index(loader: DataLoader[Any]) -> Longest:
         possible = _possible(loader, lengths.values)
     batches = _heaviest(possible, lengths.values)
     if loader.batch_sampler is None:
-        # An example is a batch.
+        # Without a batch sampler each example is a batch.
         drawn = _in_this_process(loader, sampler=[index for (index,) in batches])
     else:
         drawn = _in_this_process(loader, batch_sampler=batches)
@@ -130,7 +131,7 @@ def _by_index(loader: DataLoader[Any]) -> Longest:
 
 
 def _possible(loader: DataLoader[Any], lengths: Mapping[int, float]) -> list[Batch]:
-    """Batches that a loader may draw, the heaviest ones among them."""
+    """Returns batches that a DataLoader may yield, including those that need most memory."""
     batches = unwrapped(loader.batch_sampler)
     if batches is not None and type(batches) is not BatchSampler:
         return [list(batch) for batch in islice(batches, MOST_BATCHES)]
@@ -155,7 +156,7 @@ def _longest_of(indices: Iterable[int], most: int, lengths: Mapping[int, float])
 
 
 def _keeps_order(sampler: Any) -> bool:
-    """Whether a sampler draws the same batches in each epoch, as that of sorted data."""
+    """Returns whether a sampler yields the same order in each epoch."""
     if isinstance(sampler, DistributedSampler):
         inner = unwrapped(sampler)
         return not sampler.shuffle and (inner is sampler or _keeps_order(inner))
@@ -163,7 +164,7 @@ def _keeps_order(sampler: Any) -> bool:
 
 
 def _heaviest(batches: Sequence[Batch], lengths: Mapping[int, float]) -> list[Batch]:
-    """The batch of most padded frames, and that of most pairs of them."""
+    """Returns the batch with most padded frames, and the batch with most pairs of frames."""
 
     def weight(power: int) -> Callable[[Batch], float]:
         return lambda batch: len(batch) * max(lengths.get(i, 0) for i in batch) ** power
@@ -176,7 +177,7 @@ def _heaviest(batches: Sequence[Batch], lengths: Mapping[int, float]) -> list[Ba
 
 
 def _in_this_process(loader: DataLoader[Any], **samplers: Any) -> DataLoader[Any]:
-    """The same loader, without workers, which would read ahead."""
+    """Returns a copy of a DataLoader without workers, because workers would prefetch."""
     new = twin(
         loader,
         num_workers=0,

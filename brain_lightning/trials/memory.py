@@ -1,4 +1,4 @@
-"""The memory that something takes at its peak, and how long it takes."""
+"""Measures the peak memory and the duration of a block of code."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 @dataclass
 class Usage:
-    """What something took; known when it is over.
+    """Measured memory and duration. The values are set when the block has ended.
 
     Attributes:
-        peak: Bytes at the highest: on a GPU what tensors held there, on the CPU what the
-            process held, all that it held before included.
-        seconds: From its beginning until the device was done with it.
+        peak: Peak memory in bytes, including memory that was in use before. On a GPU this is
+            the memory of tensors, on the CPU the memory of the process.
+        seconds: Time from the start until the device has finished.
     """
 
     peak: int = 0
@@ -27,13 +27,13 @@ class Usage:
 
 @contextmanager
 def measured_usage(device: str | torch.device) -> Iterator[Usage]:
-    """Measures what runs within.
+    """Context manager that measures the code within.
 
     Args:
-        device: Where tensors are.
+        device: Device of the tensors.
 
     Yields:
-        What it took, also where it fails.
+        The usage, whose values are also set if the code raises.
     """
     where, usage = torch.device(device), Usage()
     _reset_peak(where)
@@ -46,14 +46,14 @@ def measured_usage(device: str | torch.device) -> Iterator[Usage]:
         usage.peak = _peak(where)
 
 
-def held(device: str | torch.device) -> int:
-    """Bytes that are taken now, of what ``measured_usage`` measures.
+def current_memory(device: str | torch.device) -> int:
+    """Returns the memory that is in use now, as ``measured_usage`` measures it.
 
     Args:
-        device: Where tensors are.
+        device: Device of the tensors.
 
     Returns:
-        0 where nothing says so.
+        Number of bytes. 0 if it is not known.
     """
     where = torch.device(device)
     if where.type == "cuda":
@@ -62,13 +62,13 @@ def held(device: str | torch.device) -> int:
 
 
 def capacity(device: str | torch.device) -> int | None:
-    """Bytes that a device has.
+    """Returns the total memory of a device.
 
     Args:
         device: The device.
 
     Returns:
-        None for the CPU, whose limit may be that of a container.
+        Number of bytes. None for the CPU, because a container may limit its memory.
     """
     where = torch.device(device)
     if where.type != "cuda":
@@ -86,7 +86,7 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return
-    # Linux alone can (proc(5), clear_refs); not everywhere may it be written.
+    # Only Linux has clear_refs (proc(5)), and some systems do not allow writing to it.
     with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 
@@ -97,16 +97,16 @@ def _peak(device: torch.device) -> int:
     peak = _of_process("VmHWM")
     if peak is not None:
         return peak
-    # Windows has none.
+    # Windows does not have this module.
     import resource
 
-    # Of the whole life of the process; in bytes on macOS, else in KiB.
+    # The peak since the start of the process, in bytes on macOS and in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _of_process(name: str) -> int | None:
-    """Bytes of this process by their name in proc(5); None where there is no such file."""
+    """Returns a size of this process from proc(5) in bytes, or None if it is not available."""
     with suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
         for line in file:
             if line.startswith(f"{name}:"):

@@ -1,4 +1,4 @@
-"""The longest batches of each set, tried before a run: do they fit, and what do they take?"""
+"""Runs the longest batches of each set before a run, and reports their memory and time."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from brain_lightning.stages.run import Run
 from brain_lightning.step.out_of_memory import in_gib, is_out_of_memory
 
 from .longest import Examples, longest_batches
-from .memory import capacity, held, measured_usage
+from .memory import capacity, current_memory, measured_usage
 from .trial import Trial
 
 logger = logging.getLogger(__name__)
 
 REMEDY = (
     "Make batches smaller (batch_size, max_batch_length) and set grad_accumulation_factor, "
-    "leave out the longest examples, or use --precision=bf16"
+    "remove the longest examples, or use --precision=bf16."
 )
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What one of the longest batches takes.
+    """Measurements of one of the longest batches.
 
     Attributes:
-        set_name: The stage, and the name of the set where there are several.
-        chosen: By what the batch was found.
-        examples: How many are in it; None where it is not known.
-        longest: The length of its longest example; None where it is not known.
-        peak: Bytes, see ``memory.Usage``; the most of all processes.
-        seconds: Of the last of its steps.
+        set_name: Name of the stage, and of the set if there are several sets.
+        chosen: Description of how the batch was found.
+        examples: Number of examples, or None if it is not known.
+        longest: Length of the longest example, or None if it is not known.
+        peak: Peak memory in bytes (see ``memory.Usage``), the maximum over all ranks.
+        seconds: Duration of the last step.
     """
 
     set_name: str
@@ -59,14 +59,15 @@ class Tried:
 
 
 class PreflightAlone(Callback):
-    """Has a run try its longest batches and end, without training or an evaluation.
+    """Makes a run try its longest batches and end, without training or evaluation.
 
-    It is that of ``brain-lightning preflight``.
+    ``brain-lightning preflight`` uses this callback.
 
     Attributes:
-        tried: What was tried, over all runs.
-        is_trying: Whether a preflight has begun and not succeeded; that of an evaluation
-            counts where nothing was tried before, for it may need what training leaves.
+        tried: Measurements of all runs.
+        is_trying: Whether a preflight has started and not succeeded. The preflight of an
+            evaluation is only counted if no other preflight has run, because the evaluation
+            may depend on results of training.
     """
 
     def __init__(self) -> None:
@@ -74,26 +75,26 @@ class PreflightAlone(Callback):
         self.is_trying = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets an evaluation begin where there is no checkpoint to recover or to average."""
+        """Lets an evaluation start without a checkpoint to recover or to average."""
         run: Any = pl_module.run
         run.temporary.wrap(run.test, "recover_best", _if_possible)
 
 
 def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> None:
-    """Tries the longest batches of a fit, or of an evaluation, if that is asked for.
+    """Runs a preflight if ``--preflight`` or ``brain-lightning preflight`` requests it.
 
-    An evaluation is tried by ``brain-lightning preflight`` alone: of others the training is
-    over.
+    Only ``brain-lightning preflight`` tries the batches of an evaluation. With
+    ``--preflight`` an evaluation runs after training, where a preflight is too late.
 
     Args:
-        run: The run, its loaders known, before its first stage.
+        run: The run, with its DataLoaders, before its first stage.
         trainer: The Trainer that runs it.
-        by_own_fit: Whether the recipe's own ``fit`` brings its loaders later.
+        by_own_fit: Whether an overridden ``fit`` of the recipe provides the DataLoaders later.
 
     Raises:
-        PreflightError: There is no memory for a batch.
-        UnsupportedError: The longest batches cannot be known.
-        TunerExitException: Nothing more is asked for; Lightning ends the run.
+        PreflightError: A batch does not fit into memory.
+        UnsupportedError: The longest batches cannot be determined.
+        TunerExitException: ``brain-lightning preflight`` has finished. Lightning ends the run.
     """
     alone = [each for each in callbacks_of(trainer) if isinstance(each, PreflightAlone)]
     fits = trainer.state.fn is TrainerFn.FITTING
@@ -103,8 +104,8 @@ def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> 
         callback.is_trying = fits or not callback.tried
     if by_own_fit:
         raise UnsupportedError(
-            f"a preflight cannot know the batches of {type(run.brain).__name__}: its own fit "
-            "makes or chooses the loaders. Leave out --preflight"
+            f"a preflight is not supported for {type(run.brain).__name__}, because its "
+            "overridden fit creates or selects the DataLoaders. Remove --preflight."
         )
     if fits:
         _make_validation_loaders(run, trainer)
@@ -119,7 +120,7 @@ def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> 
 
 
 def _make_validation_loaders(run: Run, trainer: Trainer) -> None:
-    """Lightning makes them later, where it does not validate after the first epoch."""
+    """Creates the validation DataLoaders, which Lightning may create only in a later epoch."""
     if trainer.enable_validation and not run.valid.loaders:
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
@@ -127,21 +128,21 @@ def _make_validation_loaders(run: Run, trainer: Trainer) -> None:
 
 
 def preflight(run: Run, trainer: Trainer, stages: Sequence[RunStage]) -> list[Tried]:
-    """Runs the longest batches of each set on a snapshot of the run.
+    """Runs the longest batches of each set in a trial.
 
-    Those of TRAIN make two updates each, those of VALID and TEST are evaluated.
+    Each batch of TRAIN makes two optimizer steps. Batches of VALID and TEST are evaluated.
 
     Args:
         run: The run, before its first stage.
         trainer: The Trainer that runs it.
-        stages: Those whose loaders are tried.
+        stages: Stages whose DataLoaders are tried.
 
     Returns:
-        What each batch takes.
+        Measurements of each batch.
 
     Raises:
-        PreflightError: There is no memory for one.
-        UnsupportedError: The longest batches of a loader cannot be known.
+        PreflightError: A batch does not fit into memory.
+        UnsupportedError: The longest batches of a DataLoader cannot be determined.
     """
     sets = [
         _Set(stage, name, wrapped.loader)
@@ -149,20 +150,20 @@ def preflight(run: Run, trainer: Trainer, stages: Sequence[RunStage]) -> list[Tr
         for name, wrapped in zip(stage.set_names, stage.loaders, strict=False)
     ]
     device = run.brain.device
-    before = held(device)
+    before = current_memory(device)
     with Trial(run, trainer, *(each.loader for each in sets)) as trial:
-        # The copies of the snapshot, which is on the CPU: the run will not have them.
-        copies = max(0, held(device) - before)
+        # Memory of the snapshot, which the run itself does not need.
+        copies = max(0, current_memory(device) - before)
         tried = [found for each in sets for found in _try(trial, each, device)]
     return [replace(each, peak=each.peak - copies) for each in tried]
 
 
 def table(tried: Sequence[Tried], device: str) -> str:
-    """What was tried, as lines of text.
+    """Formats the measurements as a table.
 
     Args:
-        tried: What ``preflight`` has returned.
-        device: The device of the Brain.
+        tried: Measurements from ``preflight``.
+        device: Device of the Brain.
     """
     total = capacity(device)
     head = ("preflight", "chosen by", "examples", "longest", "peak memory", "seconds")
@@ -199,7 +200,7 @@ class _Set:
 
 def _try(trial: Trial, data: _Set, device: str) -> Iterator[Tried]:
     kind = data.stage.kind
-    # Each process tests alone.
+    # In TEST a rank may run alone, so there are no collectives.
     together = gather if kind is not Stage.TEST else _alone
     with _explained(data.title):
         longest = longest_batches(data.loader)
@@ -210,7 +211,7 @@ def _try(trial: Trial, data: _Set, device: str) -> Iterator[Tried]:
         if number < len(longest.examples):
             examples = longest.examples[number]
         with _explained(data.title, examples):
-            # Once more, where another process has more of them: they wait for each other.
+            # If another rank has more batches, the last batch is repeated for its collectives.
             batch = next(batches, batch)
         if batch is None:
             return
@@ -227,10 +228,11 @@ def _try(trial: Trial, data: _Set, device: str) -> Iterator[Tried]:
 
 
 def _start(trial: Trial, data: _Set) -> list[Callable[[Any], float]]:
-    """Starts the stage of a set; returns what to do with each batch.
+    """Starts the stage of a set, and returns the steps to run with each batch.
 
-    In TRAIN until memory holds all that it will: the first update makes the state of the
-    optimizers, and in a window of several batches there are the gradients of those before.
+    In TRAIN the steps continue until peak memory is reached. The first update creates the
+    state of the optimizers. In an accumulation window of several batches, gradients of
+    previous batches are in memory.
     """
     if data.stage.kind is not Stage.TRAIN:
         trial.start_evaluation(data.stage, data.name)
@@ -239,7 +241,7 @@ def _start(trial: Trial, data: _Set) -> list[Callable[[Any], float]]:
     trial.start()
     window = min(brain.grad_accumulation_factor, 2)
     brain.grad_accumulation_factor = window
-    # The first batch ends a window, and the last one another.
+    # The first step ends an accumulation window, and the last step ends the next one.
     brain.step = window - 1
     return [trial.fit] * (window + 1)
 
@@ -247,20 +249,20 @@ def _start(trial: Trial, data: _Set) -> list[Callable[[Any], float]]:
 def _if_possible(recover: Callable[[], None]) -> None:
     try:
         recover()
-    except Exception as error:  # noqa: BLE001  whatever a recipe does there
-        message = "TEST is tried without what on_evaluate_start does, which ended with %s: %s"
+    except Exception as error:  # noqa: BLE001  a recipe may raise any error
+        message = "on_evaluate_start failed, so TEST is tried without its effects: %s: %s"
         logger.info(message, type(error).__name__, error)
 
 
 def _alone(value: Any) -> list[Any]:
-    """What ``gather`` gives to a process that is alone."""
+    """Returns the result of ``gather`` in a single process."""
     return [value]
 
 
 def _measured(
     steps: Sequence[Callable[[Any], float]], batch: Any, device: str
 ) -> tuple[int, float]:
-    """The most memory that any of the steps takes, and the seconds of the last."""
+    """Returns the peak memory of all steps, and the duration of the last step in seconds."""
     usages = []
     for step in steps:
         with measured_usage(device) as usage:
@@ -273,7 +275,7 @@ def _measured(
 def _explained(
     title: str, examples: Examples | None = None, batch: Any = None
 ) -> Iterator[None]:
-    """Says of an error which batch of which set it comes from."""
+    """Adds the set and the batch to errors that are raised within."""
     try:
         yield
     except Exception as error:
@@ -281,7 +283,7 @@ def _explained(
         if is_out_of_memory(error):
             reason = str(error).rstrip(". ")
             raise PreflightError(
-                f"preflight: no memory for the longest batch {what}: {reason}. {REMEDY}"
+                f"preflight: out of memory with the longest batch {what}: {reason}. {REMEDY}"
             ) from error
         add_note(error, f"brain_lightning: in the preflight, {what}")
         raise

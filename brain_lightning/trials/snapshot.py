@@ -1,9 +1,10 @@
-"""A snapshot of everything that hangs on a Brain, which is restored in place.
+"""Takes a snapshot of everything reachable from a Brain, and restores it in place.
 
-What ``checkpoints`` saves is what a run needs in another process: a part. A trial in the same
-process changes more: counters, metrics, annealings, samplers, momentum, buffers. So every
-object that can be reached from the Brain is kept as it is, one level deep, and all levels are
-restored: the same objects, with the same content (Gamma et al., Design Patterns: Memento).
+A checkpoint holds only what a run needs in another process. A trial in the same process
+changes more: counters, metrics, annealings, samplers, momentum, buffers. The snapshot
+therefore visits every object that is reachable from the Brain, and captures the state of each
+one. Restoring it gives the same objects the same content again (Gamma et al., Design Patterns:
+Memento).
 """
 
 from __future__ import annotations
@@ -31,75 +32,81 @@ from brain_lightning.resume.run_progress import RunProgress
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.run import Run
 
-from .kept import Kept, Restore, keep_attributes, keep_class, keeper_of
+from .object_state import (
+    Captured,
+    Restore,
+    capture_attributes,
+    capture_class,
+    capture_function_of,
+)
 
-# They hold no state, or none that a batch changes.
+# Types without state, or without state that a batch changes.
 ATOMS = (
     type(None), bool, int, float, complex, str, bytes, Enum, PurePath, types.ModuleType,
     types.BuiltinFunctionType, torch.dtype, torch.device, weakref.ref, *weakref.ProxyTypes,
 )  # fmt: skip
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-# What runs a Brain, and not what is run.
+# Objects that run the Brain. They are not part of its state.
 OUTSIDE = (Run, RunStage, RunProgress, ExitStack)
-# Of those who look on, or hold what cannot be copied: files, threads, processes.
+# Modules whose objects only observe a run, or hold files, threads or processes.
 OUTSIDE_MODULES = (
     "lightning", "pytorch_lightning", "logging", "threading", "concurrent",
     "multiprocessing", "subprocess", "tqdm", "tensorboard", "torch.distributed",
     "torch.utils.tensorboard", "torch._dynamo", "torch._inductor",
 )  # fmt: skip
-# What has more entries is the data of a dataset, and read; the rest of it may change.
+# Larger containers and tensors of a dataset are its data, which a trial only reads.
 DATA = 1000
 
 
 class Snapshot:
-    """The state of everything that can be reached, and of the process's random generators.
+    """The state of all reachable objects and of the global random number generators.
 
-    Tensors are copied to the CPU: there is no room for a second model on a GPU, and the copy
-    must not count among what is measured there.
+    Tensors are copied to the CPU, because a GPU may have no memory for a second copy of the
+    model, and because copies must not count in memory measurements.
 
     Args:
-        *roots: Where to begin, such as a Brain.
+        *roots: Objects from which the traversal starts, such as a Brain.
     """
 
     def __init__(self, *roots: Any) -> None:
         self._random = random_state()
-        # Their ids must not be given to others.
+        # Stores the objects, so that their ids stay in use.
         self._seen: dict[int, Any] = {}
         self._restores: list[Restore] = []
         self._datasets: dict[int, Any] = {}
         with _no_garbage_collection():
-            self._keep_all(roots, within_data=False)
-            self._keep_all(self._datasets.values(), within_data=True)
+            self._capture_all(roots, within_data=False)
+            self._capture_all(self._datasets.values(), within_data=True)
 
     @property
     def objects(self) -> Iterable[Any]:
-        """Everything that was reached and may hold something."""
+        """All objects that were captured."""
         return self._seen.values()
 
     def restore(self) -> None:
-        """Restores all of it, whatever fails in a part; objects that are new are forgotten."""
+        """Restores all objects, even if restoring one of them fails."""
         with _no_garbage_collection(), ExitStack() as restores:
             restores.callback(set_random_state, self._random)
             for restore in reversed(self._restores):
                 restores.callback(restore)
 
-    def _keep_all(self, roots: Iterable[Any], within_data: bool) -> None:
+    def _capture_all(self, roots: Iterable[Any], within_data: bool) -> None:
         pending = deque(roots)
         while pending:
             obj = pending.popleft()
             is_class = issubclass(type(obj), type)
             cls: Any = obj if is_class else type(obj)
-            keepers = _keepers(cls)
-            if not keepers or id(obj) in self._seen or self._is_data(obj, within_data):
+            functions = _capture_functions(cls)
+            if not functions or id(obj) in self._seen or self._is_data(obj, within_data):
                 continue
             self._seen[id(obj)] = obj
-            for keep in (keep_class,) if is_class else keepers:
-                restores, held = keep(obj)
+            for capture in (capture_class,) if is_class else functions:
+                restores, held = capture(obj)
                 self._restores += restores
                 pending.extend(held)
 
     def _is_data(self, obj: Any, within: bool) -> bool:
-        """Whether it is the data of a dataset, or a dataset, of which the rest comes last."""
+        """Returns whether to skip an object: data of a dataset, or a dataset (added last)."""
         if within:
             return _is_large(obj)
         if issubclass(type(obj), DataLoader):
@@ -111,7 +118,7 @@ class Snapshot:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """For a million objects, which all stay, it would take most of the time."""
+    """Disables garbage collection, which takes most of the time if there are many objects."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -132,12 +139,12 @@ def _is_large(obj: Any) -> bool:
 
 
 @cache
-def _keepers(cls: Any) -> tuple[Callable[[Any], Kept], ...]:
-    """What keeps objects of a class; nothing for those that hold nothing, or look on."""
+def _capture_functions(cls: Any) -> tuple[Callable[[Any], Captured], ...]:
+    """Returns the functions that capture objects of a class; none if it is not captured."""
     if issubclass(cls, ATOMS) or _is_outside(cls):
         return ()
-    own = keeper_of(cls)
-    return (keep_attributes,) if own is None else (own, keep_attributes)
+    own = capture_function_of(cls)
+    return (capture_attributes,) if own is None else (own, capture_attributes)
 
 
 def _is_outside(cls: type) -> bool:

@@ -1,12 +1,10 @@
-"""Batches that a Brain fits and evaluates, after which everything is as it was."""
+"""Fits and evaluates batches, and restores everything afterwards."""
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -17,13 +15,14 @@ from brain_lightning.compat import speechbrain
 from brain_lightning.data.dataloaders import twin
 from brain_lightning.data.several_loaders import SeveralLoaders
 from brain_lightning.distributed.communication import world_size
+from brain_lightning.distributed.termination import uninterrupted
 from brain_lightning.errors import NonFiniteLossError, UnsupportedError
-from brain_lightning.fsdp2.evaluate import gathered
+from brain_lightning.fsdp2.evaluate import gathered, release
 from brain_lightning.phase import Phase
 from brain_lightning.stages.base import RunStage
 from brain_lightning.stages.metrics import scalar
 from brain_lightning.stages.run import Run
-from brain_lightning.step.together import fail_together
+from brain_lightning.step.synchronized import synchronize_oom
 from brain_lightning.step.window import restart_window
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -32,31 +31,33 @@ from .snapshot import Snapshot
 
 
 class Trial:
-    """A trial of some batches on a snapshot of a run, as a context.
+    """Context manager that runs batches and restores the run when it exits.
 
-    Whatever happens in it, an error or a Ctrl-C, everything that hangs on the Brain is then
-    as it was: modules, gradients, optimizers, counters, statistics, annealings, samplers and
-    random states. Hooks are called as in a stage, but not ``on_stage_end``, which saves, logs
-    and anneals; a Checkpointer or a train logger that they reach does nothing. No loop of
-    the Trainer runs: a batch is fitted by ``fit_batch`` of the Brain.
+    It restores everything that is reachable from the Brain, also after an error or Ctrl-C:
+    modules, gradients, optimizers, counters, statistics, annealings, samplers and random
+    states. Hooks are called as in a stage, except for ``on_stage_end``, which saves, logs and
+    anneals. Checkpointers and train loggers do nothing. The Trainer's loops do not run: the
+    Brain's ``fit_batch`` fits a batch.
 
     Args:
-        run: The run, from ``on_fit_start`` on, between two batches.
+        run: The run, after ``on_fit_start``, between two batches.
         trainer: The Trainer that runs it.
-        *loaders: Those that the trial iterates.
+        *loaders: DataLoaders that the trial iterates.
     """
 
     def __init__(self, run: Run, trainer: Trainer, *loaders: Any) -> None:
         self._run, self._brain, self._trainer = run, run.brain, trainer
         self._loaders = loaders
         self._restores = ExitStack()
-        # In which weights that are in shards are whole.
+        # Gathers sharded weights during an evaluation.
         self._gathered = ExitStack()
         self._evaluates: RunStage | None = None
 
     def __enter__(self) -> Trial:
         """Takes the snapshot."""
         brain = self._brain
+        # Before a TEST stage, weights are gathered: their memory is freed after the trial.
+        release(brain)
         snapshot = Snapshot(brain, *self._loaders)
         with ExitStack() as restores:
             restores.callback(snapshot.restore)
@@ -65,25 +66,25 @@ class Trial:
             isolate(brain, snapshot.objects, temporary)
             temporary.enter_context(torch.enable_grad())
             if world_size() > 1:
-                # Where they cannot: see ``fails_together``.
+                # If this is not supported, ``fails_together`` is False.
                 with suppress(UnsupportedError):
-                    fail_together(brain, temporary)
-            # Where that fails, everything is restored here.
+                    synchronize_oom(brain, temporary)
+            # If an error was raised above, the ``with`` block has restored everything.
             self._restores = restores.pop_all()
         return self
 
     @property
     def fails_together(self) -> bool:
-        """Whether all processes hear of it where one has no memory to fit a batch.
+        """Whether all ranks raise an out-of-memory error together.
 
-        Else those that have memory wait for the others, in the averaging of gradients: then
-        the error has to end the process.
+        Otherwise the other ranks hang while they average gradients, so the error has to end
+        the process.
         """
-        return world_size() == 1 or self._brain._lightning.fails_together
+        return world_size() == 1 or self._brain._lightning.synchronizes_oom
 
     def __exit__(self, *exception: object) -> None:
-        """Restores everything; a Ctrl-C waits until that is over."""
-        with _uninterrupted():
+        """Restores everything. Ctrl-C is delayed until this is finished."""
+        with uninterrupted():
             self._restores.close()
 
     def start(self) -> None:
@@ -91,7 +92,7 @@ class Trial:
         self._gathered.close()
         brain, self._evaluates = self._brain, None
         brain.step, brain.avg_train_loss, brain.nonfinite_count = 0, 0.0, 0
-        # A trial may go where the loss is no number.
+        # A trial may try settings for which the loss is not finite.
         brain.nonfinite_patience = sys.maxsize
         brain.on_stage_start(self._run.train.brain_stage, self._epoch)
         brain.modules.train()
@@ -99,17 +100,17 @@ class Trial:
         restart_window(brain)
 
     def fit(self, batch: Any) -> float:
-        """Fits one batch: the passes, and the step if it ends a window.
+        """Fits one batch, with an optimizer step if it ends an accumulation window.
 
         Args:
-            batch: From ``batches``.
+            batch: Batch from ``batches``.
 
         Returns:
-            Its loss; NaN where ``fit_batch`` returns no number.
+            The loss, or NaN if ``fit_batch`` returns no number.
 
         Raises:
-            torch.OutOfMemoryError: In all processes together, where they can
-                (``step/together.py``).
+            torch.OutOfMemoryError: The batch does not fit into memory. All ranks raise it
+                together if ``fails_together`` is True.
         """
         brain = self._brain
         brain.step += 1
@@ -123,8 +124,8 @@ class Trial:
         """Starts VALID or TEST, as ``speechbrain.Brain._fit_valid`` and ``evaluate`` do.
 
         Args:
-            stage: The stage of the run.
-            set_name: Of the set, where there are several.
+            stage: Stage of the run.
+            set_name: Name of the set, if there are several sets.
         """
         brain, self._evaluates = self._brain, stage
         self._gathered.enter_context(gathered(brain))
@@ -134,13 +135,13 @@ class Trial:
         brain.modules.eval()
 
     def evaluate(self, batch: Any) -> float:
-        """Evaluates one batch; the first one starts VALID, if no evaluation has started.
+        """Evaluates one batch. If no evaluation has started, it starts VALID first.
 
         Args:
-            batch: From ``batches``.
+            batch: Batch from ``batches``.
 
         Returns:
-            Its loss; NaN where ``evaluate_batch`` returns no number.
+            The loss, or NaN if ``evaluate_batch`` returns no number.
         """
         if self._evaluates is None:
             self.start_evaluation(self._run.valid)
@@ -150,45 +151,28 @@ class Trial:
         return _number(loss)
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """One pass over a loader, whose own position stays where it is.
+        """Yields the batches of one pass over a DataLoader, without changing its position.
 
         Args:
-            loader: What ``fit`` was given.
+            loader: DataLoader or iterable that was passed to ``fit``.
 
         Yields:
-            The batches, on the device of the Brain.
+            Batches on the device of the Brain.
 
         Raises:
-            UnsupportedError: It can be iterated once only.
+            UnsupportedError: The iterable can be iterated only once.
         """
         for batch in _iterate(loader):
             yield self._trainer.strategy.batch_to_device(batch)
 
     @property
     def _epoch(self) -> Any:
-        """The number of the epoch that comes, or has just begun."""
+        """The number of the next epoch, or of the epoch that has just started."""
         epochs = self._run.epochs
         current = getattr(epochs.counter, "current", epochs.current)
         if self._run.run_state.phase is Phase.STARTING:
             return current
         return (current if isinstance(current, int) else 0) + 1
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
-        # Nothing that Python could call later, or nobody who is interrupted.
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _number(loss: Any) -> float:
@@ -207,14 +191,14 @@ def _iterate(loader: Any) -> Iterable[Any]:
 
 
 def _fresh(loader: Any) -> Any:
-    """A copy of a loader, with workers of its own, that is iterated from the beginning."""
+    """Returns a copy of a DataLoader with separate workers, at the first batch."""
     if speechbrain.is_looped_loader(loader):
         return _fresh(loader.loader)
     if isinstance(loader, DataLoader):
         return twin(loader, persistent_workers=False)
     if isinstance(loader, Iterator):
         raise UnsupportedError(
-            f"{type(loader).__name__} can be iterated once, and batches that are tried would "
-            "be missing in the training: give fit a DataLoader or a list"
+            f"{type(loader).__name__} can be iterated only once, so training would not get "
+            "the batches of a trial. Pass a DataLoader or a list to fit."
         )
     return loader

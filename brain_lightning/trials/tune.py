@@ -1,4 +1,4 @@
-"""The callback of ``brain-lightning tune``: a search in place of a recipe's training."""
+"""The callback of ``brain-lightning tune``, which searches instead of training."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from . import batch_size, learning_rate
 
 @dataclass(frozen=True)
 class Found:
-    """What was found.
+    """Result of a search.
 
     Attributes:
         name: ``lr``, ``batch_size`` or ``max_batch_length``.
-        value: What to use; None where the losses suggest nothing.
-        before: What was in use: the rate of each group of parameters, or one size.
-        rates: The learning rates that were tried.
-        losses: The smoothed loss at each.
+        value: Suggested value, or None if the losses do not suggest a value.
+        before: Values before the search: the rate of each parameter group, or one size.
+        rates: Learning rates that were tried.
+        losses: Smoothed loss at each rate.
     """
 
     name: str
@@ -36,19 +36,19 @@ class Found:
 
 
 class Tuned(SystemExit):
-    """Ends a recipe's script when something is found."""
+    """Ends a recipe's script after a search."""
 
 
 class TuneFirstFit(Callback):
-    """Searches when the first epoch of a recipe begins, and ends the recipe there.
+    """Searches at the start of a recipe's first epoch, and then ends the recipe.
 
-    By then the loader is known, also where the recipe's own ``fit`` brings it.
+    At this point the DataLoader is known, even if an overridden ``fit`` creates it.
 
     Args:
         kind: ``lr`` or ``batch``.
 
     Attributes:
-        found: What was found; None before.
+        found: Result of the search, or None before the search.
     """
 
     def __init__(self, kind: str) -> None:
@@ -59,15 +59,15 @@ class TuneFirstFit(Callback):
         """Searches.
 
         Raises:
-            Tuned: Something is found.
-            UnsupportedError: The recipe alone knows its batches.
+            Tuned: The search has finished.
+            UnsupportedError: The recipe overrides ``_fit_train`` with a custom loop.
         """
         module: Any = pl_module
         run: Run = module.run
         if run.train.by_recipe is not None:
             raise UnsupportedError(
-                f"{type(run.brain).__name__}._fit_train is a loop of the recipe's own, whose "
-                "batches nobody else knows: nothing can be searched with them"
+                f"{type(run.brain).__name__}._fit_train is a custom loop, so a search does "
+                "not have its batches. Call super()._fit_train(...) in it."
             )
         search = _find_rate if self._kind == "lr" else _find_size
         self.found = search(run, trainer, run.train.loader.loader)

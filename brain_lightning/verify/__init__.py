@@ -1,4 +1,5 @@
-"""A recipe on SpeechBrain's loop and on a Trainer's, compared event by event.
+"""Compares the events of a recipe on SpeechBrain's loop and on a Trainer.
 
-``comparison`` finds where two recordings differ first; ``evidence`` says what a Trainer ran.
+``comparison`` finds the first difference of two recordings. ``evidence`` tells which batches a
+Trainer ran.
 """

@@ -1,4 +1,4 @@
-"""What two runs of a recipe did, side by side, and where they differ first."""
+"""Compares the events of two runs of a recipe, and finds their first difference."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 from .evidence import Evidence
 
 Event = Mapping[str, Any]
-# Hooks to show before one that differs, and after it.
+# Number of hooks to show before and after the first one that differs.
 CONTEXT = 3
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What both sides did.
+    """The events of both sides.
 
     Attributes:
         theirs: Events on SpeechBrain's loop.
         ours: Events on the Trainer.
-        evidence: That it was a Trainer.
+        evidence: Counts of the batches that the Trainer ran.
     """
 
     theirs: Sequence[Event]
@@ -32,30 +32,30 @@ class Comparison:
 
     @property
     def verified(self) -> bool:
-        """Whether every event is the same, without an error, and a Trainer ran one side."""
+        """Whether all events are equal, no error was raised, and a Trainer ran its batches."""
         return self.equal and not self.error and not self.evidence.without_trainer
 
     @property
     def equal(self) -> bool:
-        """Whether every event is the same on both sides, bit for bit."""
+        """Whether all events of both sides are bitwise identical."""
         return self.theirs == self.ours
 
     @property
     def error(self) -> str | None:
-        """The error that ended the recipe on SpeechBrain's loop."""
+        """The error that the recipe raised on SpeechBrain's loop, or None."""
         return next((event["error"] for event in _of_kind("error", self.theirs)), None)
 
     @property
     def first_difference(self) -> str | None:
-        """The first event that differs: with its epoch, its step and its tensor."""
+        """The first event that differs, with its epoch, step and tensor, or None."""
         pairs = zip_longest(self.theirs, self.ours)
         return next((describe(theirs, ours) for theirs, ours in pairs if theirs != ours), None)
 
     def without_hooks(self, names: Collection[str]) -> Comparison:
-        """The same without the calls of some hooks.
+        """Returns a comparison that ignores the calls of some hooks.
 
         Args:
-            names: Hooks that are called on one side alone, and do nothing there.
+            names: Hooks that are called on one side only, and have no effect there.
         """
         theirs, ours = (
             [e for e in events if str(e.get("hook")).partition("(")[0] not in names]
@@ -64,7 +64,7 @@ class Comparison:
         return replace(self, theirs=theirs, ours=ours)
 
     def as_json(self) -> str:
-        """For scripts: both sides' steps, stages and hooks, and the verdict."""
+        """Returns the steps, stages and hooks of both sides and the verdict, for scripts."""
         found = {
             side: {
                 "steps": steps_of(events),
@@ -84,22 +84,22 @@ class Comparison:
         return json.dumps({**verdict, **found}, indent=1)
 
     def as_text(self) -> str:
-        """For people: a row for each step and each stage, and the verdict."""
+        """Returns tables of the steps and stages, and the verdict, for people."""
         return "\n".join(
             [*self._steps(), "", *self._stages(), "", *self._hooks(), "", *self._verdict()]
         )
 
     def _verdict(self) -> Iterator[str]:
         if self.error:
-            yield f"the recipe fails on SpeechBrain's own loop: {self.error}"
+            yield f"The recipe raised an error on SpeechBrain's loop: {self.error}"
         if not self.equal:
             yield f"DIFFERENT: {self.first_difference}"
         elif missing := self.evidence.missing():
             yield f"NOT VERIFIED: {missing}"
         elif self.error:
-            yield "NOT VERIFIED: every event before that error is the same on both sides"
+            yield "NOT VERIFIED: all events before the error are equal on both sides."
         else:
-            yield "equal: every event is the same on both sides, bit for bit"
+            yield "EQUAL: all events are bitwise identical on both sides."
             if note := self.evidence.note():
                 yield note
 
@@ -124,7 +124,7 @@ class Comparison:
     def _hooks(self) -> Iterator[str]:
         theirs, ours = hooks_of(self.theirs), hooks_of(self.ours)
         if theirs == ours:
-            yield f"hooks: the same {len(ours)} calls in the same order"
+            yield f"hooks: {len(ours)} calls, in the same order on both sides"
             return
         pairs = list(zip_longest(theirs, ours, fillvalue="-"))
         first = next(i for i, (one, other) in enumerate(pairs) if one != other)
@@ -134,15 +134,15 @@ class Comparison:
 
 
 def steps_of(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """The training batches among the events.
+    """Returns the training batches among the events.
 
     Args:
-        events: Of one side.
+        events: Events of one side.
 
     Returns:
-        One for each batch whose loss was averaged: its ``epoch``, its ``step`` from 1, its
-        ``loss``, the learning ``rates`` of each parameter group and the ``norms`` of the
-        clipped gradients, one for each update, and a digest of the ``weights`` after the last.
+        One dict per batch whose loss was averaged: ``epoch``, ``step`` (from 1), ``loss``, the
+        learning ``rates`` of all parameter groups, the ``norms`` of the clipped gradients
+        of each update, and a digest of the ``weights`` after the last update.
     """
     steps: list[dict[str, Any]] = []
     updates: list[Event] = []
@@ -161,13 +161,13 @@ def steps_of(events: Sequence[Event]) -> list[dict[str, Any]]:
 
 
 def hooks_of(events: Sequence[Event]) -> list[str]:
-    """The hooks among the events.
+    """Returns the hooks among the events.
 
     Args:
-        events: Of one side.
+        events: Events of one side.
 
     Returns:
-        Their names, with the stage that they were passed.
+        Names of the hooks, with the stage that was passed to them.
     """
     return [event["hook"] for event in _of_kind("hook", events)]
 
@@ -177,21 +177,19 @@ def _of_kind(kind: str, events: Sequence[Event]) -> list[Event]:
 
 
 def describe(theirs: Event | None, ours: Event | None) -> str:
-    """Describes how an event of one side differs from that of the other.
+    """Describes how the events of the two sides differ.
 
     Args:
-        theirs: On SpeechBrain's loop; None where that has ended.
-        ours: On the Trainer; None where that has ended.
+        theirs: Event on SpeechBrain's loop, or None if that side has ended.
+        ours: Event on the Trainer, or None if that side has ended.
 
     Returns:
-        When it was, and what differs.
+        The stage, epoch and step of the event, and the difference.
     """
     if theirs is None or ours is None:
         sides = ("SpeechBrain", "Trainer") if ours is None else ("Trainer", "SpeechBrain")
         event = theirs or ours or {}
-        return (
-            f"{_when(event)}: {sides[0]} continues with {_what(event)}, {sides[1]} has ended"
-        )
+        return f"{_when(event)}: {sides[0]} continues with {_what(event)}, {sides[1]} ended"
     if theirs["kind"] != ours["kind"] or theirs["kind"] == "hook":
         both = f"SpeechBrain {_what(theirs)}, Trainer {_what(ours)}"
         return f"{_when(theirs)}: {both} ({_when(ours)})"
@@ -208,36 +206,37 @@ def _what(event: Event) -> str:
 
 
 def _difference(theirs: Event, ours: Event) -> str:
-    """What differs between two events of one kind, the cause before its effect."""
+    """Describes the difference of two events of one kind. A cause comes before its effect."""
 
     def both(name: str) -> str:
-        return f"{theirs[name]} and {ours[name]}"
+        return f"{theirs[name]} (SpeechBrain) and {ours[name]} (Trainer)"
 
     match theirs["kind"]:
         case "gradients" if theirs["rates"] != ours["rates"]:
-            return f"the learning rates are {both('rates')}"
+            return f"learning rates {both('rates')}"
         case "gradients":
             tensors = _tensors(theirs["tensors"], ours["tensors"])
-            return f"gradient of {tensors}; the norm of the gradients is {both('norm')}"
+            return f"gradients: {tensors}; norm {both('norm')}"
         case "weights":
-            return f"after the update, {_tensors(theirs['tensors'], ours['tensors'])}"
+            return f"weights after the update: {_tensors(theirs['tensors'], ours['tensors'])}"
         case "stage" if theirs["loss"] == ours["loss"]:
-            return f"at the end of the stage, {_tensors(theirs['weights'], ours['weights'])}"
+            tensors = _tensors(theirs["weights"], ours["weights"])
+            return f"weights at the end of the stage: {tensors}"
         case "stage":
-            return f"the stage ended with a loss of {both('loss')}"
+            return f"stage loss {both('loss')}"
         case "error":
-            return f"the error is {both('error')}"
-    return f"the loss is {both('loss')}"
+            return f"error {both('error')}"
+    return f"loss {both('loss')}"
 
 
 def _tensors(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
     names = dict.fromkeys([*theirs, *ours])
     differing = [name for name in names if theirs.get(name) != ours.get(name)]
-    return f"{differing[0]!r} differs, of {len(names)} tensors {len(differing)} do"
+    return f"{len(differing)} of {len(names)} tensors differ, the first is {differing[0]!r}"
 
 
 def _end(event: Event) -> dict[str, Any]:
-    """How a stage ended."""
+    """Returns the loss and a digest of the weights at the end of a stage."""
     shown = {name: event[name] for name in ("stage", "epoch", "loss")}
     return {**shown, "weights": _digest([event["weights"]])}
 
@@ -247,7 +246,7 @@ def _digest(tensors: Sequence[Mapping[str, int]]) -> str:
 
 
 def _cells(sides: Sequence[Mapping[str, Any] | None], names: Sequence[str]) -> list[str]:
-    """Each number of both sides, one beside the other."""
+    """Returns each value of both sides, next to each other."""
     return [_cell(side[name]) if side else "-" for name in names for side in sides]
 
 

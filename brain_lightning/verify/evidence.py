@@ -1,4 +1,4 @@
-"""Whether a Trainer ran what is compared: two runs of one loop are no proof."""
+"""Evidence that a Trainer ran one side. Two runs of the same loop prove nothing."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the Trainer's side ran, by class of Brain.
+    """Counts of what the Trainer's side ran, by Brain class.
 
     Attributes:
-        trained: Objectives of training, and updates.
-        tested: Objectives of validations and tests.
-        on_trainer: Training batches that a Trainer ran.
-        others: Batches of validations and tests that a Trainer ran.
-        loops: Loops that are the recipe's own, as ``Own.fit``.
+        trained: Number of training objectives and optimizer steps.
+        tested: Number of validation and test objectives.
+        on_trainer: Number of training batches that a Trainer ran.
+        others: Number of validation and test batches that a Trainer ran.
+        loops: Loops that the recipe overrides, for example ``MyBrain.fit``.
     """
 
     trained: Mapping[str, int] = field(default_factory=dict)
@@ -27,10 +27,10 @@ class Evidence:
 
     @classmethod
     def of(cls, side: Mapping[str, Any]) -> Evidence:
-        """Takes it from what was recorded.
+        """Creates the evidence from a recording.
 
         Args:
-            side: See ``verify_recorder.record``.
+            side: Recording of the Trainer's side, see ``verify_recorder.record``.
 
         Returns:
             The evidence.
@@ -39,33 +39,33 @@ class Evidence:
 
     @property
     def without_trainer(self) -> list[str]:
-        """Brains that trained, or else were tested, without a Trainer."""
+        """Brains that ran without a Trainer: in training, or in tests if none was trained."""
         trains = any(self.trained.values())
         done, ran = (self.trained, self.on_trainer) if trains else (self.tested, self.others)
         return [brain for brain, count in done.items() if count and not ran.get(brain)]
 
     @property
     def own_loops(self) -> list[str]:
-        """Loops of the recipe's own, as ``Own.fit``, each once."""
+        """Loops that the recipe overrides, each once."""
         return list(dict.fromkeys(loop for loops in self.loops.values() for loop in loops))
 
     def missing(self) -> str:
-        """What to say where no Trainer ran; empty where one did."""
+        """Returns a message if no Trainer ran, or empty."""
         if not self.without_trainer:
             return ""
         loops = f" ({', '.join(self.own_loops)})" if self.own_loops else ""
         return (
-            f"no Trainer ran a batch of {', '.join(self.without_trainer)}: both sides ran the "
-            f"same loop, the recipe's own{loops}, and that they agree proves nothing; "
-            "brain-lightning doctor says what to change"
+            f"no Trainer ran a batch of {', '.join(self.without_trainer)}. Both sides ran the "
+            f"same custom loop{loops}, so their equality proves nothing. Run brain-lightning "
+            "doctor, which shows what to change."
         )
 
     def note(self) -> str:
-        """What to say of loops that both sides have; empty where there are none."""
+        """Returns a note on loops that both sides ran, or empty."""
         if not self.own_loops:
             return ""
         loops = ", ".join(self.own_loops)
         return (
-            f"note: {loops} is the recipe's own loop: both sides ran the same code there, and "
-            "what it calls of Brain's ran on a Trainer"
+            f"Note: custom loop {loops}. Both sides ran its code. The methods of Brain that "
+            "it calls ran on a Trainer."
         )

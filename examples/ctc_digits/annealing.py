@@ -1,4 +1,4 @@
-"""When to slow down."""
+"""The learning rate schedule."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ class NewBob:
     """Lowers the learning rate when a metric stops falling, as SpeechBrain's NewBobScheduler.
 
     Args:
-        factor: What to multiply the learning rate by.
-        threshold: The relative improvement below which the metric has stopped.
+        factor: Multiplier of the learning rate if the metric does not improve.
+        threshold: Smallest relative improvement that counts as one.
     """
 
     def __init__(self, factor: float, threshold: float) -> None:
@@ -17,13 +17,13 @@ class NewBob:
         self.previous = float("inf")
 
     def __call__(self, metric: float) -> float:
-        """Compares the metric of this epoch with that of the epoch before.
+        """Compares the metric of this epoch with the metric of the previous epoch.
 
         Args:
-            metric: The newest value; less is better.
+            metric: Newest value; lower is better.
 
         Returns:
-            What to multiply the learning rate by: the factor, or 1.
+            Multiplier of the learning rate: ``factor`` or 1.
         """
         improved = metric < self.previous * (1 - self.threshold)
         self.previous = metric

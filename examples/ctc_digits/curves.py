@@ -1,4 +1,4 @@
-"""A picture of how the training went."""
+"""Draws the losses and error rates of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAIN, VALID, TEST = "#4477aa", "#ee6677", "#228833"
 
 
 class Epoch(NamedTuple):
-    """What is known at the end of an epoch."""
+    """Results of one epoch."""
 
     number: int
     learning_rate: float
@@ -30,12 +30,12 @@ def draw_curves(
     """Draws the losses beside the error rates.
 
     Args:
-        history: All epochs.
-        test_loss: The loss on the test lines.
-        test_error_rate: The digit error rate on the test lines.
-        path: Where to write the PNG; its folder is made.
+        history: Results of all epochs.
+        test_loss: Average loss on the test lines.
+        test_error_rate: Digit error rate on the test lines, from 0 to 1.
+        path: Path of the PNG file; its folder is created.
     """
-    # A Figure by itself draws with Agg: no display is needed and no state is left in pyplot.
+    # A Figure without pyplot draws with Agg. It needs no display and leaves no global state.
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     numbers = [epoch.number for epoch in history]
@@ -56,7 +56,7 @@ def draw_curves(
 def _finish(axes: Axes, title: str, quantity: str, unit: str = "") -> None:
     low, high = axes.dataLim.intervaly
     if isclose(low, high):
-        # Nothing spans a scale where, say, every error rate is 100%.
+        # A log scale needs a range, and all values are equal (for example 100 %).
         axes.set_ylim(low / 2, high * 2)
     axes.set(title=title, xlabel="epoch", ylabel=quantity, yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,4 +1,4 @@
-"""From what the head says to digits, and how many of those are wrong."""
+"""Decodes the output of the head to digits, and counts errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def greedy_decode(log_probs: Tensor, counts: Tensor, blank: int) -> list[list[in
     """Takes the best class of each frame, merges repetitions and drops blanks.
 
     Args:
-        log_probs: What the head said, (lines, frames, classes).
-        counts: The number of frames of each line.
-        blank: The class that is no digit.
+        log_probs: Output of the head, (lines, frames, classes).
+        counts: Number of frames of each line, (lines,).
+        blank: Index of the blank class.
 
     Returns:
-        The digits of each line.
+        One list of digits per line.
     """
     best = log_probs.argmax(dim=-1)
     merged = [
@@ -32,11 +32,11 @@ def edit_distance(hypothesis: Sequence[int], reference: Sequence[int]) -> int:
     """Counts the substitutions, insertions and deletions between two sequences.
 
     Args:
-        hypothesis: One sequence.
-        reference: The other one.
+        hypothesis: First sequence.
+        reference: Second sequence.
 
     Returns:
-        The smallest number that turns one into the other (Levenshtein).
+        The smallest number of edits that turns one into the other (Levenshtein distance).
     """
     row = list(range(len(reference) + 1))
     for i, label in enumerate(hypothesis, start=1):
@@ -49,13 +49,15 @@ def edit_distance(hypothesis: Sequence[int], reference: Sequence[int]) -> int:
 
 @dataclass
 class DigitErrors:
-    """Counts errors over many lines, with the methods of SpeechBrain's ``MetricStats``.
+    """Counts errors over many lines.
 
-    By these, processes that share a validation out find it and add their counts up.
+    It has the methods ``append`` and ``summarize`` of SpeechBrain's ``MetricStats``. With
+    ``--shard_eval``, these methods identify the object as a metric, and the counts of all
+    processes are added up.
 
     Attributes:
-        wrong: Edits so far.
-        digits: Digits so far in the references.
+        wrong: Number of edits.
+        digits: Number of digits in the references.
     """
 
     wrong: int = 0
@@ -65,12 +67,12 @@ class DigitErrors:
         """Adds one line.
 
         Args:
-            hypothesis: What was read.
-            reference: What is written there.
+            hypothesis: Decoded digits.
+            reference: True digits.
         """
         self.wrong += edit_distance(hypothesis, reference)
         self.digits += len(reference)
 
     def summarize(self) -> float:
-        """Edits per digit: 0 is perfect."""
+        """Returns the number of edits per digit; 0 is perfect."""
         return self.wrong / max(self.digits, 1)

@@ -1,4 +1,4 @@
-"""Lines of handwritten digits: scikit-learn's 8x8 scans, written side by side."""
+"""A dataset of lines of handwritten digits: scikit-learn's 8x8 scans, placed side by side."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.nn.functional import affine_grid, grid_sample, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-# Fractions of the 1797 scans. No scan is in two of the sets.
+# Fractions of the 1797 scans. Each scan belongs to one split only.
 SPLITS = {"train": (0.0, 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.0)}
-# The split is the same whatever the seed of the experiment.
+# Fixed, so that the splits do not depend on the seed of the experiment.
 SPLIT_SEED = 0
 
 FRAME_SIZE = 8
 
 
 class Line(NamedTuple):
-    """A line as it is read, column by column, and the digits that are written there."""
+    """One line: its columns as frames (columns, rows), and its digits."""
 
     frames: Tensor
     digits: Tensor
 
 
 class Batch(NamedTuple):
-    """Lines padded to the longest one; lengths are fractions of it, as in SpeechBrain."""
+    """Lines padded to the longest one. Lengths are fractions of it, as in SpeechBrain."""
 
     frames: Tensor
     frame_lengths: Tensor
@@ -37,19 +37,19 @@ class Batch(NamedTuple):
     digit_lengths: Tensor
 
     def to(self, device: str | torch.device) -> Batch:
-        """Copies the batch to a device."""
+        """Returns the batch on another device."""
         return Batch(*(tensor.to(device) for tensor in self))
 
 
 class DigitLines(Dataset[Line]):
-    """A fixed set of random lines, made of the scans of one split only.
+    """A fixed set of random lines, built from the scans of one split.
 
     Args:
         split: ``"train"``, ``"valid"`` or ``"test"``.
-        size: The number of lines.
-        digits: The smallest and the largest number of digits in a line.
-        max_gap: The largest number of empty columns before a digit.
-        augment: Changes the scans of a line, anew each time the line is read.
+        size: Number of lines.
+        digits: Smallest and largest number of digits per line.
+        max_gap: Largest number of empty columns before a digit.
+        augment: Function that changes the scans; called each time a line is read.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ def load_split(split: str) -> tuple[Tensor, Tensor]:
     """Loads the scans of one split.
 
     Args:
-        split: One of ``SPLITS``.
+        split: A key of ``SPLITS``.
 
     Returns:
-        The scans, each 8x8 from 0 to 1, and their digits.
+        The scans, (scans, 8, 8) with values from 0 to 1, and their digits, (scans,).
     """
     scans = load_digits()
     generator = torch.Generator().manual_seed(SPLIT_SEED)
@@ -100,11 +100,11 @@ def load_split(split: str) -> tuple[Tensor, Tensor]:
 
 
 def side_by_side(images: Tensor, gaps: Tensor) -> Tensor:
-    """Writes scans on one line and turns it into frames.
+    """Places scans side by side and returns the columns as frames.
 
     Args:
         images: Scans, (digits, rows, columns).
-        gaps: Empty columns before each of them.
+        gaps: Number of empty columns before each scan, (digits,).
 
     Returns:
         Frames, (columns of the line, rows).
@@ -114,16 +114,16 @@ def side_by_side(images: Tensor, gaps: Tensor) -> Tensor:
 
 
 def distort(images: Tensor, rotation: float, stretch: float, shift: float) -> Tensor:
-    """Rotates, stretches and shifts each scan at random, as another hand would.
+    """Rotates, stretches and shifts each scan at random.
 
     Args:
         images: Scans, (digits, rows, columns).
-        rotation: The largest angle, in degrees.
-        stretch: The largest relative change of a side.
-        shift: The largest shift, in pixels.
+        rotation: Largest angle, in degrees.
+        stretch: Largest relative change of the width or the height.
+        shift: Largest shift, in pixels.
 
     Returns:
-        As many scans.
+        The changed scans, (digits, rows, columns).
     """
     count = len(images)
     angle = _uniform(count) * math.radians(rotation)
@@ -146,13 +146,13 @@ def _uniform(*size: int) -> Tensor:
 
 
 def pad_lines(lines: Sequence[Line]) -> Batch:
-    """Makes a batch of lines: the ``collate_fn``.
+    """Pads lines to a batch; the ``collate_fn`` of the DataLoaders.
 
     Args:
-        lines: The lines.
+        lines: Lines of different lengths.
 
     Returns:
-        Them, padded.
+        The padded batch.
     """
     frames, digits = zip(*lines, strict=True)
     return Batch(*_pad(frames), *_pad(digits))
@@ -165,13 +165,13 @@ def _pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def absolute(lengths: Tensor, longest: int) -> Tensor:
-    """Turns relative lengths into numbers of frames or digits.
+    """Converts relative lengths to numbers of frames or digits.
 
     Args:
         lengths: Fractions of ``longest``.
-        longest: The length that is 1.0.
+        longest: Length that corresponds to 1.0.
 
     Returns:
-        Integers.
+        Integer lengths.
     """
     return (lengths * longest).round().long()

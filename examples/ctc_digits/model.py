@@ -1,4 +1,4 @@
-"""The encoder, which makes features of frames, and the head, which makes digits of those."""
+"""The modules: an encoder of frames, and a head that scores digits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 class Encoder(nn.Module):
-    """Two convolutions over the picture, one over its columns, and a GRU both ways.
+    """Two 2-D convolutions, one convolution over the columns, and a bidirectional GRU.
 
-    There is one feature vector per frame: the columns are never merged.
+    There is no pooling over columns, so each frame has one feature vector.
 
     Args:
-        channels: Channels of the picture's convolutions.
-        hidden: Units of the GRU in each direction.
-        dropout: Fraction of the features to leave out in training.
+        channels: Number of channels of the 2-D convolutions.
+        hidden: Number of units of the GRU in each direction.
+        dropout: Probability of dropout.
     """
 
     def __init__(self, channels: int, hidden: int, dropout: float) -> None:
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
 
         Args:
             frames: Columns of pixels, (lines, frames, rows).
-            lengths: Relative lengths of the lines.
+            lengths: Relative lengths of the lines, (lines,).
 
         Returns:
             Features, (lines, frames, 2 * hidden).
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         return self.dropout(self._read(columns.transpose(1, 2), lengths))
 
     def _read(self, columns: Tensor, lengths: Tensor) -> Tensor:
-        # Packed, for the GRU that reads backwards must not start in the padding.
+        # Packed, so that the backward GRU does not start in the padding.
         counts = absolute(lengths, columns.shape[1]).cpu()
         packed = pack_padded_sequence(columns, counts, batch_first=True, enforce_sorted=False)
         features, _ = self.gru(packed)
@@ -63,11 +63,11 @@ class Encoder(nn.Module):
 
 
 class Head(nn.Module):
-    """Scores every digit, and the blank, at each frame.
+    """Scores every digit and the blank at each frame.
 
     Args:
-        features: The size of a feature vector.
-        classes: The number of digits plus one.
+        features: Size of a feature vector.
+        classes: Number of digits plus one, for the blank.
     """
 
     def __init__(self, features: int, classes: int) -> None:
@@ -75,10 +75,10 @@ class Head(nn.Module):
         self.linear = nn.Linear(features, classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Scores features.
+        """Computes the scores.
 
         Args:
-            features: What the encoder made, (lines, frames, features).
+            features: Output of the encoder, (lines, frames, features).
 
         Returns:
             Log-probabilities, (lines, frames, classes).

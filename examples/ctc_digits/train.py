@@ -1,8 +1,9 @@
-"""Reads lines of handwritten digits with CTC: SpeechBrain's recipe in miniature.
+"""Reads lines of handwritten digits with CTC: a small SpeechBrain recipe.
 
-Run it as ``python train.py hparams.yaml [--overrides]``. It runs on SpeechBrain too: import
-``Brain``, ``Stage`` and ``parse_arguments`` from ``speechbrain``, and in the YAML file take
-``speechbrain.utils.epoch_loop.EpochCounter``.
+Run it as ``python train.py hparams.yaml [--overrides]``. ``README.md`` explains it step by
+step. The recipe also runs on SpeechBrain: import ``Brain``, ``Stage`` and ``parse_arguments``
+from ``speechbrain``, import ``if_main_process`` from ``speechbrain.utils.distributed``, and
+use ``speechbrain.utils.epoch_loop.EpochCounter`` in the YAML file.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from brain_lightning.distributed import if_main_process
 
 
 class CTCBrain(Brain):
-    """An encoder and a head, each with an optimizer of its own.
+    """Trains an encoder and a head, each with its own optimizer.
 
     Attributes:
-        history: The epochs so far.
-        digit_errors: Errors of the VALID or TEST stage that runs or ran last.
+        history: One entry for each finished epoch.
+        digit_errors: Errors of the current or last VALID or TEST stage.
         train_loss: Average loss of the last TRAIN stage.
     """
 
@@ -42,7 +43,7 @@ class CTCBrain(Brain):
         """Scores every digit and the blank at each frame.
 
         Args:
-            batch: Lines.
+            batch: Padded lines.
             stage: TRAIN, VALID or TEST.
 
         Returns:
@@ -52,11 +53,11 @@ class CTCBrain(Brain):
         return self.modules.head(self.modules.encoder(batch.frames, batch.frame_lengths))
 
     def compute_objectives(self, predictions: Tensor, batch: Batch, stage: Stage) -> Tensor:
-        """Computes the loss and, where nothing is trained, counts the errors.
+        """Computes the loss, and counts the errors in VALID and TEST.
 
         Args:
-            predictions: Log-probabilities.
-            batch: Lines.
+            predictions: Log-probabilities from ``compute_forward``.
+            batch: Padded lines.
             stage: TRAIN, VALID or TEST.
 
         Returns:
@@ -75,28 +76,22 @@ class CTCBrain(Brain):
             blank=self.hparams.blank_index,
         )
 
-    def count_errors(
-        self, predictions: Tensor, frame_counts: Tensor, digits: Tensor, digit_counts: Tensor
-    ) -> None:
-        """Decodes a batch and compares it with what is written there.
-
-        Args:
-            predictions: Log-probabilities.
-            frame_counts: Frames of each line.
-            digits: The references, padded.
-            digit_counts: Digits of each reference.
-        """
-        read = greedy_decode(predictions, frame_counts, self.hparams.blank_index)
-        written = zip(digits.tolist(), digit_counts.tolist(), strict=True)
-        for hypothesis, (reference, count) in zip(read, written, strict=True):
-            self.digit_errors.append(hypothesis, reference[:count])
+    def init_optimizers(self) -> None:
+        """Creates one optimizer for the encoder and one for the head."""
+        self.optimizers_dict = {
+            "encoder": self.hparams.encoder_opt_class(self.modules.encoder.parameters()),
+            "head": self.hparams.head_opt_class(self.modules.head.parameters()),
+        }
+        if self.checkpointer is not None:
+            for name, optimizer in self.optimizers_dict.items():
+                self.checkpointer.add_recoverable(f"{name}_optimizer", optimizer)
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
-        """Forgets the errors of the stage before.
+        """Resets the error counts.
 
         Args:
             stage: TRAIN, VALID or TEST.
-            epoch: Its epoch; None in TEST.
+            epoch: Number of the epoch; None in TEST.
         """
         self.digit_errors = DigitErrors()
 
@@ -105,8 +100,8 @@ class CTCBrain(Brain):
 
         Args:
             stage: TRAIN, VALID or TEST.
-            stage_loss: The average loss over its batches.
-            epoch: Its epoch; None in TEST.
+            stage_loss: Average loss over the batches of the stage.
+            epoch: Number of the epoch; None in TEST.
         """
         if stage == Stage.TRAIN:
             self.train_loss = stage_loss
@@ -114,12 +109,28 @@ class CTCBrain(Brain):
             self.report(epoch, stage_loss)
             self.anneal()
 
-    def report(self, epoch: int, valid_loss: float) -> None:
-        """Records and prints what is known at the end of an epoch.
+    def count_errors(
+        self, predictions: Tensor, frame_counts: Tensor, digits: Tensor, digit_counts: Tensor
+    ) -> None:
+        """Decodes a batch and compares it with the references.
 
         Args:
-            epoch: Its number.
-            valid_loss: The average validation loss.
+            predictions: Log-probabilities, (lines, frames, classes).
+            frame_counts: Number of frames of each line.
+            digits: Padded references, (lines, digits).
+            digit_counts: Number of digits of each reference.
+        """
+        decoded = greedy_decode(predictions, frame_counts, self.hparams.blank_index)
+        references = zip(digits.tolist(), digit_counts.tolist(), strict=True)
+        for hypothesis, (reference, count) in zip(decoded, references, strict=True):
+            self.digit_errors.append(hypothesis, reference[:count])
+
+    def report(self, epoch: int, valid_loss: float) -> None:
+        """Records the results of an epoch; the main process prints them.
+
+        Args:
+            epoch: Number of the epoch.
+            valid_loss: Average validation loss.
         """
         rate = self.optimizers_dict["encoder"].param_groups[0]["lr"]
         errors = self.digit_errors.summarize()
@@ -131,28 +142,18 @@ class CTCBrain(Brain):
             )
 
     def anneal(self) -> None:
-        """Lowers all learning rates where the error rate has stopped improving."""
+        """Lowers all learning rates if the error rate has stopped improving."""
         factor = self.hparams.annealing(self.digit_errors.summarize())
         for optimizer in self.optimizers_dict.values():
             for group in optimizer.param_groups:
                 group["lr"] *= factor
 
-    def init_optimizers(self) -> None:
-        """Makes an optimizer for the encoder and one for the head."""
-        self.optimizers_dict = {
-            "encoder": self.hparams.encoder_opt_class(self.modules.encoder.parameters()),
-            "head": self.hparams.head_opt_class(self.modules.head.parameters()),
-        }
-        if self.checkpointer is not None:
-            for name, optimizer in self.optimizers_dict.items():
-                self.checkpointer.add_recoverable(f"{name}_optimizer", optimizer)
-
 
 def main(arguments: Sequence[str] | None = None) -> tuple[CTCBrain, float]:
-    """Trains, tests, draws and sums up.
+    """Trains, evaluates, draws the curves and prints a summary.
 
     Args:
-        arguments: The words of the command line; ``sys.argv[1:]`` if not given.
+        arguments: Command-line arguments; ``sys.argv[1:]`` by default.
 
     Returns:
         The trained Brain and its loss on the test lines.
@@ -161,17 +162,21 @@ def main(arguments: Sequence[str] | None = None) -> tuple[CTCBrain, float]:
     hparams_file, run_opts, overrides = parse_arguments(arguments)
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+
     brain = CTCBrain(modules=hparams["modules"], hparams=hparams, run_opts=run_opts)
+
     brain.fit(
-        brain.hparams.epoch_counter,
+        hparams["epoch_counter"],
         hparams["train_data"],
         hparams["valid_data"],
         train_loader_kwargs=hparams["train_loader_kwargs"],
         valid_loader_kwargs=hparams["test_loader_kwargs"],
     )
+
     test_loss = brain.evaluate(
         hparams["test_data"], test_loader_kwargs=hparams["test_loader_kwargs"]
     )
+
     if if_main_process():
         picture = Path(hparams["output_folder"]) / "curves.png"
         draw_curves(brain.history, test_loss, brain.digit_errors.summarize(), picture)
@@ -180,13 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> tuple[CTCBrain, float]:
 
 
 def print_summary(brain: CTCBrain, test_loss: float, seconds: float, picture: Path) -> None:
-    """Prints how it ended.
+    """Prints the results of the run.
 
     Args:
-        brain: The Brain, tested.
-        test_loss: Its loss on the test lines.
-        seconds: How long everything took.
-        picture: Where the curves are.
+        brain: The Brain after ``evaluate``.
+        test_loss: Average loss on the test lines.
+        seconds: Duration of the whole run.
+        picture: Path of the curves.
     """
     errors = brain.digit_errors
     rate = errors.summarize()

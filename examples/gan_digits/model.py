@@ -1,4 +1,4 @@
-"""A generator and a discriminator of 8 x 8 digits, both told which digit is meant."""
+"""The modules: a generator and a discriminator of 8x8 images, conditioned on the digit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ DIGITS = 10
 
 
 class Generator(nn.Module):
-    """Draws digits.
+    """Generates images of given digits.
 
     Args:
-        noise: Size of the noise that tells two drawings of a digit apart.
-        hidden: Units of each hidden layer.
+        noise: Size of the noise vector.
+        hidden: Number of units of each hidden layer.
     """
 
     def __init__(self, noise: int, hidden: int) -> None:
@@ -33,23 +33,23 @@ class Generator(nn.Module):
         )
 
     def forward(self, noise: Tensor, digits: Tensor) -> Tensor:
-        """Draws one image for each digit.
+        """Generates one image per digit.
 
         Args:
-            noise: Standard normal, (images, noise).
-            digits: Which digits, (images,).
+            noise: Standard normal noise, (images, noise).
+            digits: Digits to generate, (images,).
 
         Returns:
-            Brightness between 0 and 1, (images, pixels).
+            Brightness from 0 to 1, (images, pixels).
         """
         return self.layers(torch.cat([noise, one_hot(digits, DIGITS)], dim=1))
 
 
 class Discriminator(nn.Module):
-    """Tells drawn from written digits.
+    """Distinguishes generated images from real ones.
 
     Args:
-        hidden: Units of each hidden layer.
+        hidden: Number of units of each hidden layer.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -68,10 +68,10 @@ class Discriminator(nn.Module):
         """Scores images.
 
         Args:
-            images: Brightness between 0 and 1, (images, pixels).
-            digits: Which digits they are said to be, (images,).
+            images: Brightness from 0 to 1, (images, pixels).
+            digits: Digits that the images should show, (images,).
 
         Returns:
-            Logits of being written by hand, (images,).
+            Logits; a positive value means "real", (images,).
         """
         return self.layers(torch.cat([images, one_hot(digits, DIGITS)], dim=1)).squeeze(1)

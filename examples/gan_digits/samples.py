@@ -1,4 +1,4 @@
-"""The written digits, and a look at the drawn ones."""
+"""The real images, and how generated images are measured and drawn."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 SIDE = 8
-# Brightness of the scans goes from 0 to 16.
+# The brightness of the scans is from 0 to 16.
 BRIGHTEST = 16
 
 
 @cache
 def written_digits() -> TensorDataset:
-    """scikit-learn's scans: images (1797, pixels) between 0 and 1, and which digits."""
+    """Returns scikit-learn's scans, (1797, pixels) from 0 to 1, and their digits, (1797,)."""
     images, digits = load_digits(return_X_y=True)
     return TensorDataset(
         torch.tensor(images / BRIGHTEST, dtype=torch.float32), torch.tensor(digits)
@@ -33,30 +33,32 @@ def _reader() -> KNeighborsClassifier:
 
 
 def legibility(images: Tensor, digits: Tensor) -> float:
-    """The part of the images that a 3-nearest-neighbour classifier reads as meant.
+    """Returns the share of images that a classifier recognizes as the intended digit.
+
+    The classifier is 3-nearest-neighbours, fitted on the real images.
 
     Args:
-        images: Drawn digits, (images, pixels).
-        digits: What they should be, (images,).
+        images: Generated images, (images, pixels).
+        digits: Intended digits, (images,).
 
     Returns:
-        Between 0 and 1; chance is 0.1.
+        A number from 0 to 1; random images give about 0.1.
     """
     return float((torch.tensor(_reader().predict(images.numpy())) == digits).double().mean())
 
 
 def draw_grid(images: Tensor, rows: int, title: str, path: str | Path) -> None:
-    """Writes images as a grid.
+    """Draws images as a grid.
 
     Args:
-        images: (images, pixels), one row after the other.
-        rows: How many rows.
-        title: What stands above.
-        path: Where to write the PNG; its folder is made.
+        images: Images row by row, (images, pixels).
+        rows: Number of rows.
+        title: Title of the picture.
+        path: Path of the PNG file; its folder is created.
     """
     columns = len(images) // rows
     tiles = images.view(rows, columns, SIDE, SIDE)
-    # One dark pixel between two images.
+    # One dark pixel between two neighbours.
     tiles = torch.nn.functional.pad(tiles, (0, 1, 0, 1))
     picture = tiles.permute(0, 2, 1, 3).reshape(rows * (SIDE + 1), columns * (SIDE + 1))
     figure = Figure(figsize=(columns * 0.5, rows * 0.5 + 0.5), dpi=120, layout="constrained")

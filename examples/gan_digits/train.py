@@ -1,7 +1,7 @@
-"""Draws handwritten digits with a conditional GAN: a recipe with its own ``fit_batch``.
+"""Generates handwritten digits with a conditional GAN: a recipe that overrides ``fit_batch``.
 
-Run it as ``python train.py hparams.yaml [--overrides]``. It runs on SpeechBrain too: import
-``Brain``, ``Stage`` and ``parse_arguments`` from ``speechbrain``.
+Run it as ``python train.py hparams.yaml [--overrides]``. The recipe also runs on SpeechBrain:
+import ``Brain``, ``Stage`` and ``parse_arguments`` from ``speechbrain``.
 """
 
 from __future__ import annotations
@@ -24,114 +24,118 @@ Batch = tuple[Tensor, Tensor]
 
 
 class GANBrain(Brain):
-    """A generator and a discriminator, each with an optimizer, two updates a batch.
+    """Trains a generator and a discriminator, each with its own optimizer.
+
+    Each batch makes two updates, one of the discriminator and one of the generator.
 
     Attributes:
-        legible: The part of the samples that could be read at the end of the last epoch.
+        legible: Share of the samples that were recognized at the end of the last epoch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.legible = float("nan")
-        # The same at the end of every epoch, so that pictures can be compared.
+        # Fixed, so that the pictures of different epochs can be compared.
         count = self.hparams.samples_per_digit
         self.sample_digits = torch.arange(DIGITS).repeat_interleave(count)
         self.sample_noise = torch.randn(DIGITS * count, self.hparams.noise)
 
     def compute_forward(self, batch: Batch, stage: Stage) -> Tensor:
-        """Draws as many digits as the batch has, and the same ones.
+        """Generates one image for each digit of the batch.
 
         Args:
-            batch: Images and which digits they are.
+            batch: Real images and their digits.
             stage: TRAIN.
 
         Returns:
-            Images, (images, pixels).
+            Generated images, (images, pixels).
         """
         digits = batch[1].to(self.device)
         noise = torch.randn(len(digits), self.hparams.noise, device=digits.device)
         return self.modules.generator(noise, digits)
 
     def compute_objectives(self, predictions: Tensor, batch: Batch, stage: Stage) -> Tensor:
-        """Asks the discriminator, which should take the drawings for written digits.
+        """Computes the loss of the generator.
+
+        It is small if the discriminator takes the generated images for real ones.
 
         Args:
-            predictions: Drawn images.
-            batch: Images and which digits they are.
+            predictions: Generated images, (images, pixels).
+            batch: Real images and their digits.
             stage: TRAIN.
 
         Returns:
-            The generator's loss.
+            The loss of the generator.
         """
         scores = self.modules.discriminator(predictions, batch[1].to(self.device))
         return binary_cross_entropy_with_logits(scores, torch.ones_like(scores))
 
     def fit_batch(self, batch: Batch) -> Tensor:
-        """One update of the discriminator, then one of the generator.
+        """Updates the discriminator, then the generator.
 
         Args:
-            batch: Images and which digits they are.
+            batch: Real images and their digits.
 
         Returns:
             The sum of both losses, detached.
         """
-        drawn = self.compute_forward(batch, Stage.TRAIN)
-        d_loss = self.discriminator_loss(drawn.detach(), batch)
+        generated = self.compute_forward(batch, Stage.TRAIN)
+        d_loss = self.discriminator_loss(generated.detach(), batch)
         d_loss.backward()
         self.d_optimizer.step()
         self.d_optimizer.zero_grad()
 
-        g_loss = self.compute_objectives(drawn, batch, Stage.TRAIN)
+        g_loss = self.compute_objectives(generated, batch, Stage.TRAIN)
         g_loss.backward()
         self.g_optimizer.step()
         self.g_optimizer.zero_grad()
-        # What the generator's loss left in the discriminator is not meant for it.
+        # The backward pass of the generator's loss leaves gradients in the discriminator.
         self.d_optimizer.zero_grad()
         self.optimizer_step += 1
         return (d_loss + g_loss).detach().cpu()
 
-    def discriminator_loss(self, drawn: Tensor, batch: Batch) -> Tensor:
-        """How well the discriminator tells drawn from written digits.
+    def discriminator_loss(self, generated: Tensor, batch: Batch) -> Tensor:
+        """Computes the loss of the discriminator on real and generated images.
 
         Args:
-            drawn: Drawn images.
-            batch: Written images and which digits they are.
+            generated: Generated images, detached, (images, pixels).
+            batch: Real images and their digits.
 
         Returns:
-            The discriminator's loss.
+            The loss of the discriminator.
         """
-        written, digits = (part.to(self.device) for part in batch)
-        on_written = self.modules.discriminator(written, digits)
-        on_drawn = self.modules.discriminator(drawn, digits)
-        real = torch.full_like(on_written, self.hparams.real_label)
+        real_images, digits = (part.to(self.device) for part in batch)
+        on_real = self.modules.discriminator(real_images, digits)
+        on_generated = self.modules.discriminator(generated, digits)
+        real = torch.full_like(on_real, self.hparams.real_label)
         return binary_cross_entropy_with_logits(
-            on_written, real
-        ) + binary_cross_entropy_with_logits(on_drawn, torch.zeros_like(on_drawn))
+            on_real, real
+        ) + binary_cross_entropy_with_logits(on_generated, torch.zeros_like(on_generated))
 
     def init_optimizers(self) -> None:
-        """Makes an optimizer for the generator and one for the discriminator."""
+        """Creates one optimizer for the generator and one for the discriminator."""
         self.g_optimizer = self.hparams.g_opt_class(self.modules.generator.parameters())
         self.d_optimizer = self.hparams.d_opt_class(self.modules.discriminator.parameters())
         self.optimizers_dict = {"g": self.g_optimizer, "d": self.d_optimizer}
 
     @torch.no_grad()
     def samples(self) -> Tensor:
-        """Draws the same digits from the same noise at each call.
+        """Generates images from the fixed noise and digits.
 
         Returns:
-            Images on the CPU, (digits * samples per digit, pixels).
+            Images on the CPU, (10 * samples per digit, pixels).
         """
         self.modules.eval()
         noise, digits = self.sample_noise, self.sample_digits
         return self.modules.generator(noise.to(self.device), digits.to(self.device)).cpu()
 
     def on_stage_end(self, stage: Stage, stage_loss: float, epoch: int | None = None) -> None:
-        """Reports the epoch, and shows what is drawn by now.
+        """Measures the samples. Every ``draw_every`` epochs, prints and draws the results.
 
         Args:
             stage: TRAIN.
-            stage_loss: The average sum of both losses.
-            epoch: Its epoch.
+            stage_loss: Average sum of both losses.
+            epoch: Number of the epoch.
         """
         images = self.samples()
         self.legible = legibility(images, self.sample_digits)
@@ -140,14 +144,14 @@ class GANBrain(Brain):
             self.draw(images, epoch)
 
     def draw(self, images: Tensor, epoch: int) -> Path:
-        """Writes the samples.
+        """Draws the samples.
 
         Args:
-            images: What ``samples`` returned.
-            epoch: The epoch that they are of.
+            images: Images from ``samples``.
+            epoch: Number of the epoch; part of the file name.
 
         Returns:
-            The file.
+            Path of the picture.
         """
         path = Path(self.hparams.output_folder) / f"samples_{epoch:03d}.png"
         title = f"Drawn after epoch {epoch}: {self.legible:.0%} legible"
@@ -156,10 +160,10 @@ class GANBrain(Brain):
 
 
 def main(arguments: Sequence[str] | None = None) -> GANBrain:
-    """Trains, draws and sums up.
+    """Trains, draws the last samples and prints a summary.
 
     Args:
-        arguments: The words of the command line; ``sys.argv[1:]`` if not given.
+        arguments: Command-line arguments; ``sys.argv[1:]`` by default.
 
     Returns:
         The trained Brain.

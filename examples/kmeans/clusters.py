@@ -1,4 +1,4 @@
-"""Centroids of k-means, the images they are found in, and a picture of them."""
+"""The centroids of k-means, the images that are clustered, and a picture of the centroids."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 SIDE = 8
-# Brightness of the scans goes from 0 to 16.
+# The brightness of the scans is from 0 to 16.
 BRIGHTEST = 16
 
 
 @cache
 def written_digits() -> TensorDataset:
-    """scikit-learn's scans: images (1797, pixels) between 0 and 1, and which digits."""
+    """Returns scikit-learn's scans, (1797, pixels) from 0 to 1, and their digits, (1797,)."""
     images, digits = load_digits(return_X_y=True)
     return TensorDataset(
         torch.tensor(images / BRIGHTEST, dtype=torch.float32), torch.tensor(digits)
@@ -26,10 +26,10 @@ def written_digits() -> TensorDataset:
 
 
 class Centroids(nn.Module):
-    """The middle of each cluster; nothing here has a gradient.
+    """The centroids of all clusters, as buffers: there is no parameter and no gradient.
 
     Args:
-        clusters: How many there are.
+        clusters: Number of clusters.
     """
 
     def __init__(self, clusters: int) -> None:
@@ -41,31 +41,31 @@ class Centroids(nn.Module):
         self.register_buffer("counts", torch.zeros(clusters))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Squared distances to every centroid.
+        """Computes the squared distance of each image to each centroid.
 
         Args:
-            images: (images, pixels).
+            images: Images, (images, pixels).
 
         Returns:
-            (images, clusters).
+            Squared distances, (images, clusters).
         """
         return torch.cdist(images, self.centroids).square()
 
     def gather(self, images: Tensor, clusters: Tensor) -> None:
-        """Remembers images for the next centroids.
+        """Adds images to the sums from which ``move`` computes the next centroids.
 
         Args:
-            images: (images, pixels).
-            clusters: Which cluster each belongs to, (images,).
+            images: Images, (images, pixels).
+            clusters: Index of the cluster of each image, (images,).
         """
         self.sums.index_add_(0, clusters, images)
         self.counts.index_add_(0, clusters, torch.ones_like(images[:, 0]))
 
     def move(self) -> float:
-        """Moves each centroid to the mean of what was gathered.
+        """Moves each centroid to the mean of its images, and resets the sums.
 
         Returns:
-            How far the centroids moved, all together.
+            The norm of the change of all centroids.
         """
         found = self.counts > 0
         means = self.centroids.clone()
@@ -81,9 +81,9 @@ def draw_centroids(centroids: Tensor, title: str, path: str | Path) -> None:
     """Draws each centroid as an image.
 
     Args:
-        centroids: (clusters, pixels), on the CPU.
-        title: What stands above.
-        path: Where to write the PNG; its folder is made.
+        centroids: Centroids on the CPU, (clusters, pixels).
+        title: Title of the picture.
+        path: Path of the PNG file; its folder is created.
     """
     columns = 8
     rows = -(-len(centroids) // columns)

@@ -1,9 +1,9 @@
-"""Finds groups of handwritten digits by k-means: a recipe without gradients.
+"""Clusters handwritten digits by k-means: a recipe without gradients.
 
-There is no optimizer and no parameter: ``fit_batch`` gathers, and the end of the epoch moves
-the centroids (Lloyd's algorithm). Run it as ``python train.py hparams.yaml [--overrides]``.
-It runs on SpeechBrain too: import ``Brain``, ``Stage`` and ``parse_arguments`` from
-``speechbrain``.
+There is no optimizer and no parameter. ``fit_batch`` sums up the images of each cluster, and
+``on_stage_end`` moves the centroids (Lloyd's algorithm). Run it as ``python train.py
+hparams.yaml [--overrides]``. The recipe also runs on SpeechBrain: import ``Brain``, ``Stage``
+and ``parse_arguments`` from ``speechbrain``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 class KMeansBrain(Brain):
-    """Clusters images; which digits they are is only looked at to judge the clusters.
+    """Clusters images. The digits are used only to evaluate the clusters.
 
     Attributes:
-        distances: The mean squared distance to the nearest centroid, epoch by epoch.
-        purity: The part of the images that are what most of their cluster is.
+        distances: Mean squared distance to the nearest centroid, one value per epoch.
+        purity: Share of the images that show the most frequent digit of their cluster.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,11 +39,11 @@ class KMeansBrain(Brain):
         """Finds the nearest centroid of each image.
 
         Args:
-            batch: Images and which digits they are.
+            batch: Images and their digits.
             stage: TRAIN or TEST.
 
         Returns:
-            Squared distances and indices of the nearest centroids, (images,).
+            Squared distances to the nearest centroids, and their indices, both (images,).
         """
         nearest = self.modules.centroids(batch[0].to(self.device)).min(dim=1)
         return nearest.values, nearest.indices
@@ -51,11 +51,11 @@ class KMeansBrain(Brain):
     def compute_objectives(
         self, predictions: tuple[Tensor, Tensor], batch: Batch, stage: Stage
     ) -> Tensor:
-        """What k-means minimizes; where nothing is trained, the clusters are judged.
+        """Computes the objective of k-means, and counts the digits of each cluster in TEST.
 
         Args:
-            predictions: What ``compute_forward`` returned.
-            batch: Images and which digits they are.
+            predictions: Distances and indices from ``compute_forward``.
+            batch: Images and their digits.
             stage: TRAIN or TEST.
 
         Returns:
@@ -69,10 +69,10 @@ class KMeansBrain(Brain):
         return distances.mean()
 
     def fit_batch(self, batch: Batch) -> Tensor:
-        """Gathers the images of each cluster.
+        """Adds the images to the sums of their clusters.
 
         Args:
-            batch: Images and which digits they are.
+            batch: Images and their digits.
 
         Returns:
             The mean squared distance.
@@ -82,21 +82,21 @@ class KMeansBrain(Brain):
         return self.compute_objectives((distances, clusters), batch, Stage.TRAIN).cpu()
 
     def on_stage_start(self, stage: Stage, epoch: int | None = None) -> None:
-        """Prepares to count the digits of each cluster.
+        """Resets the counts of digits per cluster.
 
         Args:
             stage: TRAIN or TEST.
-            epoch: Its epoch; None in TEST.
+            epoch: Number of the epoch; None in TEST.
         """
         self.members = torch.zeros(self.hparams.clusters, 10)
 
     def on_stage_end(self, stage: Stage, stage_loss: float, epoch: int | None = None) -> None:
-        """Moves the centroids, or judges them.
+        """Moves the centroids in TRAIN, and computes the purity in TEST.
 
         Args:
             stage: TRAIN or TEST.
-            stage_loss: The mean squared distance.
-            epoch: Its epoch; None in TEST.
+            stage_loss: Mean squared distance.
+            epoch: Number of the epoch; None in TEST.
         """
         if stage == Stage.TRAIN:
             moved = self.modules.centroids.move()
@@ -107,13 +107,13 @@ class KMeansBrain(Brain):
 
 
 def main(arguments: Sequence[str] | None = None) -> KMeansBrain:
-    """Clusters, judges, draws and sums up.
+    """Clusters, evaluates, draws the centroids and prints a summary.
 
     Args:
-        arguments: The words of the command line; ``sys.argv[1:]`` if not given.
+        arguments: Command-line arguments; ``sys.argv[1:]`` by default.
 
     Returns:
-        The Brain with its centroids.
+        The Brain after ``evaluate``.
     """
     hparams_file, run_opts, overrides = parse_arguments(arguments)
     with open(hparams_file, encoding="utf-8") as fin:

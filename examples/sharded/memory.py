@@ -1,7 +1,7 @@
-"""What each of two processes holds of a model: all of it in DDP, a half of it in shards.
+"""Measures the memory of a model in two processes, with DDP and with FSDP2.
 
-Run it as ``python memory.py hparams.yaml [--overrides]``; it starts the second process. The
-recipe is that of ``examples/ctc_digits``, and nothing in it says how it is trained.
+Run it as ``python memory.py hparams.yaml [--overrides]``; Lightning starts the second process.
+The recipe is ``examples/ctc_digits``. It contains no code for distributed training.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ PROCESSES = 2
 
 
 class MeasuredBrain(CTCBrain):
-    """Measures what it holds before each step of an optimizer, when there are gradients.
+    """Measures the memory of this process before each optimizer step, when gradients exist.
 
     Attributes:
-        held: The most bytes of weights, gradients and optimizer states so far.
+        held: Peak number of bytes of weights, gradients and optimizer states.
     """
 
     held = 0
 
     def init_optimizers(self) -> None:
-        """Makes the recipe's optimizers."""
+        """Creates the optimizers of the recipe, with a hook that measures."""
         super().init_optimizers()
         for optimizer in self.optimizers_dict.values():
             optimizer.register_step_pre_hook(self.measure)
 
     def measure(self, *_: Any) -> None:
-        """Counts bytes; called by the optimizers."""
+        """Updates ``held``; called by the optimizers."""
         self.held = max(self.held, sum(map(local_bytes, self.tensors())))
 
     def tensors(self) -> Iterator[Tensor]:
-        """Weights, gradients and optimizer states."""
+        """Yields weights, gradients and optimizer states."""
         for parameter in self.modules.parameters():
             yield from (each for each in (parameter, parameter.grad) if each is not None)
         for optimizer in self.optimizers_dict.values():
@@ -53,10 +53,10 @@ class MeasuredBrain(CTCBrain):
 
 
 def local_bytes(tensor: Tensor) -> int:
-    """The memory of a tensor in this process.
+    """Returns the number of bytes that a tensor takes in this process.
 
     Args:
-        tensor: A whole one, or one in shards.
+        tensor: A plain tensor, or a DTensor, of which this process holds one shard.
     """
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
@@ -65,12 +65,12 @@ def train(hparams: dict[str, Any], run_opts: RunOptions, strategy: str) -> list[
     """Trains the recipe in two processes.
 
     Args:
-        hparams: Those of ``examples/ctc_digits``.
-        run_opts: Options of the command line.
-        strategy: Of the Trainer.
+        hparams: Hyperparameters of ``examples/ctc_digits``.
+        run_opts: Run options of the command line.
+        strategy: Strategy of the Trainer, ``"ddp"`` or ``"fsdp2"``.
 
     Returns:
-        The bytes that each process has held.
+        ``held`` of each process, by rank.
     """
     brain = MeasuredBrain(modules=hparams["modules"], hparams=hparams, run_opts=run_opts)
     brain.fit(
@@ -87,10 +87,10 @@ def train(hparams: dict[str, Any], run_opts: RunOptions, strategy: str) -> list[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains in DDP and in shards, and prints what each process held.
+    """Trains with DDP and with FSDP2, and prints the memory of each process.
 
     Args:
-        arguments: The words of the command line; ``sys.argv[1:]`` if not given.
+        arguments: Command-line arguments; ``sys.argv[1:]`` by default.
     """
     hparams_file, run_opts, overrides = parse_arguments(arguments)
     lines = []

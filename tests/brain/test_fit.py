@@ -274,9 +274,9 @@ def test_hparams_count_as_explicit_even_where_they_name_the_default() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_grad_norm": "5"}, "max_grad_norm='5' is a text"),
-        ({"optimizer_step_limit": "5"}, "optimizer_step_limit='5' is a text"),
-        ({"device": "gpu"}, "device 'gpu' is not one of cpu, cuda"),
+        ({"max_grad_norm": "5"}, "max_grad_norm='5' is a string"),
+        ({"optimizer_step_limit": "5"}, "optimizer_step_limit='5' is a string"),
+        ({"device": "gpu"}, "device 'gpu' is not valid. Use cpu, cuda"),
     ],
 )
 def test_values_that_make_no_sense_are_named(options: dict[str, Any], words: str) -> None:

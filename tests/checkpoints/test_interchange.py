@@ -209,6 +209,8 @@ def test_every_scheduler_of_speechbrains_that_is_saved_is_among_them() -> None:
 def test_a_scheduler_goes_on_where_it_was(
     tmp_path: Path, name: str, writer: str, reader: str
 ) -> None:
+    if not callable(made(name)):
+        pytest.skip(f"{name} cannot be called before SpeechBrain 1.1")
     first, second, sgd = made(name), made(name), optimizer()
     for step in range(1, 4):
         call(first, sgd, step)

@@ -239,8 +239,8 @@ def test_inference_gives_what_the_brain_gives(
         "compute_features", "normalize", "beside", "model", "modules", "pretrainer"
     ]  # fmt: skip
     assert caplog.messages[-1] == (
-        "For inference: beside, model, normalizer; left out: brain, brain_lightning, counter, "
-        "optimizer, scheduler"
+        "For inference: beside, model, normalizer. Left out: brain, brain_lightning, counter, "
+        "optimizer, scheduler."
     )
     loaded = Features.from_hparams(str(folder), savedir=str(tmp_path / "cache"))
     brain.modules.eval()
@@ -283,10 +283,10 @@ def test_a_key_chooses_the_checkpoint_and_it_is_told(
 @pytest.mark.parametrize(
     ("source", "key", "words"),
     [
-        ("save", "--min_key=CER", "has the lowest 'CER': what they say is WER, end-of-epoch"),
-        ("save", "--max_key=", "has the highest ''"),
-        ("save/CKPT+run", "--min_key=WER", "is one checkpoint, and 'WER' chooses among"),
-        ("x.ckpt", "--max_key=WER", "is one checkpoint, and 'WER' chooses among"),
+        ("save", "--min_key=CER", "has the key 'CER'. Available keys: WER, end-of-epoch"),
+        ("save", "--max_key=", "has the key ''"),
+        ("save/CKPT+run", "--min_key=WER", "is a single checkpoint, and key 'WER' selects"),
+        ("x.ckpt", "--max_key=WER", "is a single checkpoint, and key 'WER' selects"),
     ],
 )
 def test_a_key_that_chooses_nothing_is_refused(
@@ -319,11 +319,11 @@ LINEAR = "model: !new:torch.nn.Linear {in_features: 1, out_features: 1}\n"
         ("model: [", "cannot be read"),
         ("model: 3\n", "has no `modules`, which from_hparams needs"),
         ("modules: {model: *nowhere}\n", "cannot be read: found undefined alias 'nowhere'"),
-        ("modules: {}\n", "does not say what 'model' is"),
+        ("modules: {}\n", "does not define 'model'"),
         (MODULES + "model: !new:torch.nn.Linear [!ref <size>, 1]\n", '"size" is not valid'),
         (MODULES + "model: !new:torch.nn.Linear [!PLACEHOLDER , 1]\n", "is a !PLACEHOLDER"),
         (MODULES + "model: !include:model.yaml\n", "No such file or directory"),
-        (MODULES + "model: !ref <other>\nother: !ref <model>\n", "leads nowhere"),
+        (MODULES + "model: !ref <other>\nother: !ref <model>\n", "cannot be resolved"),
     ],
 )
 def test_hyperparameters_that_could_not_be_loaded_are_refused(
@@ -344,17 +344,17 @@ def test_what_only_the_recipes_pretrainer_loads_is_told(
     own = "pretrainer: !new:no.such.Pretrainer\n    loadables: {model: 1, lm: 2}\n"
     (tmp_path / "hyperparams.yaml").write_text(own + LINEAR + MODULES)
     assert main(["convert", str(tmp_path / "save"), str(tmp_path / "inference")]) == 0
-    assert "The recipe's own pretrainer loads lm, of which" in caplog.text
+    assert "The recipe's pretrainer also loads lm, which is not in" in caplog.text
     assert "no.such" not in (tmp_path / "inference" / "hyperparams.yaml").read_text()
 
 
 @pytest.mark.parametrize(
     ("source", "target", "words"),
     [
-        ("nowhere", "x.ckpt", "nowhere is no checkpoint, and holds none"),
-        ("save", "taken", "taken is there already"),
-        ("save", "folder", "hyperparams.yaml is not there: give the recipe's file"),
-        ("file.ckpt", "folder", "give a target such as"),
+        ("nowhere", "x.ckpt", "nowhere is not a checkpoint, and contains none"),
+        ("save", "taken", "taken exists already"),
+        ("save", "folder", "hyperparams.yaml was not found. Set --hparams=FILE"),
+        ("file.ckpt", "folder", "Give a name that begins with CKPT+"),
     ],
 )
 def test_mistakes_are_told(

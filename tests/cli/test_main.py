@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import speechbrain
 
 from brain_lightning import RunOptionError
+from brain_lightning.cli import main as main_module
 from brain_lightning.cli.main import main
 from tests.support.processes import check_python
 from tests.support.scripts import QUIET, TOY, result, same, script
@@ -112,14 +116,14 @@ def test_a_recipe_on_our_brain_runs_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["run", "nowhere.py"], "there is no script 'nowhere.py' here"),
+        (["run", "nowhere.py"], "script 'nowhere.py' was not found in "),
         (["run", *TOY, "--trainer.max_step=3"], "did you mean 'max_steps'"),
         (["run", *TOY, "--trainer=nowhere.yaml"], "--trainer=nowhere.yaml: No such file"),
         (["run", *TOY, f"--trainer={TOY[0]}"], "toy.py: "),
         (["run", *TOY, "--trainer.devices=[0,1]"], "CUDA_VISIBLE_DEVICES"),
-        (["run", *TOY, "--trainer.num_nodes=2"], "start each node yourself"),
+        (["run", *TOY, "--trainer.num_nodes=2"], "Start each node with torchrun"),
         (["run", *TOY, *QUIET, "--trainer.strategy=ddp_spawn"], "start_method='spawn'"),
-        (["verify", "nowhere.py"], "there is no script 'nowhere.py' here"),
+        (["verify", "nowhere.py"], "script 'nowhere.py' was not found in "),
         (["doctor", "nowhere.py"], "nowhere.py: No such file"),
     ],
 )
@@ -169,6 +173,41 @@ def test_a_call_without_words_shows_the_help(capsys: pytest.CaptureFixture[str])
     assert "usage: brain-lightning COMMAND" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_versions_for_a_bug_report(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main_module, "PACKAGES", ("torch", "lightning", "not-installed"))
+    with pytest.raises(SystemExit) as end:
+        main([option])
+    assert end.value.code == 0
+    ours, python, *others = capsys.readouterr().out.splitlines()
+    assert ours == f"brain-lightning {version('brain_lightning')}"
+    assert python.startswith(f"Python {platform.python_version()} on ")
+    assert others == [
+        f"torch {version('torch')}",
+        f"lightning {version('lightning')}",
+        "not-installed is not installed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["--version"], 0), (["--help"], 0), ([], 0), (["walk"], 2)]
+)
+def test_the_module_is_the_same_command(words: list[str], status: int) -> None:
+    """``python -m brain_lightning`` prints the same; neither imports torch for that."""
+    script = str(Path(sys.executable).with_name("brain-lightning"))
+    started = [sys.executable, "-X", "importtime", "-m", "brain_lightning"]
+    of_module, of_script = (
+        subprocess.run([*start, *words], capture_output=True, text=True, check=False)
+        for start in (started, [script])
+    )
+    assert of_module.returncode == of_script.returncode == status
+    assert of_module.stdout == of_script.stdout
+    assert of_script.stderr in of_module.stderr
+    assert "| torch\n" not in of_module.stderr
+
+
 def test_a_file_that_is_not_there_and_an_override_of_nothing_are_mistakes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +218,9 @@ def test_a_file_that_is_not_there_and_an_override_of_nothing_are_mistakes(
     )
     (tmp_path / "hparams.yaml").write_text("lr: 0.1\n")
     assert main(["run", recipe, "hparams.yml"]) == 2
-    assert "there is no hyperparameters file 'hparams.yml'" in capsys.readouterr().err
+    assert "hyperparameters file 'hparams.yml' was not found in " in capsys.readouterr().err
     assert main(["run", recipe, str(tmp_path / "hparams.yaml"), "--rl=0.2"]) == 2
-    assert "Override 'rl' not found in: ['lr']; --name=value" in capsys.readouterr().err
+    assert (
+        "Override 'rl' not found in: ['lr']. --name=value must be a key"
+        in capsys.readouterr().err
+    )

@@ -99,7 +99,7 @@ def test_the_port_of_the_example_is_the_example_after_it(
     assert main(["port", "out/train.py", "out/hparams.yaml"]) == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "out/train.py: ported whole: 0 lines changed" in shown.err
+    assert "out/train.py: ported completely: 0 lines changed" in shown.err
 
 
 def test_a_mistake_is_one_line(
@@ -107,16 +107,22 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["port", "train.py"]) == 2
-    assert "there is no script 'train.py' here" in capsys.readouterr().err
+    assert "script 'train.py' was not found in " in capsys.readouterr().err
     path = script(tmp_path, "print()")
     assert main(["port", path]) == 1
-    assert "train.py:1: no subclass of Brain: nothing to port" in capsys.readouterr().err
+    assert (
+        "train.py:1: There is no subclass of Brain, so there is nothing to port."
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit, match="2"):
         main(["port", path, "--lr=0.1"])
-    assert "--lr=0.1: overrides are for --verify" in capsys.readouterr().err
+    assert "--lr=0.1: overrides need --verify" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["port", path]) == 2
-    assert "port needs LibCST: pip install 'brain_lightning[port]'" in capsys.readouterr().err
+    assert (
+        "port needs LibCST. Run pip install 'brain_lightning[port]'."
+        in capsys.readouterr().err
+    )
 
 
 def test_both_sides_are_run_and_compared(
@@ -132,7 +138,7 @@ def test_both_sides_are_run_and_compared(
     assert main([*words, "--write"]) == 0
     shown = capsys.readouterr()
     assert shown.out.split() == ["train.py", "h.yaml"]
-    assert "equal: every event is the same on both sides, bit for bit" in shown.err
+    assert "EQUAL: all events are bitwise identical on both sides." in shown.err
     # Three updates an epoch, each clipped, and other weights after each.
     steps = re.findall(r"^(\d) +(\d) .* 0\.05 +0\.05 +(\w{8}) +\3$", shown.err, re.MULTILINE)
     assert [(int(e), int(n)) for e, n, _ in steps] == [

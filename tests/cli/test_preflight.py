@@ -78,7 +78,9 @@ def test_a_batch_without_memory_ends_it_in_words(
 ) -> None:
     assert preflight(tmp_path, stage) == 2
     out, err = capsys.readouterr()
-    assert f"error: preflight: no memory for the longest batch in {stage}, with ids [" in err
+    assert (
+        f"error: preflight: out of memory with the longest batch in {stage}, with ids [" in err
+    )
     assert f"a tensor ({1 + (stage != 'VALID')}, 4): no room in {stage}. Make" in err
     assert "done" not in out
 

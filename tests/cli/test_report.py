@@ -161,13 +161,25 @@ def test_the_best_is_that_of_the_epochs_before_a_resume_too(
 @pytest.mark.parametrize(
     ("text", "words", "says"),
     [
-        (ONCE, ["--report=WRE"], "no number of this name; it has reported lr, train_loss, tr"),
-        ("", ["--report=WER"], "no number of this name; it has reported none at all"),
+        (
+            ONCE,
+            ["--report=WRE"],
+            "metric with this name. Reported metrics: lr, train_loss, tr",
+        ),
+        ("", ["--report=WER"], "metric with this name. Reported metrics: none."),
         ("make([NAN]).fit([1], DATA, DATA)", ["--report=WER"], "valid_WER was never finite"),
-        ("1 / 0", ["--report=WER:best"], "--report=WER:best: give the name of a number, and"),
-        ("1 / 0", ["--report-file=x.json"], "--report-file: say what to report too"),
-        ("1 / 0", ["--report=WER", "--report-file=/"], "--report-file=/: it is a folder"),
-        ("1 / 0", ["--report=WER", "--report-file=/dev/null/x"], "/dev/null/x: File exists"),
+        (
+            "1 / 0",
+            ["--report=WER:best"],
+            "--report=WER:best is not valid. Use the name of a metric",
+        ),
+        ("1 / 0", ["--report-file=x.json"], "--report-file needs --report"),
+        ("1 / 0", ["--report=WER", "--report-file=/"], "--report-file=/ is a folder"),
+        (
+            "1 / 0",
+            ["--report=WER", "--report-file=/dev/null/x"],
+            "/dev/null/x: its folder cannot be created (File exists)",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Objective:UserWarning")

@@ -115,9 +115,9 @@ def test_a_rate_is_suggested_that_trains(
     picture = tmp_path / "made" / "lr.png"
     lines, _ = tune(capsys, *TOY, f"--output={picture}", "--lr=0.0001")
     told, _, override = lines[-3:]
-    assert told.endswith("is suggested, instead of 0.0001")
+    assert told.endswith(" (current: 0.0001)")
     name, _, value = override.partition("=")
-    assert (name, told.split()[1]) == ("--lr", value)
+    assert (name, told.split()[2]) == ("--lr", value)
     with Image.open(picture) as image:
         assert min(image.size) > 300
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "cwd", picture.parent, picture]
@@ -134,12 +134,12 @@ def test_what_each_optimizer_has_is_overridden(
     """By a key that is referred to, and by one within a section; the recipe ends there."""
     words = [*recipe(tmp_path), "lr", f"--output={tmp_path / 'lr.png'}"]
     lines, _ = tune(capsys, *words)
-    assert "instead of 0.02, 0.03" in lines[-3]
-    value = lines[-3].split()[1]
+    assert "(current: 0.02, 0.03)" in lines[-3]
+    value = lines[-3].split()[2]
     assert lines[-1] == f"--G_lr={value} --d_class.lr={value}"
     assert "went on" not in lines
     # They are overrides.
-    assert "instead of 0.5" in tune(capsys, *words, "--G_lr=0.5", "--d_class.lr=0.5")[0][-3]
+    assert "(current: 0.5)" in tune(capsys, *words, "--G_lr=0.5", "--d_class.lr=0.5")[0][-3]
 
 
 @pytest.mark.parametrize("kind", ["Recipe", "OwnLoop"])
@@ -148,7 +148,7 @@ def test_the_largest_batch_for_which_there_is_memory(
 ) -> None:
     """Of the training set, whose key it is, also where the recipe's own ``fit`` brings it."""
     lines, _ = tune(capsys, *recipe(tmp_path, kind), "batch")
-    assert lines[-2:] == ["batch_size 8 is suggested, instead of 4", "--small=8"]
+    assert lines[-2:] == ["suggested batch_size: 8 (current: 4)", "--small=8"]
     assert not (tmp_path / "results").exists()
     folder = tmp_path / "given"
     tune(capsys, *recipe(tmp_path, kind), "batch", f"--output_folder={folder}")
@@ -159,8 +159,8 @@ def test_a_value_that_no_key_has_is_told_alone(capsys: pytest.CaptureFixture[str
     lines, _ = tune(capsys, *TOY, "batch")
     # All there is.
     assert lines[-3:] == [
-        "batch_size 24 is suggested, instead of 4",
-        "no key of the hyperparameters is known to set it: the value is",
+        "suggested batch_size: 24 (current: 4)",
+        "no key of the hyperparameters file sets it. The value:",
         "24",
     ]
 
@@ -168,10 +168,10 @@ def test_a_value_that_no_key_has_is_told_alone(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("kind", "words", "says"),
     [
-        ("OwnBatches", ["batch"], "OwnBatches._fit_train is a loop of the recipe's own"),
-        ("Recipe", ["batch", "--test_only"], "has trained nothing, so there is nothing to"),
-        ("Recipe", ["sizes"], "tune searches lr or batch, and not 'sizes'"),
-        ("Recipe", ["--output=lr.jpg"], "--output=lr.jpg: the curve is drawn as PNG"),
+        ("OwnBatches", ["batch"], "OwnBatches._fit_train is a custom loop"),
+        ("Recipe", ["batch", "--test_only"], "nothing was searched: "),
+        ("Recipe", ["sizes"], "tune cannot search for 'sizes'. Use lr or batch."),
+        ("Recipe", ["--output=lr.jpg"], "--output=lr.jpg is not a PNG file"),
     ],
 )
 def test_what_cannot_be_searched_is_told(
@@ -185,7 +185,7 @@ def test_processes_of_torchrun_are_given_a_folder(
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
-    assert "give --output_folder=" in tune(capsys, *recipe(tmp_path), "batch")[1]
+    assert "Set --output_folder=" in tune(capsys, *recipe(tmp_path), "batch")[1]
 
 
 def test_the_suggestion_is_where_the_loss_falls_fastest_by_factors(tmp_path: Path) -> None:

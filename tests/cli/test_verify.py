@@ -40,7 +40,7 @@ def test_a_recipe_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["verify", *TOY, *QUIET, "--steps=8"])
     shown = capsys.readouterr().out
     assert status == 0, shown
-    assert "equal: every event is the same on both sides, bit for bit" in shown
+    assert "EQUAL: all events are bitwise identical on both sides." in shown
     # Six batches an epoch: two of the second one.
     assert shown.count("\n1      ") == 6
     assert shown.count("\n2      ") == 2
@@ -61,7 +61,7 @@ def test_a_dropout_that_is_reseeded_once_is_found(
     )  # fmt: skip
     status, found = verify(script(tmp_path, planted), TOY[1], "--steps=6", capsys=capsys)
     assert status == 1
-    assert found["first_difference"].startswith("TRAIN, epoch 1, step 4: the loss is ")
+    assert found["first_difference"].startswith("TRAIN, epoch 1, step 4: loss ")
     ours, theirs = found["trainer"]["steps"], found["speechbrain"]["steps"]
     assert ours[:3] == theirs[:3]
     assert ours[3]["loss"] != theirs[3]["loss"] or ours[3]["weights"] != theirs[3]["weights"]
@@ -76,7 +76,7 @@ def test_a_clip_of_another_value_is_found(capsys: pytest.CaptureFixture[str]) ->
     arguments = [*words, "--steps=6", "--trainer.gradient_clip_val=4.9"]
     status, found = verify(*TOY, *arguments, capsys=capsys)
     assert status == 1
-    expected = f"TRAIN, epoch 1, step {clipped[0]}: gradient of 'model.0.weight' differs, of 4"
+    expected = f"TRAIN, epoch 1, step {clipped[0]}: gradients: 4 of 4"
     assert found["first_difference"].startswith(expected)
 
 
@@ -117,11 +117,11 @@ def test_two_runs_of_the_recipes_own_loop_are_no_proof(
     assert (found["without_trainer"], found["own_loops"]) == (["Own"], ["Own.fit"])
     evidence = Evidence(trained={"Own": 4}, on_trainer={"Own": 0}, loops={"Own": ["Own.fit"]})
     said = Comparison([], [], evidence).as_text().splitlines()[-1]
-    assert said.startswith("NOT VERIFIED: no Trainer ran a batch of Own: both sides ran the")
+    assert said.startswith("NOT VERIFIED: no Trainer ran a batch of Own. Both sides ran the")
     ran = dataclasses.replace(evidence, on_trainer={"Own": 4})
     *_, verdict, note = Comparison([], [], ran).as_text().splitlines()
-    assert verdict.startswith("equal: ")
-    assert note.startswith("note: Own.fit is the recipe's own loop: both sides ran the same")
+    assert verdict.startswith("EQUAL: ")
+    assert note.startswith("Note: custom loop Own.fit. Both sides ran its code.")
     tested = Evidence(tested={"Own": 4, "Other": 1, "Idle": 0}, others={"Own": 4})
     assert tested.without_trainer == ["Other"]
 
@@ -132,7 +132,7 @@ def test_a_recipe_that_fails_by_itself_is_told_so(
 ) -> None:
     assert main(["verify", script(tmp_path, "raise KeyError('wav')")]) == 2
     error = capsys.readouterr().err
-    assert "no batch was run on the side of speechbrain" in error
+    assert "the speechbrain side of verify ran no batch" in error
     assert "KeyError: 'wav'" in error
 
 
@@ -158,8 +158,8 @@ def test_a_recipe_that_fails_on_both_sides_after_its_fit_is_not_verified(
     event = {"kind": "error", "error": "RuntimeError: late", "stage": "", "epoch": None}
     failed = [{**event, "step": 2}]
     *_, said, verdict = Comparison(failed, failed).as_text().splitlines()
-    assert said == "the recipe fails on SpeechBrain's own loop: RuntimeError: late"
-    assert verdict.startswith("NOT VERIFIED: every event before that error is the same")
+    assert said == "The recipe raised an error on SpeechBrain's loop: RuntimeError: late"
+    assert verdict.startswith("NOT VERIFIED: all events before the error are equal")
     *_, said, verdict = Comparison(failed, []).as_text().splitlines()
     assert said.endswith("RuntimeError: late")
     assert verdict.startswith("DIFFERENT: ")

@@ -1,4 +1,4 @@
-"""A position that was saved with other batches, or other data, is the same in examples."""
+"""A position saved with other batches or other data is restored by its examples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAVED = "The checkpoint was saved after "
 
 
 class Numbers(Dataset[Any]):
-    """Each example says which one it is."""
+    """Each example is its own index."""
 
     def __init__(self, items: int = 48) -> None:
         self.items = items
@@ -44,7 +44,7 @@ class Numbers(Dataset[Any]):
 
 
 class Seeing(Noisy):
-    """Notes which examples each of its batches has."""
+    """Records the examples of each batch."""
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         epoch = self.hparams.epoch_counter.current
@@ -54,10 +54,10 @@ class Seeing(Noisy):
 def run(
     folder: Path, train: Any, cut: Any = None, every: int = 5, **kwargs: Any
 ) -> dict[int, list[list[int]]]:
-    """The examples of each batch of each epoch; one that is cut saves every few steps."""
+    """Returns the examples of each batch of each epoch. A run that is cut saves often."""
     brain = brain_in(folder, **({"ckpt_interval_steps": every} if cut else {}))
     brain.__class__, brain.cut = Seeing, cut
-    # As in the same script: the order is that of the seed.
+    # As in the same script: the seed determines the order.
     seed(5)
     if cut is None:
         fit(brain, train, **kwargs)
@@ -99,7 +99,7 @@ KINDS: dict[str, Callable[[int], Any]] = {
         *[(kind, *each) for kind in list(KINDS)[1:] for each in [(8, 16), (48, 0)]],
     ],
 )
-def test_another_batch_size_goes_on_after_the_same_examples(
+def test_another_batch_size_resumes_after_the_same_examples(
     tmp_path: Path, kind: str, size: int, resumed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     order = flat(run(tmp_path / "whole", KINDS[kind](4))[1])
@@ -111,12 +111,12 @@ def test_another_batch_size_goes_on_after_the_same_examples(
     assert sorted(flat(batches[2])) == list(range(48))
     (message,) = told(caplog)
     assert message == (
-        f"{SAVED}20 of 48 examples in batches of 4; now the data are 48 examples in batches "
-        f"of {size}. The epoch is resumed after {resumed} of them, where a batch begins."
+        f"{SAVED}20 of 48 examples in batches of 4. The data now has 48 examples in batches "
+        f"of {size}. The epoch resumes after {resumed} of them, at the start of a batch."
     )
 
 
-def test_a_loader_that_the_brain_makes(
+def test_a_loader_that_the_brain_creates(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kwargs: Any = {"train_loader_kwargs": {"batch_size": 4, "shuffle": True}}
@@ -127,10 +127,10 @@ def test_a_loader_that_the_brain_makes(
     assert len(told(caplog)) == 1
 
 
-def test_all_that_was_seen_is_not_seen_again(tmp_path: Path) -> None:
-    """Its last batch is smaller: 46 is no multiple of 5, and the epoch is over."""
+def test_examples_that_were_seen_are_not_repeated(tmp_path: Path) -> None:
+    """The last batch is smaller, because 46 is not a multiple of 5. The epoch is over."""
     run(tmp_path, DataLoader(Numbers(46), 4), at(1, 12), every=11)
-    # Cut in the last batch, so it is saved before that.
+    # Cut in the last batch, so that the save is before it.
     assert flat(run(tmp_path, DataLoader(Numbers(46), 4))[1]) == [44, 45]
     position = DataPosition()
     batches = position.batches(DataLoader(Numbers(46), 4))
@@ -148,12 +148,12 @@ def test_all_that_was_seen_is_not_seen_again(tmp_path: Path) -> None:
 def test_cut_again_with_another_batch_size(tmp_path: Path) -> None:
     order = flat(run(tmp_path / "whole", KINDS["shuffled"](4))[1])
     run(tmp_path / "cut", KINDS["shuffled"](4), at(1, 6))
-    # The step goes on: 5 steps before, and 2 now.
+    # The step count continues: 5 steps before and 2 now.
     run(tmp_path / "cut", KINDS["shuffled"](8), at(1, 8), every=1)
     assert flat(run(tmp_path / "cut", KINDS["shuffled"](4))[1]) == order[32:]
 
 
-# ---------------------------------------------------------------------- batches that vary
+# ------------------------------------------------------------- batches of varying size
 
 
 def dynamic(longest: float, workers: int = 0, items: int = 48) -> DataLoader[Any]:
@@ -165,7 +165,7 @@ def dynamic(longest: float, workers: int = 0, items: int = 48) -> DataLoader[Any
 
 
 def lists(*sizes: int) -> Callable[..., DataLoader[Any]]:
-    """Batches in order, of these sizes by turns."""
+    """Batches in order, with these sizes in turn."""
 
     def train(workers: int = 0, persistent: bool = False) -> DataLoader[Any]:
         batches, rest = [], list(range(48))
@@ -186,25 +186,25 @@ def lists(*sizes: int) -> Callable[..., DataLoader[Any]]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cut", [at(1, 6), at(2, 6)], ids=["1", "2"])
 @pytest.mark.parametrize("persistent", [False, True])
-def test_examples_of_batches_that_vary_are_counted(
+def test_examples_of_batches_of_varying_size_are_counted(
     tmp_path: Path, workers: int, cut: Any, persistent: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     persistent = persistent and bool(workers)
-    # 2 + 4 + 6 + 2 + 4 = 18 are seen; the new batches begin at 0, 5, 10, 15.
+    # 2 + 4 + 6 + 2 + 4 = 18 examples are seen. The new batches start at 0, 5, 10 and 15.
     run(tmp_path, lists(2, 4, 6)(workers, persistent), cut)
     batches = run(tmp_path, lists(5)(workers, persistent))
     epoch = 1 if batches[1] else 2
     assert flat(batches[epoch]) == list(range(15, 48))
     (message,) = told(caplog)
     assert message.startswith(
-        f"{SAVED}18 of 48 examples in batches of several sizes; now the data are 48 examples "
-        "in batches of several sizes. The epoch is resumed after 15 of them, where a batch "
-        "begins."
+        f"{SAVED}18 of 48 examples in batches of several sizes. The data now has 48 examples "
+        "in batches of several sizes. The epoch resumes after 15 of them, at the start of a "
+        "batch."
     )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_batches_go_on_and_nothing_is_told(
+def test_the_same_batches_resume_without_a_warning(
     tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     trains = {"dynamic": (2, lambda: dynamic(12, workers)), "lists": (1, lists(3, 1))}
@@ -237,7 +237,7 @@ def test_a_dynamic_batch_sampler_with_longer_batches(
     assert 0 < skipped <= seen
     (message,) = told(caplog)
     assert f"{SAVED}{seen} of 48 examples" in message
-    assert f"resumed after {skipped} of them" in message
+    assert f"resumes after {skipped} of them" in message
     assert message.endswith("some are fitted twice in this epoch, or not at all.")
 
 
@@ -245,7 +245,7 @@ def test_a_dynamic_batch_sampler_with_longer_batches(
 
 
 @pytest.mark.parametrize(("items", "left"), [(60, 40), (30, 10), (12, 0)])
-def test_a_dataset_of_another_length_is_told(
+def test_a_dataset_of_another_length_logs_a_warning(
     tmp_path: Path, items: int, left: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tmp_path, DataLoader(Numbers(48), 4), at(1, 6))
@@ -253,14 +253,14 @@ def test_a_dataset_of_another_length_is_told(
     assert flat(batches[1]) == list(range(items))[items - left :]
     assert flat(batches[2]) == list(range(items))
     (message,) = told(caplog)
-    assert f"now the data are {items} examples in batches of 4" in message
+    assert f"The data now has {items} examples in batches of 4" in message
     assert f"after {items - left} of them" in message
     assert "not at all" in message
 
 
 @pytest.mark.parametrize("items", [60, 30])
 @pytest.mark.parametrize("cut", [at(1, 6), at(2, 6)], ids=["1", "2"])
-def test_the_batches_that_a_sampler_kept_are_not_those_of_other_data(
+def test_batches_that_a_sampler_stored_are_not_used_for_other_data(
     tmp_path: Path, items: int, cut: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tmp_path, dynamic(12), cut)
@@ -271,7 +271,7 @@ def test_the_batches_that_a_sampler_kept_are_not_those_of_other_data(
     assert len(told(caplog)) == 1
 
 
-def test_a_sampler_of_another_length_is_told(
+def test_a_sampler_of_another_length_logs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def train(samples: int) -> DataLoader[Any]:
@@ -280,10 +280,10 @@ def test_a_sampler_of_another_length_is_told(
 
     run(tmp_path, train(48), at(1, 6))
     assert len(flat(run(tmp_path, train(100))[1])) == 80
-    assert "now the data are 100 examples in batches of 4" in told(caplog)[0]
+    assert "The data now has 100 examples in batches of 4" in told(caplog)[0]
 
 
-def test_a_list_of_another_length_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_list_of_another_length_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     train, position = list(range(12)), DataPosition()
     batches = position.batches(train)
     for _ in range(5):
@@ -293,8 +293,8 @@ def test_a_list_of_another_length_is_told(caplog: pytest.LogCaptureFixture) -> N
     assert list(position.batches(train[:10])) == [5, 6, 7, 8, 9]
     (message,) = told(caplog)
     assert message.startswith(
-        f"{SAVED}5 batches of a list of 12 batches; now the data are a list of 10 batches. "
-        "The epoch is resumed after 5 batches."
+        f"{SAVED}5 batches of a list of 12 batches. The data now has a list of 10 batches. "
+        "The epoch resumes after 5 batches."
     )
 
 
@@ -302,7 +302,7 @@ def test_a_list_of_another_length_is_told(caplog: pytest.LogCaptureFixture) -> N
 def test_another_number_of_processes(
     before: int, after: int, left: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What all of them have seen is shared out again."""
+    """The examples that all processes have seen are distributed again."""
 
     def train(processes: int) -> DataLoader[Any]:
         data = Numbers()
@@ -322,7 +322,7 @@ def test_another_number_of_processes(
     assert f"for each of {max(before, after)} processes" in message
 
 
-def test_a_generator_that_is_gone_is_done_without(tmp_path: Path) -> None:
+def test_a_missing_generator_is_ignored(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     run(tmp_path, DataLoader(Numbers(), 4, shuffle=True, generator=generator), at(1, 6))
     assert len(flat(run(tmp_path, DataLoader(Numbers(), 4, shuffle=True))[1])) == 28
@@ -331,7 +331,7 @@ def test_a_generator_that_is_gone_is_done_without(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------- what is saved
 
 
-def test_one_of_an_earlier_version_is_read_as_it_was(
+def test_a_position_of_an_earlier_version_is_not_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = DataPosition.state
@@ -360,9 +360,9 @@ def test_what_is_saved_is_plain() -> None:
     assert position.state_between_passes()["layout"] == state["layout"]
 
 
-def test_batches_whose_size_nobody_knows_are_counted_as_batches() -> None:
+def test_batches_of_unknown_size_are_counted_as_batches() -> None:
     class Batch:
-        """Indices without a length."""
+        """A batch of indices that has no length."""
 
         def __iter__(self) -> Any:
             return iter([1, 2])

@@ -1,4 +1,4 @@
-"""What is said of processes that differ, without any other process."""
+"""Error messages about processes that differ, tested in a single process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_one_process_agrees_with_itself() -> None:
     agreement.check_same("fits", "epochs", 3)
 
 
-def test_a_process_that_is_in_another_collective_is_noticed(
+def test_a_process_in_another_collective_raises_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def gather(value: Any) -> list[Any]:
         return [value, "what is gathered somewhere else"]
 
     monkeypatch.setattr(agreement, "gather", gather)
-    with pytest.raises(RankMismatchError, match=r"rank 0: fits; rank 1: is elsewhere"):
+    with pytest.raises(RankMismatchError, match=r"rank 0: fits; rank 1: does something else"):
         agreement.compare("fits", 3)

@@ -1,4 +1,4 @@
-"""A process group that is there before a script's own, in the place of none."""
+"""The process group that exists before a script creates its own, or if it creates none."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def test_it_ends_with_a_script_that_makes_none() -> None:
+def test_it_is_destroyed_at_the_end_of_the_script() -> None:
     with process_group("gloo"):
         assert distributed.get_backend() == "gloo"
         with pytest.raises(ValueError, match="twice"):
-            # Torch's own function, of a script that has made one already.
+            # torch's own function, called by a script that already created a group.
             distributed.distributed_c10d.init_process_group("gloo")
     assert not distributed.is_initialized()
 
 
-def test_nothing_of_it_is_found_by_the_scripts_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of another process it would find where that one was before."""
+def test_the_scripts_own_group_finds_no_keys_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared store it would find the addresses of the previous group."""
     store = distributed.HashStore()
     monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
     with process_group("gloo"):
@@ -45,20 +45,20 @@ def test_nothing_of_it_is_found_by_the_scripts_own(monkeypatch: pytest.MonkeyPat
         assert store.num_keys() == 2 * keys > 0
 
 
-def test_an_error_leaves_it_to_the_others() -> None:
+def test_it_is_not_destroyed_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), process_group("gloo"):
         1 / 0  # noqa: B018
     assert distributed.is_initialized()
 
 
-def test_a_scripts_own_takes_its_place_once() -> None:
+def test_the_scripts_own_group_replaces_it_once() -> None:
     initialize = distributed.init_process_group
     with process_group("gloo"):
         before = distributed.group.WORLD
         distributed.init_process_group("gloo", timeout=timedelta(seconds=9))
         own = distributed.group.WORLD
         assert own is not before
-        # As torch's: a rank before each line of a traceback, but not two.
+        # As torch's hook: each line of a traceback has one rank, not two.
         assert sys.excepthook.__closure__ is not None
         held = [cell.cell_contents for cell in sys.excepthook.__closure__]
         assert sys.__excepthook__ in held

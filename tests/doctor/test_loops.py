@@ -64,7 +64,7 @@ def test_own_loops_limit_what_a_trainer_reaches(
     assert not {"max_epochs", "max_steps", "max_time"} & set(parts.arguments)
     assert {"limit_train_batches", "precision", "callbacks"} <= set(parts.arguments)
     whole = report_of(tmp_path, WHOLE)
-    assert "nothing of a Trainer reaches into it" in whole.remarks[0].says
+    assert "Trainer arguments and callbacks have no effect in it" in whole.remarks[0].says
     assert (whole.arguments, whole.strategies) == ([], ["one device"])
     around = report_of(tmp_path, AROUND)
     assert [remark.about for remark in around.remarks] == ["fit"]
@@ -79,9 +79,11 @@ def test_own_loops_limit_what_a_trainer_reaches(
     assert not limited & set(anew.arguments)
     assert main(["doctor", str(tmp_path / "train.py")]) == 0
     text = capsys.readouterr().out
-    assert "callbacks   safe outside the recipe's own loop: all of" in text
+    assert "callbacks   supported outside the custom loop: all of" in text
     # What is to be changed comes before what is safe.
-    assert text.index("_fit_train: Own._fit_train is written anew") < text.index("strategies")
+    assert text.index("_fit_train: Own._fit_train is overridden without") < text.index(
+        "strategies"
+    )
     assert {"max_epochs", "limit_val_batches", "logger"} <= set(anew.arguments)
 
 
@@ -99,17 +101,17 @@ def compute_forward(self, batch, stage):
 """
 # What each line of these would do to a wrapper.
 UNSAFE = {
-    "self.modules.w.model": "has no attribute of it: self.modules.w.model",
-    "self.modules['w'].encode(batch)": "has no attribute of it: self.modules['w'].encode",
-    "getattr(self.modules.w, 'x')": "has no attribute of it: getattr(self.modules.w, 'x')",
-    "w = self.modules.w; w.model": "has no attribute of it: w.model",
-    "[m.infer for m in self.modules.values()]": "has no attribute of it: m.infer",
+    "self.modules.w.model": "attributes of the entry: self.modules.w.model",
+    "self.modules['w'].encode(batch)": "attributes of the entry: self.modules['w'].encode",
+    "getattr(self.modules.w, 'x')": "attributes of the entry: getattr(self.modules.w, 'x')",
+    "w = self.modules.w; w.model": "attributes of the entry: w.model",
+    "[m.infer for m in self.modules.values()]": "attributes of the entry: m.infer",
     "self.modules.w[0](batch)": "is no sequence: self.modules.w[0]",
     "len(self.modules.w)": "is no sequence: self.modules.w.",
-    "self.modules.w.load_state_dict({})": "begins all names with 'module.'",
-    "self.modules.w.training = True": "is set, and not the module in it",
+    "self.modules.w.load_state_dict({})": "prefixes all names with 'module.'",
+    "self.modules.w.training = True": "is set on the wrapper only",
     "self.modules.w = batch": "replaced has no wrapper any more: self.modules.w",
-    "self.hparams.modules['w'](batch)": "gradients of what can be trained",
+    "self.hparams.modules['w'](batch)": "Gradients of entries of modules are not averaged",
 }
 
 
@@ -124,7 +126,7 @@ def test_ddp_is_unsafe_where_a_wrapper_would_be_missed(tmp_path: Path) -> None:
         assert says in unsafe.remarks[0].says, line
         assert (unsafe.remarks[0].line, unsafe.remarks[0].file) == (5, "train.py")
     alone = report_of(tmp_path, "def on_stage_end(self, *_):\n    self.modules.w.module.x")
-    assert "no .module: self.modules.w.module" in alone.remarks[0].says
+    assert "no attribute .module: self.modules.w.module" in alone.remarks[0].says
     assert "one device" not in alone.strategies
 
 
@@ -143,8 +145,8 @@ def fit_batch(self, batch):
 def test_what_is_of_speechbrain_05_is_named(tmp_path: Path) -> None:
     old = report_of(tmp_path, OLD.format(more="pass"))
     says = {remark.about: remark.says for remark in old.remarks}
-    assert "TypeError since 1.0" in says["check_gradients"]
-    assert "none since 1.0" in says["use_amp"]
+    assert "TypeError since version 1.0" in says["check_gradients"]
+    assert "loop lacks it since version 1.0" in says["use_amp"]
     assert says["precision"].startswith("bf16-mixed has no effect")
     # It clips, as of old; and both kinds of mixed precision are asked for.
     assert "gradient_clip_val" in old.arguments

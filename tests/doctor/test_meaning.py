@@ -65,7 +65,7 @@ def test_names_are_followed_to_entries_of_modules(tmp_path: Path, is_safe: bool)
         path.write_text("import torch" + RECIPE.format(body))
         (brain,) = examine(str(path)).brains
         assert any(text.startswith("ddp") for text in brain.strategies) == is_safe, body
-        assert all("what is given" not in text for text in brain.strategies)
+        assert all("these functions" not in text for text in brain.strategies)
 
 
 def test_what_is_given_the_modules_and_is_in_no_file_is_a_condition(tmp_path: Path) -> None:
@@ -74,5 +74,5 @@ def test_what_is_given_the_modules_and_is_in_no_file_is_a_condition(tmp_path: Pa
         body = f"return {called}(self, batch)"
         path.write_text("from functools import partial" + RECIPE.format(body))
         (brain,) = examine(str(path)).brains
-        assert brain.strategies[1].endswith(f"that a wrapper lacks: {called} (own.py:13)")
-        assert brain.strategies[2].endswith(f"calling entries alone: {called} (own.py:13)")
+        assert brain.strategies[1].endswith(f"that its wrapper lacks: {called} (own.py:13)")
+        assert brain.strategies[2].endswith(f"only by calling entries: {called} (own.py:13)")

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from brain_lightning.cli.main import main
 from brain_lightning.doctor import examine
 from brain_lightning.doctor.remark import ARGUMENTS
-from brain_lightning.doctor.updates import OF_STEPS
+from brain_lightning.doctor.updates import STEP_ARGUMENTS
 from tests.support.scripts import TOY, script
 
 # SpeechBrain's own.
@@ -74,7 +74,7 @@ def test_doctor_reads_a_gan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "gradient_clip_algorithm": 5, "accumulate_grad_batches": 5, "precision": 5,
     }  # fmt: skip
     says = {remark["about"]: remark["says"] for remark in report["remarks"]}
-    assert says["gradient_clip_algorithm"].startswith("'value' is refused")
+    assert says["gradient_clip_algorithm"].startswith("'value' is not supported")
     assert not {"gradient_clip_val", "precision"} & set(report["arguments"])
     assert "max_steps" in report["arguments"]
     assert "GradientAccumulationScheduler" in report["callbacks_refused"]
@@ -88,8 +88,8 @@ def test_doctor_has_nothing_to_say_about_a_plain_recipe(
     assert f"{TOY[0]}:11: ToyBrain, a subclass of SpeechBrain's Brain" in shown
     assert "automatic: neither fit_batch nor optimizers_step is overridden" in shown
     assert "compute_forward (toy.py:12)" in shown
-    assert "ddp (each entry" in shown
-    assert "with fsdp2 also refused: WeightAveraging; " in shown
+    assert "ddp (one DistributedDataParallel per entry" in shown
+    assert "not supported with fsdp2: WeightAveraging; " in shown
     assert "change" not in shown
 
 
@@ -102,7 +102,7 @@ def test_doctor_takes_what_the_other_commands_take(
     assert main(["doctor", *TOY, *rest]) == 0
     assert capsys.readouterr().out == alone
     assert main(["doctor", TOY[0], "nowhere.yaml"]) == 2
-    assert "there is no hyperparameters file 'nowhere.yaml'" in capsys.readouterr().err
+    assert "hyperparameters file 'nowhere.yaml' was not found" in capsys.readouterr().err
 
 
 def test_doctor_lists_the_exceptions_in_lines_that_can_be_read(
@@ -118,7 +118,9 @@ def test_doctor_lists_the_exceptions_in_lines_that_can_be_read(
     assert all(len(line) <= 100 for line in lines)
     assert all(line.startswith("  ") for line in lines)
     text = " ".join(" ".join(lines).split())
-    said = re.search(r"arguments safe: all of Lightning's but ([\w, ]+) callbacks ", text)
+    said = re.search(
+        r"arguments supported: all of Lightning's except ([\w, ]+) callbacks ", text
+    )
     assert said is not None
     others = set(said[1].split(", "))
     assert {"precision", "gradient_clip_val", "strategy"} <= others
@@ -183,8 +185,10 @@ def test_doctor_sees_what_is_called_around_the_modules(
     }  # fmt: skip
     assert remarks["fit"][0] == 6
     assert remarks["strategy=ddp"][0] == 7
-    assert "call self.modules.Encoder" in remarks["strategy=ddp"][1]
-    assert remarks["accumulate_grad_batches"][1].startswith("an incomplete last window")
+    assert "Call self.modules.Encoder" in remarks["strategy=ddp"][1]
+    assert remarks["accumulate_grad_batches"][1].startswith(
+        "An incomplete last accumulation window"
+    )
     assert [text.split()[0] for text in report["strategies"]] == ["one", "fsdp2"]
     assert {"precision", "gradient_clip_val"} <= set(report["arguments"])
     assert report["uses"]["clip_grad_norm_()"] == ["train.py:13"]
@@ -220,8 +224,8 @@ class Beside(sb.Brain):
         ("self.hparams.scheduler.step()", set()),
         ("with torch.autocast('cpu', enabled=False): self.modules.a(batch)", {"precision"}),
         ("with autocast('cuda'): self.modules.a(batch)", {"precision"}),
-        ("self.modules.disc(batch).sum().backward()", set(OF_STEPS)),
-        ("self.disc_opt.step()", set(OF_STEPS)),
+        ("self.modules.disc(batch).sum().backward()", set(STEP_ARGUMENTS)),
+        ("self.disc_opt.step()", set(STEP_ARGUMENTS)),
     ],
 )
 def test_doctor_sees_what_is_beside_brains_own_step(

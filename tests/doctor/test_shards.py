@@ -18,23 +18,23 @@ class Own(sb.Brain):
 # What does not work with shards, and what doctor says of it.
 UNSAFE = {
     "def compute_forward(self, x, stage): return self.modules.m.enc.proj(x)": (
-        "not for self.modules.m.enc.proj: name its class, FSDP2Strategy(blocks=[...])"
+        "not for self.modules.m.enc.proj. Set FSDP2Strategy(blocks=[...]) to its class"
     ),
     "def compute_forward(self, x, stage): return self.modules.m[0](x)": "self.modules.m[0]",
     "def compute_forward(self, x, stage): return self.hparams.inner(x)": "self.hparams.inner",
     "def compute_forward(self, x, stage): self.modules.m = x": "replaced is not sharded",
-    "def on_fit_start(self): self.init_optimizers()": "call self._wrap_distributed()",
-    "def init_optimizers(self): self.modules.m.register_comm_hook(0, 0)": "is refused",
+    "def on_fit_start(self): self.init_optimizers()": "Call self._wrap_distributed()",
+    "def init_optimizers(self): self.modules.m.register_comm_hook(0, 0)": "is not supported",
     "def on_stage_start(self, *a): self.ema = copy.deepcopy(self.modules.m)": (
-        "no copy of a module in shards: copy.deepcopy(m)"
+        "sharded module cannot be copied: copy.deepcopy(m)"
     ),
     "def __init__(self, m): super().__init__(m); self.o = torch.optim.Adam(m)": (
-        "an optimizer that is made before modules are sharded is refused: Adam"
+        "optimizer that is created before the modules are sharded is not supported: Adam"
     ),
     """def on_stage_end(self, *a):
         if sb.utils.distributed.if_main_process():
             torch.save(self.modules.m.state_dict(), "m.ckpt")""": (
-        "where the main process alone calls self.modules.m.state_dict"
+        "if only the main process calls self.modules.m.state_dict"
     ),
 }
 # Known methods, .module, parts where weights are whole, and entries in hparams.
@@ -79,7 +79,7 @@ def test_what_modules_in_shards_do_not_stand_is_named(tmp_path: Path) -> None:
         assert not any(text.startswith("fsdp2") for text in brain.strategies), body
     optimizer = "adam: !new:torch.optim.Adam\n    params: []\n" + HPARAMS
     (said,) = of_shards(report_of(tmp_path, "pass", optimizer))
-    assert "is refused: adam. Make it in init_optimizers" in said
+    assert "is not supported: adam. Create it in init_optimizers" in said
 
 
 def test_what_can_be_sharded_is_said_to_be(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_can_be_sharded_is_said_to_be(tmp_path: Path) -> None:
         brain = report_of(tmp_path, body)
         assert of_shards(brain) == [], body
         assert brain.strategies[-1] == (
-            "fsdp2 (each entry of modules in shards, for models larger than one device)"
+            "fsdp2 (shards each entry of modules, for models larger than one device)"
         ), body
 
 
@@ -98,7 +98,7 @@ def test_methods_that_are_not_known_are_to_be_named(tmp_path: Path) -> None:
     assert brain.strategies[-1].endswith("with FSDP2Strategy(methods=['sing', 'speak'])")
     says = next(r.says for r in brain.remarks if r.about == "strategy=fsdp2")
     assert says == (
-        "weights are gathered for forward, and not for self.modules.n.sing, "
-        "self.hparams.net.speak: where it uses weights, name it, "
-        "FSDP2Strategy(methods=['sing', 'speak'])"
+        "Weights are gathered for forward, but not for self.modules.n.sing, "
+        "self.hparams.net.speak. If the method uses weights, set "
+        "FSDP2Strategy(methods=['sing', 'speak'])."
     )

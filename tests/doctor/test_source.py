@@ -90,6 +90,6 @@ def test_a_brain_that_is_in_no_file_is_named(
     assert report.not_examined == {"Lost": 2, "Below": 4, "Dotted": 5}
     assert main(["doctor", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "lost.py:1: nowhere_at_all.LostBrain is in no file" in shown
-    assert "name that folder in PYTHONPATH" in shown
-    assert "lost.py:4: Below is not examined, for its base is in no file" in shown
+    assert "lost.py:1: no file with nowhere_at_all.LostBrain was found" in shown
+    assert "add that folder to PYTHONPATH" in shown
+    assert "lost.py:4: Below was not examined, because no file with its base" in shown

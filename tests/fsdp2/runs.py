@@ -1,6 +1,6 @@
-"""Runs one Brain in every way in which it may be sharded, in one process or in several.
+"""Runs one Brain with each way to shard it, in one process or in several processes.
 
-``python -m tests.fsdp2.runs FOLDER``, or the same under torchrun.
+Usage: ``python -m tests.fsdp2.runs FOLDER``, or the same with torchrun.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ trainer:
         blocks: [Layer]
         cpu_offload: True
 """
-# Floats of one entry of the Brain whose memory is measured.
+# Number of floats in one entry of the Brain whose memory is measured.
 ENTRY = 2**16
 
 
@@ -69,7 +69,7 @@ def processes() -> int:
 
 
 def result(brain: BrainProtocol, trainer: Any = None, evaluated: Any = None) -> Any:
-    """Fits and evaluates; what was learned, and the averages of all stages."""
+    """Fits and evaluates. Returns weights, losses, and whether weights were sharded."""
     losses: list[Any] = []
 
     def end(stage: Any, loss: float, epoch: Any = None) -> None:
@@ -78,7 +78,7 @@ def result(brain: BrainProtocol, trainer: Any = None, evaluated: Any = None) -> 
     vars(brain)["on_stage_end"] = end
     kwargs = {"batch_size": 4}
     train: Any = dataset()
-    # Two processes take turns.
+    # With two ranks, items alternate between the ranks.
     brain.hparams.sorting = "ascending"
     if isinstance(trainer, Trainer):
         own = range(int(os.environ.get("RANK", 0)), len(train), processes())
@@ -91,7 +91,7 @@ def result(brain: BrainProtocol, trainer: Any = None, evaluated: Any = None) -> 
     was_sharded = any(is_shard(p) for p in brain.modules.parameters())
     brain.evaluate(dataset(8), test_loader_kwargs=kwargs, trainer=evaluated)
     weights = brain.modules.state_dict()
-    # The first process has all of them.
+    # Rank 0 has full tensors of all weights.
     own = {n.replace(".module.", "."): w for n, w in weights.items() if not is_shard(w)}
     return own, losses, was_sharded
 
@@ -115,20 +115,20 @@ def by_hparams() -> Any:
 
 
 def by_command_line() -> Any:
-    """Without ``devices``, which torchrun gives."""
+    """Without ``devices``, because torchrun sets the number of processes."""
     run_opts = RunOptions.from_dictionary({**RUN_OPTS, "trainer": {"strategy": "fsdp2"}})
     torch.manual_seed(0)
     given = {"trainer": {"strategy": "ddp", "enable_model_summary": False}}
     return result(Regression({"model": model()}, adamw, given, run_opts))
 
 
-def by_ones_own_trainer() -> Any:
+def by_trainer_object() -> Any:
     arguments = {"devices": processes(), "use_distributed_sampler": False}
     return result(make(), trainer_with(strategy="fsdp2", **arguments))
 
 
 def in_copies() -> Any:
-    """Of which each process has a whole one."""
+    """Each rank has a full copy of the model."""
     return result(make(hparams={"trainer": fsdp2(replicate=processes())}))
 
 
@@ -146,7 +146,7 @@ def on_the_meta_device() -> Any:
     with torch.device("meta"):
         modules = {"model": model()}
     brain = Regression(modules, adamw, {"trainer": fsdp2()}, RUN_OPTS)
-    # The first process decides.
+    # The ranks have different seeds, and the weights of rank 0 are used.
     torch.manual_seed(0 if os.environ.get("RANK", "0") == "0" else 9)
     return result(brain)
 
@@ -164,7 +164,7 @@ def by_speechbrain() -> Any:
 
 
 def tested(**options: Any) -> tuple[Any, list[bool]]:
-    """Tests without training; whether weights were in shards when batches came."""
+    """Tests without training. Also returns whether weights were sharded in each batch."""
     brain, sharded = make(hparams={"trainer": fsdp2(**options)}), list[bool]()
 
     def compute_forward(batch: Any, stage: Any) -> Any:
@@ -181,7 +181,7 @@ def only_tested() -> Any:
 
 
 def predicted() -> list[Tensor]:
-    """In shards and in DDP, of five batches: the first process of two has one more."""
+    """Predicts five batches with FSDP2 and DDP. Of two ranks, rank 0 has one batch more."""
     predictions: list[Tensor] = []
     for strategy in ("fsdp2", "ddp"):
         trainer = trainer_with(strategy=strategy, devices=processes())
@@ -190,8 +190,8 @@ def predicted() -> list[Tensor]:
     return predictions
 
 
-def wrapped_by_nobody() -> str:
-    """How a Brain is refused whose modules are not sharded."""
+def not_wrapped() -> str:
+    """Returns the error of a Brain that does not shard its modules."""
     brain = make(hparams={"trainer": fsdp2()})
     vars(brain)["on_fit_start"] = lambda: brain.init_optimizers()
     try:
@@ -202,7 +202,7 @@ def wrapped_by_nobody() -> str:
 
 
 class Wide(nn.Module):
-    """An entry of one weight; records how many entries are sharded when it is moved."""
+    """An entry with one weight. It records how many entries are sharded when it is moved."""
 
     def __init__(self, sharded: Callable[[], int]) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Wide(nn.Module):
 
 
 def wide(device: str) -> tuple[dict[str, Wide], Any]:
-    """Four entries, and a Brain that has them."""
+    """Returns four entries, and a Brain with these entries."""
     entries: dict[str, Wide] = {}
 
     def sharded() -> int:
@@ -234,7 +234,7 @@ def wide(device: str) -> tuple[dict[str, Wide], Any]:
 
 
 def one_by_one(device: str) -> list[list[int]]:
-    """When each of four entries was moved."""
+    """Returns how many entries were sharded when each of four entries was moved."""
     entries, brain = wide(device)
     vars(brain)["compute_forward"] = lambda batch, _: brain.modules.a(batch[0])
     brain.fit(range(1), dataset(4))
@@ -250,11 +250,11 @@ def from_the_meta_device() -> Any:
 
 
 RUNS: tuple[Callable[[], Any], ...] = (
-    plain, by_call, by_hparams, by_command_line, by_ones_own_trainer, in_copies, not_gathered,
+    plain, by_call, by_hparams, by_command_line, by_trainer_object, in_copies, not_gathered,
     twice_with_one_strategy, on_the_meta_device, by_speechbrain,
 )  # fmt: skip
 OTHERS: tuple[Callable[[], Any], ...] = (
-    only_tested, predicted, wrapped_by_nobody, from_the_cpu, from_the_meta_device,
+    only_tested, predicted, not_wrapped, from_the_cpu, from_the_meta_device,
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""One of several processes: trains under DDP and in shards, saves, is cut, and resumes.
+"""Trains with DDP and with FSDP2 on several ranks, saves, interrupts and resumes.
 
-``torchrun --nproc_per_node=2 -m tests.fsdp2.saving FOLDER [ROW...]``
+Usage: ``torchrun --nproc_per_node=2 -m tests.fsdp2.saving FOLDER [ROW...]``
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import logging
 import os
 import shutil
 import sys
-import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +32,32 @@ from brain_lightning import (
     register_checkpoint_hooks,
     to_lightning,
 )
+from brain_lightning.distributed import communication
 from brain_lightning.distributed.communication import ddp_barrier, if_main_process, world_size
 from brain_lightning.fsdp2.tensors import like, whole
 from brain_lightning.protocol import parameters_of
 from tests.parity.recipes import CLASSES, FEATURES, classifier, dataset
 from tests.parity.sides import OURS, SPEECHBRAIN
 from tests.support.brains import trainer_with
-from tests.support.environment import seed_everything  # First: SpeechBrain is importable.
+from tests.support.environment import seed_everything  # Makes SpeechBrain importable.
 from tests.support.sharded import wholes
 
 STRATEGIES = ("ddp", "fsdp2")
 SAVERS = ("ours", "async", "speechbrain", "lightning")
-# With 28 items an epoch has 7 batches in each of two processes: the last is in no window.
+# With 28 items, each of two ranks has 7 batches per epoch. The last one is in no full window.
 ITEMS, EPOCHS, WINDOW, INTERVAL = 28, 2, 2, 3
 CUT_IN = (2, 4)
+TIMEOUT = datetime.timedelta(seconds=90)
 
 Learned = dict[str, Tensor]
 
 
-class Cut(RuntimeError):  # noqa: N818  no error of anybody's
-    """What ends a run here, in all processes."""
+class Cut(RuntimeError):  # noqa: N818  not a real error
+    """Interrupts a run on all ranks."""
 
 
 def cuts(hook: str) -> dict[str, Any]:
-    """A Brain that fails in a hook, within a batch after a save."""
+    """Returns hooks of a Brain that raises within a batch, after a checkpoint was saved."""
 
     def check(self: Any) -> None:
         if (self.hparams.counter.current, self.step) == CUT_IN:
@@ -71,19 +74,19 @@ def cuts(hook: str) -> dict[str, Any]:
 
 
 def saves(self: Any, stage: Any, stage_loss: float, epoch: Any = None) -> None:
-    """``on_stage_end`` of a recipe."""
+    """Implements ``on_stage_end`` of a recipe that saves checkpoints."""
     if stage.name == "VALID" and self.checkpointer is not None:
         self.checkpointer.save_and_keep_only({"loss": stage_loss}, num_to_keep=9)
 
 
 def adam(parameters: Any) -> torch.optim.Adam:
-    """With which a rounding error of a gradient stays as small."""
+    """Returns an Adam whose large eps does not amplify rounding errors of gradients."""
     return torch.optim.Adam(parameters, lr=0.01, eps=1e-3)
 
 
 @register_checkpoint_hooks
 class Adapted(nn.Sequential):
-    """Saved in the main process alone, its own way, as SpeechBrain's AdaptedModel is."""
+    """Has a custom saver that runs on rank 0 only, like SpeechBrain's AdaptedModel."""
 
     @mark_as_saver
     def saver(self, path: Path) -> None:
@@ -94,8 +97,8 @@ class Adapted(nn.Sequential):
         self.load_state_dict(torch.load(path)["own"])
 
 
-def begins_itself(self: Any) -> None:
-    """``on_fit_start`` of a recipe that makes its optimizer there."""
+def creates_optimizer(self: Any) -> None:
+    """Implements ``on_fit_start`` of a recipe that creates its optimizer there."""
     self._compile()
     self._wrap_distributed()
     self.optimizer = adam(self.modules.parameters())
@@ -109,9 +112,9 @@ def make(
     folder: Path, saver: str = "ours", side: Any = OURS, epochs: int = EPOCHS,
     norm: Any = nn.BatchNorm1d, window: int = WINDOW, entry: Any = nn.Sequential, **hooks: Any,
 ) -> Any:  # fmt: skip
-    """A Brain of two entries, whose parameters no number of processes divides.
+    """Creates a Brain with two entries, whose sizes are not divisible by the number of ranks.
 
-    It saves a list of its entries, a part of one, and its optimizer.
+    It saves a list of its entries, a part of one entry, and its optimizer.
     """
     seed_everything(3)
     first = nn.Linear(FEATURES, 7, bias=False)
@@ -138,10 +141,10 @@ def make(
 def fit(
     brain: Any, strategy: str | None, folder: Path | None = None, path: Any = None
 ) -> Learned:
-    """Trains; what was learned.
+    """Trains, and returns weights, buffers and optimizer state.
 
-    In SpeechBrain's own loop where there is no strategy, else on a Trainer, which saves to
-    a folder if there is one.
+    Without a strategy it uses SpeechBrain's own loop, otherwise a Trainer. If a folder is
+    given, the Trainer saves to it.
     """
     if strategy is None:
         sizes = {
@@ -167,7 +170,7 @@ def fit(
 
 
 def learned(brain: Any) -> Learned:
-    """Weights, buffers and the state of the optimizer."""
+    """Returns weights, buffers and the state of the optimizer."""
     found = dict(brain.modules.state_dict(keep_vars=True))
     for index, parameter in enumerate(parameters_of(brain.optimizer)):
         state = brain.optimizer.state[parameter]
@@ -179,17 +182,17 @@ def learned(brain: Any) -> Learned:
 def cut(
     folder: Path, strategy: str, saver: str = "ours", hook: str = "on_fit_batch_start"
 ) -> None:
-    """Trains until it is cut."""
+    """Trains until the run is interrupted."""
     brain = make(folder, saver, **cuts(hook))
     with pytest.raises(Cut):
         fit(brain, strategy, folder if saver == "lightning" else None)
     if saver == "async":
-        # It is on its way still.
+        # The checkpoint is still being written.
         brain.checkpointer.wait()
 
 
 def copied(folder: Path, name: str) -> Path:
-    """A copy for another run, which goes on there."""
+    """Returns a copy of a folder, from which another run resumes."""
     ddp_barrier()
     copy = folder.with_name(f"{folder.name}-{name}")
     if if_main_process():
@@ -202,7 +205,7 @@ def copied(folder: Path, name: str) -> Path:
 
 
 def saved(folder: Path) -> dict[Any, Learned]:
-    """What is saved by each saver."""
+    """Trains and saves with each saver."""
     rows = {}
     for saver, strategy in itertools.product(SAVERS, STRATEGIES):
         own = folder / f"{saver}-{strategy}"
@@ -212,7 +215,7 @@ def saved(folder: Path) -> dict[Any, Learned]:
 
 
 def resumed(folder: Path) -> dict[Any, Learned]:
-    """Cut within a window under one strategy, and resumed under another or the same."""
+    """Interrupts a run within a window, and resumes it with the same or another strategy."""
     rows = {"whole": fit(make(folder / "whole"), "fsdp2")}
     for strategy, saver in (("ddp", "ours"), ("fsdp2", "async")):
         own = folder / f"cut-{strategy}"
@@ -226,7 +229,7 @@ def resumed(folder: Path) -> dict[Any, Learned]:
 
 
 def moved(folder: Path) -> dict[Any, Learned]:
-    """Cut by other processes, in ``resumed``, and resumed by these."""
+    """Resumes runs that other processes have interrupted in ``resumed``."""
     strategies = STRATEGIES if torch.distributed.is_initialized() else ("auto",)
     return {
         (first, second): fit(
@@ -238,7 +241,7 @@ def moved(folder: Path) -> dict[Any, Learned]:
 
 
 def from_exceptions(folder: Path) -> dict[Any, Learned]:
-    """Cut when the optimizer has stepped in a batch, and resumed from Lightning's file."""
+    """Interrupts a run after an optimizer step, and resumes from Lightning's checkpoint."""
     own = folder / "batch"
     cut(own, "fsdp2", "lightning", "init_optimizers")
     return {
@@ -248,7 +251,7 @@ def from_exceptions(folder: Path) -> dict[Any, Learned]:
 
 
 def native(folder: Path) -> dict[Any, Learned]:
-    """From SpeechBrain's own loop, by its Brain on a Trainer, and back."""
+    """Resumes a run of SpeechBrain's own loop on a Trainer, and then in the loop again."""
     rows = {}
     options = {"saver": "speechbrain", "side": SPEECHBRAIN, "norm": nn.LayerNorm, "window": 1}
     fit(make(folder / "native", epochs=1, **options), None)
@@ -259,44 +262,95 @@ def native(folder: Path) -> dict[Any, Learned]:
     return rows
 
 
-def odd(folder: Path) -> dict[Any, Learned]:
-    """A module with its own saver, an optimizer that a recipe makes before it recovers."""
+def custom(folder: Path) -> dict[Any, Learned]:
+    """Uses a module with a custom saver, and an optimizer created before recovering."""
     rows = {}
     for saver, strategy in (("ours", "ddp"), ("ours", "fsdp2"), ("speechbrain", "fsdp2")):
         for epochs in (1, 2):
-            options = {"entry": Adapted, "window": 1, "on_fit_start": begins_itself}
-            brain = make(folder / f"odd-{saver}-{strategy}", saver, epochs=epochs, **options)
+            options = {"entry": Adapted, "window": 1, "on_fit_start": creates_optimizer}
+            brain = make(
+                folder / f"custom-{saver}-{strategy}", saver, epochs=epochs, **options
+            )
             rows[saver, strategy] = fit(brain, strategy)
     return rows
 
 
-def slow(folder: Path) -> dict[Any, Any]:
-    """The files in SpeechBrain's checkpoints once saved, where the main process is slow."""
+def listed(folder: Path) -> dict[Any, Any]:
+    """Returns the files that each rank finds in SpeechBrain's checkpoint after a save.
+
+    Rank 0 writes the last file only when rank 1 waits for it in a collective. If rank 1 does
+    not wait, rank 0 writes the last file only after rank 1 has listed the files.
+    """
     rows: dict[Any, Any] = {}
+    hooks = {
+        "brain_lightning": {}, "encoder": {"on_fit_start": creates_optimizer, "entry": Adapted}
+    }  # fmt: skip
+    for name, of in hooks.items():
+        order = _OrderOfSaves(folder / f"{name}.store")
 
-    def lists(self: Any, stage: Any, *_: Any) -> None:
-        if stage.name == "VALID":
-            self.checkpointer.save_checkpoint()
-            found = self.checkpointer.list_checkpoints()
-            rows[brain_name] = sorted(name for each in found for name in each.paramfiles)
+        def lists(
+            self: Any, stage: Any, *_: Any, order: Any = order, name: Any = name
+        ) -> None:
+            if stage.name == "VALID":
+                recoverables = self.checkpointer.recoverables
+                # SpeechBrain's own hooks wait for rank 0, so the last hook has to be
+                # brain_lightning's.
+                recoverables[name] = recoverables.pop(name)
+                with order.of_last_file(name):
+                    self.checkpointer.save_checkpoint()
+                    found = self.checkpointer.list_checkpoints()
+                rows[name] = sorted(file for each in found for file in each.paramfiles)
 
-    def slowly(*args: Any, **kwargs: Any) -> None:
-        time.sleep(0.1)
-        torch_save(*args, **kwargs)
-
-    torch_save = torch.save
-    hooks = {"the run": {}, "a hook": {"on_fit_start": begins_itself, "entry": Adapted}}
-    for brain_name, of in hooks.items():
-        brain = make(folder / brain_name, "speechbrain", epochs=1, on_stage_end=lists, **of)
-        with pytest.MonkeyPatch.context() as patch:
-            if if_main_process():
-                patch.setattr(torch, "save", slowly)
-            fit(brain, "fsdp2")
+        brain = make(folder / name, "speechbrain", epochs=1, on_stage_end=lists, **of)
+        fit(brain, "fsdp2")
     return rows
 
 
+class _OrderOfSaves:
+    """Delays the last file of a checkpoint on rank 0 until rank 1 waits or has listed files.
+
+    Args:
+        path: Path of the file through which the ranks notify each other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        self._store = torch.distributed.FileStore(str(path), world_size())
+        self._collectives = 0
+
+    @contextmanager
+    def of_last_file(self, name: str) -> Iterator[None]:
+        """Context manager in which the save of an object is delayed.
+
+        Args:
+            name: Key of the last recoverable.
+        """
+        gather, save = communication.gather, torch.save
+
+        def counted_gather(value: Any) -> Any:
+            self._notify()
+            self._collectives += 1
+            return gather(value)
+
+        def delayed_save(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            if isinstance(path, (str, Path)) and Path(path).stem == name:
+                self._store.wait([str(self._collectives)], TIMEOUT)
+            save(obj, path, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(communication, "gather", counted_gather)
+            patch.setattr(torch, "save", delayed_save)
+            yield
+        self._notify()
+
+    def _notify(self) -> None:
+        """Notifies rank 0 that rank 1 starts its next collective, or has listed the files."""
+        if not if_main_process():
+            self._store.set(str(self._collectives), "")
+
+
 def failures(folder: Path) -> dict[Any, Any]:
-    """What each process says where one cannot save, and what is saved then."""
+    """Returns the error on each rank if one rank cannot save, and the saved checkpoints."""
     brain = make(folder / "failures", epochs=1)
     fit(brain, "fsdp2")
     rows: dict[Any, Any] = {}
@@ -309,7 +363,7 @@ def failures(folder: Path) -> dict[Any, Any]:
             rows[name, rank] = repr(error)
         del checkpointer.custom_save_hooks[name]
     weight = brain.modules.head.weight
-    # The last row, of which one process has its part.
+    # Rank 1 has the last row.
     before = whole(weight.detach()).clone()
     with torch.no_grad():
         shard = weight.to_local()
@@ -331,21 +385,20 @@ def fails_in(rank: int) -> Any:
     return hook
 
 
-ROWS = (saved, resumed, from_exceptions, native, odd, slow, failures)
+ROWS = (saved, resumed, from_exceptions, native, custom, listed, failures)
 
 
 def main(folder: str, *names: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
-    # A rank that fails must not keep the other waiting.
-    timeout = datetime.timedelta(seconds=90)
-    torch.distributed.init_process_group("gloo", timeout=timeout)
+    # If one rank fails, the other rank must not hang.
+    torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     rows: dict[str, Any] = {}
     for row in (*ROWS, moved):
         if row.__name__ in names or (not names and row in ROWS):
             try:
                 rows[row.__name__] = row(Path(folder))
-            except Exception:  # noqa: BLE001  whatever it is, the test shows it
+            except Exception:  # noqa: BLE001  the test shows any error
                 rows[row.__name__] = traceback.format_exc()
                 print(rows[row.__name__])
     torch.save(rows, Path(folder) / f"rank{os.environ['RANK']}.pt")

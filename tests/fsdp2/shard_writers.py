@@ -1,6 +1,6 @@
-"""Processes that write their own shards, and read each other's: what they were told, or have.
+"""Writes and reads sharded checkpoints on two ranks, and records the results.
 
-``torchrun --nproc_per_node=2 -m tests.fsdp2.shard_writers FOLDER [SCENARIO ...]``
+Usage: ``torchrun --nproc_per_node=2 -m tests.fsdp2.shard_writers FOLDER [SCENARIO ...]``
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from speechbrain.utils.checkpoints import Checkpointer as SpeechBrainCheckpointer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from brain_lightning import Checkpointer, EpochCounter, FSDP2Strategy, ddp_barrier
 from brain_lightning.checkpoints.state_files import load_state
+from brain_lightning.compat.versions import DTensor
 from tests.support.brains import Regression, dataset
 
 RANK = int(os.environ.get("RANK", 0))
@@ -36,7 +36,7 @@ EPOCHS, WITHIN_WINDOW = 2, 3
 
 
 class Net(nn.Module):
-    """Shards of different sizes, or of none, and buffers."""
+    """Has shards of different sizes, an empty shard, and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 class Tied(nn.Module):
-    """A weight that is used twice."""
+    """Uses one weight in two layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Tied(nn.Module):
 
 
 class Writer(Regression):
-    """Saves in a window of the last epoch, and when the first is over, in shards and whole."""
+    """Saves after the first epoch and within a window of the last one, sharded and full."""
 
     def compute_forward(self, batch: Any, stage: Any) -> Tensor:
         return self.modules.tied(self.modules.net(batch[0]))
@@ -91,7 +91,7 @@ class Writer(Regression):
 
 
 def writer(folder: Path, seed: int, **trainer: Any) -> Any:
-    """A Brain with a Checkpointer; each process, and each Brain, begins somewhere else."""
+    """Creates a Brain with a Checkpointer. Its initial weights depend on the seed."""
     torch.manual_seed(seed)
     modules = {"net": Net(), "tied": Tied()}
     recoverables = {"counter": EpochCounter(EPOCHS), **modules}
@@ -112,7 +112,7 @@ def fit(brain: Any) -> dict[str, Any]:
 
 
 def states(brain: Any) -> dict[str, Any]:
-    """What is trained, whole in the main process, by the names of the checkpoint's files."""
+    """Returns the states by the names of the checkpoint's files, as full tensors on rank 0."""
     parts = {**brain.modules, "optimizer": brain.optimizer}
     whole = {name: part.state_dict() for name, part in parts.items()}
     return whole if RANK == 0 else {}
@@ -134,7 +134,7 @@ def straight(folder: Path) -> Any:
 
 
 def elements_read(folder: Path, brain: Any, name: str) -> int:
-    """How many elements a process reads of what is sharded, to load it into shards."""
+    """Returns how many elements of sharded tensors a rank reads to load its shards."""
     path = folder / "CKPT+window" / f"{name}.ckpt"
     state = load_state(path, brain.checkpointer.recoverables[name])
     leaves = tree_leaves(state)
@@ -153,7 +153,7 @@ def resumed_from(name: str, strategy: str) -> Callable[[Path], Any]:
 
 
 def without_shared_disk(folder: Path) -> Any:
-    """What rank 0 has is sent to the other."""
+    """Recovers a checkpoint that only rank 0 has."""
     if RANK == 0:
         shutil.copytree(folder.parent / "straight" / "CKPT+window", folder / "0" / "CKPT+a")
     return fit(writer(folder / str(RANK), seed=5, strategy="fsdp2"))
@@ -196,7 +196,7 @@ def private_folders(folder: Path) -> Any:
 def error_of(action: Callable[[], Any]) -> str:
     try:
         action()
-    except Exception as error:  # noqa: BLE001  whatever it is, the test shows it
+    except Exception as error:  # noqa: BLE001  the test shows any error
         return f"{type(error).__name__}: {error}"
     return "none"
 
@@ -215,7 +215,7 @@ SCENARIOS: list[Callable[[Path], Any]] = [
 def main(folder: Path, *names: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
-    # A process that fails must not keep the other waiting.
+    # If one rank fails, the other rank must not hang.
     timeout = datetime.timedelta(seconds=90)
     torch.distributed.init_process_group("gloo", timeout=timeout)
     rows = [row for row in SCENARIOS if not names or row.__name__ in names]

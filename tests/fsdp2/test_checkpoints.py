@@ -1,4 +1,4 @@
-"""What is saved of shards is what DDP saves, and resumes anywhere."""
+"""Checkpoints of sharded modules equal those of DDP, and resume with any strategy."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from tests.support.processes import TORCHRUN, check_python
+from tests.support.upstream import needs_shards
 
 from . import saving
 
+pytestmark = needs_shards
+
 RANKS = (0, 1)
-# What says who has saved, and when; a file's checksum follows from it.
+# Values that depend on the time and the host of a save, and checksums of files with them.
 OF_THE_RUN = {"saved_by", "unixtime", "checksums.yaml"}
-# Windows are reduced batch by batch.
+# FSDP2 averages the gradients of a window batch by batch, DDP once.
 ROUNDING = 1e-6
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have saved, and left what each of them has learned."""
+    """Folder in which two ranks have saved checkpoints and their results."""
     folder = tmp_path_factory.mktemp("saving")
     check_python(*TORCHRUN, "-m", "tests.fsdp2.saving", str(folder))
     return folder
@@ -31,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """By rank and row."""
+    """Results by rank and row."""
     found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in RANKS]
     for row in found[0].values():
         assert not isinstance(row, str), row
@@ -44,7 +47,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, by file."""
+    """Returns the content of a checkpoint by file."""
     if path.is_file():
         return {path.name: torch.load(path, weights_only=False)}
     files = sorted(each for each in path.rglob("*") if each.is_file())
@@ -62,7 +65,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Types, order, and of tensors the memory that is written."""
+    """Compares types, order and values, and the sizes of the storages of tensors."""
     assert type(one) is type(other), where
     if isinstance(one, dict):
         assert list(one) == list(other), where
@@ -80,7 +83,7 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
 
 
 def saved_in(folder: Path) -> list[dict[str, Any]]:
-    """The checkpoints, the oldest first."""
+    """Returns the checkpoints in a folder, oldest first."""
     return [content(path) for path in sorted(folder.iterdir(), key=_time)]
 
 
@@ -89,7 +92,7 @@ def _time(path: Path) -> int:
 
 
 @pytest.mark.parametrize("saver", saving.SAVERS)
-def test_files_are_those_of_ddp(folder: Path, rows: Any, saver: str) -> None:
+def test_files_equal_those_of_ddp(folder: Path, rows: Any, saver: str) -> None:
     ddp, fsdp2 = (saved_in(folder / f"{saver}-{each}") for each in saving.STRATEGIES)
     assert len(ddp) == len(fsdp2) > 1
     for one, other in zip(ddp, fsdp2, strict=True):
@@ -100,8 +103,8 @@ def test_files_are_those_of_ddp(folder: Path, rows: Any, saver: str) -> None:
 
 
 @pytest.mark.parametrize("row", ["resumed", "from_exceptions"])
-def test_a_window_that_was_cut_is_resumed(rows: Any, row: str) -> None:
-    """Bitwise under the same strategy, and up to rounding under another one."""
+def test_a_run_that_was_interrupted_in_a_window_resumes(rows: Any, row: str) -> None:
+    """Results are bitwise identical with the same strategy, else equal up to rounding."""
     for rank in rows:
         whole = rank["resumed"]["whole"]
         for how, learned in rank[row].items():
@@ -116,7 +119,7 @@ def test_one_process_resumes_what_two_have_saved(folder: Path, rows: Any) -> Non
     assert difference(ddp, fsdp2) < ROUNDING
 
 
-def test_speechbrains_own_loop_before_and_after(rows: Any) -> None:
+def test_resuming_from_and_in_speechbrains_own_loop(rows: Any) -> None:
     for rank in rows:
         of = rank["native"]
         assert difference(of["ddp"], of["fsdp2"]) == 0
@@ -126,18 +129,18 @@ def test_speechbrains_own_loop_before_and_after(rows: Any) -> None:
 
 def test_hooks_and_optimizers_of_a_recipe(rows: Any) -> None:
     for rank in rows:
-        first, *others = rank["odd"].values()
+        first, *others = rank["custom"].values()
         assert [difference(first, each) for each in others] == [0, 0]
 
 
 def test_speechbrains_checkpointer_finds_the_same_files_in_all_processes(rows: Any) -> None:
-    """It lists them next: where they differ, processes wait for each other for ever."""
-    assert rows[0]["slow"] == rows[1]["slow"]
-    assert {"brain_lightning", "counter"} < set(rows[0]["slow"]["the run"])
-    assert {"encoder", "optimizer"} < set(rows[0]["slow"]["a hook"])
+    """It lists the files right after a save. If the lists differ, the ranks hang."""
+    assert rows[0]["listed"] == rows[1]["listed"]
+    assert {"brain_lightning", "counter"} < set(rows[0]["listed"]["brain_lightning"])
+    assert {"encoder", "optimizer"} < set(rows[0]["listed"]["encoder"])
 
 
-def test_a_process_that_cannot_save_keeps_nobody_waiting(rows: Any) -> None:
+def test_a_rank_that_cannot_save_does_not_hang_the_other_rank(rows: Any) -> None:
     for rank, row in enumerate(rows):
         found = row["failures"]
         assert found["not finite"] is None

@@ -1,4 +1,4 @@
-"""Weights that are whole in VALID and TEST."""
+"""Weights are gathered in VALID and TEST."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.tensors import is_shard, whole
 from tests.support.sharded import brain_of, group_of_one
+from tests.support.upstream import needs_shards
+
+pytestmark = needs_shards
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +26,13 @@ def _group() -> Iterator[None]:
 
 
 def shards_while_it_evaluates(sharding: Sharding) -> list[bool]:
-    """Which of the weights are shards after a use of them."""
+    """Returns which weights are shards after they were used."""
     brain = brain_of(model=nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)))
     brain._lightning.sharding = sharding
     shard_modules(brain, sharding)
     x = torch.randn(3, 5, requires_grad=True)
     with gathered(brain):
-        # An attack on the input has a backward pass.
+        # An adversarial attack on the input runs a backward pass.
         torch.autograd.grad(brain.modules.model(x).sum(), x)
         found = [is_shard(p) for p in brain.modules.parameters()]
         with torch.no_grad():
@@ -39,29 +42,32 @@ def shards_while_it_evaluates(sharding: Sharding) -> list[bool]:
     return found
 
 
-def test_weights_stay_whole_after_each_use() -> None:
+def test_weights_stay_gathered_after_each_use() -> None:
     assert not any(shards_while_it_evaluates(Sharding()))
 
 
-def test_weights_are_released_after_each_use_if_the_strategy_says_so() -> None:
+def test_weights_are_released_after_each_use_without_gather_to_evaluate() -> None:
     assert all(shards_while_it_evaluates(Sharding(gather_to_evaluate=False)))
 
 
-def test_weights_whose_memory_numpy_has_are_refused_in_words() -> None:
+def test_numpy_of_a_gathered_weight_raises() -> None:
     brain = brain_of(model=nn.Linear(5, 1))
     shard_modules(brain, Sharding())
     with gathered(brain):
         brain.modules.model.weight.detach().clone().numpy()
     with (
-        pytest.raises(UnsupportedError, match=r"on weights.*\.clone\(\)\.numpy\(\)"),
+        pytest.raises(
+            UnsupportedError,
+            match=r"on the gathered weight 'weight'.*\.clone\(\)\.numpy\(\)",
+        ),
         gathered(brain),
     ):
         brain.modules.model.weight.detach().numpy()
 
 
 @pytest.mark.parametrize("saves", [False, True])
-def test_what_is_changed_of_whole_weights_is_kept(saves: bool) -> None:
-    """As on_stage_end of VALID may do; a state that is made there releases them."""
+def test_changes_of_gathered_weights_are_applied_to_shards(saves: bool) -> None:
+    """on_stage_end of VALID may change weights. Calling state_dict there releases them."""
     brain = brain_of(model=nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 1)))
     model = brain.modules.model
     model[0].requires_grad_(False)
@@ -82,8 +88,8 @@ def test_what_is_changed_of_whole_weights_is_kept(saves: bool) -> None:
     assert all(is_shard(state["sum"]) for state in brain.optimizer.state.values())
 
 
-def test_what_is_changed_of_shards_while_weights_are_whole_is_kept() -> None:
-    """As an average of weights that is taken back, of parameters that it knew before."""
+def test_changes_of_shards_are_preserved_while_weights_are_gathered() -> None:
+    """A weight average may write to parameters that it stored before gathering."""
     brain = brain_of(model=nn.Linear(5, 5))
     shard_modules(brain, Sharding())
     weight = brain.modules.model.weight

@@ -1,4 +1,4 @@
-"""What a sharded module would do differently without its hooks."""
+"""Hooks that make a sharded module behave like a plain module."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from brain_lightning.errors import UnsupportedError
 from tests.support.sharded import assert_same_gradients, group_of_one, shard
+from tests.support.upstream import needs_shards
+
+pytestmark = needs_shards
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +32,7 @@ class Turned(nn.Linear):
         return {"y": (super().forward(x).t(), 3)}
 
 
-def test_a_view_that_is_returned_can_be_changed_in_place() -> None:
+def test_a_returned_view_can_be_changed_in_place() -> None:
     def use(model: Any, x: Tensor) -> None:
         y = model(x)["y"][0]
         y[:, 0] = 0
@@ -77,14 +80,14 @@ def backward_twice(model: Any, x: Tensor) -> None:
     ],
     ids=lambda use: use.__name__,
 )  # fmt: skip
-def test_gradients_are_those_of_a_plain_module(use: Callable[[Any, Tensor], None]) -> None:
+def test_gradients_equal_those_of_a_plain_module(use: Callable[[Any, Tensor], None]) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
 
     assert_same_gradients(make, use)
 
 
-def test_tensors_in_an_object_are_refused() -> None:
+def test_tensors_in_an_object_raise() -> None:
     class Returns(nn.Linear):
         def forward(self, x: Tensor) -> Any:
             return SimpleNamespace(length=3, loss=super().forward(x).sum())

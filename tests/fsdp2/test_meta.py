@@ -1,4 +1,4 @@
-"""Modules on the meta device: what they become, and which cannot become anything."""
+"""Modules on the meta device: initialization, and modules that cannot be initialized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Tied(nn.Module):
-    """Parts that share a weight, and parts of parts."""
+    """Has parts that share a weight, and nested parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Tied(nn.Module):
 
 
 class Positions(nn.Module):
-    """Has a buffer that is computed where it is built, and perhaps again."""
+    """Has a buffer that only the constructor computes."""
 
     table: Tensor
 
@@ -48,7 +48,7 @@ def on_meta(cls: type[nn.Module]) -> nn.Module:
         return cls()
 
 
-def test_a_module_gets_the_values_that_it_would_be_built_with() -> None:
+def test_all_tensors_of_a_module_are_initialized() -> None:
     module = on_meta(Tied)
     assert is_meta(module)
     check_resets("model", module)
@@ -59,7 +59,8 @@ def test_a_module_gets_the_values_that_it_would_be_built_with() -> None:
     assert not module.head.weight.requires_grad
     assert not module.embedding.weight.isnan().any()
     assert module.layers[0].bias.requires_grad
-    # Where a part draws after its parts, as MultiheadAttention, the order of draws is another.
+    # Values are not compared: MultiheadAttention consumes random numbers in another order
+    # here.
     for path, part in module.named_modules():
         assert all(t.isfinite().all() for t in part.state_dict().values()), path
 
@@ -74,7 +75,7 @@ def test_a_part_that_cannot_be_initialized_is_named_before_training() -> None:
         materialize("model", forgets, CPU)
 
 
-def test_a_run_that_does_not_shard_refuses_the_meta_device() -> None:
+def test_a_strategy_that_does_not_shard_does_not_support_the_meta_device() -> None:
     brain = make()
     brain.modules["model"] = nn.Linear(4, 2, device="meta")
     with pytest.raises(UnsupportedError, match=r"'model'.* is on the meta device"):

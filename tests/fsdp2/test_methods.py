@@ -1,4 +1,4 @@
-"""Methods of a sharded module, other than ``forward``."""
+"""Methods of a sharded module other than ``forward``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.sharded import assert_same_gradients, group_of_one
+from tests.support.upstream import needs_shards
+
+pytestmark = needs_shards
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +22,11 @@ def _group() -> Iterator[None]:
 
 
 class Layer(nn.Linear):
-    """A block."""
+    """A module that is used as a block."""
 
 
 class Transformer(nn.Module):
-    """Its methods call each other, and the module."""
+    """Has methods that call each other and the module itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class Transformer(nn.Module):
         return self.second(x).t()
 
     def generate(self, x: Tensor) -> Tensor:
-        """Calls the module twice, between layers of its own."""
+        """Calls the module twice, between calls of its layers."""
         hidden = self.first(torch.tanh(self(self.second(x), 0)))
         return self.third(self(hidden, 0))
 
@@ -95,7 +98,7 @@ def method_without_gradients(model: Any, x: Tensor) -> None:
     ],
     ids=lambda use: use.__name__,
 )  # fmt: skip
-def test_gradients_are_those_of_a_plain_module(
+def test_gradients_equal_those_of_a_plain_module(
     use: Callable[[Any, Tensor], None], blocks: tuple[str, ...]
 ) -> None:
     assert_same_gradients(Transformer, use, blocks=blocks)

@@ -1,4 +1,4 @@
-"""``FSDP2Strategy(sharded_checkpoints=True)``: two processes write shards, others read."""
+"""``FSDP2Strategy(sharded_checkpoints=True)``: writing and reading sharded checkpoints."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.temporary import TemporaryAttributes
 from tests.support.brains import make
 from tests.support.processes import TORCHRUN, check_python
+from tests.support.upstream import needs_shards
 
 from . import shard_writers as writers
+
+pytestmark = needs_shards
 
 RANKS = (0, 1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the processes have saved, and in ``rank0.pt`` what they found."""
+    """Folder with the checkpoints of two ranks, and their results in ``rank0.pt``."""
     folder = tmp_path_factory.mktemp("shards")
     check_python(*TORCHRUN, "-m", writers.__name__, str(folder))
     return folder
@@ -48,14 +51,14 @@ def found(folder: Path) -> list[Any]:
 
 @pytest.fixture
 def saved(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoints of a window and of an epoch that is over."""
+    """Returns a copy of the checkpoints from within a window and from the end of an epoch."""
     for name in ("window", "end"):
         shutil.copytree(folder / "straight" / f"CKPT+{name}", tmp_path / f"CKPT+{name}")
     return tmp_path
 
 
 def flat(value: Any, place: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
-    """Each value by its place; under DDP the names of weights begin with ``module.``."""
+    """Returns values by their keys, without ``module.``, with which names start under DDP."""
     items = dict(enumerate(value)) if isinstance(value, list) else value
     if not isinstance(items, dict):
         return {place: value}
@@ -72,7 +75,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def whole(folder: Path, name: str) -> dict[str, Any]:
-    """What was saved at the same moment without shards."""
+    """Returns the content of the full checkpoint that was saved at the same time."""
     path = folder / "straight" / f"CKPT+{name}_whole"
     return {each: torch.load(path / f"{each}.ckpt") for each in writers.IN_SHARDS}
 
@@ -82,7 +85,7 @@ def test_each_process_writes_its_part(folder: Path) -> None:
         path = folder / "straight" / "CKPT+window" / f"{name}.ckpt"
         total = (folder / "straight" / "CKPT+window_whole" / f"{name}.ckpt").stat().st_size
         sizes = [(path / f"__{rank}_0.distcp").stat().st_size for rank in RANKS]
-        # Torch writes a header for each shard.
+        # torch writes a header for each shard.
         assert 0.4 * total < min(sizes) <= max(sizes) < 0.6 * total
     assert (folder / "straight" / "CKPT+window" / "brain.ckpt").is_file()
 
@@ -105,7 +108,7 @@ def test_a_resumed_run_learns_the_same(folder: Path, found: list[Any], row: str)
     name = row.partition("_")[0]
     assert same(result["recovered"], whole(folder, name))
     assert not same(result["trained"], result["recovered"])
-    # DDP accumulates a window by itself, and these by what is reduced of each batch.
+    # DDP averages the gradients of a window once, FSDP2 averages them for each batch.
     reference = found[0]["end_whole_ddp"] if row.endswith("ddp") else straight
     assert same(result["trained"], reference["trained"])
 
@@ -123,13 +126,13 @@ def test_lightnings_file_is_whole(folder: Path, found: list[Any]) -> None:
     assert same(lightnings, weights)
 
 
-def test_speechbrains_checkpointer_cannot_read_it_and_says_so(found: list[Any]) -> None:
+def test_speechbrains_checkpointer_cannot_read_it(found: list[Any]) -> None:
     for rank in RANKS:
         words = "was saved with sharded_checkpoints=True, which SpeechBrain's Checkpointer "
         assert words in found[rank]["speechbrains_checkpointer"]
 
 
-def test_where_a_process_cannot_write_there_is_no_checkpoint(found: list[Any]) -> None:
+def test_if_a_rank_cannot_write_there_is_no_checkpoint(found: list[Any]) -> None:
     words = "rank 1 could not write its shards: [Errno 28] No space left on device"
     for rank in RANKS:
         error, left = found[rank]["no_space_on_rank_1"]
@@ -138,7 +141,7 @@ def test_where_a_process_cannot_write_there_is_no_checkpoint(found: list[Any]) -
     assert found[0]["no_space_on_rank_1"][0].startswith("CheckpointSaveError: could not save")
 
 
-def test_a_folder_that_is_not_shared_is_refused_before_training(found: list[Any]) -> None:
+def test_a_folder_that_is_not_shared_raises_before_training(found: list[Any]) -> None:
     for rank in RANKS:
         error, left, began = found[rank]["private_folders"]
         assert error.startswith("UnsupportedError: FSDP2Strategy(sharded_checkpoints=True) ")
@@ -148,7 +151,7 @@ def test_a_folder_that_is_not_shared_is_refused_before_training(found: list[Any]
 
 
 def plain(folder: Path) -> tuple[Checkpointer, dict[str, Any]]:
-    """The objects in one process, without shards, and with other weights."""
+    """Returns a Checkpointer and its objects in one process, with other weights."""
     torch.manual_seed(9)
     net, tied = writers.Net(), writers.Tied()
     optimizer = torch.optim.Adam([*net.parameters(), *tied.parameters()], 0.5)
@@ -189,7 +192,7 @@ def test_a_damaged_one_is_skipped(
     assert [each.path.name for each in checkpointer.list_checkpoints()] == ["CKPT+end"]
 
 
-def test_what_would_run_code_is_not_loaded(saved: Path) -> None:
+def test_a_file_that_would_run_code_is_not_loaded(saved: Path) -> None:
     metadata = saved / "CKPT+window" / "net.ckpt" / ".metadata"
     metadata.write_bytes(pickle.dumps(nn.Linear))
     (saved / "CKPT+window" / CHECKSUMS).unlink()
@@ -204,26 +207,26 @@ def test_what_would_run_code_is_not_loaded(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("row", ["straight", "end_copies"])
-def test_convert_makes_the_one_that_would_have_been_saved(
+def test_convert_writes_the_checkpoint_without_shards(
     folder: Path, tmp_path: Path, row: str
 ) -> None:
     expected = folder / row / "CKPT+window_whole"
     written = convert(str(folder / row / "CKPT+window"), str(tmp_path / "CKPT+whole"))
     assert {path.name for path in written.iterdir()} == {p.name for p in expected.iterdir()}
-    # Each save has its own time; the weight that is tied is there once, as DDP saves it.
+    # CKPT.yaml has the time of the save. A tied weight is saved once, as under DDP.
     for path in {p.name for p in expected.iterdir()} - {"CKPT.yaml", CHECKSUMS, "tied.ckpt"}:
         assert (written / path).read_bytes() == (expected / path).read_bytes(), path
     tied = torch.load(written / "tied.ckpt")
     assert same(tied, torch.load(expected / "tied.ckpt"))
     assert tied["one.weight"].data_ptr() == tied["other.weight"].data_ptr()
-    # SpeechBrain's own Checkpointer loads it.
+    # SpeechBrain's own Checkpointer loads the converted checkpoint.
     _, objects = plain(tmp_path / "another")
     recovered = SpeechBrainCheckpointer(tmp_path, objects).recover_if_possible()
     assert recovered.path == written
     assert same(objects["net"].state_dict(), torch.load(written / "net.ckpt"))
 
 
-def test_convert_makes_a_lightning_file_of_it(folder: Path, tmp_path: Path) -> None:
+def test_convert_writes_a_lightning_checkpoint(folder: Path, tmp_path: Path) -> None:
     written = [
         convert(str(folder / "straight" / f"CKPT+{name}"), str(tmp_path / f"{name}.ckpt"))
         for name in ("end", "end_whole")
@@ -242,7 +245,7 @@ def refusal(brain: Any) -> str:
     return str(raised.value)
 
 
-def test_what_cannot_write_shards_is_refused(tmp_path: Path) -> None:
+def test_unsupported_checkpointers_raise(tmp_path: Path) -> None:
     option = "FSDP2Strategy(sharded_checkpoints=True)"
     assert refusal(make()) == f"{option} saves nothing: give the Brain a checkpointer"
     theirs = make(checkpointer=SpeechBrainCheckpointer(tmp_path))

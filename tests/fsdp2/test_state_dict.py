@@ -1,4 +1,4 @@
-"""What the state of a sharded module holds."""
+"""The state dict of a sharded module."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
 from brain_lightning.fsdp2.tensors import whole
 from tests.support.sharded import brain_of, group_of_one
+from tests.support.upstream import needs_shards
+
+pytestmark = needs_shards
 
 
-def test_a_weight_of_several_names_is_saved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_with_several_names_is_saved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
     model[1].weight = model[0].weight
-    # In one process what is gathered may be the shard itself.
+    # In one process the gathered tensor may share the memory of the shard.
     monkeypatch.setattr(state_dict, "on_main", lambda value: whole(value).clone())
     with group_of_one():
         brain = brain_of(model=model)

@@ -1,4 +1,4 @@
-"""FSDP2Strategy in every way in, in one process and in two, against no shards."""
+"""FSDP2Strategy with each way to select it, on one and two ranks, compared with DDP."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_learned_the_same(found: Any, expected: Any) -> None:
     weights, averages, was_sharded = found
     assert was_sharded
     assert averages == expected[1]
-    # The first process has all of them.
+    # Only rank 0 has full tensors of all weights.
     assert weights.keys() <= expected[0].keys()
     assert all(torch.equal(weight, expected[0][name]) for name, weight in weights.items())
 
@@ -86,33 +86,34 @@ def test_processes_may_predict_different_numbers_of_batches(one: Any, two: Any) 
     assert counts == [5, 3, 2]
 
 
-def test_a_recipe_that_does_not_wrap_its_modules_is_refused(one: Any) -> None:
-    assert "'model'] is not sharded when optimizers are made" in one["wrapped_by_nobody"]
+def test_a_recipe_that_does_not_wrap_its_modules_raises(one: Any) -> None:
+    assert "'model'] is not sharded when the optimizers are created" in one["not_wrapped"]
 
 
 @pytest.mark.parametrize("run", ["from_the_cpu", "from_the_meta_device"])
-def test_an_entry_is_moved_when_those_before_it_are_sharded(two: Any, run: str) -> None:
+def test_an_entry_is_moved_after_the_previous_entries_were_sharded(two: Any, run: str) -> None:
     for process in two:
         assert process[run] == [[0], [1], [2], [3]]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_no_more_than_one_entry_is_whole_until_all_are_sharded(device: str) -> None:
+def test_at_most_one_entry_is_unsharded_on_the_device(device: str) -> None:
     with fake_group_of_two():
         entries, brain = wide(device)
         brain._lightning.sharding = Sharding()
         with LiveBytes() as live:
             brain.on_fit_start()
     assert [entry.moves for entry in entries.values()] == [[0], [1], [2], [3]]
-    # Of four: their halves, one whole, and the buffer in which FSDP2 gathers it.
+    # Of four entries: the halves of all, one full entry, and the buffer that FSDP2 gathers
+    # into.
     assert 4 <= live.peak / 4 / ENTRY < 4.01
 
 
-def test_a_brain_moves_its_modules_unless_they_are_going_to_be_sharded() -> None:
+def test_a_brain_moves_its_modules_unless_they_will_be_sharded() -> None:
     ddp, fsdp2 = {"trainer": {"strategy": "ddp"}}, {"trainer": {"strategy": FSDP2Strategy()}}
     assert is_moved(ddp)
     assert not is_moved(fsdp2)
-    # --trainer.strategy outranks the recipe.
+    # --trainer.strategy takes precedence over the recipe.
     assert is_moved(fsdp2, **ddp)
     assert not is_moved(ddp, trainer={"strategy": "fsdp2"})
 
@@ -125,15 +126,15 @@ def is_moved(hparams: Any, **run_opts: Any) -> bool:
     return moves == ["cpu"]
 
 
-def test_processes_that_would_evaluate_different_numbers_of_batches_are_refused() -> None:
+def test_shard_eval_without_gathered_weights_raises() -> None:
     brain = make(shard_eval=True)
     check_evaluation(brain, Sharding())
-    with pytest.raises(UnsupportedError, match="shard_eval gives processes different"):
+    with pytest.raises(UnsupportedError, match="shard_eval gives ranks different"):
         check_evaluation(brain, Sharding(gather_to_evaluate=False))
 
 
-def test_what_is_recovered_of_an_optimizer_stays_with_shards_on_the_cpu() -> None:
-    """The device of the parameter is "meta" here: there may be no GPU."""
+def test_a_recovered_optimizer_state_stays_with_offloaded_shards() -> None:
+    """The parameter is on the meta device, because there may be no GPU."""
     parameter = nn.Parameter(torch.zeros(2, device="meta"))
     optimizer = torch.optim.AdamW([parameter])
     optimizer.state[parameter] = {"exp_avg": torch.zeros(2), "step": torch.zeros(())}
@@ -143,7 +144,7 @@ def test_what_is_recovered_of_an_optimizer_stays_with_shards_on_the_cpu() -> Non
     assert not state["step"].is_meta
 
 
-def test_shards_on_the_cpu_need_a_backend_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_offload_needs_a_backend_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert FSDP2Strategy().process_group_backend is None
     backend = FSDP2Strategy(cpu_offload=True).process_group_backend
@@ -155,6 +156,6 @@ def test_shards_on_the_cpu_need_a_backend_for_it(monkeypatch: pytest.MonkeyPatch
         check_offload()
 
 
-def test_a_module_that_is_of_no_brain_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="LightningModule is of none: give the Trainer"):
+def test_a_module_without_a_brain_raises() -> None:
+    with pytest.raises(UnsupportedError, match="LightningModule has no Brain"):
         FSDP2Strategy().connect(LightningModule())

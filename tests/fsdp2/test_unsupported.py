@@ -1,4 +1,4 @@
-"""What cannot be sharded is refused in words before training; no other process is started."""
+"""Modules that cannot be sharded raise errors before training. All tests use one process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class KeepingLayer(nn.Linear):
 
 
 class Dropping(nn.Module):
-    """As a transformer of SpeechBrain's."""
+    """Skips layers at random, like a transformer of SpeechBrain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ class Dropping(nn.Module):
 
 @pytest.fixture
 def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A group of the one process that this is, which a fit leaves alone."""
-    # Lightning sets it.
+    """Initializes a process group of this process, which ``fit`` uses."""
+    # Lightning sets this variable. monkeypatch removes it after the test.
     monkeypatch.setenv("LOCAL_RANK", "0")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -106,60 +106,60 @@ def tied_block() -> dict[str, nn.Module]:
 
 
 MODULES: dict[str, tuple[Callable[[], dict[str, nn.Module]], dict[str, Any], str]] = {
-    "tied": (tied, {}, r"decoder\.0\.weight and encoder\.weight are the same.*in one entry"),
+    "tied": (tied, {}, r"decoder\.0\.weight and encoder\.weight are the same.*in one entry\."),
     "tied block": (
         tied_block, {"blocks": ["Linear"]},
-        r"model\.0\.weight is 'weight' of a block as well, a Linear: .* or none$",
+        r"model\.0\.weight is the same parameter as 'weight' of a block, a Linear\. .*blocks=",
     ),
     "sparse": (
         lambda: {"m": nn.Sequential(nn.Embedding(4, 4, sparse=True))}, {},
         r"m\.0 has sparse gradients.*sparse=False",
     ),
     "scalar": (scalar, {}, r"model\.scale is a scalar.*torch\.tensor\(\[\.\.\.\]\)"),
-    "lazy": (lambda: {"m": nn.LazyLinear(2)}, {}, r"m\.weight has no shape yet: give"),
+    "lazy": (lambda: {"m": nn.LazyLinear(2)}, {}, r"m\.weight is a lazy parameter without"),
     "types": (
         lambda: {"m": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())}, {},
         r"m has parameters of bfloat16 and float32 that are gathered together.*blocks=",
     ),
     "script": (
         lambda: {"m": torch.jit.script(nn.Linear(2, 2))}, {},
-        "m is TorchScript, which cannot be sharded: use --compile instead of --jit",
+        r"m is TorchScript, which cannot be sharded\. Use --compile instead of --jit",
     ),
     "replicate": (
         lambda: {"m": Model()}, {"replicate": 3},
-        r"replicate=3\) does not divide the number of processes, 1: give 1$",
+        r"replicate=3\) does not divide the number of ranks, 1\. Use 1\.$",
     ),
     "layerdrop": (
         lambda: {"m": Dropping()}, {"blocks": ["Linear"]},
-        r"Dropping with layerdrop_prob=0\.1 leaves out layers by chance.*set it to 0",
+        r"Dropping with layerdrop_prob=0\.1 skips layers at random.*Set it to 0",
     ),
     "no class": (
         lambda: {"m": Model()}, {"blocks": ["Layer"]},
-        r"blocks=\['Layer'\]\): no module.* there are Encoder, Linear, Model$",
+        r"blocks=\['Layer'\]\): no module.* Available classes: Encoder, Linear, Model\.$",
     ),
     "no method": (
         lambda: {"m": Model()}, {"methods": ["sing"]},
-        r"methods=\['sing'\]\): no entry.* there are score$",
+        r"methods=\['sing'\]\): no entry.* Available methods: score\.$",
     ),
     "a part": (
         lambda: {"m": Model()}, {"methods": ["encoder"]},
-        r"name its class, blocks=\['Encoder'\]",
+        r"Make this part a block: blocks=\['Encoder'\]",
     ),
     "method of a part": (
         lambda: {"m": Model()}, {"methods": ["project"]},
-        r"name its class, blocks=\['Encoder'\]",
+        r"Make this part a block: blocks=\['Encoder'\]",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("modules", "settings", "words"), MODULES.values(), ids=MODULES)
-def test_modules_are_refused(
+def test_modules_that_cannot_be_sharded_raise(
     modules: Callable[[], dict[str, nn.Module]],
     settings: dict[str, Any],
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # As of a torch that has what layerdrop needs.
+    # layerdrop is supported with this version of torch.
     monkeypatch.setattr(unsupported, "REDUCES_UNUSED", True)
     brain = make()
     brain.modules = nn.ModuleDict(modules())
@@ -167,7 +167,7 @@ def test_modules_are_refused(
         unsupported.check_modules(brain, Sharding(**settings))
 
 
-def test_names_that_there_are_and_types_in_blocks_of_their_own_are_accepted() -> None:
+def test_existing_names_and_separate_blocks_for_types_are_accepted() -> None:
     brain = with_model()
     unsupported.check_modules(
         brain, Sharding(blocks=["Encoder"], methods=["score", "project"])
@@ -179,17 +179,17 @@ def test_names_that_there_are_and_types_in_blocks_of_their_own_are_accepted() ->
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"blocks": "Encoder"}, r"give 'auto', a list of names.*\['Encoder'\]"),
-        ({"methods": "score"}, r"give a list, \['score'\]"),
-        ({"replicate": 0}, r"replicate=0\) must be the number of copies"),
+        ({"blocks": "Encoder"}, r"Use 'auto', a list of class names.*\['Encoder'\]"),
+        ({"methods": "score"}, r"Use a list: \['score'\]"),
+        ({"replicate": 0}, r"replicate=0\) is not valid\. Set it to the number of copies"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_values_raise(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
         FSDP2Strategy(**settings)
 
 
-def test_layers_that_are_left_out_by_chance_are_gathered_together_which_is_said_once(
+def test_layers_that_are_skipped_at_random_are_gathered_together_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(blocks, "SMALLEST", 1)
@@ -197,25 +197,25 @@ def test_layers_that_are_left_out_by_chance_are_gathered_together_which_is_said_
     with caplog.at_level(logging.WARNING):
         assert blocks.blocks(model, "auto") == blocks.blocks(model, "auto") == []
     (record,) = caplog.records
-    assert "Dropping with layerdrop_prob=0.1 leaves out layers" in record.getMessage()
+    assert "Dropping with layerdrop_prob=0.1 skips layers at random" in record.getMessage()
     model.layerdrop_prob = 0.0
     assert blocks.blocks(model, "auto") == [model.layers[0]]
 
 
-def test_versions_of_torch_that_shard_wrongly_are_refused(
+def test_versions_of_torch_that_shard_wrongly_raise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     brain = make(find_unused_parameters=True)
     monkeypatch.setattr(unsupported, "REDUCES_UNUSED", False)
     with pytest.raises(
-        UnsupportedError, match=r"find_unused_parameters=True: .*upgrade torch"
+        UnsupportedError, match=r"find_unused_parameters=True lets .*upgrade torch"
     ):
         unsupported.check_modules(brain, Sharding())
     brain.find_unused_parameters, brain.modules.model = False, Dropping()
-    with pytest.raises(UnsupportedError, match=r"layerdrop_prob=0\.1: each process may leave"):
+    with pytest.raises(UnsupportedError, match=r"layerdrop_prob=0\.1 lets each rank leave"):
         unsupported.check_modules(brain, Sharding())
     monkeypatch.setattr(unsupported, "SHARDS", False)
-    with pytest.raises(UnsupportedError, match=r"needs torch 2\.8 or newer, and this is"):
+    with pytest.raises(UnsupportedError, match=r"needs torch 2\.8 or newer, and torch"):
         brain.fit(range(1), loader(), trainer=sharded())
 
 
@@ -247,10 +247,10 @@ def trap(name: str) -> Any:
 
 @needs_shards
 @pytest.mark.usefixtures("one_process")
-def test_what_a_recipe_does_around_its_shards_is_refused_in_words() -> None:
+def test_unsupported_uses_of_sharded_modules_raise() -> None:
     for name, words in {
-        "optimizer": r"self\.optimizer was made before.*make it in init_optimizers",
-        "replaced": r"was made before.*, or after self\._wrap_distributed\(\) where",
+        "optimizer": r"self\.optimizer was created before.*Create it in init_optimizers",
+        "replaced": r"was created before.*replaces.*after self\._wrap_distributed\(\)",
         "hook": r"register_comm_hook is for gradients that DistributedDataParallel averages",
     }.items():
         with pytest.raises(UnsupportedError, match=words):
@@ -286,14 +286,16 @@ class PenalizedGradient(Regression):
 
 @needs_shards
 @pytest.mark.usefixtures("one_process")
-def test_a_loss_of_what_modules_did_not_return_is_refused_in_words() -> None:
+def test_a_loss_of_tensors_that_modules_did_not_return_raises() -> None:
     for brain_class, model in ((LossOfWhatIsKept, Keeping()), (PenalizedGradient, Model())):
         brain = make(brain_class)
         brain.modules.model = model
         with pytest.raises(RuntimeError, match="storage of size 0") as error:
             brain.fit(range(1), loader(), trainer=sharded())
-        assert any("on an attribute needs it returned" in n for n in error.value.__notes__)
-    # Without the words of torch: the gradient of one layer needs none of its weights.
+        assert any(
+            "tensor in an attribute, return this tensor" in n for n in error.value.__notes__
+        )
+    # torch raises no error here, because the gradient of one layer does not need its weights.
     brain = make(LossOfWhatIsKept)
     brain.modules.model = KeepingLayer(4, 2)
     with pytest.raises(UnsupportedError, match=r"'model' would not be trained.*Return all"):
@@ -302,7 +304,7 @@ def test_a_loss_of_what_modules_did_not_return_is_refused_in_words() -> None:
 
 @needs_shards
 @pytest.mark.usefixtures("one_process")
-def test_after_a_fit_in_shards_modules_are_trained_in_shards(
+def test_after_a_sharded_fit_modules_can_only_be_trained_sharded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     brain = with_model()
@@ -311,7 +313,7 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
     monkeypatch.setattr(
         unsupported, "check_resets", lambda name, _: looked_through.append(name)
     )
-    # Its optimizer is of whole parameters, and the next fit makes another one.
+    # The optimizer has unsharded parameters, and the next fit creates a new optimizer.
     brain.fit(range(1), loader(), trainer=sharded(FSDP2Strategy(methods=["score"])))
     assert looked_through == ["model"]
     before = tensors.whole(brain.modules.model.output.weight).detach().clone()
@@ -319,26 +321,27 @@ def test_after_a_fit_in_shards_modules_are_trained_in_shards(
     assert not torch.equal(before, tensors.whole(brain.modules.model.output.weight))
     assert looked_through == ["model"]
     with pytest.raises(
-        UnsupportedError, match=r"methods=\['score'\]\).*methods=\(\) needs a new"
+        UnsupportedError,
+        match=r"methods=\['score'\]\).*Create a new Brain to use methods=\(\)",
     ):
         brain.fit(range(1), loader(), trainer=sharded())
     for strategy in ("ddp", "auto"):
-        with pytest.raises(UnsupportedError, match=r"'model' is in shards since.*again, or"):
+        with pytest.raises(UnsupportedError, match=r"'model' was sharded by.*again, or"):
             brain.fit(range(1), loader(), trainer=sharded(strategy))
     assert torch.isfinite(torch.tensor(brain.evaluate(loader())))
-    # A state is asked for by the main process alone, in run_on_main.
+    # Simulates a call of state_dict on rank 0 only, in run_on_main.
     monkeypatch.setattr(tensors, "world_size", lambda: 2)
     monkeypatch.setattr(tensors, "communicates", lambda: False)
-    with pytest.raises(UnsupportedError, match=r"call state_dict\(\) in all processes"):
+    with pytest.raises(UnsupportedError, match=r"Call state_dict\(\) on all ranks"):
         brain.modules.model.state_dict()
 
 
 @needs_shards
 @pytest.mark.usefixtures("one_process")
-def test_parameters_that_are_not_used_are_warned_of(
+def test_unused_parameters_log_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # As of several processes, which may use different ones.
+    # Simulates two ranks, which may use different parameters.
     monkeypatch.setattr(unsupported, "world_size", lambda: 2)
     for options, warned in (({}, 1), ({"find_unused_parameters": True}, 0)):
         caplog.clear()
@@ -374,7 +377,7 @@ def callback(name: str) -> Any:
 
 @needs_shards
 @pytest.mark.parametrize("name", REFUSED)
-def test_callbacks_that_copy_modules_are_refused(name: str) -> None:
+def test_callbacks_that_copy_modules_raise(name: str) -> None:
     words = rf"{name} does not work with .*{REFUSED[name]}"
     module = to_lightning(make())
     module.trainer = trainer_with(callback(name), **sharded())

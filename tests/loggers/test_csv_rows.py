@@ -11,7 +11,7 @@ from brain_lightning.loggers.csv_rows import ANY, RunWriter, Section, rows_of
 
 
 class Writes(RunWriter):
-    """Counts how often the whole file is written."""
+    """Counts how often the full file is written."""
 
     whole_files = 0
 
@@ -21,7 +21,7 @@ class Writes(RunWriter):
 
 
 class Process:
-    """One that writes the rows of a run, until it is killed."""
+    """A process that writes rows of a run until it is killed."""
 
     def __init__(self, folder: Path, saved: dict[str, Any] | None = None) -> None:
         self.section: Section = ANY
@@ -53,19 +53,19 @@ def test_rows_past_a_checkpoint_are_replaced_one_for_one(tmp_path: Path, losses:
     first.log(2, 3, 4)
     first.save()
     for replaced in (1, 2):
-        # The second is resumed from the same checkpoint, and gets further.
+        # The second process resumes from the same checkpoint, and logs more rows.
         other = Process(tmp_path, saved)
         other.log(*(12, 13, 14)[:replaced])
         later = other.save()
         assert losses() == [0, 1, *(12, 13, 14)[:replaced], *(2, 3, 4)[replaced:]]
-    # This checkpoint knows that the last one is still to be replaced.
+    # This checkpoint records that the last row is still to be replaced.
     last = Process(tmp_path, later)
     last.log(24, 25)
     last.save()
     assert losses() == [0, 1, 12, 13, 24, 25]
 
 
-def test_a_section_that_begins_again_has_its_rows_once(tmp_path: Path, losses: Any) -> None:
+def test_a_section_that_restarts_has_its_rows_once(tmp_path: Path, losses: Any) -> None:
     first = Process(tmp_path)
     first.log(0, step=0, section=("EPOCH", 1))
     first.log(1, section=("EPOCH", 2))
@@ -74,7 +74,7 @@ def test_a_section_that_begins_again_has_its_rows_once(tmp_path: Path, losses: A
     saved = first.save()
     for _ in range(2):
         other = Process(tmp_path, saved)
-        # At a later step than it began at first.
+        # The section restarts at a later step.
         other.log(11, step=2, section=("EPOCH", 2))
         other.log(13, 14, section=("BATCH", 2, 1))
         saved = other.save()
@@ -83,9 +83,7 @@ def test_a_section_that_begins_again_has_its_rows_once(tmp_path: Path, losses: A
     assert steps == ["0", "1", "1", "1", "1"]
 
 
-def test_the_file_is_written_once_for_all_that_is_replaced(
-    tmp_path: Path, losses: Any
-) -> None:
+def test_the_file_is_written_once_for_all_replaced_rows(tmp_path: Path, losses: Any) -> None:
     first = Process(tmp_path)
     first.log(*range(50))
     first.save()

@@ -1,4 +1,4 @@
-"""``--plot`` and ``CurvePlot``: curves after each epoch, which a resumed run continues."""
+"""``--plot`` and ``CurvePlot``: a plot after each epoch, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.processes import check_python
 from tests.support.reporting import Killed, Stub, reporting, train_and_test
 from tests.support.scripts import QUIET, TOY, script
 
-# SpeechBrain's own, and Lightning's advice.
+# Warnings of SpeechBrain, and tips of Lightning.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -37,12 +37,12 @@ def plotted(brain: Any, plot: CurvePlot) -> Any:
 
 @pytest.fixture
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures with their numbers and no curves, which take long to draw."""
+    """Writes plots with metrics but without curves, because drawing is slow."""
     monkeypatch.setattr("brain_lightning.loggers.curves.draw", lambda *_: Figure((1, 1)))
 
 
 def lines_in(figure: Figure) -> dict[str, dict[str, list[float]]]:
-    """The values of each line, by panel and label."""
+    """Returns the values of each line by panel and label."""
     return {
         axes.get_title(): {
             str(line.get_label()).split(":")[0]: list(line.get_ydata()) for line in axes.lines
@@ -51,7 +51,7 @@ def lines_in(figure: Figure) -> dict[str, dict[str, list[float]]]:
     }
 
 
-# ------------------------------------------------------------------------ what is drawn
+# ------------------------------------------------------------------------ contents of the plot
 
 
 def test_a_panel_for_the_losses_one_for_each_metric_and_the_learning_rates() -> None:
@@ -79,7 +79,7 @@ def test_scales_are_logarithmic_where_numbers_span_much() -> None:
     assert scales == {"a": "log", "b": "linear", "c": "linear"}
 
 
-def test_a_picture_holds_its_numbers_and_is_written_whole_or_not_at_all(
+def test_a_plot_stores_its_metrics_and_is_written_atomically(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history = {1.0: {"loss": float("nan")}, 2.0: {"loss": 1 / 3}}
@@ -97,7 +97,7 @@ def test_a_picture_holds_its_numbers_and_is_written_whole_or_not_at_all(
     assert len(read_curves(path)) == 2
 
 
-def test_what_is_no_such_picture_has_no_numbers(tmp_path: Path) -> None:
+def test_other_files_have_no_metrics(tmp_path: Path) -> None:
     assert read_curves(tmp_path / "missing.png") == {}
     (tmp_path / "text.png").write_text("no picture")
     assert read_curves(tmp_path / "text.png") == {}
@@ -105,10 +105,10 @@ def test_what_is_no_such_picture_has_no_numbers(tmp_path: Path) -> None:
     assert read_curves(tmp_path / "other.png") == {}
 
 
-# --------------------------------------------------------------------- where and when
+# --------------------------------------------------------------------- path and time
 
 
-def test_curves_of_what_a_recipe_reports(tmp_path: Path) -> None:
+def test_curves_of_the_metrics_of_a_recipe(tmp_path: Path) -> None:
     brain = plotted(
         reporting(LightningTrainLogger(Stub()), output_folder=tmp_path / "results"),
         CurvePlot(),
@@ -120,7 +120,7 @@ def test_curves_of_what_a_recipe_reports(tmp_path: Path) -> None:
     assert all({"train_loss", "valid_loss", "lr"} <= n.keys() for n in history.values())
 
 
-def test_the_tests_are_drawn_until_training_goes_on(
+def test_tests_are_drawn_until_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
@@ -161,7 +161,7 @@ def test_curves_without_a_validation(tmp_path: Path) -> None:
     ] * 2
 
 
-def test_a_resumed_run_has_the_curves_of_one_never_stopped(
+def test_a_resumed_run_has_the_curves_of_an_uninterrupted_run(
     tmp_path: Path, blank: None
 ) -> None:
     def run(name: str, killed_in: int = 0) -> dict[float, dict[str, float]]:
@@ -174,18 +174,18 @@ def test_a_resumed_run_has_the_curves_of_one_never_stopped(
         return read_curves(path)
 
     whole = run("whole")
-    # The epoch in which it is killed was reported, and was not drawn; then one that was.
+    # First the epoch of the kill was not drawn. Then the file has epochs after the checkpoint.
     assert [*run("killed", killed_in=2)] == [1]
     path = tmp_path / "killed.png"
     write_curves(path, {1: whole[1], 2: {"loss": 99.0}, 3: {"loss": 99.0}}, [])
     assert run("killed") == whole
-    # A run that begins anew has curves of its own.
+    # A run that restarts without a checkpoint has new curves.
     for each in (tmp_path / "killed").glob("CKPT*"):
         each.rename(tmp_path / each.name)
     assert [*run("killed", killed_in=3)] == [1, 2]
 
 
-def test_several_brains_have_a_picture_each(tmp_path: Path, blank: None) -> None:
+def test_each_brain_has_a_separate_plot(tmp_path: Path, blank: None) -> None:
     plot = CurvePlot(tmp_path / "mine.png")
     for epochs in (1, 2, 3):
         plotted(make(), plot).fit(range(1, 1 + epochs), loader(), loader())
@@ -212,7 +212,7 @@ class Recording(Callback):
         self.calls.append((epoch, {*metrics}))
 
 
-def test_any_callback_may_ask_for_a_brains_metrics() -> None:
+def test_any_callback_may_implement_on_brain_metrics() -> None:
     callback, brain = Recording(), make()
     brain._lightning.trainer_arguments = {"callbacks": [callback]}
     brain.fit(range(7, 8), loader(), loader())
@@ -221,12 +221,12 @@ def test_any_callback_may_ask_for_a_brains_metrics() -> None:
     assert shown == [(7, {"train_loss", "valid_loss", "loss"}), (None, {"test_loss"})]
 
 
-# ------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize("path", ["curves.pdf", "curves", "results/"])
-def test_anything_but_a_png_is_refused_in_words(path: str) -> None:
-    with pytest.raises(RunOptionError, match=r"should end in \.png"):
+def test_a_path_that_is_not_a_png_raises(path: str) -> None:
+    with pytest.raises(RunOptionError, match=r"must end in \.png"):
         CurvePlot(path)
 
 
@@ -247,7 +247,7 @@ def test_without_matplotlib_nothing_is_trained(
 
 
 @pytest.mark.parametrize("position", [0, 1, 2, 3])
-def test_an_unedited_recipe_is_plotted_wherever_the_word_stands(
+def test_an_unedited_recipe_is_plotted_wherever_the_option_stands(
     tmp_path: Path, position: int
 ) -> None:
     words = [*TOY, *QUIET, f"--output_folder={tmp_path}"]
@@ -267,7 +267,7 @@ def test_where_to_plot_is_chosen_and_a_recipe_keeps_its_callbacks(
     )
     words = [TOY[0], str(yaml), *QUIET, f"--output_folder={tmp_path}"]
     assert main(["run", *words, f"--plot={tmp_path}/a/b.png"]) == 0
-    # The recipe's own callback has stopped it.
+    # A callback of the recipe has stopped the run.
     assert len(read_curves(tmp_path / "a" / "b.png")) == 1
 
 
@@ -306,7 +306,7 @@ def test_a_fit_within_a_fit_is_not_plotted(tmp_path: Path, blank: None) -> None:
     assert [*read_curves(tmp_path / "curves.png")] == [1, 2, 3]
 
 
-def test_callbacks_of_every_trainer_stand_beside_the_recipes_own(
+def test_callbacks_of_every_trainer_are_added_to_those_of_the_recipe(
     tmp_path: Path, blank: None
 ) -> None:
     own, beside = CurvePlot(tmp_path / "own.png"), CurvePlot(tmp_path / "beside.png")
@@ -318,7 +318,7 @@ def test_callbacks_of_every_trainer_stand_beside_the_recipes_own(
     assert trainer.callbacks == [own]
 
 
-def test_a_picture_that_cannot_be_drawn_ends_no_training(
+def test_a_plot_that_cannot_be_written_does_not_end_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -328,7 +328,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_training(
     brain = make()
     trainer_with(CurvePlot(tmp_path / "c.png")).fit(to_lightning(brain), loader(), loader())
     assert brain.optimizer_step == 10
-    assert "could not be drawn: no space left" in caplog.text
+    assert "could not write the plot: no space left" in caplog.text
 
 
 @pytest.mark.parametrize("epochs", [torch.arange(1, 3), [("a", 1), ("a", 2)]], ids=str)
@@ -338,7 +338,7 @@ def test_epochs_of_any_kind_are_drawn(tmp_path: Path, epochs: Any) -> None:
     assert list(read_curves(tmp_path / "c.png")) == [1, 2]
 
 
-def test_a_damaged_picture_begins_anew(tmp_path: Path) -> None:
+def test_a_damaged_plot_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "c.png"
     write_curves(path, {1: {"train_loss": 1.0}}, [])
     whole = path.read_bytes()

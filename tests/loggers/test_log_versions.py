@@ -1,4 +1,4 @@
-"""A log that goes on where a run goes on: each epoch once, and nobody else's."""
+"""A resumed run continues its own log, with each epoch once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VERSIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("where", VERSIONS, ids=str)
-def test_a_resumed_csv_log_is_that_of_a_run_never_stopped(
+def test_a_resumed_csv_log_equals_that_of_an_uninterrupted_run(
     tmp_path: Path, where: dict[str, Any]
 ) -> None:
     train_and_test(reporting(csv_logger(tmp_path / "whole", **where)(), tmp_path / "save0"))
@@ -44,7 +44,7 @@ def test_a_resumed_csv_log_is_that_of_a_run_never_stopped(
 
 
 @pytest.mark.parametrize("where", VERSIONS, ids=str)
-def test_a_resumed_tensorboard_is_that_of_a_run_never_stopped(
+def test_a_resumed_tensorboard_log_equals_that_of_an_uninterrupted_run(
     tmp_path: Path, where: dict[str, Any]
 ) -> None:
     where = {**where, "name": where.get("name", "log") or ""}
@@ -62,7 +62,7 @@ def test_a_resumed_tensorboard_is_that_of_a_run_never_stopped(
     assert whole[name] == [(epoch, 30.0 - epoch) for epoch in (1, 2, 3, 4)]
 
 
-def test_csv_and_tensorboard_share_a_folder_and_both_go_on(tmp_path: Path) -> None:
+def test_csv_and_tensorboard_share_a_folder_and_are_both_continued(tmp_path: Path) -> None:
     def both() -> LightningTrainLogger:
         return LightningTrainLogger([CSVLogger(tmp_path), TensorBoardLogger(tmp_path)])
 
@@ -79,7 +79,7 @@ def test_a_new_run_has_a_new_version(tmp_path: Path, make_logger: Any) -> None:
     assert versions == ["version_0", "version_1"]
 
 
-def test_a_test_alone_is_added_to_the_newest_log(tmp_path: Path) -> None:
+def test_a_test_without_training_is_added_to_the_newest_log(tmp_path: Path) -> None:
     train(reporting(csv_logger(tmp_path)(), tmp_path / "save", epochs=2))
     reporting(csv_logger(tmp_path)(), tmp_path / "save", epochs=2).evaluate(loader())
     rows = rows_in(tmp_path / "lightning_logs" / "version_0")
@@ -112,7 +112,7 @@ def test_an_untrained_model_may_be_tested_first(tmp_path: Path) -> None:
     assert [steps_in(version) for version in versions] == [["0", "1", "2"]] * 2
 
 
-def test_sounds_may_come_before_the_first_numbers(tmp_path: Path) -> None:
+def test_audio_may_be_logged_before_the_first_metrics(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train_and_test(reporting(csv_logger(whole)(), tmp_path / "save0", sounds=True))
     killed_twice_and_resumed(csv_logger(resumed), tmp_path, sounds=True)
@@ -134,9 +134,7 @@ def test_a_finished_run_that_is_tested_again_has_its_tests_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("make_logger", [csv_logger, tensorboard_logger])
-def test_where_nobody_says_that_a_run_goes_on_it_is_new(
-    tmp_path: Path, make_logger: Any
-) -> None:
+def test_without_begin_run_a_run_is_new(tmp_path: Path, make_logger: Any) -> None:
     for steps in [(100, 200, 300), (150, 250)]:
         train_logger = make_logger(tmp_path)()
         for step in steps:
@@ -150,7 +148,7 @@ def test_where_nobody_says_that_a_run_goes_on_it_is_new(
 
 
 @pytest.mark.parametrize("killed_in", [(3,), (3, 5), (3, 16)], ids=str)
-def test_a_trainers_log_in_the_same_folder_is_left_alone(
+def test_a_trainers_log_in_the_same_folder_is_not_changed(
     tmp_path: Path, killed_in: tuple[int, ...]
 ) -> None:
     trainers: dict[Path, str] = {}
@@ -168,7 +166,7 @@ def test_a_trainers_log_in_the_same_folder_is_left_alone(
     assert steps_in(own.parent) == [str(epoch) for epoch in range(1, 19)]
 
 
-def test_a_kill_while_a_csv_log_is_taken_over_loses_nothing(
+def test_a_kill_while_a_csv_log_is_rewritten_loses_no_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where: dict[str, Any] = {"version": 0}
@@ -191,7 +189,7 @@ def going_on(train_logger: Callable[[], LightningTrainLogger]) -> LightningTrain
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_what_a_kill_has_left_aside_never_comes_back_over_newer_rows(
+def test_a_backup_after_a_kill_never_replaces_newer_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_logger = csv_logger(tmp_path, version=0)
@@ -218,7 +216,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("row", DAMAGED.values(), ids=DAMAGED)
-def test_a_row_that_a_kill_has_damaged_is_left_out(tmp_path: Path, row: bytes) -> None:
+def test_a_row_that_a_kill_has_damaged_is_removed(tmp_path: Path, row: bytes) -> None:
     csv_logger(tmp_path)().log_stats({"epoch": 1}, {"loss": 0.5})
     folder = tmp_path / "lightning_logs" / "version_0"
     with open(folder / "metrics.csv", "ab") as file:
@@ -227,7 +225,7 @@ def test_a_row_that_a_kill_has_damaged_is_left_out(tmp_path: Path, row: bytes) -
     assert steps_in(folder) == ["1", "3"]
 
 
-def test_a_pickled_copy_goes_on_where_its_original_was(tmp_path: Path) -> None:
+def test_a_pickled_copy_continues_the_log(tmp_path: Path) -> None:
     train(reporting(csv_logger(tmp_path)(), tmp_path / "save", epochs=2))
     train_logger = going_on(csv_logger(tmp_path))
     train_logger.log_stats({"epoch": 3}, {"loss": 0.0})
@@ -236,7 +234,7 @@ def test_a_pickled_copy_goes_on_where_its_original_was(tmp_path: Path) -> None:
     assert steps_in(tmp_path / "lightning_logs" / "version_0") == ["1", "2", "3", "2"]
 
 
-def test_a_tensorboard_version_that_is_asked_for_is_replaced_by_another_run(
+def test_another_run_replaces_a_tensorboard_version_that_is_set(
     tmp_path: Path,
 ) -> None:
     for epochs in (3, 2):
@@ -246,14 +244,16 @@ def test_a_tensorboard_version_that_is_asked_for_is_replaced_by_another_run(
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_a_version_that_is_asked_for_begins_anew_in_lightnings_way(tmp_path: Path) -> None:
+def test_another_run_replaces_a_csv_version_that_is_set(tmp_path: Path) -> None:
     for _ in range(2):
         train(reporting(csv_logger(tmp_path, version=3)(), epochs=2))
     rows = rows_in(tmp_path / "lightning_logs" / "version_3")
     assert [row["step"] for row in rows] == ["1", "2"]
 
 
-def test_a_logger_that_is_the_trainers_too_goes_on_as_a_trainers(tmp_path: Path) -> None:
+def test_a_logger_that_is_also_the_trainers_continues_as_with_a_trainer(
+    tmp_path: Path,
+) -> None:
     for killed_in in (3, 0):
         logger = CSVLogger(tmp_path)
         brain = reporting(

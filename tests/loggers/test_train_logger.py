@@ -1,4 +1,4 @@
-"""``LightningTrainLogger``: what a recipe reports, in Lightning's loggers, each epoch once."""
+"""``LightningTrainLogger`` logs the metrics of a recipe to Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from tests.support.reporting import (
     train_and_test,
 )
 
-# ---------------------------------------------------------------------- what is logged
+# ---------------------------------------------------------------------- logged metrics
 
 
-def test_names_are_a_trainers_and_entries_stand_at_their_epoch() -> None:
+def test_names_are_those_of_a_trainer_and_entries_are_logged_at_their_epoch() -> None:
     stub = Stub()
     train_and_test(reporting(LightningTrainLogger(stub), epochs=2))
     assert [step for step, _ in stub.entries] == [1, 2, 2]
@@ -48,7 +48,7 @@ def test_names_are_a_trainers_and_entries_stand_at_their_epoch() -> None:
     assert test.keys() == {"Epoch loaded", "test_loss", "test_WER"}
 
 
-def test_one_line_of_yaml_takes_the_place_of_a_speechbrain_logger(tmp_path: Path) -> None:
+def test_one_line_of_yaml_replaces_a_speechbrain_logger(tmp_path: Path) -> None:
     hparams = load_hyperpyyaml(
         f"output_folder: {tmp_path}\n"
         "train_logger: !new:brain_lightning.LightningTrainLogger\n"
@@ -63,14 +63,16 @@ def test_one_line_of_yaml_takes_the_place_of_a_speechbrain_logger(tmp_path: Path
     assert rows[2]["test_WER"] == "5.0"
 
 
-def test_several_loggers_all_get_it(tmp_path: Path) -> None:
+def test_several_loggers_get_the_same_entries(tmp_path: Path) -> None:
     stubs = [Stub(), Stub()]
     train(reporting(LightningTrainLogger(stubs), epochs=2))
     assert stubs[0].entries == stubs[1].entries
     assert len(stubs[0].entries) == 2
 
 
-def test_lists_dictionaries_and_what_is_no_number(caplog: pytest.LogCaptureFixture) -> None:
+def test_lists_dictionaries_and_values_that_are_no_numbers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     stub = Stub()
     train_logger = LightningTrainLogger(stub)
     for epoch in (1, 2):
@@ -85,7 +87,7 @@ def test_lists_dictionaries_and_what_is_no_number(caplog: pytest.LogCaptureFixtu
     assert names == ["name", "valid_confusions", "valid_empty"]
 
 
-def test_where_entries_stand_without_an_epoch() -> None:
+def test_positions_of_entries_without_an_epoch() -> None:
     stub = Stub()
     train_logger = LightningTrainLogger(stub)
     train_logger.log_stats({"lr": 1}, {"loss": 3})
@@ -96,7 +98,7 @@ def test_where_entries_stand_without_an_epoch() -> None:
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, 1j, torch.tensor(1j)], ids=str)
-def test_no_number_raises(odd: Any) -> None:
+def test_values_that_are_no_numbers_do_not_raise(odd: Any) -> None:
     stub = Stub()
     brain = reporting(LightningTrainLogger(stub))
 
@@ -111,8 +113,8 @@ def test_no_number_raises(odd: Any) -> None:
 
 
 @pytest.mark.parametrize("logger", ["CSVLogger", None, [CSVLogger], {}])
-def test_anything_but_a_logger_is_refused_in_words(logger: Any) -> None:
-    with pytest.raises(BrainTypeError, match=r"lightning\.pytorch\.loggers.*got"):
+def test_other_objects_than_loggers_raise(logger: Any) -> None:
+    with pytest.raises(BrainTypeError, match=r"is not a logger.*lightning\.pytorch\.loggers"):
         LightningTrainLogger(logger)
 
 
@@ -144,10 +146,10 @@ def test_its_methods_have_the_signatures_of_speechbrains() -> None:
         ]
 
 
-# ----------------------------------------------------------------- beside a Trainer
+# ----------------------------------------------------------------- with a Trainer
 
 
-def test_a_logger_that_is_the_trainers_too_has_it_once(tmp_path: Path) -> None:
+def test_a_logger_that_is_also_the_trainers_has_each_entry_once(tmp_path: Path) -> None:
     logger, own = Stub(), Stub()
     train_logger = LightningTrainLogger([logger, own])
     arguments = {"logger": logger, "log_every_n_steps": 2}
@@ -156,15 +158,15 @@ def test_a_logger_that_is_the_trainers_too_has_it_once(tmp_path: Path) -> None:
     assert [metrics["valid_WER"] for metrics in with_wer] == [29.0, 28.0]
     assert sum("test_WER" in metrics for _, metrics in logger.entries) == 1
     assert [step for step, _ in own.entries] == [1, 2, 2]
-    # Outside of a run nobody else logs what it is given.
+    # Outside of a run the Trainer does not log.
     train_logger.log_stats({"epoch": 3}, {"loss": 1.0})
     assert logger.entries[-1] == (3, {"epoch": 3.0, "train_loss": 1.0})
 
 
-# ------------------------------------------------------------------ sounds and pictures
+# ------------------------------------------------------------------ audio and figures
 
 
-def test_sounds_and_pictures_are_files_beside_a_csv_log(tmp_path: Path) -> None:
+def test_audio_and_figures_are_files_in_the_folder_of_a_csv_log(tmp_path: Path) -> None:
     media(csv_logger(tmp_path, version=0)())
     folder = tmp_path / "lightning_logs" / "version_0"
     with wave.open(str(folder / "audio" / "voice" / "3.wav")) as file:
@@ -175,7 +177,7 @@ def test_sounds_and_pictures_are_files_beside_a_csv_log(tmp_path: Path) -> None:
     assert pictures == ["attention", "spectrogram"]
 
 
-def test_sounds_and_pictures_in_tensorboard(tmp_path: Path) -> None:
+def test_audio_and_figures_in_tensorboard(tmp_path: Path) -> None:
     media(tensorboard_logger(tmp_path, version=0)())
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
     events.Reload()
@@ -184,7 +186,7 @@ def test_sounds_and_pictures_in_tensorboard(tmp_path: Path) -> None:
     assert [event.step for event in events.Images("attention")] == [3]
 
 
-def test_a_logger_without_sounds_and_pictures_is_warned_about_once(
+def test_a_logger_that_does_not_support_audio_and_figures_logs_one_warning_each(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     train_logger = LightningTrainLogger(Stub())
@@ -192,9 +194,9 @@ def test_a_logger_without_sounds_and_pictures_is_warned_about_once(
     media(train_logger)
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warned == [
-        "Stub does not log audio ('voice').",
-        "Stub does not log figures ('spectrogram').",
-        "Stub does not log figures ('attention').",
+        "Stub does not support audio, so 'voice' is not logged.",
+        "Stub does not support figures, so 'spectrogram' is not logged.",
+        "Stub does not support figures, so 'attention' is not logged.",
     ]
 
 
@@ -217,7 +219,7 @@ def test_filetrainlogger_writes_the_same_file_and_appends_when_resumed(tmp_path:
     assert (tmp_path / "ours.txt").read_text() == whole
     killed_twice_and_resumed(lambda: FileTrainLogger(str(tmp_path / "killed.txt")), tmp_path)
     lines = (tmp_path / "killed.txt").read_text().splitlines()
-    # SpeechBrain's logger appends: an epoch that was logged and not saved is there twice.
+    # SpeechBrain's logger appends, so an epoch after the checkpoint is logged twice.
     assert list(dict.fromkeys(lines)) == whole.splitlines()
     assert len(lines) == len(whole.splitlines()) + 2
 
@@ -232,11 +234,11 @@ def test_speechbrains_tensorboardlogger_writes_the_same_scalars(tmp_path: Path) 
     assert [value for _, value in ours["WER/valid"]] == [29.0, 28.0, 27.0, 26.0]
 
 
-# --------------------------------------------------------------- processes of their own
+# --------------------------------------------------------------- separate processes
 
 
 @pytest.mark.parametrize("service", ["wandb", "mlflow"])
-def test_in_a_service_each_epoch_is_found_once(service: str, tmp_path: Path) -> None:
+def test_a_service_has_each_epoch_once(service: str, tmp_path: Path) -> None:
     check_python("-m", "tests.support.log_services", service, cwd=tmp_path)
 
 
@@ -268,12 +270,12 @@ def test_two_processes_log_once(tmp_path: Path) -> None:
 
 
 class DownOnce(Stub):
-    """A service that cannot be reached at first."""
+    """A service that is not available at first."""
 
     tries = 0
 
 
-def test_a_logger_that_fails_to_open_does_not_cost_another_its_entry(
+def test_a_logger_that_fails_to_open_does_not_affect_other_loggers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(logger: Any) -> Any:

@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_one_number_is_refused() -> None:
         def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
             return {"loss": 1.0}
 
-    with pytest.raises(BrainTypeError, match=r"Unreduced.*a tensor of shape \(4, 2\): reduce"):
+    with pytest.raises(BrainTypeError, match=r"Unreduced.*tensor of shape \(4, 2\)\. Reduce"):
         make(Unreduced).fit(range(1), loader())
     with pytest.raises(BrainTypeError, match="got dict"):
         make(NoTensor).fit(range(1), loader())

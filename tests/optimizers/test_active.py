@@ -1,4 +1,4 @@
-"""A Brain that learns without gradients: no optimizer, no parameters."""
+"""A Brain that learns without gradients, optimizers and parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.brains import loader, make, trainer_with
 
 
 class Mean(nn.Module):
-    """The running mean of what it has seen; buffers alone."""
+    """The running mean of its inputs. It has only buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_statistics_are_speechbrains(inside: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual")  # see test_raw_steps
-def test_lightning_saves_it_as_often_as_asked(tmp_path: Path) -> None:
+def test_lightning_saves_it_as_often_as_requested(tmp_path: Path) -> None:
     brain = statistics_brain(OURS, {"mean": Mean()})
     folder = tmp_path / "saved"
     saver = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
@@ -91,7 +91,7 @@ def test_max_steps_counts_its_batches() -> None:
 
 
 def test_batches_of_the_default_fit_batch_count_too() -> None:
-    """SpeechBrain allows for it: ``optimizers_step`` returns where there is no optimizer."""
+    """As in SpeechBrain, ``optimizers_step`` returns if there is no optimizer."""
     brain = make(opt_class=None)
     trainer = trainer_with(max_steps=3, max_epochs=-1)
     trainer.fit(to_lightning(brain), loader(), loader())
@@ -99,7 +99,7 @@ def test_batches_of_the_default_fit_batch_count_too() -> None:
 
 
 @pytest.mark.parametrize("place", ["attribute", "dict", "hparams"])
-def test_an_optimizer_is_found_wherever_a_recipe_keeps_it(place: str) -> None:
+def test_an_optimizer_is_found_wherever_a_recipe_stores_it(place: str) -> None:
     brain = make()
     brain.opt_class = None
     assert not has_optimizer(brain)
@@ -110,5 +110,5 @@ def test_an_optimizer_is_found_wherever_a_recipe_keeps_it(place: str) -> None:
     else:
         (brain if place == "attribute" else brain.hparams).own = found
     assert has_optimizer(brain)
-    # What is saved in the middle of a batch is undone of it too.
+    # A save in the middle of a batch also undoes the step of this optimizer.
     assert parameters(brain)[-1] is outside

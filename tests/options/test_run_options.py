@@ -1,4 +1,4 @@
-"""Run options: read from a command line, a dict and hparams, and refused in words."""
+"""Run options from a command line, a dict and hparams, and their error messages."""
 
 from __future__ import annotations
 
@@ -87,22 +87,22 @@ def test_one_key_within_a_section_is_overridden(tmp_path: Path) -> None:
     assert found["optimizer"] == {"lr": 0.4, "decay": {"rate": 5, "steps": 3}}
     assert (found["lr"], found["again"], found["a.b"]) == (0.2, 5, 7)
     assert found["merged"] == {"size": [1, 2]}
-    # As ever an argument of the Trainer.
+    # Still an argument of the Trainer, not an override of the section.
     assert (run_opts.trainer, found["trainer"]) == ({"max_epochs": 3}, {"max_epochs": 1})
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--optimizer.rate=1"], "unknown key of optimizer.*'rate': choose from lr, decay"),
+        (["--optimizer.rate=1"], "unknown key of optimizer.*'rate': use one of lr, decay"),
         (["--optimiser.lr=1"], "'optimiser': did you mean 'optimizer'"),
-        (["--lr.x=1"], "--lr.x: 'lr' is no section"),
-        (["--words.0=1"], "'words' is no section"),
-        (["--optimizer.decay=1", "--optimizer.decay.rate=2"], "not both"),
-        (["--optimizer.decay.rate=2", "--optimizer.decay=1"], "not both"),
+        (["--lr.x=1"], "--lr.x: 'lr' of .*h.yaml is not a section"),
+        (["--words.0=1"], "is not a section with keys"),
+        (["--optimizer.decay=1", "--optimizer.decay.rate=2"], "are both set"),
+        (["--optimizer.decay.rate=2", "--optimizer.decay=1"], "are both set"),
     ],
 )
-def test_a_key_that_a_section_does_not_have_is_refused(
+def test_an_unknown_key_of_a_section_raises_an_error(
     tmp_path: Path, words: list[str], message: str
 ) -> None:
     file = tmp_path / "h.yaml"
@@ -111,7 +111,7 @@ def test_a_key_that_a_section_does_not_have_is_refused(
         parse_arguments([str(file), *words])
 
 
-def test_a_flag_may_be_given_a_truth() -> None:
+def test_a_flag_may_have_a_value() -> None:
     opts = parse_arguments(["h.yaml", "--debug=true", "--test_only=false"]).run_opts
     assert (opts.debug, opts.test_only) == (True, False)
     with pytest.raises(RunOptionError, match="--debug=3"):
@@ -125,13 +125,13 @@ def test_trainer_arguments_are_read_as_yaml() -> None:
     assert Brain(run_opts=opts)._lightning.trainer_overrides == opts.trainer
 
 
-def test_a_trainer_argument_without_value_is_refused() -> None:
+def test_a_trainer_argument_without_a_value_raises_an_error() -> None:
     for words in (["h.yaml", "--trainer.devices"], ["h.yaml", "--trainer.=1"]):
-        with pytest.raises(RunOptionError, match="give it a value"):
+        with pytest.raises(RunOptionError, match="needs a value"):
             parse_arguments(words)
 
 
-def test_the_command_line_outranks_hparams_which_outrank_defaults() -> None:
+def test_precedence_is_command_line_then_hparams_then_defaults() -> None:
     hparams = {"max_grad_norm": 1.0, "nonfinite_patience": 7, "trainer": {"max_steps": 1}}
     opts = parse_arguments(["h.yaml", "--max_grad_norm=2", "--trainer.devices=1"]).run_opts
     brain = Brain(hparams=hparams, run_opts=opts)
@@ -153,21 +153,21 @@ def test_run_options_are_a_mapping() -> None:
     assert {**opts} == given
     for hparams in (yaml | given, {**yaml, **opts}, {**opts.as_dict(), **yaml}):
         brain = Brain(hparams=hparams, run_opts=opts)
-        # What the YAML file has set stays, but for what was given.
+        # Values of the YAML file stay, except for options that were given.
         assert (brain.precision, brain.device) == ("bf16", "cpu")
         assert brain._lightning.trainer_arguments == {"devices": 1}
-        # The default minutes do not stand against the steps.
+        # The default minutes do not conflict with the steps.
         assert (brain.ckpt_interval_minutes, brain.ckpt_interval_steps) == (0, 3)
 
 
-def test_what_launchers_add_is_no_override(
+def test_arguments_of_launchers_are_not_overrides(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """``torch.distributed.launch`` appends the rank; SpeechBrain 0.5 had a flag."""
+    """``torch.distributed.launch`` appends the rank. SpeechBrain 0.5 had a flag."""
     assert parse_arguments(["h.yaml", "--distributed_launch=False"]).overrides == ""
     assert caplog.text == ""
     assert parse_arguments(["h.yaml", "--distributed_launch"]).overrides == ""
-    assert "--distributed_launch has no effect: start the script with torchrun" in caplog.text
+    assert "--distributed_launch has no effect. Start the script with torchrun." in caplog.text
     caplog.clear()
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -180,9 +180,9 @@ def test_what_launchers_add_is_no_override(
     assert caplog.text == ""
 
 
-def test_what_the_trainers_side_reads_of_a_brain_are_run_options_with_their_types() -> None:
-    # Refused or translated by the time that a Brain exists; log_config is the recipe's, and
-    # those of ours alone are in LightningSettings.
+def test_option_values_of_the_protocol_are_the_run_options_with_their_types() -> None:
+    # These raise an error or are translated before a Brain exists. log_config belongs to the
+    # recipe. Options that SpeechBrain does not have are in LightningSettings.
     others = {
         "data_parallel_backend", "data_parallel_count", "auto_mix_prec", "bfloat16_mix_prec",
         "log_config", *OURS_ALONE,
@@ -190,22 +190,22 @@ def test_what_the_trainers_side_reads_of_a_brain_are_run_options_with_their_type
     names = [name for name in RunOptions.option_names() if name not in others]
     declared = get_type_hints(RunOptions)
     expected = {name: declared[name] for name in names}
-    # A Brain has found one where none was given.
+    # A Brain chooses a device if none was given.
     expected["device"] = str
     assert list(get_type_hints(OptionValues).items()) == list(expected.items())
 
 
-def test_an_unknown_option_is_named_with_a_guess() -> None:
+def test_the_error_for_an_unknown_option_suggests_a_name() -> None:
     with pytest.raises(RunOptionError, match="'max_grad_nrom': did you mean 'max_grad_norm'"):
         Brain(run_opts={"max_grad_nrom": 1})
-    with pytest.raises(RunOptionError, match="'xyz': choose from test_only, debug"):
+    with pytest.raises(RunOptionError, match="'xyz': use one of test_only, debug"):
         Brain(run_opts={"xyz": 1})
 
 
 @pytest.mark.parametrize(
     ("error", "words", "options"),
     [
-        (RunOptionError, r"'fp8' is not one of fp32, fp16, bf16", {"precision": "fp8"}),
+        (RunOptionError, r"'fp8' is not supported. Use one of fp32", {"precision": "fp8"}),
         (RunOptionError, r"fp16.*not supported on the CPU.*bf16", {"precision": "fp16"}),
         (RunOptionError, r"fp16.*not supported on the CPU", {"eval_precision": "fp16"}),
         (RunOptionError, r"fp16.*not supported on the CPU", {"auto_mix_prec": True}),
@@ -216,7 +216,7 @@ def test_an_unknown_option_is_named_with_a_guess() -> None:
         (RunOptionError, r"device 'cuda:99'", {"device": "cuda:99"}),
     ],
 )  # fmt: skip
-def test_what_cannot_be_honoured_is_refused(
+def test_unsupported_values_raise_an_error(
     error: type[Exception], words: str, options: dict[str, Any]
 ) -> None:
     with pytest.raises(error, match=words):
@@ -231,10 +231,10 @@ def test_both_intervals_in_hparams_exclude_each_other_too() -> None:
 def test_deprecated_spellings_still_work(caplog: pytest.LogCaptureFixture) -> None:
     brain = make(bfloat16_mix_prec=True)
     assert brain.precision == "bf16"
-    assert "use --precision=bf16" in caplog.text
+    assert "Use --precision=bf16" in caplog.text
 
 
-def test_torchruns_variables_say_which_process_this_is(
+def test_the_rank_is_read_from_torchruns_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
@@ -249,12 +249,12 @@ def test_modules_must_be_modules(modules: Any) -> None:
         Brain(modules=modules)
 
 
-def test_an_opt_class_must_make_optimizers() -> None:
+def test_an_opt_class_must_create_optimizers() -> None:
     with pytest.raises(BrainTypeError, match=r"an instance of SGD.*!name:torch\.optim\.Adam"):
         make(opt_class=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1))
 
 
-def test_every_option_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     shown = capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_every_option_explains_itself(capsys: pytest.CaptureFixture[str]) -> Non
 
 @needs_speechbrain("1.1")
 def test_options_that_speechbrain_was_not_given_do_not_override_hparams() -> None:
-    """A recipe may go on using ``sb.parse_arguments``."""
+    """A recipe may still use ``sb.parse_arguments``."""
     words = ["hparams.yaml", "--device=cpu", "--max_grad_norm=2.5"]
     _, run_opts, _ = speechbrain.parse_arguments(words)
     hparams = {"grad_accumulation_factor": 2, "max_grad_norm": 9.0}

@@ -17,7 +17,7 @@ ARGUMENTS = list(inspect.signature(Trainer).parameters)
 
 
 def entries() -> dict[str, list[str]]:
-    """The lines below each argument."""
+    """Returns the lines below each argument."""
     blocks = [block.splitlines() for block in trainer_help().split("\n\n")[1:]]
     return {re.split("[.=]", name)[1]: lines for name, *lines in blocks}
 
@@ -29,8 +29,8 @@ def test_every_argument_is_described_at_the_width_of_a_terminal() -> None:
     assert all(len(line) <= WIDTH == 80 for line in trainer_help().splitlines())
 
 
-def test_it_is_said_how_an_argument_meets_a_brain() -> None:
-    # A name that Lightning has given up would be told of no more.
+def test_differences_with_a_brain_are_shown() -> None:
+    # A name that Lightning removed would not be shown.
     assert set(WITH_A_BRAIN) <= set(ARGUMENTS)
     for name, lines in entries().items():
         text = " ".join(" ".join(lines).split())
@@ -55,7 +55,7 @@ def test_defaults_and_descriptions_are_lightnings(line: str) -> None:
 @pytest.mark.parametrize(
     "words", [["run", "nowhere.py", "--trainer.help"], ["verify", "--trainer.help"]]
 )
-def test_a_command_shows_it_before_it_looks_at_anything(
+def test_a_command_shows_it_before_it_reads_any_file(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -64,14 +64,14 @@ def test_a_command_shows_it_before_it_looks_at_anything(
     assert capsys.readouterr().out == trainer_help() + "\n"
 
 
-def test_a_script_of_ones_own_shows_it_too() -> None:
+def test_a_script_shows_it_too() -> None:
     script = "from brain_lightning import parse_arguments; parse_arguments(); print('built')"
     assert (
         check_python("-c", script, "nowhere.yaml", "--trainer.help") == trainer_help() + "\n"
     )
 
 
-def test_the_help_of_a_script_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_a_script_mentions_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     assert "--trainer.help" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The key by which a value is set, in files as recipes have them."""
+"""The key that sets a value, in YAML files such as those of recipes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def is_in_train(keys: Keys, tag: str) -> bool:
         ("size: 4", "", []),
         ("base: 8\nsize: !ref <base>", "", ["base"]),
         ("first: 8\nbase: !ref <first>\nsize: !ref <base>", "", ["first"]),
-        # What is calculated is set itself.
+        # A computed value is set at its own key.
         ("base: 4\nopts:\n    size: !ref <base> * 2", "", ["opts.size"]),
         ("opts:\n    base: 8\nsize: !ref <opts[base]>", "", ["size"]),
         ("valid:\n    size: 8\ntrain:\n    size: 8", "", ["train.size"]),
         ("size: 8\nAdam: !name:Adam\n    size: 8.0", "", ["Adam.size"]),
         ("all: &all\n    size: 8\ntrain:\n    <<: *all", "", ["train.size"]),
-        # An override does not reach into a list.
+        # An override cannot set an element of a list.
         ("sizes:\n    - size: 8", "", []),
         ("size: eight", "", []),
         ("", "", []),

@@ -326,7 +326,8 @@ def a_whole_loop(side: Side, record: Record) -> Any:
                     self.profiler.step()
             self.on_stage_end(stages.TRAIN, self.avg_train_loss, epoch)
             self.avg_train_loss, self.step = 0.0, 0
-        return self.raw_modules is self.modules
+        # SpeechBrain 1.1 has them.
+        return getattr(self, "raw_modules", self.modules) is self.modules
 
     brain = made(side, record, fit=fit, run_opts={"optimizer_step_limit": 12})
     record.results.append(brain.fit(range(1, 5), loader(record, brain, shuffle=True)))

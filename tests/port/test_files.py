@@ -68,7 +68,7 @@ def test_files_are_written_beside_and_over_no_other(changes: list[Change]) -> No
     write_beside(changes, Path("out"))
     Path("out/same.py").write_text("of somebody")
     Path("out/train.py").unlink()
-    with pytest.raises(RecipeError, match="is there already, and is another file"):
+    with pytest.raises(RecipeError, match="exists already with other content"):
         write_beside(changes, Path("out"))
     assert not Path("out/train.py").exists()
 

@@ -216,46 +216,48 @@ def test_what_ours_has_takes_its_place(case: str) -> None:
     assert (again.text, again.brains) == (after, ported.brains)
 
 
-OF_A_BRAIN = "from speechbrain import Brain\nclass A(Brain):\n  def fit_batch(self, b):\n    "
+BRAIN_METHODS = (
+    "from speechbrain import Brain\nclass A(Brain):\n  def fit_batch(self, b):\n    "
+)
 REMARKS = {
-    "from speechbrain.core import *\n": (1, "write out Brain, Stage"),
+    "from speechbrain.core import *\n": (1, "import * cannot be ported"),
     "from library import Base\nclass A(Base):\n    def compute_forward(self): ...": (
-        2, "A is a Brain by its methods, and its base Base is in no file beside the script",
+        2, "A seems to be a Brain by its methods, and the file of its base Base is not in",
     ),
     "import speechbrain as sb\ncore = sb.core\n"
     "class A(core.Brain):\n    def fit_batch(self): ...": (
-        3, "its base core.Brain is in no file",
+        3, "its base core.Brain is not in",
     ),
     "from library.base import OtherBrain as B\n"
     "class A(B):\n    def on_stage_end(self): ...\nB()": (
-        1, "library.base.OtherBrain is a Brain by its name, and is in no file beside",
+        1, "library.base.OtherBrain seems to be a Brain by its name, and its file is not in",
     ),
     "import library\nlibrary.a.OtherBrain()\nclass A(library.a.OtherBrain): ...": (
-        2, "library.a.OtherBrain is a Brain by its name",
+        2, "library.a.OtherBrain seems to be a Brain by its name",
     ),
     "from library import Base\nclass A(Base):\n    def on_stage_end(self): ...": (
-        2, "A is a Brain by its methods",
+        2, "A seems to be a Brain by its methods",
     ),
     "from speechbrain.utils.distributed import ddp_init_group\nf(ddp_init_group)": (
-        2, "ddp_init_group: take it out",
+        2, "Remove ddp_init_group",
     ),
     "import speechbrain as sb\nx = sb.nnet\nsb.core.Brain = x": (
-        3, "speechbrain.core.Brain is set here, which stays: ours is brain_lightning.Brain",
+        3, "speechbrain.core.Brain = ... is left unchanged. It does not change brain_",
     ),
-    OF_A_BRAIN + "clip_grad_norm_(self.modules.parameters(), self.hparams.clip)": (
-        4, "clips gradients by hand, which stays",
+    BRAIN_METHODS + "clip_grad_norm_(self.modules.parameters(), self.hparams.clip)": (
+        4, "Custom gradient clipping is left unchanged.",
     ),
-    OF_A_BRAIN + "if self.step % self.hparams.every == 0: self.optimizer.step()": (
-        4, "accumulates gradients by hand, which stays",
+    BRAIN_METHODS + "if self.step % self.hparams.every == 0: self.optimizer.step()": (
+        4, "Custom gradient accumulation is left unchanged.",
     ),
-    OF_A_BRAIN + "ready = self.step % 4 == 0\n    if ready: self.optimizers_step.step()": (
-        5, "accumulates gradients by hand, which stays",
+    BRAIN_METHODS + "ready = self.step % 4 == 0\n    if ready: self.optimizers_step.step()": (
+        5, "Custom gradient accumulation is left unchanged.",
     ),
-    OF_A_BRAIN + "self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit": (
-        4, "moves the epoch counter by hand, which stays",
+    BRAIN_METHODS + "self.hparams.epoch_counter.current = self.hparams.epoch_counter.limit": (
+        4, "A custom change of the epoch counter is left unchanged.",
     ),
-    OF_A_BRAIN + "torch.distributed.init_process_group('gloo')": (
-        4, "init_process_group: take it out",
+    BRAIN_METHODS + "torch.distributed.init_process_group('gloo')": (
+        4, "Remove init_process_group",
     ),
 }  # fmt: skip
 

@@ -68,7 +68,7 @@ def test_files_that_its_brains_come_from_are_ported_too(tmp_path: Path) -> None:
         prepare="import speechbrain\nBrain = 'no Stage'\n", unrelated=BASE,
     )  # fmt: skip
     recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
-    assert (recipe.outcome, recipe.remarks) == ("whole", [])
+    assert (recipe.outcome, recipe.remarks) == ("completely", [])
     assert recipe.brains == ["Base"]
     found = {str(each.path.relative_to(tmp_path)): each for each in recipe.changes}
     changed = {name for name, each in found.items() if each.before != each.after}
@@ -88,10 +88,12 @@ def test_what_has_no_brain_stays_whole(tmp_path: Path) -> None:
     recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
     assert recipe.outcome == "not at all"
     assert all(each.before == each.after for each in recipe.changes)
-    assert str(recipe.remarks[0]).startswith(f"{script}:6: Toy is a Brain by its methods")
+    assert str(recipe.remarks[0]).startswith(
+        f"{script}:6: Toy seems to be a Brain by its methods"
+    )
     script.write_text("import speechbrain as sb\nsb.parse_arguments([])\n")
     assert str(port_recipe(script).remarks[0]).endswith(
-        ":1: no subclass of Brain: nothing to port"
+        ":1: There is no subclass of Brain, so there is nothing to port."
     )
 
 
@@ -146,10 +148,10 @@ def test_a_step_by_hand_that_is_speechbrains_own_becomes_arguments(
     recipe = port_recipe(script, [tmp_path / "hparams.yaml"])
     python, yaml, _ = (change.after for change in recipe.changes)
     if section is None:
-        assert (recipe.outcome, yaml) == ("in part", YAML)
+        assert (recipe.outcome, yaml) == ("partly", YAML)
         assert "def fit_batch" in python
     else:
-        assert (recipe.outcome, yaml) == ("whole", f"{YAML}\n{section}")
+        assert (recipe.outcome, yaml) == ("completely", f"{YAML}\n{section}")
         assert "def fit_batch" not in python
     # Without the YAML file it is not known.
     assert "def fit_batch" in port_recipe(script).changes[0].after
@@ -162,7 +164,7 @@ def test_a_step_by_hand_stays_where_run_options_would_change_it(
     script = written(tmp_path)
     script.write_text(STEP)
     (tmp_path / "hparams.yaml").write_text(f"{YAML}{more}\n")
-    assert port_recipe(script, [tmp_path / "hparams.yaml"]).outcome == "in part"
+    assert port_recipe(script, [tmp_path / "hparams.yaml"]).outcome == "partly"
 
 
 def test_brains_that_yaml_alone_names_are_named(tmp_path: Path) -> None:
@@ -174,8 +176,8 @@ def test_brains_that_yaml_alone_names_are_named(tmp_path: Path) -> None:
         "e: !new:brain_lightning.Brain\n"
     )
     recipe = port_recipe(script, [hparams])
-    assert [str(each).partition(" is a Brain that no file")[0] for each in recipe.remarks] == [
-        f"{hparams}:2: base.Base", f"{hparams}:3: library.OtherBrain",
+    assert [str(each).partition(" is left unchanged, ")[0] for each in recipe.remarks] == [
+        f"{hparams}:2: The Brain base.Base", f"{hparams}:3: The Brain library.OtherBrain",
     ]  # fmt: skip
     # One that the script imports is ported.
     script.write_text("import base\n")

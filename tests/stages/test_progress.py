@@ -219,9 +219,12 @@ def test_a_speechbrain_brain_has_the_defaults(capfd: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"progress": "tqdm"}, "progress='tqdm' is not one of auto, bar, plain"),
+        (
+            {"progress": "tqdm"},
+            "progress='tqdm' is not supported. Use one of auto, bar, plain",
+        ),
         ({"progress_interval": -1}, "must be a number of seconds, 0 or more"),
-        ({"progress_interval": "10"}, "is a text"),
+        ({"progress_interval": "10"}, "is a string"),
     ],
 )
 def test_other_words_are_refused(options: dict[str, Any], says: str) -> None:

@@ -44,14 +44,14 @@ BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
 TOKENS = {"accumulate_by": "tokens"}
 WINDOWS = {"grad_accumulation_factor": 4, **TOKENS}
 
-# Which of the batches of those sizes are one batch.
+# Indices of the batches in SIZES that are merged into one batch.
 Groups = Sequence[Sequence[int]]
 ONE_BY_ONE = [[number] for number in range(8)]
 LARGE = [range(4), range(4, 8)]
 
 
 class Weighed(Regression):
-    """Its mean is over the items of a batch."""
+    """Its loss is the mean over the items of a batch."""
 
     def loss_weight(self, batch: Any) -> Any:
         return len(batch[1])
@@ -69,7 +69,7 @@ class Around(Weighed):
 
 
 class Scaled(Weighed):
-    """With the scaler that fp16 has on a GPU."""
+    """Uses the gradient scaler of fp16."""
 
     def on_fit_start(self) -> None:
         self.scaler = torch.GradScaler("cpu", init_scale=2.0**16)
@@ -77,7 +77,7 @@ class Scaled(Weighed):
 
 
 class Counts(Weighed):
-    """Counts when it computes the loss, as where a batch is augmented."""
+    """Counts targets while it computes the loss, as a recipe that augments batches does."""
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         self.targets = torch.tensor([predictions.numel()], dtype=torch.half)
@@ -94,10 +94,10 @@ class Theirs(SpeechBrains):
 
 
 class Listens(Callback):
-    """Has Lightning's own loop take the step."""
+    """A callback that needs Lightning's own loop."""
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        """Lean loops call none."""
+        """A hook that the lean loops do not call."""
 
 
 def fitted(
@@ -108,7 +108,7 @@ def fitted(
     epochs: int = 2,
     **options: Any,
 ) -> Any:
-    # Clipped to a norm, gradients of any size would be the same.
+    # Clipping would hide the size of the gradients.
     brain = make(cls, **{"max_grad_norm": 0, **options})
     brain.modules.to(dtype)
     parts = [each.to(dtype).split(SIZES) for each in dataset(sum(SIZES)).tensors]
@@ -125,7 +125,7 @@ def difference(brain: Any, other: Any) -> float:
 
 
 class Half(Scaled):
-    """Its loss times its weight is more than fp16 can hold."""
+    """The product of its loss and its weight overflows in fp16."""
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         return super().compute_objectives(predictions, batch, stage).half()
@@ -162,7 +162,7 @@ def test_a_window_is_one_large_batch(
 def test_a_loss_in_fp16_is_weighed_in_full_precision() -> None:
     brain = fitted(Half, ONE_BY_ONE, epochs=20, **WINDOWS)
     assert brain.nonfinite_count == 0
-    # The scaler skips those in which it has found its scale.
+    # The scaler skips the first steps, until it has found its scale.
     assert 0.05 < difference(brain, make()) < 2
 
 
@@ -180,7 +180,7 @@ def test_by_default_batches_weigh_the_same_and_numbers_are_means_over_batches() 
 
 
 class OwnLoop(Weighed):
-    """SpeechBrain's, in short."""
+    """A short version of SpeechBrain's loop."""
 
     def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
         self.modules.train()
@@ -190,7 +190,7 @@ class OwnLoop(Weighed):
         self.zero_grad(set_to_none=True)
 
 
-def test_an_incomplete_window_is_dropped_or_a_mean_of_its_own() -> None:
+def test_an_incomplete_window_is_dropped_or_has_its_own_mean() -> None:
     one = fitted(groups=LARGE[:1])
     assert difference(fitted(OwnLoop, ONE_BY_ONE[:7], **WINDOWS), one) <= 1e-6
     dropped = fitted(groups=ONE_BY_ONE[:7], **WINDOWS)
@@ -201,7 +201,7 @@ def test_an_incomplete_window_is_dropped_or_a_mean_of_its_own() -> None:
 
 
 class LeavesOut(Weighed):
-    """Two batches have no finite loss."""
+    """The loss of two batches is not finite."""
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         loss = super().compute_objectives(predictions, batch, stage)
@@ -209,7 +209,7 @@ class LeavesOut(Weighed):
 
 
 class Weightless(Weighed):
-    """Two batches have nothing to learn from."""
+    """Two batches have no targets."""
 
     def loss_weight(self, batch: Any) -> float:
         return 0.0 if len(batch[1]) in (3, 9) else len(batch[1])
@@ -237,13 +237,13 @@ def test_an_optimizer_that_is_frozen_keeps_its_gradients_until_it_steps() -> Non
             return optimizers if self.optimizer_step else {"weight": optimizers["weight"]}
 
     brain, large = fitted(Two, ONE_BY_ONE, epochs=1, **WINDOWS), fitted(Two, epochs=1)
-    # Of two windows with as many items.
+    # Both windows have the same number of items.
     assert difference(brain, large) <= 1e-6
     assert difference(brain, fitted(epochs=1)) > 1e-3
 
 
 class Greedy(Weighed):
-    """Has no memory for one batch, once."""
+    """Runs out of memory once."""
 
     fails_at = (0, "")
 
@@ -273,7 +273,7 @@ def full(_: Any) -> Any:
     [
         ((4, "forward"), True, [range(3), range(4, 8)]),
         ((2, "end"), True, [(0, 2, 3), range(4, 8)]),
-        # Without a copy, what the window has gathered is dropped with it.
+        # Without a copy, the accumulated gradients are dropped, too.
         ((2, "end"), False, [(2, 3), range(4, 8)]),
         ((1, "end"), False, [range(1, 4), range(4, 8)]),
         ((8, "step"), True, LARGE[:1]),
@@ -291,7 +291,7 @@ def test_a_batch_without_memory_has_no_weight(
 
 
 class Tries(Callback):
-    """Has a trial in the middle of a window."""
+    """Runs a trial in the middle of a window."""
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -307,7 +307,7 @@ class Tries(Callback):
         assert window_of(brain) is before
 
 
-def test_a_trial_has_windows_of_its_own() -> None:
+def test_a_trial_has_its_own_windows() -> None:
     brain = fitted(groups=ONE_BY_ONE, trainer={"callbacks": [Tries()]}, **WINDOWS)
     assert all_equal(weights(brain), weights(fitted(groups=ONE_BY_ONE, **WINDOWS)))
 
@@ -316,7 +316,7 @@ def test_a_trial_has_windows_of_its_own() -> None:
 
 
 class Cuttable(Noisy):
-    """Batches weigh a random number; it is cut in the middle of one, or after a step."""
+    """Batches have random weights. A run is cut within a batch or after a step."""
 
     cut_in = ""
 
@@ -337,7 +337,7 @@ class Cuttable(Noisy):
 
 
 def run(folder: Path, epoch: int = 0, step: int = 0, cut_in: str = "") -> Any:
-    """By a file of what an error leaves, or a directory after each batch."""
+    """Resumes from the file that an error leaves, or from a directory per batch."""
     is_trainers = cut_in != "end"
     options = {
         **TOKENS,
@@ -379,7 +379,7 @@ def test_a_window_is_resumed(
     assert window_of(whole).reference != 1
 
 
-# ----------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------- errors
 
 
 class OwnStep(Weighed):
@@ -401,12 +401,12 @@ class TheirsAround(Theirs):
     [
         (Regression, r"needs a method loss_weight\(self, batch\) of Regression"),
         (type("Number", (Regression,), {"loss_weight": 0.3}), "needs a method loss_weight"),
-        (ManualWeighed, r"has no effect in ManualWeighed\.fit_batch: call super"),
-        (OwnStep, r"has no effect in OwnStep\.optimizers_step: call super"),
-        (TheirsAround, "call super.*has to be that of our Brain"),
+        (ManualWeighed, r"has no effect in ManualWeighed\.fit_batch\. Derive"),
+        (OwnStep, r"has no effect in OwnStep\.optimizers_step\. Derive"),
+        (TheirsAround, "Derive TheirsAround from brain_lightning.Brain and call super"),
     ],
 )
-def test_what_cannot_be_weighed_is_refused_before_training(cls: Any, words: str) -> None:
+def test_missing_weights_raise_an_error_before_training(cls: Any, words: str) -> None:
     with patch_speechbrain():
         brain = make(cls, hparams=TOKENS, grad_accumulation_factor=4)
         with pytest.raises(UnsupportedError, match=words):
@@ -424,9 +424,8 @@ def test_a_weight_is_a_number_of_targets(weight: Any) -> None:
         make(cls, **TOKENS).fit(range(1), loader())
 
 
-def test_other_words_are_refused_or_the_recipes_own() -> None:
-    with pytest.raises(
-        RunOptionError, match="accumulate_by='frames' is not one of batches, to"
-    ):
+def test_other_values_raise_an_error_or_belong_to_the_recipe() -> None:
+    words = "accumulate_by='frames' is not supported. Use one of batches, to"
+    with pytest.raises(RunOptionError, match=words):
         make(accumulate_by="frames")
     assert make(hparams={"accumulate_by": 3})._lightning.accumulate_by == "batches"

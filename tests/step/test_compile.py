@@ -15,13 +15,13 @@ from tests.parity.recipes import two_modules
 from tests.parity.sides import OURS, SPEECHBRAIN, Record
 from tests.support.brains import Regression, all_equal, loader, make, weights
 
-# torch's own, while it compiles.
+# Warnings of torch while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules are traced and wrapped as ever; no code is generated for them."""
+    """Traces and wraps modules as usual, but generates no code."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
@@ -29,7 +29,7 @@ def trained(side: Any, **run_opts: Any) -> Any:
     torch.manual_seed(0)
     brain = make_side(side, Record(), two_modules(), run_opts=run_opts)
     batches = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0])) for _ in range(4)]
-    # A list of batches is a dataset of both sides, with a batch size of None.
+    # On both sides, a list of batches is a dataset if batch_size is None.
     brain.fit(range(2), batches, train_loader_kwargs={"batch_size": None})
     return brain
 
@@ -37,7 +37,9 @@ def trained(side: Any, **run_opts: Any) -> Any:
 @pytest.mark.parametrize("option", ["compile", "jit"])
 def test_compiled_modules_give_speechbrains_numbers(option: str) -> None:
     torch.compiler.reset()
-    ours, theirs = trained(OURS, **{option: True}), trained(SPEECHBRAIN, **{option: True})
+    # Its default changed with SpeechBrain 1.1, which is ours: other kernels are generated.
+    options = {option: True, "compile_using_dynamic_shape_tracing": False}
+    ours, theirs = trained(OURS, **options), trained(SPEECHBRAIN, **options)
     assert all_equal(weights(ours), weights(theirs))
     assert not all_equal(weights(ours), list(two_modules()["encoder"].parameters()))
 
@@ -69,11 +71,11 @@ def test_without_the_flag_the_keys_have_no_effect() -> None:
 
 
 @pytest.mark.parametrize("option", ["compile", "jit"])
-def test_a_key_that_names_no_module_is_refused(option: str) -> None:
+def test_a_key_that_is_not_an_entry_raises_an_error(option: str) -> None:
     brain = make(**{option: True, f"{option}_module_keys": ["encoder"]})
     with pytest.raises(
         RunOptionError,
-        match=f"{option}_module_keys names 'encoder'.*the entries are model",
+        match=f"{option}_module_keys has 'encoder'.*Use some of model",
     ):
         brain.fit(range(1), loader())
     assert brain.step == 0
@@ -93,7 +95,7 @@ def test_a_module_that_cannot_be_compiled_is_scripted_instead(
 
 
 @pytest.mark.usefixtures("eager")
-def test_modules_are_compiled_once_where_a_brain_is_fitted_twice() -> None:
+def test_modules_are_compiled_once_if_a_brain_is_fitted_twice() -> None:
     brain = make(compile=True)
     for _ in range(2):
         brain.fit(range(1), loader())

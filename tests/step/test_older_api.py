@@ -1,4 +1,4 @@
-"""What SpeechBrain 0.5's Brain had beside its loops; those are in tests/parity."""
+"""Members of SpeechBrain 0.5's Brain, except its loops, which are in tests/parity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.brains import (
     weights,
 )
 
-# SpeechBrain's own.
+# SpeechBrain's own warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -38,7 +38,7 @@ def base(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield request.param
 
 
-# -------------------------------------------------------------------------- what is in force
+# -------------------------------------------------------------------------- precision flags
 
 
 def flags(brain: Any) -> tuple[bool, bool, bool]:
@@ -48,7 +48,7 @@ def flags(brain: Any) -> tuple[bool, bool, bool]:
 FP32, BF16 = (False, False, False), (False, True, True)
 
 
-def test_flags_say_what_precision_is_in_force(base: Any) -> None:
+def test_flags_show_the_precision_in_effect(base: Any) -> None:
     class Flags(base):
         def fit_batch(self, batch: Any) -> Any:
             self.found = flags(self)
@@ -62,7 +62,7 @@ def test_flags_say_what_precision_is_in_force(base: Any) -> None:
     brain = make(Flags)
     brain.fit(range(1), loader())
     assert brain.found == flags(brain) == FP32
-    # A Trainer decides for the time of its run.
+    # During its run, a Trainer's precision takes precedence.
     brain.fit(range(1), loader(), trainer={"precision": "bf16-mixed"})
     assert (brain.found, flags(brain)) == (BF16, FP32)
     trainer_with(precision="bf16-mixed", max_epochs=1).fit(to_lightning(brain), loader())
@@ -71,7 +71,7 @@ def test_flags_say_what_precision_is_in_force(base: Any) -> None:
     assert flags(brain)[0]
 
 
-def test_flags_are_there_in_a_run_without_a_patch() -> None:
+def test_flags_exist_in_a_run_without_a_patch() -> None:
     class Flags(TheirRegression):
         def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
             self.found = (*flags(self), self.progressbar, self.valid_step)
@@ -87,7 +87,7 @@ def test_progressbar_is_an_attribute(base: Any) -> None:
     assert not make(base).progressbar
 
 
-def test_a_check_of_gradients_that_nobody_calls_is_told(
+def test_a_check_gradients_that_is_never_called_logs_a_warning(
     base: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Checks(base):
@@ -112,7 +112,7 @@ def test_a_check_of_gradients_that_nobody_calls_is_told(
 
 
 class Nan(nn.Module):
-    """Breaks its third batch."""
+    """Has a NaN loss in its third batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_valid_step_counts_finite_losses_of_an_epoch(base: Any) -> None:
     assert brain.valid_step == 0
 
 
-def test_a_valid_step_of_the_recipes_own_is_left_alone(base: Any) -> None:
+def test_a_recipes_own_valid_step_is_not_changed(base: Any) -> None:
     class Own(base):
         def on_stage_start(self, stage: Any, epoch: Any = None) -> None:
             if stage.name == "VALID":
@@ -153,7 +153,7 @@ def test_a_valid_step_of_the_recipes_own_is_left_alone(base: Any) -> None:
     assert brain.valid_step == 2
 
 
-def test_windows_by_valid_step_are_resumed_where_they_were(tmp_path: Path) -> None:
+def test_windows_by_valid_step_are_resumed(tmp_path: Path) -> None:
     fitted = []
 
     class Window(Regression):
@@ -203,7 +203,7 @@ def one_step(brain: Any, batch: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", ["on the base class", "around", "on the object", "of a class"])
-def test_a_fit_batch_that_is_put_in_its_place_is_heard(
+def test_a_replaced_fit_batch_is_called(
     base: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Brain if base is Regression else speechbrain.Brain
@@ -213,7 +213,7 @@ def test_a_fit_batch_that_is_put_in_its_place_is_heard(
     if how == "on the base class":
         monkeypatch.setattr(root, "fit_batch", one_step)
     elif how == "around":
-        # Looks like the original.
+        # A replacement that looks like the original.
         around = functools.wraps(root.fit_batch)(one_step)
         monkeypatch.setattr(root, "fit_batch", around)
     elif how == "on the object":
@@ -226,10 +226,10 @@ def test_a_fit_batch_that_is_put_in_its_place_is_heard(
     assert not all_equal(weights(brain), weights(make(base)))
 
 
-def test_what_is_put_in_its_place_is_heard_of_every_hook(
+def test_a_replacement_of_any_hook_is_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hooks that a recipe must have; those that the loop calls only where there is need."""
+    """Covers required hooks, and hooks that the loop calls only if they are overridden."""
     checked = []
 
     class Bare(Brain):

@@ -1,4 +1,4 @@
-"""A batch for which there is no memory: it is named, skipped, or the run ends and resumes."""
+"""Out-of-memory batches: they are described and skipped, or the run ends and resumes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 class Full(nn.Module):
-    """Has no memory in the forward or the backward pass, when it is told so."""
+    """Runs out of memory in the forward or the backward pass if a flag is set."""
 
     forward_fails = backward_fails = False
 
@@ -78,7 +78,7 @@ WHERE = ("on_fit_batch_start", "forward", "backward", "step", "on_fit_batch_end"
 
 
 class Greedy(Regression):
-    """Random, with buffers; fails once for each of ``failures``: (epoch, step) and where."""
+    """Random, with buffers. Fails once per element of ``failures``: (epoch, step, where)."""
 
     failures: tuple[tuple[int, int, str], ...] = ()
 
@@ -99,7 +99,7 @@ class Greedy(Regression):
         modules = self.modules
         modules.full.forward_fails = self._fails("forward")
         modules.full.backward_fails = self._fails("backward")
-        # Its last layer has gradients when the backward pass of the others fails.
+        # The last layer has gradients when the backward pass of the other layers fails.
         first = nn.functional.dropout(modules.norm(batch[0]), 0.3, self.modules.training)
         self.seen = getattr(self, "seen", 0) + 1
         return modules.model(modules.full(modules.first(first)))
@@ -114,7 +114,7 @@ class Greedy(Regression):
 
 
 class Losses(list):  # type: ignore[type-arg]
-    """What a recipe counts in an epoch."""
+    """Statistics that a recipe collects in an epoch."""
 
 
 class Around(Greedy):
@@ -135,7 +135,7 @@ class ByHand(Greedy):
 
 
 class Watching(Callback):
-    """Has Lightning's own loop fit batches."""
+    """A callback that needs Lightning's own loop."""
 
     def on_before_backward(self, *args: Any) -> None:
         pass
@@ -179,21 +179,21 @@ def assert_same(one: Any, other: Any) -> None:
     assert not all_equal(weights(one), weights(brain_of(Greedy, None)))
 
 
-# -------------------------------------------------------------------------------- to skip
+# ------------------------------------------------------------------------------- skipping
 
 FAILURES = (
     (1, 2, "forward"), (1, 5, "backward"), (1, 6, "on_fit_batch_start"), (1, 8, "step"),
     (2, 1, "backward"), (2, 4, "on_fit_batch_end"), (2, 7, "forward"), (2, 12, "step"),
-    # Nor for the update of the others of its window.
+    # Neither this batch nor the step of its window has memory.
     (2, 10, "forward"), (2, 10, "step"),
 )  # fmt: skip
-# Updates that had begun.
+# Batches that fail in or after their optimizer step.
 UPDATES = {(1, 8), (2, 4), (2, 12)}
 SKIPPED = {(epoch, step) for epoch, step, _ in FAILURES}
 
 
 class Skips:
-    """Skips by hand what the other Brain has no memory for."""
+    """Skips the batches in which the other Brain runs out of memory."""
 
     def fit_batch(self: Any, batch: Any) -> Any:
         if (self.hparams.epoch_counter.current, self.step) not in SKIPPED:
@@ -216,7 +216,7 @@ class Scaled(Greedy):
 
 
 class Weighed(Around):
-    """Its batches weigh by what they have (``accumulate_by``)."""
+    """Its batches have weights (``accumulate_by``)."""
 
     def loss_weight(self, batch: Any) -> float:
         return 1.0 + self.step % 3
@@ -240,7 +240,7 @@ def test_a_skipped_batch_leaves_nothing_but_its_number(
     assert found.seen == expected.seen == 2 * BATCHES - len(SKIPPED) + 2 * 5
     assert found.scaler.state_dict() == expected.scaler.state_dict()
     assert 0 < found.optimizer_step <= (2 * BATCHES - len(SKIPPED))
-    # Also of the one whose hook had no memory.
+    # Includes the batch that failed in this hook.
     assert len(found.hparams.ended) == 2 * BATCHES - len(SKIPPED) + 1
     told = [each for each in caplog.messages if "this batch is skipped" in each]
     numbers = [*(range(1, 5)), *range(1, 6)]
@@ -253,7 +253,7 @@ def test_a_skipped_batch_leaves_nothing_but_its_number(
 
 
 class Theirs(speechbrain.Brain):
-    """The same on SpeechBrain's own Brain."""
+    """The same with SpeechBrain's own Brain."""
 
     failures: tuple[tuple[int, int, str], ...] = ()
     _fails, _fail = Greedy._fails, Greedy._fail
@@ -279,11 +279,11 @@ def test_speechbrains_own_brain_skips_too() -> None:
     assert_same(ours, theirs)
 
 
-# --------------------------------------------------------------------- to end, and resume
+# -------------------------------------------------------------------- ending and resuming
 
 
 def end(brain: Any, **arguments: Any) -> list[str]:
-    """What is added to the error that a run ends with."""
+    """Returns the notes of the error that ends a run."""
     with pytest.raises((torch.OutOfMemoryError, MemoryError)) as caught:
         fit(brain, **arguments)
     return notes(caught.value)
@@ -296,7 +296,7 @@ def test_a_run_that_skipped_and_ended_resumes_bit_for_bit(
     options = {"grad_accumulation_factor": factor, "oom_patience": 1}
     first, second = (1, 2, "forward"), (2, 4, where)
     expected = fit(brain_of(Greedy, None, first, second, **options))
-    # That one was skipped is saved: the third one of the epoch ends the run too.
+    # The count of skipped batches is saved, so a later failure of the epoch ends the run.
     for failures in [(first, (1, 8, where)), ((1, 10, where),), (second, (2, 8, where))]:
         found = end(brain_of(Greedy, tmp_path, *failures, **options))
         assert found[-1] == "brain_lightning: the run was saved, and resumes with this batch"
@@ -305,7 +305,7 @@ def test_a_run_that_skipped_and_ended_resumes_bit_for_bit(
     assert resumed.seen == expected.seen
 
 
-def test_the_first_one_ends_where_there_is_no_patience(tmp_path: Path) -> None:
+def test_without_patience_the_first_failure_ends_the_run(tmp_path: Path) -> None:
     clean = fit(brain_of(Greedy, None, oom_patience=0))
     assert_same(clean, fit(brain_of(Greedy, None)))
     found = end(brain_of(Greedy, tmp_path, (1, 3, "backward"), oom_patience=0))
@@ -318,14 +318,14 @@ def test_the_first_one_ends_where_there_is_no_patience(tmp_path: Path) -> None:
 
 
 class Plain(Greedy):
-    """Without anything random, and without buffers."""
+    """Has no random numbers and no buffers."""
 
     def compute_forward(self, batch: Any, stage: Any) -> Any:
         self.modules.full.backward_fails = self._fails("backward")
         return self.modules.model(self.modules.full(self.modules.first(batch[0])))
 
 
-def test_without_the_option_it_is_saved_too(tmp_path: Path) -> None:
+def test_without_the_option_the_run_is_saved_too(tmp_path: Path) -> None:
     data = [*DataLoader(Noise(), 4)]
 
     def batches() -> Any:
@@ -338,7 +338,7 @@ def test_without_the_option_it_is_saved_too(tmp_path: Path) -> None:
     found = fit(brain_of(Plain, tmp_path), batches())
     assert all_equal(weights(expected), weights(found))
     assert found.optimizer_step == expected.optimizer_step
-    # A step that has begun cannot be undone.
+    # An optimizer step that has started cannot be undone.
     with pytest.raises(MemoryError) as caught:
         fit(brain_of(Plain, tmp_path / "step", (1, 5, "step")), batches())
     assert (
@@ -348,7 +348,7 @@ def test_without_the_option_it_is_saved_too(tmp_path: Path) -> None:
     assert not list((tmp_path / "step").glob("CKPT*"))
 
 
-def test_it_is_saved_by_a_trainer_of_the_users(tmp_path: Path) -> None:
+def test_a_trainer_of_the_user_saves_the_run(tmp_path: Path) -> None:
     def by_trainer(brain: Any, **arguments: Any) -> Any:
         saver = ModelCheckpoint(tmp_path, save_last=True)
         trainer = trainer_with(saver, max_epochs=-1, enable_checkpointing=True)
@@ -366,7 +366,9 @@ def test_it_is_saved_by_a_trainer_of_the_users(tmp_path: Path) -> None:
     assert_same(expected, resumed)
 
 
-def test_what_is_not_saved_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_a_run_that_is_not_saved_says_so(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     found = end(brain_of(Greedy, None, (1, 3, "forward")))
     assert found[-1] == "brain_lightning: the run was not saved"
     brain = brain_of(Greedy, tmp_path, (1, 3, "forward"))
@@ -375,7 +377,7 @@ def test_what_is_not_saved_is_said(caplog: pytest.LogCaptureFixture, tmp_path: P
     assert "Could not save the run after the error that ends it" in caplog.text
 
 
-def test_without_memory_for_copies_a_batch_is_skipped_all_the_same(
+def test_without_memory_for_copies_a_batch_is_still_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(*_: Any) -> Any:
@@ -423,7 +425,7 @@ def test_shapes_and_lengths_are_named_in_an_evaluation_too(batch: Any, shown: st
     ]
 
 
-def test_which_errors_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_errors_are_out_of_memory_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     meant = (
         "CUDA error: out of memory",
         "DefaultCPUAllocator: can't allocate memory: 9 bytes",
@@ -431,7 +433,7 @@ def test_which_errors_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(is_out_of_memory(RuntimeError(words)) for words in meant)
     others = [RuntimeError("out"), RuntimeError(3), RuntimeError(), ValueError(meant[0])]
     assert not any(map(is_out_of_memory, others))
-    # Of a GPU.
+    # The memory of a GPU is shown.
     gpu = SimpleNamespace(total_memory=4 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**29)
@@ -465,6 +467,6 @@ def test_what_a_failed_batch_holds_is_freed_before_the_save(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
-def test_a_patience_that_makes_no_sense_is_refused(value: Any) -> None:
-    with pytest.raises(RunOptionError, match=r"oom_patience=.* whole number of 0 or more"):
+def test_an_invalid_patience_raises_an_error(value: Any) -> None:
+    with pytest.raises(RunOptionError, match=r"oom_patience=.* must be an integer, 0 or more"):
         make(oom_patience=value)

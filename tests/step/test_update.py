@@ -1,4 +1,4 @@
-"""A loss that is not finite: the weights stay finite, patience counts, then the run ends."""
+"""A non-finite loss: weights stay finite, patience counts, and then the run ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.brains import Regression, all_equal, dataset, loader, make, s
 
 
 class NaNAt(Regression):
-    """Its loss is NaN in the batches that ``steps`` names, within each epoch."""
+    """Its loss is NaN in the batches whose numbers are in ``steps``, in each epoch."""
 
     steps: tuple[int, ...] = ()
 
@@ -30,7 +30,7 @@ def nan_at(*steps: int) -> type[NaNAt]:
     return type("NaN", (NaNAt,), {"steps": steps})
 
 
-def test_one_nan_batch_leaves_the_weights_as_if_it_had_not_been_there() -> None:
+def test_a_nan_batch_does_not_change_the_weights() -> None:
     brain, without = make(nan_at(3)), make()
     brain.fit(range(1), loader())
     batches = [dataset()[i : i + 4] for i in (0, 4, 12, 16)]
@@ -43,7 +43,7 @@ def test_one_nan_batch_leaves_the_weights_as_if_it_had_not_been_there() -> None:
     assert brain.nonfinite_count == 1
 
 
-def test_the_average_leaves_it_out() -> None:
+def test_the_average_ignores_a_nan_batch() -> None:
     brain = make(nan_at(1, 2))
     losses: list[float] = []
     brain.on_stage_end = lambda stage, loss, epoch=None: losses.append(loss)
@@ -84,7 +84,7 @@ def test_it_is_a_value_error_as_in_speechbrain() -> None:
         make(nan_at(1), nonfinite_patience=0).fit(range(1), loader())
 
 
-def test_patience_begins_anew_in_each_epoch() -> None:
+def test_patience_is_reset_in_each_epoch() -> None:
     brain = make(nan_at(1, 2, 3))
     brain.fit(range(3), loader())
     assert brain.nonfinite_count == 3

@@ -1,4 +1,4 @@
-"""How often the host waits for the device in a step, on a device that counts it."""
+"""How often the host waits for the device in a step, on a fake device that counts waits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.fake_device import DEVICE, recorded
 
 
 class Supered(Regression):
-    """Does something besides the default step."""
+    """Overrides fit_batch and calls the default."""
 
     def fit_batch(self, batch: Any) -> Any:
         return super().fit_batch(batch)
 
 
 class Checked(Regression):
-    """Looks at its losses itself."""
+    """Reads its losses itself."""
 
     def check_loss_isfinite(self, loss: Any) -> None:
         self.checked = [*getattr(self, "checked", []), loss.item()]
@@ -31,7 +31,7 @@ class Checked(Regression):
 
 
 class Watched(Regression):
-    """Sees how often the host has waited by its forward and by its backward passes."""
+    """Records the number of waits at its forward and its backward passes."""
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         self.seen = [*getattr(self, "seen", []), len(self.waits())]
@@ -40,7 +40,7 @@ class Watched(Regression):
 
 
 class Weighed(Regression):
-    """Its batches weigh by what its loss has counted, on the device."""
+    """Weighs batches by a number that its loss computes on the device."""
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         self.targets = torch.ones_like(predictions).sum() + self.step
@@ -51,7 +51,7 @@ class Weighed(Regression):
 
 
 class Averaged(Regression):
-    """Averages its losses itself, those of an evaluation too."""
+    """Averages its losses itself, also in evaluation."""
 
     def update_average(self, loss: Any, avg_loss: float) -> float:
         assert loss.is_cpu
@@ -59,7 +59,7 @@ class Averaged(Regression):
 
 
 class Poisoned(Regression):
-    """Has a loss now and then that is not finite."""
+    """Some of its losses are not finite."""
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         loss = super().compute_objectives(predictions, batch, stage)
@@ -70,7 +70,7 @@ class Poisoned(Regression):
 
 
 class Gathering(Poisoned):
-    """Steps two optimizers itself, one of a layer beside its modules, and changes the loss."""
+    """Steps two optimizers itself, one of a layer outside of modules. Changes the loss."""
 
     def init_optimizers(self) -> None:
         self.layer = nn.Linear(2, 2).to(self.device)
@@ -88,7 +88,7 @@ class Gathering(Poisoned):
         if should_step:
             self.hidden.optimizer.step()
             self.hidden.optimizer.zero_grad()
-        # There are gradients before one of the poisoned batches, and none before the other.
+        # Gradients exist before one of the batches with a NaN loss, but not before the other.
         if self.step in (1, 3, 6):
             self.own[0].step()
             self.own[0].zero_grad()
@@ -97,7 +97,7 @@ class Gathering(Poisoned):
 
 
 class Forgiving(Poisoned):
-    """Goes on where the patience is exhausted."""
+    """Continues after the patience is exhausted."""
 
     def fit_batch(self, batch: Any) -> Any:
         try:
@@ -121,7 +121,7 @@ def fit(device: str, steps: int, cls: type[Regression] = Regression, **run_opts:
 
 
 def waits_per_step(cls: type[Regression] = Regression, **run_opts: Any) -> float:
-    """What a step, and a batch that is validated, add to the waits of a fit."""
+    """Returns the number of waits that a training step and a validation batch add to a fit."""
     waits = []
     for steps in (3, 13):
         with recorded() as record:
@@ -147,9 +147,9 @@ def the_host_waits_once_a_step_and_never_in_a_validation() -> None:
     assert waits_per_step(Supered) == 1
     assert waits_per_step(grad_accumulation_factor=2) == 1
     assert waits_per_step(Weighed, **TOKENS) == 1
-    # The loss that its own fit_batch returns is on the device.
+    # The loss that an overridden fit_batch returns is on the device.
     assert waits_per_step(Manual) == 1
-    # Its own look at each loss, and SpeechBrain's; at each loss of a validation.
+    # The recipe and SpeechBrain read each training loss, and each validation loss is read.
     assert waits_per_step(Checked) == 3
     assert waits_per_step(Averaged) == 2
 
@@ -161,7 +161,7 @@ def the_backward_pass_is_queued_before_the_host_waits() -> None:
         brain.fit(range(1), loader(8), trainer=fake_device.trainer())
     (first, second), (third, fourth) = brain.seen[:2], brain.seen[2:]
     assert first == second < third == fourth
-    # Of the loss alone, which is scaled by nothing.
+    # Only for the loss, which is not scaled.
     assert [what for what, _ in record.calls].count("to host") == 2
 
 

@@ -6,6 +6,8 @@ A block runs as it is written. What makes it short is the copy of the examples t
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
 import re
 import shutil
@@ -25,9 +27,13 @@ from .processes import LAUNCHERS, ROOT, programs, variables
 SMALL = {
     "porting/before/hparams.yaml": {"number_of_epochs": 2, "train": 32, "valid": 24},
     "porting/after/hparams.yaml": {"number_of_epochs": 2, "train": 32, "valid": 24},
-    "ctc_digits/hparams.yaml": {"number_of_epochs": 1, "train_lines": 64, "test_lines": 100},
-    "gan_digits/hparams.yaml": {"number_of_epochs": 1},
+    "ctc_digits/hparams.yaml": {
+        "number_of_epochs": 2, "train_lines": 70, "valid_lines": 70, "test_lines": 40,
+        "channels": 4, "hidden": 16,
+    },
+    "gan_digits/hparams.yaml": {"number_of_epochs": 2, "draw_every": 1},
     "kmeans/hparams.yaml": {"number_of_epochs": 2},
+    "sharded/hparams.yaml": {"train_lines": 32, "hidden": 32},
 }  # fmt: skip
 # What a reader has to know of his cluster; here it is this machine.
 CLUSTER = {"NODES": "2", "GPUS": "1", "HEAD": "localhost"}
@@ -37,7 +43,7 @@ OUTPUT = ("", "text")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its file, the line of its fence, its language and what is in it."""
+    """A fenced block: its file, the line of its fence, its language and its text."""
 
     document: Path
     line: int
@@ -46,6 +52,12 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.document.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def source(self) -> Path | None:
+        """The file that the block is an excerpt of; its first line names it: ``# a.py``."""
+        named = re.match(r"# (\S+\.(?:py|yaml))\n", self.text)
+        return self.document.parent / named[1] if named else None
 
 
 def documents() -> list[Path]:
@@ -68,10 +80,10 @@ def before(block: Block) -> list[Block]:
 
 
 def table(text: str, first: str) -> list[list[str]]:
-    """The rows of the table whose first column is called ``first``, or none."""
+    """Returns the rows of all tables whose first column is called ``first``."""
     head = rf"^\| {re.escape(first)} \|.*\n\|[-| ]+\n"
-    found = re.search(head + r"((?:\|.*\n)+)", text, flags=re.MULTILINE)
-    rows = found[1].splitlines() if found else []
+    tables = re.findall(head + r"((?:\|.*\n?)+)", text, flags=re.MULTILINE)
+    rows = [row for each in tables for row in each.splitlines()]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
 
@@ -115,7 +127,9 @@ class Scratch:
 def _change(hparams: Path, values: dict[str, int]) -> None:
     text = hparams.read_text(encoding="utf-8")
     for name, value in values.items():
-        text, found = re.subn(rf"^(\s*{name}:) .*", rf"\1 {value}", text, flags=re.MULTILINE)
+        # Not where the file refers to the value, as in "name: !ref <name>".
+        line = rf"^(\s*{name}:) [^!\n]*$"
+        text, found = re.subn(line, rf"\1 {value}", text, flags=re.MULTILINE)
         assert found == 1, f"{hparams}: {name}"
     hparams.write_text(text, encoding="utf-8")
 
@@ -135,6 +149,29 @@ def missing(shown: str, real: str) -> list[str]:
     rest = iter(shape(real))
     lines = [line for line in shape(shown) if line not in ("", "...")]
     return [line for line in lines if line not in rest]
+
+
+def code_lines(text: str) -> list[str]:
+    """Lines of a Python or YAML file, without docstrings and blank lines."""
+    lines = text.splitlines()
+    with contextlib.suppress(SyntaxError):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                    lines[number - 1] = ""
+    return [line for line in lines if line.strip()]
+
+
+def is_excerpt(shown: str, text: str) -> bool:
+    """Whether a block, after the line that names its file, shows lines of that file.
+
+    Docstrings and blank lines do not count. A line ``...`` stands for lines that are left out.
+    """
+    lines = [line for line in shown.splitlines()[1:] if line.strip()]
+    gap = r"(?:.*\n)*"
+    parts = [gap if line.strip() == "..." else re.escape(f"{line}\n") for line in lines]
+    code = "".join(f"{line}\n" for line in code_lines(text))
+    return re.search("^" + "".join(parts), code, flags=re.MULTILINE) is not None
 
 
 # ----------------------------------------------------------------------- of YAML

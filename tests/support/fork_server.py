@@ -21,6 +21,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,8 @@ def adopt(
     filters: list[Any],
 ) -> None:
     """Gives a fork what a process is started with."""
+    # Temporary folders of the server are removed by the server.
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)

@@ -23,7 +23,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning.doctor import examine
-from brain_lightning.doctor.processes import OF_A_MODULE
+from brain_lightning.doctor.processes import MODULE_ATTRIBUTES
 from brain_lightning.doctor.report import BrainReport
 from brain_lightning.fsdp2.methods import METHODS
 
@@ -211,20 +211,20 @@ def _against_remark(source: Source, script: Path, folder: Path, remark: object) 
     ):
         name = re.findall(r"\w+", quoted)[-1]
         advised = re.search(
-            rf"(?i)(call|within|by|to|step when|clip to) \S*{re.escape(quoted)}", says
+            rf"(?i)(call|within|by|to|step if|clip to) \S*{re.escape(quoted)}", says
         )
         place = _window(source, file, int(other)) if other else here
         if "modules" in quoted and not advised and not re.search(rf"\b{name}\b", place):
             return f"no {quoted} at {other or line}"
     step = source.defined.get("fit_batch", "") + source.defined.get("optimizers_step", "")
     absent = {
-        "precision": ("training_ctx", "mixed precision has no effect"),
-        "gradient_clip_val": ("max_grad_norm", "has no effect"),
-        "accumulate_grad_batches": ("grad_accumulation_factor", "has no effect"),
+        "precision": ("training_ctx", "Mixed precision has no effect"),
+        "gradient_clip_val": ("max_grad_norm", "It has no effect"),
+        "accumulate_grad_batches": ("grad_accumulation_factor", "It has no effect"),
     }.get(about)
     if absent and says.startswith(absent[1]) and absent[0] in step:
         return f"{absent[0]} is in the step"
-    if says.startswith("validation stays fp32") and "evaluation_ctx" in source.text:
+    if says.startswith("Validation stays in fp32") and "evaluation_ctx" in source.text:
         return "evaluation_ctx is read"
     if about in ("fit", "_fit_train", "_fit_valid", "evaluate") and not re.search(
         rf"def {about}\b|self\.{about}\(", here
@@ -266,7 +266,7 @@ def _part_called(line: str, strategy: str) -> str:
     """What is called of an entry, and is neither known nor said to be named."""
     for path in re.findall(rf"{ENTRY}((?:\.\w+|\[\w+\])+)\(", line):
         name = path.removeprefix(".module").removeprefix(".")
-        known = OF_A_MODULE | {*METHODS, ""}
+        known = MODULE_ATTRIBUTES | {*METHODS, ""}
         if name.rpartition(".")[2] not in known and repr(name) not in strategy:
             return str(path)
     return ""
@@ -296,7 +296,11 @@ def _around(source: Source, strategy: str, hparams: Path | None) -> str:
         first = re.search(r"self\.hparams\.(\w+)\(\s*[^)\s]", forward)
         if first and not uses:
             return f"{first[0]}…, and nothing of modules"
-        return "" if not called or ", if nothing" in strategy else f"calls {sorted(called)}"
+        return (
+            ""
+            if not called or ", if no object of hparams" in strategy
+            else f"calls {sorted(called)}"
+        )
     text = hparams.read_text(encoding="utf-8")
     block = re.search(r"^modules:\s*\n((?:[ \t]+.*\n|\n)*)", text, re.MULTILINE)
     entries = set(re.findall(r"<(\w+)>", block[1])) if block else set()

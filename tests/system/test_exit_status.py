@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from brain_lightning.cli.exit_status import EXPLANATION, of_process
-from brain_lightning.cli.main import main
+from brain_lightning.cli.main import EXIT_STATUS, main
+from brain_lightning.cli.processes import shell_status
 from tests.support.processes import python, variables
 from tests.support.scripts import RECIPES
 
@@ -37,12 +37,12 @@ def test_a_run_ends_as_its_script(how: str, processes: list[str]) -> None:
     done = subprocess.run(
         words, env=variables(), capture_output=True, text=True, check=False, timeout=240
     )
-    assert of_process(done.returncode) == ENDS[how], done.stderr
+    assert shell_status(done.returncode) == ENDS[how], done.stderr
     assert ("Traceback" in done.stderr) == (how == "crashes"), done.stderr
     said = "brain-lightning: error: run option progress='tqdm' is not one of"
     assert (said in done.stderr) == (how == "has a mistake")
     if processes and ENDS[how]:
-        assert f"Rank 1 has failed, with status {ENDS[how]}." in done.stderr
+        assert f"Rank 1 failed with exit status {ENDS[how]}." in done.stderr
 
 
 @pytest.mark.parametrize("processes", [[], TWO], ids=["one", "two"])
@@ -69,7 +69,7 @@ def test_signals(processes: list[str], signum: signal.Signals, status: int) -> N
         for pid in waiting:
             os.kill(pid, signum)
     _, stderr = run.communicate(timeout=100)
-    assert of_process(run.returncode) == status, stderr
+    assert shell_status(run.returncode) == status, stderr
     with pytest.raises(ProcessLookupError):
         os.killpg(run.pid, 0)
     for pid in waiting:
@@ -84,4 +84,4 @@ def test_every_help_explains_them(
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
     assert end.value.code == 0
-    assert EXPLANATION in capsys.readouterr().out
+    assert EXIT_STATUS in capsys.readouterr().out

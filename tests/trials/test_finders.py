@@ -1,4 +1,4 @@
-"""Lightning's finders with a Brain: what they find, and that they leave nothing behind."""
+"""Lightning's finders with a Brain: their results, and that they have no side effects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .tried import GAN, ITEMS, MEMORY, SEARCHES, loaders, make, search
 
 
 def margin(part: float) -> dict[str, Any]:
-    """An argument that came with Lightning 2.6."""
+    """Returns an argument that exists since Lightning 2.6."""
     known = "margin" in inspect.signature(BatchSizeFinder).parameters
     return {"margin": part} if known else {}
 
@@ -44,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("hooks", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("kind", SEARCHES)
-def test_a_search_leaves_nothing_behind(tmp_path: Path, kind: str, hooks: Any) -> None:
+def test_a_search_has_no_side_effects(tmp_path: Path, kind: str, hooks: Any) -> None:
     brain, watched, error = search(tmp_path, kind, **hooks)
     assert error is None, error
     assert len(watched.found) == 1
@@ -62,14 +62,14 @@ ERRORS = (
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("kind", SEARCHES)
-def test_an_error_leaves_nothing_behind(
+def test_a_search_that_fails_has_no_side_effects(
     tmp_path: Path, kind: str, error: BaseException
 ) -> None:
     _, watched, raised = search(tmp_path, kind, error=error)
     assert watched.before == watched.after
     assert watched.before[0]["logged"] > 0
     if kind == "size" and isinstance(error, torch.OutOfMemoryError):
-        # Every size is too large, and BatchNorm wants two items.
+        # Every size is too large, and BatchNorm needs two items.
         assert "more than 1 value per channel" in str(raised)
     else:
         assert raised is error or isinstance(raised.__context__, type(error))
@@ -91,14 +91,14 @@ def test_a_ctrl_c_waits_until_everything_is_restored(
     assert isinstance(getattr(raised, "__context__", None), KeyboardInterrupt)
 
 
-def test_what_tuner_finds_is_what_the_next_fit_trains_with(tmp_path: Path) -> None:
+def test_the_next_fit_trains_with_the_result_of_tuner(tmp_path: Path) -> None:
     brain, (train, valid) = make(tmp_path), loaders()
     module = to_lightning(brain, epoch_counter=range(1, 2))
     tuner = Tuner(trainer_with(max_epochs=1))
     found = tuner.lr_find(module, train, valid, min_lr=1e-4, num_training=25)
     assert brain.optimizer_step == 0
     size = tuner.scale_batch_size(module, train, valid, mode="binsearch", **margin(0.25))
-    # The largest is 16.
+    # The largest size that fits is 16.
     assert size == train.batch_size == (12 if margin(0.25) else 16)
     rates: list[float] = []
     brain.hparams.annealing = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])
@@ -107,18 +107,18 @@ def test_what_tuner_finds_is_what_the_next_fit_trains_with(tmp_path: Path) -> No
     assert brain.hparams.lr == found.suggestion()
 
 
-def test_a_process_that_alone_has_no_memory_does_not_go_on(
+def test_out_of_memory_on_one_rank_ends_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others wait for its gradients, and not for the answer whether a size fits."""
+    """The other ranks would hang while they average gradients."""
     monkeypatch.setattr(Trial, "fails_together", False)
     _, watched, raised = search(tmp_path, "size")
     assert isinstance(raised, torch.OutOfMemoryError)
     assert watched.before == watched.after
 
 
-def test_a_run_that_is_resumed_does_not_search_again(tmp_path: Path) -> None:
-    """It goes on with what it has found, as if it had not ended."""
+def test_a_resumed_run_does_not_search_again(tmp_path: Path) -> None:
+    """It continues with the result of its first search."""
 
     def fit(folder: Path, *steps: int) -> Any:
         for limit in steps:
@@ -136,7 +136,7 @@ def test_a_run_that_is_resumed_does_not_search_again(tmp_path: Path) -> None:
     assert all_equal(weights(whole), weights(resumed))
 
 
-def test_a_run_that_is_resumed_has_the_size_that_was_found(tmp_path: Path) -> None:
+def test_a_resumed_run_uses_the_size_that_was_found(tmp_path: Path) -> None:
     sizes: list[list[int]] = []
 
     class Sizes(Callback):
@@ -152,7 +152,7 @@ def test_a_run_that_is_resumed_has_the_size_that_was_found(tmp_path: Path) -> No
             limits = {"max_epochs": -1, "max_steps": limit, "val_check_interval": 0.5}
             trainer = trainer_with(finder, Sizes(), **limits)
             trainer.fit(to_lightning(brain), train, valid)
-            # Half of the batches that there are now.
+            # Half of the batches that the DataLoader has now.
             assert trainer.val_check_batch == len(train) // 2
             assert finder.optimal_batch_size == train.batch_size == 12
         return brain
@@ -165,10 +165,10 @@ def test_a_run_that_is_resumed_has_the_size_that_was_found(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("buckets", [{"num_buckets": 4}, {"bucket_boundaries": [4.0, 8.0]}])
 @pytest.mark.parametrize("wrapper", [SpeechBrainWrapper, DistributedSamplerWrapper])
-def test_a_dynamic_sampler_makes_the_batches_that_its_constructor_would_make(
+def test_a_changed_dynamic_sampler_makes_the_same_batches_as_a_new_one(
     wrapper: Any, buckets: Any
 ) -> None:
-    """Also where each process has its share of them, and a boundary is the length."""
+    """Also with a DistributedSamplerWrapper, and if a boundary equals the batch length."""
 
     def make_sampler(length: float) -> Any:
         lengths = [1.0 + item % 7 for item in range(ITEMS)]
@@ -200,15 +200,23 @@ def test_the_batch_length_of_a_dynamic_sampler_is_searched(tmp_path: Path) -> No
     assert sampler._bucket_lens == again._bucket_lens
 
 
-def test_what_cannot_be_searched_is_refused_in_words(tmp_path: Path) -> None:
+def test_unsupported_searches_raise(tmp_path: Path) -> None:
     batches = DataLoader(dataset(ITEMS), batch_sampler=[[0, 1], [2, 3]])
     empty = DataLoader(dataset(ITEMS), batch_sampler=[])
     for finder, data, words in (
         (BatchSizeFinder(), batches, "of a DataLoader with a list cannot be changed"),
-        (BatchSizeFinder(init_val=24, max_trials=1), loaders()[0], "of the 1 sizes that were"),
-        (LearningRateFinder(), iter(batches), "can be iterated once, and batches that"),
-        (LearningRateFinder(), empty, "there is no training batch"),
-        (LearningRateFinder(attr_name="rate"), batches, "no hyperparameter of Classifier"),
+        (
+            BatchSizeFinder(init_val=24, max_trials=1),
+            loaders()[0],
+            "none of the 1 tried sizes fits",
+        ),
+        (LearningRateFinder(), iter(batches), "can be iterated only once"),
+        (LearningRateFinder(), empty, "needs at least one training batch"),
+        (
+            LearningRateFinder(attr_name="rate"),
+            batches,
+            "is not a hyperparameter of Classifier",
+        ),
     ):
         with pytest.raises(UnsupportedError, match=words):
             trainer_with(finder, max_epochs=1).fit(

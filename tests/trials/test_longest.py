@@ -1,4 +1,4 @@
-"""The batches that take most memory are found, and no others are read."""
+"""The batches that need most memory are found without reading other batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DURATIONS = [3, 9, 1, 7, 2, 8, 4, 6, 5, 20]
 
 
 def utterances(durations: list[Any], column: str = "duration") -> tuple[Any, list[str]]:
-    """A dataset as SpeechBrain's recipes have it, and the ids of what was read of it."""
+    """Returns a dataset of a SpeechBrain recipe, and a list of the ids that were read."""
     rows = {f"utt{n}": {column: each} for n, each in enumerate(durations)}
     read: list[str] = []
 
@@ -42,7 +42,7 @@ def utterances(durations: list[Any], column: str = "duration") -> tuple[Any, lis
 
 
 def drawn(loader: Any) -> list[list[int]]:
-    """The durations in the batches that are the longest, by what is in them."""
+    """Returns the durations in the longest batches, as read from the batches."""
     found = longest_batches(loader)
     batches = [batch for batch, _ in zip(found.loader, range(found.count), strict=False)]
     assert len(batches) == found.count
@@ -57,7 +57,7 @@ def drawn(loader: Any) -> list[list[int]]:
 
 def in_batches(durations: list[int], size: int, **kwargs: Any) -> list[list[int]]:
     data, read = utterances(durations)
-    # Workers, and a position that a checkpoint has put in the middle.
+    # Workers, and a position in the middle, as recovered from a checkpoint.
     loader = make_dataloader(data, batch_size=size, num_workers=2, timeout=3, **kwargs)
     loader._speechbrain_recovery_skip_to = 1
     found = drawn(loader)
@@ -67,17 +67,17 @@ def in_batches(durations: list[int], size: int, **kwargs: Any) -> list[list[int]
     return found
 
 
-def test_of_shuffled_data_the_longest_may_meet_and_of_ordered_data_the_neighbours() -> None:
+def test_longest_batches_of_shuffled_and_of_ordered_data() -> None:
     assert in_batches(DURATIONS, 3, shuffle=True) == [[20, 9, 8]]
     assert in_batches(DURATIONS, 3, sampler=SubsetRandomSampler([0, 2, 4, 6])) == [[4, 3, 2]]
-    # The longest one stands alone in the last batch, which may be dropped.
+    # The longest example is alone in the last batch, which may be dropped.
     assert in_batches(DURATIONS, 3) == [[3, 9, 1], [20]]
     assert in_batches(DURATIONS, 3, drop_last=True) == [[3, 9, 1]]
     assert in_batches(sorted(DURATIONS), 5) == [[6, 7, 8, 9, 20]]
     assert in_batches(DURATIONS, 20, shuffle=True, drop_last=True) == []
 
 
-def test_a_sampler_of_batches_by_length_is_asked_for_its_buckets() -> None:
+def test_longest_batches_of_a_dynamic_batch_sampler() -> None:
     durations = [*range(1, 21), 40]
 
     def loader(**kwargs: Any) -> tuple[Any, Any]:
@@ -85,7 +85,7 @@ def test_a_sampler_of_batches_by_length_is_asked_for_its_buckets() -> None:
         sampler = DynamicBatchSampler(data, 40, bucket_boundaries=[5, 10, 20], **kwargs)
         return sampler, make_dataloader(data, batch_sampler=sampler)
 
-    # 8 of at most 5, 4 of at most 10, 2 of at most 20, and any other alone.
+    # Buckets: 8 examples of length up to 5, 4 up to 10, 2 up to 20, and one if longer.
     _, shuffled = loader()
     assert drawn(shuffled) == [[10, 9, 8, 7], [40]]
     sampler, ordered = loader(shuffle=False, batch_ordering="ascending")
@@ -95,18 +95,18 @@ def test_a_sampler_of_batches_by_length_is_asked_for_its_buckets() -> None:
     wrapped = DistributedSamplerWrapper(sampler, num_replicas=2, rank=1, shuffle=False)
     one_of_two = make_dataloader(utterances(durations)[0], batch_sampler=wrapped)
     assert drawn(one_of_two) == drawn(ordered)
-    # Another one is asked for the batches of a pass.
+    # A custom batch sampler is iterated once.
     data, read = utterances(DURATIONS)
 
     class Pairs(BatchSampler):
-        """Of somebody else's."""
+        """A custom batch sampler."""
 
     pairs = Pairs(range(10), 2, False)
     assert drawn(make_dataloader(data, batch_sampler=pairs)) == [[5, 20]]
     assert read == ["utt8", "utt9"]
 
 
-def test_lengths_are_found_in_tables_and_else_examples_are_measured() -> None:
+def test_lengths_come_from_tables_or_from_measured_examples() -> None:
     texts, _ = utterances([f"{each}.0" for each in DURATIONS], "length")
     assert drawn(make_dataloader(texts, batch_size=2, shuffle=True)) == [[20, 9]]
     part = Subset(texts, [0, 2, 4, 3])
@@ -149,7 +149,7 @@ def test_lengths_are_found_in_tables_and_else_examples_are_measured() -> None:
     assert [batch.shape for batch in found.loader] == [(20, 2)]
 
 
-def test_of_streams_the_first_batches_are_taken_and_of_lists_the_largest() -> None:
+def test_streams_give_their_first_batches_and_lists_their_largest() -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Iterator[int]:
             return iter(range(10))
@@ -163,7 +163,7 @@ def test_of_streams_the_first_batches_are_taken_and_of_lists_the_largest() -> No
     assert [next(iter(found.loader))[0].shape, found.count] == [(2, 20), 1]
 
 
-def test_several_loaders_give_their_longest_together() -> None:
+def test_longest_batches_of_several_loaders() -> None:
     one, other = (
         DataLoader([torch.ones(n, each) for each in DURATIONS], 1, shuffle=True)
         for n in (1, 2)

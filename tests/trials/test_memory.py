@@ -1,4 +1,4 @@
-"""The peak of memory, also of what was given back before the end."""
+"""The peak memory includes memory that was freed before the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from brain_lightning.trials.memory import capacity, held, measured_usage
+from brain_lightning.trials.memory import capacity, current_memory, measured_usage
 
 MEGABYTE = 1 << 20
 
@@ -15,11 +15,11 @@ MEGABYTE = 1 << 20
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here"
 )
-def test_the_peak_of_what_runs_within_is_measured_anew_each_time() -> None:
+def test_each_measurement_has_a_separate_peak() -> None:
     peaks = []
     for megabytes in (0, 200, 100, 0):
         with measured_usage("cpu") as usage:
-            # Touched, else no memory is taken; and given back before the end.
+            # Written to, because untouched pages use no memory. Freed before the end.
             torch.ones(megabytes * MEGABYTE // 4).sum()
         peaks.append(usage.peak)
         assert usage.seconds > 0
@@ -28,19 +28,19 @@ def test_the_peak_of_what_runs_within_is_measured_anew_each_time() -> None:
         assert abs(peak - before - megabytes * MEGABYTE) < 20 * MEGABYTE
     assert abs(after - before) < 20 * MEGABYTE
     taken = torch.ones(200 * MEGABYTE // 4)
-    assert abs(held("cpu") - after - 200 * MEGABYTE) < 20 * MEGABYTE
+    assert abs(current_memory("cpu") - after - 200 * MEGABYTE) < 20 * MEGABYTE
     del taken
     assert capacity("cpu") is None
 
 
-def test_the_peak_is_known_where_it_ends_in_an_error() -> None:
+def test_the_peak_is_known_after_an_error() -> None:
     with pytest.raises(MemoryError), measured_usage("cpu") as usage:
         raise MemoryError
     assert usage.peak > 0
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_peak_is_that_of_its_tensors() -> None:
+def test_the_peak_on_a_gpu_is_the_memory_of_tensors() -> None:
     with measured_usage("cuda") as usage:
         torch.ones(100 * MEGABYTE // 4, device="cuda").sum()
     assert abs(usage.peak - 100 * MEGABYTE) < MEGABYTE

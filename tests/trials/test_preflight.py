@@ -1,4 +1,4 @@
-"""The longest batches are tried before training, which is then what it would have been."""
+"""A preflight tries the longest batches, and does not change the training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.parity.sides import SPEECHBRAIN
 from tests.support.brains import Regression, all_equal, loader, make, trainer_with, weights
 from tests.trials import tried
 
-# A wider one is 40 seconds at 100 frames.
+# Number of frames that fit into memory: 80 seconds with 100 frames per second.
 MEMORY = 8 * 1000
 
 
@@ -28,9 +28,9 @@ UPDATES: list[bool] = []
 
 
 class Recognizer(Brain):
-    """Has memory for so many padded frames, and records what it has seen."""
+    """Has memory for a limited number of padded frames, and records its batches."""
 
-    # What hangs on the Brain or on its class is restored after a trial.
+    # A global, because a trial restores attributes of the Brain and of its class.
     seen = property(lambda self: SEEN)
     updates = property(lambda self: UPDATES)
 
@@ -75,11 +75,11 @@ def fit(train: Any, valid: Any, trainer: Any = None, **options: Any) -> Any:
     return brain, ""
 
 
-def test_an_utterance_for_which_there_is_no_memory_is_told_of_before_the_first_epoch() -> None:
+def test_a_batch_that_does_not_fit_raises_before_the_first_epoch() -> None:
     planted = utterances(*SHORT, 2, 40, 3, 1)
     brain, message = fit(planted, utterances(*SHORT))
     assert message.startswith(
-        "preflight: no memory for the longest batch in TRAIN, "
+        "preflight: out of memory with the longest batch in TRAIN, "
         "with ids ['utt5', 'utt2', 'utt3', 'utt6'], lengths [40.0, 5.0, 3.0, 3.0], "
         "sig.data (4, 4000), sig.lengths (4,) = [1.0, 0.125, 0.075, 0.075]: "
         "CUDA out of memory. Tried to allocate 2.00 GiB. Make batches smaller"
@@ -96,13 +96,13 @@ def test_an_utterance_for_which_there_is_no_memory_is_told_of_before_the_first_e
     assert brain.seen == [("TRAIN", 500)] * 2 + [("VALID", 100), ("VALID", 9000)]
 
 
-def test_what_was_tried_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_a_preflight(capsys: pytest.CaptureFixture[str]) -> None:
     train = utterances(*SHORT, *SHORT)
-    # Lightning makes a loader of a set that the first epoch does not validate later.
+    # The first epoch does not validate, so Lightning would create this DataLoader later.
     seldom = {"check_val_every_n_epoch": 2}
     brain, message = fit(train, utterances(3, 7), seldom, grad_accumulation_factor=2)
     assert message == ""
-    # An update, and one of two batches that has the gradients of the first beside it.
+    # One update, and one update of two batches, with the gradients of the first in memory.
     assert brain.seen[:4] == [("TRAIN", 500)] * 3 + [("VALID", 700)]
     assert brain.updates[:3] == [True, False, True]
     assert len(brain.seen) == 4 + 2 * 2 + 2
@@ -113,15 +113,15 @@ def test_what_was_tried_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert last == "The peak memory is that of the process."
 
 
-def test_processes_try_equally_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They wait for each other in each, and another one may have two heaviest ones."""
+def test_ranks_try_the_same_number_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch has collectives, and ranks may have different numbers of longest batches."""
     monkeypatch.setattr(preflight, "gather", lambda value: [value, 2])
     brain, _ = fit(utterances(*SHORT), None)
     assert brain.seen[:5] == [("TRAIN", 500)] * 5
     assert len(brain.seen) == 2 * 2 + 2
 
 
-def test_an_error_says_which_batch_it_comes_from() -> None:
+def test_an_error_names_its_batch() -> None:
     data = utterances(1, 9)
     data.add_dynamic_item(lambda each: 1 / (each < 9), takes="duration", provides="ratio")
     data.set_output_keys(["id", "sig", "ratio"])
@@ -137,13 +137,15 @@ class OwnFit(Regression):
         self._fit_train(loader(), 1, False)
 
 
-def test_a_fit_that_chooses_its_loaders_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="cannot know the batches of OwnFit: its own"):
+def test_a_fit_that_selects_its_loaders_raises() -> None:
+    with pytest.raises(
+        UnsupportedError, match="not supported for OwnFit, because its overridden fit"
+    ):
         make(OwnFit, preflight=True).fit(range(1), loader())
 
 
 class Watched:
-    """A preflight, and what there is before it and after it."""
+    """Records the state before and after a preflight."""
 
     def __init__(self, brain: Any, folder: Path, train: Any) -> None:
         self._preflight, self._arguments = preflight.preflight, (brain, folder, train)
@@ -160,13 +162,13 @@ class Watched:
 @pytest.mark.parametrize(
     "kind", [{}, tried.GAN, {"side": SPEECHBRAIN}], ids=["ours", "gan", "speechbrain"]
 )
-def test_it_leaves_nothing_behind(
+def test_it_has_no_side_effects(
     tmp_path: Path, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(name: str, asked: bool) -> list[Tensor]:
         folder = tmp_path / name
         brain, (train, valid) = tried.make(folder, **kind), tried.loaders()
-        # SpeechBrain's has no such run option.
+        # SpeechBrain's Brain does not have this run option.
         brain.hparams.preflight = asked
         module = to_lightning(brain)
         if "side" not in kind:
@@ -183,7 +185,7 @@ def test_it_leaves_nothing_behind(
 
 
 class Peak(Callback):
-    """The peak of an epoch."""
+    """Measures the peak memory of an epoch."""
 
     peak = 0
 
@@ -202,7 +204,7 @@ class Wide(Recognizer):
         return self.modules.model(nn.functional.relu(frames.repeat(1, 1, 1000)[..., :4]))
 
 
-def test_its_peak_is_that_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_peak_equals_the_peak_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
     original = preflight.preflight
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""A snapshot of whatever may hang on a Brain, and that nothing of it stops a trial."""
+"""A snapshot restores any object that is reachable from a Brain."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OfClass:
 
 
 class Refuses(list):  # type: ignore[type-arg]
-    """Has its own answers."""
+    """Raises in every method that the snapshot must not call."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -77,7 +77,7 @@ def counting() -> Any:
     return count
 
 
-def test_objects_of_python_are_as_they_were() -> None:
+def test_python_objects_are_restored() -> None:
     ordered = OrderedDict(a=1, b=2, c=3)
     ordered.move_to_end("a")
     held, count, key = {random.Random(3)}, counting(), OfClass()  # noqa: S311
@@ -124,7 +124,7 @@ def test_objects_of_python_are_as_they_were() -> None:
 @pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
-def test_tensors_are_as_they_were() -> None:
+def test_tensors_are_restored() -> None:
     weight, window = nn.Parameter(torch.ones(2)), torch.ones(1).expand(3)
     weight.seen = 0  # type: ignore[attr-defined]
     kept_graph = weight.exp()
@@ -160,7 +160,7 @@ def test_tensors_are_as_they_were() -> None:
 
 
 class Augmented(Dataset[Any]):
-    """Draws from a generator of its own."""
+    """Uses a separate random generator."""
 
     def __init__(self) -> None:
         self.items, self.drawn = [[i] for i in range(DATA + 1)], 0
@@ -171,7 +171,7 @@ class Augmented(Dataset[Any]):
         return self.items[index], self.random.random()
 
 
-def test_a_dataset_draws_again_what_it_drew_and_its_data_are_left_alone() -> None:
+def test_a_dataset_is_restored_without_its_data() -> None:
     dataset, plain = Augmented(), [[i] for i in range(DATA + 1)]
     snapshot = Snapshot([DataLoader(dataset), DataLoader(plain)])  # type: ignore[arg-type]
     drawn = dataset[0][1]
@@ -183,12 +183,12 @@ def test_a_dataset_draws_again_what_it_drew_and_its_data_are_left_alone() -> Non
 
 
 class Sharding(torch.optim.SGD):
-    """As ``torch.distributed.optim.ZeroRedundancyOptimizer``."""
+    """Is defined in torch.distributed, like ``ZeroRedundancyOptimizer``."""
 
     __module__ = "torch.distributed.optim"
 
 
-def test_an_optimizer_of_torch_distributed_is_no_onlooker() -> None:
+def test_an_optimizer_of_torch_distributed_is_restored() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = Sharding([weight], lr=0.1, momentum=0.9)
     weight.sum().backward()
@@ -200,7 +200,7 @@ def test_an_optimizer_of_torch_distributed_is_no_onlooker() -> None:
     assert weight.tolist() == pytest.approx([0.9, 0.9])
 
 
-def test_a_generator_that_has_gone_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_generator_that_has_advanced_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     def batches() -> Iterator[int]:
         number = 0
         while True:
@@ -213,10 +213,10 @@ def test_a_generator_that_has_gone_on_is_told(caplog: pytest.LogCaptureFixture) 
     snapshot = Snapshot(kept)
     next(kept.goes)
     snapshot.restore()
-    assert caplog.text.count("will be missing in the training") == 1
+    assert caplog.text.count("training will not get them") == 1
 
 
-def test_what_cannot_be_restored_leaves_the_rest_restored() -> None:
+def test_an_error_in_one_object_does_not_stop_restoring() -> None:
     bytes_ = bytearray(b"a")
     kept = SimpleNamespace(bytes_=bytes_, last=[1])
     snapshot = Snapshot(kept)

@@ -1,4 +1,4 @@
-"""A Brain whose trials have much to leave behind, and all that there is of it."""
+"""A Brain with much state that a trial may change, and functions that record the state."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.support.brains import trainer_with
 from tests.support.environment import seed_everything
 
 ITEMS, BATCHES = 40, 10
-# Larger ones do not fit.
+# Larger batches do not fit.
 MEMORY = 16
 
 
 class Annealing:
-    """Sets a rate at each step, as Noam's."""
+    """Sets the learning rate at each step, like NoamScheduler."""
 
     def __init__(self) -> None:
         self.steps, self.rates = 0, []
@@ -43,7 +43,7 @@ class Annealing:
 
 
 class TrainLogger:
-    """Writes lines."""
+    """A train logger that writes lines to a file."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.lines = file, 0
@@ -90,7 +90,7 @@ HOOKS = {
 
 
 def fit_batch(self: Any, batch: Any) -> Tensor:
-    """Two optimizers, as a GAN's."""
+    """Has two optimizers, like a GAN."""
     self.on_fit_batch_start(batch, True)
     for optimizer, sign in ((self.optimizer, 1), (self.other, -1)):
         predictions = self.compute_forward(batch, None)
@@ -137,7 +137,7 @@ def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 def everything(brain: Any, folder: Path, loader: Any) -> dict[str, Any]:
-    """All that a trial may change, and the files of a folder."""
+    """Returns all state that a trial may change, and the files in a folder."""
     optimizers = [brain.optimizer, getattr(brain, "other", None)]
     kinds = (int, float, dict, list, np.ndarray)
     own = {n: v for n, v in vars(brain).items() if isinstance(v, kinds)}
@@ -169,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 
 class Watched:
-    """What there is before a search, and after it, whatever happens in it."""
+    """Records the state before and after a search, also if it raises."""
 
     def __init__(self, module: Any, brain: Any, folder: Path, loader: Any) -> None:
         self._find, self._arguments = module.find, (brain, folder, loader)
@@ -200,10 +200,10 @@ def search(
     strategy: str = "auto",
     **hooks: Any,
 ) -> tuple[Any, Watched, BaseException | None]:
-    """Trains an epoch, then begins a fit that searches, in which an error may be raised.
+    """Trains an epoch, then starts a fit that searches and may raise an error.
 
     Returns:
-        The Brain, what was watched, and the error of the fit.
+        The Brain, the recorded states, and the error of the fit.
     """
     brain, (train, valid) = make(folder, side, **hooks), loaders()
     options: dict[str, Any] = {
@@ -214,12 +214,12 @@ def search(
     finder, watched = make_finder(), Watched(module, brain, folder, train)
     with pytest.MonkeyPatch.context() as patch, ExitStack() as restores:
         patch.setattr(module, "find", watched)
-        # Lightning ignores another Ctrl-C from then on.
+        # After a Ctrl-C Lightning ignores another one.
         restores.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         brain.error = error
         try:
             again = trainer_with(finder, max_epochs=1, **options)
             again.fit(to_lightning(brain), train, valid)
-        except BaseException as raised:  # noqa: BLE001  a Ctrl-C too
+        except BaseException as raised:  # noqa: BLE001  also KeyboardInterrupt
             return brain, watched, raised
     return brain, watched, None

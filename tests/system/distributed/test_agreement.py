@@ -76,8 +76,8 @@ def test_a_trainer_that_stops_on_one_rank_stops_all(outcomes: Outcomes) -> None:
          "(rank 0: begins epoch 1; rank 1: begins epoch 2)"),
         (scenarios.updates_apart, "RankMismatchError: the processes differ in how many "
          "updates they have done (rank 0: 0; rank 1: 5)"),
-        (scenarios.recovered_on_rank_0_alone, "RankMismatchError: the processes are not at "
-         "the same place (rank 0: recovers a checkpoint; rank 1: "
+        (scenarios.recovered_on_rank_0_alone, "RankMismatchError: the processes are at "
+         "different points of the run (rank 0: recovers a checkpoint; rank 1: "
          "has recovered what there was)"),
         (scenarios.none_on_rank_0, "CheckpointError: rank 0 has no checkpoint, but other "
          "ranks do (rank 0: none; rank 1: CKPT+one)"),

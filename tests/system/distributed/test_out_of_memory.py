@@ -33,7 +33,7 @@ def test_both_skip_what_one_has_no_memory_for(records: Any) -> None:
         ]  # fmt: skip
         # Four batches in each of four runs; half of them for want of memory over there.
         assert len(told) == 16
-        other = f"rank {1 - rank} ran out of memory in this batch, which all processes give up"
+        other = f"rank {1 - rank} ran out of memory in this batch, so no rank uses the batch"
         assert sum(other in each for each in told) == 8
         assert "(1 of 2 allowed in this epoch)" in told[0]
         assert "in TRAIN, epoch 1, step 2" in told[0]
@@ -53,9 +53,11 @@ def test_what_processes_do_not_ask_each_other_is_said(records: Any) -> None:
     for record in of(records, memory_scenarios.not_agreed_upon):
         note, refused, of_ddp = record.results
         assert "the other ranks cannot take part in the save. Set oom_patience=0" in note
-        assert refused.startswith("oom_patience cannot be honoured on several processes: ")
+        assert refused.startswith(
+            "oom_patience is not supported with several processes here: "
+        )
         assert "Call super().fit_batch(batch) of brain_lightning.Brain" in refused
-        assert "on several processes: DDP's static_graph needs a first batch" in of_ddp
+        assert "with several processes here: DDP's static_graph must average" in of_ddp
 
 
 def test_it_costs_one_collective_for_all_flags_and_one_for_gradients(records: Any) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from tests.parity import own_loops
 from tests.parity.sides import Record, assert_moved
+from tests.support.upstream import needs_shards
 
 from . import scenarios, sharded_scenarios
 from .conftest import records_of
+
+pytestmark = needs_shards
 
 # Of what is not bit for bit DDP's: by how much it may differ, and why.
 BOUNDS = {

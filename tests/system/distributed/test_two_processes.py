@@ -140,7 +140,7 @@ def test_a_module_that_is_called_around_its_wrapper_is_told_once(records: Any) -
     for rank_records in records:
         record = rank_records["brain_lightning", "called_around_its_wrapper"]
         (message,) = record.results
-        assert "'encoder' is called around its DistributedDataParallel" in message
+        assert "'encoder' is called without its DistributedDataParallel" in message
         assert "self.modules.encoder(...)" in message
 
 

@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from brain_lightning import FSDP2Strategy
@@ -96,6 +95,8 @@ def average_in_float64() -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
         self.register_comm_hook(None, lambda _, bucket: averaged(bucket))
+
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     def options(*args: Any) -> dict[str, Any]:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float64, cast_forward_inputs=False)

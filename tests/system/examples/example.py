@@ -1,4 +1,4 @@
-"""An example, run here as a script runs, or on SpeechBrain with other imports alone."""
+"""Runs an example: in this process, as a script, or on SpeechBrain by changing its imports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from tests.support.processes import run_python
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-# What changes where a recipe runs on SpeechBrain.
+# Replacements that make a recipe run on SpeechBrain.
 IMPORTS = {
     "from brain_lightning import": "from speechbrain import",
     "brain_lightning.distributed": "speechbrain.utils.distributed",
@@ -22,7 +22,7 @@ IMPORTS = {
 
 
 class Example:
-    """One folder of ``examples``, with overrides that make it short."""
+    """One folder of ``examples``, with overrides that make its training short."""
 
     def __init__(self, name: str, *overrides: str) -> None:
         self.folder = EXAMPLES / name
@@ -30,7 +30,7 @@ class Example:
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """The folder of the script is on the path, as where it is run."""
+        """Puts the folder of the script on the path, as Python does for a script."""
         helpers = {path.stem for path in self.folder.glob("*.py")} - {"train"}
         sys.path.insert(0, str(self.folder))
         try:
@@ -41,7 +41,7 @@ class Example:
                 sys.modules.pop(name, None)
 
     def run(self, output: Path, folder: Path | None = None) -> Any:
-        """What its ``main`` returns."""
+        """Runs ``main`` in this process and returns its result."""
         folder = folder or self.folder
         arguments = [str(folder / "hparams.yaml"), *self.overrides, "--noprogressbar"]
         spec = importlib.util.spec_from_file_location("train", folder / "train.py")
@@ -53,7 +53,7 @@ class Example:
             return module.main([*arguments, f"--output_folder={output}", "--device=cpu"])
 
     def ported(self, folder: Path) -> Path:
-        """The recipe with other imports, in a folder of its own."""
+        """Writes the recipe for SpeechBrain to a new folder."""
         folder.mkdir()
         for name in ("train.py", "hparams.yaml"):
             text = (self.folder / name).read_text()
@@ -63,13 +63,13 @@ class Example:
         return folder
 
     def both_sides(self, tmp_path: Path) -> tuple[Any, Any]:
-        """What its ``main`` returns here and on SpeechBrain."""
+        """Returns the results of ``main`` on brain_lightning and on SpeechBrain."""
         theirs = self.run(tmp_path / "theirs", self.ported(tmp_path / "ported"))
         return self.run(tmp_path / "ours"), theirs
 
     def script(
         self, folder: Path, *overrides: str, real: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        """Runs it from a shell."""
+        """Runs the example as a script in another process."""
         files = [str(self.folder / name) for name in ("train.py", "hparams.yaml")]
         return run_python(*files, *self.overrides, *overrides, cwd=folder, real=real)

@@ -1,4 +1,4 @@
-"""examples/ctc_digits: runs as a script, and on SpeechBrain with other imports alone."""
+"""examples/ctc_digits: runs as a script, and on SpeechBrain after a change of imports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_it_runs_as_a_script(tmp_path: Path) -> None:
 def test_it_runs_in_two_processes_with_the_validation_shared_out(tmp_path: Path) -> None:
     done = CTC.script(tmp_path, "--trainer.devices=2", "--shard_eval")
     assert done.returncode == 0, done.stderr
-    # The second process prints nothing, and adds its counts to those of the first.
+    # The second process prints nothing. Its counts are added to the counts of the first.
     assert done.stdout.count("epoch  2") == done.stdout.count("test digit error rate") == 1
     assert "is not merged over ranks" not in done.stderr
 

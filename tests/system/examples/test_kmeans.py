@@ -1,4 +1,4 @@
-"""examples/kmeans: a recipe without gradients; on SpeechBrain with one other import."""
+"""examples/kmeans: a recipe without gradients; one import changes for SpeechBrain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_it_gives_the_same_centroids_on_speechbrain(tmp_path: Path) -> None:
     assert ours.distances == theirs.distances
     assert ours.purity == theirs.purity
     assert not list(ours.modules.parameters())
-    # Lloyd's algorithm never goes back.
+    # Lloyd's algorithm never increases the distance.
     assert all(later <= earlier for earlier, later in pairwise(ours.distances))
     assert ours.distances[-1] < 0.8 * ours.distances[0]
     assert ours.purity > 0.75

@@ -1,4 +1,4 @@
-"""examples/sharded: each of two processes holds a half, and learns what it does in DDP."""
+"""examples/sharded: with FSDP2 each process holds one half, and the losses equal DDP's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What is kept of one object, one level deep, by the kind that it is of.
+"""Captures and restores the state of single objects, one level deep, by type.
 
-A function gets the object, and returns what restores it and what it holds. Nothing is asked of
-a class of the user's that it may have its own answer to: ``len``, ``==``, ``items``.
+Each ``capture_`` function takes an object and returns functions that restore its state, and
+the objects that it refers to. No function calls a method that a user's class may override,
+such as ``__len__``, ``__eq__`` or ``items``.
 """
 
 from __future__ import annotations
@@ -23,27 +24,28 @@ from torch.nn.parameter import is_lazy
 from brain_lightning.fsdp2.tensors import is_shard, local
 
 Restore = Callable[[], None]
-Kept = tuple[list[Restore], Iterable[Any]]
+# Functions that restore an object, and the objects that it refers to.
+Captured = tuple[list[Restore], Iterable[Any]]
 
 logger = logging.getLogger(__name__)
 
-# Nothing is there.
+# Marks an attribute that is not set.
 _UNSET = object()
 
 
-def keep_attributes(obj: Any) -> Kept:
-    """Its class, ``__dict__`` and ``__slots__``.
+def capture_attributes(obj: Any) -> Captured:
+    """Captures the class, the ``__dict__`` and the ``__slots__`` of an object.
 
     Args:
-        obj: Any object; the parts of a shard are fsdp2's.
+        obj: Any object. Attributes of shards are not captured, because FSDP2 manages them.
     """
     restores: list[Restore] = []
     held: list[Any] = []
     cls: Any = type(obj)
     if issubclass(cls, Tensor) and is_shard(obj):
         return restores, held
-    if cls.__flags__ & _MADE_BY_PYTHON:
-        # A lazy or parametrized module gets another one.
+    if cls.__flags__ & _HEAP_TYPE:
+        # Lazy and parametrized modules change their class.
         restores.append(partial(_restore_class, obj, cls))
         held.append(cls)
     attributes, slots = _descriptors(cls)
@@ -60,13 +62,13 @@ def keep_attributes(obj: Any) -> Kept:
     return restores, held
 
 
-# Py_TPFLAGS_HEAPTYPE
-_MADE_BY_PYTHON = 1 << 9
+# Py_TPFLAGS_HEAPTYPE: the class was defined in Python.
+_HEAP_TYPE = 1 << 9
 
 
 @cache
 def _descriptors(cls: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What reads ``__dict__`` and the slots, whatever ``__getattr__`` or a property say."""
+    """Returns the descriptors of ``__dict__`` and slots, which bypass ``__getattr__``."""
     kinds = (types.GetSetDescriptorType, types.MemberDescriptorType)
     own = [vars(base) for base in cls.__mro__]
     attributes = (each.get("__dict__") for each in own)
@@ -89,15 +91,15 @@ def _restore_slot(slot: Any, obj: Any, value: Any) -> None:
         try:
             slot.__delete__(obj)
         except AttributeError:
-            # It is not set now either.
+            # The slot is not set now either.
             return
 
 
-def keep_class(cls: type) -> Kept:
-    """The attributes of a class that are no methods.
+def capture_class(cls: type) -> Captured:
+    """Captures the attributes of a class, except for methods and descriptors.
 
     Args:
-        cls: A class.
+        cls: Any class.
     """
     own = _values_of_class(cls)
     return [partial(_restore_class_attributes, cls, own)], [*own.values(), *cls.__bases__]
@@ -124,8 +126,8 @@ def _restore_class_attributes(cls: type, before: dict[str, Any]) -> None:
             setattr(cls, name, value)
 
 
-def keep_dict(obj: dict[Any, Any]) -> Kept:
-    """Keys and values, in their order.
+def capture_dict(obj: dict[Any, Any]) -> Captured:
+    """Captures the keys and values of a dict, in their order.
 
     Args:
         obj: A dict.
@@ -136,7 +138,7 @@ def keep_dict(obj: dict[Any, Any]) -> Kept:
 
 
 def _items(obj: dict[Any, Any]) -> list[tuple[Any, Any]]:
-    # It keeps an order of its own.
+    # An OrderedDict stores its order separately from the dict.
     cls: Any = OrderedDict if isinstance(obj, OrderedDict) else dict
     return list(cls.items(obj))
 
@@ -153,8 +155,8 @@ def _restore_dict(obj: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
         cls.__setitem__(obj, key, value)
 
 
-def keep_list(obj: Any) -> Kept:
-    """The content of a list, bytearray or array.
+def capture_list(obj: Any) -> Captured:
+    """Captures the elements of a list, bytearray or ``array.array``.
 
     Args:
         obj: The sequence.
@@ -168,8 +170,8 @@ def keep_list(obj: Any) -> Kept:
 _SEQUENCES: tuple[Any, ...] = (list, bytearray, array.array)
 
 
-def keep_tuple(obj: Any) -> Kept:
-    """Nothing of it can change, but of what is in it.
+def capture_tuple(obj: Any) -> Captured:
+    """Returns the elements of a tuple or frozenset, which itself cannot change.
 
     Args:
         obj: A tuple or frozenset.
@@ -178,8 +180,8 @@ def keep_tuple(obj: Any) -> Kept:
     return [], list(cls.__iter__(obj))
 
 
-def keep_collection(obj: Any) -> Kept:
-    """The content of a deque or set.
+def capture_collection(obj: Any) -> Captured:
+    """Captures the elements of a deque or set.
 
     Args:
         obj: The collection.
@@ -194,8 +196,8 @@ def _restore_collection(cls: Any, obj: Any, content: list[Any]) -> None:
     (cls.extend if cls is deque else cls.update)(obj, content)
 
 
-def keep_array(obj: Any) -> Kept:
-    """The content of an array of numpy, and the objects in it.
+def capture_array(obj: Any) -> Captured:
+    """Captures the elements of a NumPy array.
 
     Args:
         obj: The array.
@@ -212,8 +214,8 @@ def _restore_array(obj: Any, content: Any) -> None:
     np.copyto(obj, content)
 
 
-def keep_function(obj: Any) -> Kept:
-    """What a closure has of the function around it, and defaults.
+def capture_function(obj: Any) -> Captured:
+    """Returns the closure cells and the default arguments of a function.
 
     Args:
         obj: A function.
@@ -221,8 +223,8 @@ def keep_function(obj: Any) -> Kept:
     return [], [*(obj.__closure__ or ()), obj.__defaults__, obj.__kwdefaults__]
 
 
-def keep_cell(obj: Any) -> Kept:
-    """A variable of a closure.
+def capture_cell(obj: Any) -> Captured:
+    """Captures the value of a closure cell.
 
     Args:
         obj: The cell.
@@ -230,13 +232,13 @@ def keep_cell(obj: Any) -> Kept:
     try:
         value = obj.cell_contents
     except ValueError:
-        # Nothing is assigned to it yet.
+        # The variable has no value yet.
         return [], ()
     return [partial(setattr, obj, "cell_contents", value)], (value,)
 
 
-def keep_method(obj: Any) -> Kept:
-    """The object of a bound method, and the function.
+def capture_method(obj: Any) -> Captured:
+    """Returns the object and the function of a bound method.
 
     Args:
         obj: The method.
@@ -244,8 +246,8 @@ def keep_method(obj: Any) -> Kept:
     return [], (obj.__self__, obj.__func__)
 
 
-def keep_partial(obj: Any) -> Kept:
-    """The function and its arguments.
+def capture_partial(obj: Any) -> Captured:
+    """Returns the function and the arguments of a ``functools.partial``.
 
     Args:
         obj: A ``functools.partial``.
@@ -253,11 +255,13 @@ def keep_partial(obj: Any) -> Kept:
     return [], (obj.func, obj.args, obj.keywords)
 
 
-def keep_generator(obj: Any) -> Kept:
-    """Where a generator is, which cannot go back: it is told in words that it has gone on.
+def capture_generator(obj: Any) -> Captured:
+    """Captures the position of a generator.
+
+    A generator cannot be restored. If it has advanced, a warning is logged.
 
     Args:
-        obj: A generator of Python.
+        obj: A Python generator.
     """
     return [partial(_warn_of_progress, obj, _position(obj))], ()
 
@@ -271,17 +275,17 @@ def _warn_of_progress(obj: Any, before: list[Any]) -> None:
     now = _position(obj)
     if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
         logger.warning(
-            "What a trial took from the generator %s will be missing in the training: "
-            "iterate a loader or a list instead.",
+            "A trial has consumed values of the generator %s, and training will not get them. "
+            "Use a DataLoader or a list instead.",
             obj.__qualname__,
         )
 
 
-def keep_random(obj: Any) -> Kept:
-    """The state of a random generator.
+def capture_random(obj: Any) -> Captured:
+    """Captures the state of a random number generator.
 
     Args:
-        obj: A generator of torch, numpy or Python.
+        obj: A generator of torch, NumPy or Python.
     """
     if isinstance(obj, torch.Generator):
         return [partial(_restore_torch_generator, obj, obj.get_state())], ()
@@ -299,8 +303,8 @@ def _restore_torch_generator(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
 
 
-def keep_tensor(tensor: Tensor) -> Kept:
-    """Its data, gradient, hooks, and whether it needs a gradient.
+def capture_tensor(tensor: Tensor) -> Captured:
+    """Captures the data, the gradient, the hooks and ``requires_grad`` of a tensor.
 
     Args:
         tensor: Any tensor.
@@ -334,15 +338,15 @@ def _restore_data(tensor: Tensor, data: Tensor) -> None:
 def _restore_tensor(tensor: Tensor, copy: Tensor) -> None:
     here = local(tensor.detach())
     if not is_shard(tensor):
-        # A graph that needs the tensor may be kept for another backward pass.
+        # .data, because a retained graph may still need the tensor for a backward pass.
         here = here.data
     if here.shape != copy.shape or here.dtype != copy.dtype or here.is_sparse:
-        # Somebody has given it other data.
+        # The tensor was assigned other data.
         _restore_data(tensor, copy)
     elif here.layout is torch.strided:
         for dim, stride in enumerate(here.stride()):
             if stride == 0:
-                # Expanded: one element in many places.
+                # An expanded tensor stores one element for the whole dimension.
                 here, copy = here.narrow(dim, 0, 1), copy.narrow(dim, 0, 1)
         here.copy_(copy)
     else:
@@ -364,11 +368,13 @@ def _restore_hooks(tensor: Tensor, hooks: list[Any]) -> None:
             setattr(tensor, name, before)
 
 
-def keep_script_module(module: Any) -> Kept:
-    """The tensors and the mode of a compiled module, which Python does not see.
+def capture_script_module(module: Any) -> Captured:
+    """Captures the tensors and the mode of a TorchScript module.
+
+    They are not in ``__dict__``.
 
     Args:
-        module: Of ``torch.jit``.
+        module: A ``torch.jit.ScriptModule``.
     """
     buffers = dict(module.named_buffers(recurse=False))
     parameters = module.parameters(recurse=False)
@@ -383,32 +389,35 @@ def _restore_script_module(module: Any, attributes: dict[str, Any]) -> None:
         setattr(module, name, value)
 
 
-# The first that fits; the attributes of an object are kept too.
-_KINDS: tuple[tuple[Any, Callable[[Any], Kept]], ...] = (
-    (Tensor, keep_tensor),
-    (torch.jit.ScriptModule, keep_script_module),
-    (dict, keep_dict),
-    (_SEQUENCES, keep_list),
-    ((tuple, frozenset), keep_tuple),
-    ((deque, set), keep_collection),
-    (np.ndarray, keep_array),
-    (types.FunctionType, keep_function),
-    (types.CellType, keep_cell),
-    (types.MethodType, keep_method),
-    (partial, keep_partial),
-    (types.GeneratorType, keep_generator),
+# The first matching type is used. Attributes are captured in addition.
+_FUNCTIONS: tuple[tuple[Any, Callable[[Any], Captured]], ...] = (
+    (Tensor, capture_tensor),
+    (torch.jit.ScriptModule, capture_script_module),
+    (dict, capture_dict),
+    (_SEQUENCES, capture_list),
+    ((tuple, frozenset), capture_tuple),
+    ((deque, set), capture_collection),
+    (np.ndarray, capture_array),
+    (types.FunctionType, capture_function),
+    (types.CellType, capture_cell),
+    (types.MethodType, capture_method),
+    (partial, capture_partial),
+    (types.GeneratorType, capture_generator),
     (
         (torch.Generator, random.Random, np.random.RandomState, np.random.Generator,
          np.random.BitGenerator),
-        keep_random,
+        capture_random,
     ),
 )  # fmt: skip
 
 
-def keeper_of(cls: type) -> Callable[[Any], Kept] | None:
-    """What keeps more than the attributes of the objects of a class.
+def capture_function_of(cls: type) -> Callable[[Any], Captured] | None:
+    """Returns the function that captures more than the attributes of objects of a class.
 
     Args:
         cls: The class.
+
+    Returns:
+        The function. None if capturing the attributes is sufficient.
     """
-    return next((keep for kind, keep in _KINDS if issubclass(cls, kind)), None)
+    return next((capture for kind, capture in _FUNCTIONS if issubclass(cls, kind)), None)

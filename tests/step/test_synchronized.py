@@ -1,4 +1,4 @@
-"""What processes cannot give up together is refused; tests/system/distributed has the rest."""
+"""Errors if ranks cannot skip a batch together. tests/system/distributed has the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from brain_lightning import UnsupportedError
 from brain_lightning.compat.speechbrain import calls_ours
 from brain_lightning.distributed.batch_flags import BatchFlags
-from brain_lightning.step.together import fail_together
+from brain_lightning.step.synchronized import synchronize_oom
 from brain_lightning.temporary import TemporaryAttributes
 from tests.support.brains import Manual, Regression, make
 
@@ -27,26 +27,26 @@ class WrapsItself(Regression):
         pass
 
 
-def test_what_can_be_given_up_together_is_until_the_run_is_over() -> None:
+def test_the_ranks_skip_batches_together_until_the_run_ends() -> None:
     for cls in (Regression, Around):
         brain = make(cls)
         with TemporaryAttributes() as temporary:
-            fail_together(brain, temporary)
-            assert brain._lightning.fails_together
-        assert not brain._lightning.fails_together
+            synchronize_oom(brain, temporary)
+            assert brain._lightning.synchronizes_oom
+        assert not brain._lightning.synchronizes_oom
 
 
 @pytest.mark.parametrize(
     ("cls", "part", "sharding", "reason"),
     [
-        (Manual, None, None, "Manual.fit_batch has a backward pass of its own"),
-        (WrapsItself, None, None, "WrapsItself wraps its modules itself"),
+        (Manual, None, None, "Manual.fit_batch runs its own backward pass"),
+        (WrapsItself, None, None, "WrapsItself overrides _wrap_distributed"),
         (Regression, nn.SyncBatchNorm(2), None, "'part' has a SyncBatchNorm"),
         (Regression, nn.Embedding(2, 2, sparse=True), None, "'part' has sparse gradients"),
-        (Regression, None, object(), "strategy='fsdp2' gathers and averages"),
+        (Regression, None, object(), "strategy='fsdp2' communicates"),
     ],
 )
-def test_what_would_leave_processes_waiting_is_refused(
+def test_a_brain_that_communicates_within_the_passes_raises_an_error(
     cls: Any, part: Any, sharding: Any, reason: str
 ) -> None:
     brain = make(cls)
@@ -55,14 +55,14 @@ def test_what_would_leave_processes_waiting_is_refused(
     if part is not None:
         brain.modules["part"] = nn.Sequential(part)
     with TemporaryAttributes() as temporary, pytest.raises(UnsupportedError) as caught:
-        fail_together(brain, temporary)
+        synchronize_oom(brain, temporary)
     assert str(caught.value).startswith(
-        f"oom_patience cannot be honoured on several processes: {reason}"
+        f"oom_patience is not supported with several processes here: {reason}"
     )
-    assert not brain._lightning.fails_together
+    assert not brain._lightning.synchronizes_oom
 
 
-def test_speechbrains_own_fit_batch_is_not_ours() -> None:
+def test_speechbrains_own_fit_batch_does_not_call_brain_lightnings() -> None:
     assert calls_ours(make(Around), "fit_batch")
     own = speechbrain.Brain({"model": nn.Linear(1, 1)})
     assert not calls_ours(own, "fit_batch")
@@ -72,7 +72,7 @@ class Shared(BatchFlags):
     are_shared = True  # type: ignore[assignment]
 
 
-def test_an_error_of_one_process_is_not_taken_for_an_earlier_one_of_all() -> None:
+def test_an_error_is_not_mistaken_for_an_earlier_shared_error() -> None:
     flags = Shared()
 
     def error(is_shared: bool) -> torch.OutOfMemoryError:
@@ -81,6 +81,6 @@ def test_an_error_of_one_process_is_not_taken_for_an_earlier_one_of_all() -> Non
             flags.share(found)
         return found
 
-    # Each is gone when the next one is made, which has its id, as a rule.
+    # Each error is freed before the next is created, so that ids are usually reused.
     assert len({id(error(False)) for _ in range(20)}) < 20
     assert [flags.is_everywhere(error(n % 2 == 0)) for n in range(20)] == [True, False] * 10

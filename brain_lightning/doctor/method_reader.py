@@ -1,4 +1,4 @@
-"""Reads one method of a Brain, or a function that it gives itself to."""
+"""Reads one method of a Brain, or one function to which the Brain is passed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .method import EntryUse, Handover, HparamsCall, Location, Method
 from .modules import dotted_name
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-# Functions that want a sequence, which a wrapper of one is not.
+# Functions that need a sequence. A wrapped ModuleList is not a sequence.
 SEQUENCES = frozenset({"len", "enumerate", "iter", "list", "tuple", "zip", "reversed"})
 
-# What all processes call together, where modules are in shards.
+# Methods that all ranks must call together if modules are sharded.
 SAVING = frozenset({"state_dict", "save_checkpoint", "save_and_keep_only"})
 
 
@@ -34,12 +34,12 @@ def read_method(node: Function, owner: str, file: str, kept: Kept | None = None)
 
     Args:
         node: The method.
-        owner: The class that it is written in.
-        file: The file, as it is to be shown.
-        kept: What attributes of the Brain stand for.
+        owner: Name of the class that defines it.
+        file: Name of the file to show in locations.
+        kept: Meanings of attributes of the Brain.
 
     Returns:
-        What it does.
+        What the method does.
     """
     first = next(iter(_parameters(node)), "self")
     method = Method(node.name, Location(file, node.lineno), owner)
@@ -48,16 +48,16 @@ def read_method(node: Function, owner: str, file: str, kept: Kept | None = None)
 
 
 def read_function(node: Function, file: str, handover: Handover, kept: Kept) -> Method:
-    """Reads a function that is given the Brain or its modules.
+    """Reads a function to which the Brain or its modules are passed.
 
     Args:
         node: The function.
-        file: The file, as it is to be shown.
-        handover: What it is given.
-        kept: What attributes of the Brain stand for.
+        file: Name of the file to show in locations.
+        handover: The call of the function.
+        kept: Meanings of attributes of the Brain.
 
     Returns:
-        What it does.
+        What the function does.
     """
     parameters = dict(enumerate(_parameters(node)))
     given = {parameters.get(key, "") if isinstance(key, int) else key: meaning
@@ -74,7 +74,7 @@ def _parameters(node: Function) -> list[str]:
 
 
 class _Reader(ast.NodeVisitor):
-    """Walks a method in the order in which it is written."""
+    """Visits the nodes of a method in the order of the source."""
 
     def __init__(self, method: Method, itself: str, names: Names) -> None:
         self._method = method
@@ -88,12 +88,12 @@ class _Reader(ast.NodeVisitor):
         self._branches = 0
 
     def read(self, node: Function, count: str = "", learned: bool = True) -> None:
-        """Reads all statements, its decorators apart.
+        """Reads all statements of a method. Of its decorators, only ``no_grad`` matters.
 
         Args:
             node: The method.
-            count: How many processes there are where it is called, as of ``EntryUse``.
-            learned: Whether gradients are recorded there.
+            count: ``processes`` of its call, see ``EntryUse``.
+            learned: Whether its caller records gradients.
         """
         self._processes = count
         self._learns = learned and not any(stops_gradients(d) for d in node.decorator_list)
@@ -188,7 +188,7 @@ class _Reader(ast.NodeVisitor):
     visit_comprehension = visit_For
 
     def _visit_comprehension(self, node: ast.expr) -> None:
-        """The names are bound after the expression that uses them."""
+        """Visits the loops first: they bind the names that the expression uses."""
         for child in reversed(list(ast.iter_child_nodes(node))):
             self.visit(child)
 
@@ -275,7 +275,7 @@ class _Reader(ast.NodeVisitor):
         self._method.handovers.append(handover)
 
     def _is_of_base(self, node: ast.Call) -> bool:
-        """Whether it is a call such as ``super().fit(...)`` or ``Base.fit(self, ...)``."""
+        """Returns whether a call is ``super().fit(...)`` or ``Base.fit(self, ...)``."""
         if not isinstance(node.func, ast.Attribute):
             return False
         owner = node.func.value
@@ -289,7 +289,7 @@ class _Reader(ast.NodeVisitor):
             self._add_use(entry, "[]", "read", node)
 
     def _read_by_name(self, node: ast.Call, function: str) -> None:
-        """``getattr`` and ``hasattr`` of an entry; of ``.module`` they ask for a wrapper."""
+        """Reads ``getattr`` and ``hasattr`` of an entry. With ``module`` they unwrap it."""
         entry, name = self._entry(node.args[0]), node.args[1]
         attribute = name.value if isinstance(name, ast.Constant) else ast.unparse(name)
         if entry and attribute != "module":
@@ -328,7 +328,7 @@ class _Reader(ast.NodeVisitor):
             self._method.on_main.append((ast.unparse(function), self._at(function)))
 
     def _read_part(self, function: ast.expr) -> None:
-        """A call of a method or a part of an entry, whether in a wrapper or not."""
+        """Reads a call of a method or a part of an entry, with or without its wrapper."""
         path: list[str] = []
         node = function
         while isinstance(node, (ast.Attribute, ast.Subscript)):
@@ -340,7 +340,7 @@ class _Reader(ast.NodeVisitor):
                 return
 
     def _wrapped(self, node: ast.expr) -> str:
-        """The entry whose ``.module``, or a part of that, is written."""
+        """Returns the entry whose ``.module``, or a part of it, is used."""
         while isinstance(node, (ast.Attribute, ast.Subscript)):
             if isinstance(node, ast.Attribute) and node.attr == "module":
                 return self._entry(node.value)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from brain_lightning.cli import processes as process_module
 from brain_lightning.cli import run
 from brain_lightning.cli.main import main
-from brain_lightning.cli.run import processes_to_launch
+from brain_lightning.cli.processes import processes_to_launch
 from brain_lightning.cli.script import processes_in_file
 from brain_lightning.compat.versions import accelerator
 from tests.support.processes import LAUNCHERS, TORCHRUN, check_python, python
@@ -127,7 +128,9 @@ def test_tasks_of_slurm_are_the_processes_where_some_are_asked_for(
     for name, value in slurms.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     ran: list[Any] = []
-    monkeypatch.setattr(run, "process_group", lambda backend: nullcontext(ran.append(backend)))
+    monkeypatch.setattr(
+        process_module, "process_group", lambda backend: nullcontext(ran.append(backend))
+    )
     monkeypatch.setattr(run, "run_recipe", lambda *given: ran.append(given))
     assert main(["run", *TOY, "--device=cpu", *words]) == 0
     *groups, (_, _, trainer, _) = ran
@@ -141,7 +144,7 @@ def test_tasks_of_slurm_are_the_processes_where_some_are_asked_for(
 
 def test_each_process_gets_the_whole_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
-    monkeypatch.setattr(run, "launch", lambda *given: launched.append(given) or 7)
+    monkeypatch.setattr(process_module, "launch", lambda *given: launched.append(given) or 7)
     words = ["run", *TOY, "--device", "cpu", "--trainer.devices=2", "--debug-traceback"]
     given = [*words, "--distributed_backend", "mpi"]
     assert main(words) == main(given) == 7
@@ -151,7 +154,7 @@ def test_each_process_gets_the_whole_command_line(monkeypatch: pytest.MonkeyPatc
 def test_a_mistake_is_told_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "launch", lambda *_: 0)
+    monkeypatch.setattr(process_module, "launch", lambda *_: 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     nccl = "--distributed_backend=nccl"
     mistakes = (["nowhere.py"], [*TOY, "--trainer.max_step=3"], [TOY[0], "nowhere.yaml"])
@@ -159,7 +162,7 @@ def test_a_mistake_is_told_once(
         assert main(["run", *words, "--trainer.devices=2"]) == 2
     *_, no_gpus = told = capsys.readouterr().err.splitlines()
     assert len(told) == 4
-    assert "for 2 there are 1: --trainer.devices=1, or" in no_gpus
+    assert "(processes: 2, GPUs: 1). Use --trainer.devices=1, or" in no_gpus
 
 
 def test_lightning_starts_no_process_that_lacks_the_command(

@@ -1,8 +1,9 @@
-"""The forward and backward pass of a batch that all processes give up where one has no memory.
+"""The forward and backward pass of a batch that all ranks skip if one rank is out of memory.
 
-DistributedDataParallel averages gradients while the backward pass computes them, and a process
-that fails there leaves the others waiting. So the passes communicate nothing here. Then all
-processes ask each other how it went, and average the gradients themselves.
+DistributedDataParallel averages gradients during the backward pass. If one rank fails there,
+the other ranks hang. With ``--oom_patience`` the two passes therefore communicate nothing.
+After them, one collective tells all ranks whether a rank failed, and then the ranks average
+their gradients.
 """
 
 from __future__ import annotations
@@ -36,50 +37,50 @@ if TYPE_CHECKING:
     from .update import RawUpdate
 
 
-def compute_alone(
+def forward_backward(
     brain: BrainProtocol, batch: Any, update: RawUpdate, should_step: bool
 ) -> TrainingLoss:
-    """The passes of a batch, after the hook before them, as SpeechBrain's ``fit_batch``.
+    """Calls ``on_fit_batch_start`` and runs both passes, as SpeechBrain's ``fit_batch``.
 
     Args:
-        brain: The Brain in training.
-        batch: What the loader gave.
-        update: How gradients are computed.
-        should_step: Whether an update will follow.
+        brain: Brain in training.
+        batch: Batch as the DataLoader returned it.
+        update: Computes the gradients.
+        should_step: Whether an optimizer step follows.
 
     Returns:
-        What the batch gave.
+        The loss of the batch.
     """
     brain.on_fit_batch_start(batch, should_step)
     with brain.no_sync(not should_step):
         result = update.compute_gradients(batch)
     if should_step and not result.finite and brain.grad_accumulation_factor > 1:
-        # There was no backward pass, in which DistributedDataParallel averages.
+        # DistributedDataParallel averages in the backward pass, which did not run.
         average_window(brain)
     return result
 
 
-def compute_together(
+def synchronized_forward_backward(
     brain: BrainProtocol, batch: Any, update: RawUpdate, should_step: bool
 ) -> TrainingLoss:
-    """The same, of which all processes know afterwards whether it is done everywhere.
+    """Like ``forward_backward``, but all ranks use the batch or all ranks skip it.
 
     Args:
-        brain: See ``compute_alone``.
-        batch: See ``compute_alone``.
-        update: See ``compute_alone``.
-        should_step: See ``compute_alone``.
+        brain: See ``forward_backward``.
+        batch: See ``forward_backward``.
+        update: See ``forward_backward``.
+        should_step: See ``forward_backward``.
 
     Returns:
-        What the batch gave.
+        The loss of the batch.
 
     Raises:
-        torch.OutOfMemoryError: A process had no memory. Its own error is raised there, and
-            the gradients are those of before in all of them.
+        torch.OutOfMemoryError: A rank is out of memory. That rank raises its own error. All
+            ranks restore the gradients from before the batch.
     """
     flags = brain._lightning.flags
     if not flags.are_shared:
-        return compute_alone(brain, batch, update, should_step)
+        return forward_backward(brain, batch, update, should_step)
     share_buffers(brain)
     kept: dict[Tensor, Tensor] = {
         p: p.grad.clone() for p in trained_parameters(brain) if p.grad is not None
@@ -90,9 +91,9 @@ def compute_together(
     used = modules_with_gradients(brain) if should_step else []
     failed = isinstance(result, Exception)
     reduction = flags.reduce(
-        False if isinstance(result, Exception) else result.raised(),
+        False if isinstance(result, Exception) else result.nonfinite_flag(),
         brain.device,
-        # 1: a gradient of this batch alone; 2: one of earlier batches too.
+        # 1: only this batch gave a gradient. 2: earlier batches gave one, too.
         [failed * (rank() + 1), *((p.grad is not None) + (p in kept) for p in averaged)],
     )
     is_finite = not flags.wait(reduction)
@@ -107,19 +108,19 @@ def compute_together(
     least = 1 if is_finite else 2
     average_gradients(p for p, has in zip(averaged, has_gradient, strict=True) if has >= least)
     for module in used:
-        # As after a backward pass that has averaged.
+        # DistributedDataParallel sets it in a backward pass that averages.
         module.require_forward_param_sync = True
     return result
 
 
 def average_window(brain: BrainProtocol) -> bool:
-    """Averages the gradients of a window whose last batch has none.
+    """Averages the gradients of an accumulation window whose last batch has none.
 
     Args:
-        brain: The Brain in training.
+        brain: Brain in training.
 
     Returns:
-        Whether there are any, in all processes.
+        Whether there are gradients. The result is the same on all ranks.
     """
     if parameters := averaged_parameters(brain):
         each = gather([p.grad is not None for p in parameters])
@@ -131,7 +132,7 @@ def average_window(brain: BrainProtocol) -> bool:
 def _attempt(
     brain: BrainProtocol, batch: Any, update: RawUpdate, should_step: bool
 ) -> TrainingLoss | Exception:
-    """The passes, or the error for want of memory; what these hold is freed."""
+    """Returns the loss, or the out-of-memory error after freeing what the passes hold."""
     try:
         brain.on_fit_batch_start(batch, should_step)
         return update.compute_gradients(batch)
@@ -143,50 +144,51 @@ def _attempt(
 
 
 def _shared(flags: BatchFlags, result: object, failed_rank: int) -> Exception:
-    """The error that this process raises where one of them had no memory."""
+    """Returns the error that this rank raises if any rank is out of memory."""
     error = result if isinstance(result, Exception) else None
     if error is None:
         error = torch.OutOfMemoryError(
-            f"rank {failed_rank} ran out of memory in this batch, which all processes give up"
+            f"rank {failed_rank} ran out of memory in this batch, so no rank uses the batch"
         )
     flags.share(error)
     return error
 
 
-def fail_together(brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
-    """Has all processes give up a batch for which one of them has no memory.
+def synchronize_oom(brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
+    """Makes all ranks skip a batch if one of them is out of memory.
 
     Args:
-        brain: The Brain, its modules wrapped.
-        temporary: Records what is changed.
+        brain: Brain whose modules are wrapped.
+        temporary: Records the changes, to undo them after the run.
 
     Raises:
-        UnsupportedError: They would wait for each other within a forward or backward pass.
+        UnsupportedError: The ranks communicate within the forward or backward pass.
     """
     reason = _reason_against(brain)
     if reason is not None:
         raise UnsupportedError(
-            f"oom_patience cannot be honoured on several processes: {reason}. Leave it out: "
-            "then the run ends with the first process that has no memory, and is not saved"
+            f"oom_patience is not supported with several processes here: {reason}. Remove "
+            "oom_patience. Without it, the first process that runs out of memory ends the "
+            "run, and the run is not saved."
         )
-    temporary.set(brain._lightning, "fails_together", True)
+    temporary.set(brain._lightning, "synchronizes_oom", True)
 
 
 def _reason_against(brain: BrainProtocol) -> str | None:
     name = type(brain).__name__
     if brain._lightning.sharding is not None:
-        return "strategy='fsdp2' gathers and averages within the forward and backward pass"
+        return "strategy='fsdp2' communicates within the forward and backward pass"
     if wraps_itself(brain):
-        return f"{name} wraps its modules itself, in _wrap_distributed"
+        return f"{name} overrides _wrap_distributed and wraps its modules itself"
     if steps_itself(brain) and not calls_ours(brain, "fit_batch"):
         return (
-            f"{name}.fit_batch has a backward pass of its own, in which gradients are "
-            "averaged. Call super().fit_batch(batch) of brain_lightning.Brain in it"
+            f"{name}.fit_batch runs its own backward pass, in which gradients are averaged. "
+            "Call super().fit_batch(batch) of brain_lightning.Brain instead"
         )
     if any(module._comm_hooks for module in wrapped_modules(brain)):
-        return f"{name} has registered a hook that averages gradients (register_comm_hook)"
+        return f"{name} averages gradients in a communication hook (register_comm_hook)"
     if any(module.static_graph for module in wrapped_modules(brain)):
-        return "DDP's static_graph needs a first batch that averages within its backward pass"
+        return "DDP's static_graph must average the first batch within its backward pass"
     modules = [
         (n, part) for n, m in brain.modules.items() if m is not None for part in m.modules()
     ]
@@ -194,5 +196,5 @@ def _reason_against(brain: BrainProtocol) -> str | None:
         if isinstance(part, SyncBatchNorm):
             return f"{entry!r} has a SyncBatchNorm, which communicates in the forward pass"
         if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse:
-            return f"{entry!r} has sparse gradients, those of {type(part).__name__}"
+            return f"{entry!r} has sparse gradients, because of a {type(part).__name__}"
     return None
