@@ -1,4 +1,4 @@
-"""Saving while training continues: copies of states, and a thread that writes them."""
+"""Saves while training continues: copies states to the host and writes them in a thread."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ logger = logging.getLogger(__name__)
 
 
 class StateCopies:
-    """Copies of states, whose memory is used again for the next copies.
+    """Copies of states. The memory of the last copies is reused for the next ones.
 
-    New memory costs as much as the copy: each of its pages is made when it is first
-    written to.
+    New memory costs as much time as the copy, because the operating system allocates each
+    page at the first write.
 
-    Neither the host nor training waits for copies from a GPU: a stream of their own brings
-    them to pinned memory, and whoever reads them calls ``wait`` first.
+    Neither the host nor training waits for copies from a GPU. A separate stream copies them
+    to pinned memory. Call ``wait`` before reading the copies.
     """
 
     def __init__(self) -> None:
-        # By shape, type, and whether it is pinned.
+        # Buffers by shape, dtype, and whether they are pinned.
         self._free: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         self._used: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         self._streams: dict[torch.device, Any] = {}
-        # Events that are recorded behind copies, and clones that are copied until then.
+        # Events recorded after the copies, and the clones that the copies read from.
         self._copying: list[Any] = []
         self._clones: list[Tensor] = []
 
     def take(self, state: Any) -> Any:
-        """Copies a state, so that training may change the object that it is of.
+        """Copies a state, so that training may continue to change the original.
 
         Args:
             state: A ``state_dict``.
 
         Returns:
-            The state, its tensors copied to the CPU, where they are after ``wait``; those
-            that share memory share it in the copy.
+            The state with its tensors copied to the CPU. The copies are complete after
+            ``wait``. Tensors that share memory also share memory in the copy.
         """
         tensors = list(tensors_in(state))
         sources = {memory_of(tensor): tensor for tensor in tensors}
-        # A user may save in inference mode, and later out of it.
+        # A user may save once in inference mode and later outside of it.
         with torch.inference_mode(False), torch.no_grad():
             copies = {memory: self._buffer(source) for memory, source in sources.items()}
             for device, here in by_device(sources).items():
@@ -66,14 +66,14 @@ class StateCopies:
         return copy.deepcopy(state, {id(each): copies[memory_of(each)] for each in tensors})
 
     def wait(self) -> None:
-        """Waits until the copies are there."""
+        """Waits until the copies are complete."""
         for event in self._copying:
             event.synchronize()
         self._copying.clear()
         self._clones.clear()
 
     def recycle(self) -> None:
-        """Keeps the memory of the last copies for the next ones, and frees that of earlier."""
+        """Keeps the memory of the last copies for the next ones, and frees unused memory."""
         self._free, self._used = self._used, defaultdict(list)
 
     def _buffer(self, tensor: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ class StateCopies:
         module = getattr(torch, device.type)
         training = current_stream(device)
         beside = self._streams.setdefault(device, module.Stream(device))
-        # Training overwrites its tensors in the next step. A clone is made at the speed of the
-        # device's memory, by far faster than the copy to the host; where there is no room for
-        # one, the device waits for the copy before it takes that step, and the host does not.
+        # The next optimizer step overwrites the tensors. A clone on the device is much faster
+        # than a copy to the host. If there is no memory for clones, the device (not the host)
+        # waits for the copy before the next step.
         has_room = self._has_room(device, [source for _, source in pairs])
         if has_room:
             pairs = [(buffer, source.clone()) for buffer, source in pairs]
@@ -111,7 +111,7 @@ class StateCopies:
             training.wait_event(copied)
 
     def _has_room(self, device: torch.device, sources: list[Tensor]) -> bool:
-        """Whether clones fit beside the most that training has needed so far."""
+        """Whether clones fit in addition to the peak memory of training so far."""
         module = getattr(torch, device.type)
         free, _ = module.mem_get_info(device)
         free += module.memory_reserved(device) - module.max_memory_allocated(device)
@@ -124,23 +124,23 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def run_in_background(save: Callable[[], Any]) -> Future[Any]:
-    """Runs a save while training continues; Python exits only when it is done.
+    """Runs a save while training continues. Python exits only after the save has ended.
 
     Args:
-        save: Writes a checkpoint. There is memory for one copy only: the save before must
-            have ended.
+        save: Writes a checkpoint. The previous save must have ended, because there is memory
+            for one copy only.
     """
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
     pending = executor.submit(_log_failure, save)
-    # Its thread ends with the save.
+    # The thread ends with the save.
     executor.shutdown(wait=False)
     return pending
 
 
 def _log_failure(save: Callable[[], Any]) -> None:
-    """Logs an error at once: the process may end before anybody waits for the save."""
+    """Logs an error immediately, because the process may end before ``result`` is called."""
     try:
         save()
     except BaseException:
-        logger.exception("A checkpoint could not be saved in the background.")
+        logger.exception("Could not save a checkpoint in the background.")
         raise

@@ -1,8 +1,9 @@
-"""Directories that are there whole or not at all.
+"""Atomic directories: complete or absent.
 
-A checkpoint is written beside its final name, made durable, and renamed. While it is
-written, the process holds a lock on the directory (``flock``), which the kernel releases
-when the process ends, however it ends. What nobody holds was left behind, and is cleaned up.
+A checkpoint is written to a temporary directory beside its final name, synced to disk, and
+renamed. While a process writes, it holds a lock on the directory (``flock``). The kernel
+releases the lock when the process ends, for whatever reason. A temporary directory without a
+lock was left behind by a dead process, and is cleaned up.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from .integrity import write_checksums
 from .state_files import PARAMFILE_EXT
 
 with suppress(ImportError):
-    # Windows has none, nor can it open a directory to lock it.
+    # Windows has no fcntl, and cannot open a directory to lock it.
     import fcntl
 
 CKPT_PREFIX = "CKPT"
-# Names of directories that are not a checkpoint, or not any more.
+# Prefixes of directories that are not yet, or no longer, a checkpoint.
 WRITING, REPLACED, DELETED = ".writing", ".replaced", ".deleted"
-# Version 0.1.0 had a process number and its start in them, and more than the host.
+# In version 0.1.0 these names also had a process number and the start time of the process.
 TEMPORARY_NAME = re.compile(
     r"(?P<kind>\.writing|\.replaced|\.deleted)~(?P<host>[^~]+)~(?:\d+~[^~]+~)?"
     r"[0-9a-f]{8}~(?P<final>.*)"
@@ -39,7 +40,7 @@ TEMPORARY_NAME = re.compile(
 
 # ---------------------------------------------------------------------------- ownership
 
-# The directories that this process writes, by open descriptors that hold their locks.
+# Directories that this process writes, and the open file descriptors that hold their locks.
 _locks: dict[Path, int] = {}
 
 
@@ -55,15 +56,15 @@ def _unlock_all() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # A lock is held until every copy of its descriptor is closed: a DataLoader worker that is
-    # forked during a save, and outlives a killed trainer, must not keep one.
+    # A lock is held until every copy of its descriptor is closed. A DataLoader worker that was
+    # forked during a save may outlive a killed trainer, and must not hold the lock.
     os.register_at_fork(after_in_child=_unlock_all)
 
 
 def _is_abandoned(path: Path, descriptor: int, host: str) -> bool:
-    """Whether no process writes a directory any more; if so, it is locked from now on."""
-    # Many network file systems keep locks within one host. What another host wrote, or
-    # where there are no locks, is abandoned when nobody has touched it for a day.
+    """Whether no process writes a directory any more. If so, locks it."""
+    # Many network file systems support locks only within one host. If another host wrote the
+    # directory, or locks are not supported, it is abandoned after a day without changes.
     if host == socket.gethostname():
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,10 +77,10 @@ def _is_abandoned(path: Path, descriptor: int, host: str) -> bool:
 
 
 def clean_up(parent: Path) -> None:
-    """Removes what dead processes have left behind, and restores what they moved away.
+    """Removes directories that dead processes left, and restores checkpoints they renamed.
 
     Args:
-        parent: The folder of checkpoints; one that may not be written to is left as it is.
+        parent: Folder of checkpoints. A folder without write permission is not changed.
     """
     with suppress(OSError):
         for path in parent.iterdir():
@@ -94,7 +95,8 @@ def _remove_or_restore(path: Path, name: re.Match[str]) -> None:
     try:
         if not _is_abandoned(path, descriptor, name["host"]):
             return
-        # Another process may have removed what was opened, and its owner made it again.
+        # Another process may have removed the directory that was opened here, and the owner
+        # may have created it again.
         if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return
         if _is_without_successor(path, name):
@@ -106,7 +108,7 @@ def _remove_or_restore(path: Path, name: re.Match[str]) -> None:
 
 
 def _is_without_successor(path: Path, name: re.Match[str]) -> bool:
-    """Whether a checkpoint was moved away for another one that is not there."""
+    """Whether a checkpoint was renamed to be replaced, and its replacement does not exist."""
     return name["kind"] == REPLACED and not (path.parent / name["final"]).exists()
 
 
@@ -114,11 +116,11 @@ def may_be_checkpoint(path: Path) -> bool:
     """Whether a directory may be a checkpoint.
 
     Args:
-        path: Anything in a folder of checkpoints.
+        path: Any path in a folder of checkpoints.
 
     Returns:
-        True where it has a checkpoint's name, or was moved away for another checkpoint
-        that is not there.
+        True if the path has the name of a checkpoint, or is a checkpoint that was renamed to
+        be replaced and whose replacement does not exist.
     """
     name = TEMPORARY_NAME.fullmatch(path.name)
     if name is None:
@@ -134,23 +136,23 @@ def _temporary_path(kind: str, parent: Path, final: str = "") -> Path:
 
 
 def new_directory(parent: Path) -> Path:
-    """Makes the directory that a checkpoint is written to.
+    """Creates the temporary directory that a checkpoint is written to.
 
     Args:
-        parent: Where the checkpoint will be: a rename cannot leave the file system.
+        parent: Folder of the checkpoint, because a rename works within one file system only.
 
     Returns:
-        An empty directory, which no reader takes for a checkpoint, locked until it is
-        published or removed.
+        An empty directory that readers do not consider a checkpoint. It is locked until it
+        is published or removed.
     """
     path = _temporary_path(WRITING, parent)
     with removed_on_failure(path):
         parent.mkdir(parents=True, exist_ok=True)
-        # Another process may clean it up before it is locked.
+        # Another process may remove the directory before it is locked.
         while not path.exists():
             _unlock(path)
             path.mkdir()
-            # It is gone already, or the file system has no locks.
+            # The directory was removed, or the file system has no locks.
             with suppress(OSError):
                 _locks[path] = os.open(path, os.O_RDONLY)
                 fcntl.flock(_locks[path], fcntl.LOCK_EX)
@@ -158,10 +160,10 @@ def new_directory(parent: Path) -> Path:
 
 
 def remove(directory: Path) -> None:
-    """Removes a directory that is not to become a checkpoint.
+    """Removes a temporary directory.
 
     Args:
-        directory: What ``new_directory`` made.
+        directory: Directory from ``new_directory``.
     """
     shutil.rmtree(directory, ignore_errors=True)
     _unlock(directory)
@@ -169,13 +171,13 @@ def remove(directory: Path) -> None:
 
 @contextmanager
 def removed_on_failure(directory: Path) -> Iterator[None]:
-    """Leaves nothing half-written behind, and says what failed.
+    """Removes a temporary directory if writing to it fails.
 
     Args:
-        directory: What ``new_directory`` made.
+        directory: Directory from ``new_directory``.
 
     Raises:
-        CheckpointSaveError: Something within could not be written.
+        CheckpointSaveError: A file could not be written.
     """
     try:
         yield
@@ -187,26 +189,26 @@ def removed_on_failure(directory: Path) -> Iterator[None]:
         with suppress(OSError):
             where += f" ({shutil.disk_usage(where).free / 2**20:.0f} MiB free)"
         raise CheckpointSaveError(
-            f"no checkpoint was saved in {where}: {error}. The earlier ones are as they were"
+            f"could not save a checkpoint in {where}: {error}. The earlier checkpoints are "
+            "unchanged"
         ) from error
 
 
 @contextmanager
 def syncing(directory: Path) -> Iterator[None]:
-    """Makes files durable while they are written, rather than all of them at the end.
+    """Syncs files to disk while others are written, instead of all of them at the end.
 
-    A disk is as slow as writing to memory is fast: done one after the other, a save
-    of 400 MB takes half as long again.
+    Without this overlap, a save of 400 MB takes about 50 % longer.
 
     Args:
-        directory: What ``new_directory`` made.
+        directory: Directory from ``new_directory``.
     """
     done = threading.Event()
 
     def sync_until_done() -> None:
         while not done.wait(timeout=0.02):
             for path in directory.glob(f"*{PARAMFILE_EXT}"):
-                # What fails here fails again in `publish`, which raises it.
+                # The same error occurs again in `publish`, which raises it.
                 with suppress(OSError):
                     _sync(path)
 
@@ -220,25 +222,26 @@ def syncing(directory: Path) -> Iterator[None]:
 
 
 def rename(directory: Path, final: Path) -> None:
-    """Gives a directory its final name, in one step, and unlocks it.
+    """Renames a temporary directory to its final name in one step, and unlocks it.
 
     Args:
-        directory: What ``new_directory`` made.
-        final: The name that it is to have.
+        directory: Directory from ``new_directory``.
+        final: Final path.
     """
     os.rename(directory, final)
     _unlock(directory)
 
 
 def publish(directory: Path, final: Path) -> Path:
-    """Makes a directory durable and gives it its final name, in one step.
+    """Syncs a complete directory to disk, and renames it to its final name in one step.
 
     Args:
-        directory: What ``new_directory`` made, with everything in it.
-        final: The name that it is to have.
+        directory: Directory from ``new_directory``, with all its files.
+        final: Final path.
 
     Returns:
-        Where it is: ``final``, or the next number where another process was faster.
+        The path of the checkpoint. It is ``final``, or has the next number if another
+        process has published ``final`` first.
     """
     _make_durable(directory)
     while True:
@@ -255,21 +258,22 @@ def publish(directory: Path, final: Path) -> Path:
 
 
 def replace(directory: Path, final: Path) -> Path:
-    """As ``publish``, for a name that another checkpoint may have already.
+    """Works like ``publish``, but replaces a checkpoint that already has the final name.
 
     Args:
-        directory: What ``new_directory`` made, with everything in it.
-        final: The name; a checkpoint that has it is there until the new one is.
+        directory: Directory from ``new_directory``, with all its files.
+        final: Final path. A previous checkpoint with this path can be read until the new one
+            replaces it.
 
     Returns:
         ``final``.
     """
     _make_durable(directory)
     while True:
-        # Not locked: a process that restores it too early makes the next rename fail.
+        # Not locked: if another process restores it too early, the next rename fails.
         old = _temporary_path(REPLACED, final.parent, final.name)
         with suppress(FileNotFoundError):
-            # Until the next rename the old one is found under this name: see
+            # Until the next rename, readers find the old checkpoint under this name, see
             # `may_be_checkpoint`.
             os.rename(final, old)
         try:
@@ -280,7 +284,7 @@ def replace(directory: Path, final: Path) -> Path:
                 with suppress(FileNotFoundError):
                     os.rename(old, final)
                 raise
-            # Another process was faster: its own is the next to be replaced.
+            # Another process has published this name first. Replace its checkpoint next.
             shutil.rmtree(old, ignore_errors=True)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -294,10 +298,10 @@ def _make_durable(directory: Path) -> None:
 
 
 def delete(directory: Path) -> None:
-    """Deletes a checkpoint: it stops being one before the first of its files goes.
+    """Deletes a checkpoint. It is renamed first, so that no reader finds it half deleted.
 
     Args:
-        directory: The checkpoint; one that is gone already is no error.
+        directory: The checkpoint. If it does not exist, nothing happens.
     """
     renamed = _temporary_path(DELETED, directory.parent)
     with suppress(FileNotFoundError):
@@ -312,7 +316,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems of a network cannot do it for a directory.
+        # Some network file systems cannot sync a directory.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:

@@ -1,4 +1,4 @@
-"""One checkpoint among others: how it is found, ranked and averaged."""
+"""Checkpoints as values: lists, ranks and averages them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Checkpoint(NamedTuple):
     """A saved checkpoint.
 
     Attributes:
-        path: Its directory.
-        meta: The values in its meta file, with ``unixtime`` and ``end-of-epoch``.
-        paramfiles: The file of each recoverable, by name.
+        path: Directory of the checkpoint.
+        meta: Values of its meta file, with ``unixtime`` and ``end-of-epoch``.
+        paramfiles: File of each recoverable, by name.
     """
 
     path: Path
@@ -41,23 +41,28 @@ Predicate = Callable[[Checkpoint], bool]
 
 
 def ckpt_recency(ckpt: Checkpoint) -> Any:
-    """When a checkpoint was saved, as a measure of its importance."""
+    """Returns the time of a save, as the importance of a checkpoint."""
     return ckpt.meta["unixtime"]
 
 
 class Ranking(NamedTuple):
-    """How checkpoints are ranked, and which have a rank at all; None for all of them."""
+    """Ranking of checkpoints.
+
+    Attributes:
+        key: Importance of a checkpoint.
+        has_rank: Whether a checkpoint is ranked at all; None ranks all checkpoints.
+    """
 
     key: Key
     has_rank: Predicate | None = None
 
     @classmethod
     def by_meta(cls, name: str, sign: int) -> Ranking:
-        """By a value in ``meta``.
+        """Ranks by a value in ``meta``.
 
         Args:
-            name: The value's name; checkpoints without it have no rank.
-            sign: 1 where more is better, -1 where less is.
+            name: Name of the value. Checkpoints without it are not ranked.
+            sign: 1 if a higher value is more important, -1 if a lower value is.
         """
 
         def key(checkpoint: Checkpoint) -> Any:
@@ -70,20 +75,20 @@ class Ranking(NamedTuple):
     def by_one(
         cls, importance_key: Key | None, max_key: str | None, min_key: str | None
     ) -> Ranking:
-        """By the one key that was given, else by recency.
+        """Ranks by the given key, or by recency if there is none.
 
         Args:
-            importance_key: The highest value counts.
-            max_key: A name in ``meta``; the highest value counts.
-            min_key: A name in ``meta``; the lowest value counts.
+            importance_key: Function of a checkpoint. The highest value comes first.
+            max_key: Name in ``meta``. The highest value comes first.
+            min_key: Name in ``meta``. The lowest value comes first.
 
         Raises:
-            ValueError: More than one was given.
+            ValueError: More than one key was given.
         """
         if sum(key is not None for key in (importance_key, max_key, min_key)) > 1:
             raise ValueError(
                 f"importance_key={importance_key}, max_key={max_key!r} and "
-                f"min_key={min_key!r} exclude each other: give one of them"
+                f"min_key={min_key!r} exclude each other. Give only one of them"
             )
         if max_key is not None:
             return cls.by_meta(max_key, 1)
@@ -95,12 +100,12 @@ class Ranking(NamedTuple):
     def by_each(
         cls, importance_keys: Sequence[Key], max_keys: Sequence[str], min_keys: Sequence[str]
     ) -> list[Ranking]:
-        """One by every key that was given.
+        """Returns one ranking for each given key.
 
         Args:
-            importance_keys: The highest value counts.
-            max_keys: Names in ``meta``; the highest value counts.
-            min_keys: Names in ``meta``; the lowest value counts.
+            importance_keys: Functions of a checkpoint. The highest value comes first.
+            max_keys: Names in ``meta``. The highest value comes first.
+            min_keys: Names in ``meta``. The lowest value comes first.
         """
         lowest = [cls.by_meta(name, -1) for name in min_keys]
         highest = [cls.by_meta(name, 1) for name in max_keys]
@@ -109,26 +114,26 @@ class Ranking(NamedTuple):
     def ranked(
         self, checkpoints: Iterable[Checkpoint], predicate: Predicate | None
     ) -> list[Checkpoint]:
-        """Ranks checkpoints.
+        """Sorts checkpoints.
 
         Args:
-            checkpoints: In any order.
-            predicate: Only those for which it is true are considered.
+            checkpoints: Checkpoints in any order.
+            predicate: Only checkpoints for which it is true are considered.
 
         Returns:
-            Those that have a rank, the most important first.
+            The ranked checkpoints, the most important first.
         """
         chosen = filter(predicate, filter(self.has_rank, checkpoints))
-        # By recency first: of two that are as important the newer one stays in front.
+        # The second sort is stable: of two equally important ones, the newer comes first.
         newest_first = sorted(chosen, key=ckpt_recency, reverse=True)
         return sorted(newest_first, key=self.key, reverse=True)
 
 
 def saved_in(folder: Path) -> list[Checkpoint]:
-    """Every checkpoint in a folder, in no order; one that cannot be read is left out.
+    """Returns all readable checkpoints in a folder, unsorted.
 
     Args:
-        folder: The folder; there are none in one that does not exist.
+        folder: The folder. If it does not exist, the result is empty.
     """
     paths = filter(may_be_checkpoint, folder.iterdir()) if folder.is_dir() else []
     return [found for found in map(checkpoint_in, paths) if found is not None]
@@ -138,10 +143,11 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
     """Reads the meta file of a checkpoint.
 
     Args:
-        path: Anything in a directory of checkpoints.
+        path: Any path in a folder of checkpoints.
 
     Returns:
-        The checkpoint; None for what is none, or cannot be read, which is logged.
+        The checkpoint. None if the path is not a checkpoint, or if its meta file cannot be
+        read. In the second case a warning is logged.
     """
     if not (path / METAFNAME).exists():
         return None
@@ -151,7 +157,7 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
         files = {f.stem: f for f in path.iterdir() if f.suffix == PARAMFILE_EXT}
         return Checkpoint(path, meta, files)
     except FileNotFoundError:
-        # Deleted or replaced meanwhile.
+        # Another process has deleted or replaced the checkpoint.
         return None
     except (CheckpointError, OSError) as error:
         logger.warning("%s is skipped: %s", path, error)
@@ -159,16 +165,16 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
 
 
 def average_state_dicts(state_dicts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of several states; two of them are in memory at a time.
+    """Averages several states. Only two states are in memory at a time.
 
     Args:
         state_dicts: The states.
 
     Returns:
-        Their mean.
+        The mean of the states.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are no states.
     """
     states = iter(state_dicts)
     total = next(states, None)
@@ -189,18 +195,18 @@ def average_checkpoints(
     averager: Callable[[Iterable[Any]], Any] = average_state_dicts,
     device: Any = None,
 ) -> Any:
-    """The mean of a recoverable over several checkpoints.
+    """Averages a recoverable over several checkpoints.
 
     Args:
         checkpoint_list: The checkpoints.
-        recoverable_name: The recoverable.
-        parameter_loader: Reads a file.
-        averager: Makes the mean of what was read.
-        device: Where the mean is to be, as in SpeechBrain 0.5; by default where the files
-            were read to.
+        recoverable_name: Name of the recoverable.
+        parameter_loader: Reads the state from a file.
+        averager: Averages the states.
+        device: Device of the result, as in SpeechBrain 0.5. By default the states stay on
+            the device that ``parameter_loader`` loads them to.
 
     Returns:
-        What ``averager`` returns: a state to load.
+        The result of ``averager``: a state to load.
     """
     files = (checkpoint.paramfiles[recoverable_name] for checkpoint in checkpoint_list)
     return averager(_moved(parameter_loader(path), device) for path in files)

@@ -1,4 +1,4 @@
-"""Saving and recovering an experiment: SpeechBrain's Checkpointer, its saves whole."""
+"""Saves and recovers an experiment: SpeechBrain's Checkpointer with atomic saves."""
 
 from __future__ import annotations
 
@@ -40,24 +40,23 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(Recoverables):
-    """Saves recoverables by name, and recovers them (``speechbrain...Checkpointer``).
+    """Saves and recovers objects by name (``speechbrain.utils.checkpoints.Checkpointer``).
 
-    On disk as SpeechBrain's: each side loads the other's. A save is there whole or
-    not at all; a damaged checkpoint is skipped with a warning for the one before.
+    SpeechBrain and brain_lightning can load each other's checkpoints. A save is atomic. If
+    the newest checkpoint is damaged, a warning is logged and the previous one is recovered.
 
     Args:
-        checkpoints_dir: Where checkpoints are; made if it is not there.
-        recoverables: Objects by name.
-        custom_load_hooks: By name, each called with the object, the path, and whether
-            it was the end of an epoch.
-        custom_save_hooks: By name, each called with the object and the path.
-        allow_partial_load: Whether a checkpoint may lack a recoverable.
+        checkpoints_dir: Folder of the checkpoints. It is created if it does not exist.
+        recoverables: See ``Recoverables``.
+        custom_load_hooks: See ``Recoverables``.
+        custom_save_hooks: See ``Recoverables``.
+        allow_partial_load: See ``Recoverables``.
         ignore_mismatched_sizes: See ``Recoverables``.
 
     Attributes:
         async_save: Whether tensors are written in the background.
-        recovers_together: Whether all processes recover at this moment, each the
-            checkpoint of the first.
+        recovers_together: Whether all ranks call ``recover_if_possible`` at the same time, to
+            recover the checkpoint of rank 0.
     """
 
     recovers_together = False
@@ -75,15 +74,15 @@ class Checkpointer(Recoverables):
             recoverables, custom_load_hooks, custom_save_hooks, allow_partial_load
         )
         self.ignore_mismatched_sizes = ignore_mismatched_sizes
-        # Absolute: a script may change directory before a save is done.
+        # Absolute, because a script may change the working directory before a save ends.
         self.checkpoints_dir = Path(checkpoints_dir).absolute()
         self.async_save = False
-        # The save that runs in the background.
+        # Save that is running in the background.
         self._pending: Future[Any] | None = None
         self._copies = StateCopies()
         self._newest = 0.0
         self._names: set[str] = set()
-        # What this process has written, or has read and found intact.
+        # Checkpoints that this process has written or verified.
         self._intact: set[Path] = set()
         os.makedirs(self.checkpoints_dir, exist_ok=True)
         if if_main_process():
@@ -101,19 +100,19 @@ class Checkpointer(Recoverables):
         """Saves every recoverable.
 
         Args:
-            meta: Values to save in the checkpoint's meta file, for choosing among checkpoints.
-            end_of_epoch: Whether an epoch has ended; what is recovered may depend on it.
-            name: A name instead of time and number; a checkpoint that has it is replaced.
-            verbosity: The level of the log message.
+            meta: Values for the meta file, by which checkpoints can be ranked.
+            end_of_epoch: Whether an epoch has ended. Load hooks get this value.
+            name: Name instead of time and number. A checkpoint with this name is replaced.
+            verbosity: Level of the log message.
 
         Returns:
-            The checkpoint, on the main process. None on the others, and where a
-            parameter is not finite: such a state is not saved beside a good one.
+            The checkpoint, on rank 0. None on the other ranks. None on all ranks, without a
+            save, if a parameter is not finite.
 
         Raises:
-            CheckpointSaveError: It could not be written, or, in the background, the
-                one before.
-            CheckpointError: A recoverable has no way to be saved.
+            CheckpointSaveError: The checkpoint could not be written. If ``async_save`` is
+                set: the previous checkpoint could not be written.
+            CheckpointError: A recoverable has no save hook.
         """
         return self._save(meta, end_of_epoch, name, verbosity, lambda: None)
 
@@ -130,19 +129,19 @@ class Checkpointer(Recoverables):
         ckpt_predicate: Predicate | None = None,
         verbosity: int = logging.INFO,
     ) -> None:
-        """Saves, and once that is durable deletes the least important checkpoints.
+        """Saves a checkpoint, and then deletes the least important checkpoints.
 
         Args:
             meta: See ``save_checkpoint``.
             end_of_epoch: See ``save_checkpoint``.
             name: See ``save_checkpoint``.
-            num_to_keep: How many to keep by each key.
+            num_to_keep: Number of checkpoints to keep for each key.
             keep_recent: Whether recency is one of the keys.
-            importance_keys: Functions of a checkpoint; the highest values are kept.
-            max_keys: Names in ``meta`` of which the highest values are kept.
-            min_keys: Names in ``meta`` of which the lowest values are kept.
-            ckpt_predicate: Only those for which it is true are considered at all.
-            verbosity: The level of the log messages.
+            importance_keys: Functions of a checkpoint. The highest values are kept.
+            max_keys: Names in ``meta``. The highest values are kept.
+            min_keys: Names in ``meta``. The lowest values are kept.
+            ckpt_predicate: Only checkpoints for which it is true are considered.
+            verbosity: Level of the log messages.
         """
         keys = [*importance_keys, *([ckpt_recency] if keep_recent else [])]
         rankings = Ranking.by_each(keys, max_keys or (), min_keys or ())
@@ -201,14 +200,14 @@ class Checkpointer(Recoverables):
     def _begin(
         self, meta: Mapping[str, Any], end_of_epoch: bool, name: str | None
     ) -> tuple[Path, Checkpoint] | None:
-        """The directory to write to, with the meta file in it, on the main process."""
+        """Creates the directory to write to, with the meta file, on rank 0."""
         if not if_main_process():
             return None
         if name is not None and Path(name).name != name:
             raise CheckpointError(
-                f"name={name!r} is no name of a directory: leave out {os.sep}"
+                f"name={name!r} is not the name of a directory. Remove {os.sep!r}"
             )
-        # A clock that was set back must not make the newest checkpoint an old one.
+        # The new checkpoint must be the newest one even if the clock was set back.
         listed = saved_in(self.checkpoints_dir)
         newest = max([self._newest, *(ckpt.meta["unixtime"] for ckpt in listed)])
         self._newest = max(time.time(), newest + 1e-3)
@@ -226,16 +225,16 @@ class Checkpointer(Recoverables):
     def _unused_name(self) -> str:
         stamp = time.strftime("%Y-%m-%d+%H-%M-%S")
         names = (f"{stamp}+{number:02d}" for number in itertools.count())
-        # One that is written in the background has no directory yet.
+        # A name is also in use by a save in the background, which has no directory yet.
         name = next(n for n in names if n not in self._names and not self._path(n).exists())
         self._names.add(name)
         return name
 
     def wait(self) -> None:
-        """Waits until every save is durable.
+        """Waits until the save in the background has ended.
 
         Raises:
-            CheckpointSaveError: One of them could not be written.
+            CheckpointSaveError: The checkpoint could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -250,16 +249,16 @@ class Checkpointer(Recoverables):
         min_key: str | None = None,
         ckpt_predicate: Predicate | None = None,
     ) -> Checkpoint | None:
-        """The most important checkpoint, by default the newest.
+        """Finds the most important checkpoint, by default the newest.
 
         Args:
-            importance_key: The highest value counts.
-            max_key: A name in ``meta``; the highest value counts.
-            min_key: A name in ``meta``; the lowest value counts.
-            ckpt_predicate: Only those for which it is true are considered.
+            importance_key: Function of a checkpoint. The highest value comes first.
+            max_key: Name in ``meta``. The highest value comes first.
+            min_key: Name in ``meta``. The lowest value comes first.
+            ckpt_predicate: Only checkpoints for which it is true are considered.
 
         Returns:
-            The checkpoint, or None where there is none.
+            The checkpoint, or None if there is none.
         """
         found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate, 1)
         return found[0] if found else None
@@ -272,17 +271,17 @@ class Checkpointer(Recoverables):
         ckpt_predicate: Predicate | None = None,
         max_num_checkpoints: int | None = None,
     ) -> list[Checkpoint]:
-        """Checkpoints by importance, the most important first.
+        """Finds checkpoints, the most important first.
 
         Args:
             importance_key: See ``find_checkpoint``.
             max_key: See ``find_checkpoint``.
             min_key: See ``find_checkpoint``.
             ckpt_predicate: See ``find_checkpoint``.
-            max_num_checkpoints: At most so many; None for all.
+            max_num_checkpoints: Maximum number of checkpoints; None for all.
 
         Returns:
-            The checkpoints; of two that are as important the newer comes first.
+            The checkpoints. Of two equally important ones, the newer comes first.
 
         Raises:
             ValueError: More than one key was given.
@@ -299,7 +298,7 @@ class Checkpointer(Recoverables):
         ckpt_predicate: Predicate | None = None,
         device: Any = None,
     ) -> Checkpoint | None:
-        """Recovers from the most important checkpoint that is intact.
+        """Recovers from the most important intact checkpoint.
 
         Args:
             importance_key: See ``find_checkpoint``.
@@ -309,10 +308,10 @@ class Checkpointer(Recoverables):
             device: See ``load_checkpoint``.
 
         Returns:
-            The checkpoint, or None where there is none.
+            The checkpoint, or None if there is none.
 
         Raises:
-            CheckpointError: There are some, but each is damaged, or would run code.
+            CheckpointError: Each of the checkpoints is damaged or would run code.
         """
         found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate)
         skipped: list[CheckpointError] = []
@@ -344,30 +343,31 @@ class Checkpointer(Recoverables):
     def _load_unless_damaged(
         self, checkpoint: Checkpoint, others: list[Checkpoint]
     ) -> list[CheckpointError]:
-        """Returns why a checkpoint was skipped for the others; nothing where it is loaded."""
+        """Loads a checkpoint. Returns the error if it is skipped in favour of the others."""
         try:
             self.load_checkpoint(checkpoint)
         except (DamagedCheckpointError, UnsafeCheckpointError, NotInCheckpointError) as error:
-            # SpeechBrain, killed in a save, leaves a checkpoint without some of its files.
-            whole = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
-            cut_short = whole and not integrity.has_checksums(checkpoint.path)
-            if isinstance(error, NotInCheckpointError) and not cut_short:
+            # If SpeechBrain is killed in a save, its checkpoint lacks some files.
+            full = any(self.recoverables.keys() <= each.paramfiles.keys() for each in others)
+            is_partial = full and not integrity.has_checksums(checkpoint.path)
+            if isinstance(error, NotInCheckpointError) and not is_partial:
                 raise
             logger.warning("%s is skipped: %s", checkpoint.path, error)
             return [error]
         return []
 
     def load_checkpoint(self, checkpoint: Checkpoint, device: Any = None) -> None:
-        """Recovers every recoverable, once the whole checkpoint was read and checked.
+        """Recovers every recoverable, after the whole checkpoint was read and verified.
 
         Args:
-            checkpoint: The checkpoint. An error of a load hook has a note of its object.
-            device: For load hooks that take one (SpeechBrain 0.5); by default the Brain's.
+            checkpoint: The checkpoint.
+            device: Device for load hooks of SpeechBrain 0.5; by default the Brain's device.
 
         Raises:
-            DamagedCheckpointError: A file is not as it was saved.
+            DamagedCheckpointError: A file was changed since it was saved.
             UnsafeCheckpointError: A file would run code.
-            CheckpointError: A recoverable is not in it, or has no way to be recovered.
+            CheckpointError: A recoverable has no file or no load hook.
+            Exception: A load hook failed. The error has a note with its object.
         """
         try:
             integrity.check(checkpoint.path)
@@ -385,7 +385,7 @@ class Checkpointer(Recoverables):
     _remedy = Recoverables.remedy_by_name
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """Every checkpoint, in no order; one whose meta cannot be read is left out."""
+        """Returns all checkpoints with a readable meta file, unsorted."""
         self.wait()
         return saved_in(self.checkpoints_dir)
 
@@ -404,12 +404,12 @@ class Checkpointer(Recoverables):
         """Deletes the least important checkpoints.
 
         Args:
-            num_to_keep: How many to keep by each key.
+            num_to_keep: See ``save_and_keep_only``.
             min_keys: See ``save_and_keep_only``.
             max_keys: See ``save_and_keep_only``.
             importance_keys: See ``save_and_keep_only``.
             ckpt_predicate: See ``save_and_keep_only``.
-            verbosity: The level of the log messages.
+            verbosity: See ``save_and_keep_only``.
 
         Raises:
             ValueError: ``num_to_keep`` is negative.
@@ -426,12 +426,12 @@ class Checkpointer(Recoverables):
         verbosity: int,
     ) -> None:
         if num_to_keep < 0:
-            raise ValueError(f"num_to_keep={num_to_keep}: keep 0 or more checkpoints")
+            raise ValueError(f"num_to_keep must be 0 or greater, got {num_to_keep}")
         if not if_main_process():
             return
         listed = saved_in(self.checkpoints_dir)
         considered = [ranking.ranked(listed, ckpt_predicate) for ranking in rankings]
-        # One that is damaged must not be kept instead of a good one.
+        # A damaged checkpoint must not be kept instead of an intact one.
         intact = [filter(self._is_intact, each) for each in considered]
         kept = {ckpt for each in intact for ckpt in itertools.islice(each, num_to_keep)}
         for checkpoint in set(itertools.chain(*considered)) - kept:
@@ -439,7 +439,7 @@ class Checkpointer(Recoverables):
             logger.log(verbosity, "Deleted checkpoint in %s", checkpoint.path)
 
     def _is_intact(self, checkpoint: Checkpoint) -> bool:
-        """Reads a checkpoint once; after that looks only at the lengths of its files."""
+        """Whether a checkpoint is intact. Reads it once, later only checks file sizes."""
         check = integrity.check_sizes if checkpoint.path in self._intact else integrity.check
         try:
             check(checkpoint.path)

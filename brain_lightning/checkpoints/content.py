@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, as one value: for a Lightning file, or within a state."""
+"""The content of a checkpoint directory as one value, for a Lightning file or a state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Content = dict[str, Any]
 
 
 def content_of(objects: Recoverables, meta: dict[str, Any]) -> Content:
-    """What a checkpoint directory of some objects would hold.
+    """Returns the content of a checkpoint directory of some objects.
 
     Args:
         objects: The objects.
-        meta: Of the checkpoint.
+        meta: Values for the meta file.
 
     Returns:
-        As ``read_files``; empty on other than the main process.
+        The content, see ``read_files``. Empty on all ranks except rank 0.
     """
     with tempfile.TemporaryDirectory() as folder:
         objects.write(Path(folder), None)
@@ -38,33 +38,34 @@ def content_of(objects: Recoverables, meta: dict[str, Any]) -> Content:
 
 
 def load_content(objects: Recoverables, content: Content) -> None:
-    """Recovers objects.
+    """Recovers objects from the content of a checkpoint directory.
 
     Args:
         objects: The objects.
-        content: From ``content_of``.
+        content: Result of ``content_of``.
 
     Raises:
-        CheckpointError: It lacks something.
+        CheckpointError: The content has no readable meta file, or lacks an object.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_files(content, Path(folder))
         found = checkpoint_in(Path(folder))
         if found is None:
-            raise CheckpointError("the checkpoint's meta cannot be read")
+            raise CheckpointError("the meta file of the checkpoint cannot be read")
         files = objects.files_to_load(Path("the checkpoint"), found.paramfiles)
         objects.load(files, objects.read(files), found.meta["end-of-epoch"])
 
 
 def read_files(directory: Path) -> Content:
-    """What a checkpoint directory holds.
+    """Reads a checkpoint directory.
 
     Args:
         directory: The directory.
 
     Returns:
-        ``meta`` as text, so that nothing that YAML can express is lost; ``states`` by name,
-        of files that torch can read safely; and the other ``files`` as they are.
+        A dict with three keys. ``meta`` is the text of the meta file, so that no YAML value
+        is lost. ``states`` has the states by name, from files that torch can read without
+        running code. ``files`` has the bytes of all other files by relative path.
     """
     states: dict[str, Any] = {}
     files: dict[str, bytes] = {}
@@ -80,7 +81,7 @@ def read_files(directory: Path) -> Content:
 
 
 def _is_shard(path: Path) -> bool:
-    """Whether a file is one of a folder that a whole state is read from."""
+    """Whether a file belongs to a folder with a sharded state."""
     return path.parent.suffix == PARAMFILE_EXT and is_in_shards(path.parent)
 
 
@@ -89,16 +90,16 @@ def _state_in(path: Path) -> Any:
         is_read = is_in_shards(path) or zipfile.is_zipfile(path)
         return load_state(path) if is_read else None
     except CheckpointError:
-        # A hook of the recipe wrote it, and reads it.
+        # A custom save hook wrote the file, and its load hook reads it.
         return None
 
 
 def write_files(own: Content, folder: Path) -> None:
-    """Writes what ``read_files`` has read.
+    """Writes the content that ``read_files`` has read.
 
     Args:
-        own: ``meta``, ``states`` and ``files``, as far as they are there.
-        folder: Where to write to.
+        own: Content with any of the keys ``meta``, ``states`` and ``files``.
+        folder: Folder to write to.
     """
     if "meta" in own:
         (folder / METAFNAME).write_text(own["meta"], encoding="utf-8")

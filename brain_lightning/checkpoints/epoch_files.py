@@ -1,9 +1,9 @@
-"""The files of epoch counters, SpeechBrain's and ours: each side reads what the other wrote.
+"""The files of epoch counters, which SpeechBrain and brain_lightning can both read.
 
-SpeechBrain's Checkpointer saves of an ``EpochCounterWithStopper`` no more than it does of an
-``EpochCounter``: a bare number. So do we, and the best epoch, which patience is counted from,
-goes to a file beside it, which SpeechBrain's does not look at. The YAML that the stopper's own
-``_save`` writes is read, too.
+SpeechBrain's Checkpointer saves only a number for an ``EpochCounterWithStopper``, like for an
+``EpochCounter``. brain_lightning writes the same file. It saves the best epoch, from which
+patience is counted, in a second file that SpeechBrain ignores. It also reads the YAML file
+that ``EpochCounterWithStopper._save`` of SpeechBrain writes.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from .state_files import load_state
 
 logger = logging.getLogger(__name__)
 
-# Not a .ckpt, which would be a recoverable.
+# Not .ckpt, because every .ckpt file is the file of a recoverable.
 STOPPER_EXT = ".stopper.yaml"
 
 
 def save_counter(counter: Any, path: str | PathLike[str]) -> None:
-    """Saves the number of the epoch.
+    """Saves the epoch number.
 
     Args:
         counter: An ``EpochCounter``.
-        path: The file.
+        path: Path of the file.
     """
     Path(path).write_text(str(counter.current), encoding="utf-8")
 
 
 def save_stopper(counter: Any, path: str | PathLike[str]) -> None:
-    """Saves the number of the epoch, and beside it the best one.
+    """Saves the epoch number, and the best epoch in a second file.
 
     Args:
         counter: An ``EpochCounterWithStopper``.
-        path: The file of the number.
+        path: Path of the file with the epoch number.
     """
     save_counter(counter, path)
     state = {
         "current_epoch": counter.current,
         "best_epoch": counter.best_limit,
-        # A metric may be a number of any library.
+        # The metric may be a number of any library, such as numpy or torch.
         "best_score": float(counter.best_score),
         "should_stop": bool(counter.should_stop),
     }
@@ -52,30 +52,30 @@ def save_stopper(counter: Any, path: str | PathLike[str]) -> None:
 
 
 def load_counter(counter: Any, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
-    """Recovers the number of the epoch, of whichever counter it was saved.
+    """Recovers the epoch number from the file of either counter class.
 
     Args:
         counter: An ``EpochCounter``.
-        path: The file.
-        end_of_epoch: Whether the epoch had ended; one that was cut short is counted again.
+        path: Path of the file.
+        end_of_epoch: Whether the epoch had ended. If it had not, it is counted again.
     """
     counter.current = _state(path)["current_epoch"] - (not end_of_epoch)
 
 
 def load_stopper(counter: Any, path: str | PathLike[str], end_of_epoch: bool = True) -> None:
-    """Recovers the number of the epoch, and the best one where it was saved.
+    """Recovers the epoch number, and the best epoch if it was saved.
 
     Args:
         counter: An ``EpochCounterWithStopper``.
-        path: The file of the number.
-        end_of_epoch: As for ``load_counter``.
+        path: Path of the file with the epoch number.
+        end_of_epoch: See ``load_counter``.
     """
     state = _state(path)
     counter.current = state["current_epoch"] - (not end_of_epoch)
     if "best_epoch" not in state:
         logger.warning(
-            "%s holds the number of an epoch and nothing of the best one: the patience of the "
-            "%s begins anew after epoch %d.",
+            "%s has an epoch number but no best epoch. The patience of %s restarts after "
+            "epoch %d.",
             path,
             type(counter).__name__,
             counter.current,
@@ -90,8 +90,8 @@ def load_steps(scheduler: Any, path: str | PathLike[str], end_of_epoch: bool) ->
 
     Args:
         scheduler: SpeechBrain's ``InverseSquareRootScheduler``.
-        path: The file.
-        end_of_epoch: Of no importance here.
+        path: Path of the file.
+        end_of_epoch: Not used.
     """
     scheduler.n_steps = load_state(Path(path))["n_steps"]
 
@@ -101,17 +101,19 @@ def _beside(path: str | PathLike[str]) -> Path:
 
 
 def _state(path: str | PathLike[str]) -> dict[str, Any]:
-    """The number of the epoch, with what there is of the best one."""
+    """Returns the epoch number, and the best epoch if it was saved."""
     state = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if isinstance(state, int):
         return _state_beside(path, state)
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is not of an epoch counter: it holds {str(state)[:40]!r}")
+        raise ValueError(
+            f"{path} is not the file of an epoch counter: it contains {str(state)[:40]!r}"
+        )
     return state
 
 
 def _state_beside(path: str | PathLike[str], epoch: int) -> dict[str, Any]:
-    """What lies beside the number, if it was saved with it."""
+    """Returns the content of the second file if it was saved with this epoch number."""
     beside = _beside(path)
     state = yaml.safe_load(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     return state if state.get("current_epoch") == epoch else {"current_epoch": epoch}

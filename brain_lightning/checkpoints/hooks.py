@@ -1,6 +1,6 @@
-"""Which hook saves or recovers an object, as in ``speechbrain.utils.checkpoints``.
+"""Save and load hooks of objects, as in ``speechbrain.utils.checkpoints``.
 
-Classes that are registered with SpeechBrain work here too, where it is in use.
+If SpeechBrain is in use, classes that are registered with SpeechBrain work here too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STATEFUL = (
 )
 DEFAULT_SAVE_HOOKS: dict[type, Hook] = dict.fromkeys(STATEFUL, torch_save)
 DEFAULT_LOAD_HOOKS: dict[type, Hook] = dict.fromkeys(STATEFUL, torch_recovery)
-# For SpeechBrain's Pretrainer alone, which calls load hooks where there is none.
+# Only for SpeechBrain's Pretrainer. It calls the load hook of a class without a transfer hook.
 DEFAULT_TRANSFER_HOOKS: dict[type, Hook] = {}
 
 
@@ -50,7 +50,8 @@ def _on_main(method: Hook) -> Hook:
     return on_main
 
 
-# SpeechBrain saves its stopper as a counter, and does not recover that scheduler.
+# Hooks that replace hooks of SpeechBrain. SpeechBrain saves EpochCounterWithStopper without
+# the best epoch, and does not recover InverseSquareRootScheduler.
 REPAIRED_SAVE_HOOKS: dict[str | None, Hook] = {"stopper": _on_main(epoch_files.save_stopper)}
 REPAIRED_LOAD_HOOKS: dict[str | None, Hook] = {
     "counter": epoch_files.load_counter,
@@ -60,7 +61,7 @@ REPAIRED_LOAD_HOOKS: dict[str | None, Hook] = {
 
 
 def save_hook(obj: Any) -> Hook | None:
-    """How an object is saved: as its class was registered, else by its ``state_dict``.
+    """Returns the save hook of an object: the hook of its class, or its ``state_dict``.
 
     Args:
         obj: The object.
@@ -70,7 +71,7 @@ def save_hook(obj: Any) -> Hook | None:
 
 
 def load_hook(obj: Any) -> Hook | None:
-    """How an object is recovered: as its class was registered, else by ``load_state_dict``.
+    """Returns the load hook of an object: the hook of its class, or ``load_state_dict``.
 
     Args:
         obj: The object.
@@ -82,53 +83,54 @@ def load_hook(obj: Any) -> Hook | None:
 def _registered(
     obj: Any, ours: Mapping[type, Hook], repaired: Mapping[str | None, Hook], kind: str
 ) -> Hook | None:
-    """The hook of an object's class, or of the first of its bases that has one."""
+    """Returns the hook of the object's class, or of its first base class with a hook."""
     theirs = default_hooks(kind)
     for cls in type(obj).__mro__:
         if hook := repaired.get(repaired_kind(cls)):
             return hook
-        # SpeechBrain's for torch's own classes do what ours do, but run what they load.
+        # SpeechBrain's hooks for torch's classes do the same, but may run code from the file.
         if cls in ours or (cls in theirs and not cls.__module__.startswith("torch.")):
             return ours.get(cls) or theirs[cls]
     return None
 
 
 def mark_as_saver(method: Method) -> Method:
-    """Marks the method that saves, for ``register_checkpoint_hooks``.
+    """Marks the save method of a class, for ``register_checkpoint_hooks``.
 
     Args:
-        method: Takes a path.
+        method: Method with the argument ``path``.
 
     Raises:
-        TypeError: Its signature is another.
+        TypeError: The method has another signature.
     """
     return _marked(method, "_speechbrain_saver", "saver", "path")
 
 
 def mark_as_loader(method: Method) -> Method:
-    """Marks the method that recovers, for ``register_checkpoint_hooks``.
+    """Marks the load method of a class, for ``register_checkpoint_hooks``.
 
     Args:
-        method: Takes a path, and whether it was the end of an epoch; one of SpeechBrain 0.5
-            a device, too.
+        method: Method with the arguments ``path`` and ``end_of_epoch``. A method for
+            SpeechBrain 0.5 also has the argument ``device``.
 
     Raises:
-        TypeError: Its signature is another.
+        TypeError: The method has another signature.
     """
     arguments = ("path", "end_of_epoch")
     return _marked(method, "_speechbrain_loader", "loader", *arguments, device=True)
 
 
 def mark_as_transfer(method: Method) -> Method:
-    """Marks the method that takes parameters over, as SpeechBrain's decorator does.
+    """Marks the method that loads pretrained parameters, like SpeechBrain's decorator.
 
-    Only SpeechBrain's ``Pretrainer`` has a use for it.
+    Only SpeechBrain's ``Pretrainer`` calls this method.
 
     Args:
-        method: Takes a path; one of SpeechBrain 0.5 a device, too.
+        method: Method with the argument ``path``. A method for SpeechBrain 0.5 also has the
+            argument ``device``.
 
     Raises:
-        TypeError: Its signature is another.
+        TypeError: The method has another signature.
     """
     return _marked(method, "_speechbrain_transfer", "transfer hook", "path", device=True)
 
@@ -141,7 +143,7 @@ def _marked(
         device and binds(method, *called_with, "device")
     ):
         raise TypeError(
-            f"a checkpoint {kind} must have the signature ({', '.join(called_with)}), "
+            f"a checkpoint {kind} must have the signature ({', '.join(called_with)}), but "
             f"{method.__qualname__} has {inspect.signature(method)}"
         )
     setattr(method, mark, True)
@@ -149,14 +151,15 @@ def _marked(
 
 
 def register_checkpoint_hooks(cls: Class, save_on_main_only: bool = True) -> Class:
-    """Registers the marked methods of a class, as a decorator.
+    """Registers the marked methods of a class. Use it as a class decorator.
 
-    SpeechBrain's Checkpointer and its Pretrainer know them too, where it is in use.
+    If SpeechBrain is in use, the methods are also registered with SpeechBrain, for its
+    Checkpointer and its Pretrainer.
 
     Args:
         cls: The class.
-        save_on_main_only: Whether only the first of several processes saves; False
-            for a saver that communicates with the others first.
+        save_on_main_only: Whether only rank 0 calls the save method. Set it to False if the
+            method communicates with the other ranks.
 
     Returns:
         The class.
@@ -173,9 +176,9 @@ def register_checkpoint_hooks(cls: Class, save_on_main_only: bool = True) -> Cla
 
 
 def share_with_speechbrain() -> None:
-    """Registers our classes with SpeechBrain, if that is loaded by now.
+    """Registers the classes with SpeechBrain, if SpeechBrain is imported by now.
 
-    It may be loaded after a class was registered here: by a YAML file.
+    A YAML file may import SpeechBrain after a class was registered here.
     """
     tables: dict[str, tuple[Mapping[type, Hook], Callable[[Hook], Hook]]] = {
         "SAVE": (DEFAULT_SAVE_HOOKS, lambda hook: hook),
@@ -188,18 +191,19 @@ def share_with_speechbrain() -> None:
     for kind, (ours, adapted) in tables.items():
         theirs = default_hooks(kind)
         for cls in ours.keys() - theirs.keys():
-            # SpeechBrain has its own for torch's classes.
+            # SpeechBrain has its own hooks for torch's classes.
             if cls not in STATEFUL:
                 theirs[cls] = adapted(ours[cls])
 
 
 def save_shards(temporary: TemporaryAttributes) -> None:
-    """Lets SpeechBrain's Checkpointer save and load what is sharded, if that is in use.
+    """Makes SpeechBrain's Checkpointer, if it is in use, save and load sharded objects.
 
-    Its own hooks make a ``state_dict`` in the main process alone.
+    SpeechBrain's own hooks call ``state_dict`` only on rank 0, but for sharded objects this
+    call is collective.
 
     Args:
-        temporary: Records what is changed.
+        temporary: Records the changes, to undo them later.
     """
     arounds: dict[str, Hook] = {"SAVE": _save_theirs, "LOAD": _load_theirs}
     for kind, around in arounds.items():
@@ -209,8 +213,8 @@ def save_shards(temporary: TemporaryAttributes) -> None:
             theirs[cls] = functools.partial(around, hook)
 
 
-class _Made:
-    """Stands for an object of which the state is made already."""
+class _FixedState:
+    """An object whose ``state_dict`` returns a given state."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state_dict = lambda: state
@@ -219,8 +223,8 @@ class _Made:
 def _save_theirs(hook: Hook, obj: Any, path: str | Path) -> None:
     savers = state_savers()
     if hook in savers and is_saved_together(obj):
-        # Whole in the main process alone, and on no other node.
-        savers[0](_Made(state_to_save(obj)), path)
+        # The full state is on rank 0 only, and on no other node.
+        savers[0](_FixedState(state_to_save(obj)), path)
         return
     with made_whole(obj):
         hook(obj, path)

@@ -1,4 +1,4 @@
-"""Checksums: whether a checkpoint is still as it was written."""
+"""Checksums, to detect that a checkpoint was changed after it was written."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from brain_lightning.errors import CheckpointError
 from .meta_file import METAFNAME
 from .state_files import PARAMFILE_EXT
 
-# What each file should be, to notice damage. SpeechBrain neither writes nor reads it.
+# File with the size and the checksum of each file. SpeechBrain neither writes nor reads it.
 CHECKSUMS = "checksums.yaml"
-# A file is read in pieces, of which one is in memory at a time.
+# Size of the pieces in which a file is read. One piece is in memory at a time.
 PIECE = 32 * 2**20
 
 
 def write_checksums(directory: Path) -> None:
-    """Writes what each file of a checkpoint is, once all of them are there.
+    """Writes the checksums of a checkpoint. Called when all its files are written.
 
     Args:
         directory: The checkpoint.
@@ -42,13 +42,14 @@ def write_checksums(directory: Path) -> None:
 
 
 def write_checksums_together(part: Path, own: Iterable[Path]) -> None:
-    """Writes what each file of a folder in a checkpoint is, all processes together.
+    """Writes the checksums of a folder in a checkpoint. The call is collective.
 
-    Each reads what it has written itself: no other sees it as soon on every file system.
+    Each rank reads the files that it has written, because on some file systems other ranks
+    see them only later.
 
     Args:
         part: The folder.
-        own: The files of this process.
+        own: Files that this rank has written.
     """
     found = gather(collectively(lambda: {path.name: _checksum(path) for path in own}))
     if if_main_process():
@@ -68,10 +69,11 @@ def _checksum(path: Path) -> dict[str, Any]:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether torch wrote a file as a zip archive, with a checksum of each part in it.
+    """Whether a file is a zip archive of torch, which has a checksum for each of its parts.
 
     Args:
-        path: A file of a checkpoint. One of shards is several archives, one after the other.
+        path: File of a checkpoint. A file of shards is not such an archive: it contains
+            several archives, one after the other.
     """
     return path.suffix == PARAMFILE_EXT and zipfile.is_zipfile(path)
 
@@ -84,13 +86,13 @@ def _crc32(path: Path) -> int:
 
 
 def pieces(path: Path) -> Iterator[bytes]:
-    """The content of a file; of an empty one there is one piece, to be sent as any.
+    """Reads a file in pieces. An empty file has one empty piece, so that it can be sent.
 
     Args:
         path: The file.
 
     Yields:
-        Its pieces.
+        The pieces.
     """
     with path.open("rb") as content:
         piece: bytes | None = content.read(PIECE)
@@ -100,15 +102,15 @@ def pieces(path: Path) -> Iterator[bytes]:
 
 
 def check(directory: Path) -> None:
-    """Reads a checkpoint to see whether it is as it was written.
+    """Reads a checkpoint completely, and verifies that it is unchanged.
 
-    One that SpeechBrain wrote has no checksums but those within torch's files.
+    A checkpoint of SpeechBrain has no checksums except those within torch's files.
 
     Args:
         directory: The checkpoint.
 
     Raises:
-        CheckpointError: A file is missing, cut short or changed.
+        CheckpointError: A file is missing, truncated or changed.
     """
     check_sizes(directory)
     known = checksums(directory)
@@ -120,13 +122,13 @@ def check(directory: Path) -> None:
 
 
 def check_sizes(directory: Path) -> None:
-    """Whether every file is there in its length, which costs nothing to see.
+    """Verifies that each file exists and has its size, without reading the files.
 
     Args:
         directory: The checkpoint.
 
     Raises:
-        CheckpointError: One is not.
+        CheckpointError: A file is missing or has another size.
     """
     for name, entry in checksums(directory).items():
         path = directory / name
@@ -134,27 +136,27 @@ def check_sizes(directory: Path) -> None:
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != entry["size"]:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, and was saved with {entry['size']}"
+                f"{path} has {path.stat().st_size} bytes, but was saved with {entry['size']}"
             )
 
 
 def check_meta(directory: Path) -> None:
-    """Whether the meta file of a checkpoint is as it was written.
+    """Verifies that the meta file of a checkpoint is unchanged.
 
     Args:
         directory: The checkpoint.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: The meta file was changed.
     """
     _check_file(directory / METAFNAME, checksums(directory).get(METAFNAME, {}))
 
 
 def has_checksums(directory: Path) -> bool:
-    """Whether a checkpoint says what its files should be.
+    """Whether a checkpoint has a file with checksums. SpeechBrain's checkpoints have none.
 
     Args:
-        directory: The checkpoint; SpeechBrain's do not.
+        directory: The checkpoint.
     """
     return (directory / CHECKSUMS).is_file()
 
@@ -165,13 +167,13 @@ def _check_file(path: Path, entry: dict[str, Any]) -> None:
 
 
 def checksums(directory: Path) -> dict[str, dict[str, Any]]:
-    """What each file of a checkpoint should be, by its name; nothing where that is not known.
+    """Returns the size and checksum of each file by name; empty if there are no checksums.
 
     Args:
         directory: The checkpoint.
 
     Raises:
-        CheckpointError: It was changed.
+        CheckpointError: The file with the checksums was changed.
     """
     path = directory / CHECKSUMS
     if not path.is_file():
@@ -183,7 +185,7 @@ def checksums(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_zip(path: Path, known: bool) -> None:
-    """Without checksums, as SpeechBrain writes it, also finds a file that was cut short."""
+    """Verifies a torch file. Without ``known`` checksums, also detects a truncated file."""
     with path.open("rb") as content:
         start = content.read(2)
     if not known and not start:
@@ -193,9 +195,9 @@ def _check_zip(path: Path, known: bool) -> None:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
         else:
-            broken = "it is cut short" if start == b"PK" else None
+            broken = "it is truncated" if start == b"PK" else None
     except Exception as error:
-        # A bit that is flipped makes zipfile raise almost anything.
+        # If a bit is flipped, zipfile may raise almost any exception.
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if broken is not None:
         raise CheckpointError(f"{path} was changed since it was saved: {broken}")

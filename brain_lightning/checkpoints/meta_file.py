@@ -1,4 +1,4 @@
-"""The YAML file of a checkpoint: plain values, and tensors without running any code."""
+"""The YAML meta file of a checkpoint: plain values and tensors, read without running code."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import yaml
 from brain_lightning.errors import CheckpointError
 
 METAFNAME = "CKPT.yaml"
-# Names the lists that were tensors, in a comment, which SpeechBrain's reader ignores.
+# Comment with the names of lists that were tensors. SpeechBrain's reader ignores it.
 TENSORS = "# tensors: "
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values, and the tuples that SpeechBrain writes."""
+    """Safe YAML loader that also reads the tuples that SpeechBrain writes."""
 
 
 def _construct_tuple(loader: Any, node: Any) -> tuple[Any, ...]:
@@ -30,7 +30,7 @@ _Loader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of any library become Python's, which every SpeechBrain can read."""
+    """Converts numbers of any library to Python numbers, which SpeechBrain can read."""
     if isinstance(value, Mapping):
         return {_plain(name): _plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -48,10 +48,10 @@ def dump_meta(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
         path: The file.
 
     Returns:
-        The values as they will be read.
+        The values as ``load_meta`` will read them.
 
     Raises:
-        CheckpointError: One of them is no plain value.
+        CheckpointError: A value is not plain.
     """
     plain: dict[str, Any] = _plain(meta)
     tensors = [n for n, v in meta.items() if isinstance(v, torch.Tensor) and v.numel() != 1]
@@ -59,7 +59,8 @@ def dump_meta(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
         text = yaml.safe_dump(plain)
     except yaml.representer.RepresenterError as error:
         raise CheckpointError(
-            f"the meta of a checkpoint holds numbers, texts, lists and dicts: {error}"
+            "the meta of a checkpoint may contain only numbers, strings, lists and dicts: "
+            f"{error}"
         ) from error
     comment = f"# yamllint disable\n{TENSORS}{json.dumps(tensors)}\n"
     path.write_text(comment + text, encoding="utf-8")
@@ -80,7 +81,7 @@ def load_meta(path: Path) -> dict[str, Any]:
         Values by name.
 
     Raises:
-        CheckpointError: It is damaged, or would run code.
+        CheckpointError: The file is damaged, or would run code.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: objects by name, each with its way to be saved and recovered."""
+"""The objects of a checkpoint: recoverables by name, with their save and load hooks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .hooks import Hook, load_hook, save_hook
 
 logger = logging.getLogger(__name__)
 
-# What readers raise where a file is not what was written, and for nothing else.
+# Errors that readers raise only if the content of a file is damaged.
 UNREADABLE = (
     yaml.YAMLError,
     json.JSONDecodeError,
@@ -47,23 +47,24 @@ UNREADABLE = (
 
 
 class Recoverables:
-    """Objects by name, and their hooks.
+    """Objects by name, with the hooks that save and load them.
 
     Args:
         recoverables: Objects by name.
-        custom_load_hooks: By name, each called with the object, the path, and whether
-            it was the end of an epoch; one that takes a device, as in SpeechBrain 0.5, gets
-            it.
-        custom_save_hooks: By name, each called with the object and the path.
-        allow_partial_load: Whether a checkpoint may lack a recoverable.
+        custom_load_hooks: Load hooks by name of the object. A hook is called with the object,
+            the path and ``end_of_epoch``. A hook with a ``device`` argument, as in
+            SpeechBrain 0.5, is also called with the device.
+        custom_save_hooks: Save hooks by name of the object. A hook is called with the object
+            and the path.
+        allow_partial_load: Whether a checkpoint may lack recoverables.
 
     Attributes:
-        ignore_mismatched_sizes: Parts of recoverable modules that are left as they are made
-            where their shape is another in the checkpoint, an output layer say: the names of
-            recoverables, or of what is in them, ``model.output``.
-        writes_shards: Whether each process writes its own shards of what is sharded
-            (``FSDP2Strategy(sharded_checkpoints=True)``), into a folder with the name that
-            the file would have.
+        ignore_mismatched_sizes: Names of recoverables, or of parts of modules such as
+            ``model.output``. A parameter in them whose shape differs from the checkpoint is
+            not loaded and keeps its initial value.
+        writes_shards: Whether each rank writes its own shards of sharded objects
+            (``FSDP2Strategy(sharded_checkpoints=True)``), to a folder with the name of the
+            file of the object.
     """
 
     writes_shards = False
@@ -92,14 +93,14 @@ class Recoverables:
         custom_save_hook: Hook | None = None,
         optional_load: bool = False,
     ) -> None:
-        """Adds an object to what is saved and recovered.
+        """Adds a recoverable.
 
         Args:
-            name: Its name, and that of its file.
+            name: Name of the object and of its file.
             obj: The object.
-            custom_load_hook: See the class.
-            custom_save_hook: See the class.
-            optional_load: Whether a checkpoint may lack it.
+            custom_load_hook: See ``custom_load_hooks`` of the class.
+            custom_save_hook: See ``custom_save_hooks`` of the class.
+            optional_load: Whether a checkpoint may lack the object.
         """
         self.recoverables[name] = obj
         self.optional_recoverables[name] = optional_load
@@ -109,27 +110,27 @@ class Recoverables:
             self.custom_save_hooks[name] = custom_save_hook
 
     def add_recoverables(self, recoverables: Mapping[str, Any]) -> None:
-        """Adds several.
+        """Adds several recoverables.
 
         Args:
             recoverables: Objects by name.
 
         Raises:
-            AttributeError: It is no mapping (as SpeechBrain's).
+            AttributeError: The argument is not a mapping (the exception of SpeechBrain).
         """
         if not isinstance(recoverables, Mapping):
             raise AttributeError(
-                f"recoverables must be a mapping of names to objects, got {recoverables!r}"
+                f"recoverables must be a mapping from names to objects, got {recoverables!r}"
             )
         self.recoverables.update(recoverables)
 
     def may_be_saved(self) -> bool:
-        """Whether every parameter that is trained is finite; where not, it is logged."""
+        """Whether all trainable parameters are finite. If not, logs an error."""
         broken = state_files.not_finite(self.recoverables)
         if broken:
             logger.error(
                 "No checkpoint is saved: %s has a parameter that is not finite. The earlier "
-                "checkpoints are as they were.",
+                "checkpoints are unchanged.",
                 ", ".join(broken),
             )
         return not broken
@@ -138,17 +139,17 @@ class Recoverables:
         """Calls the save hook of each recoverable.
 
         Args:
-            directory: Where to write to.
-            copies: Copies states to be written in the background; None has all of
-                them written now.
+            directory: Directory to write to.
+            copies: Copies the states for a save in the background. If it is None, all states
+                are written immediately.
 
         Returns:
-            Copies of the states that are still to be written, by their files.
+            Copies of the states that must still be written, by path.
 
         Raises:
-            CheckpointError: A recoverable has no way to be saved.
-            Exception: A hook failed. The rest was saved all the same, for which other
-                processes may have waited.
+            CheckpointError: A recoverable has no save hook.
+            Exception: A hook failed. The other hooks were called before it was raised,
+                because they may be collective.
         """
         hooks = {name: self._save_hook(name) for name in self.recoverables}
         deferred: dict[Path, Any] = {}
@@ -168,36 +169,37 @@ class Recoverables:
         return deferred
 
     def files_to_load(self, path: Path, found: Mapping[str, Path]) -> dict[str, Path]:
-        """The file of each recoverable that is in a checkpoint.
+        """Returns the file of each recoverable in a checkpoint.
 
         Args:
             path: The checkpoint.
-            found: Its files by name.
+            found: Files of the checkpoint by name.
 
         Returns:
             Files by name, in the order of the recoverables.
 
         Raises:
-            NotInCheckpointError: One that is needed is not there.
+            NotInCheckpointError: A required recoverable has no file.
         """
         needed = {} if self.allow_partial_load else self.recoverables
         for name in needed.keys() - found.keys():
             missing = f"{path} has no file for {name!r}"
             if "dataloader" not in name and not self.optional_recoverables.get(name):
                 raise NotInCheckpointError(
-                    f"{missing}: it was saved without; allow_partial_load=True loads the rest"
+                    f"{missing}, because it was saved without this object. To load the other "
+                    "objects, set allow_partial_load=True"
                 )
-            warnings.warn(f"{missing}: it is left as it is", UserWarning, stacklevel=4)
+            warnings.warn(f"{missing}. The object is not loaded", UserWarning, stacklevel=4)
         return {name: found[name] for name in self.recoverables if name in found}
 
     def read(self, files: Mapping[str, Path]) -> dict[str, Any]:
-        """Reads what has to be read before anything is changed.
+        """Reads the states that can be read before any object is changed.
 
         Args:
             files: Files by name.
 
         Returns:
-            The states of those recoverables that have one.
+            State by name, for the recoverables that torch loads.
 
         Raises:
             CheckpointError: A file cannot be read, or would run code.
@@ -218,18 +220,18 @@ class Recoverables:
     ) -> None:
         """Calls the load hook of each recoverable.
 
-        An error of a hook has a note that says of which object and file it is, and what
-        was recovered before.
+        If a hook fails, its error gets a note with the object, the file, and the objects that
+        were recovered before.
 
         Args:
             files: Files by name.
-            states: What ``read`` returned for them.
+            states: Result of ``read`` for the files.
             end_of_epoch: Whether an epoch had ended.
-            checked: Whether the files are known to be as they were saved.
+            checked: Whether checksums have shown that the files are unchanged.
 
         Raises:
             DamagedCheckpointError: A file that was not checked cannot be read.
-            CheckpointError: A recoverable has no way to be recovered.
+            CheckpointError: A recoverable has no load hook.
         """
         hooks: dict[str, Hook] = {}
         for name in files:
@@ -248,7 +250,7 @@ class Recoverables:
                     with loading_to(None, device_of(self.recoverables.get("brain"))):
                         hooks[name](self.recoverables[name], path, end_of_epoch)
             except Exception as error:
-                # Torch's archives have checksums of their own.
+                # Torch's archives have their own checksums.
                 unsure = not checked and not zipfile.is_zipfile(path)
                 self._explain(error, name, path, recovered, unsure, self._remedy(name, parts))
                 raise
@@ -256,13 +258,13 @@ class Recoverables:
         self._reset_optimizers(parts)
 
     def _apply(self, name: str, state: dict[str, Any]) -> None:
-        """Gives an object its state, but what may be left out and has another shape."""
+        """Loads the state of an object, except ignored parameters with another shape."""
         obj = self.recoverables[name]
         for key in state_files.mismatched(obj, state):
             if self._is_ignored(f"{name}.{key}"):
                 own = obj.state_dict(keep_vars=True)[key]
                 logger.warning(
-                    "%s.%s is left as it is made: its shape is %s, and %s in the checkpoint.",
+                    "%s.%s is not loaded: its shape is %s, but %s in the checkpoint.",
                     name,
                     key,
                     tuple(own.shape),
@@ -272,7 +274,7 @@ class Recoverables:
         state_files.apply_state(obj, state)
 
     def _mismatched_parts(self, states: Mapping[str, Any]) -> dict[str, list[str]]:
-        """By the name of a recoverable what has another shape in the checkpoint."""
+        """Returns the keys whose shapes differ from the checkpoint, by recoverable."""
         found = {n: state_files.mismatched(self.recoverables[n], s) for n, s in states.items()}
         return {name: keys for name, keys in found.items() if keys}
 
@@ -282,7 +284,7 @@ class Recoverables:
         return any(part == each or part.startswith(f"{each}.") for each in named)
 
     def _reset_optimizers(self, left_out: Mapping[str, Collection[str]]) -> None:
-        """Lets optimizers begin anew with parameters that were left out."""
+        """Removes the optimizer state of parameters that were not loaded."""
         parameters = [
             parameter
             for name, keys in left_out.items()
@@ -303,47 +305,49 @@ class Recoverables:
         unsure: bool,
         remedy: str,
     ) -> None:
-        """Says where an error comes from, and what it leaves behind."""
+        """Adds the object, its file and the recovered objects to an error."""
         changed = ", ".join(map(repr, recovered)) or "nothing"
-        before = f"{changed} was recovered before it"
         if unsure and isinstance(error, UNREADABLE):
             raise DamagedCheckpointError(
-                f"{path} cannot be read: {error}; {before}"
+                f"{path} cannot be read: {error}. Recovered before it: {changed}."
             ) from error
-        note = f"{name!r} could not be recovered from {path}; {before}. {remedy}"
+        note = (
+            f"{name!r} could not be recovered from {path}. Recovered before it: {changed}. "
+            f"{remedy}"
+        )
         if unsure:
-            note += " The file has no checksum: a kill may also have cut it short."
+            note += " The file has no checksum, so it may also have been truncated by a kill."
         add_note(error, note.strip())
 
     def _remedy(self, name: str, mismatched: Mapping[str, Collection[str]]) -> str:
-        """What may be done about an object that cannot be recovered, and what does not fit."""
+        """Returns advice for an object that cannot be recovered; empty by default."""
         return ""
 
     def remedy_by_name(self, name: str, mismatched: Mapping[str, Collection[str]]) -> str:
-        """What may be done where the user has these objects by name, in a Checkpointer.
+        """Returns advice for a user who can name the objects, in a Checkpointer.
 
         Args:
-            name: The recoverable that could not be recovered.
-            mismatched: By name the keys of what has another shape in the checkpoint.
+            name: Recoverable that could not be recovered.
+            mismatched: Keys whose shapes differ from the checkpoint, by recoverable.
         """
         if name in mismatched:
             keys = [f"{each}.{key}" for each, own in mismatched.items() for key in own]
             parts = sorted({key.rpartition(".")[0] for key in keys})
             return (
-                "To recover the rest, and leave what has another shape as it is made: "
+                "To load everything except parameters with another shape, set "
                 f"checkpointer.ignore_mismatched_sizes = {parts}."
             )
         hooks = "; ".join(
             f"checkpointer.custom_load_hooks[{each!r}] = lambda *_: None"
             for each in (name, *self.optimizers_of(name))
         )
-        return f"To go on with the rest, and leave it as it is made: {hooks}."
+        return f"To load the other objects and not this one, set {hooks}."
 
     def optimizers_of(self, name: str) -> list[str]:
-        """The recoverable optimizers that hold a parameter of a module.
+        """Returns the recoverable optimizers that hold a parameter of a module.
 
         Args:
-            name: The name of any recoverable; what is no module has none.
+            name: Name of any recoverable. If it is not a module, the result is empty.
         """
         module = self.recoverables[name]
         own = set(map(id, module.parameters())) if isinstance(module, Module) else set()
@@ -355,7 +359,7 @@ class Recoverables:
         ]
 
     def _may_be_in_shards(self, name: str, hook: Hook) -> bool:
-        """Whether an object is sharded, and saved and loaded by no hook of its own."""
+        """Whether an object is sharded and has no custom save or load hook."""
         by_torch = hook is state_files.torch_save
         by_torch = by_torch and self._load_hook(name) is state_files.torch_recovery
         return by_torch and is_saved_together(self.recoverables[name])
@@ -372,7 +376,7 @@ class Recoverables:
 
 
 def _write(obj: Any, hook: Hook, path: Path, copies: StateCopies | None) -> dict[Path, Any]:
-    """Saves one object; returns a copy of its state where that is still to be written."""
+    """Saves one object. Returns a copy of its state if it must still be written."""
     if hook is not state_files.torch_save:
         with made_whole(obj):
             hook(obj, path)
@@ -390,6 +394,7 @@ def _write(obj: Any, hook: Hook, path: Path, copies: StateCopies | None) -> dict
 
 def _no_hook(verb: str, name: str, obj: Any, method: str, argument: str) -> CheckpointError:
     return CheckpointError(
-        f"no way to {verb} {name!r}, a {type(obj).__name__}: give it a {method}, register its "
-        f"class with register_checkpoint_hooks, or give add_recoverable a {argument}"
+        f"{name!r}, a {type(obj).__name__}, has no hook to {verb} it. Define {method}, "
+        "register its class with register_checkpoint_hooks, or pass "
+        f"{argument} to add_recoverable"
     )

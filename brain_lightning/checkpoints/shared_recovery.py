@@ -1,7 +1,7 @@
-"""All processes recover the first one's checkpoint, even from a disk that is its alone.
+"""All ranks recover the checkpoint of rank 0, even if only rank 0 can read its disk.
 
-Where ranks list different checkpoints, or none, each would go on from a state of its own.
-The files of the first rank's are sent to those that do not have the same.
+If ranks found different checkpoints, or none, they would continue from different states.
+Therefore rank 0 sends the files of its checkpoint to the ranks that do not have the same one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from .state_files import is_in_shards
 
 logger = logging.getLogger(__name__)
 
-# Loads a checkpoint, or skips it where it is damaged; the others are less important ones.
+# Loads a checkpoint and returns True, or returns False if it is damaged. The second argument
+# has the less important checkpoints.
 Load = Callable[[Any, list[Any]], bool]
 
 NONE = "none"
@@ -42,10 +43,11 @@ NONE = "none"
 
 @contextmanager
 def recovers_together(checkpointer: Any) -> Iterator[None]:
-    """Makes ``recover_if_possible`` of a Checkpointer one step of all processes.
+    """Makes ``recover_if_possible`` of a Checkpointer a collective call.
 
     Args:
-        checkpointer: Ours or SpeechBrain's; nothing happens to others, nor to None.
+        checkpointer: Checkpointer of brain_lightning or SpeechBrain. Any other object, or
+            None, is not changed.
 
     Yields:
         None
@@ -67,8 +69,8 @@ def _recover_speechbrains(checkpointer: Any, original: Any, *args: Any, **kwargs
         if any(map(is_in_shards, checkpoint.paramfiles.values())):
             raise CheckpointError(
                 f"{checkpoint.path} was saved with sharded_checkpoints=True, which "
-                "SpeechBrain's Checkpointer cannot read: use brain_lightning.Checkpointer, or "
-                "make it whole with brain-lightning convert"
+                "SpeechBrain's Checkpointer cannot read. Use brain_lightning.Checkpointer, or "
+                "write a full checkpoint with brain-lightning convert"
             )
         checkpointer.load_checkpoint(checkpoint)
         return True
@@ -83,28 +85,30 @@ def recover_first_ranks(
     folder: Path,
     failure: Callable[[Path], CheckpointError] | None = None,
 ) -> Any:
-    """Recovers from the first rank's most important checkpoint that is intact.
+    """Recovers all ranks from the most important intact checkpoint of rank 0.
 
     Args:
-        found: The checkpoints of this process, the most important first.
-        load: Loads one, or returns False where it is damaged.
-        folder: Where the checkpoints of this process are.
-        failure: Makes the error where none could be loaded, of the first rank's folder.
+        found: Checkpoints of this rank, the most important first.
+        load: Loads a checkpoint, or returns False if it is damaged.
+        folder: Folder with the checkpoints of this rank.
+        failure: Creates the error if no checkpoint could be loaded. Its argument is the
+            folder of rank 0.
 
     Returns:
-        The checkpoint; None where there is none.
+        The checkpoint, or None if there is none.
 
     Raises:
-        CheckpointError: The first rank has none, and another one does; or all of its own
-            are damaged; or a process could not load what the others have loaded.
-        RankMismatchError: Another process does not recover at all.
+        CheckpointError: Rank 0 has no checkpoint, but another rank has one. Or all
+            checkpoints of rank 0 are damaged. Or one rank could not load a checkpoint that
+            the other ranks have loaded.
+        RankMismatchError: Another rank does not recover a checkpoint.
     """
     newest = compare("recovers a checkpoint", _newest(found))
     if newest[0] == NONE and any(each != NONE for each in newest):
         raise CheckpointError(
-            f"rank 0 has no checkpoint, and others do ({by_rank(newest)}): start the "
-            "processes so that rank 0 is where the checkpoints are, or copy them there, or "
-            "move them away to start anew"
+            f"rank 0 has no checkpoint, but other ranks do ({by_rank(newest)}). Start rank 0 "
+            "on the machine with the checkpoints, or copy the checkpoints to the machine of "
+            "rank 0. To start from scratch, move the checkpoints away"
         )
     count, first_folder = ddp_broadcast((len(found), folder))
     for position in range(count):
@@ -120,30 +124,31 @@ def recover_first_ranks(
 def none_is_loaded(
     folder: Path, skipped: Sequence[CheckpointError] = (), listed: int = 0
 ) -> CheckpointError:
-    """The error of a folder that has checkpoints, but none that could be loaded.
+    """Returns the error for a folder whose checkpoints could not be loaded.
 
-    Only what is damaged is called so, and all of them only where it is all of them.
+    The message calls a checkpoint damaged only if it is damaged, and says so of all
+    checkpoints only if all of them are damaged.
 
     Args:
         folder: The folder.
-        skipped: Why those that were asked for were skipped.
-        listed: How many there are.
+        skipped: Reason for each requested checkpoint that was skipped.
+        listed: Number of checkpoints in the folder.
     """
-    whole = [each for each in skipped if not isinstance(each, DamagedCheckpointError)]
-    if whole:
-        return whole[0]
+    undamaged = [each for each in skipped if not isinstance(each, DamagedCheckpointError)]
+    if undamaged:
+        return undamaged[0]
     if listed > len(skipped) > 0:
         return CheckpointError(
-            f"every checkpoint in {folder} that was asked for is damaged; there are "
-            f"{listed - len(skipped)} that min_key, max_key or ckpt_predicate leaves out"
+            f"every requested checkpoint in {folder} is damaged. min_key, max_key or "
+            f"ckpt_predicate leaves out {listed - len(skipped)} other checkpoints"
         )
     return CheckpointError(
-        f"every checkpoint in {folder} is damaged: move them away to start anew"
+        f"every checkpoint in {folder} is damaged. To start from scratch, move them away"
     )
 
 
 def has_damaged_only(folder: Path) -> bool:
-    """Whether there are checkpoints, and not one of them can be read.
+    """Whether a folder has checkpoints and none of them can be read.
 
     Args:
         folder: The folder.
@@ -157,10 +162,10 @@ def _newest(found: Sequence[Any]) -> str:
 
 
 def _recover(offered: Any, found: Sequence[Any], load: Load, folder: Path) -> Any:
-    """Loads what the first rank offers; None where it is damaged."""
-    name, content = ddp_broadcast(offered and (offered.path.name, _content(offered.path)))
+    """Loads the checkpoint that rank 0 offers. Returns None if it is damaged."""
+    name, digest = ddp_broadcast(offered and (offered.path.name, _digest(offered.path)))
     own = next((each for each in found if each.path.name == name), None)
-    has_it = if_main_process() or (own is not None and _content(own.path) == content)
+    has_it = if_main_process() or (own is not None and _digest(own.path) == digest)
     is_sent = _is_sent(name, has_it, found)
     others = list(found[found.index(own) + 1 :]) if own is not None else []
     with ExitStack() as stack:
@@ -180,15 +185,15 @@ def _recover(offered: Any, found: Sequence[Any], load: Load, folder: Path) -> An
 
 
 def _is_sent(name: str, has_it: bool, found: Sequence[Any]) -> bool:
-    """Whether a process lacks the first rank's checkpoint, which is logged."""
+    """Whether a rank lacks the checkpoint of rank 0. If so, logs a warning."""
     best = _newest(found)
     own = best if has_it or best != name else f"another {name}"
     answers = compare("looks for the checkpoint of rank 0", (has_it, own))
     is_sent = not all(has for has, _ in answers)
     if is_sent and (if_main_process() or not has_it):
         logger.warning(
-            "The processes have different checkpoints (%s): all recover %s of rank 0, which "
-            "is sent to the others. Where all read one folder, nothing is sent.",
+            "The ranks have different checkpoints (%s). All ranks recover %s of rank 0, which "
+            "sends it to the other ranks. To avoid this, let all ranks read the same folder.",
             by_rank([each for _, each in answers]),
             name,
         )
@@ -196,14 +201,14 @@ def _is_sent(name: str, has_it: bool, found: Sequence[Any]) -> bool:
 
 
 def _on_all_ranks(load: Callable[[], Any]) -> Any:
-    """What was loaded, once all have loaded it; None where the first rank found it damaged."""
+    """Returns the loaded checkpoint when all ranks have loaded it; None if it is damaged."""
     loaded, failure, outcome = None, None, "damaged"
     try:
         loaded = load()
         outcome = "damaged" if loaded is None else "recovered"
     except DamagedCheckpointError as error:
         logger.warning("A checkpoint is skipped: %s", error)
-    except Exception as error:  # noqa: BLE001  raised below, once the others know
+    except Exception as error:  # noqa: BLE001  raised below, after the collective
         failure, outcome = error, repr(error)
     outcomes = compare("has loaded a checkpoint", outcome)
     if outcomes[0] == "damaged":
@@ -212,33 +217,34 @@ def _on_all_ranks(load: Callable[[], Any]) -> Any:
         raise failure
     if any(each != "recovered" for each in outcomes):
         raise CheckpointError(
-            f"not every process could recover the checkpoint of rank 0 ({by_rank(outcomes)}): "
-            "remove what is damaged where it is, and the processes start from what rank 0 has"
+            f"not every rank could recover the checkpoint of rank 0 ({by_rank(outcomes)}). "
+            "Remove the damaged copy on the ranks that failed, and start again: they then get "
+            "the checkpoint from rank 0"
         )
     return loaded
 
 
-# ------------------------------------------------------------------------ what is sent
+# --------------------------------------------------------------- sending a checkpoint
 
 
-def _content(directory: Path) -> str:
-    """What a checkpoint holds, in a word; an empty one where it cannot be read."""
+def _digest(directory: Path) -> str:
+    """Returns a digest of the content of a checkpoint; empty if it cannot be read."""
     digest = hashlib.sha256()
     try:
         known = integrity.checksums(directory)
         for path in _files(directory):
             name = str(path.relative_to(directory))
             digest.update(f"{name}\0".encode())
-            # What is in a folder is shards, and too large to be read once more.
+            # A file in a subfolder is a shard, and too large to be read once more.
             is_known = name in known and path.parent != directory
-            digest.update(repr(known[name]).encode() if is_known else _content_of_file(path))
-    except Exception:  # noqa: BLE001  what is damaged makes zipfile raise almost anything
+            digest.update(repr(known[name]).encode() if is_known else _digest_of_file(path))
+    except Exception:  # noqa: BLE001  for a damaged file zipfile may raise anything
         return ""
     return digest.hexdigest()
 
 
-def _content_of_file(path: Path) -> bytes:
-    """Torch's files are zip archives, which hold a checksum of each of their parts."""
+def _digest_of_file(path: Path) -> bytes:
+    """Returns a digest of a file. A torch file is a zip archive, which has checksums."""
     if integrity.is_archive(path):
         with zipfile.ZipFile(path) as archive:
             parts = [(each.filename, each.file_size, each.CRC) for each in archive.infolist()]
@@ -254,7 +260,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _send(directory: Path) -> None:
-    """Sends a checkpoint to all other processes."""
+    """Sends a checkpoint to all other ranks."""
     try:
         integrity.check(directory)
         for path in _files(directory):
@@ -267,14 +273,14 @@ def _send(directory: Path) -> None:
 
 
 def _receive(name: str | None, stack: ExitStack) -> Path | None:
-    """Receives a checkpoint, and keeps it under a name; without a name nothing is written.
+    """Receives a checkpoint from rank 0, and writes it to a temporary folder.
 
     Args:
-        name: That of its directory.
-        stack: Removes the copy when it is left.
+        name: Name of the directory. If it is None, the checkpoint is not written.
+        stack: Removes the copy when it is closed.
 
     Returns:
-        The copy.
+        The path of the copy, or None.
     """
     copy: Path | None = None
     failure: OSError | None = None
@@ -287,11 +293,11 @@ def _receive(name: str | None, stack: ExitStack) -> Path | None:
             copy = copy or _new_copy(name, stack)
             _append(copy / received[0], received[1])
         except OSError as error:
-            # The rest is still on its way.
+            # Receive the remaining pieces all the same, because the broadcasts are collective.
             failure = error
     if failure is not None:
         raise CheckpointError(
-            f"the checkpoint of rank 0 could not be written to {copy}: {failure}; set TMPDIR "
+            f"the checkpoint of rank 0 could not be written to {copy}: {failure}. Set TMPDIR "
             "to a folder with more space"
         ) from failure
     return copy
@@ -316,6 +322,6 @@ def _read(copy: Path) -> Checkpoint:
 
 
 def _as_if_in(path: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as it is where rank 0 has it, for the copy goes away."""
+    """Returns the checkpoint with the path on rank 0, because the copy will be removed."""
     files = {name: path / file.name for name, file in checkpoint.paramfiles.items()}
     return Checkpoint(path, checkpoint.meta, files)

@@ -1,4 +1,4 @@
-"""The files of objects with a ``state_dict``: written by torch, read without running code."""
+"""Files of objects with a ``state_dict``: torch writes them, no code runs when reading."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from brain_lightning.step.pruning import prune_as_saved
 
 logger = logging.getLogger(__name__)
 
-# What the name of a recoverable's file ends in.
+# Extension of the file of a recoverable.
 PARAMFILE_EXT = ".ckpt"
-# Parameters that SpeechBrain has renamed since, with and without their typing errors.
+# Old and new names of parameters in which SpeechBrain has corrected a typo.
 KEYS_MAPPING = {
     ".mutihead_attn": ".multihead_attn",
     ".convs_intermedite": ".convs_intermediate",
@@ -35,18 +35,19 @@ KEYS_MAPPING = {
 
 
 def state_to_save(obj: Any) -> dict[str, Any]:
-    """What the default saver writes.
+    """Returns the state that the default save hook writes.
 
     Args:
-        obj: Anything with a ``state_dict``.
+        obj: Object with a ``state_dict``.
     """
     state: dict[str, Any] = obj.state_dict()
     if not state:
         logger.warning("Saving an empty state_dict for %s.", type(obj).__name__)
-    # What refers to a method cannot be pickled: CyclicLR keeps one, and makes it anew.
+    # References to methods cannot be pickled. CyclicLR has one in its state, and recreates it.
     unpicklable = {name for name, value in state.items() if inspect.ismethod(value)}
     unpicklable |= {"_scale_fn_ref"} & state.keys()
-    # As it is where it can be: modules keep the version of each part in an attribute of it.
+    # Returned unchanged if possible: the state of a module has the attribute _metadata, with
+    # the version of each submodule, which a new dict would lose.
     return {n: v for n, v in state.items() if n not in unpicklable} if unpicklable else state
 
 
@@ -55,20 +56,20 @@ def torch_save(obj: Any, path: str | Path) -> None:
 
     Args:
         obj: The object.
-        path: The file.
+        path: Path of the file.
     """
     write_state(state_to_save(obj), path)
 
 
 def write_state(state: Any, path: str | Path) -> None:
-    """Writes a state, with its tensors on the CPU: it loads where there is no GPU.
+    """Writes a state with its tensors on the CPU, so that it loads without a GPU.
 
     Args:
         state: Tensors and plain values.
-        path: The file.
+        path: Path of the file.
 
     Raises:
-        OSError: It could not be written; torch has another error for each case.
+        OSError: The file could not be written. It replaces the RuntimeError of torch.
     """
     try:
         torch.save(on_host(state), path)
@@ -77,18 +78,18 @@ def write_state(state: Any, path: str | Path) -> None:
 
 
 def write_shards(obj: Any, folder: Path) -> list[Path]:
-    """Saves the ``state_dict`` of what is sharded, all processes together.
+    """Saves the ``state_dict`` of a sharded object. The call is collective.
 
     Args:
         obj: A module or an optimizer.
-        folder: Where each process writes its own shards to.
+        folder: Folder to which each rank writes its own shards.
 
     Returns:
-        The files that this process has written.
+        The files that this rank has written.
 
     Raises:
-        OSError: A process could not write.
-        UnsupportedError: The processes do not share the folder.
+        OSError: A rank could not write.
+        UnsupportedError: The ranks do not share the folder.
     """
     with as_shards():
         state = state_to_save(obj)
@@ -96,29 +97,29 @@ def write_shards(obj: Any, folder: Path) -> list[Path]:
 
 
 def is_in_shards(path: Path) -> bool:
-    """Whether a recoverable was saved by ``write_shards``, to a folder.
+    """Whether a recoverable was saved to a folder by ``write_shards``.
 
     Args:
-        path: What has the name of its file.
+        path: File or folder of the recoverable.
     """
     return (path / sharded_files.STRUCTURE).is_file()
 
 
 def load_state(path: str | Path, obj: Any = None) -> dict[str, Any]:
-    """Reads a ``state_dict`` without running anything that is in it.
+    """Reads a ``state_dict`` without running code from the file.
 
     Args:
-        path: The file, or the folder of one that is in shards.
-        obj: What the state is for: where that is sharded, its shards are read from a folder,
-            and nothing else.
+        path: Path of the file, or of the folder of a sharded state.
+        obj: Object to load the state into. If it is sharded, only its shards are read from
+            the folder.
 
     Returns:
-        The state, on the CPU; keys that SpeechBrain has renamed have their new names.
+        The state on the CPU. Keys that SpeechBrain has renamed have their new names.
 
     Raises:
         UnsafeCheckpointError: The file would run code.
-        CheckpointError: The file is damaged; or would run code, which nobody can tell
-            where it is no archive.
+        CheckpointError: The file is damaged. If it is not a zip archive, it may also be a
+            file that would run code: the two cases cannot be distinguished.
     """
     if is_in_shards(Path(path)):
         structure = load_state(Path(path, sharded_files.STRUCTURE))
@@ -127,11 +128,11 @@ def load_state(path: str | Path, obj: Any = None) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # A file that was cut short is no archive any more.
+        # A truncated file is no longer a zip archive.
         refusal = UnsafeCheckpointError if zipfile.is_zipfile(path) else CheckpointError
         raise refusal(
-            f"{path} would run code when loaded, or is damaged: only tensors and plain values "
-            f"are loaded ({str(error).splitlines()[0]})"
+            f"{path} would run code when loaded, or is damaged. Only tensors and plain values "
+            f"can be loaded ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -146,11 +147,11 @@ def _with_new_names(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_state(obj: Any, state: Mapping[str, Any]) -> None:
-    """Gives an object the state that was read.
+    """Loads a state into an object.
 
     Args:
-        obj: Anything with a ``load_state_dict``.
-        state: What ``load_state`` returned.
+        obj: Object with a ``load_state_dict``.
+        state: Result of ``load_state``.
     """
     if isinstance(obj, torch.nn.Module):
         prune_as_saved(obj, state)
@@ -160,11 +161,11 @@ def apply_state(obj: Any, state: Mapping[str, Any]) -> None:
 
 
 def mismatched(obj: Any, state: Any) -> list[str]:
-    """The keys of those tensors of a module that have another shape in a file.
+    """Returns the keys of a module's tensors that have another shape in a file.
 
     Args:
-        obj: Anything; what is no module has none.
-        state: What ``load_state`` returned for it.
+        obj: Any object. If it is not a module, the result is empty.
+        state: Result of ``load_state`` for the object.
     """
     if not isinstance(obj, torch.nn.Module) or not isinstance(state, dict):
         return []
@@ -180,23 +181,23 @@ def mismatched(obj: Any, state: Any) -> list[str]:
 
 
 def torch_recovery(obj: Any, path: str | Path, end_of_epoch: bool) -> None:  # noqa: ARG001
-    """Recovers what ``torch_save`` has saved.
+    """Recovers an object that ``torch_save`` has saved.
 
     Args:
         obj: The object.
-        path: The file.
-        end_of_epoch: Of no importance here.
+        path: Path of the file.
+        end_of_epoch: Not used.
     """
     apply_state(obj, load_state(path))
 
 
 def not_finite(objects: Mapping[str, Any]) -> list[str]:
-    """Which objects have a parameter that is trained and not finite.
+    """Returns the names of objects with a trainable parameter that is not finite.
 
-    Others may hold what they like. Of shards each process looks at its own.
+    Frozen parameters are not checked. If a module is sharded, each rank checks its own shards.
 
     Args:
-        objects: Anything by name; what is no module is finite.
+        objects: Objects by name. An object that is not a module counts as finite.
     """
     sums: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, obj in objects.items():
@@ -204,25 +205,25 @@ def not_finite(objects: Mapping[str, Any]) -> list[str]:
             sums[tensor.device].append((name, torch.isfinite(tensor.sum())))
     suspicious: set[str] = set()
     for found in sums.values():
-        # The host waits once for each device, and not once for each parameter.
+        # The host waits once per device, not once per parameter.
         are_finite = torch.stack([is_finite for _, is_finite in found]).tolist()
         suspicious |= {
             name
             for (name, _), is_finite in zip(found, are_finite, strict=True)
             if not is_finite
         }
-    # A sum is cheap, and may have overflowed.
+    # A sum is a cheap test but may overflow, so these objects are checked exactly.
     return [name for name in objects if name in suspicious and not _is_finite(objects[name])]
 
 
 def _trained(obj: Any) -> Iterator[Tensor]:
-    """The parameters that are trained, of a module; of shards, this process's part."""
+    """Yields the trainable parameters of a module; for shards, the part of this rank."""
     if not isinstance(obj, torch.nn.Module):
         return
     for parameter in obj.parameters():
         if parameter.requires_grad and not is_lazy(parameter):
             tensor = local(parameter.detach())
-            # torch has no sum of 8-bit floats.
+            # torch cannot sum 8-bit floats.
             yield tensor.float() if tensor.element_size() == 1 else tensor
 
 

@@ -1,4 +1,4 @@
-"""What fitting a batch changes, as it was before: a run resumes there, or after the batch."""
+"""Copies of the state that a batch changes, to undo an unfinished batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .saved_state import BatchState
 
 logger = logging.getLogger(__name__)
 
-# What a Brain counts in one TRAIN stage, and a validation overwrites.
+# Attributes that a Brain counts in one TRAIN stage. A validation overwrites them.
 COUNTS = ("step", "avg_train_loss", "nonfinite_count")
 COUNTS_OF_BATCH = (*COUNTS, "optimizer_step")
 
@@ -39,31 +39,31 @@ COUNTS_OF_BATCH = (*COUNTS, "optimizer_step")
 class BeforeBatch:
     """The state before a batch.
 
-    The counts are always kept. Everything else is copied only where something may save in
-    the middle of a batch: gradients, buffers, statistics and random states before it, and
-    weights and optimizers before the first step that changes them.
+    The counts are always copied. Everything else is copied only if something may save in the
+    middle of a batch: gradients, buffers, statistics and random states before the batch, and
+    weights and optimizers before the first optimizer step that changes them.
 
     Args:
         brain: The Brain that trains.
 
     Attributes:
-        is_one_of_several: Whether there are other processes.
-        is_whole: Whether everything was copied.
-        counts: Of the Brain, by name.
-        synchronizes: See ``process_state``.
-        window: The weights of the window.
-        random: The random state.
-        statistics: What hooks had accumulated.
-        gradients: By the index of the parameter.
-        switches: What was trained.
-        steps: Whether an optimizer has begun to step.
-        skipped: Batches of the epoch that were undone, for there was no memory for them.
+        is_distributed: Whether there are several ranks.
+        is_complete: Whether everything was copied, and not only the counts.
+        counts: Counts of the Brain by name.
+        synchronizes: See ``process_state.synchronizes``.
+        window: Weights of the accumulation window.
+        random: Random state.
+        statistics: Statistics that hooks have accumulated.
+        gradients: Gradients by the index of the parameter.
+        switches: Which parameters were trained, and which norms tracked statistics.
+        steps: Whether an optimizer has begun its step.
+        skipped: Number of batches of the epoch that were undone after running out of memory.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
-        self.is_one_of_several = False
-        self.is_whole = False
+        self.is_distributed = False
+        self.is_complete = False
         self.counts: State = {}
         self.synchronizes: list[bool] = []
         self.window = Window()
@@ -81,42 +81,42 @@ class BeforeBatch:
         self._warned: set[str] = set()
 
     def count(self) -> None:
-        """Keeps the counts before a batch, which cost nothing."""
+        """Copies the counts before a batch, which is cheap."""
         self.steps = False
         own = vars(self._brain)
         self.counts = {name: own[name] for name in COUNTS_OF_BATCH}
         self.window = window_of(self._brain)
-        if self.is_one_of_several:
+        if self.is_distributed:
             self.synchronizes = synchronizes(self._brain)
 
     def copy(self, statistics: EpochStatistics) -> None:
-        """Copies everything that changes before a step.
+        """Copies everything that changes before an optimizer step.
 
         Args:
-            statistics: Of the epoch.
+            statistics: Statistics of the epoch.
         """
         brain = self._brain
-        self.is_whole = True
+        self.is_complete = True
         self.random = random_state()
         self._epoch_statistics, self.statistics = statistics, statistics.copy()
         self.switches = switches(brain)
         self._scaler = brain.scaler.state_dict()
-        with self._as_far_as_there_is_memory():
+        with self._forget_if_out_of_memory():
             self.gradients = {i: grad.clone() for i, grad in gradients(brain).items()}
             self._buffers = {i: b.clone() for i, b in enumerate(brain.modules.buffers())}
 
     def copy_weights(self, optimizers: Iterable[Optimizer]) -> None:
-        """Copies what a step changes; called before it.
+        """Copies weights and optimizer states. Called before an optimizer step.
 
         Args:
-            optimizers: Those that are about to step.
+            optimizers: Optimizers that are about to step.
         """
         self.steps = True
-        if not self.is_whole:
+        if not self.is_complete:
             return
         names = {id(optimizer): name for name, optimizer in _optimizers(self._brain).items()}
         index = {id(p): i for i, p in enumerate(parameters(self._brain))}
-        with self._as_far_as_there_is_memory():
+        with self._forget_if_out_of_memory():
             for optimizer in optimizers:
                 name = names.get(id(optimizer))
                 if name is not None and name not in self._optimizers:
@@ -126,60 +126,63 @@ class BeforeBatch:
                         self._optimizers[name] = copy.deepcopy(optimizer.state_dict())
 
     @contextmanager
-    def _as_far_as_there_is_memory(self) -> Iterator[None]:
+    def _forget_if_out_of_memory(self) -> Iterator[None]:
+        """Frees all copies and warns if a copy runs out of memory."""
         try:
             yield
         except torch.OutOfMemoryError:
             self.forget()
             self.warn_once(
-                "There is no memory for a copy of what a batch changes: what is saved in the "
-                "middle of one cannot be resumed exactly."
+                "Out of memory for a copy of the state before a batch. A checkpoint that is "
+                "saved in the middle of a batch cannot be resumed exactly."
             )
 
-    def if_whole(self) -> BeforeBatch | None:
-        """Itself where everything was copied; else it warns of what is saved in the batch."""
-        if self.is_whole:
+    def complete_or_none(self) -> BeforeBatch | None:
+        """Returns itself if everything was copied. Else warns about the save, returns None."""
+        if self.is_complete:
             return self
         self.warn_once(
-            "A checkpoint is saved in the middle of a batch, where nothing was expected "
-            "to save: a run that resumes from it fits this batch again, with what it had "
-            "changed already."
+            "A checkpoint is saved in the middle of a batch, where no save was expected. A "
+            "run that resumes from it fits this batch again, on top of the changes that the "
+            "batch has already made."
         )
         return None
 
     def warn_once(self, message: str) -> None:
-        """Warns once in a run.
+        """Logs a warning once per run.
 
         Args:
-            message: What of.
+            message: The warning.
         """
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
 
     def forget(self) -> None:
-        """Frees the copies, if any, once the batch is over."""
-        if not self.is_whole:
+        """Frees the copies. Called when the batch is over."""
+        if not self.is_complete:
             return
-        self.is_whole = False
+        self.is_complete = False
         self.statistics, self.gradients, self._buffers = {}, {}, {}
         self._weights, self._optimizers, self.switches = {}, {}, {}
 
     def undo(self) -> bool:
-        """Restores what there was before the batch, in place.
+        """Restores the state before the batch, in place.
+
+        If only the counts were copied, it restores the counts and drops the gradients,
+        including the gradients of earlier batches of the accumulation window.
 
         Returns:
-            Whether it did. Where nothing was copied, the counts are restored, and gradients
-            are dropped with those of earlier batches of the window; a step that has begun
-            cannot be undone then.
+            Whether the batch was undone. It is False if only the counts were copied and an
+            optimizer has begun its step.
         """
         brain, statistics = self._brain, self._epoch_statistics
-        if self.steps and not self.is_whole:
+        if self.steps and not self.is_complete:
             return False
         for name, value in self.counts.items():
             setattr(brain, name, value)
         restore_synchronizes(brain, self.synchronizes)
-        if not self.is_whole:
+        if not self.is_complete:
             self.drop_gradients()
         else:
             brain._lightning.window = self.window
@@ -191,14 +194,14 @@ class BeforeBatch:
         return True
 
     def drop_gradients(self) -> None:
-        """Drops those of earlier batches too: the update is left out that they are for."""
+        """Drops all gradients, also of earlier batches of the window: it makes no update."""
         restore_gradients(self._brain, {})
-        # Not None: other processes may have gradients to weigh.
+        # Not None, because other ranks may have gradients to weigh.
         weight = None if self.window.weight is None else 0.0
         self._brain._lightning.window = replace(self.window, weight=weight)
 
     def state(self) -> BatchState:
-        """What to undo when the batch is fitted again."""
+        """Returns the state that ``undo`` restores when the batch is fitted again."""
         return {
             "weights": on_cpu(self._weights),
             "buffers": on_cpu(self._buffers),
@@ -212,8 +215,8 @@ def undo(brain: BrainProtocol, state: BatchState) -> None:
     """Restores the state before a batch.
 
     Args:
-        brain: The Brain, which has recovered the state in the middle of the batch.
-        state: From ``BeforeBatch.state``.
+        brain: The Brain, after it has recovered the state in the middle of the batch.
+        state: Result of ``BeforeBatch.state``.
     """
     weights = parameters(brain)
     with torch.no_grad():
@@ -231,15 +234,15 @@ def undo(brain: BrainProtocol, state: BatchState) -> None:
 
 def _restore_scaler(brain: BrainProtocol, state: State) -> None:
     scaler = brain.scaler
-    # One that has not scaled has nothing that update could change.
+    # A scaler creates its tensors in its first call of scale; update() needs them.
     scaler.scale(torch.zeros((), device=brain.device))
     scaler.load_state_dict(state)
-    # It remembers of which optimizers it has unscaled the gradients.
+    # The scaler remembers whose gradients it has unscaled. update() makes it forget.
     scaler.update(scaler.get_scale())
 
 
 def parameters(brain: BrainProtocol) -> list[Parameter]:
-    """The parameters of the modules and of the optimizers, each once.
+    """Returns the parameters of the modules and of the optimizers, without duplicates.
 
     Args:
         brain: The Brain.
@@ -249,7 +252,7 @@ def parameters(brain: BrainProtocol) -> list[Parameter]:
 
 
 def gradients(brain: BrainProtocol) -> dict[int, Tensor]:
-    """The gradients that there are, by the index of the parameter.
+    """Returns the gradients that are not None, by the index of the parameter.
 
     Args:
         brain: The Brain.
@@ -258,11 +261,11 @@ def gradients(brain: BrainProtocol) -> dict[int, Tensor]:
 
 
 def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None:
-    """Restores gradients, but those of parameters that have another shape now.
+    """Restores gradients, except for parameters whose shape has changed.
 
     Args:
-        brain: The Brain. A recipe may have left out modules of the checkpoint.
-        saved: From ``gradients``.
+        brain: The Brain. The recipe may not have loaded all modules of the checkpoint.
+        saved: Result of ``gradients``.
     """
     for index, parameter in enumerate(parameters(brain)):
         gradient = saved.get(index)
@@ -274,15 +277,15 @@ def restore_gradients(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None
 
 
 def _optimizers(brain: BrainProtocol) -> dict[str, Optimizer]:
-    """Also those that a recipe keeps by itself, and steps itself, by their names in a file."""
+    """Returns all optimizers by name, also those that the recipe itself keeps and steps."""
     own = {name.removeprefix("self."): each for name, each in optimizers_of(brain)}
     return {**own, **all_optimizers(brain)}
 
 
 def on_cpu(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-    """Tensors as they are saved; shards, which become whole then, as they are.
+    """Returns detached tensors on the CPU. Shards stay, because the save gathers them.
 
     Args:
-        tensors: By index.
+        tensors: Tensors by index.
     """
     return on_host({key: t if is_shard(t) else t.detach() for key, t in tensors.items()})

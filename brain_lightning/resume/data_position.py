@@ -1,4 +1,4 @@
-"""The position of training in its data, and how a pass over the data resumes there."""
+"""The position in the data of one loader, and how a pass over the data resumes there."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ from .sampler_states import SamplerStates, plain_states
 logger = logging.getLogger(__name__)
 
 
-# Persistent workers belong to the copy of one loader, for as long as that loader exists.
+# For each loader with persistent workers, the copy of the loader that owns these workers.
 _PERSISTENT: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()
 
 
 class DataPosition(Position):
     """The position in the data of one loader.
 
-    A pass that is resumed first takes the same indices from the sampler again, with the
-    random state that the pass had begun with and without loading anything, and then
-    restores the state that was saved.
+    To resume a pass, the random state from the start of the pass is restored and the sampler
+    yields the same indices again, without loading any data. Then the saved state is restored.
     """
 
     def __init__(self) -> None:
@@ -44,10 +43,10 @@ class DataPosition(Position):
         self._examples = Examples(None)
         self._begun: State = {"samplers": []}
         self._samplers = SamplerStates(None)
-        # By the number of the worker; never changed, but replaced.
+        # States by worker id. The dict is replaced and never changed in place.
         self._workers: dict[int, State] = {}
         self._next_worker = 0
-        # The worker that made the last batch, and the states before that.
+        # Id of the worker that sent the last batch, and the worker states before that batch.
         self._before = (0, self._workers)
 
     # ------------------------------------------------------------------ saving
@@ -56,7 +55,7 @@ class DataPosition(Position):
         """See ``Position``."""
         ahead = self._fetched > fitted
         begun = ahead or self._fetching
-        draw = self._before_fetch if begun and self._before_fetch is not None else self._now()
+        stored = self._before_fetch if begun else None
         next_worker, states = self._next_worker, self._workers
         if ahead and states:
             next_worker, states = self._before
@@ -64,7 +63,7 @@ class DataPosition(Position):
             "batches": fitted,
             **self._examples.state(fitted, ahead),
             "begun": {**self._begun, "samplers": plain_states(self._begun["samplers"])},
-            "draw": draw,
+            "draw": self._now() if stored is None else stored,
             "drawn": after_fetch if ahead else None,
             "over": self._over and not ahead,
             "workers_persisted": self._begun.get("workers_persisted", False),
@@ -76,13 +75,13 @@ class DataPosition(Position):
     def state_between_passes(self) -> State:
         """See ``Position``."""
         if self._resumed is not None and "begun" not in self._resumed:
-            # What was restored has not taken effect.
+            # The restored state has not taken effect.
             return self._resumed
         persistent = getattr(self._loader, "persistent_workers", False)
         return {
             "samplers": plain_states(self._samplers.now()),
             "workers": self._workers if persistent else {},
-            "workers_persisted": _persist(self._loader),
+            "workers_persisted": _has_workers(self._loader),
             "num_workers": getattr(self._loader, "num_workers", 0),
             "layout": _layout(self._loader),
         }
@@ -114,7 +113,8 @@ class DataPosition(Position):
 
     def _record(self) -> None:
         if self.passes:
-            # Others have fetched since the pass began, and a sampler draws at its first index.
+            # A sampler draws random numbers at its first index, and the other loaders have
+            # fetched since the pass began.
             if "first" not in self._begun:
                 self._begun["first"] = random_state()
         elif self.records_fetches:
@@ -135,13 +135,13 @@ class DataPosition(Position):
 
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
         self._loader, self._before_fetch, self._fetching = loader, None, False
-        samplers, begun, draw = self._states_of(loader), resumed.get("begun"), None
+        samplers, begun, random = self._states_of(loader), resumed.get("begun"), None
         if resumed.get("over") and begun is None:
-            # One among several, whose pass was over: its next one begins as was restored.
+            # The pass of this part was over. The state is for its next pass.
             self._resumed = resumed
             return iter(())
         if "draw" in resumed:
-            draw = resumed["draw"].get("random") or random_state()
+            random = resumed["draw"].get("random") or random_state()
         if begun is not None:
             set_random_state(begun["random"])
             samplers.resume(begun["samplers"])
@@ -149,41 +149,41 @@ class DataPosition(Position):
             **({"first": begun["first"]} if begun and "first" in begun else {}),
             "random": random_state(),
             "samplers": samplers.now(),
-            "workers_persisted": resumed.get("workers_persisted", _persist(loader)),
+            "workers_persisted": resumed.get("workers_persisted", _has_workers(loader)),
         }
         self._examples = Examples(loader if _layout(loader) else None)
         recovered = _take_position(loader, self)
         self.fitted = self._fetched = resumed.get("batches", recovered)
         iterator = self._iterator(loader, resumed)
-        if draw is not None:
-            set_random_state(draw)
+        if random is not None:
+            set_random_state(random)
         return iterator
 
     def _iterator(self, loader: Any, resumed: State) -> Iterator[Any]:
-        draw = resumed.get("draw", {})
-        if "loader" in draw:
-            loader.load_state_dict(draw["loader"])
+        before_fetch = resumed.get("draw", {})
+        if "loader" in before_fetch:
+            loader.load_state_dict(before_fetch["loader"])
             return iter(loader)
-        if "dataset" in draw:
-            loader.dataset.load_state_dict(draw["dataset"])
+        if "dataset" in before_fetch:
+            loader.dataset.load_state_dict(before_fetch["dataset"])
         if isinstance(loader, Sequence):
             return itertools.islice(loader, self._fetched, None)
         if not _is_data_loader(loader):
             if has_indices(loader):
-                return self._loaded_again(loader)
+                return self._reload_to_position(loader)
             self._warn_if_it_restarts(loader)
             return iter(loader)
         if not has_indices(loader) and not workers.is_stateful(loader.dataset):
             self._warn_if_it_restarts(loader.dataset)
         self._resume_workers(loader, resumed)
         if self._fetched or loader.num_workers:
-            return self._twins_iterator(loader, resumed)
-        # What a Checkpointer has recovered of it may be of another layout.
+            return self._iterate_twin(loader, resumed)
+        # The position that a Checkpointer has recovered may belong to another batch layout.
         speechbrain.clear_position(loader)
         return self._counted_iterator(loader) if varies(loader) else iter(loader)
 
-    def _loaded_again(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        """Iterates a loader in its own way, of which the samplers do not tell the position."""
+    def _reload_to_position(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Iterates a loader with a custom ``__iter__``, and loads skipped batches again."""
         iterator = iter(loader)
         if "first" in self._begun:
             set_random_state(self._begun["first"])
@@ -191,7 +191,7 @@ class DataPosition(Position):
         return iterator
 
     def _counted_iterator(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        """Iterates a copy of the loader that records how large its batches are."""
+        """Iterates a copy of the loader that records the sizes of its batches."""
         counted = CountedBatches(loader.batch_sampler)
         iterator = iter(twin(loader, batch_sampler=counted))
         self._examples.count(counted, 0)
@@ -201,9 +201,9 @@ class DataPosition(Position):
     def _warn_if_it_restarts(self, data: Any) -> None:
         if self._fetched:
             logger.warning(
-                "%s has no position that can be restored: the resumed epoch begins with its "
-                "first item, after %d batches. Give it state_dict() and load_state_dict(), "
-                "or use a dataset with indices.",
+                "%s has no position that can be restored. The resumed epoch starts from its "
+                "first item, and not after batch %d. Define state_dict() and "
+                "load_state_dict(), or use a dataset with indices.",
                 type(data).__name__,
                 self._fetched,
             )
@@ -215,8 +215,8 @@ class DataPosition(Position):
         self._next_worker = 0
         if resumed and resumed["num_workers"] != loader.num_workers:
             logger.warning(
-                "The checkpoint was saved with num_workers=%d, and there are %d now: what "
-                "they draw at random differs.",
+                "The checkpoint was saved with num_workers=%d, but num_workers is %d now. "
+                "Random numbers that the workers draw will differ.",
                 resumed["num_workers"],
                 loader.num_workers,
             )
@@ -224,8 +224,8 @@ class DataPosition(Position):
             self._workers = resumed["workers"]
             self._next_worker = resumed.get("next_worker", 0) if self._fetched else 0
 
-    def _twins_iterator(self, loader: DataLoader[Any], resumed: State) -> Iterator[Any]:
-        """Iterates a copy of the loader: the user's stays as it is."""
+    def _iterate_twin(self, loader: DataLoader[Any], resumed: State) -> Iterator[Any]:
+        """Iterates a copy of the loader, so that the user's loader does not change."""
         new = None if resumed else _PERSISTENT.get(loader)
         if new is None:
             new = self._twin(loader, resumed)
@@ -242,7 +242,7 @@ class DataPosition(Position):
         return iterator
 
     def _count(self, skipping: workers.SkippingSampler, loader: Any, resumed: State) -> None:
-        """Counts the examples of batches whose sizes vary, from those that were skipped on."""
+        """Counts examples if the sizes of batches vary, starting after the skipped ones."""
         if not isinstance(skipping.sampler, CountedBatches):
             return
         # Persistent workers do not skip in their second pass.
@@ -268,7 +268,7 @@ class DataPosition(Position):
         before: list[Any] = [placeholder] * waiting
         name = "batch_sampler" if batched else "sampler"
         skip = self._fetched if has_indices(loader) else 0
-        # Persistent workers begin a pass without the random number that new ones need.
+        # A pass with persistent workers does not draw the random seed for new workers.
         persisted = bool(resumed) and self._begun["workers_persisted"]
         random = self._begun["random"] if persisted else None
         sampler, examples = getattr(loader, name), None
@@ -282,14 +282,14 @@ class DataPosition(Position):
 
 
 def position_in(loader: Any, last: Position | None = None) -> Position:
-    """The position in the data of a loader of any kind.
+    """Returns the position in the data of a loader of any class.
 
     Args:
-        loader: What ``fit`` was given.
-        last: In the data of the pass before.
+        loader: Loader that ``fit`` got.
+        last: Position in the data of the previous pass.
 
     Returns:
-        ``last``, where that is of this kind.
+        ``last`` if its class fits the loader, else a new position.
     """
     position: Position
     if isinstance(loader, SeveralLoaders):
@@ -306,10 +306,12 @@ def position_in(loader: Any, last: Position | None = None) -> Position:
 
 
 def recovered_batches(loader: Any) -> int:
-    """The position of a loader that a Checkpointer has recovered, by itself.
+    """Returns the number of batches in a position that a Checkpointer has recovered.
+
+    This is the position of a loader that is itself a recoverable.
 
     Args:
-        loader: What ``fit`` was given.
+        loader: Loader that ``fit`` got.
     """
     if isinstance(loader, SeveralLoaders):
         return max(map(recovered_batches, loader.loaders))
@@ -319,7 +321,7 @@ def recovered_batches(loader: Any) -> int:
 
 
 def _take_position(loader: Any, position: DataPosition) -> int:
-    """The same, for the pass that begins."""
+    """Returns the result of ``recovered_batches``, and resets it for the next pass."""
     recovered = recovered_batches(loader)
     if isinstance(loader, SaveableDataLoader):
         loader.position, loader.recovered = position, 0
@@ -327,24 +329,24 @@ def _take_position(loader: Any, position: DataPosition) -> int:
 
 
 def _is_data_loader(loader: Any) -> bool:
-    """Whether an object is iterated as a DataLoader is, or as SpeechBrain's."""
+    """Whether a loader uses ``DataLoader.__iter__``, or SpeechBrain's override of it."""
     return isinstance(loader, DataLoader) and (
         type(loader).__iter__ is DataLoader.__iter__ or speechbrain.is_saveable_loader(loader)
     )
 
 
 def _layout(loader: Any) -> State:
-    """How the data are divided into batches, of loaders whose position is that of indices."""
+    """Returns how the data are divided into batches; empty for loaders without indices."""
     return layout(loader) if isinstance(loader, Sequence) or _is_data_loader(loader) else {}
 
 
-def _persist(loader: Any) -> bool:
-    """Whether the workers of a loader are running, and stay for its next pass."""
+def _has_workers(loader: Any) -> bool:
+    """Whether the loader has persistent workers that are running."""
     return isinstance(loader, DataLoader) and loader in _PERSISTENT
 
 
 def _state_of_stream(loader: Any) -> State:
-    """The state of data without indices: of the loader itself, or of its dataset."""
+    """Returns the state of data without indices: of the loader, or of its dataset."""
     if workers.is_stateful(loader):
         return {"loader": loader.state_dict()}
     return {} if getattr(loader, "num_workers", 0) else workers.dataset_state(loader)

@@ -1,4 +1,4 @@
-"""What the hooks of a recipe accumulate on their Brain in an epoch that is not over."""
+"""Statistics that the hooks of a recipe accumulate on the Brain in the current epoch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .plain_values import State, plain_values, restore_attributes
 
 logger = logging.getLogger(__name__)
 
-# Whose objects of statistics are saved.
+# Objects whose statistics objects are saved.
 OWNERS = ("brain", "hparams")
 
-# What the run itself keeps, and saves elsewhere; a hook may raise the patience, and a
-# fit_batch of SpeechBrain 0.5 counts valid_step.
+# Attributes that the run saves elsewhere. The two exceptions may be changed by the recipe: a
+# hook may raise nonfinite_patience, and a fit_batch of SpeechBrain 0.5 counts valid_step.
 OWN = {*BrainProtocol.__annotations__, *OptionValues.__annotations__} - {
     "nonfinite_patience",
     "valid_step",
@@ -30,9 +30,9 @@ OWN = {*BrainProtocol.__annotations__, *OptionValues.__annotations__} - {
 class EpochStatistics:
     """The attributes in which a Brain accumulates statistics while it trains one epoch.
 
-    These are what ``on_stage_start(TRAIN)`` and ``on_stage_end(TRAIN)`` have assigned,
-    numbers that have changed since, and objects with SpeechBrain's or torchmetrics'
-    interface for statistics.
+    These are the attributes that ``on_stage_start(TRAIN)`` and ``on_stage_end(TRAIN)`` have
+    assigned, numbers that have changed since then, and objects with SpeechBrain's or
+    torchmetrics' interface for statistics.
 
     Args:
         brain: The Brain, before ``on_stage_start``.
@@ -47,46 +47,47 @@ class EpochStatistics:
         self._reported: set[str] = set()
 
     def begin(self) -> None:
-        """Records what ``on_stage_start`` has assigned."""
+        """Records the attributes that ``on_stage_start`` has assigned."""
         now = self._identities()
         self._assigned = {name for name in now if self._before.get(name) != now[name]}
         own = vars(self._brain)
         self._numbers = {name: own[name] for name in now if _is_number(own[name])}
 
     def end(self) -> None:
-        """Records what there is before ``on_stage_end``."""
+        """Records the attributes before ``on_stage_end`` is called."""
         self._before_end = self._identities()
 
     def lacks_what_end_assigned(self) -> bool:
         """Whether ``on_stage_end`` has assigned something that cannot be saved."""
         own, now, before = vars(self._brain), self._identities(), self._before_end
         if before is None:
-            # What was restored could be saved.
+            # The epoch was resumed after on_stage_end, and its attributes were restored.
             return False
         assigned = {name: own[name] for name in now if before.get(name) != now[name]}
         unsaved = assigned.keys() - plain_values(assigned).keys()
         return not all(_accumulates(own[name]) for name in unsaved)
 
     def copy(self) -> State:
-        """What there is so far, unchanged by what comes; containers are copied one deep."""
-        return _of_each(_copies, self._now())
+        """Copies the statistics. Containers are copied one level deep."""
+        return _apply_to_each(_copies, self._now())
 
     def state(self, copied: State | None = None) -> State:
-        """What there is so far, where it can be saved.
+        """Returns the statistics that can be saved.
 
         Args:
-            copied: From ``copy``, to save what there was then.
+            copied: Result of ``copy``, to save the statistics at that time; None to save the
+                current statistics.
         """
         found = self._now() if copied is None else copied
-        saved = _of_each(plain_values, found)
+        saved = _apply_to_each(plain_values, found)
         self._report(found["values"].keys() - saved["values"].keys())
         return saved
 
     def restore(self, state: State) -> None:
-        """Restores what the Brain had accumulated.
+        """Restores saved statistics.
 
         Args:
-            state: What ``state`` returned.
+            state: Result of ``state``.
         """
         restore_attributes(self._brain, state["values"])
         self._assigned |= state["values"].keys()
@@ -97,13 +98,13 @@ class EpochStatistics:
                         restore_attributes(part, attributes)
 
     def undo(self, copied: State) -> None:
-        """Restores what the Brain had accumulated in this process.
+        """Restores statistics that were copied in this process.
 
         Args:
-            copied: From ``copy``.
+            copied: Result of ``copy``.
         """
         own, values = vars(self._brain), copied["values"]
-        # Of the numbers it has what had changed by then.
+        # ``copied`` has only the numbers that had changed. Reset the others to their start.
         own.update({n: v for n, v in self._numbers.items() if n in own and n not in values})
         self.restore(self.state(copied))
 
@@ -126,20 +127,20 @@ class EpochStatistics:
         return {name: id(v) for name, v in vars(self._brain).items() if name not in OWN}
 
     def _report(self, left_out: Collection[str]) -> None:
-        """Logs, once, what ``on_stage_start`` made and is neither plain nor statistics."""
+        """Logs once the attributes that are neither plain values nor statistics."""
         own = vars(self._brain)
         unknown = {n for n in left_out if not _accumulates(own[n]) and not callable(own[n])}
         new = unknown - self._reported
         if new:
             logger.info(
-                "self.%s, which on_stage_start has made, is not saved within an epoch: it is "
-                "made of more than numbers, texts and tensors.",
+                "self.%s, which on_stage_start has assigned, is not saved within an epoch: it "
+                "contains more than numbers, strings and tensors.",
                 ", self.".join(sorted(new)),
             )
         self._reported |= new
 
 
-# What statistics are gathered in.
+# Types of containers in which statistics are collected.
 CONTAINERS = (list, dict, set, deque, np.ndarray)
 
 
@@ -147,8 +148,8 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
-def _of_each(change: Callable[[Mapping[str, Any]], State], found: State) -> State:
-    """Changes the attributes of the Brain, and those of each part of its statistics."""
+def _apply_to_each(change: Callable[[Mapping[str, Any]], State], found: State) -> State:
+    """Applies a function to the attributes of the Brain and of each statistics object."""
     statistics = {
         owner: {name: [*map(change, parts)] for name, parts in found[owner].items()}
         for owner in OWNERS
@@ -175,7 +176,7 @@ def _statistics(owner: Mapping[str, Any]) -> State:
 
 
 def _parts(statistics: Any) -> list[Any]:
-    """A metric of torchmetrics may have others in it."""
+    """Returns the objects with the values: a torchmetrics metric may contain other metrics."""
     if isinstance(statistics, torch.nn.Module):
         return list(statistics.modules())
     return [statistics]

@@ -1,4 +1,4 @@
-"""Values that can be saved and loaded without running code: copied, and restored."""
+"""Copies and restores values that can be saved and loaded without running code."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What is saved, by names that are part of the file format.
+# Saved values. Their names are part of the file format.
 State = dict[str, Any]
 
 
 class NotPlainError(TypeError):
-    """A value cannot be saved without code to load it."""
+    """A value cannot be loaded without running code."""
 
 
 def plain(value: Any) -> Any:
-    """Copies a value that consists of tensors, numbers, texts, lists and dicts.
+    """Copies a value that consists of tensors, numbers, strings, lists and dicts.
 
     Args:
         value: The value.
 
     Returns:
-        The copy, with numbers of numpy as Python's.
+        The copy. Numbers of numpy are converted to Python numbers.
 
     Raises:
-        NotPlainError: It has something else in it.
+        NotPlainError: The value contains an object of another type.
     """
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
@@ -45,7 +45,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_or_none(value: Any) -> Any:
-    """The same, or None where it cannot be saved.
+    """Copies a value like ``plain``, but returns None if the value is not plain.
 
     Args:
         value: The value.
@@ -57,10 +57,10 @@ def plain_or_none(value: Any) -> Any:
 
 
 def plain_values(values: Mapping[str, Any]) -> State:
-    """Copies those of several values that are plain, or containers of plain values.
+    """Copies the values that are plain, or containers of plain values. Ignores others.
 
     Args:
-        values: By name.
+        values: Values by name.
     """
     found = {}
     for name, value in values.items():
@@ -70,7 +70,7 @@ def plain_values(values: Mapping[str, Any]) -> State:
 
 
 def _content(value: Any) -> Any:
-    """What is in a container, whose type is known where it is restored."""
+    """Returns the content of a container. The object to restore later has its type."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.from_numpy(value.copy())
     if isinstance(value, dict):
@@ -83,10 +83,12 @@ def _content(value: Any) -> Any:
 def restore_attributes(owner: Any, values: State) -> None:
     """Restores the values of an object's attributes.
 
+    A container or an array that the object has is filled in place. A tensor is replaced by a
+    tensor on the same device.
+
     Args:
-        owner: The object. A container or an array that it has is filled, a tensor is
-            replaced on its device.
-        values: From ``plain_values``.
+        owner: The object.
+        values: Result of ``plain_values``.
     """
     own = vars(owner)
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""What a position in data is, and the positions of loaders that are made of other loaders."""
+"""The base class of positions in data, and the positions of combined loaders."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 class Position:
-    """A position in data: how far a pass over them is, and how it is resumed.
+    """A position in data: how far a pass over the data is, and how it is resumed.
+
+    If several loaders are iterated together, each has its own position, which is a part of a
+    combined position.
 
     Attributes:
-        fitted: Batches of this pass that have been fitted.
-        records_fetches: Whether to record the state before each batch is fetched. Needed
-            where a checkpoint may be saved between fetching a batch and fitting it.
-        passes: Of one among several: the passes that have begun in theirs.
+        fitted: Number of batches of this pass that have been fitted.
+        records_fetches: Whether to record the state before each batch is fetched. It is
+            needed if a checkpoint may be saved between fetching a batch and fitting it.
+        passes: For a part: number of passes over this loader that have started in the
+            current pass over all loaders.
     """
 
     def __init__(self) -> None:
@@ -33,50 +37,52 @@ class Position:
         self.records_fetches = False
         self.passes = 0
         self._fetched = 0
-        # Whether the next batch is being fetched, or could not be.
+        # Whether the next batch is being fetched, or fetching it has failed.
         self._fetching = False
-        # Whether the pass has ended: a stream that is asked again may start again.
+        # Whether the pass has ended. A stream may restart if it is iterated after its end.
         self._over = False
         self._before_fetch: State | None = None
         self._resumed: State | None = None
 
     def state(self, fitted: int, after_fetch: State | None) -> State:
-        """The state to resume from, within a pass.
+        """Returns the state to resume from within a pass.
 
         Args:
-            fitted: The number of batches after which to resume.
-            after_fetch: The random state with which to fit the next batch, if that was
-                fetched already; None for the state that fetching it leaves.
+            fitted: Number of batches after which to resume.
+            after_fetch: Random state with which to fit the next batch, if it was already
+                fetched. None to use the random state after fetching it.
         """
         raise NotImplementedError
 
     def state_between_passes(self) -> State:
-        """The state to resume from before the next pass."""
+        """Returns the state to resume from before the next pass."""
         raise NotImplementedError
 
     def resume(self, state: State, loader: Any) -> None:
-        """Restores a state, which takes effect in the next pass.
+        """Restores a state. It takes effect in the next pass.
 
         Args:
-            state: From ``state`` or ``state_between_passes``. It is changed where the
-                batches of the loader are not those that it was saved with.
-            loader: What ``fit`` was given; the epoch of its sampler is set later.
+            state: Result of ``state`` or ``state_between_passes``. It is adapted in place if
+                the loader now makes other batches than when the state was saved.
+            loader: Loader that ``fit`` got. ``set_epoch`` of its sampler is called later.
         """
         raise NotImplementedError
 
     def count(self) -> None:
-        """Counts a batch that is fitted."""
+        """Counts a fitted batch."""
         self.fitted += 1
 
     def can_fetch_again(self) -> bool:
-        """Whether the batch that was fetched last could be fetched again, and be the same."""
+        """Whether fetching the last batch again would return the same batch."""
         return self._before_fetch is not None
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """One pass over the data, from the resumed position on; begins with its first batch.
+        """Yields one pass over the data from the resumed position on.
+
+        The pass starts when the first batch is requested.
 
         Args:
-            loader: What ``fit`` was given.
+            loader: Loader that ``fit`` got.
 
         Yields:
             The batches.
@@ -84,10 +90,10 @@ class Position:
         yield from self.begin(loader)
 
     def begin(self, loader: Any) -> Iterator[Any]:
-        """The same, and begins at once.
+        """Starts the pass of ``batches`` immediately, and returns its iterator.
 
         Args:
-            loader: What ``fit`` was given.
+            loader: Loader that ``fit`` got.
         """
         resumed, self._resumed = self._resumed or {}, None
         iterator = self._begin(loader, resumed)
@@ -113,37 +119,37 @@ class Position:
         raise NotImplementedError
 
     def _record(self) -> None:
-        """Records what fetching the next batch changes."""
+        """Records the state that fetching the next batch will change."""
         raise NotImplementedError
 
     def _fetch(self, iterator: Iterator[Any]) -> Any:
         raise NotImplementedError
 
-    # ------------------------------------------------------------- one among several
+    # ------------------------------------------------- parts of a combined position
 
     def part_state(self) -> State:
-        """The state to resume from, of one among several, whose random state is theirs."""
+        """Returns the state of a part. The combined position saves the random state."""
         if self._resumed is not None:
             return self._resumed
         if not self.passes or self._over:
             over = self.passes > 0
             return {**self.state_between_passes(), "passes": self.passes, "over": over}
         state = self.state(self._fetched, None)
-        draw = {name: value for name, value in state["draw"].items() if name != "random"}
-        return {**state, "draw": draw, "passes": self.passes}
+        before_fetch = {n: v for n, v in state["draw"].items() if n != "random"}
+        return {**state, "draw": before_fetch, "passes": self.passes}
 
     def part_between_passes(self) -> State:
-        """The same, before the next pass of all."""
+        """Returns the state of a part before the next pass over all loaders."""
         return {**self.state_between_passes(), "passes": 0, "over": False}
 
     def begin_part(self, resumes: bool) -> int:
-        """Called when all begin a pass.
+        """Prepares a part for a pass over all loaders. Called when this pass starts.
 
         Args:
-            resumes: Whether it is the one that is resumed.
+            resumes: Whether this pass is the resumed one.
 
         Returns:
-            How many passes of its own were over in that.
+            Number of passes over this loader that were over in the resumed pass.
         """
         if self._resumed is not None and not resumes:
             self._resumed = {**self._resumed, "passes": 0, "over": False}
@@ -151,33 +157,33 @@ class Position:
         return self.passes
 
     def mark(self, records: bool) -> Position:
-        """The position of one among several as it is now, for ``part_state``; it is cheap.
+        """Returns a cheap copy of a part at this moment, for a later ``part_state``.
 
         Args:
-            records: Whether to keep as well what fetching a batch changes in a loader.
+            records: Whether to also save the state of the loader that fetching changes.
         """
         raise NotImplementedError
 
 
 class MakePosition(Protocol):
-    """Makes the position in the data of a loader (``data_position.position_in``)."""
+    """Type of ``data_position.position_in``."""
 
     def __call__(self, loader: Any, last: Position | None = None) -> Position:
-        """Makes one, or takes the last one.
+        """See ``data_position.position_in``.
 
         Args:
             loader: The loader.
-            last: In the data of the pass before.
+            last: Position in the data of the previous pass.
         """
 
 
 @dataclass
 class Part:
-    """One of the loaders that are iterated together, which tells its position of each pass.
+    """One of several loaders that are iterated together. It counts its passes.
 
     Attributes:
         loader: The loader.
-        position: In its data.
+        position: Position in the data of the loader.
     """
 
     loader: Any
@@ -193,8 +199,8 @@ class PartPass(Iterator[Any]):
     """One pass over a ``Part``.
 
     Attributes:
-        position: In its data.
-        batches: The batches.
+        position: Position in the data of the loader.
+        batches: Iterator over the batches.
     """
 
     position: Position
@@ -204,11 +210,11 @@ class PartPass(Iterator[Any]):
         return next(self.batches)
 
 
-class _Joint(Position):
-    """The position of loaders that are iterated together.
+class _CombinedPosition(Position):
+    """The position of several loaders that are iterated together.
 
-    All of them may have fetched when one batch is, so their positions are kept as they
-    were before.
+    Each loader may fetch when one combined batch is fetched. Therefore the positions of all
+    loaders are copied before each combined batch.
     """
 
     def __init__(self, make: MakePosition) -> None:
@@ -243,7 +249,7 @@ class _Joint(Position):
 
     def _record(self) -> None:
         if self.passes:
-            # All that it is one of keep it.
+            # This position is itself a part: the outer position records the state.
             return
         records = self.records_fetches
         self._before_fetch = {"random": random_state()} if records else None
@@ -260,29 +266,29 @@ class _Joint(Position):
         self._count_parts()
 
     def _count_parts(self) -> None:
-        """What a loader saves of its own position is what was fitted of it."""
+        """Counts the fetched batches of each part as fitted, for loaders that save it."""
         for part in self._parts:
             part.fitted = part._fetched
-            if isinstance(part, _Joint):
+            if isinstance(part, _CombinedPosition):
                 part._count_parts()
 
     def _begin(self, loader: Any, resumed: State) -> Iterator[Any]:
         self._before_fetch, self._fetching = None, False
         self.fitted = self._fetched = resumed.get("batches", 0)
-        draw = resumed.get("draw", {}).get("random")
-        if draw is not None:
-            set_random_state(draw)
+        random = resumed.get("draw", {}).get("random")
+        if random is not None:
+            set_random_state(random)
         return iter(()) if resumed.get("over") else self._begin_parts(loader, resumed)
 
     def _begin_parts(self, loader: Any, resumed: State) -> Iterator[Any]:
         raise NotImplementedError
 
 
-class SeveralPositions(_Joint):
-    """The positions in several loaders whose batches make one.
+class SeveralPositions(_CombinedPosition):
+    """The position of several loaders whose batches are combined into one.
 
     Args:
-        make: Makes the position of one.
+        make: Creates the position of one loader.
     """
 
     def state_between_passes(self) -> State:
@@ -298,7 +304,7 @@ class SeveralPositions(_Joint):
             for part, found, each in zip(self._parts, parts, loader.loaders, strict=True):
                 part.resume(found, each)
         else:
-            _check_is_begin(state)
+            _warn_if_within_epoch(state)
 
     def _take(self, loader: SeveralLoaders) -> None:
         last = self._parts if len(self._parts) == len(loader.loaders) else None
@@ -313,21 +319,21 @@ class SeveralPositions(_Joint):
         return loader.combine(parts, [passes > 0 for passes in earlier])
 
 
-# What SpeechBrain's LoopedLoader counts.
+# Attributes that SpeechBrain's LoopedLoader counts.
 LOOPED = ("step", "total_steps", "total_samples")
 
 
-class LoopedPosition(_Joint):
-    """The position of SpeechBrain's LoopedLoader, whose pass goes on from epoch to epoch.
+class LoopedPosition(_CombinedPosition):
+    """The position of SpeechBrain's LoopedLoader, whose passes continue over epochs.
 
     Args:
-        make: Makes the position of the loader that is looped.
+        make: Creates the position of the inner loader.
     """
 
     def __init__(self, make: MakePosition) -> None:
         super().__init__(make)
         self._looped: Any = None
-        # What it had counted before the batch that was fetched last.
+        # Its counts before the last batch was fetched.
         self._before: Any = None
 
     def state(self, fitted: int, after_fetch: State | None) -> State:
@@ -340,14 +346,14 @@ class LoopedPosition(_Joint):
         return part.part_state()
 
     def state_between_passes(self) -> State:
-        """See ``Position``: the loader that is looped may be in the middle of a pass."""
+        """See ``Position``. The inner loader may be in the middle of a pass."""
         parts = [part.part_state() for part in self._parts]
         return {"parts": parts, "looped": _counts(self._looped)} if parts else {}
 
     def resume(self, state: State, loader: Any) -> None:
         """See ``Position``."""
         if "looped" not in state:
-            _check_is_begin(state)
+            _warn_if_within_epoch(state)
             return
         for name, count in state["looped"].items():
             setattr(loader, name, count)
@@ -369,7 +375,7 @@ class LoopedPosition(_Joint):
 
     def _begin_parts(self, loader: Any, resumed: State) -> Iterator[Any]:
         if self._looped is not loader:
-            # A run before this one may have begun the pass.
+            # A previous run may have started the pass.
             begun = getattr(loader.iterator, "position", None)
             self._parts = [self._make(loader.loader, begun)]
             self._looped = loader
@@ -393,16 +399,16 @@ def _counts(looped: Any) -> State:
 
 
 def _replaced(looped: Any, part: Part) -> TemporaryAttributes:
-    """Has a LoopedLoader begin the passes of its loader in a way that is tracked."""
+    """Replaces the inner loader of a LoopedLoader temporarily by a tracked loader."""
     temporary = TemporaryAttributes()
     temporary.set(looped, "loader", part)
     return temporary
 
 
-def _check_is_begin(state: State) -> None:
-    """Warns of a position that was saved within an epoch of other loaders."""
+def _warn_if_within_epoch(state: State) -> None:
+    """Warns about a position that was saved within an epoch of other loaders."""
     if state.get("batches"):
         logger.warning(
-            "The checkpoint was saved within an epoch of other loaders than the run has now: "
-            "that epoch begins again with their first batches."
+            "The checkpoint was saved within an epoch with other loaders than the run has "
+            "now. The epoch starts again from the first batches of the loaders."
         )

@@ -1,4 +1,4 @@
-"""What each of several processes has of its own in the modules, and saves."""
+"""State of the modules that may differ between ranks, and how it is saved."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from brain_lightning.fsdp2.tensors import is_shard, on_main
 from brain_lightning.protocol import BrainProtocol
 from brain_lightning.step.window import Window, WindowState
 
-# Stands for what only the state of the main process has.
-IN_FIRST = "brain_lightning: in the state of the first process"
+# Placeholder for a value that only the state of rank 0 contains. Part of the file format.
+ON_MAIN = "brain_lightning: in the state of the first process"
 
 
 def buffers(brain: BrainProtocol) -> dict[int, Tensor]:
-    """The buffers of the modules on the CPU, of which each process has its own.
+    """Returns the buffers of the modules on the CPU, which may differ between ranks.
 
     Args:
         brain: The Brain.
@@ -32,7 +32,7 @@ def restore_buffers(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None:
 
     Args:
         brain: The Brain.
-        saved: Some of ``buffers``.
+        saved: Buffers by index, as in ``buffers``. Some may be missing.
     """
     for index, buffer in enumerate(brain.modules.buffers()):
         if index in saved and saved[index].shape == buffer.shape:
@@ -42,85 +42,89 @@ def restore_buffers(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None:
 def differing(
     tensors: Mapping[int, Tensor], others: Mapping[int, Tensor]
 ) -> dict[int, Tensor]:
-    """Those that another process has not.
+    """Returns the tensors that differ from the tensors of another rank.
 
     Args:
-        tensors: Of one process.
-        others: Of the other one, by the same indices.
+        tensors: Tensors of one rank, by index.
+        others: Tensors of the other rank, by the same indices.
     """
     return {i: tensor for i, tensor in tensors.items() if not torch.equal(tensor, others[i])}
 
 
 def synchronizes(brain: BrainProtocol) -> list[bool]:
-    """Whether the next forward pass makes the buffers those of the first process.
+    """Whether the next forward pass of each DDP module broadcasts the buffers of rank 0.
 
-    It does after a backward pass that has averaged gradients, and not while they accumulate
-    or after an evaluation.
+    It does so after a backward pass that has averaged gradients. It does not while gradients
+    accumulate, and not after an evaluation.
 
     Args:
         brain: The Brain.
 
     Returns:
-        For each wrapped module, in their order.
+        One value for each wrapped module, in their order.
     """
     return [module.require_forward_param_sync for module in _wrapped(brain)]
 
 
 def restore_synchronizes(brain: BrainProtocol, saved: list[bool]) -> None:
-    """Restores it.
+    """Restores the values of ``synchronizes``.
 
     Args:
         brain: The Brain.
-        saved: From ``synchronizes``.
+        saved: Result of ``synchronizes``.
     """
     for module, value in zip(_wrapped(brain), saved, strict=False):
         module.require_forward_param_sync = value
 
 
 def _wrapped(brain: BrainProtocol) -> list[Any]:
-    """What is in DDP, or sharded and trained."""
+    """Returns the modules that are wrapped in DDP, or sharded and trained."""
     if world_size() == 1:
         return []
     modules = brain.modules.values()
     return [module for module in modules if hasattr(module, "require_forward_param_sync")]
 
 
-def whole_in_first(state: Any) -> Any:
-    """A state in which shards are whole in the main process, and left out in the others.
+def full_on_main(state: Any) -> Any:
+    """Gathers the shards in a state on rank 0. The call is collective.
 
     Args:
-        state: Dicts and lists of anything. All processes call this.
+        state: Nested dicts and lists with any values.
+
+    Returns:
+        On rank 0, the state with full tensors. On the other ranks, the state with
+        placeholders instead of shards.
     """
     if is_shard(state):
-        whole = on_main(state)
-        return whole if if_main_process() else IN_FIRST
+        full = on_main(state)
+        return full if if_main_process() else ON_MAIN
     if isinstance(state, dict):
-        return {key: whole_in_first(value) for key, value in state.items()}
+        return {key: full_on_main(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map(whole_in_first, state))
+        return type(state)(map(full_on_main, state))
     return state
 
 
-def with_whole(state: Any, first: Any) -> Any:
-    """The state of a process with what was left out of it.
+def with_full(state: Any, first: Any) -> Any:
+    """Replaces the placeholders in the state of a rank by the values of rank 0.
 
     Args:
-        state: From ``whole_in_first``, after it was saved.
-        first: That of the main process.
+        state: Result of ``full_on_main``, after it was saved and loaded.
+        first: State of rank 0.
     """
-    if isinstance(state, str) and state == IN_FIRST:
+    if isinstance(state, str) and state == ON_MAIN:
         return first
     if isinstance(state, dict) and isinstance(first, dict):
-        return {key: with_whole(value, first.get(key)) for key, value in state.items()}
+        return {key: with_full(value, first.get(key)) for key, value in state.items()}
     return state
 
 
 def mean_gradients(states: Sequence[Any]) -> dict[int, Tensor]:
-    """The average of the gradients of a window over processes.
+    """Averages the gradients of an accumulation window over ranks.
 
     Args:
-        states: Of all processes, within an epoch. What was left out of some is the average
-            already.
+        states: States of all ranks, saved within an epoch. If some states have placeholders,
+            the other states already contain the average.
     """
     every = [state["epoch"]["gradients"] for state in states if state["epoch"] is not None]
     own = [each for each in every if not any(isinstance(v, str) for v in each.values())]
@@ -131,10 +135,12 @@ def mean_gradients(states: Sequence[Any]) -> dict[int, Tensor]:
 
 
 def mean_window(states: Sequence[Any]) -> WindowState:
-    """The window whose gradients are ``mean_gradients``: any number of processes may go on.
+    """Returns the accumulation window that belongs to ``mean_gradients``.
+
+    With both, a run can resume with any number of ranks.
 
     Args:
-        states: Of all processes, within an epoch.
+        states: States of all ranks, saved within an epoch.
     """
     windows = [state.get("window", Window().state()) for state in states]
     weights = [each["weight"] for each in windows if each["weight"] is not None]

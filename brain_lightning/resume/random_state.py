@@ -11,7 +11,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The states of torch on all devices, numpy and Python.
+    """Returns the random states of torch on all devices, of numpy and of Python.
 
     Returns:
         Bytes and numbers, which can be loaded without running code.
@@ -30,7 +30,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Restores the state of every generator.
 
     Args:
-        state: What ``random_state`` returned.
+        state: Result of ``random_state``.
     """
     torch.set_rng_state(to_tensor(state["torch"]))
     for device, cuda in zip(range(len(_cuda_states())), state["cuda"], strict=False):
@@ -42,23 +42,23 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _cuda_states() -> list[torch.Tensor]:
-    # Looking at a device that nobody uses would take memory there.
+    # Reading the state of a CUDA device initializes CUDA, which takes memory on the device.
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
 
 def to_bytes(state: torch.Tensor) -> bytes:
-    """The state of a torch generator, as bytes.
+    """Converts the state of a torch generator to bytes.
 
     Args:
-        state: From ``get_rng_state`` or ``Generator.get_state``.
+        state: Result of ``get_rng_state`` or ``Generator.get_state``.
     """
     return bytes(state.numpy().data)
 
 
 def to_tensor(state: bytes) -> torch.Tensor:
-    """The state of a torch generator, from bytes.
+    """Converts bytes to the state of a torch generator.
 
     Args:
-        state: From ``to_bytes``.
+        state: Result of ``to_bytes``.
     """
     return torch.frombuffer(bytearray(state), dtype=torch.uint8)

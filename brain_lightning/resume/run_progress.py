@@ -1,4 +1,4 @@
-"""The progress of a run: its phase, its numbers, and the state that follows from them."""
+"""The progress of a run: its phase, its counts, and the state to save at each phase."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .plain_values import State, plain, plain_or_none
 from .position import Position
 from .process_state import (
     buffers,
+    full_on_main,
     restore_buffers,
     restore_synchronizes,
     synchronizes,
-    whole_in_first,
 )
 from .random_state import random_state, set_random_state
 from .saved_state import VERSION, EpochState, Moment, ProcessState, TrainerSide
@@ -38,32 +38,32 @@ logger = logging.getLogger(__name__)
 class RunProgress:
     """The progress of a run of a Brain, from which it can be resumed.
 
-    The stages of the run say in which ``phase`` it is. What is saved follows from that:
-    the random states, the position in the data, the gradients of an accumulation window
-    that is not full, and the statistics of the epoch. What is recovered takes effect when
-    the next epoch begins, because the hooks before its first batch are called again.
+    The stages of the run set its ``phase``. The saved state follows from the phase: the
+    random states, the position in the data, the gradients of an accumulation window that is
+    not full, and the statistics of the epoch. A recovered state takes effect when the next
+    epoch starts, because the hooks before its first batch are called again.
 
     Args:
         brain: The Brain that runs.
 
     Attributes:
-        phase: What is done of the epoch.
-        position: In the training data.
-        before: The state before the current batch.
-        trainer: The Trainer's side; None before the run has one.
-        epochs: The number of epochs that have begun.
-        drawn: The number of epochs that the epoch counter has yielded in this run, less one
-            that it had yielded before the run was resumed.
-        number: What it yielded last.
-        loss: Of the batch that was fitted last.
-        validations: The positions in the validation data.
-        resumed: What was recovered and has not taken effect yet.
-        explicit: Whether it comes from a file that the user named: then its epochs are
-            over, even if the counter does not remember them.
-        has_recovered_counts: Whether ``on_fit_start`` has changed what the Brain counts.
-        parts_over: How many calls of ``_fit_train`` and ``_fit_valid`` are over in the epoch,
-            where a recipe calls them itself.
-        train_part: How many were over before the last ``_fit_train``.
+        phase: Which steps of the epoch are complete.
+        position: Position in the training data.
+        before: State before the current batch.
+        trainer: Interface to the Trainer; None before the run begins.
+        epochs: Number of epochs that have started.
+        drawn: Number of epochs that the epoch counter has yielded in this run, without an
+            epoch that it had yielded before the run was resumed.
+        number: Value that the epoch counter yielded last.
+        loss: Loss of the last fitted batch.
+        validations: Positions in the validation data.
+        resumed: Recovered state that has not taken effect yet.
+        explicit: Whether ``resumed`` is from a file that the user named. Then its epochs are
+            over, even if the epoch counter was not restored.
+        has_recovered_counts: Whether ``on_fit_start`` has changed the counts of the Brain.
+        parts_over: Number of calls of ``_fit_train`` and ``_fit_valid`` that are over in the
+            epoch, if a recipe calls them itself.
+        train_part: Value of ``parts_over`` before the last ``_fit_train``.
     """
 
     def __init__(self, brain: BrainProtocol) -> None:
@@ -88,20 +88,20 @@ class RunProgress:
         self._resumed_validations: dict[int, State] = {}
         self._statistics = EpochStatistics(self.brain)
         self._stage_random: State = {}
-        # Of TRAIN, from when something else overwrites the Brain's.
+        # Counts of TRAIN, while a validation overwrites the counts of the Brain.
         self._counts: State = {}
         self._before_validation: Moment | None = None
-        # Where a limit of the Trainer's has ended an epoch in its middle.
+        # State at which a limit of the Trainer has ended an epoch before its last batch.
         self._cut_short: ProcessState | None = None
 
     @contextmanager
     def entering(self, phase: Phase, parts: int = 0) -> Iterator[None]:
-        """Calls a hook that completes a phase.
+        """Context in which a hook that completes a phase is called.
 
         Args:
-            phase: It counts as complete for what the hook saves, but not where the hook
-                fails: it is to be called again.
-            parts: How many parts of the epoch it completes.
+            phase: Phase after the hook. Saves within the hook use it. If the hook fails, the
+                previous phase is restored, so that a resumed run calls the hook again.
+            parts: Number of parts of the epoch that the hook completes.
 
         Yields:
             None
@@ -119,19 +119,19 @@ class RunProgress:
 
     @property
     def resumed_epoch(self) -> EpochState | None:
-        """The epoch that is to be resumed in its middle."""
+        """State of the epoch to resume; None if the run resumes between epochs."""
         return None if self.resumed is None else self.resumed["epoch"]
 
     @property
     def resumed_phase(self) -> Phase | None:
-        """Its phase."""
+        """Phase of the epoch to resume, or None."""
         return None if self.resumed_epoch is None else Phase[self.resumed_epoch["phase"]]
 
     def start_epoch(self, number: Any) -> None:
-        """Starts an epoch, before any hook hears of it.
+        """Starts an epoch, before any hook is called.
 
         Args:
-            number: What the epoch counter yielded.
+            number: Value that the epoch counter yielded.
         """
         self.epochs += 1
         self.drawn += 1
@@ -142,10 +142,10 @@ class RunProgress:
             set_random_state(resumed["random"])
 
     def start_training(self, loader: Any) -> None:
-        """Starts TRAIN, before ``on_stage_start``.
+        """Starts TRAIN, before ``on_stage_start`` is called.
 
         Args:
-            loader: What ``fit`` was given.
+            loader: Loader that ``fit`` got.
         """
         resumed, epoch = self.resumed, self.resumed_epoch
         self.position = position_in(loader, self.position)
@@ -156,17 +156,17 @@ class RunProgress:
             set_random_state(epoch["stage_random"])
         starts = epoch is None and not recovered_batches(loader)
         if self.has_recovered_counts and (starts or self.resumed_phase is Phase.TRAIN_OVER):
-            # They are those of the end of TRAIN.
+            # The recovered counts are from the end of TRAIN.
             self.brain.step, self.brain.avg_train_loss = 0, 0.0
         self._stage_random, self._counts = random_state(), {}
         self._statistics = EpochStatistics(self.brain)
-        self.before.is_one_of_several, self.before.skipped = world_size() > 1, 0
+        self.before.is_distributed, self.before.skipped = world_size() > 1, 0
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """The batches of the epoch that has begun, from its position on.
+        """Yields the batches of the current epoch from its position on.
 
         Args:
-            loader: What ``fit`` was given.
+            loader: Loader that ``fit`` got.
 
         Yields:
             The batches.
@@ -175,22 +175,22 @@ class RunProgress:
         yield from self.position.begin(loader)
 
     def start_by_recipe(self) -> None:
-        """Starts a TRAIN stage of which the recipe has written the loop itself."""
+        """Starts a TRAIN stage with a custom loop of the recipe."""
         self.resumed = None
         self._statistics = EpochStatistics(self.brain)
 
     def resume_after_training(self) -> None:
-        """Resumes an epoch of which training is over."""
+        """Resumes an epoch whose training is over."""
         resumed = self.resumed
         assert resumed is not None
         self._begin_batches()
         set_random_state(resumed["random"])
 
     def resume_after_validation(self, loader: Any) -> None:
-        """Resumes an epoch of which training and validation are over.
+        """Resumes an epoch whose training and validation are over.
 
         Args:
-            loader: What ``fit`` was given.
+            loader: Loader that ``fit`` got.
         """
         assert self.resumed is not None
         assert self.resumed_epoch is not None
@@ -210,7 +210,7 @@ class RunProgress:
             self._resume_epoch(epoch)
 
     def _resume_processes(self) -> None:
-        """Restores what is each process's own, after wrapping has made it the first one's."""
+        """Restores the state of this rank, which wrapping has replaced by rank 0's."""
         if self.resumed is not None:
             restore_buffers(self.brain, self.resumed["buffers"])
             restore_synchronizes(self.brain, self.resumed["synchronizes"])
@@ -232,38 +232,38 @@ class RunProgress:
     # ----------------------------------------------------------------- a batch
 
     def begin_batch(self) -> None:
-        """Keeps what the batch that is fitted next will change."""
+        """Copies the state that the next batch will change."""
         self.before.count()
         if self.trainer is not None and self.trainer.saves_within_batch:
             self.before.copy(self._statistics)
         self.phase = Phase.FITTING
 
     def end_batch(self) -> None:
-        """Counts a batch of which every callback has heard."""
+        """Counts a batch after all its batch-end hooks were called."""
         self.before.forget()
         self.position.count()
         self.phase = Phase.BATCH_OVER
 
     def cut_short(self) -> None:
-        """Keeps the state between two batches, for what is saved from now on.
+        """Copies the state between two batches, for all saves until the next epoch.
 
-        A limit of the Trainer's ends the epoch in its middle: its hooks are called, and
-        what they save resumes here.
+        Called when a limit of the Trainer ends the epoch before its last batch. Then the hooks
+        at the end of the epoch are called. A checkpoint that they save resumes at this batch.
         """
         assert self.trainer is not None
         beside_weights = self.trainer.state_beside_weights()
-        state = whole_in_first(self.state())
+        state = full_on_main(self.state())
         self._cut_short = plain({**state, "beside_weights": beside_weights})
 
     # ------------------------------------------------------- TRAIN ends, VALID
 
     def end_training(self) -> None:
-        """Keeps what ``on_stage_end(TRAIN)`` will change."""
+        """Copies the state that ``on_stage_end(TRAIN)`` may change."""
         self._counts = self.counts
         self._statistics.end()
 
     def begin_validation(self) -> None:
-        """Keeps what a validation changes, which may be in the middle of an epoch."""
+        """Copies the state that a validation changes. It may be in the middle of an epoch."""
         epoch = self._epoch()
         self._before_validation = Moment(
             epoch,
@@ -275,24 +275,24 @@ class RunProgress:
         self._counts = self.counts
         self.phase = Phase.VALIDATING
 
-    def count_apart(self, step: int) -> None:
-        """Keeps what TRAIN counts, before a hook of it validates.
+    def keep_train_counts(self, step: int) -> None:
+        """Copies the counts of TRAIN before a hook of TRAIN validates.
 
         Args:
-            step: Of the batch in hand; the hook may have changed the Brain's.
+            step: Step of the current batch. The hook may have changed the Brain's ``step``.
         """
         self._counts = {**self.counts, "step": step}
 
     def end_validation(self) -> None:
-        """Continues to count in TRAIN, after a validation in its middle."""
+        """Uses the counts of the Brain again, after a validation in the middle of TRAIN."""
         self._counts = {}
 
     def validation_batches(self, loader: Any, index: int) -> Iterator[Any]:
-        """The batches of a validation, whose loader is resumed as well.
+        """Returns the batches of a validation, from a position that is saved and resumed.
 
         Args:
-            loader: What ``fit`` was given.
-            index: The number of the loader, where there are several.
+            loader: Loader that ``fit`` got.
+            index: Index of the loader, if there are several.
 
         Returns:
             The batches.
@@ -306,7 +306,7 @@ class RunProgress:
 
     @property
     def counts(self) -> State:
-        """What the Brain counts in TRAIN, also within a validation."""
+        """Counts of the Brain in TRAIN, also within a validation."""
         # SpeechBrain's Brain has no nonfinite_count before it trains.
         return self._counts or {name: getattr(self.brain, name, 0) for name in COUNTS}
 
@@ -320,11 +320,11 @@ class RunProgress:
         )
 
     def state(self) -> ProcessState:
-        """The state of this process."""
+        """Returns the state of this rank."""
         release(self.brain)
         of_trainer = {} if self.trainer is None else self.trainer.state()
         if self.resumed is not None:
-            # Nothing of it has taken effect.
+            # The recovered state has not taken effect.
             return {**self.resumed, "saved_by": self._saved_by, "trainer": of_trainer}
         if self._cut_short is not None:
             return self._cut_short
@@ -359,7 +359,7 @@ class RunProgress:
         return [states[index] for index in sorted(states)]
 
     def _epoch(self) -> EpochState | None:
-        """The epoch at a moment that is not within a validation."""
+        """Returns the state of the epoch outside of a validation; None between epochs."""
         phase = self.phase
         if phase is Phase.EPOCH_OVER:
             return None
@@ -370,12 +370,12 @@ class RunProgress:
         if phase in (Phase.FETCHED, Phase.BATCH_OVER, Phase.VALIDATED):
             return self._epoch_between_batches()
         if phase is Phase.TRAIN_OVER and self._statistics.lacks_what_end_assigned():
-            # The hook has to be called again.
+            # on_stage_end has to be called again when the run is resumed.
             return {**self._epoch_between_batches(), "phase": Phase.BATCH_OVER.name}
         return self._epoch_without_batches()
 
     def _epoch_without_batches(self) -> EpochState:
-        """Before the first batch, or after the last one."""
+        """Returns the state before the first batch or after the last one."""
         starting = self.phase is Phase.STARTING
         position = {**self.position.state_between_passes(), "batches": 0}
         statistics = None if starting else self._statistics.state()
@@ -387,7 +387,7 @@ class RunProgress:
     def _epoch_between_batches(
         self, fitted: int | None = None, before: BeforeBatch | None = None
     ) -> EpochState:
-        """After some batches: those that are counted, or so many; as it is, or was before."""
+        """Returns the state after ``fitted`` batches, now or from the copy ``before``."""
         fitted = self.position.fitted if fitted is None else fitted
         random = random_state() if before is None else before.random
         grads = gradients(self.brain) if before is None else before.gradients
@@ -418,22 +418,22 @@ class RunProgress:
         }
 
     def _epoch_before_batch(self) -> EpochState:
-        """A batch of which a part is done is fitted again."""
-        before, whole = self.before, self.before.if_whole()
+        """Returns the state before an unfinished batch, which is fitted again on resume."""
+        before, complete = self.before, self.before.complete_or_none()
         return {
-            **self._epoch_between_batches(before=whole),
+            **self._epoch_between_batches(before=complete),
             "phase": Phase.FETCHED.name,
             **{name: before.counts[name] for name in COUNTS},  # type: ignore[typeddict-item]
-            "before": None if whole is None else whole.state(),
+            "before": None if complete is None else complete.state(),
         }
 
     def _epoch_after_fit(self) -> EpochState:
-        """A batch that is fitted; those callbacks that have not heard of it will."""
+        """Returns the state after a fitted batch, whose missing hooks are called on resume."""
         brain, loss, average = self.brain, self.loss, self.brain.avg_train_loss
         if self.phase is Phase.STEPPED:
             loss = loss.detach().cpu() if isinstance(loss, Tensor) else loss
             with TemporaryAttributes() as temporary:
-                # A hook that validates has set it to 0.
+                # A hook that validates has set brain.step to 0.
                 temporary.set(brain, "step", self.counts["step"])
                 average = brain.update_average(loss, average)
         again = self.trainer is not None and self.trainer.is_telling_of_batch()

@@ -1,4 +1,4 @@
-"""What a run needs to resume exactly, beyond weights, optimizers and counters."""
+"""The recoverable with the state of a run, besides weights, optimizers and counters."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from brain_lightning.distributed.communication import (
 )
 from brain_lightning.phase import Phase
 
-from .process_state import differing, mean_gradients, mean_window, whole_in_first, with_whole
+from .process_state import differing, full_on_main, mean_gradients, mean_window, with_full
 from .run_progress import RunProgress
 from .saved_state import migrated
 
 logger = logging.getLogger(__name__)
 
-# The name of the recoverable, and the key in a Lightning file.
+# Name of the recoverable, and key in a Lightning checkpoint file.
 KEY = "brain_lightning"
 
 
 class RunState(RunProgress):
-    """The state of a run of a Brain, of each process, saved with every checkpoint."""
+    """The state of a run on all ranks. It is saved with every checkpoint."""
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Saves the states of all processes.
+        """Saves the states of all ranks to one file. The call is collective.
 
         Args:
-            path: The file.
+            path: Path of the file.
         """
-        states = gather(collectively(lambda: whole_in_first(self.state())))
+        states = gather(collectively(lambda: full_on_main(self.state())))
 
         def write() -> None:
             first = states[0]["buffers"]
@@ -45,34 +45,35 @@ class RunState(RunProgress):
         by_main_process(write)
 
     def recover(self, path: str | PathLike[str], end_of_epoch: bool) -> None:
-        """Recovers what the next epoch needs.
+        """Recovers the state of this rank. It takes effect in the next epoch.
 
-        A Brain that recovers the end of an epoch that it saved itself keeps its current
-        random state, as SpeechBrain's does. One that recovers within a run keeps it too.
+        The current random state is kept in two cases, as in SpeechBrain: the Brain recovers
+        an end of an epoch that it has saved itself, or it recovers within a run.
 
         Args:
-            path: The file.
+            path: Path of the file.
             end_of_epoch: Whether an epoch had ended.
         """
         if self.drawn or self.phase is not Phase.EPOCH_OVER:
-            # Within the run.
+            # Called within a run.
             return
         states = load_state(str(path))["processes"]
         if len(states) != world_size():
             logger.warning(
-                "The checkpoint was saved by %d processes, and there are %d now: what they "
-                "draw at random differs.",
+                "The checkpoint was saved by %d processes, but %d processes run now. Their "
+                "random numbers will differ.",
                 len(states),
                 world_size(),
             )
-        own = with_whole(states[rank() % len(states)], states[0])
+        own = with_full(states[rank() % len(states)], states[0])
         state = migrated(own, end_of_epoch)
         is_sharded = self.brain._lightning.sharding is not None
         if state["epoch"] is not None and (is_sharded or len(states) != world_size()):
-            # Of a window: here all processes have the same gradients, or other batches.
+            # If modules are sharded or the number of ranks has changed, each rank continues
+            # the accumulation window with the mean gradients.
             state["epoch"]["gradients"] = mean_gradients(states)
             state["window"] = mean_window(states)
-        # The main process has them.
+        # Only the state of rank 0 contains these values.
         state["beside_weights"] = states[0].get("beside_weights", {})
         if state["trainer"]:
             first = states[0]["trainer"]["callbacks"]

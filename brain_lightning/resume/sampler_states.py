@@ -1,4 +1,4 @@
-"""What changes in the samplers of a loader from one pass to the next."""
+"""The states of a loader's samplers, which change from one pass to the next."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .worker_states import is_stateful
 
 
 class SamplerStates:
-    """The states of a loader's samplers, as they are before a pass.
+    """The states of a loader's samplers before a pass.
 
-    Of each what ``state_dict`` returns, or else its generator and the attributes that
-    have changed since the first pass: SpeechBrain's DynamicBatchSampler shuffles its
-    batches after each pass.
+    The state of a sampler is its ``state_dict``. If it has none, its state is its generator
+    and the attributes that have changed since the first pass. For example, SpeechBrain's
+    DynamicBatchSampler shuffles its batches after each pass.
 
     Args:
-        loader: The loader, before its first pass; None has no samplers.
+        loader: The loader, before its first pass. None has no samplers.
 
     Attributes:
         loader: The loader.
@@ -32,7 +32,7 @@ class SamplerStates:
         self._first = [dict(_attributes(sampler)) for sampler in _samplers(loader)]
 
     def now(self) -> list[State]:
-        """The current states; cheap, for nothing is copied."""
+        """Returns the current states. This is cheap, because attributes are not copied."""
         pairs = zip(_samplers(self.loader), self._first, strict=True)
         return [self._now(sampler, first) for sampler, first in pairs]
 
@@ -49,7 +49,7 @@ class SamplerStates:
         """Restores the samplers.
 
         Args:
-            states: What ``plain_states`` made of those that were saved.
+            states: Result of ``plain_states``.
         """
         for sampler, state in zip(_samplers(self.loader), states, strict=False):
             if "state" in state:
@@ -61,10 +61,10 @@ class SamplerStates:
 
 
 def plain_states(states: list[State]) -> list[State]:
-    """Copies states as they can be saved.
+    """Copies the parts of states that can be saved.
 
     Args:
-        states: From ``SamplerStates.now``.
+        states: Result of ``SamplerStates.now``.
     """
     return [
         {**state, "changed": plain_values(state["changed"])} if "changed" in state else state
@@ -73,16 +73,16 @@ def plain_states(states: list[State]) -> list[State]:
 
 
 def _attributes(sampler: Any) -> State:
-    """None of torch's samplers, which change nothing but the state of a generator."""
+    """Returns the attributes of a sampler; empty for torch's, which change only generators."""
     if type(sampler).__module__.startswith("torch.") or isinstance(sampler, DataLoader):
         return {}
     return getattr(sampler, "__dict__", {})
 
 
 def _samplers(loader: Any) -> Iterator[Any]:
-    """The loader, and its samplers within samplers."""
+    """Yields the loader and its nested samplers, from the outside in."""
     while loader is not None:
         yield loader
-        # Not by truth: an endless sampler has no length.
+        # Compared with None, because bool() of an endless sampler would call __len__.
         batches = getattr(loader, "batch_sampler", None)
         loader = getattr(loader, "sampler", None) if batches is None else batches

@@ -1,4 +1,4 @@
-"""What is saved of a run, by the names in the file, and how older files are read."""
+"""The saved state of a run: the names in the file, and the migration of older files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from brain_lightning.step.window import Window, WindowState
 
 from .plain_values import State
 
-# Of the content of a file. Version 0 is that of brain_lightning 0.1.0, which has none;
-# version 1 did not count the parts of an epoch, version 2 neither weighed its batches nor
-# counted those that were skipped.
+# Version of the file content. Files of brain_lightning 0.1.0 have no version and count as
+# version 0. Version 1 has no counts of the parts of an epoch. Version 2 has no accumulation
+# window and no count of skipped batches.
 VERSION = 3
 
 
 class BatchState(TypedDict):
-    """What a batch had changed when it was saved in its middle, as it was before.
+    """The state before a batch, in a checkpoint that was saved in the middle of the batch.
 
     Attributes:
-        weights: Parameters by their index.
-        buffers: Buffers of the modules by their index.
-        optimizers: The states of optimizers by name.
-        scaler: The state of the gradient scaler.
-        optimizer_step: The Brain's count of updates.
+        weights: Parameters by index.
+        buffers: Buffers of the modules by index.
+        optimizers: States of the optimizers by name.
+        scaler: State of the gradient scaler.
+        optimizer_step: The Brain's ``optimizer_step``.
     """
 
     weights: dict[int, Tensor]
@@ -38,24 +38,25 @@ class BatchState(TypedDict):
 
 
 class EpochState(TypedDict):
-    """An epoch that is not over.
+    """State of an epoch that is not over.
 
     Attributes:
-        phase: The name of the ``Phase`` at which to resume.
-        number: What the epoch counter yielded; None where that cannot be saved.
-        stage_random: The random state before ``on_stage_start(TRAIN)``; empty before that.
-        position: Of the training data.
-        batches: Batches that have been fitted.
-        step: The Brain's.
-        avg_train_loss: The Brain's.
-        nonfinite_count: The Brain's.
-        statistics: What hooks have accumulated; None where that is nothing yet.
-        gradients: Of an accumulation window that is not full, by the parameter's index.
-        loss: Of a batch that is fitted, and of which not every callback has heard.
-        before: What to undo of a batch; None outside of one.
+        phase: Name of the ``Phase`` at which to resume.
+        number: Value that the epoch counter yielded; None if it cannot be saved.
+        stage_random: Random state before ``on_stage_start(TRAIN)``; empty before this hook.
+        position: Position in the training data.
+        batches: Number of fitted batches.
+        step: The Brain's ``step``.
+        avg_train_loss: The Brain's ``avg_train_loss``.
+        nonfinite_count: The Brain's ``nonfinite_count``.
+        statistics: Statistics that hooks have accumulated; None before the stage starts.
+        gradients: Gradients of an accumulation window that is not full, by parameter index.
+        loss: Loss of a fitted batch whose batch-end hooks were not all called; else None.
+        before: State to restore before the current batch is fitted again; None between
+            batches.
         parts_over: See ``RunProgress``.
         train_part: See ``RunProgress``.
-        skipped: Batches for which there was no memory.
+        skipped: Number of batches that were skipped after running out of memory.
     """
 
     phase: str
@@ -76,24 +77,24 @@ class EpochState(TypedDict):
 
 
 class ProcessState(TypedDict):
-    """The state of one process.
+    """State of one rank.
 
     Attributes:
-        version: Of this content.
-        saved_by: Which Brain has saved it.
-        random: The random state to go on with.
-        epoch: The epoch that is not over.
-        epochs: The number of epochs that have begun.
-        drawn: The number of epochs that the epoch counter has yielded in this run.
-        validations: The positions in the validation data.
-        between: The position in the training data, for the next pass over it.
-        trainer: The Trainer's.
-        end_of_epoch: What the checkpoint's meta says; known when it is recovered.
-        buffers: Those of this process, by their index, where they differ from the first one's.
-        synchronizes: Whether modules make their buffers the first one's when they are called.
-        beside_weights: What to recover beside weights and optimizers, as it was when a limit
-            of the Trainer's had ended the epoch in its middle; empty where none has.
-        window: The weights of an accumulation window that is not full.
+        version: Version of the content.
+        saved_by: Unique id of the Brain that has saved the state.
+        random: Random state to continue with.
+        epoch: State of an epoch that is not over, or None.
+        epochs: Number of epochs that have started.
+        drawn: Number of epochs that the epoch counter has yielded in this run.
+        validations: Positions in the validation data.
+        between: Position in the training data for the next pass.
+        trainer: State of the Trainer.
+        end_of_epoch: ``end-of-epoch`` in the meta of the checkpoint; set on recovery.
+        buffers: Buffers of this rank that differ from rank 0's, by index.
+        synchronizes: Whether the next forward pass of each module broadcasts its buffers.
+        beside_weights: State other than weights and optimizers, from when a limit of the
+            Trainer ended the epoch before its last batch. Else empty.
+        window: Weights of an accumulation window that is not full.
     """
 
     version: int
@@ -113,14 +114,14 @@ class ProcessState(TypedDict):
 
 
 class Moment(NamedTuple):
-    """What a validation changes, or hides, as it was before.
+    """State before a validation, of everything that the validation changes.
 
     Attributes:
-        epoch: See ``ProcessState``, and for all others.
-        random: The random state.
-        validations: The positions in the validation data.
-        synchronizes: Of modules.
-        window: Of accumulation.
+        epoch: See ``ProcessState``.
+        random: See ``ProcessState``.
+        validations: See ``ProcessState``.
+        synchronizes: See ``ProcessState``.
+        window: See ``ProcessState``.
     """
 
     epoch: EpochState | None
@@ -131,15 +132,15 @@ class Moment(NamedTuple):
 
 
 class TrainerSide(Protocol):
-    """What the Trainer's side gives to a run.
+    """Interface to the Trainer that a run uses.
 
     Attributes:
-        shows_bar: Whether SpeechBrain's bar is to be shown.
-        validates: Whether there is a validation.
-        saves: Whether the Trainer is to save within an epoch, where the Brain has no
-            Checkpointer.
-        draws_ahead: Whether something may save when the next batch is fetched.
-        saves_within_batch: Whether something may save in the middle of a batch.
+        shows_bar: Whether to show SpeechBrain's bar.
+        validates: Whether the run validates.
+        saves: Whether the Trainer saves within an epoch if the Brain has no Checkpointer.
+        draws_ahead: Whether a save may happen after the next batch is fetched and before it
+            is fitted.
+        saves_within_batch: Whether a save may happen in the middle of a batch.
     """
 
     shows_bar: bool
@@ -149,57 +150,57 @@ class TrainerSide(Protocol):
     saves_within_batch: bool
 
     def state(self) -> State:
-        """What there is to save of the Trainer."""
+        """Returns the state of the Trainer to save."""
 
     def weights(self) -> AbstractContextManager[None]:
-        """A context in which the weights are those that are trained, not an average."""
+        """Context in which the modules have the trained weights, not their average."""
 
     def measured(self) -> AbstractContextManager[None]:
-        """A context in which the weights are those that a validation has just measured."""
+        """Context in which the modules have the weights that were just validated."""
 
     def correct(self, checkpoint: State) -> None:
-        """Exchanges an average for the weights in what is saved.
+        """Replaces averaged weights in a checkpoint by the trained weights.
 
         Args:
-            checkpoint: The content of a Lightning file.
+            checkpoint: Content of a Lightning checkpoint file.
         """
 
     def remember_trained(self) -> None:
-        """Remembers what is trained when a run starts, before anything is recovered."""
+        """Records which parameters are trained when a run starts, before any recovery."""
 
     def state_beside_weights(self) -> State:
-        """Everything that is saved but modules, optimizers and the state of the run."""
+        """Returns the state to save without modules, optimizers and the state of the run."""
 
     def save_within_epoch(self) -> None:
-        """Saves with the Trainer, and replaces what it has saved before."""
+        """Saves with the Trainer, and replaces its previous checkpoint of this kind."""
 
     def requeue(self) -> bool:
-        """Requeues the job of a scheduler, which finds what the Trainer saves for it.
+        """Requeues the job of the scheduler. Saves with the Trainer without a Checkpointer.
 
         Returns:
-            Whether the scheduler has agreed.
+            Whether the scheduler has accepted the request.
         """
 
     def is_telling_of_batch(self) -> bool:
-        """Whether some callback has not heard that the last batch is over, and yet can."""
+        """Whether batch-end hooks of the last batch are missing, and can be called later."""
 
 
 def migrated(state: State, end_of_epoch: bool) -> ProcessState:
-    """The state of a process, from a file of this version or of an older one.
+    """Converts the state of a rank from an older version to the current version.
 
     Args:
-        state: As it was read.
-        end_of_epoch: What the checkpoint's meta says.
+        state: State as it was read.
+        end_of_epoch: ``end-of-epoch`` in the meta of the checkpoint.
 
     Raises:
-        CheckpointError: The file is of a newer version.
+        CheckpointError: The file has a newer version.
     """
     version = state.get("version", 0)
     if version > VERSION:
         raise CheckpointError(
             "the state of the run was saved by a newer brain_lightning, as version "
-            f"{version}, and this one reads versions up to {VERSION}: upgrade "
-            "brain_lightning, or recover a checkpoint that this one has saved"
+            f"{version}, but this release reads versions up to {VERSION}. Upgrade "
+            "brain_lightning, or recover a checkpoint that this release has saved"
         )
     if version == 0:
         state = _from_version_0(state, end_of_epoch)
@@ -213,11 +214,11 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
 
 
 def _from_version_0(state: State, end_of_epoch: bool) -> State:
-    """In 0.1.0 the end of an epoch was known by the checkpoint's meta alone."""
+    """Converts version 0, in which only the checkpoint's meta marked the end of an epoch."""
     epoch = None if end_of_epoch else state["epoch"]
     if epoch is not None:
         if state["trainer"]:
-            # It counted those of this epoch as well.
+            # Version 0 also counted the batches of this epoch.
             state["trainer"]["progress"]["batches"] -= epoch["position"]["batches"]
         phase = Phase.FETCHED if epoch.pop("validated") else Phase.BATCH_OVER
         epoch = {

@@ -1,7 +1,7 @@
-"""The states of a DataLoader's workers: sent with each batch, restored when workers start.
+"""The states of DataLoader workers: sent with each batch, restored when workers start.
 
-A worker is several batches ahead of the training, so its state at a batch is known only
-if the batch brings it along.
+A worker is several batches ahead of the training. Therefore each batch brings the state that
+its worker had after the batch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class WorkerBatch(NamedTuple):
     """A batch as a worker sends it.
 
     Attributes:
-        batch: What the loader's ``collate_fn`` made; ``PLACEHOLDER`` for no batch.
-        worker: The number of the worker.
-        state: The worker's state after it made the batch.
+        batch: Result of the loader's ``collate_fn``; ``PLACEHOLDER`` if there is no batch.
+        worker: Id of the worker.
+        state: State of the worker after it made the batch.
     """
 
     batch: Any
@@ -32,13 +32,13 @@ class WorkerBatch(NamedTuple):
     state: State
 
 
-# Sent by a worker whose turn has not come: the workers take turns, and the first batch of a
-# resumed pass may not be the first worker's.
+# Sent by workers before the first batch of a resumed pass: workers take turns, and the turn of
+# the first batch may not be worker 0's.
 PLACEHOLDER = "brain_lightning: no batch"
 
 
 def is_stateful(obj: object) -> bool:
-    """Whether an object can save its state and restore it.
+    """Whether an object has ``state_dict`` and ``load_state_dict``.
 
     Args:
         obj: A loader, a dataset or a sampler.
@@ -50,8 +50,8 @@ def collate_with_state(collate_fn: Callable[[Any], Any], samples: Any) -> Worker
     """Collates the samples of a batch, and adds the state of the worker.
 
     Args:
-        collate_fn: The loader's.
-        samples: What the batch is made of, or a placeholder, which is passed on.
+        collate_fn: The loader's ``collate_fn``.
+        samples: Samples of the batch, or a placeholder, which is returned.
     """
     worker: Any = get_worker_info()
     if is_placeholder(samples):
@@ -62,17 +62,17 @@ def collate_with_state(collate_fn: Callable[[Any], Any], samples: Any) -> Worker
 
 
 def dataset_state(owner: Any) -> State:
-    """The state of a dataset that has one.
+    """Returns the state of a dataset; empty if the dataset has no state.
 
     Args:
-        owner: A loader, or what torch says of a worker.
+        owner: Object with the dataset: a loader, or torch's worker info.
     """
     dataset: Any = getattr(owner, "dataset", None)
     return {"dataset": dataset.state_dict()} if is_stateful(dataset) else {}
 
 
 def is_placeholder(samples: Any) -> bool:
-    """Whether a worker has sent, or is to send, no batch.
+    """Whether the argument is a placeholder instead of a batch.
 
     Args:
         samples: Indices, samples or a batch.
@@ -88,13 +88,13 @@ def restore_worker(
     """Restores the state of a worker that has just started.
 
     Args:
-        worker_init_fn: The loader's.
-        states: By the number of the worker; one without is new.
-        worker: The number of this one.
+        worker_init_fn: The loader's ``worker_init_fn``.
+        states: States by worker id. A worker without a state is not changed.
+        worker: Id of this worker.
     """
     info: Any = get_worker_info()
     if isinstance(info.dataset, PlaceholderDataset):
-        # A worker_init_fn may set attributes of its dataset; torch refuses assignments.
+        # A worker_init_fn may change the user's dataset. torch forbids plain assignment here.
         object.__setattr__(info, "dataset", info.dataset.dataset)
     if worker_init_fn is not None:
         worker_init_fn(worker)
@@ -109,7 +109,7 @@ class PlaceholderDataset:
 
     Args:
         dataset: The dataset.
-        waiting: How many workers have to wait for their turn.
+        waiting: Number of workers that send a placeholder.
     """
 
     def __init__(self, dataset: Any, waiting: int) -> None:
@@ -121,7 +121,7 @@ class PlaceholderDataset:
 
     @property
     def __getitems__(self) -> Any:
-        """Torch looks it up first, and does without it where it is None."""
+        """Method that torch prefers to ``__getitem__``, unless it is None."""
         items = getattr(self.dataset, "__getitems__", None)
         if items is None:
             return None
@@ -130,7 +130,7 @@ class PlaceholderDataset:
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         waits = worker is not None and worker.id < self._waiting
-        # Persistent workers begin a second pass, in which nobody has to wait.
+        # In the second pass with persistent workers, no placeholders are needed.
         self._waiting = 0
         if waits:
             yield PLACEHOLDER
@@ -138,20 +138,20 @@ class PlaceholderDataset:
 
 
 class SkippingSampler(Iterator[Any]):
-    """The indices of a sampler from a position on; the first pass over it only.
+    """The indices of a sampler from a position on, in the first pass only.
 
-    Nothing is loaded for the indices before the position.
+    No data are loaded for the skipped indices.
 
     Args:
         sampler: A sampler or a batch sampler.
-        position: How many indices, or batches of indices, to skip.
-        before: What to yield before those that follow.
-        random: The random state to begin with, where it is not the current one.
-        examples: How many examples to skip at most, in place of ``position``.
+        position: Number of indices, or of batches of indices, to skip.
+        before: Items to yield before the remaining indices.
+        random: Random state to start with; None for the current random state.
+        examples: Largest number of examples to skip, instead of ``position``.
 
     Attributes:
         sampler: The sampler.
-        skipped: How many were skipped, once they are.
+        skipped: Number of indices, or of batches of indices, that were skipped.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class SkippingSampler(Iterator[Any]):
         self._indices: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        # Persistent workers begin a second pass with the sampler of the first.
+        # Persistent workers use the same sampler in the second pass.
         return self if self._indices is None else iter(self.sampler)
 
     def __next__(self) -> Any:
@@ -180,13 +180,13 @@ class SkippingSampler(Iterator[Any]):
         return len(self.sampler)  # type: ignore[arg-type]
 
     def skip(self) -> Iterator[Any]:
-        """Skips what comes before the position, if that is still to be done.
+        """Skips the indices before the position, if they were not skipped before.
 
-        A sampler draws random numbers at its first index, which is after the DataLoader
-        has drawn its own.
+        This is done at the first index, and not earlier: then a sampler draws its random
+        numbers, after the DataLoader has drawn its own.
 
         Returns:
-            The indices that follow.
+            Iterator over the remaining indices.
         """
         if self._indices is None:
             if self._random is not None:

@@ -1,22 +1,23 @@
-"""SpeechBrain's order of events: one run, its stages, its numbers, its progress bar.
+"""The order of events in SpeechBrain's loops: runs, stages, metrics and progress bars.
 
-``run`` is one ``fit`` or ``evaluate``; its stages are in ``train`` and ``evaluation`` and
-share ``base``. Each row is one step of SpeechBrain's loops, in their order, and the
-hook of Lightning in which it happens, of ``BrainCallback`` (C) or ``BrainModule`` (M):
+``run`` is one ``fit`` or ``evaluate``. Its stages are in ``train`` and ``evaluation``, and
+share ``base``. In the table, each row is one step of SpeechBrain's loops, in their order.
+The last column names the hook in which the step runs: C is ``BrainCallback``, M is
+``BrainModule``.
 
 ======================  ==========================  =======================================
-Brain                   here                        Lightning
+SpeechBrain             this package                Lightning
 ======================  ==========================  =======================================
 fit, evaluate           Run.begin                   C.setup
 on_fit_start            (the module calls it)       M.configure_optimizers
 on_stage_start(TRAIN)   run.train.start             C.on_train_epoch_start
-fit_batch               run.train.fit               M.optimizer_step where Lightning steps,
-                                                    M.training_step where the Brain does,
-                                                    M.fit_batch in our lean loop
+fit_batch               run.train.fit               M.optimizer_step if Lightning steps,
+                                                    M.training_step if the Brain steps,
+                                                    M.fit_batch in the lean loop
 (save? SIGTERM?)        run.train.end_batch         M.on_train_batch_end
 next(train_set)         run.train.fetch             M.on_train_batch_end
 on_stage_end(TRAIN)     run.train.end               M.on_train_batch_end of the last batch,
-                                                    C.on_train_epoch_end without any batch
+                                                    C.on_train_epoch_end if there was no batch
 on_stage_start(VALID)   run.valid.start             M.on_validation_model_eval
 evaluate_batch(VALID)   run.valid.evaluate          M.validation_step
 on_stage_end(VALID)     run.valid.end               M.on_validation_epoch_end
@@ -34,8 +35,9 @@ on_stage_end(TEST)      run.test.end                M.on_test_epoch_end
 A recipe that calls ``_fit_train`` and ``_fit_valid`` itself runs the same stages one by one,
 through ``Run.parts``.
 
-``epochs`` has the epoch counters; ``loader`` what Lightning iterates; ``progress`` the bar;
-``metrics`` the numbers of the stages; ``running_average`` the loss of an evaluation;
-``interval_checkpoints`` saves within an epoch; ``sharded_evaluation`` divides a validation
-among ranks; ``error_context`` adds to an error where it comes from.
+``epochs`` has the epoch counters and ``loader`` the loaders that Lightning iterates.
+``progress`` has the progress bar, ``metrics`` the numbers that stages report, and
+``running_average`` the average loss of an evaluation. ``interval_checkpoints`` saves within
+an epoch, ``sharded_evaluation`` divides a validation among ranks, and ``error_context`` adds
+the stage, epoch, step and batch to an error.
 """

@@ -1,4 +1,4 @@
-"""One stage of a run: what TRAIN, VALID and TEST have in common."""
+"""Base class of the stages of a run: what TRAIN, VALID and TEST share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RunStage:
-    """A stage of a run, which runs once or in each epoch.
+    """Stage of a run. It runs once, or once per epoch.
 
     Args:
         run: The run.
@@ -30,11 +30,12 @@ class RunStage:
         kind: Which stage it is.
         run: The run.
         brain: The Brain that runs.
-        run_state: What is saved of the run.
-        brain_stage: ``kind`` in the Brain's own enumeration: a recipe may compare with ``is``.
+        run_state: State of the run that is saved in checkpoints.
+        brain_stage: ``kind`` as a member of the Brain's enumeration, because a recipe may
+            compare with ``is``.
         loaders: The loaders, as the Trainer iterates them.
-        set_names: Of its sets, where there are several.
-        by_recipe: The loop of the stage, where the recipe has written it itself.
+        set_names: Names of the datasets if there are several.
+        by_recipe: Custom loop of the stage, if the recipe has one; else None.
     """
 
     kind: ClassVar[Stage]
@@ -48,25 +49,25 @@ class RunStage:
 
     @property
     def phase_after(self) -> Phase:
-        """What is done of the epoch once ``on_stage_end`` has ended the stage."""
+        """Phase of the epoch after ``on_stage_end`` has ended the stage."""
         raise NotImplementedError
 
     @property
     def epoch(self) -> Any:
-        """The number of the epoch; None in TEST."""
+        """Number of the epoch; None in TEST."""
         return self.run.epochs.current
 
     def wrap(
         self, loaders: Sequence[Iterable[Any]], names: Sequence[str] = ("",)
     ) -> list[StageLoader]:
-        """Puts the loaders under the control of the stage.
+        """Wraps the loaders, so that the stage decides when a batch is fetched.
 
         Args:
-            loaders: What the Trainer was given for the stage.
-            names: Of the sets, where there are several.
+            loaders: Loaders that the Trainer got for the stage.
+            names: Names of the datasets if there are several.
 
         Returns:
-            What the Trainer is to iterate.
+            The loaders for the Trainer to iterate.
         """
         self.set_names = names
         self.loaders = [
@@ -76,16 +77,16 @@ class RunStage:
         return self.loaders
 
     def close(self) -> None:
-        """Ends every pass: no worker process and no bar is left behind."""
+        """Ends every pass over the data, with its worker processes and its bar."""
         for loader in self.loaders:
             loader.close()
 
     @contextmanager
     def written_by_recipe(self, loop: Callable[[], Any]) -> Iterator[None]:
-        """Leaves the stage to a recipe that has written its loop, with its hooks, itself.
+        """Runs the stage by a custom loop of the recipe, which calls the hooks itself.
 
         Args:
-            loop: Runs it.
+            loop: Runs the custom loop.
 
         Yields:
             None
@@ -96,7 +97,7 @@ class RunStage:
             yield
 
     def _on_stage_end(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``on_stage_end`` that the recipe calls: what the stage has found, and its end."""
+        """Records the loss and the end of the stage when the recipe calls ``on_stage_end``."""
         stage, loss, *_ = arguments_of(hook, args, kwargs).values()
         if stage is not self.brain_stage or self.run.current is not self:
             return hook(*args, **kwargs)
@@ -107,31 +108,31 @@ class RunStage:
         return result
 
     def _ending(self) -> AbstractContextManager[None]:
-        """The hook that ends the stage."""
+        """Context in which the hook that ends the stage is called."""
         return self.run_state.entering(self.phase_after)
 
     def running_loss(self) -> dict[str, float]:
-        """The average loss so far by its metric's name; nothing before the first batch."""
+        """Returns the average loss so far by metric name; empty before the first batch."""
         return {staged(self.kind, "loss"): self._average()} if self.brain.step else {}
 
     def _is_debugged(self) -> bool:
-        """Whether there were as many batches as ``debug_batches`` allows."""
+        """Whether the stage has run ``debug_batches`` batches in debug mode."""
         return self.brain.debug and 0 < self.brain.debug_batches == self.brain.step
 
     def _average(self) -> float:
         raise NotImplementedError
 
     def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
-        """One pass over the loader at a position among the others."""
+        """Yields the batches of one pass over the loader at index ``position``."""
         raise NotImplementedError
 
     def _iterate(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
-        """Begins to iterate the loader."""
+        """Returns an iterator over the loader."""
         return iter(loader)
 
     @contextmanager
     def _bar(self, loader: Iterable[Any], position: int) -> Iterator[Iterable[Any]]:
-        """One pass over the loader, with a bar; left early, it ends with its workers."""
+        """Shows a bar over one pass; leaving the context early also ends the workers."""
         with (
             closing(self._fetched(loader, position)) as batches,
             progress_bar(self, batches, length_of(loader)) as bar,

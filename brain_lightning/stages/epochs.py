@@ -1,4 +1,4 @@
-"""Epoch counters: SpeechBrain's two, and when any of them is advanced."""
+"""Epoch counters: SpeechBrain's two classes, and when a counter is advanced."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from brain_lightning.temporary import TemporaryAttributes
 
 logger = logging.getLogger(__name__)
 
-# A score has to be better by this fraction to count as an improvement
+# Relative improvement below which a score does not count as better
 # (speechbrain.utils.epoch_loop.EpochCounterWithStopper).
 MIN_DELTA = 1e-6
 
 
 @hooks.register_checkpoint_hooks
 class EpochCounter:
-    """Counts epochs from 1 to ``limit``; its position is saved in checkpoints.
+    """Counts epochs from 1 to ``limit``. Checkpoints save its position.
 
-    An iterator, not a sequence: a counter that was iterated to its end stays at
-    its end, and one that was recovered from a checkpoint continues from there
+    The counter is an iterator, not a sequence. A counter that reached its end stays at its
+    end. A counter that was recovered from a checkpoint continues from the saved epoch
     (``speechbrain.utils.epoch_loop.EpochCounter``).
 
     Args:
-        limit: The number of epochs.
+        limit: Number of epochs.
     """
 
     def __init__(self, limit: int) -> None:
         self.current = 0
         self.limit = int(limit)
-        # SpeechBrain's Checkpointer may be asked to save it before there is a Brain.
+        # SpeechBrain's Checkpointer may save the counter before a Brain is created.
         hooks.share_with_speechbrain()
 
     def __iter__(self) -> Iterator[int]:
@@ -61,16 +61,16 @@ class EpochCounter:
 
 @hooks.register_checkpoint_hooks
 class EpochCounterWithStopper(EpochCounter):
-    """An ``EpochCounter`` that ends early when a metric stops improving.
+    """``EpochCounter`` that stops early when a metric no longer improves.
 
     Call ``update_metric`` once per validation stage
     (``speechbrain.utils.epoch_loop.EpochCounterWithStopper``).
 
     Args:
-        limit: The largest number of epochs.
-        limit_to_stop: Epochs without improvement after which to stop.
-        limit_warmup: Epochs at the start during which nothing is compared.
-        direction: ``"min"`` where a smaller metric is better, else ``"max"``.
+        limit: Largest number of epochs.
+        limit_to_stop: Number of epochs without improvement after which to stop.
+        limit_warmup: Number of epochs at the start in which the metric is ignored.
+        direction: ``"min"`` if a smaller metric is better, else ``"max"``.
 
     Raises:
         ValueError: ``limit_to_stop`` or ``limit_warmup`` is negative, or
@@ -100,10 +100,10 @@ class EpochCounterWithStopper(EpochCounter):
         return super().__next__()
 
     def update_metric(self, current_metric: float) -> None:
-        """Compares the newest value with the best one and decides whether to stop.
+        """Compares the metric with the best one so far, and decides whether to stop.
 
         Args:
-            current_metric: The metric of the epoch that is ending.
+            current_metric: Metric of the epoch that is ending.
         """
         if self.current <= self.limit_warmup:
             return
@@ -130,10 +130,10 @@ class EpochCounterWithStopper(EpochCounter):
 
 
 class StoppableEpochs:
-    """Epoch numbers that end as well when the Trainer has ended the training.
+    """Epoch numbers that also end when the Trainer has ended the training.
 
     Args:
-        numbers: Any iterable that has no position, such as a range or a list.
+        numbers: Any iterable without a position, such as a range or a list.
         is_over: Whether the Trainer has ended the training.
     """
 
@@ -165,15 +165,16 @@ class StoppableEpochs:
 def make_stoppable(
     epoch_counter: Any, is_over: Callable[[], bool], temporary: TemporaryAttributes
 ) -> Any:
-    """An epoch counter for a recipe's own ``fit``, which iterates it.
+    """Makes an epoch counter end with the training, for an overridden ``fit``.
 
     Args:
         epoch_counter: Any iterable of epoch numbers.
         is_over: Whether the Trainer has ended the training.
-        temporary: Records what is changed.
+        temporary: Records the changes, to undo them later.
 
     Returns:
-        The counter itself where it has a position, which recipes read and save.
+        The counter itself if it has a position, because recipes read and save it. Else a
+        ``StoppableEpochs``.
     """
     cls: Any = type(epoch_counter)
     if not isinstance(epoch_counter, Iterator) or not hasattr(epoch_counter, "__dict__"):
@@ -190,12 +191,12 @@ def make_stoppable(
 
 
 class EpochsOfTrainer:
-    """The epochs where nobody has given a counter: 1, 2, … as the Trainer counts them.
+    """Epoch numbers 1, 2, … of the Trainer, for a ``fit`` without an epoch counter.
 
-    It counts on in a second ``fit``, and where it resumes.
+    A second ``fit`` and a resumed run continue the count.
 
     Args:
-        over: Returns how many epochs are over, for the Trainer.
+        over: Returns the number of epochs that the Trainer has completed.
     """
 
     def __init__(self, over: Callable[[], int]) -> None:
@@ -203,7 +204,7 @@ class EpochsOfTrainer:
 
     @property
     def current(self) -> int:
-        """The last epoch that is over, as a counter with a position has it."""
+        """Last epoch that is over; the attribute that counters with a position have."""
         return self._over()
 
     def __iter__(self) -> Iterator[int]:
@@ -214,16 +215,16 @@ class EpochsOfTrainer:
 class Epochs:
     """Advances an epoch counter exactly when ``for epoch in epoch_counter`` would.
 
-    Lightning asks more than once whether a run is over; only the first question
-    after an epoch has ended may call ``next()``, which advances an ``EpochCounter``.
+    Lightning checks more than once whether a run is over. Only the first check after the end
+    of an epoch may call ``next()``, because ``next()`` advances an ``EpochCounter``.
 
     Args:
         epoch_counter: Any iterable of epoch numbers.
 
     Attributes:
         counter: ``epoch_counter``.
-        current: The epoch it returned last.
-        is_collective: Whether several processes run the same epochs.
+        current: Epoch that the counter returned last.
+        is_collective: Whether several ranks run the same epochs.
 
     Raises:
         TypeError: ``epoch_counter`` is not iterable.
@@ -232,50 +233,53 @@ class Epochs:
     is_collective = False
 
     def __init__(self, epoch_counter: Iterable[Any]) -> None:
-        # A counter may also be a sequence by __getitem__ alone, which iter() takes.
+        # iter() also accepts an object that defines only __getitem__.
         counts: Any = epoch_counter
         if not isinstance(counts, Iterable) and not hasattr(counts, "__getitem__"):
             raise TypeError(
-                f"epoch_counter must be iterable, got {epoch_counter!r}: use "
-                "EpochCounter(limit=10) or range(1, 11) for ten epochs"
+                f"epoch_counter must be iterable, got {epoch_counter!r}. For ten epochs, use "
+                "EpochCounter(limit=10) or range(1, 11)"
             )
-        # A counter that was advanced before, or recovered, has a position.
+        # A counter that was advanced or recovered before this run has a position.
         self.current: Any = getattr(epoch_counter, "current", None) or None
         self.counter = epoch_counter
-        # Calls iter() on the counter only when the first epoch is asked for.
+        # chain() calls iter() on the counter only when the first epoch is requested.
         self._epochs: Iterator[Any] = itertools.chain(epoch_counter)
         self._is_waiting = False
 
     def over(self, ended: bool) -> bool:
-        """Whether the run is over, here and in all processes; else an epoch is waiting.
+        """Whether the run is over on all ranks. If it is not, an epoch is waiting.
 
         Args:
-            ended: Whether the Trainer of this process has ended it.
+            ended: Whether the Trainer of this rank has ended the run.
 
         Raises:
-            RankMismatchError: The processes are at different epochs.
+            RankMismatchError: The ranks are at different epochs.
         """
         return self.ended(ended) or not self.more()
 
     def ended(self, ended: bool) -> bool:
-        """Whether the Trainer has ended the run, in any of the processes.
+        """Whether the Trainer of any rank has ended the run.
 
         Args:
-            ended: Whether that of this process has.
+            ended: Whether the Trainer of this rank has ended the run.
 
         Raises:
-            RankMismatchError: The processes are at different epochs.
+            RankMismatchError: The ranks are at different epochs.
         """
         if self.is_collective:
             answers = compare("asks whether the training is over", ended)
             if any(answers) and not all(answers) and if_main_process():
                 ends = by_rank(["ends" if each else "does not" for each in answers])
-                logger.warning("A Trainer ends the training (%s), and with it all do.", ends)
+                logger.warning(
+                    "The Trainer of some ranks ends the training (%s). It ends on all ranks.",
+                    ends,
+                )
             ended = any(answers)
         return ended
 
     def more(self) -> bool:
-        """Whether there is an epoch to run; advances the counter unless one is waiting."""
+        """Whether there is another epoch. Advances the counter unless an epoch is waiting."""
         if not self._is_waiting:
             position, last = _position(self.counter), self.current
             for epoch in self._epochs:
@@ -286,19 +290,19 @@ class Epochs:
         return self._is_waiting
 
     def resume(self, number: Any) -> None:
-        """Resumes an epoch that the counter has counted already.
+        """Resumes an epoch that the counter has already counted.
 
         Args:
-            number: What the counter yielded.
+            number: Number that the counter yielded.
         """
         self.current, self._is_waiting = number, True
 
     def _follow_first_rank(self, position: int | None, last: Any) -> None:
-        """Begins or ends as the first process does, whose checkpoints all resume from.
+        """Follows the decision of rank 0, because all ranks resume from its checkpoints.
 
         Args:
-            position: Of the counter, before it was asked.
-            last: The epoch before.
+            position: Position of the counter before it was advanced.
+            last: Previous epoch.
         """
         found = self.current if isinstance(self.current, int) else None
         answers = compare("begins an epoch", (position, self._is_waiting, found))
@@ -306,9 +310,9 @@ class Epochs:
         (_, more, epoch), own = answers[0], self._is_waiting
         if any(has_more != more for _, has_more, _ in answers) and if_main_process():
             logger.warning(
-                "The epoch counters of the processes differ (%s): all do as rank 0. One that "
-                "stops early needs the same number on every rank.",
-                by_rank([_in_words(*each) for each in answers]),
+                "The epoch counters of the ranks differ (%s). All ranks follow rank 0. Give "
+                "an epoch counter that stops early the same metric on every rank.",
+                by_rank([_describe(*each) for each in answers]),
             )
         if own != more:
             self._is_waiting, self.current = more, epoch if more else last
@@ -316,39 +320,39 @@ class Epochs:
                 self.counter.current = epoch if more else position  # type: ignore[attr-defined]
 
     def skip(self, epochs: int) -> None:
-        """Skips epochs that were done before, and that the counter does not remember.
+        """Skips completed epochs, for a counter that does not save its position.
 
         Args:
-            epochs: How many.
+            epochs: Number of epochs to skip.
         """
         self._epochs = itertools.islice(self._epochs, epochs, None)
 
     def start(self) -> Any:
-        """Begins the epoch that is waiting.
+        """Starts the epoch that is waiting.
 
         Returns:
-            Its number, or whatever the counter yields.
+            Its number, or the value that the counter yielded.
         """
         self._is_waiting = False
         return self.current
 
     def stop(self) -> None:
-        """Ends the run after this epoch, as ``break`` would."""
+        """Ends the run after this epoch, like ``break`` in SpeechBrain's loop."""
         self._epochs = iter(())
 
 
-# The counter's position, whether there is another epoch, and its number.
+# Position of the counter, whether there is another epoch, and the number of that epoch.
 Answer = tuple[int | None, bool, int | None]
 
 
 def _position(counter: Any) -> int | None:
-    """The position of a counter that has one, and so can be set to another."""
+    """Returns the position of a counter, or None if the counter has no integer position."""
     current = getattr(counter, "current", None)
     return current if isinstance(current, int) else None
 
 
 def _check_epochs(answers: Sequence[Answer]) -> None:
-    """Refuses positions, or numbers, that differ: that is another state, not a decision."""
+    """Raises if positions or epoch numbers differ: then the states differ between ranks."""
     first_position, more, first_epoch = answers[0]
     positions = any(position != first_position for position, _, _ in answers)
     going = [epoch for _, has_more, epoch in answers if has_more]
@@ -356,12 +360,12 @@ def _check_epochs(answers: Sequence[Answer]) -> None:
     unknown = more and first_epoch is None and len(going) < len(answers)
     if positions or numbers or unknown:
         raise RankMismatchError(
-            "the processes are at different epochs "
-            f"({by_rank([_in_words(*each) for each in answers])}): {REMEDY}"
+            "the ranks are at different epochs "
+            f"({by_rank([_describe(*each) for each in answers])}): {REMEDY}"
         )
 
 
-def _in_words(position: int | None, more: bool, epoch: int | None) -> str:
+def _describe(position: int | None, more: bool, epoch: int | None) -> str:
     after = "" if position is None else f" after epoch {position}"
     begins = "begins an epoch" if epoch is None else f"begins epoch {epoch}"
     return begins if more else f"ends{after}"

@@ -1,4 +1,4 @@
-"""Where an error comes from: its stage, epoch, step and batch."""
+"""Adds the stage, epoch, step and batch to an error."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def with_error_context(method: Method) -> Method:
-    """Adds to an error in a hook of the Brain where it comes from.
+    """Decorates a method of a stage: errors get a note with their stage, epoch and step.
 
     Args:
-        method: A method of a stage of a run, whose first argument, if any, is the batch.
+        method: Method of a stage of a run. If it has an argument, the first is the batch.
 
     Returns:
-        The method; a StopIteration in it is a ``HookStoppedError``, for it would end
-        Lightning's loop.
+        The decorated method. It raises ``HookStoppedError`` instead of ``StopIteration``,
+        because a ``StopIteration`` would end Lightning's loop silently.
     """
 
     @functools.wraps(method)
@@ -44,23 +44,23 @@ def with_error_context(method: Method) -> Method:
 def add_context(
     error: Exception, stage: Stage, epoch: Any, step: str, batch: Any, device: str
 ) -> None:
-    """Adds a note to an error; in a fit within a fit, that of the inner one comes first.
+    """Adds a note to an error. In nested fits, the note of the inner fit comes first.
 
     Args:
-        error: The error; its type and its arguments stay as they are.
-        stage: The stage that is running.
-        epoch: Its epoch, or None.
-        step: The number of the step and what it is called, or nothing.
-        batch: The batch in hand; ``batch.id``, as SpeechBrain's PaddedBatch has it, or
-            ``batch["id"]`` is shown, cut short. Where there was no memory for it, so are the
-            shapes and lengths in it.
-        device: The device of the Brain, whose memory is shown then.
+        error: The error. Its type and its arguments do not change.
+        stage: Stage that is running.
+        epoch: Epoch of the stage, or None.
+        step: Name and number of the step, or an empty string.
+        batch: Current batch. The note shows a shortened ``batch.id``, which SpeechBrain's
+            PaddedBatch has, or ``batch["id"]``. For an out-of-memory error it also shows
+            the shapes and lengths in the batch.
+        device: Device of the Brain. Its memory is shown for an out-of-memory error.
     """
-    # Not errors, but ways to end a loop.
+    # These exceptions end a loop and are not errors.
     if isinstance(error, (StopIteration, HookStoppedError)):
         return
     context = (stage.name, "" if epoch is None else f"epoch {epoch}", step)
-    # An error may be of a class that takes no notes.
+    # The class of the error may not accept notes.
     with suppress(Exception):
         where = ", ".join(filter(None, context))
         ids = ids_of(batch)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class EvaluationStage(RunStage):
-    """VALID or TEST. Of several loaders, each is a stage.
+    """VALID or TEST. If there are several loaders, each loader has its own stage.
 
     Attributes:
-        averages: Those of the stages that are over, one for each loader.
-        is_part: Whether the recipe runs it, by ``_fit_valid``, rather than the Trainer.
+        averages: Average losses of the stages that are over, one per loader.
+        is_part: Whether the recipe runs the stage by ``_fit_valid``, not the Trainer.
     """
 
     averages: Sequence[float] = ()
@@ -40,13 +40,13 @@ class EvaluationStage(RunStage):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        # Where modules are sharded, from after on_stage_start until after on_stage_end.
+        # Gathers sharded modules from after on_stage_start until after on_stage_end.
         self._gathered = ExitStack()
         self._running_average = RunningAverage(self.brain)
 
     @property
     def average(self) -> float:
-        """The average loss of the stage that is running or ran last."""
+        """Average loss of the stage that is running or ran last."""
         return self._running_average.value()
 
     @average.setter
@@ -60,7 +60,7 @@ class EvaluationStage(RunStage):
 
     @with_error_context
     def start(self) -> None:
-        """Starts the stage, of the first loader where there are several."""
+        """Starts the stage of the first loader."""
         self._position, self.averages = 0, ()
         for loader in self.loaders:
             loader.start()
@@ -68,15 +68,16 @@ class EvaluationStage(RunStage):
 
     @with_error_context
     def end(self) -> None:
-        """Ends the stage, of the last loader where there are several."""
-        self._go_on_to(len(self.loaders) - 1)
+        """Ends the stage of the last loader."""
+        self._advance_to(len(self.loaders) - 1)
         self._end()
         self.brain._lightning.set_name = ""
 
-    def _go_on_to(self, position: int) -> None:
-        """Ends the stage of one loader and starts that of another one.
+    def _advance_to(self, position: int) -> None:
+        """Ends the stage of the current loader, and starts the stages up to ``position``.
 
-        Lightning passes over those of which a limit leaves no batch for this process.
+        Lightning skips a loader if a limit leaves no batch of it for this process. The stage
+        of such a loader is started and ended here.
         """
         while self._position < position:
             self._end()
@@ -88,10 +89,10 @@ class EvaluationStage(RunStage):
         """Counts a batch, evaluates it and averages its loss.
 
         Args:
-            batch: What the loader gave.
+            batch: Batch as the DataLoader returned it.
 
         Returns:
-            The detached loss; of the default ``evaluate_batch`` on the Brain's device.
+            The detached loss. The default ``evaluate_batch`` leaves it on the Brain's device.
         """
         brain = self.brain
         brain.step += 1
@@ -113,7 +114,7 @@ class EvaluationStage(RunStage):
         if self.by_recipe is not None:
             return
         if not self.is_part:
-            # SpeechBrain's evaluate goes on from the step of a checkpoint within an epoch.
+            # SpeechBrain's evaluate continues from the step of a checkpoint within an epoch.
             self.brain.step = 0
         with torch.set_grad_enabled(self.run.grad_enabled):
             self.brain.on_stage_start(self.brain_stage, self.epoch)
@@ -122,24 +123,24 @@ class EvaluationStage(RunStage):
         self.gather()
 
     def _must_wait(self) -> bool:
-        """Whether a loss is needed at once, or is there at once."""
+        """Whether each loss is used immediately, or is already on the CPU."""
         overridden = any(has_own(self.brain, h) for h in ("evaluate_batch", "update_average"))
         return overridden or device_type(self.brain.device) == "cpu"
 
     def gather(self) -> None:
-        """Makes weights that are in shards whole until the stage, or the run, is over."""
+        """Gathers sharded weights until the stage, or the run, is over."""
         self._gathered.enter_context(gathered(self.brain))
 
     def _end(self) -> None:
         brain, metrics = self.brain, self.run.metrics
-        # A Trainer's limit leaves the pass unfinished, with its workers and its bar.
+        # A limit of the Trainer leaves the pass unfinished, with its workers and its bar.
         self.loaders[self._position].close()
         if self.by_recipe is not None:
             return
         # SpeechBrain's order: fit() resets the step before the hook, evaluate() after it.
         if self.kind is Stage.VALID:
             brain.step = 0
-        # Twice, as TRAIN's.
+        # Added twice, as in TrainStage.end.
         metrics.add(self.kind, {"loss": self.average})
         brain.on_stage_end(self.brain_stage, self.average, self.epoch)
         self._gathered.close()
@@ -153,17 +154,17 @@ class EvaluationStage(RunStage):
         return self.average
 
     def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
-        """``for batch in valid_set`` of ``_fit_valid`` and ``evaluate``.
+        """Yields batches like ``for batch in valid_set`` of ``_fit_valid`` and ``evaluate``.
 
-        Lightning has no hook between two loaders, but fetches the first batch of the
-        second when it is done with the first.
+        Lightning calls no hook between two loaders. It fetches the first batch of the second
+        loader after the last batch of the first.
         """
         if self.by_recipe is not None:
             with torch.set_grad_enabled(self.run.grad_enabled), gathered(self.brain):
                 self.by_recipe()
             return
-        self._go_on_to(position)
-        # Only now, after on_stage_start: a recipe may change shard_eval there.
+        self._advance_to(position)
+        # After on_stage_start, because a recipe may change shard_eval in this hook.
         with self._bar(self._part(loader), position) as bar:
             for batch in bar:
                 yield batch
@@ -171,16 +172,17 @@ class EvaluationStage(RunStage):
                     return
 
     def _part(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """The batches of a loader that are this rank's."""
+        """Returns the batches of a loader that this rank evaluates."""
         return loader
 
 
 class ValidStage(EvaluationStage):
-    """VALID: after the TRAIN stage of an epoch, or in its middle.
+    """VALID: runs after the TRAIN stage of an epoch, or in the middle of it.
 
     Attributes:
-        is_running: Whether it has started and not ended.
-        first_position: Of the positions in the data, where a recipe validates on several sets.
+        is_running: Whether the stage has started and not ended.
+        first_position: Index of the first position in the validation data that the stage
+            uses. It is not 0 if a recipe validates on several datasets.
     """
 
     kind = Stage.VALID
@@ -188,36 +190,37 @@ class ValidStage(EvaluationStage):
     is_running = False
     _statistics: sharding.ShardedStatistics | None = None
     _before = Phase.EPOCH_OVER
-    # Several ranks may have different numbers of batches: they end before the first one.
+    # False for several ranks: they may have different numbers of batches, and end between
+    # stages.
     _may_be_terminated = False
     _parts_after = 0
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this rank has a part of the batches (``--shard_eval``)."""
+        """Whether each rank evaluates a part of the batches (``--shard_eval``)."""
         return self.brain._lightning.shard_eval and world_size() > 1
 
     def given(self) -> Any:
-        """What ``fit`` was given to validate on, or None before it was looked at."""
+        """Returns the validation data that ``fit`` got, or None before it was wrapped."""
         loaders = [loader.loader for loader in self.loaders]
         return loaders[0] if len(loaders) == 1 else loaders or None
 
     @with_error_context
     def start(self) -> None:
-        """Starts the VALID stage, of the first loader where there are several."""
+        """Starts the VALID stage of the first loader."""
         self.is_running = True
         self._before = self.run_state.phase
         is_part = self.is_part and not self.is_within_training
         self._parts_after = self.run_state.parts_over + is_part
         if self.is_within_training:
-            self.run_state.count_apart(self.run.train.step)
+            self.run_state.keep_train_counts(self.run.train.step)
         else:
             self.run_state.begin_validation()
         super().start()
 
     @with_error_context
     def end(self) -> None:
-        """Ends the VALID stage, of the last loader where there are several."""
+        """Ends the VALID stage of the last loader."""
         train, state = self.run.train, self.run_state
         with self._ending():
             super().end()
@@ -279,15 +282,15 @@ class ValidStage(EvaluationStage):
 
 
 class TestStage(EvaluationStage):
-    """TEST: once, in ``evaluate``, with the best checkpoint."""
+    """TEST: runs once in ``evaluate``, with the best checkpoint."""
 
     kind = Stage.TEST
-    # Not of an epoch.
+    # TEST does not belong to an epoch.
     epoch = None
 
     @with_error_context
     def recover_best(self) -> None:
-        """Begins an evaluation with ``on_evaluate_start``."""
+        """Calls ``on_evaluate_start``, which recovers the best checkpoint."""
         self.run.current = self
         with torch.set_grad_enabled(self.run.grad_enabled):
             self.brain.on_evaluate_start(**self.run.best_keys)

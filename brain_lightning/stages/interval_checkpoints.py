@@ -12,14 +12,14 @@ from brain_lightning.protocol import BrainProtocol, has_own, is_explicit
 if TYPE_CHECKING:
     from .run import Run
 
-# In a checkpoint's meta; SpeechBrain finds the ones to replace by it.
+# Key in a checkpoint's meta. SpeechBrain finds the checkpoints to replace by this key.
 INTRA_EPOCH_CKPT_FLAG = "brain_intra_epoch_ckpt"
 
 
 class IntervalCheckpoints:
-    """Saves every so many minutes or steps of one training stage.
+    """Saves a checkpoint every few minutes or steps of one TRAIN stage.
 
-    The Brain decides whether and how: a recipe may override either.
+    The Brain decides whether and how to save, because a recipe may override both methods.
 
     Args:
         run: The run that trains.
@@ -30,14 +30,14 @@ class IntervalCheckpoints:
         self._restart()
 
     def is_time(self) -> bool:
-        """Whether the first process's clock says that it is time to save."""
+        """Whether the interval is over by the clock of rank 0; False on the other ranks."""
         return is_over(self._run.brain, self._since) and if_main_process()
 
     def after_step(self, is_time: bool) -> None:
-        """Saves if the interval is over; called once per batch.
+        """Saves if the interval is over. Called once per batch.
 
         Args:
-            is_time: ``is_time`` of the first process.
+            is_time: Result of ``is_time`` on rank 0.
         """
         self._steps += 1
         if self._is_due(is_time):
@@ -59,7 +59,9 @@ class IntervalCheckpoints:
 
 
 def is_asked_for(brain: BrainProtocol) -> bool:
-    """Whether the user asked for such checkpoints; with a Checkpointer there is no need to.
+    """Whether the user set an interval explicitly.
+
+    Without a Checkpointer, checkpoints within an epoch are saved only in this case.
 
     Args:
         brain: The Brain.
@@ -69,11 +71,11 @@ def is_asked_for(brain: BrainProtocol) -> bool:
 
 
 def is_over(brain: BrainProtocol, last_ckpt_time: float) -> bool:
-    """Whether ``ckpt_interval_minutes`` are over, by the clock of this process.
+    """Whether ``ckpt_interval_minutes`` have passed by the clock of this process.
 
     Args:
-        brain: The Brain in training.
-        last_ckpt_time: When the last one was saved, in seconds.
+        brain: The Brain that trains.
+        last_ckpt_time: Time of the last checkpoint, in seconds.
     """
     return 0 < brain.ckpt_interval_minutes < (time.time() - last_ckpt_time) / 60
 
@@ -82,12 +84,12 @@ def is_due(brain: BrainProtocol, last_ckpt_time: float, steps_since_ckpt: int) -
     """Whether it is time to save (``speechbrain.Brain._should_save_intra_epoch_ckpt``).
 
     Args:
-        brain: Its ``ckpt_interval_minutes`` and ``ckpt_interval_steps`` are the interval.
-        last_ckpt_time: When the last one was saved, in seconds.
-        steps_since_ckpt: Batches since then.
+        brain: Brain with the ``ckpt_interval_minutes`` and ``ckpt_interval_steps``.
+        last_ckpt_time: Time of the last checkpoint, in seconds.
+        steps_since_ckpt: Number of batches since the last checkpoint.
 
     Returns:
-        The same on every rank: their clocks differ, and a save is collective.
+        The answer of rank 0, on every rank: clocks differ, and a save is collective.
     """
     minutes, steps = brain.ckpt_interval_minutes, brain.ckpt_interval_steps
     if minutes <= 0 and steps <= 0:
@@ -97,10 +99,12 @@ def is_due(brain: BrainProtocol, last_ckpt_time: float, steps_since_ckpt: int) -
 
 
 def save(checkpointer: Any) -> None:
-    """Saves, and keeps one such checkpoint (``speechbrain.Brain._save_intra_epoch_ckpt``).
+    """Saves, and keeps one checkpoint of this kind.
+
+    Corresponds to ``speechbrain.Brain._save_intra_epoch_ckpt``.
 
     Args:
-        checkpointer: What the Brain saves with.
+        checkpointer: Checkpointer of the Brain.
     """
     checkpointer.save_and_keep_only(
         end_of_epoch=False,

@@ -1,4 +1,4 @@
-"""A loader that Lightning may hold, measure and ``iter()`` without any effect on the data."""
+"""A loader on which Lightning may call ``iter()`` and ``len()`` without side effects."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _NOTHING = object()
 class StageLoader:
     """The batches of one stage, fetched exactly when a Brain would fetch them.
 
-    Lightning makes a training iterator before training starts, may make it
-    twice, prefetches where there is no length, and keeps a length for as long
-    as it runs. Each would use the random number generator, start workers or
-    count batches at another time than SpeechBrain. So ``iter()`` has no effect
-    here, and a pass begins with the first batch after ``start()``.
+    Lightning creates a training iterator before training starts, may create it twice,
+    prefetches if there is no length, and caches the length for the run. Each of these would
+    use the random number generator, start workers or count batches at another time than
+    SpeechBrain. Therefore ``iter()`` has no effect here. A pass over the data begins with
+    the first batch after ``start()``.
 
     Args:
-        loader: What ``fit`` or ``evaluate`` was given.
-        batches: Turns ``loader`` into one pass over it.
+        loader: Loader that ``fit`` or ``evaluate`` got.
+        batches: Returns an iterator over one pass of ``loader``.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class StageLoader:
         self._ahead: Any = _NOTHING
 
     def __len__(self) -> int:
-        """For those who display it; exhaustion ends a pass.
+        """Returns the length for display. A pass ends when the loader is exhausted.
 
-        Never 0: Lightning skips a stage whose loader is empty, while SpeechBrain
-        runs its hooks.
+        The length is at least 1: Lightning skips a stage whose loader is empty, but
+        SpeechBrain calls the hooks of the stage.
 
         Raises:
-            TypeError: The loader has none, which is ``inf`` for Lightning.
+            TypeError: The loader has no length. Lightning then uses ``inf``.
         """
         length = self.known_length()
         if length is None:
@@ -47,26 +47,26 @@ class StageLoader:
         return max(1, length)
 
     def known_length(self) -> int | None:
-        """The loader's own length, now, or None where it has none."""
+        """Returns the current length of the loader, or None if it has no length."""
         return length_of(self.loader)
 
     def start(self) -> None:
-        """Begins a new pass; nothing is fetched yet."""
+        """Starts a new pass. No batch is fetched yet."""
         self.close()
         self._pass = iter(self._make_pass(self.loader))
 
     def close(self) -> None:
-        """Ends the pass, and with it the loader's iterator and workers."""
+        """Ends the pass, with the iterator and the workers of the loader."""
         old, self._pass = self._pass, iter(())
         self._ahead = _NOTHING
         if hasattr(old, "close"):
             old.close()
 
     def fetch(self) -> bool:
-        """Fetches the next batch unless one is waiting.
+        """Fetches the next batch, unless a fetched batch is waiting.
 
         Returns:
-            Whether there is one.
+            Whether there is a next batch.
         """
         if self._ahead is _NOTHING:
             self._ahead = next(self._pass, _NOTHING)

@@ -1,4 +1,4 @@
-"""The numbers of a run: each stage's loss, and what a recipe reports in its own words."""
+"""The metrics of a run: the loss of each stage, and the numbers that the recipe reports."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from brain_lightning.resume.plain_values import plain_or_none
 from brain_lightning.stage import Stage
 from brain_lightning.temporary import TemporaryAttributes
 
-# Arguments of SpeechBrain's TrainLogger.log_stats, such as valid_stats, and their stages.
+# The stage of each argument of SpeechBrain's TrainLogger.log_stats, such as valid_stats.
 STAGES_OF_STATS = {f"{stage.name.lower()}_stats": stage for stage in Stage}
-# Lightning names files and axes by these, and counts them itself.
+# Lightning uses these names in file names and as axes, and counts them itself.
 LIGHTNINGS_OWN = {"epoch", "step"}
-# What of two values is the better one.
+# Compares two values: returns whether the first one is better.
 BETTER = {"min": operator.lt, "max": operator.gt}
-# Of a number, by each of ``BETTER`` and by "last": its value, and the epoch that it is of.
+# For "min", "max" and "last": the value of a metric, and the epoch that reported it.
 Record = dict[str, tuple[float, Any]]
 
 
 class Metrics:
-    """Collects numbers for ``monitor=`` and the Trainer's loggers; the recipe stays as it is.
+    """Collects metrics for ``monitor=`` and the Trainer's loggers, without recipe changes.
 
-    A recipe passes them to ``hparams.train_logger.log_stats`` and to the ``meta``
-    of its checkpoints. They are named after their stage, ``valid_WER``, and
-    without it, ``WER``; where several stages report a name, VALID has it.
+    The recipe passes metrics to ``hparams.train_logger.log_stats`` and to the ``meta`` of
+    its checkpoints. Each metric has a name with its stage, ``valid_WER``, and a name without
+    it, ``WER``. If several stages report the same metric, the short name is VALID's.
 
     Args:
-        stage: Returns the stage that is running: a checkpoint's ``meta`` does not say it.
+        stage: Returns the running stage, which the ``meta`` of a checkpoint does not name.
 
     Attributes:
-        valids: The names that are VALID's, once it has reported them; ``loss`` is from the
-            beginning, where the run validates.
+        valids: Short names that belong to VALID, because VALID has reported them. If the run
+            validates, ``loss`` belongs to VALID from the start.
     """
 
     def __init__(self, stage: Callable[[], Stage]) -> None:
@@ -51,47 +51,49 @@ class Metrics:
         self._plain: dict[str, float] = {}
 
     def watch(self, brain: BrainProtocol, temporary: TemporaryAttributes) -> None:
-        """Records what the recipe reports, until ``temporary`` is restored.
+        """Records the metrics that the recipe reports, until ``temporary`` is restored.
 
         Args:
-            brain: The Brain whose train logger and checkpointer it reports to.
-            temporary: Records what is changed.
+            brain: Brain with the train logger and the checkpointer to watch.
+            temporary: Records the changes, to undo them later.
         """
         for owner, name, record in (
             (hparam(brain, "train_logger"), "log_stats", self._record_stats),
             (brain.checkpointer, "save_checkpoint", self._record_meta),
             (brain.checkpointer, "save_and_keep_only", self._record_meta),
         ):
-            # A method of an object with slots cannot be overridden.
+            # A method of an object without __dict__ (slots) cannot be overridden.
             if hasattr(owner, name) and hasattr(owner, "__dict__"):
                 temporary.override(owner, name, _Recorded(owner, name, record))
 
     def add(self, stage: Stage, numbers: Any) -> None:
-        """Adds what is a number.
+        """Adds the numbers among the reported values.
 
         Args:
-            stage: The stage they speak of.
-            numbers: Values by name; those that are no number are left out, and so
-                is anything but a mapping, for a recipe may report what it likes.
+            stage: Stage of the numbers.
+            numbers: Values by name. Values that are not numbers are ignored. An argument
+                that is not a mapping is ignored too, because recipes may report anything.
         """
         self._found[stage] |= numbers_in(numbers)
 
     def name_by_set(self, stage: Stage, set_name: str) -> None:
-        """Names what a stage found after its set, where each of several is a stage.
+        """Adds the name of the dataset to the metrics of a stage, if there are several.
 
         Args:
-            stage: The stage that has ended.
-            set_name: Of its set among the others: ``valid_loss_clean``, ``valid_loss_0``.
+            stage: Stage that has ended.
+            set_name: Name of its dataset, the suffix in ``valid_loss_clean`` or
+                ``valid_loss_0``.
         """
         found = self._found[stage]
         self._plain |= {f"{staged(stage, name)}_{set_name}": v for name, v in found.items()}
         found.clear()
 
     def found(self, from_all_ranks: bool = False) -> dict[str, float]:
-        """What was found since ``take`` was called last.
+        """Returns the metrics that were reported since the last call of ``take``.
 
         Args:
-            from_all_ranks: Whether every process asks at this time.
+            from_all_ranks: Whether to gather the metrics of all ranks. Then the call is
+                collective.
 
         Returns:
             Numbers by name, with and without their stage.
@@ -100,21 +102,22 @@ class Metrics:
         found = {n: v for n, v in self._plain.items() if n not in LIGHTNINGS_OWN}
         for stage, numbers in self._found.items():
             found |= {staged(stage, name): value for name, value in numbers.items()}
-            # TEST's never stand for VALID's, which the next process may not have seen.
+            # A metric of TEST never takes a short name: it could be mistaken for VALID's in
+            # a later process, in which VALID has not reported it.
             mine = set() if stage is Stage.TEST else numbers.keys() - LIGHTNINGS_OWN
             mine -= set() if stage is Stage.VALID else valids
             found |= {name: numbers[name] for name in mine}
-        # What any rank reports, the first one first: recipes report on the main process.
+        # Metrics of any rank; the lowest rank takes precedence. Recipes report on rank 0.
         return dict(ChainMap(*gather(found))) if from_all_ranks else found
 
     def take(self, from_all_ranks: bool = False) -> dict[str, float]:
-        """The same, once.
+        """Returns the same metrics as ``found``, and clears them.
 
         Args:
-            from_all_ranks: As for ``found``.
+            from_all_ranks: See ``found``.
 
         Returns:
-            As ``found``.
+            See ``found``.
         """
         found = self.found(from_all_ranks)
         self.valids |= self._found[Stage.VALID].keys()
@@ -123,15 +126,15 @@ class Metrics:
         return found
 
     def state(self) -> dict[str, dict[str, float]]:
-        """What was found and not taken, by stage, and what is of no stage."""
+        """Returns the metrics that were not taken, by stage; the key "" has those without."""
         found = {stage.name: dict(numbers) for stage, numbers in self._found.items()}
         return {**found, "": dict(self._plain)}
 
     def restore(self, state: Mapping[str, dict[str, float]]) -> None:
-        """Restores what a run had found.
+        """Restores the metrics of a run.
 
         Args:
-            state: From ``state``.
+            state: Result of ``state``.
         """
         for stage, numbers in self._found.items():
             numbers |= state[stage.name]
@@ -147,12 +150,12 @@ class Metrics:
 
 
 def record(records: dict[str, Record], numbers: Mapping[str, float], epoch: Any) -> None:
-    """Keeps the best value of each number, and its last.
+    """Updates the best and the last value of each metric.
 
     Args:
-        records: What is known, by the number's name.
-        numbers: What was found; what is not finite is never the best.
-        epoch: The number of the epoch.
+        records: Records by metric name; changed in place.
+        numbers: New values by metric name. A value that is not finite is never the best.
+        epoch: Number of the epoch.
     """
     epoch = plain_or_none(epoch)
     for name, value in numbers.items():
@@ -161,11 +164,12 @@ def record(records: dict[str, Record], numbers: Mapping[str, float], epoch: Any)
 
 
 def merge_records(records: dict[str, Record], later: Mapping[str, Record]) -> None:
-    """Adds records, such as those of a run that is resumed.
+    """Merges later records into earlier ones, for example when a run is resumed.
 
     Args:
-        records: What is known, by the number's name.
-        later: Whose last values are later, and whose best ones may be better.
+        records: Earlier records by metric name; changed in place.
+        later: Later records. Their last values replace the earlier ones, and their best
+            values replace the earlier ones if they are better.
     """
     for name, found in later.items():
         known = records.setdefault(name, {})
@@ -178,27 +182,27 @@ def merge_records(records: dict[str, Record], later: Mapping[str, Record]) -> No
 def arguments_of(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The arguments of a call by their names, in the order of the function's own.
+    """Returns the arguments of a call by name, in the order of the function's signature.
 
     Args:
         function: The function.
-        args: Its positional arguments.
-        kwargs: Its arguments by name.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
     """
     return inspect.signature(function).bind(*args, **kwargs).arguments
 
 
 def is_of_a_stage(name: str) -> bool:
-    """Whether a metric is named after its stage, ``valid_WER``.
+    """Whether the name of a metric starts with its stage, such as ``valid_WER``.
 
     Args:
-        name: What ``Metrics.take`` calls it.
+        name: Name from ``Metrics.take``.
     """
     return name.startswith(tuple(staged(stage, "") for stage in Stage))
 
 
 class _Recorded:
-    """A method whose arguments are recorded; its result and errors stay as they are."""
+    """Wraps a method and records its arguments. Results and errors do not change."""
 
     def __init__(
         self, owner: Any, name: str, record: Callable[[Mapping[str, Any]], None]
@@ -212,29 +216,29 @@ class _Recorded:
         return self._method(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """Pickles as the method itself: a copy records nothing."""
+        """Pickles as the original method, so that an unpickled copy records nothing."""
         return getattr, (self._owner, self._name)
 
 
 def staged(stage: Stage, name: str) -> str:
-    """The name of a number of one stage, ``valid_WER``.
+    """Returns the name of a metric with its stage, such as ``valid_WER``.
 
     Args:
         stage: The stage.
-        name: What the recipe calls it.
+        name: Name in the recipe.
     """
     return f"{stage.name.lower()}_{name}"
 
 
 def leaves(values: Any, within: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by name, those of a dictionary within another one by both names: ``asr_WER``.
+    """Yields the values of nested dictionaries, with joined names such as ``asr_WER``.
 
     Args:
-        values: What a recipe reports; anything but a mapping has none.
-        within: Stands before each name.
+        values: Reported values by name. Nothing is yielded if it is not a mapping.
+        within: Prefix of each name.
 
     Yields:
-        Names and values.
+        Pairs of name and value.
     """
     for name, value in values.items() if isinstance(values, Mapping) else ():
         if isinstance(value, Mapping):
@@ -244,13 +248,13 @@ def leaves(values: Any, within: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def scalar(value: Any) -> Tensor | None:
-    """A number as ``LightningModule.log`` stores it; it stays on its device.
+    """Returns a number as ``LightningModule.log`` stores it, on the same device.
 
     Args:
-        value: What a recipe calls a loss.
+        value: Loss as the recipe returned it.
 
     Returns:
-        None where it is no number.
+        A tensor without dimensions, or None if ``value`` is not a number.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
@@ -264,17 +268,17 @@ def scalar(value: Any) -> Tensor | None:
 
 
 def numbers_in(values: Any) -> dict[str, float]:
-    """What is a number among the values that a recipe reports.
+    """Returns the numbers among the values that a recipe reports.
 
     Args:
-        values: As for ``leaves``.
+        values: See ``leaves``.
     """
     numbers = {name: _number(value) for name, value in leaves(values)}
     return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _number(value: Any) -> float | None:
-    """A number; the mean of a list, in which SpeechBrain's loggers expect one per batch."""
+    """Returns a number, or the mean of a list: SpeechBrain's loggers accept one per batch."""
     if isinstance(value, (list, tuple)):
         numbers: list[Any] = [_number(each) for each in value]
         return None if None in numbers or not numbers else sum(numbers) / len(numbers)

@@ -1,4 +1,4 @@
-"""The progress of a stage: a bar in a terminal, or from time to time a line in a log file."""
+"""The progress of a stage: a bar in a terminal, or a line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from .base import RunStage
 
 with warnings.catch_warnings():
-    # A notebook without ipywidgets gets lines, and no warning. Not tqdm.auto, whose bar
-    # calls iter() before there is anything to iterate: workers would start too early.
+    # A notebook without ipywidgets shows lines, without a warning. tqdm.auto is not used,
+    # because its bar calls iter() when it is created: workers would start too early.
     warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.autonotebook import tqdm as best_bar
 
 
 class _Loss(text_bar):  # type: ignore[type-arg]  # no generic at run time
-    """Shows the running loss, which is read when the bar is.
+    """Shows the running loss. The loss is read only when the display is updated.
 
     Args:
-        stage: The stage that runs.
+        stage: Stage that runs.
         **kwargs: Arguments of tqdm.
     """
 
@@ -36,42 +36,42 @@ class _Loss(text_bar):  # type: ignore[type-arg]  # no generic at run time
 
     @property
     def format_dict(self) -> Any:
-        """What is shown; tqdm reads it every tenth of a second."""
+        """Values to display. tqdm reads this property every 0.1 seconds."""
         self.set_postfix(self._stage.running_loss(), refresh=False)
         return super().format_dict
 
     def close(self) -> None:
-        """Ends at the batches that are done: tqdm does not see that a limit ended the pass."""
+        """Shows the number of completed batches, also if a limit ended the pass."""
         if not getattr(self, "disable", True):
             self.n = max(self.n, self._stage.brain.step)
         super().close()
 
 
 class LossBar(_Loss, best_bar):  # type: ignore[type-arg]
-    """A bar with the running loss; at its end it shows the average of the stage."""
+    """Bar with the running loss. At the end it shows the average loss of the stage."""
 
 
 class LossLines(_Loss):
-    """The same where there is no terminal: a line every few seconds, and a last one."""
+    """Progress without a terminal: a line every few seconds, and one at the end."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Writes a line, if one is due.
+        """Writes a line if the interval is over or the stage ends.
 
         Args:
             msg: Ignored.
             pos: Ignored.
         """
-        # tqdm.write calls it too, and after the last batch close() does.
+        # tqdm.write also calls display(), and close() calls it after the last batch.
         if self.disable or self.last_print_n < self.n != self.total:
-            # close() ends the last line itself.
+            # close() itself writes the line break after the last line.
             self.fp.write(f"{self}{'' if self.disable else chr(10)}")
 
     def clear(self, *_: Any, **__: Any) -> None:
-        """Nothing: what is written stays."""
+        """Does nothing, because written lines stay."""
 
 
 def is_watched() -> bool:
-    """Whether there is a terminal, or a notebook that shows bars."""
+    """Whether standard error is a terminal, or a notebook can show bars."""
     isatty = getattr(sys.stderr, "isatty", None)
     return best_bar is not text_bar or bool(isatty and isatty())
 
@@ -79,16 +79,16 @@ def is_watched() -> bool:
 def progress_bar(
     stage: RunStage, batches: Iterable[Any], total: int | None
 ) -> LossBar | LossLines:
-    """SpeechBrain's bar over the batches of a stage, or lines where there is no terminal.
+    """Creates SpeechBrain's bar over the batches of a stage, or lines without a terminal.
 
     Args:
-        stage: The stage that is starting. The options of its Brain say which, and in
-            which colour; a resumed training epoch starts at the Brain's ``step``.
+        stage: Stage that is starting. The options of its Brain choose between bar and lines,
+            and the colour. A resumed training epoch starts at the Brain's ``step``.
         batches: The batches.
-        total: How many there are, or None where that is not known.
+        total: Number of batches, or None if it is unknown.
 
     Returns:
-        The bar, which yields the batches.
+        The bar. Iterating it yields the batches.
     """
     brain, name = stage.brain, stage.kind.name
     about: dict[str, Any] = {
@@ -101,8 +101,8 @@ def progress_bar(
     }
     settings = brain._lightning
     if settings.progress == "plain" or (settings.progress == "auto" and not is_watched()):
-        # No bar, and the clock is read after each batch.
+        # ncols=0 draws no bar, and miniters=1 checks the clock after each batch.
         return LossLines(ncols=0, mininterval=settings.progress_interval, miniters=1, **about)
-    # None: a notebook does not take an empty colour.
+    # None, because a notebook does not accept an empty colour.
     colour = brain.tqdm_barcolor[name.lower()] or None
     return LossBar(dynamic_ncols=True, colour=colour, **about)

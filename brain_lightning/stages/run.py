@@ -1,7 +1,7 @@
-"""One run of a Brain: what its stages share, and how it begins and ends.
+"""One run of a Brain: the state that its stages share, its start and its end.
 
-Read together, ``train.py`` and ``evaluation.py`` are ``speechbrain.Brain._fit_train``,
-``_fit_valid`` and ``evaluate``, cut where Lightning calls.
+``train.py`` and ``evaluation.py`` together correspond to ``speechbrain.Brain._fit_train``,
+``_fit_valid`` and ``evaluate``, divided into the steps that Lightning's hooks call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from brain_lightning.distributed.batch_flags import BatchFlags
-from brain_lightning.distributed.communication import on_any_rank
 from brain_lightning.distributed.termination import EXIT_STATUS, Termination
 from brain_lightning.phase import Phase
 from brain_lightning.protocol import BrainProtocol
@@ -27,53 +26,53 @@ from .epochs import Epochs
 from .error_context import add_context
 from .evaluation import TestStage, ValidStage
 from .metrics import Metrics, record
-from .train import TrainStage
+from .train import BatchEndFlags, TrainStage
 
 logger = logging.getLogger(__name__)
 
 
 def is_last_epoch(brain: BrainProtocol, epoch: Any) -> bool:
-    """Whether ``speechbrain.Brain.fit`` ends with an epoch, whatever its counter says.
+    """Whether ``speechbrain.Brain.fit`` ends after an epoch, even if its counter has more.
 
     Args:
         brain: The Brain after training and validation.
-        epoch: The number of the epoch.
+        epoch: Number of the epoch.
     """
     debugged = brain.debug and epoch == brain.debug_epochs
     return debugged or bool(brain._optimizer_step_limit_exceeded)
 
 
 class Parts(Protocol):
-    """``_fit_train`` and ``_fit_valid``: a run stage by stage, as a recipe asks for them."""
+    """Runs single stages, for recipes that call ``_fit_train`` and ``_fit_valid``."""
 
     @property
     def may_train(self) -> bool:
-        """Whether a TRAIN stage may begin."""
+        """Whether a TRAIN stage may start."""
 
     @property
     def may_valid(self) -> bool:
-        """Whether a VALID stage may begin."""
+        """Whether a VALID stage may start."""
 
     def train(self, train_set: Any, epoch: Any, enable: bool) -> None:
-        """One TRAIN stage.
+        """Runs one TRAIN stage.
 
         Args:
-            train_set: Iterable over batches.
-            epoch: The number of the epoch.
+            train_set: Iterable of batches.
+            epoch: Number of the epoch.
             enable: Whether to show a bar.
         """
 
     def valid(self, valid_set: Any, epoch: Any, enable: bool) -> None:
-        """One VALID stage.
+        """Runs one VALID stage.
 
         Args:
-            valid_set: Iterable over batches; None validates nothing.
-            epoch: The number of the epoch.
+            valid_set: Iterable of batches. If it is None, nothing is validated.
+            epoch: Number of the epoch.
             enable: Whether to show a bar.
         """
 
     def is_over(self) -> bool:
-        """Whether the Trainer has ended the training; called between two epochs."""
+        """Whether the Trainer has ended the training. Called between two epochs."""
 
 
 class Run:
@@ -81,29 +80,29 @@ class Run:
 
     Args:
         brain: The Brain that runs.
-        epochs: Its epochs.
-        run_state: What is saved of the run.
+        epochs: Epochs of the run.
+        run_state: State of the run that is saved in checkpoints.
         best_keys: Arguments of ``on_evaluate_start``.
 
     Attributes:
-        grad_enabled: Whether gradients were enabled when the run was made.
-        train: Its TRAIN stage.
-        valid: Its VALID stage.
-        test: Its TEST stage.
-        current: The stage that is running or ran last.
-        trainer: The Trainer's side, from ``begin`` on.
-        parts: Its stages one by one; None where it does not fit.
-        flags: What all processes share of a training batch, from ``begin`` on.
-        termination: Handles SIGTERM, and the signal that the job is requeued by.
-        interrupt: The Ctrl-C that ended the run, of which Lightning makes a SystemExit.
-        metrics: The numbers that the stages found.
-        temporary: Records what is changed until the run is closed.
+        grad_enabled: Whether gradients were enabled when the run was created.
+        train: TRAIN stage.
+        valid: VALID stage.
+        test: TEST stage.
+        current: Stage that is running or ran last.
+        trainer: Interface to the Trainer, set by ``begin``.
+        parts: Runs the stages one by one; None outside of ``fit``.
+        flags: Flags of a training batch that all ranks share, set by ``begin``.
+        termination: Handles SIGTERM, and the signal that requeues the job.
+        interrupt: KeyboardInterrupt that ended the run. Lightning raises SystemExit instead.
+        metrics: Metrics that the stages reported.
+        temporary: Records the changes that are undone when the run is closed.
     """
 
     trainer: TrainerSide
     flags: BatchFlags
     parts: Parts | None = None
-    # Runs that have begun and not ended.
+    # Runs that have started and not ended. An inner run comes after its outer run.
     _running: ClassVar[list[Run]] = []
 
     def __init__(
@@ -117,7 +116,7 @@ class Run:
         self.epochs = epochs
         self.run_state = run_state
         self.best_keys = best_keys
-        # Lightning disables gradients before it calls the hook in which a stage starts.
+        # Lightning disables gradients before the hook in which an evaluation stage starts.
         self.grad_enabled = torch.is_grad_enabled()
         self.train = TrainStage(self)
         self.valid = ValidStage(self)
@@ -127,12 +126,12 @@ class Run:
         self.termination = Termination()
         self.interrupt: KeyboardInterrupt | None = None
         self.temporary = TemporaryAttributes()
-        # The error that was located last, by its id: it must not be kept.
+        # The id of the error that was located last. A reference would keep its frames alive.
         self._located: int | None = None
 
     @classmethod
     def is_running(cls, brain: BrainProtocol) -> bool:
-        """Whether a Brain is in a run, so that one that begins is within it.
+        """Whether a Brain is in a run, so that a new run of this Brain is nested.
 
         Args:
             brain: The Brain.
@@ -141,7 +140,7 @@ class Run:
 
     @classmethod
     def parts_of(cls, brain: BrainProtocol) -> Parts | None:
-        """The stages, one by one, of the innermost run of a Brain.
+        """Returns ``parts`` of the innermost run of a Brain, or None without a run.
 
         Args:
             brain: The Brain.
@@ -150,22 +149,22 @@ class Run:
         return runs[-1].parts if runs else None
 
     def begin(self, trainer: TrainerSide) -> None:
-        """Begins the run, which lasts until ``close``.
+        """Begins the run. It lasts until ``close``.
 
         Args:
-            trainer: The Trainer's side.
+            trainer: Interface to the Trainer.
         """
         self.trainer = self.run_state.trainer = trainer
         self._running.append(self)
-        self.flags = BatchFlags(self._flags)
+        self.flags = BatchFlags(self._batch_end_flags)
         self.temporary.set(self.brain._lightning, "flags", self.flags)
 
-    def _flags(self) -> tuple[bool, bool]:
-        """Of this process: whether it is to end, and whether it is time to save."""
-        return self.termination.is_requested, self.train.is_time_to_save()
+    def _batch_end_flags(self) -> BatchEndFlags:
+        """Returns the flags of this rank."""
+        return BatchEndFlags(self.termination.is_requested, self.train.is_time_to_save())
 
     def close(self) -> None:
-        """Ends the run, and every pass over data."""
+        """Ends the run and every pass over its data, and undoes temporary changes."""
         if self in self._running:
             self._running.remove(self)
         for stage in (self.train, self.valid, self.test):
@@ -173,13 +172,13 @@ class Run:
         self.temporary.restore()
 
     def take_metrics(self, from_all_ranks: bool) -> dict[str, float]:
-        """Takes the numbers that the stages found, and keeps the best of each for the Brain.
+        """Takes the metrics of the stages, and updates the Brain's record of best values.
 
         Args:
-            from_all_ranks: As for ``Metrics.take``.
+            from_all_ranks: See ``Metrics.take``.
 
         Returns:
-            As ``Metrics.take``.
+            See ``Metrics.take``.
         """
         found = self.metrics.take(from_all_ranks)
         if not any(run is not self and run.brain is self.brain for run in self._running):
@@ -187,22 +186,22 @@ class Run:
         return found
 
     def start_epoch(self) -> None:
-        """Starts the epoch that the epoch counter has yielded, before any hook hears of it."""
+        """Starts the epoch that the epoch counter yielded, before any hook is called."""
         self.run_state.start_epoch(self.epochs.start())
 
     def finish_epoch(self) -> None:
-        """Ends an epoch of which every callback has heard."""
+        """Ends an epoch, after the epoch-end hooks of all callbacks were called."""
         self.run_state.phase = Phase.EPOCH_OVER
         self.train.earlier = self.train.batches
 
     def end_epoch(self) -> None:
-        """Decides, after validation, whether another epoch may follow."""
+        """Decides after validation whether another epoch may follow."""
         self.run_state.phase = Phase.VALID_OVER
         if is_last_epoch(self.brain, self.epochs.current):
             self.epochs.stop()
 
     def save_within_epoch(self) -> None:
-        """Saves now, with the Brain's Checkpointer or the Trainer."""
+        """Saves a checkpoint now, with the Brain's Checkpointer or with the Trainer."""
         if self.brain.checkpointer is not None:
             self.brain._save_intra_epoch_ckpt()
         elif self.trainer.saves:
@@ -210,14 +209,15 @@ class Run:
 
     @property
     def saves(self) -> bool:
-        """Whether there is something to save with within an epoch."""
+        """Whether a Checkpointer or the Trainer can save within an epoch."""
         return self.brain.checkpointer is not None or self.trainer.saves
 
     def save_after_error(self) -> bool:
-        """Saves where the run is, for an error is going to end it.
+        """Saves the current state of the run before an error ends it.
 
         Returns:
-            Whether it is saved. What goes wrong is logged, and does not hide that error.
+            Whether the run was saved. A failure is logged, so that it does not hide the
+            error that ends the run.
         """
         if not self.saves:
             return False
@@ -225,34 +225,24 @@ class Run:
             with self.trainer.weights():
                 self.save_within_epoch()
         except Exception:
-            logger.exception("The run could not be saved after the error that ends it.")
+            logger.exception("Could not save the run after the error that ends it.")
             return False
         return True
 
     def cut_short(self) -> None:
-        """Saves where the run is: a limit of the Trainer's ends the epoch in its middle."""
+        """Saves the run when a limit of the Trainer ends the epoch before its last batch."""
         if self.saves:
             self.save_within_epoch()
             self.run_state.cut_short()
 
     def end_if_terminated(self) -> None:
-        """Asks all processes for a signal to end, and does so; called between two batches.
+        """Saves the run and exits if any rank received a signal to do so.
+
+        Called between two batches on all ranks. If the signal requests to requeue the job,
+        and this fails, the run continues.
 
         Raises:
-            SystemExit: See ``terminate``.
-        """
-        if self.termination.is_installed and on_any_rank(
-            self.termination.is_requested, self.brain.device
-        ):
-            self.terminate()
-
-    def terminate(self) -> None:
-        """Saves and ends the process after a signal to do so.
-
-        Without success in requeuing its job it goes on.
-
-        Raises:
-            SystemExit: With a status that is not zero.
+            SystemExit: The run ends, with a nonzero exit status.
         """
         signum = self.termination.requested(self.brain.device)
         if signum is None:
@@ -267,24 +257,25 @@ class Run:
                 return
         self.termination.acknowledge()
         logger.warning(
-            "%s: the run is %s, within epoch %s, and ends.",
+            "Received %s: the run %s within epoch %s, and ends.",
             signal.Signals(signum).name,
-            "saved" if self.saves or requeues else "not saved",
+            "was saved" if self.saves or requeues else "was not saved",
             self.epochs.current,
         )
         raise SystemExit(EXIT_STATUS)
 
-    def forgive(self) -> None:
-        """Goes on after an error: the next one may have its id."""
+    def forget_error(self) -> None:
+        """Continues after an error. A later error may have the same id."""
         self._located = None
 
     def locate(self, error: Exception, batch: Any = None, next_is: str = "") -> None:
-        """Adds to an error which stage, epoch, step and batch it comes from, once.
+        """Adds the stage, epoch, step and batch to an error, once per error.
 
         Args:
             error: The error.
-            batch: The batch in hand.
-            next_is: What is done with the next batch, where it is before its step.
+            batch: Current batch.
+            next_is: Operation on the next batch, such as ``fetching batch``, if the error
+                comes before the step of that batch. Else an empty string.
         """
         if id(error) == self._located:
             return

@@ -1,4 +1,4 @@
-"""The average loss of an evaluation, into which losses are folded when they have arrived."""
+"""The average loss of an evaluation. Losses are added when their copies reach the host."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import Tensor
 
 from brain_lightning.host_copy import HostCopy
 from brain_lightning.protocol import BrainProtocol
-from brain_lightning.temporary import TemporaryAttributes
 
 
 class RunningAverage:
-    """``update_average`` of a Brain, for losses that may still be on their way to the host.
+    """Calls ``update_average`` of a Brain when losses have arrived on the host.
 
     Args:
         brain: The Brain that evaluates.
@@ -22,39 +21,43 @@ class RunningAverage:
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
         self._value = 0.0
-        # With the step that each belongs to.
+        # Copies on their way to the host, each with the step of its batch.
         self._arriving: deque[tuple[int, HostCopy]] = deque()
 
     def restart(self, value: float) -> None:
-        """Begins anew.
+        """Discards the losses that have not arrived, and sets the average.
 
         Args:
-            value: The average.
+            value: New average.
         """
         self._arriving.clear()
         self._value = value
 
     def update(self, loss: Any) -> None:
-        """Adds the loss of the batch that the Brain's ``step`` counts.
+        """Adds the loss of the current batch, which the Brain's ``step`` counts.
 
         Args:
-            loss: The detached loss; the host does not wait for one of another device.
+            loss: Detached loss. If it is on a GPU, the host does not wait for it.
         """
         if not isinstance(loss, Tensor) or loss.is_cpu:
             self._value = self._brain.update_average(loss, self.value())
             return
         self._arriving.append((self._brain.step, HostCopy(loss)))
         while self._arriving and self._arriving[0][1].has_arrived():
-            self._fold()
+            self._add_oldest()
 
     def value(self) -> float:
-        """The average of all losses so far, for which the host waits."""
+        """Waits for all losses so far, and returns their average."""
         while self._arriving:
-            self._fold()
+            self._add_oldest()
         return self._value
 
-    def _fold(self) -> None:
+    def _add_oldest(self) -> None:
+        brain = self._brain
         step, copy = self._arriving.popleft()
-        with TemporaryAttributes() as temporary:
-            temporary.set(self._brain, "step", step)
-            self._value = self._brain.update_average(copy.wait(), self._value)
+        # update_average divides by brain.step, which may be ahead of the arriving loss.
+        current, brain.step = brain.step, step
+        try:
+            self._value = brain.update_average(copy.wait(), self._value)
+        finally:
+            brain.step = current

@@ -1,7 +1,7 @@
 """Validation that is sharded over ranks (``--shard_eval``), and training on unequal data.
 
-Together, the ranks evaluate the batches that one process would, each of them once:
-losses and rates are those of one process.
+Together, the ranks evaluate each batch that a single process would evaluate, exactly once.
+Losses and rates equal the results of a single process.
 """
 
 from __future__ import annotations
@@ -25,55 +25,55 @@ from brain_lightning.resume.epoch_statistics import OWN
 
 logger = logging.getLogger(__name__)
 
-# The name of an object of statistics, and of its attribute.
+# Name of a statistics object, and name of its attribute.
 Key = tuple[str, str]
 
-# What statistics count in.
+# Types of the attributes in which statistics are counted.
 COUNTED = (list, int, float, Tensor)
-# A tensor with as many elements is not used for counting.
+# A tensor with this many elements or more is not considered a counter.
 LARGE = 100
 
 
 def fetches_collectively(length: float | None) -> bool:
-    """Whether ranks have to ask each other whether all have a next training batch.
+    """Whether ranks must check collectively before each batch that all have a next batch.
 
     Args:
-        length: Training batches of this rank; None where that is not known.
+        length: Number of training batches of this rank, or None if it is unknown.
 
     Returns:
-        True where some length is not known.
+        True if the length of any rank is unknown.
 
     Raises:
-        UnequalDataError: One rank has more batches than another, and would wait for
-            its gradients for ever.
+        UnequalDataError: One rank has more batches than another. It would hang when it waits
+            for the gradients of the other rank.
     """
     lengths = gather(length)
     if None in lengths:
         return world_size() > 1
     if len(set(lengths)) > 1:
         raise UnequalDataError(
-            f"the processes have {', '.join(map(str, lengths))} training batches, in order "
-            "of their ranks, and have to have as many: drop_last=True leaves the rest out, a "
-            "DistributedSampler repeats some, and Trainer(limit_train_batches="
-            f"{min(lengths)}) ends the epoch for all"
+            f"the ranks have {', '.join(map(str, lengths))} training batches, in order of "
+            "rank, but need equal numbers. Set drop_last=True to leave batches out, use a "
+            "DistributedSampler to repeat examples, or end the epoch early with "
+            f"Trainer(limit_train_batches={min(lengths)})"
         )
     return False
 
 
 def shard_length(batches: float) -> float:
-    """How many of some batches this rank has.
+    """Returns the number of batches in the shard of this rank.
 
     Args:
-        batches: All of them; may be infinite.
+        batches: Number of batches of all ranks; may be infinite.
     """
     return batches if math.isinf(batches) else max(0, -((rank() - batches) // world_size()))
 
 
 class Shard:
-    """The part of some batches, or of a sampler, that is this rank's: every so many.
+    """The shard of a loader or sampler for this rank: every ``world_size``-th item.
 
     Args:
-        loader: Yields the same batches on every rank.
+        loader: Iterable that yields the same items on every rank.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
@@ -85,7 +85,7 @@ class Shard:
     def __iter__(self) -> Iterator[Any]:
         loader = self._loader
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            # A copy that loads no batch of another rank.
+            # A copy of the loader that does not load the batches of other ranks.
             name = "sampler" if loader.batch_sampler is None else "batch_sampler"
             shard = {name: Shard(getattr(loader, name))}
             return iter(twin(loader, persistent_workers=False, **shard))
@@ -93,10 +93,9 @@ class Shard:
 
 
 def synchronize_buffers(brain: BrainProtocol) -> None:
-    """Broadcasts the first rank's buffers, as the first evaluation batch would.
+    """Broadcasts the buffers of rank 0, as DDP does in the first evaluation batch.
 
-    The wrapper does so in its forward pass, in which ranks with fewer batches do not
-    take part.
+    DDP broadcasts in its forward pass. A rank without a batch would not take part in it.
 
     Args:
         brain: The Brain at the start of a sharded stage.
@@ -109,11 +108,11 @@ def synchronize_buffers(brain: BrainProtocol) -> None:
 
 
 def average_over_ranks(average: float, batches: int) -> float:
-    """The average loss over the batches of all ranks.
+    """Returns the average loss over the batches of all ranks.
 
     Args:
-        average: Over the batches of this one.
-        batches: How many these are.
+        average: Average loss over the batches of this rank.
+        batches: Number of batches of this rank.
     """
     found = gather((average, batches))
     total = sum(count for _, count in found)
@@ -123,9 +122,9 @@ def average_over_ranks(average: float, batches: int) -> float:
 class ShardedStatistics:
     """The statistics of a sharded stage, merged over ranks at its end.
 
-    These are the objects with the interface of SpeechBrain's ``MetricStats``, as an
-    attribute of the Brain or in ``hparams``. Their lists become what one process would
-    have, in the same order; numbers that have changed are added up.
+    Statistics are objects with the interface of SpeechBrain's ``MetricStats``, as attributes
+    of the Brain or in ``hparams``. Their lists are merged in the order in which a single
+    process would append. Numbers that have changed are summed over ranks.
 
     Args:
         brain: The Brain, after ``on_stage_start``.
@@ -134,21 +133,21 @@ class ShardedStatistics:
     def __init__(self, brain: BrainProtocol) -> None:
         self._brain = brain
         self._names = self._objects().keys()
-        # The numbers and the lengths of lists, at first and after each batch.
+        # Numbers and lengths of lists, at the start and after each batch.
         self._seen = [self._sizes()]
         self._others = self._sizes_of_others()
 
     def after_batch(self) -> None:
-        """Records what a batch has added."""
+        """Records the sizes of the statistics after a batch."""
         self._seen.append(self._sizes())
 
     def merge(self) -> None:
-        """Gives every rank what all of them have."""
+        """Merges the statistics of all ranks, on every rank."""
         self._warn_of_others()
         own = {key: self._gained(key, value) for key, value in self._values().items()}
         found = gather(own)
         objects = self._objects()
-        # A rank without a batch may not have made all attributes.
+        # A rank without a batch may not have created all attributes.
         for name, attribute in dict.fromkeys(itertools.chain(*found)):
             if name in objects:
                 key = (name, attribute)
@@ -160,7 +159,7 @@ class ShardedStatistics:
     ) -> None:
         device = self._brain.device
         if isinstance(parts[0], list):
-            # Batch after batch, as one process would have them.
+            # In the order of the batches, like a single process.
             turns = itertools.chain(*itertools.zip_longest(*parts, fillvalue=[]))
             added = (_on(device, value) for value in itertools.chain(*turns))
             own[attribute] = [*own.get(attribute, [])[:before], *added]
@@ -168,7 +167,7 @@ class ShardedStatistics:
             own[attribute] = sum((_on(device, part) for part in parts), before)
 
     def _gained(self, key: Key, value: Any) -> Any:
-        """What all batches have added to a number, and each of them to a list."""
+        """Returns the change of a number over all batches, or the items of a list by batch."""
         if not isinstance(value, list):
             return _on("cpu", value - self._seen[0].get(key, 0))
         values = [_on("cpu", each) for each in value]
@@ -196,14 +195,14 @@ class ShardedStatistics:
         }
 
     def _warn_of_others(self) -> None:
-        """What a recipe counts in another way would differ between ranks."""
+        """Warns about changed attributes that are not merged and differ between ranks."""
         before, now = self._others, self._sizes_of_others()
         changed = [name for name in now if name in before and now[name] != before[name]]
         if changed:
             logger.warning(
-                "--shard_eval: self.%s has changed during the validation and is not brought "
-                "together: each process has its own. Count in an object with append() and "
-                "summarize(), as SpeechBrain's MetricStats, or leave --shard_eval out.",
+                "--shard_eval: self.%s has changed during the validation, and is not merged "
+                "over ranks. Count in an object with append() and summarize(), such as "
+                "SpeechBrain's MetricStats, or leave out --shard_eval.",
                 ", self.".join(changed),
             )
 
@@ -218,7 +217,7 @@ class ShardedStatistics:
 
 
 def _comparable_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes among some values, with small tensors as lists and without large ones."""
+    """Returns comparable sizes: small tensors become lists, large tensors are left out."""
     counted = {name: value for name, value in values.items() if type(value) in COUNTED}
     return {
         name: value.tolist() if isinstance(value, Tensor) else _size(value)
@@ -228,10 +227,10 @@ def _comparable_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _size(value: Any) -> Any:
-    """The length of a list; a number as it is, on the CPU."""
+    """Returns the length of a list, or a number or tensor on the CPU."""
     return len(value) if type(value) is list else _on("cpu", value)
 
 
 def _on(device: str, value: Any) -> Any:
-    """A copy of a tensor on a device; anything else as it is."""
+    """Returns a copy of a tensor on a device, and any other value unchanged."""
     return value.detach().clone().to(device) if isinstance(value, Tensor) else value

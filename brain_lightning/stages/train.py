@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,21 +27,33 @@ from .metrics import scalar
 logger = logging.getLogger(__name__)
 
 
-class TrainStage(RunStage):
-    """TRAIN: once in each epoch.
+class BatchEndFlags(NamedTuple):
+    """Flags of a rank at the end of a training batch. A flag of one rank holds for all ranks.
 
     Attributes:
-        loader: The training loader, as the Trainer iterates it.
+        is_terminated: Whether a signal requests to end the run.
+        is_time_to_save: Whether a checkpoint within the epoch is due by the clock of rank 0.
+    """
+
+    is_terminated: bool
+    is_time_to_save: bool
+
+
+class TrainStage(RunStage):
+    """TRAIN: runs once per epoch.
+
+    Attributes:
+        loader: Training loader, as the Trainer iterates it.
         is_running: Whether a TRAIN stage has started and not ended.
         steps_on_last_batch: Whether an incomplete accumulation window makes an update.
         fetches_collectively: Whether ranks may run out of data at different batches.
-        batches: Training batches so far, over all epochs.
-        earlier: Those of the epochs that are over.
-        windows: Batches that ended a window of accumulation, over all epochs: loggers count by
-            it, and where nothing is accumulated it is each batch.
-        steps: Steps of the last batch.
-        accumulates: Whether the last batch made no update, for its window is not full.
-        step: The Brain's, in the batch in hand.
+        batches: Number of training batches so far, over all epochs.
+        earlier: Number of training batches of the epochs that are over.
+        windows: Number of accumulation windows that ended, over all epochs. Loggers use it
+            as their step. Without gradient accumulation each batch is a window.
+        steps: Number of optimizer steps of the last batch.
+        accumulates: Whether the last batch made no update, because its window is not full.
+        step: The Brain's ``step`` for the current batch.
     """
 
     kind = Stage.TRAIN
@@ -55,15 +67,15 @@ class TrainStage(RunStage):
     steps = 0
     accumulates = False
     step = 0
-    # While there are batches: a recipe may fit some by itself before and after.
+    # None before the first and after the last batch, when a recipe may itself fit batches.
     _checkpoints: IntervalCheckpoints | None = None
-    # Stages whose batch is being fitted; a recipe may fit another Brain within.
+    # Stages whose batch is being fitted. A recipe may fit another Brain within a batch.
     _fitting: ClassVar[list[TrainStage]] = []
 
     def wrap(
         self, loaders: Sequence[Iterable[Any]], names: Sequence[str] = ("",)
     ) -> list[StageLoader]:
-        """See ``RunStage.wrap``; there is one loader."""
+        """See ``RunStage.wrap``. TRAIN has one loader."""
         (self.loader,) = super().wrap(loaders)
         return self.loaders
 
@@ -74,7 +86,7 @@ class TrainStage(RunStage):
 
     @property
     def is_innermost(self) -> bool:
-        """Whether it is this run's batch that is being fitted, not one of a run within it."""
+        """Whether a batch of this run is being fitted, and not a batch of a nested run."""
         return bool(self._fitting) and self._fitting[-1] is self
 
     @with_error_context
@@ -95,7 +107,7 @@ class TrainStage(RunStage):
         self.loader.start()
 
     def run_by_recipe(self) -> None:
-        """Runs the TRAIN stage of the next epoch by the loop that the recipe has written."""
+        """Runs the TRAIN stage of the next epoch by the custom loop of the recipe."""
         assert self.by_recipe is not None
         self.run.current = self
         restart_window(self.brain)
@@ -104,16 +116,16 @@ class TrainStage(RunStage):
         self.run_state.phase = Phase.TRAIN_OVER
 
     def resume_its_end(self) -> None:
-        """Resumes an epoch of which training is over, after ``start``."""
+        """Resumes an epoch whose training is over. Called after ``start``."""
         self.run_state.resume_after_training()
         self.loader.close()
         self._reset()
 
     def resume_fitted(self) -> Any:
-        """Resumes after a batch that was fitted, of which callbacks have not heard.
+        """Resumes after a fitted batch, whose batch-end hooks were not called yet.
 
         Returns:
-            Its loss.
+            The loss of the batch.
         """
         self.batches += 1
         return self.run_state.loss
@@ -129,10 +141,11 @@ class TrainStage(RunStage):
         """Counts a batch, fits it and averages its loss.
 
         Args:
-            batch: What the loader gave.
-            fit_batch: Does the work.
-            last: Whether the Trainer expects it to be the last of the epoch.
-            step: Makes the update of a window whose last batch is skipped, if it can.
+            batch: Batch as the DataLoader returned it.
+            fit_batch: Fits the batch and returns the loss.
+            last: Whether the Trainer expects this batch to be the last of the epoch.
+            step: Makes the update of an accumulation window whose last batch is skipped, if
+                it can.
 
         Returns:
             The detached loss.
@@ -159,13 +172,13 @@ class TrainStage(RunStage):
         return loss
 
     def _undo_or_end(self, error: Exception, batch: Any) -> None:
-        """Undoes what a batch has changed for which there was no memory.
+        """Undoes the changes of a batch that ran out of memory.
 
-        Where patience is exhausted the run is saved and ends, and resumes with this batch.
+        If the patience is exhausted, the run is saved and ends. It resumes with this batch.
 
         Args:
-            error: What it has raised; raised again where the run ends.
-            batch: What the loader gave.
+            error: Out-of-memory error of the batch. It is raised again if the run ends.
+            batch: Batch as the DataLoader returned it.
         """
         run, before = self.run, self.run_state.before
         run.locate(error, batch)
@@ -178,22 +191,22 @@ class TrainStage(RunStage):
             raise error
 
     def _skip(self, error: Exception, batch: Any, step: Callable[[], None] | None) -> Tensor:
-        """Goes on without a batch that is undone: only the number of the step counts it.
+        """Skips a batch that ran out of memory. Only the Brain's ``step`` counts it.
 
         Args:
             error: See ``_undo_or_end``.
             batch: See ``_undo_or_end``.
-            step: See ``fit``; None where that has failed.
+            step: See ``fit``; None if this update has run out of memory too.
 
         Returns:
-            A loss that is not finite, for those who want one.
+            NaN, as the loss of the batch.
         """
         self._undo_or_end(error, batch)
-        self.run.forgive()
+        self.run.forget_error()
         brain, before = self.brain, self.run_state.before
         brain.step = self.step
         if step is None or before.steps:
-            # It would have no memory again.
+            # The update would run out of memory again.
             before.drop_gradients()
         elif brain.grad_accumulation_factor > 1 and is_full(brain) and average_window(brain):
             try:
@@ -204,7 +217,7 @@ class TrainStage(RunStage):
                 return self._skip(of_step, batch, None)
         before.skipped += 1
         logger.warning(
-            "Out of memory: this batch makes no update (%d of %d forgiven in this epoch). %s",
+            "Out of memory: this batch is skipped (%d of %d allowed in this epoch). %s",
             before.skipped,
             brain._lightning.oom_patience,
             "; ".join([str(error).partition("\n")[0] or type(error).__name__, *notes(error)]),
@@ -213,45 +226,45 @@ class TrainStage(RunStage):
         return torch.tensor(torch.nan)
 
     def _note_save(self, error: Exception, is_shared: bool, is_undone: bool) -> None:
-        """Saves the run before the batch, and adds to the error whether that was possible."""
+        """Saves the run as it was before the batch, and notes the outcome on the error."""
         if not is_shared:
             note = (
-                "the run is not saved, for the other processes cannot join. With "
-                "oom_patience=0 all of them save and end where one has no memory for a "
-                "forward or backward pass"
+                "the run was not saved, because the other ranks cannot take part in the save. "
+                "Set oom_patience=0: if a forward or backward pass runs out of memory on any "
+                "rank, all ranks save and end"
             )
         elif not is_undone:
             note = (
-                "the run is not saved, for an optimizer had begun to step. With "
-                "oom_patience=0 that is undone"
+                "the run was not saved, because an optimizer had begun its step. Set "
+                "oom_patience=0: this step is undone before the save"
             )
         elif self.run.save_after_error():
-            note = "the run is saved, and resumes with this batch"
+            note = "the run was saved, and resumes with this batch"
         else:
-            note = "the run is not saved"
+            note = "the run was not saved"
         add_note(error, f"brain_lightning: {note}")
 
     @property
     def fitted_batches(self) -> int:
-        """``batches``, and the one whose ``on_fit_batch_end`` runs."""
+        """Number of ``batches``, plus the batch whose ``on_fit_batch_end`` is running."""
         return self.batches + (self.run_state.phase is Phase.STEPPED)
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there is a batch in hand that has made its update."""
+        """Whether the current batch has made its update."""
         return self.run_state.phase in (Phase.STEPPED, Phase.FITTED)
 
     @property
     def uncounted_steps(self) -> int:
-        """Steps that the Trainer will count at the end of this batch."""
+        """Number of steps that the Trainer counts only at the end of this batch."""
         return self.steps if self.run_state.phase is Phase.STEPPED else 0
 
     def stepped(self, loss: Any, steps: int) -> None:
-        """Called when the update of a batch is made, before ``on_fit_batch_end``.
+        """Records the update of a batch. Called before ``on_fit_batch_end``.
 
         Args:
-            loss: Of the batch.
-            steps: Steps that the Trainer has not counted.
+            loss: Loss of the batch.
+            steps: Number of steps that the Trainer has not counted.
         """
         self.run_state.loss, self.run_state.phase = loss, Phase.STEPPED
         self._count_steps(steps)
@@ -261,43 +274,44 @@ class TrainStage(RunStage):
         self.accumulates = self.brain.grad_accumulation_factor > 1 and not steps
 
     def step_metrics(self) -> dict[str, Tensor]:
-        """The loss of the last batch by the names that ``LightningModule.log`` gives it.
+        """Returns the loss of the last batch by the names that ``LightningModule.log`` uses.
 
         Returns:
-            Nothing outside of TRAIN, before its first batch, and where a recipe's own
-            ``fit_batch`` returns no number.
+            Loss by name. Empty outside of TRAIN, before its first batch, and if an overridden
+            ``fit_batch`` does not return a number.
         """
         fitted = self.is_running and self.batches > self.earlier
         loss = scalar(self.run_state.loss) if fitted else None
         return {} if loss is None else {"train_loss_step": loss, "train_loss": loss}
 
     def end_batch(self) -> None:
-        """Counts a batch of which every callback has heard; may save, or end the run."""
+        """Counts a batch after all batch-end hooks were called. May save, or end the run."""
         self.windows += not self.accumulates
         self.run_state.end_batch()
-        is_terminated, is_time_to_save = self.run.flags.take(self.brain.device)
+        flags = BatchEndFlags(*self.run.flags.take(self.brain.device))
         if not self._is_debugged():
             assert self._checkpoints is not None
-            self._checkpoints.after_step(is_time_to_save)
-            if is_terminated:
-                self.run.terminate()
+            self._checkpoints.after_step(flags.is_time_to_save)
+            if flags.is_terminated:
+                self.run.end_if_terminated()
 
     def is_time_to_save(self) -> bool:
-        """Whether a checkpoint within the epoch is due, by the clock of the first process."""
+        """Whether a checkpoint within the epoch is due by the clock of rank 0."""
         return self._checkpoints is not None and self._checkpoints.is_time()
 
     def fetch(self) -> bool:
         """Fetches the next batch.
 
         Returns:
-            Whether there is one, here and on all other ranks.
+            Whether all ranks have a next batch.
         """
         fetched = not self._is_debugged() and self.loader.fetch()
         if not self.fetches_collectively or not on_any_rank(not fetched, self.brain.device):
             return fetched
         if fetched:
             logger.warning(
-                "Another process has no training batch left after %d: the epoch ends for all.",
+                "Another rank has no training batch left after batch %d. The epoch ends on "
+                "all ranks.",
                 self.run_state.position.fitted,
             )
         return False
@@ -311,7 +325,8 @@ class TrainStage(RunStage):
         brain.zero_grad(set_to_none=True)
         restart_window(brain)
         self.run_state.end_training()
-        # For what the hook saves; and again, for it may report another number by this name.
+        # Added before the hook, because the hook may save it. Added again after the hook,
+        # because the hook may report another number by the same name.
         metrics.add(Stage.TRAIN, {"loss": loss})
         with self._ending():
             brain.on_stage_end(self.brain_stage, loss, self.epoch)
@@ -327,8 +342,8 @@ class TrainStage(RunStage):
         self.is_running = False
 
     def limit_reached(self) -> bool:
-        """Whether there were as many updates as ``optimizer_step_limit`` allows."""
-        # A recipe may override it.
+        """Whether the number of updates has reached ``optimizer_step_limit``."""
+        # A recipe may override this property.
         return bool(self.brain._optimizer_step_limit_exceeded)
 
     def _average(self) -> float:
@@ -338,10 +353,11 @@ class TrainStage(RunStage):
         return self.run_state.batches(loader)
 
     def _batches(self, loader: Iterable[Any], position: int) -> Iterator[Any]:
-        """``for batch in train_set`` of ``_fit_train``; the Trainer fits where it yields."""
+        """Yields batches like ``for batch in train_set`` of ``_fit_train``."""
         with self._bar(loader, position) as bar:
             for batch in bar:
                 if self.limit_reached():
+                    # The message of SpeechBrain's _fit_train.
                     logger.info("Train iteration limit exceeded")
                     return
                 yield batch

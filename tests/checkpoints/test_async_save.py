@@ -1,4 +1,4 @@
-"""Saves in the background: what they hold, and when their errors surface."""
+"""Saves in the background: their content, and when their errors are raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves that are whole or not there: kills, full disks, damaged files, several processes."""
+"""Atomic saves: kills, full disks, damaged files, several processes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_process_that_is_killed_in_a_save_loses_nothing(
 
 
 class Prefixes:
-    """Copies of a folder before each operation on files in it, as if a kill came then.
+    """Copies a folder before each file operation in it, as if the process was killed then.
 
     Python cannot remove the hook: it is for a process that ends.
     """
@@ -80,7 +80,7 @@ class Prefixes:
 
 
 def save_twice(folder: Path, copies: Path, name: str | None) -> None:
-    """With copies of the second save."""
+    """Saves twice. Copies the folder before each file operation of the second save."""
     state = State(folder, size=8)
     state.set(1)
     state.checkpointer.save_checkpoint(name=name)
@@ -121,13 +121,13 @@ def empty(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """One bit, in the numbers of a file of torch's; its padding is of no importance."""
+    """Flips one bit in the numbers of a torch file, and not in its padding."""
     data = bytearray(path.read_bytes())
     position = len(data) // 2
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             parts = [name for name in archive.namelist() if "data" in name]
-            # Stored as they are: torch does not compress.
+            # The numbers are stored unchanged, because torch does not compress.
             position = data.find(archive.read(parts[-1]))
     data[position] ^= 4
     path.write_bytes(data)
@@ -146,12 +146,12 @@ def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(
     damage(folder / "CKPT+2" / file)
     values = recovered(folder)
     if file == "checksums.yaml" and damage is Path.unlink:
-        # As one that SpeechBrain wrote: what is in it is whole.
+        # Like a checkpoint of SpeechBrain, whose files are intact.
         assert values == {2.0}
         return
     assert values == {1.0}
     told = "CKPT+2" in caplog.text and "skipped" in caplog.text
-    # Without its meta file a directory is no checkpoint, for SpeechBrain too.
+    # Without a meta file a directory is not a checkpoint, as in SpeechBrain.
     assert told or (file == "CKPT.yaml" and damage is Path.unlink)
 
 
@@ -170,7 +170,7 @@ def test_a_damaged_old_checkpoint_never_blocks(folder: Path, file: str, damage: 
 def test_damage_to_a_checkpoint_of_speechbrains_is_found_too(
     folder: Path, file: str, damage: Any
 ) -> None:
-    """It has no checksums but those within torch's files."""
+    """A checkpoint without checksums, except those within torch's files."""
     saved(folder, 1, 2)
     for name in ("CKPT+1", "CKPT+2"):
         (folder / name / "checksums.yaml").unlink()
@@ -181,7 +181,7 @@ def test_damage_to_a_checkpoint_of_speechbrains_is_found_too(
 def test_no_fresh_start_where_every_checkpoint_is_damaged(folder: Path) -> None:
     saved(folder, 1)
     flip(folder / "CKPT+1" / "model.ckpt")
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: move them"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged\. To start"):
         recovered(folder)
 
 
@@ -302,7 +302,7 @@ def test_a_worker_that_outlives_its_trainer_keeps_no_lock(folder: Path) -> None:
         atomic_directory.new_directory(folder)
         if os.fork():
             os._exit(0)
-        # The worker: until the test closes its end.
+        # The worker waits until the test closes its end of the pipe.
         os.close(writer)
         os.read(reader, 1)
         os._exit(0)
@@ -317,7 +317,7 @@ def test_a_worker_that_outlives_its_trainer_keeps_no_lock(folder: Path) -> None:
 def test_a_directory_that_was_made_again_is_another_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cleaner has opened one that another has removed, and its owner made anew."""
+    """A process opens a directory that was removed and created again by its owner."""
     saved(folder, 1)
     mine = atomic_directory.new_directory(folder)
     atomic_directory._unlock_all()
@@ -363,7 +363,7 @@ def test_a_save_that_fails_leaves_the_earlier_ones(
     state.checkpointer.async_save = async_save
     monkeypatch.setattr(torch, "save", fails_to_write)
     with pytest.raises(
-        CheckpointSaveError, match=r"MiB free\).*No space left on device.*as they"
+        CheckpointSaveError, match=r"MiB free\).*No space left on device.*unchanged"
     ):
         save_and_wait(state)
     monkeypatch.undo()
@@ -377,7 +377,7 @@ def save_and_wait(state: State) -> None:
 
 
 def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
-    """A tmpfs of one MiB, in a mount namespace of its own."""
+    """Runs on a tmpfs of 1 MiB, in a separate mount namespace."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
@@ -413,7 +413,7 @@ def test_a_folder_that_is_read_only_is_told(
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    # Not by its mode: a test that runs as root may write anywhere.
+    # File modes have no effect if the test runs as root.
     monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(OSError, match="Permission denied"):
         state.checkpointer.save_checkpoint()

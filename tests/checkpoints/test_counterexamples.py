@@ -1,4 +1,4 @@
-"""What a hunt for counterexamples found in the Checkpointer, kept from coming back."""
+"""Regression tests: counterexamples in the Checkpointer that were found and fixed."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_directories_of_other_programs_are_left_alone(folder: Path, name: str) -
 
 
 def test_a_name_that_is_no_directorys_is_told(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="name='a/b' is no name of a directory"):
+    with pytest.raises(CheckpointError, match="name='a/b' is not the name of a directory"):
         saved(folder).checkpointer.save_checkpoint(name="a/b")
     assert not names(folder)
 
@@ -200,7 +200,7 @@ def test_what_speechbrain_leaves_when_it_is_killed_is_skipped(
         path.unlink()
     else:
         path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:60])
-    # Half of a number is a number: only a file of torch's can tell that it was cut.
+    # A truncated number is still a number. Only a torch file shows that it is truncated.
     expected = {2.0} if (damage, file) == ("cut", "counter.ckpt") else {1.0}
     assert recovered(folder) == expected
 
@@ -232,7 +232,7 @@ def test_versions_of_modules_are_kept(folder: Path, async_save: bool) -> None:
 
 
 class Strange:
-    """A state with more than tensors in it."""
+    """Has a state with other values than tensors."""
 
     def __init__(self) -> None:
         self.array, self.counts = np.ones(3), Counter(a=1)
@@ -307,7 +307,7 @@ def test_an_error_in_the_background_is_logged_at_once(
         checkpointer.save_checkpoint()
         with pytest.raises(CheckpointSaveError):
             checkpointer.wait()
-    assert "could not be saved in the background" in caplog.text
+    assert "Could not save a checkpoint in the background" in caplog.text
 
 
 def test_async_save_without_a_checkpointer_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Each side reads what the other's Checkpointer wrote: counters, schedulers, statistics."""
+"""SpeechBrain and brain_lightning read each other's counters, schedulers, statistics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from brain_lightning.checkpoints.hooks import (
     register_checkpoint_hooks,
 )
 
-# Where it is an attribute of speechbrain.nnet, it is loaded when it is used.
+# If it is an attribute of speechbrain.nnet, it is imported on first use.
 schedulers = importlib.import_module("speechbrain.nnet.schedulers")
 CHECKPOINTERS = {"ours": Checkpointer, "speechbrain": SpeechBrainCheckpointer}
 WAYS = list(itertools.product(CHECKPOINTERS, CHECKPOINTERS))
@@ -84,7 +84,7 @@ def test_every_counter_reads_the_file_of_every_other(
 def test_patience_goes_on_with_our_checkpointer(
     tmp_path: Path, written: str, read: str, metric: Any
 ) -> None:
-    """SpeechBrain's Checkpointer does not save it, of its own stopper."""
+    """SpeechBrain's Checkpointer does not save the best epoch of its own stopper."""
     first = counter_of((written, "EpochCounterWithStopper"), 3, metric)
     save("ours", tmp_path, first)
     second = load("ours", tmp_path, counter_of((read, "EpochCounterWithStopper")))
@@ -100,20 +100,20 @@ def test_patience_begins_anew_from_a_bare_number_and_that_is_told(
 ) -> None:
     save("speechbrain", tmp_path, counter_of(("speechbrain", "EpochCounter"), 3))
     counter = SIDES[read].EpochCounterWithStopper(9, 4, 0, direction)
-    # What is in it is of another run.
+    # Its state is from another run.
     next(counter)
     counter.update_metric(7.0)
     counter.should_stop = True
     load("ours", tmp_path, counter)
     assert patience_of(counter) == (3, counter.sign * torch.inf, False)
-    (told,) = [record.message for record in caplog.records if "the patience" in record.message]
-    assert "of the EpochCounterWithStopper begins anew after epoch 3" in told
+    (told,) = [record.message for record in caplog.records if "The patience" in record.message]
+    assert "The patience of EpochCounterWithStopper restarts after epoch 3" in told
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", ["EpochCounter", "EpochCounterWithStopper"])
 def test_the_yaml_of_a_stopper_is_read(tmp_path: Path, side: str, name: str) -> None:
-    """SpeechBrain's stopper writes it where its ``_save`` is called; so did our 0.1.0."""
+    """SpeechBrain's stopper writes this YAML in ``_save``. So did brain_lightning 0.1.0."""
     path = tmp_path / "counter.ckpt"
     theirs = counter_of(("speechbrain", "EpochCounterWithStopper"), 3)
     hooks = {"object": lambda obj, path: theirs._save(path)}
@@ -138,7 +138,7 @@ def test_the_best_epoch_of_another_number_is_not_taken(
     counter = counter_of(("ours", name))
     counter._recover(path)
     assert counter.current == 7
-    assert ("the patience of" in caplog.text) is (name == "EpochCounterWithStopper")
+    assert ("The patience of" in caplog.text) is (name == "EpochCounterWithStopper")
 
 
 def test_what_is_no_counters_file_changes_nothing(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_what_is_no_counters_file_changes_nothing(tmp_path: Path) -> None:
     path.write_text("epoch seven")
     counter = counter_of(("ours", "EpochCounterWithStopper"), 3)
     with pytest.raises(
-        ValueError, match=r"is not of an epoch counter: it holds 'epoch seven'"
+        ValueError, match=r"is not the file of an epoch counter: it contains 'epoch seven'"
     ):
         counter._recover(path)
     assert counter.current == 3
@@ -176,9 +176,9 @@ def optimizer() -> torch.optim.SGD:
 
 
 def call(scheduler: Any, sgd: torch.optim.Optimizer, step: int) -> Any:
-    """Whatever the scheduler calls its arguments."""
+    """Calls a scheduler, whose argument names vary."""
     if hasattr(scheduler, "on_batch_end"):
-        # Its __call__ changes nothing.
+        # __call__ of this scheduler changes nothing.
         return scheduler.on_batch_end(sgd)
     values = {
         "optim": sgd, "opt": sgd, "optimizer": sgd, "num_updates": step, "n_steps": step,
@@ -200,7 +200,7 @@ def test_every_scheduler_of_speechbrains_that_is_saved_is_among_them() -> None:
         if inspect.isclass(cls)
         and any(hasattr(method, "_speechbrain_saver") for method in vars(cls).values())
     }
-    # Not registered: it is saved as any module is, on both sides.
+    # It is not registered, so both sides save it like any module.
     assert found - {"ScheduledLoss"} == set(SCHEDULERS)
 
 
@@ -216,7 +216,7 @@ def test_a_scheduler_goes_on_where_it_was(
         call(first, sgd, step)
     save(writer, tmp_path, first)
     if name == "InverseSquareRootScheduler" and reader == "speechbrain":
-        # It registers a saver and no loader.
+        # It registers a save hook and no load hook.
         with pytest.raises(RuntimeError, match="Don't know how to load"):
             load(reader, tmp_path, second)
         return
@@ -270,7 +270,7 @@ def test_input_normalization_goes_on_where_it_was(
     save(writer, tmp_path, first)
     load(reader, tmp_path, second)
     x = torch.rand(2, 8, 5)
-    # Once with the statistics as they are, and once with them moved on.
+    # Once with the current statistics, and once after they have changed.
     for epoch in (9, 0):
         assert torch.equal(first(x, lengths, epoch=epoch), second(x, lengths, epoch=epoch))
     assert first.count == second.count
@@ -278,12 +278,12 @@ def test_input_normalization_goes_on_where_it_was(
 
 @both_ways
 def test_input_normalization_within_a_module(tmp_path: Path, writer: str, reader: str) -> None:
-    """As SpeechBrain's ``Pretrained`` classes and many recipes have it."""
+    """Normalization as in SpeechBrain's ``Pretrained`` classes and in many recipes."""
     first, second = (nn.ModuleDict({"norm": InputNormalization()}) for _ in range(2))
     first["norm"](torch.rand(2, 8, 5), torch.ones(2), epoch=0)
     save(writer, tmp_path, first)
     load(reader, tmp_path, second)
-    # Its statistics are no buffers: neither side saves them but on their own.
+    # Its statistics are not buffers. Only its own hooks save them, not the module around it.
     assert second["norm"].count == 0
 
 
@@ -292,7 +292,7 @@ def test_input_normalization_within_a_module(tmp_path: Path, writer: str, reader
 
 @register_checkpoint_hooks
 class Marked:
-    """Remembers by which of its methods it was given its number."""
+    """Records which of its methods has set its number."""
 
     def __init__(self, number: int = 0) -> None:
         self.number, self.by = number, ""

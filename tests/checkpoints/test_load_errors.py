@@ -1,4 +1,4 @@
-"""What is not damaged is not called damaged: an error of a load hook is raised as it is."""
+"""Errors of load hooks are raised unchanged: the checkpoint is not called damaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def notes_of(error: BaseException) -> str:
 
 
 def without_checksums(folder: Path) -> None:
-    """As SpeechBrain writes them."""
+    """Removes the checksums, which SpeechBrain does not write."""
     for path in folder.glob("*/checksums.yaml"):
         path.unlink()
 
@@ -42,7 +42,7 @@ def without_checksums(folder: Path) -> None:
 def classify(
     base: Any, checkpointer: Any, folder: Path, classes: int, leave: tuple[str, ...] = ()
 ) -> Any:
-    """Trains an epoch, on top of what was saved before, and saves."""
+    """Recovers the last checkpoint, trains an epoch, and saves."""
 
     class Classifies(base):  # type: ignore[misc]
         def compute_forward(self, batch: Any, stage: Any) -> Any:
@@ -92,7 +92,7 @@ def test_a_class_count_that_changed_is_told_and_the_rest_can_be_recovered(
         (path,) = [
             p for p in folder.glob("*/classifier.ckpt") if str(p) in notes_of(caught.value)
         ]
-        told = f"'classifier' could not be recovered from {path}; 'encoder' was recovered"
+        told = f"'classifier' could not be recovered from {path}. Recovered before it: 'encod"
         assert told in notes_of(caught.value)
         assert "checkpointer.ignore_mismatched_sizes = ['classifier']" in notes_of(
             caught.value
@@ -102,7 +102,7 @@ def test_a_class_count_that_changed_is_told_and_the_rest_can_be_recovered(
 def test_parts_of_another_shape_are_left_out_where_they_are_named(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The state of the optimizer for them, too; and only while their shape differs."""
+    """Parameters are left out with their optimizer state, only while their shapes differ."""
 
     def brain_of(classes: int) -> Any:
         model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(3, classes)))
@@ -136,7 +136,7 @@ def test_parts_of_another_shape_are_left_out_where_they_are_named(
     assert all_equal(second.found[:2], weights(first)[:2])
     assert second.steps == [5.0, 5.0]
     assert [p.shape[0] for p in second.found[2:]] == [5, 5, 5, 5]
-    left = "model.1.0.weight is left as it is made: its shape is (5, 3), and (3, 3) in the"
+    left = "model.1.0.weight is not loaded: its shape is (5, 3), but (3, 3) in the"
     assert left in caplog.text
     assert not all_equal(second.found, weights(second))
     third.fit(range(1), loader())
@@ -161,14 +161,14 @@ def test_an_optimizer_of_other_parameters_is_not_named(folder: Path) -> None:
         Checkpointer(folder, other).recover_if_possible()
     assert LEAVE.format("of_a") in notes_of(caught.value)
     assert "of_b" not in notes_of(caught.value)
-    assert "nothing was recovered before it" in notes_of(caught.value)
+    assert "Recovered before it: nothing." in notes_of(caught.value)
 
 
 # --------------------------------------------------------------------------- other errors
 
 
 class Failing:
-    """Its hook fails in its own way."""
+    """Its load hook raises its own error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -185,7 +185,7 @@ ERRORS = [KeyError("n_steps"), ValueError("a number of another kind"), TypeError
 def test_an_error_of_a_hook_is_raised_as_it_is(
     folder: Path, checksums: bool, error: Exception
 ) -> None:
-    """Not skipped for the checkpoint before, in which it would be the same."""
+    """The checkpoint is not skipped, because the previous one would raise the same error."""
     state = saved(folder, 1, 2)
     if not checksums:
         without_checksums(folder)
@@ -196,8 +196,8 @@ def test_an_error_of_a_hook_is_raised_as_it_is(
     path = folder / "CKPT+2" / "counter.ckpt"
     note = notes_of(error)
     assert f"'counter' could not be recovered from {path}" in note
-    assert "'model', 'optimizer' was recovered before it" in note
-    assert ("a kill may also have cut it short" in note) is not checksums
+    assert "Recovered before it: 'model', 'optimizer'." in note
+    assert ("may also have been truncated by a kill" in note) is not checksums
 
 
 def test_a_file_without_a_checksum_that_cannot_be_read_is_skipped(
@@ -210,7 +210,7 @@ def test_a_file_without_a_checksum_that_cannot_be_read_is_skipped(
     assert recovered(folder) == {1.0}
     assert f"{path} cannot be read" in caplog.text
     (folder / "CKPT+1" / "counter.ckpt").write_bytes(b"\xff\xfe\xfd")
-    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged: move them"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged\. To start"):
         recovered(folder)
 
 
@@ -241,7 +241,7 @@ def test_those_that_were_not_asked_for_are_not_called_damaged(folder: Path) -> N
     path = folder / "CKPT+best" / "model.ckpt"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(
-        CheckpointError, match="asked for is damaged; there are 1 that min_key"
+        CheckpointError, match=r"requested .* ckpt_predicate leaves out 1 other"
     ):
         state.checkpointer.recover_if_possible(min_key="WER")
     assert state.checkpointer.recover_if_possible() is not None

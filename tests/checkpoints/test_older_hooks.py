@@ -1,4 +1,4 @@
-"""Load hooks of SpeechBrain 0.5, which have a device, beside those of 1, which have none."""
+"""Load hooks of SpeechBrain 0.5 with a ``device`` argument, and of SpeechBrain 1 without."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_hook_gets_the_device_if_it_asks_for_one(
 
 
 def transfer_to(obj: Any, saved: Path, folder: Path, *hook: Any, **device: Any) -> None:
-    """Parameter transfer of SpeechBrain's from a checkpoint's ``it.ckpt``."""
+    """SpeechBrain's parameter transfer from the ``it.ckpt`` of a checkpoint."""
     hooks = dict.fromkeys(["it"], *hook) if hook else None
     transfer = Pretrainer(folder / "transfer", loadables={"it": obj}, custom_hooks=hooks)
     transfer.collect_files(str(saved))
@@ -123,7 +123,7 @@ def test_decorators_take_hooks_of_either_form(patched: bool, tmp_path: Path) -> 
         path = ckpts.save_checkpoint().path
         ckpts.recover_if_possible(device=GIVEN)
         assert either.got == (True, GIVEN)
-        # SpeechBrain 1 asks for no device; a recipe may give its own hook one.
+        # SpeechBrain 1 passes no device. A recipe may pass one to its own hook.
         ckpts.recover_if_possible()
         assert either.got == (True, None)
         either.load(path, False, GIVEN)
@@ -169,7 +169,7 @@ def test_the_mean_of_checkpoints_goes_to_a_device(tmp_path: Path) -> None:
 def test_a_counter_that_a_pretrainer_loads_goes_on(
     saving: Any, loading: Any, tmp_path: Path
 ) -> None:
-    """SpeechBrain issue 2964: the epoch that was saved is over."""
+    """SpeechBrain issue 2964: the saved epoch is over."""
 
     def counter(cls: Any, limit: int) -> Any:
         is_stopper = issubclass(cls, (TheirStopper, Stopper))

@@ -1,4 +1,4 @@
-"""Saves on a device that is asynchronous: who waits, and what the files hold."""
+"""Saves on an asynchronous device: whether the host waits, and the content of the files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support import fake_device
 from tests.support.brains import Regression, all_equal, loader, make, weights
 from tests.support.fake_device import DEVICE, Record, recorded
 
-# Whether all parameters are finite has to be known.
+# The host waits once, to know whether all parameters are finite.
 WAITS_OF_A_SAVE = 1
 
 
 class Training:
-    """A model with a tied weight that is trained, and saved."""
+    """A model with a tied weight that is trained and saved."""
 
     def __init__(self, async_save: bool) -> None:
         first, second = nn.Linear(4, 4), nn.Linear(4, 4)
@@ -38,7 +38,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def save(self, name: str) -> Record:
-        """A save; training overwrites what it saves at once."""
+        """Saves. Training overwrites the saved tensors immediately afterwards."""
         with recorded() as record:
             self.checkpointer.save_checkpoint(name=name)
             self.step()
@@ -63,7 +63,7 @@ def training_continues_while_a_save_is_copied() -> None:
             beside = {stream for what, stream in record.calls if what == "to host"} - {0}
             assert len(record.waits_of("MainThread")) == WAITS_OF_A_SAVE
             assert len(beside) == 1
-            # Where there is no room for a clone, the device waits for the copy.
+            # If there is no memory for a clone, the device waits for the copy.
             waits = torch.accelerator.current_stream().clock.keys() >= beside
             assert waits is (room == 0)
             assert not training.checkpointer._copies._clones or room
@@ -102,7 +102,7 @@ def a_state_that_is_not_finite_is_not_saved() -> None:
 
 
 class Stops(Regression):
-    """Ends in the tenth batch."""
+    """Interrupts the run in the tenth batch."""
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         if self.step == 10:

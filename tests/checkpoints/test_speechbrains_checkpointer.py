@@ -1,4 +1,4 @@
-"""The recipe's own checkpointer calls, with a real SpeechBrain Checkpointer."""
+"""Recipes that call a real SpeechBrain Checkpointer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fit(brain: Any) -> None:
 
 
 def stop_at(brain: Any, optimizer_step: int) -> None:
-    """Makes the Brain fail once it has made so many updates."""
+    """Makes the Brain fail after a number of updates."""
     wrapped = brain.on_fit_batch_end
 
     def on_fit_batch_end(*args: Any) -> None:
@@ -74,7 +74,7 @@ def test_the_best_checkpoint_is_evaluated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut_after", [5, 7, 10])
 def test_a_run_that_was_cut_goes_on_as_in_speechbrain(tmp_path: Path, cut_after: int) -> None:
-    """At the end of an epoch, within one, and after its last batch."""
+    """Interrupts at the end of an epoch, within an epoch, and after its last batch."""
 
     def scenario(side: Side, record: Record) -> Any:
         folder = tmp_path / side.name
@@ -127,7 +127,7 @@ def test_each_side_goes_on_from_the_others_checkpoint(
 def test_each_side_goes_on_from_a_directory_of_the_others_own_checkpointer(
     tmp_path: Path, first: Side, second: Side
 ) -> None:
-    """Ours needs nothing of SpeechBrain's to write what SpeechBrain reads, or to read it."""
+    """Files can be exchanged with SpeechBrain without importing SpeechBrain."""
     kinds = {OURS.name: OwnCheckpointer, SPEECHBRAIN.name: Checkpointer}
 
     def scenario(writer: Side, record: Record, folder: Path) -> Any:

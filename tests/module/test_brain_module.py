@@ -321,7 +321,8 @@ def test_a_brain_without_optimizer_says_that_nothing_changes(caplog: Any) -> Non
 
 def test_an_epoch_counter_must_be_iterable() -> None:
     with pytest.raises(
-        TypeError, match=r"epoch_counter must be iterable, got 3: use EpochCounter"
+        TypeError,
+        match=r"epoch_counter must be iterable, got 3\. For ten epochs, use EpochCounter",
     ):
         make().fit(3, loader())
 

@@ -1,4 +1,4 @@
-"""An error in the middle of a batch: what is saved then is resumed before the batch."""
+"""After an error in the middle of a batch, a run resumes before the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 class Failing(torch.optim.SGD):
-    """Fails in the step of a number, in its middle, or once it and the scaler are done."""
+    """Fails in a given step: in the middle of it, or after the step and the scaler update."""
 
     steps = 0
     fails_at: int | None = None
@@ -51,7 +51,7 @@ class Failing(torch.optim.SGD):
 
 
 class Normed(Noisy):
-    """With buffers that a forward pass changes; fails after it."""
+    """Has buffers that the forward pass changes. Fails after the forward pass."""
 
     def compute_forward(self, batch: Any, stage: Any) -> Any:
         return self.modules.model(self.modules.norm(batch[0] + torch.randn(4, 4)))
@@ -63,7 +63,7 @@ class Normed(Noisy):
 
 
 class Two(Normed):
-    """Two optimizers that step together; the second fails."""
+    """Has two optimizers that step together. The second one fails."""
 
     fails_at: int | None = None
     fails_in = "step"
@@ -85,7 +85,7 @@ def brain_of(cls: type[Noisy], **options: Any) -> Any:
 
 
 def fit(brain: Any, folder: Path, **arguments: Any) -> Any:
-    """With a file of what an error leaves, and from it."""
+    """Saves a file if an error occurs. Resumes from this file if it exists."""
     trainer = trainer_with(
         OnExceptionCheckpoint(folder), max_epochs=-1, enable_checkpointing=True, **arguments
     )
@@ -148,7 +148,7 @@ def test_a_forward_pass_that_has_changed_buffers(
 
 
 class Scaled(Two):
-    """Scales its loss; the scale grows, and shrinks where a gradient is infinite."""
+    """Scales its loss. The scale grows, and shrinks if a gradient is infinite."""
 
     def on_fit_start(self) -> None:
         options = {"init_scale": 2.0**10, "growth_interval": 3}
@@ -157,7 +157,7 @@ class Scaled(Two):
 
     def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
         loss = super().compute_objectives(predictions, batch, stage)
-        # Its gradient overflows, and it does not.
+        # The gradient overflows, but the loss does not.
         if (
             stage.name == "TRAIN"
             and self.hparams.epoch_counter.current == 1
@@ -180,7 +180,7 @@ def test_the_state_of_the_scaler(tmp_path: Path, step: int, where: str) -> None:
 
 # ------------------------------------------------------------------- where there is no copy
 
-NO_MEMORY = "There is no memory for a copy"
+NO_MEMORY = "Out of memory for a copy"
 
 
 def fails(*_: Any) -> Any:
@@ -205,12 +205,12 @@ def test_without_memory_for_a_copy_training_goes_on(
 
 
 def keep(brain: Any) -> None:
-    """Code of nobody's class, which is not read."""
+    """A save outside of any class: whether it saves within a batch is not known in advance."""
     brain.checkpointer.save_and_keep_only(end_of_epoch=False)
 
 
 KEEPERS = {"keep": keep}
-UNEXPECTED = "saved in the middle of a batch, where nothing was expected to save"
+UNEXPECTED = "saved in the middle of a batch, where no save was expected"
 
 
 @pytest.mark.parametrize("saves", [1, 2])

@@ -1,4 +1,4 @@
-"""What a hunt for counterexamples to exact resume has found, kept from coming back."""
+"""Regression tests: counterexamples to exact resume that were found and fixed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ PERSISTENT = {"num_workers": 2, "persistent_workers": True}
 def run(
     folder: Path, cut: Any = None, cls: type[Noisy] = Noisy, valid: Any = None, **kwargs: Any
 ) -> Noisy:
-    """One run, from what is in the folder."""
+    """Runs once, from the checkpoints in the folder."""
     options = {"ckpt_interval_steps": 1, **kwargs.pop("options", {})}
     brain = brain_in(folder, **options)
     brain.hparams.epoch_counter.limit = 3
@@ -205,7 +205,7 @@ def test_the_best_is_recovered_in_the_middle_of_a_resumed_run(tmp_path: Path) ->
                 meta = {"epoch": -epoch}
                 self.checkpointer.save_and_keep_only(meta=meta, max_keys=["epoch"])
                 self.checkpointer.recover_if_possible(max_key="epoch")
-                # The best is the first: the counter would never come to an end.
+                # The first checkpoint is recovered: without this the counter would never end.
                 self.hparams.epoch_counter.current = epoch
 
     assert_same(*whole_and_cut(tmp_path, at(3, 2), cls=Best))
@@ -215,7 +215,7 @@ def test_the_best_is_recovered_in_the_middle_of_a_resumed_run(tmp_path: Path) ->
 
 
 class Lists(Dataset[Any]):
-    """The first thing in some samples is an empty list."""
+    """The first element of some samples is an empty list."""
 
     def __len__(self) -> int:
         return 6
@@ -236,7 +236,7 @@ def test_samples_that_begin_with_an_empty_list_are_trained_on(workers: int) -> N
 
 
 class ManyAtOnce(Noise):
-    """Loads the items of a batch at once."""
+    """Loads all items of a batch in one call."""
 
     def __getitems__(self, indices: list[int]) -> Any:
         return [torch.stack([self[index][part] for index in indices]) for part in (0, 1)]
@@ -254,7 +254,7 @@ def test_batches_that_are_loaded_at_once(tmp_path: Path) -> None:
 
 
 class Offset(StatefulStream):
-    """Its workers are told who they are, as torch's documentation does it."""
+    """Workers get a part of the data in worker_init_fn, as in torch's documentation."""
 
     offset = 0
 
@@ -297,7 +297,7 @@ def test_a_stream_at_its_end_does_not_begin_anew(tmp_path: Path, workers: int) -
 
 
 class OwnGenerator(Dataset[Any]):
-    """With indices, and random numbers of its own that it can say."""
+    """A dataset with indices, and with its own random generator, which it can save."""
 
     def __init__(self) -> None:
         self.generator = np.random.default_rng(3)
@@ -325,7 +325,7 @@ def test_a_dataset_with_indices_and_a_state(tmp_path: Path, workers: int) -> Non
 
 
 class NotStateful(IterableDataset[Any]):
-    """Used to see that nothing is needed where nothing is resumed."""
+    """A stream without a state: a run that is not resumed does not need one."""
 
     def __iter__(self) -> Iterator[Any]:
         yield from (Noise()[index] for index in range(8))
@@ -404,7 +404,7 @@ def test_a_counter_that_nobody_has_registered(tmp_path: Path) -> None:
 
 
 def test_epochs_of_another_run_are_not_counted_twice(tmp_path: Path) -> None:
-    """As SpeechBrain, a new run over a range begins with its first epoch."""
+    """As in SpeechBrain, a new run over a range starts with its first epoch."""
 
     def one(epochs: Any, cut: Any) -> Noisy:
         brain = brain_in(tmp_path, ckpt_interval_steps=1)

@@ -1,4 +1,4 @@
-"""A run that is interrupted at any event of its trace, and resumed, is the one left alone."""
+"""A run that is interrupted at any event and resumed equals an uninterrupted run."""
 
 from __future__ import annotations
 

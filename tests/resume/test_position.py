@@ -1,4 +1,4 @@
-"""SpeechBrain's LoopedLoader, whose pass over its loader lasts longer than an epoch."""
+"""SpeechBrain's LoopedLoader: a pass over its loader continues over several epochs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)`"),
-    # By SpeechBrain's Checkpointer.
+    # SpeechBrain's Checkpointer saves it.
     pytest.mark.filterwarnings("ignore:Trying to load checkpoint from"),
 ]
 
@@ -37,7 +37,7 @@ class Noisy(Dataset[Any]):
 
 
 class Hooks:
-    """Notes its batches, and is cut where it is told."""
+    """Records its batches, and interrupts the run at a given batch."""
 
     modules: Any
     hparams: Any
@@ -58,11 +58,11 @@ class Hooks:
 
 
 class Ours(Hooks, Brain):
-    """Our Brain."""
+    """Brain of brain_lightning."""
 
 
 class Patched(Hooks, speechbrain.Brain):
-    """SpeechBrain's own."""
+    """Brain of SpeechBrain."""
 
 
 def fit(cls: Any, folder: Path, seed: int, cut: Any = None, together: bool = False) -> Any:
@@ -81,7 +81,7 @@ def fit(cls: Any, folder: Path, seed: int, cut: Any = None, together: bool = Fal
     data = [looped, DataLoader(Noisy(), 4, shuffle=True)] if together else looped
     with patch_speechbrain(), nullcontext() if cut is None else pytest.raises(Cut):
         trainer_with(max_epochs=-1).fit(to_lightning(brain), CombinedLoader(data, "min_size"))
-    # Ends its workers.
+    # Ends the workers of the loader.
     looped.iterator = None
     return brain, looped
 
@@ -94,7 +94,7 @@ def test_a_looped_loader_resumes_where_it_was(
     whole, all_of_it = fit(cls, tmp_path / "whole", 1, together=together)
     assert len(whole.hparams.seen) == 4 * 3
     if not together:
-        # As SpeechBrain's own loop has them: all of the data, over and over.
+        # The batches of SpeechBrain's own loop: all of the data, repeatedly.
         first = sorted(x for batch in whole.hparams.seen[:5] for x in batch)
         assert first == list(range(10))
     # At the end of the first pass, and between two epochs.

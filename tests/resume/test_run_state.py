@@ -1,4 +1,4 @@
-"""A run that was cut anywhere and resumed is the run that was never cut."""
+"""A run that is interrupted anywhere and resumed equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 def test_every_loader_goes_on_where_it_was(tmp_path: Path, train: str) -> None:
     make_train = LOADERS[train]
     if train == "a list":
-        # The same list for each run.
+        # All runs share this list.
         batches = make_train()
         make_train = lambda: batches  # noqa: E731
     assert_same(*cut_and_resumed(tmp_path, make_train, at(1, 6), at(2, 2), at(2, 12)))
@@ -167,7 +167,7 @@ def test_a_stream_without_a_position_begins_anew_and_that_is_told(
     second = brain_in(tmp_path)
     fit(second, DataLoader(Stream(), 4))
     assert "Stream has no position that can be restored" in caplog.text
-    assert "after 5 batches" in caplog.text
+    assert "not after batch 5" in caplog.text
     steps = [event[1] for event in second.hparams.events if event[0] == "batch"]
     assert steps == [*range(6, 6 + BATCHES), *range(1, BATCHES + 1)]
 
@@ -180,7 +180,7 @@ def test_other_workers_than_before_are_told(
     with pytest.raises(Cut):
         fit(first, DataLoader(Noise(), 4, num_workers=2))
     fit(brain_in(tmp_path), DataLoader(Noise(), 4))
-    assert "saved with num_workers=2, and there are 0 now" in caplog.text
+    assert "saved with num_workers=2, but num_workers is 0 now" in caplog.text
 
 
 # ------------------------------------------------------- the rest of the state
@@ -214,7 +214,7 @@ def test_an_epoch_that_was_saved_at_its_end_goes_on_too(tmp_path: Path) -> None:
 
 
 def test_a_brain_that_lives_on_keeps_its_random_state(tmp_path: Path) -> None:
-    """As SpeechBrain's: a second fit is not resumed from the checkpoint of the first."""
+    """As in SpeechBrain, a second fit does not resume from the checkpoint of the first."""
     brain = brain_in(tmp_path, ckpt_interval_minutes=0)
     fit(brain, DataLoader(Noise(), 4, shuffle=True))
     brain.checkpointer.save_and_keep_only()
@@ -316,7 +316,7 @@ def test_the_trainers_counts_and_callbacks_go_on(tmp_path: Path) -> None:
         brain.__class__ = Monitored
         brain.cut = cut
         brain.hparams.epoch_counter.limit = 9
-        # Nothing is ever better by so much: one epoch, and a patience of two.
+        # No loss improves by this much: training ends after one epoch and a patience of two.
         stopper = EarlyStopping("valid_loss", min_delta=100.0, patience=2)
         seen: list[Any] = []
         brain.on_fit_batch_start = lambda *_: seen.append(trainer_of())
@@ -363,7 +363,7 @@ def test_a_save_right_after_a_batch_of_nan_is_finite(
 
 
 def test_a_failed_batch_of_a_living_brain_is_fitted_again(tmp_path: Path) -> None:
-    """After Ctrl-C in a notebook, say: weights and position are those of the checkpoint."""
+    """After Ctrl-C, as in a notebook: weights and position are those of the checkpoint."""
     whole = fit(brain_in(tmp_path / "whole"), DataLoader(Noise(), 4, shuffle=True))
     brain = brain_in(tmp_path / "cut", ckpt_interval_steps=1)
     brain.cut = at(1, 7)
@@ -423,7 +423,7 @@ def test_sigterm_saves_and_the_status_is_not_zero(tmp_path: Path, told: Any) -> 
 
 
 class Outcome:
-    """What cannot be saved without code to load it."""
+    """An object that cannot be loaded without running code."""
 
     def __init__(self, loss: float) -> None:
         self.loss = loss
@@ -433,7 +433,7 @@ class Outcome:
 def test_what_the_end_of_training_made_is_there_after_a_kill_in_validation(
     tmp_path: Path, kind: Any
 ) -> None:
-    """Its hook is called again where that cannot be saved, and only there."""
+    """The hook is called again only if it assigned a value that cannot be saved."""
 
     class Remembers(Noisy):
         ends: Any = None

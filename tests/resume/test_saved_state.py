@@ -1,4 +1,4 @@
-"""Files of older versions are read, and those of newer ones refused in words."""
+"""Files of older versions are read. Files of newer versions raise an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What brain_lightning 0.1.0 has left."""
+    """Files that brain_lightning 0.1.0 has written."""
     version_0.extract(tmp_path)
     return tmp_path
 
@@ -35,11 +35,11 @@ def assert_ends_as_expected(brain: Small, epochs: set[str]) -> None:
     expected = json.loads(version_0.EXPECTED.read_text())
     found = version_0.outcome(brain)
     for name in ("weight", "bias"):
-        # Another processor may round the last bit differently.
+        # Another CPU may round the last bit differently.
         one, other = torch.tensor(found[name]), torch.tensor(expected[name])
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     assert found["optimizer_step"] == expected["optimizer_step"]
-    # The numbers of the epochs that end after the checkpoint; all losses of each.
+    # Epochs that end after the checkpoint, with all losses of each epoch.
     assert found["sums"].keys() == epochs
     for epoch in epochs:
         assert found["sums"][epoch] == pytest.approx(expected["sums"][epoch], abs=1e-6)
@@ -60,7 +60,7 @@ def test_directories_of_0_1_0_are_resumed(folder: Path, name: str, epochs: set[s
 
 
 class Counts(Callback):
-    """What a Trainer has counted in the end: steps, epochs and batches."""
+    """Returns the final counts of a Trainer: steps, epochs and batches."""
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         batches = module.run.train.batches
@@ -83,7 +83,7 @@ def newer(states: Any) -> Any:
     return states
 
 
-WORDS = f"as version {saved_state.VERSION + 1}.*up to {saved_state.VERSION}: upgrade"
+WORDS = rf"as version {saved_state.VERSION + 1}.*up to {saved_state.VERSION}\. Upgrade"
 
 
 @pytest.mark.parametrize("name", ["within", "end"])
@@ -116,7 +116,7 @@ def test_a_newer_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [saved_state.VERSION + 1, 99])
 def test_the_words_name_the_version(version: int) -> None:
     with pytest.raises(
-        CheckpointError, match=rf"version {version}, .*upgrade brain_lightning"
+        CheckpointError, match=rf"version {version}, .*Upgrade brain_lightning"
     ):
         saved_state.migrated({"version": version}, end_of_epoch=True)
 
@@ -125,5 +125,5 @@ def test_a_window_of_version_2_has_no_weights_and_of_several_processes_their_mea
     old = saved_state.migrated({"version": 2, "epoch": None}, end_of_epoch=True)
     assert old["window"] == {"weight": None, "reference": 1.0} == mean_window([{}, {}])
     windows = [{"window": {"weight": weight, "reference": 8.0}} for weight in (3.0, 5.0)]
-    # As of their gradients.
+    # Like the gradients, the weights are averaged.
     assert mean_window(windows) == {"weight": 4.0, "reference": 8.0}

@@ -1,4 +1,4 @@
-"""An error of a recipe names its stage, its epoch, its step and the batch's ids."""
+"""Errors of a recipe get a note with the stage, the epoch, the step and the batch ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 class MineError(Exception):
-    """With arguments that are no text."""
+    """An error whose arguments are not strings."""
 
 
 class Fails:
@@ -108,7 +108,7 @@ def by_a_patch(brain: Any, data: Any) -> None:
 def failed(
     run: Any, cls: Any = Failing, data: Any = None, **attributes: Any
 ) -> tuple[BaseException, list[str]]:
-    """The error that a run ends with, and its notes."""
+    """Returns the error that ends a run, and its notes."""
     brain = make(cls)
     brain.error = MineError(1, {"a": 2})
     vars(brain).update(attributes)
@@ -169,7 +169,7 @@ class Mapped(Regression):
 
 
 class Cursed:
-    """Whose ids cannot be looked at."""
+    """A batch whose ids cannot be read."""
 
     @property
     def id(self) -> Any:
@@ -200,7 +200,7 @@ def test_the_ids_of_the_batch_are_shown_cut_short(batch: Any, shown: str) -> Non
 
 
 class Broken(Dataset[Any]):
-    """Has a bad example."""
+    """A dataset with one example that raises."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -225,7 +225,7 @@ def test_an_error_of_the_loaders_names_the_batch(
     assert found == [f"brain_lightning: in TRAIN, epoch 1, fetching batch {batch}"]
     _, found = failed(by_evaluate, Failing, data)
     assert found == [f"brain_lightning: in TEST, fetching batch {batch}"]
-    # For so long torch waits for the workers of an iterator that is garbage in a cycle.
+    # If an iterator is garbage in a cycle, torch waits this long for its workers.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     del error
     gc.collect()
@@ -273,7 +273,7 @@ def test_an_error_that_is_raised_again_names_the_new_location_too() -> None:
 
 
 class NoNotesError(Exception):
-    """Takes none."""
+    """An error that does not accept notes."""
 
     __notes__ = None
 
@@ -294,7 +294,7 @@ def test_what_is_no_error_stays_as_it_is(error: BaseException) -> None:
 
 def test_python_3_10_has_no_notes_and_logs(caplog: pytest.LogCaptureFixture) -> None:
     class OldError(Exception):
-        """Without ``add_note``, as every error of Python 3.10."""
+        """Hides ``add_note``, which errors do not have on Python 3.10."""
 
         def __getattribute__(self, name: str) -> Any:
             if name == "add_note":

@@ -1,4 +1,4 @@
-"""Evaluations count from 0, and epochs do, whatever a checkpoint has recovered."""
+"""Evaluations and epochs count steps from 0, also after a checkpoint was recovered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.resuming import Cut, assert_same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    # By SpeechBrain's Checkpointer.
+    # SpeechBrain's Checkpointer saves it.
     pytest.mark.filterwarnings("ignore:Trying to load checkpoint from"),
 ]
 
@@ -27,7 +27,7 @@ BATCHES = 8
 
 
 class Hooks:
-    """What both Brains do: they note their steps, and are cut where they are told."""
+    """Mixin of both Brains: records the steps, and interrupts the run at a given step."""
 
     modules: Any
     hparams: Any
@@ -55,11 +55,11 @@ class Hooks:
 
 
 class Ours(Hooks, Regression):
-    """Our Brain."""
+    """Brain of brain_lightning."""
 
 
 class Theirs(Hooks, speechbrain.Brain):
-    """SpeechBrain's own."""
+    """Brain of SpeechBrain."""
 
 
 def hparams(counter: Any, saves: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def test_speechbrains_evaluate_when_it_is_patched(tmp_path: Path) -> None:
         fit(first)
     plain = theirs(tmp_path)
     wrong = plain.evaluate(loader())
-    # As SpeechBrain does it: the steps go on, and the average is off.
+    # SpeechBrain's behaviour: steps continue to count, and the average is wrong.
     assert plain.hparams.steps[0][2] == 7
     with patch_speechbrain():
         assert_evaluates_from_zero(theirs(tmp_path), weights(first))
@@ -151,7 +151,7 @@ def test_saved_in_the_hook_that_ends_training(
     with pytest.raises(Cut):
         fit(first, valid)
     resumed = fit(new("cut"), valid)
-    # Two full windows of three, and the rest is dropped.
+    # Two full windows of three batches. The incomplete window is dropped.
     assert whole.optimizer_step == 4
     assert_same(whole, resumed)
     steps = [(epoch, step) for stage, epoch, step in resumed.hparams.steps if stage == "TRAIN"]
@@ -173,7 +173,7 @@ def test_speechbrains_own_checkpoint_of_the_end_of_training(
     first.hparams.epoch_counter.limit = 1
     fit(first, valid)
     assert first.optimizer_step == 2
-    # As SpeechBrain does it: the epoch begins with the counts of the one before.
+    # SpeechBrain's behaviour: the epoch starts with the counts of the previous one.
     plain = theirs(shutil.copytree(tmp_path, tmp_path / "copy"), grad_accumulation_factor=3)
     assert fit(plain, valid).hparams.steps[0] == ("TRAIN", 2, BATCHES + 1)
     shutil.rmtree(tmp_path / "copy")

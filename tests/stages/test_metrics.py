@@ -1,4 +1,4 @@
-"""The numbers of a run: for ``monitor=``, in Lightning's loggers, without an edit."""
+"""Metrics of a recipe reach ``monitor=`` and Lightning's loggers without a change."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from brain_lightning import EpochCounter, Stage, to_lightning
 from brain_lightning.stages.metrics import Metrics
 from tests.support.brains import Regression, loader, make, trainer_with
 
-# Lightning's advice about workers, loggers and the like, as any user of it sees.
+# Warnings of Lightning about workers and loggers, which every Lightning user sees.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 WER = [30.0, 20.0, 25.0, 22.0, 10.0]
 
 
 class Logging(Regression):
-    """Reports numbers as recipes do."""
+    """Reports metrics like a recipe."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         super().on_stage_end(stage, stage_loss, epoch)
@@ -44,7 +44,7 @@ class Logging(Regression):
 
 
 class Saving(Regression):
-    """Reports by the meta of its checkpoints."""
+    """Reports metrics in the meta of its checkpoints."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         super().on_stage_end(stage, stage_loss, epoch)
@@ -55,7 +55,7 @@ class Saving(Regression):
 
 
 class Watching(Callback):
-    """What callbacks can monitor when a validation has ended."""
+    """Records the metrics that callbacks can monitor at the end of a validation."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -91,7 +91,7 @@ def test_losses_are_the_stages_own() -> None:
     trainer.test(to_lightning(brain), loader(), verbose=False)
     expected = {k: pytest.approx(v) for k, v in losses.items() if k != "test_loss"}
     (seen,) = watching.seen
-    # Of the last batch, as in a LightningModule (tests.plain_lightning.test_numbers).
+    # The loss of the last batch, as in a LightningModule (tests.plain_lightning.test_numbers).
     del seen["train_loss_step"]
     assert seen == expected | {"loss": expected["valid_loss"]}
     assert float(trainer.callback_metrics["test_loss"]) == pytest.approx(losses["test_loss"])
@@ -114,7 +114,7 @@ def test_numbers_reach_all_who_read_them_without_self_log(
     assert shown == {n: float(seen[0][n]) for n in ("train_loss", "valid_loss")}
     (found,) = trainer.validate(to_lightning(brain), loader(), verbose=False)
     assert found == {n: float(seen[0][n]) for n in ("valid_loss", "loss")}
-    # Nothing of the epoch is left, nor of the Brain's connector.
+    # No state of the epoch or of the Brain's connector is left.
     assert trainer.callback_metrics.keys() == found.keys()
     assert not hasattr(trainer._logger_connector, "brain_numbers")
     log.assert_not_called()
@@ -128,12 +128,12 @@ def test_what_a_recipe_logs_has_its_stage_and_valid_wins(tmp_path: Path) -> None
     assert seen["WER"] == seen["valid_WER"] == 30.0
     assert seen["accuracy"] == seen["train_accuracy"] == 0.5
     assert seen["lr"] == pytest.approx(0.1)
-    # Lightning counts epochs itself, and names files by them.
+    # Lightning counts epochs itself, and uses the number in file names.
     assert "epoch" not in seen
     assert "name" not in seen
     trainer.test(to_lightning(brain), loader(), verbose=False)
     assert float(trainer.callback_metrics["test_WER"]) == 5.0
-    # The recipe's own log is what it was.
+    # The recipe's own log is unchanged.
     log = (tmp_path / "train_log.txt").read_text()
     assert "valid WER: 30.00" in log
     assert "log_stats" not in vars(brain.hparams.train_logger)
@@ -142,7 +142,7 @@ def test_what_a_recipe_logs_has_its_stage_and_valid_wins(tmp_path: Path) -> None
 def test_early_stopping_on_what_an_unedited_recipe_logs(tmp_path: Path) -> None:
     brain = logging_brain(tmp_path)
     fit(brain, EarlyStopping("WER", patience=2))
-    # Epoch 2 is the best, 3 and 4 are not better.
+    # Epoch 2 is the best. Epochs 3 and 4 are not better.
     assert brain.hparams.epoch_counter.current == 4
     assert brain.events[-1] == ("end", "VALID", 4)
 
@@ -237,7 +237,7 @@ def test_the_loss_of_a_step_is_its_own() -> None:
             self.rows.append((step, metrics))
 
         def log_hyperparams(self, *_: Any) -> None:
-            """Nothing."""
+            """Does nothing."""
 
     class Keeping(Regression):
         def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Any, step: Any) -> None:
@@ -266,7 +266,7 @@ def test_a_test_is_logged_where_the_brain_is(tmp_path: Path) -> None:
 
 def test_early_stopping_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    # The loss falls: the second epoch is no better.
+    # The loss falls, so the second epoch does not have a higher one.
     stopping = EarlyStopping("valid_loss", mode="max", patience=1)
     make().fit(EpochCounter(5), loader(), loader(), trainer={"callbacks": [stopping]})
     assert "EarlyStopping('valid_loss') ended the training after epoch 2." in caplog.messages

@@ -1,4 +1,4 @@
-"""What a person watches."""
+"""Progress bars and progress lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RATE = r"\[[\d:]+<[\d:]+, +[\d.]+it/s, "
 
 
 class Remembering(Regression):
-    """Has the losses of its stages in ``losses``."""
+    """Records the losses of its stages in ``losses``."""
 
     def on_stage_end(self, stage: Any, stage_loss: float, epoch: Any = None) -> None:
         super().on_stage_end(stage, stage_loss, epoch)
@@ -57,7 +57,7 @@ def with_bar(cls: Any = Remembering, **run_opts: Any) -> Any:
 
 
 def lines_of(text: str) -> list[str]:
-    """What a terminal has in its lines in the end."""
+    """Returns the lines that a terminal shows at the end."""
     return [line.split("\r")[-1] for line in text.split("\n") if line.strip()]
 
 
@@ -121,7 +121,7 @@ def test_without_a_bar_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_bar_begins_no_pass(capfd: pytest.CaptureFixture[str]) -> None:
-    """Workers and seeds are made with the first batch, as without a bar."""
+    """Workers start and seeds are drawn at the first batch, as without a bar."""
 
     class Counting(DataLoader[Any]):
         begun = 0
@@ -157,7 +157,7 @@ def test_a_line_after_every_batch_where_the_interval_is_none(
 ) -> None:
     class Noisy(Regression):
         def on_fit_batch_end(self, *args: Any) -> None:
-            # A recipe that writes between bars adds no line of ours.
+            # If a recipe writes between bars, no progress line is added.
             torch.manual_seed(0)
             from tqdm import tqdm
 
@@ -167,7 +167,7 @@ def test_a_line_after_every_batch_where_the_interval_is_none(
     brain.fit(range(1, 2), loader())
     lines = capfd.readouterr().err.splitlines()
     found = [line[:22] for line in lines if line != "hello"]
-    # The last batch once, as the end of the stage.
+    # The last batch is shown once, at the end of the stage.
     batches = [f"TRAIN epoch 1: {20 * n:>3}% {n}/" for n in (1, 2, 3, 4, 5)]
     assert found == batches
     assert lines.count("hello") == 5
@@ -185,7 +185,7 @@ def test_a_stream_has_no_end_to_show(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 class Stderr(io.StringIO):
-    """Its ``isatty`` as of a terminal or a file; None as of what a recipe may put there."""
+    """A standard error with a given ``isatty``, which may be None."""
 
     def __init__(self, isatty: Any) -> None:
         super().__init__()
@@ -270,13 +270,13 @@ sys.modules |= {"ipywidgets": widgets, "IPython.display": display}
     ("ipywidgets", "bar"),
     [
         (WIDGETS, "tqdm.notebook True"),
-        # Without them a bar of characters; and no warning.
+        # Without widgets, a text bar is shown, without a warning.
         ("sys.modules['ipywidgets'] = None", "tqdm.std False"),
     ],
 )
 def test_a_notebook_has_its_own_bar(ipywidgets: str, bar: str) -> None:
     code = NOTEBOOK.format(ipywidgets=ipywidgets)
-    # It imports what others have imported already in a fork.
+    # A new process, because a fork has already imported these modules.
     done = run_python("-W", "error::UserWarning", "-c", code, real=True)
     assert done.stdout.split("\n")[:2] == [bar, "tqdm.std"], done.stderr
     assert "IProgress" not in done.stderr
@@ -286,7 +286,7 @@ def test_a_notebook_has_its_own_bar(ipywidgets: str, bar: str) -> None:
 
 
 def lightnings(cls: Any, found: list[dict[str, Any]]) -> Any:
-    """A bar of Lightning's that says what it was given to show."""
+    """A Lightning progress bar that records its metrics."""
 
     class Bar(cls):
         def get_metrics(self, *args: Any) -> Any:
@@ -322,7 +322,7 @@ def test_a_bar_of_lightnings_replaces_ours_and_shows_the_same(
     assert "valid_loss" in text
     assert re.search(r"valid_WER[:=] ?12\.5", text)
     assert "Epoch 1/-2" not in text
-    # As it was: no method of ours is left on it.
+    # No method of brain_lightning is left on the bar.
     assert "get_metrics" not in vars(bar)
 
 
@@ -390,7 +390,7 @@ COUNTS = """\
     ("configuration", "prefix"),
     [
         ("", "brain_lightning.brain.base - Brain Model Statistics:\n"),
-        # SpeechBrain's loggers let INFO pass by themselves, whatever the root's level.
+        # SpeechBrain's loggers log INFO, independent of the level of the root logger.
         ("logging.basicConfig(format='mine: %(message)s')", "mine: Brain Model Statistics:\n"),
         ("import os; os.environ['SB_LOG_LEVEL'] = 'WARNING'", None),
         ("logging.getLogger('brain_lightning').setLevel('ERROR')", None),

@@ -14,7 +14,7 @@ from tests.support.brains import make
 
 
 class Silent:
-    """A Trainer's side that gives nothing."""
+    """A ``TrainerSide`` without state."""
 
     shows_bar = validates = saves = draws_ahead = saves_within_batch = False
 
@@ -47,7 +47,7 @@ def test_whether_a_validation_is_sharded_is_decided_when_it_begins(
     run.begin(Silent())
     (loader,) = run.valid.wrap([[1, 2, 3]])
     loader.start()
-    # As a recipe may say in on_stage_start.
+    # A recipe may set this in on_stage_start.
     brain.shard_eval = False
     assert list(loader) == [1, 2, 3]
     loader.start()

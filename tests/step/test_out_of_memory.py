@@ -242,10 +242,10 @@ def test_a_skipped_batch_leaves_nothing_but_its_number(
     assert 0 < found.optimizer_step <= (2 * BATCHES - len(SKIPPED))
     # Includes the batch that failed in this hook.
     assert len(found.hparams.ended) == 2 * BATCHES - len(SKIPPED) + 1
-    told = [each for each in caplog.messages if "this batch makes no update" in each]
+    told = [each for each in caplog.messages if "this batch is skipped" in each]
     numbers = [*(range(1, 5)), *range(1, 6)]
     for number, (epoch, step), each in zip(numbers, sorted(SKIPPED), told, strict=True):
-        assert f"({number} of 5 forgiven in this epoch)" in each
+        assert f"({number} of 5 allowed in this epoch)" in each
         assert f"brain_lightning: in TRAIN, epoch {epoch}, step {step};" in each
     assert "Tried to allocate 2.00 GiB; brain_lightning: in TRAIN, epoch 1, step 2" in (
         caplog.text
@@ -299,7 +299,7 @@ def test_a_run_that_skipped_and_ended_resumes_bit_for_bit(
     # The count of skipped batches is saved, so a later failure of the epoch ends the run.
     for failures in [(first, (1, 8, where)), ((1, 10, where),), (second, (2, 8, where))]:
         found = end(brain_of(Greedy, tmp_path, *failures, **options))
-        assert found[-1] == "brain_lightning: the run is saved, and resumes with this batch"
+        assert found[-1] == "brain_lightning: the run was saved, and resumes with this batch"
     resumed = fit(brain_of(Greedy, tmp_path, **options))
     assert_same(expected, resumed)
     assert resumed.seen == expected.seen
@@ -312,7 +312,7 @@ def test_without_patience_the_first_failure_ends_the_run(tmp_path: Path) -> None
     assert found == [
         "brain_lightning: in TRAIN, epoch 1, step 3",
         "brain_lightning: the batch has 0 (4, 4), 1 (4, 2)",
-        "brain_lightning: the run is saved, and resumes with this batch",
+        "brain_lightning: the run was saved, and resumes with this batch",
     ]
     assert_same(clean, fit(brain_of(Greedy, tmp_path)))
 
@@ -334,7 +334,7 @@ def test_without_the_option_the_run_is_saved_too(tmp_path: Path) -> None:
     expected = fit(brain_of(Plain, None), batches())
     with pytest.raises(torch.OutOfMemoryError) as caught:
         fit(brain_of(Plain, tmp_path, (2, 5, "backward")), batches())
-    assert "the run is saved, and resumes with this batch" in notes(caught.value)[-1]
+    assert "the run was saved, and resumes with this batch" in notes(caught.value)[-1]
     found = fit(brain_of(Plain, tmp_path), batches())
     assert all_equal(weights(expected), weights(found))
     assert found.optimizer_step == expected.optimizer_step
@@ -342,7 +342,8 @@ def test_without_the_option_the_run_is_saved_too(tmp_path: Path) -> None:
     with pytest.raises(MemoryError) as caught:
         fit(brain_of(Plain, tmp_path / "step", (1, 5, "step")), batches())
     assert (
-        "the run is not saved, for an optimizer had begun to step" in notes(caught.value)[-1]
+        "the run was not saved, because an optimizer had begun its step"
+        in notes(caught.value)[-1]
     )
     assert not list((tmp_path / "step").glob("CKPT*"))
 
@@ -360,7 +361,7 @@ def test_a_trainer_of_the_user_saves_the_run(tmp_path: Path) -> None:
     expected = fit(brain_of(Greedy, None, first, **options))
     with pytest.raises(torch.OutOfMemoryError) as caught:
         by_trainer(brain_of(Greedy, None, first, (1, 7, "backward"), **options))
-    assert "the run is saved" in notes(caught.value)[-1]
+    assert "the run was saved" in notes(caught.value)[-1]
     resumed = by_trainer(brain_of(Greedy, None, **options), ckpt_path="last")
     assert_same(expected, resumed)
 
@@ -369,11 +370,11 @@ def test_a_run_that_is_not_saved_says_so(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     found = end(brain_of(Greedy, None, (1, 3, "forward")))
-    assert found[-1] == "brain_lightning: the run is not saved"
+    assert found[-1] == "brain_lightning: the run was not saved"
     brain = brain_of(Greedy, tmp_path, (1, 3, "forward"))
     brain._save_intra_epoch_ckpt = lambda: tmp_path.joinpath("no", "such").touch()
-    assert end(brain)[-1] == "brain_lightning: the run is not saved"
-    assert "could not be saved after the error that ends it" in caplog.text
+    assert end(brain)[-1] == "brain_lightning: the run was not saved"
+    assert "Could not save the run after the error that ends it" in caplog.text
 
 
 def test_without_memory_for_copies_a_batch_is_still_skipped(
@@ -388,7 +389,7 @@ def test_without_memory_for_copies_a_batch_is_still_skipped(
     fit(brain)
     assert brain.optimizer_step == BATCHES
     found = end(brain_of(Greedy, None, (1, 2, "step"), oom_patience=3))
-    assert "an optimizer had begun to step" in found[-1]
+    assert "an optimizer had begun its step" in found[-1]
 
 
 # ----------------------------------------------------------------------- what is said of it

@@ -72,16 +72,16 @@ def test_a_trainer_that_stops_on_one_rank_stops_all(outcomes: Outcomes) -> None:
 @pytest.mark.parametrize(
     ("scenario", "words"),
     [
-        (scenarios.epochs_apart, "RankMismatchError: the processes are at different epochs "
+        (scenarios.epochs_apart, "RankMismatchError: the ranks are at different epochs "
          "(rank 0: begins epoch 1; rank 1: begins epoch 2)"),
         (scenarios.updates_apart, "RankMismatchError: the processes differ in the number "
          "of optimizer steps (rank 0: 0; rank 1: 5)"),
         (scenarios.recovered_on_rank_0_alone, "RankMismatchError: the processes are at "
          "different points of the run (rank 0: recovers a checkpoint; rank 1: "
          "has recovered its checkpoint)"),
-        (scenarios.none_on_rank_0, "CheckpointError: rank 0 has no checkpoint, and others do "
-         "(rank 0: none; rank 1: CKPT+one)"),
-        (scenarios.damaged_on_rank_1, "CheckpointError: not every process could recover the "
+        (scenarios.none_on_rank_0, "CheckpointError: rank 0 has no checkpoint, but other "
+         "ranks do (rank 0: none; rank 1: CKPT+one)"),
+        (scenarios.damaged_on_rank_1, "CheckpointError: not every rank could recover the "
          "checkpoint of rank 0 (rank 0: recovered; rank 1: damaged)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -103,7 +103,7 @@ def test_what_cannot_go_on_ends_every_rank_in_words(
 def test_what_is_damaged_on_rank_0_is_named_on_every_rank(
     outcomes: Outcomes, scenario: Any
 ) -> None:
-    folder = f"{scenario.__name__}/node0 is damaged: move them away to start anew"
+    folder = f"{scenario.__name__}/node0 is damaged. To start from scratch, move them away"
     for error in errors(outcomes, scenario):
         assert error.startswith("CheckpointError: every checkpoint in ")
         assert error.endswith(folder)
@@ -115,7 +115,7 @@ def test_a_rank_that_cannot_write_ends_all(outcomes: Outcomes) -> None:
         "rank 0: recovered; rank 1: CheckpointError('the checkpoint of rank 0 could " in main
     )
     assert "could not be written to " in other
-    assert "no space left; set TMPDIR" in other
+    assert "no space left. Set TMPDIR" in other
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_checkpoint_on_the_disk_of_rank_0_is_recovered_by_all(
     assert all(map(torch.equal, weights, others))
     for words in told(outcomes, scenario):
         assert "(rank 0: CKPT+" in words
-        assert "; rank 1: none): all recover CKPT+" in words
+        assert "; rank 1: none). All ranks recover CKPT+" in words
 
 
 def test_nothing_is_sent_where_all_read_the_same_disk(outcomes: Outcomes) -> None:

@@ -35,7 +35,7 @@ def test_both_skip_what_one_has_no_memory_for(records: Any) -> None:
         assert len(told) == 16
         other = f"rank {1 - rank} ran out of memory in this batch, so no rank uses the batch"
         assert sum(other in each for each in told) == 8
-        assert "(1 of 2 forgiven in this epoch)" in told[0]
+        assert "(1 of 2 allowed in this epoch)" in told[0]
         assert "in TRAIN, epoch 1, step 2" in told[0]
 
 
@@ -43,7 +43,7 @@ def test_both_save_and_end_and_resume_bit_for_bit(records: Any) -> None:
     for rank, record in enumerate(of(records, memory_scenarios.ended_by_all)):
         (first, saved), (second, again), *same = record.results
         assert saved == again
-        assert saved == "brain_lightning: the run is saved, and resumes with this batch"
+        assert saved == "brain_lightning: the run was saved, and resumes with this batch"
         assert ("rank 1 ran" in first, "rank 0 ran" in second) == (rank == 0, rank == 1)
         assert len(same) > 10
         assert all(same)
@@ -52,7 +52,7 @@ def test_both_save_and_end_and_resume_bit_for_bit(records: Any) -> None:
 def test_what_processes_do_not_ask_each_other_is_said(records: Any) -> None:
     for record in of(records, memory_scenarios.not_agreed_upon):
         note, refused, of_ddp = record.results
-        assert "not saved, for the other processes cannot join. With oom_patience=0" in note
+        assert "the other ranks cannot take part in the save. Set oom_patience=0" in note
         assert refused.startswith(
             "oom_patience is not supported with several processes here: "
         )

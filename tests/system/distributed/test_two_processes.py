@@ -220,7 +220,7 @@ def test_shards_of_different_lengths_end_the_run_before_the_epoch(records: Any) 
     for record in of(records, scenarios.shards_of_different_lengths):
         ((name, message, step),) = record.results
         assert (name, step) == ("UnequalDataError", 0)
-        assert "have 3, 4 training batches, in order of their ranks" in message
+        assert "have 3, 4 training batches, in order of rank" in message
         assert "drop_last=True" in message
         assert not any(event[0] == "on_stage_start" for event in record.events)
 
@@ -228,7 +228,7 @@ def test_shards_of_different_lengths_end_the_run_before_the_epoch(records: Any) 
 def test_an_epoch_of_streams_ends_for_all_with_the_shortest(records: Any) -> None:
     one, other = of(records, scenarios.streams_of_different_lengths)
     assert one.results[-1] == other.results[-1] == 2 * 4
-    assert "no training batch left after 4: the epoch ends for all" in one.results[0]
+    assert "after batch 4. The epoch ends on all ranks" in one.results[0]
     assert_moved(one)
     for record in of(records, scenarios.a_stream_without_anything_on_one_rank):
         stages = [event for event in record.results[0] if event[0].startswith("on_stage")]

@@ -38,7 +38,7 @@ def test_it_runs_in_two_processes_with_the_validation_shared_out(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     # The second process prints nothing. Its counts are added to the counts of the first.
     assert done.stdout.count("epoch  2") == done.stdout.count("test digit error rate") == 1
-    assert "is not brought together" not in done.stderr
+    assert "is not merged over ranks" not in done.stderr
 
 
 def test_no_scan_is_in_two_of_the_sets() -> None:
