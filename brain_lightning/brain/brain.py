@@ -208,8 +208,9 @@ class Brain(FitAndEvaluate, BrainBase):
         if self.nonfinite_count > patience:
             raise NonFiniteLossError(
                 f"{found}, which is not finite, and nonfinite_patience={patience} is "
-                "exhausted. To debug, wrap fit() with torch.autograd.detect_anomaly(), or "
-                "pass trainer={'detect_anomaly': True}."
+                "exhausted. To find a gradient that is not finite, set "
+                "--trainer.detect_anomaly=true. To find the first such loss, set "
+                "--nonfinite_patience=0."
             )
         logger.warning(
             "%s, which is not finite. The batch is skipped (%d of %d that nonfinite_patience "

@@ -11,7 +11,7 @@ from brain_lightning.errors import PreflightError, RecipeError
 from brain_lightning.trials.preflight import PreflightAlone
 
 from .processes import run_in_processes
-from .script import parse_run, run_recipe
+from .script import parse_run, run_recipe, temporary_output
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +33,18 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
         "Runs a SpeechBrain recipe until it trains or evaluates. Then runs the longest "
         "batches of each set on a snapshot of the Brain: forward, backward and optimizer "
         "step. Reports the memory and the seconds of each batch, or the batch that ran out of "
-        "memory. Nothing is trained and no checkpoint is saved. Accepts the run options of "
+        "memory. Nothing is trained and no checkpoint is saved. The recipe writes to a "
+        "temporary output_folder, unless --output_folder is given. Accepts the run options of "
         "`brain-lightning run`."
     )
     _, script, rest, trainer = parse_run(parser, words)
-    return run_in_processes(
-        ["preflight", *words], script, rest, trainer, lambda: _try(script, rest, trainer)
-    )
+    with temporary_output(parser.prog, rest) as redirected:
+        # The processes that this one starts write to the same folder.
+        added = redirected[len(rest) :]
+        return run_in_processes(
+            ["preflight", *words, *added], script, redirected, trainer,
+            lambda: _try(script, redirected, trainer),
+        )  # fmt: skip
 
 
 def _try(script: str, words: Sequence[str], trainer: Mapping[str, Any]) -> None:

@@ -7,8 +7,10 @@ import logging
 import runpy
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -18,6 +20,7 @@ from lightning.pytorch import Callback
 from brain_lightning.brain.brain import Brain
 from brain_lightning.brain.own_trainer import PROCESSES, OwnTrainer
 from brain_lightning.brain.patch import patch_speechbrain
+from brain_lightning.distributed.communication import is_launched
 from brain_lightning.errors import RecipeError
 from brain_lightning.options.parse_arguments import parse_arguments, split_trainer
 from brain_lightning.options.trainer_arguments import check_trainer_arguments
@@ -167,13 +170,32 @@ def with_output_folder(words: Sequence[str], folder: Path) -> list[str]:
     return [*_split_output_folder(words)[1], f"--output_folder={folder}"]
 
 
-def names_output_folder(words: Sequence[str]) -> bool:
-    """Returns whether a command line has ``--output_folder``.
+@contextmanager
+def temporary_output(command: str, words: Sequence[str]) -> Iterator[list[str]]:
+    """Sets ``output_folder`` to a temporary folder, unless the command line has one.
 
     Args:
+        command: Name of a command that does not train, for the error message.
         words: Command line of the script.
+
+    Yields:
+        The command line, with an override appended if the folder was set.
+
+    Raises:
+        RecipeError: If several processes would create a folder each.
     """
-    return _split_output_folder(words)[0] is not None
+    if _split_output_folder(words)[0] is not None:
+        yield list(words)
+        return
+    with TemporaryDirectory(prefix="brain_lightning_") as folder:
+        redirected = with_output_folder(words, Path(folder, "output"))
+        if is_launched() and redirected != words:
+            raise RecipeError(
+                f"{command} creates one temporary output_folder per process, and processes "
+                "that torchrun or srun started need the same one. Set --output_folder=..., or "
+                "let --trainer.devices=2 start the processes."
+            )
+        yield redirected
 
 
 def _split_output_folder(words: Sequence[str]) -> tuple[str | None, list[str]]:

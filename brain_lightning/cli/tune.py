@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from brain_lightning.distributed.communication import if_main_process, is_launched
+from brain_lightning.distributed.communication import if_main_process
 from brain_lightning.errors import RecipeError, RunOptionError, UnsupportedError
 from brain_lightning.loggers.curves import is_rate
 from brain_lightning.loggers.rate_curve import write_rate_curve
@@ -21,13 +19,7 @@ from brain_lightning.options.value_keys import Keys, keys_of
 from brain_lightning.trials.tune import Found, Tuned, TuneFirstFit
 
 from .processes import run_in_processes
-from .script import (
-    hyperparameters_file,
-    names_output_folder,
-    parse_run,
-    run_recipe,
-    with_output_folder,
-)
+from .script import hyperparameters_file, parse_run, run_recipe, temporary_output
 
 KINDS = ("lr", "batch")
 # Names of hyperparameters by which recipes set each size.
@@ -67,7 +59,7 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     # The recipe's logger would log a run in which nothing is trained.
     trainer["logger"] = DummyLogger()
     plot = _checked_plot(Path(options.output)) if kind == "lr" else None
-    with _temporary_output(rest) as redirected:
+    with temporary_output(parser.prog, rest) as redirected:
         # The processes that this one starts write to the same folder.
         added = redirected[len(rest) :]
         return run_in_processes(
@@ -96,23 +88,6 @@ def _checked_plot(plot: Path) -> Path:
         )
     plot.parent.mkdir(parents=True, exist_ok=True)
     return plot
-
-
-@contextmanager
-def _temporary_output(words: Sequence[str]) -> Iterator[list[str]]:
-    """Sets ``output_folder`` to a temporary folder, unless the command line has one."""
-    if names_output_folder(words):
-        yield list(words)
-        return
-    with TemporaryDirectory(prefix="brain_lightning_tune_") as folder:
-        redirected = with_output_folder(words, Path(folder, "output"))
-        if is_launched() and redirected != words:
-            raise RecipeError(
-                "tune creates one temporary output_folder per process, and processes that "
-                "torchrun or srun started need the same one. Set --output_folder=..., or let "
-                "--trainer.devices=2 start the processes."
-            )
-        yield redirected
 
 
 def _tune(

@@ -7,6 +7,7 @@ copy. All ranks decide together whether the loss is finite, before an optimizer 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from math import isfinite
@@ -15,13 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brain_lightning.batch_content import ids_of
 from brain_lightning.distributed.batch_flags import BatchFlags, Reduction
+from brain_lightning.distributed.communication import rank
 from brain_lightning.errors import BrainTypeError
 from brain_lightning.host_copy import HostCopy
 from brain_lightning.optimizers.active import trained_parameters
 from brain_lightning.protocol import BrainProtocol, has_own
 
 from .window import share_of_window, weight_of
+
+logger = logging.getLogger(__name__)
 
 
 class FiniteCheck:
@@ -62,6 +67,7 @@ class TrainingLoss:
 
     Args:
         brain: Brain in training.
+        batch: Batch as the DataLoader returned it.
         outputs: Return value of ``compute_forward``.
         loss: Return value of ``compute_objectives``, with one element.
         weight: Weight of the batch in its accumulation window (see ``window.py``).
@@ -79,9 +85,15 @@ class TrainingLoss:
     _is_deferred = False
 
     def __init__(
-        self, brain: BrainProtocol, outputs: Any, loss: Tensor, weight: Tensor | None
+        self,
+        brain: BrainProtocol,
+        batch: Any,
+        outputs: Any,
+        loss: Tensor,
+        weight: Tensor | None,
     ) -> None:
-        self._brain, self.outputs, self.loss, self.weight = brain, outputs, loss, weight
+        self._brain, self._batch = brain, batch
+        self.outputs, self.loss, self.weight = outputs, loss, weight
         self.scaled = brain.scaler.scale(share_of_window(brain, loss, weight))
         self._copy = None if loss.is_cpu else HostCopy(loss)
         self._version = loss._version
@@ -149,6 +161,9 @@ class TrainingLoss:
 
     def _decide(self, finite: bool, here: bool) -> None:
         self.finite = finite
+        if not here and (ids := ids_of(self._batch)):
+            # The hook below does not know the batch, and all ranks call it.
+            logger.warning("The loss of batch.id %s on rank %d is not finite.", ids, rank())
         # For a finite loss, the default hook would only repeat the check.
         if not finite or has_own(self._brain, "check_loss_isfinite"):
             loss = self.scaled if finite or not here else self.scaled * torch.nan
@@ -178,7 +193,7 @@ def training_loss(brain: BrainProtocol, batch: Any) -> TrainingLoss:
             f"element, got {_describe(loss)}. Reduce the loss, for example with .mean(), or "
             "override fit_batch."
         )
-    return TrainingLoss(brain, outputs, loss, weight_of(brain, batch, loss))
+    return TrainingLoss(brain, batch, outputs, loss, weight_of(brain, batch, loss))
 
 
 @torch.no_grad()

@@ -79,6 +79,26 @@ def test_the_fourth_raises_and_the_log_names_the_step(caplog: Any) -> None:
     assert brain.optimizer_step == 1
 
 
+def test_the_log_names_the_batch_on_the_rank_whose_loss_is_not_finite(caplog: Any) -> None:
+    class Named(Regression):
+        def compute_forward(self, batch: Any, stage: Any) -> Any:
+            return super().compute_forward(batch["data"], stage)
+
+        def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+            loss = super().compute_objectives(predictions, batch["data"], stage)
+            return loss * float("inf") if "utt2" in batch["id"] else loss
+
+    batches = [
+        {"id": [f"utt{n}", f"utt{n + 1}"], "data": batch}
+        for n, batch in zip((0, 2, 4), loader(), strict=False)
+    ]
+    brain = make(Named)
+    brain.fit(range(1), batches, train_loader_kwargs={"batch_size": None})
+    named = [message for message in caplog.messages if "batch.id" in message]
+    assert named == ["The loss of batch.id ['utt2', 'utt3'] on rank 0 is not finite."]
+    assert brain.optimizer_step == 2
+
+
 def test_it_is_a_value_error_as_in_speechbrain() -> None:
     with pytest.raises(ValueError, match="patience"):
         make(nan_at(1), nonfinite_patience=0).fit(range(1), loader())
