@@ -187,9 +187,9 @@ class Recoverables:
             if "dataloader" not in name and not self.optional_recoverables.get(name):
                 raise NotInCheckpointError(
                     f"{missing}, because it was saved without this object. To load the other "
-                    "objects, set allow_partial_load=True"
+                    "objects, set allow_partial_load=True."
                 )
-            warnings.warn(f"{missing}. The object is not loaded", UserWarning, stacklevel=4)
+            warnings.warn(f"{missing}. The object is not loaded.", UserWarning, stacklevel=4)
         return {name: found[name] for name in self.recoverables if name in found}
 
     def read(self, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -396,5 +396,5 @@ def _no_hook(verb: str, name: str, obj: Any, method: str, argument: str) -> Chec
     return CheckpointError(
         f"{name!r}, a {type(obj).__name__}, has no hook to {verb} it. Define {method}, "
         "register its class with register_checkpoint_hooks, or pass "
-        f"{argument} to add_recoverable"
+        f"{argument} to add_recoverable."
     )

@@ -33,7 +33,8 @@ WRAPPER_REMARKS: dict[str, Callable[[EntryUse], bool]] = {
     WRAPPED + f", and lacks the attributes of the entry: {{}}. {UNWRAP}": lambda use: (
         use.attribute not in MODULE_ATTRIBUTES | WRAPPER_ATTRIBUTES
     ),
-    WRAPPED + f". It has another attribute of this name, or is no sequence: {{}}. {UNWRAP}": (
+    WRAPPED
+    + f". It has another attribute of this name, or is not a sequence: {{}}. {UNWRAP}": (
         lambda use: use.attribute in WRAPPER_ATTRIBUTES - MODULE_ATTRIBUTES - {"module"}
     ),
     WRAPPED + f", and prefixes all names with 'module.': {{}}. {UNWRAP}": (

@@ -47,7 +47,7 @@ def save_whole_optimizers(objects: Iterable[object]) -> list[Optimizer]:
     """Registers hooks with which optimizers of sharded parameters save and load full tensors.
 
     Args:
-        objects: Any objects. Objects that are no optimizers of sharded parameters, and
+        objects: Any objects. Objects that are not optimizers of sharded parameters, and
             optimizers that have the hooks already, are ignored.
 
     Returns:

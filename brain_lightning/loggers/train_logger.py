@@ -155,7 +155,10 @@ class LightningTrainLogger:
         if not if_main_process():
             return
         if importlib.util.find_spec("matplotlib") is None:
-            self._warn(f"figure {name!r} is not logged. Install matplotlib to log figures")
+            self._warn(
+                f"figure {name!r} is not logged, because matplotlib is not installed. Run pip "
+                "install matplotlib."
+            )
             return
         for each in self._logs():
             # Each logger gets a new figure, because TensorBoard closes it.

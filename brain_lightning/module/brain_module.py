@@ -154,7 +154,7 @@ class BrainModule(LightningModule):
             raise
 
     def configure_optimizers(self) -> Optimizer:
-        """Calls ``on_fit_start`` of the Brain, which compiles, init_optimizers and recovers.
+        """Calls ``on_fit_start``: compiles, creates the optimizers, recovers the checkpoint.
 
         Lightning calls this method after it moved the modules to their device and
         initialized the process group.

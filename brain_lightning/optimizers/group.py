@@ -83,7 +83,7 @@ class OptimizerGroup(Optimizer):
 
     ``init_optimizers`` passes all parameters to an optimizer, whereas
     ``configure_optimizers`` of a LightningModule usually passes only those that are not
-    frozen. Callbacks expect the latter. Therefore parameters that were frozen at that time are
+    frozen. Callbacks expect only these. Therefore parameters that were frozen at that time are
     hidden here until a callback adds them. From then on they are only in the added group.
     Parameters that are unfrozen but not added, such as normalization layers with
     ``train_bn=False``, are in no group.

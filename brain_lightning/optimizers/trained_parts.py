@@ -44,7 +44,7 @@ class TrainedParts:
         self.remember()
 
     def remember(self) -> None:
-        """Records what is not trained now. These are few, and everything else is trained."""
+        """Records the switches that are off now. All other switches are on."""
         self._frozen = {
             plain_name(name, self._brain)
             for name, owner, attribute in _switches(self._brain)

@@ -247,5 +247,7 @@ def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
-            raise RunOptionError(f"unknown {kind} {name!r}: {hint}")
+            hint = (
+                f"Did you mean {close[0]!r}?" if close else f"Use one of {', '.join(known)}."
+            )
+            raise RunOptionError(f"unknown {kind} {name!r}. {hint}")

@@ -200,7 +200,7 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
         raise CheckpointError(
             "the state of the run was saved by a newer brain_lightning, as version "
             f"{version}, but this release reads versions up to {VERSION}. Upgrade "
-            "brain_lightning, or recover a checkpoint that this release has saved"
+            "brain_lightning, or recover a checkpoint that this release has saved."
         )
     if version == 0:
         state = _from_version_0(state, end_of_epoch)

@@ -40,7 +40,7 @@ def wraps_itself(brain: BrainProtocol) -> bool:
 
 
 def save_whole(brain: BrainProtocol) -> None:
-    """Makes the optimizers of sharded modules save and load whole tensors.
+    """Makes the optimizers of sharded modules save and load full tensors.
 
     Args:
         brain: Brain with its optimizers.
