@@ -196,9 +196,9 @@ def test_option_values_of_the_protocol_are_the_run_options_with_their_types() ->
 
 
 def test_the_error_for_an_unknown_option_suggests_a_name() -> None:
-    with pytest.raises(RunOptionError, match="'max_grad_nrom'. Did you mean 'max_grad_norm'"):
+    with pytest.raises(RunOptionError, match=r"'max_grad_nrom'. Did you mean 'max_grad_norm'"):
         Brain(run_opts={"max_grad_nrom": 1})
-    with pytest.raises(RunOptionError, match="'xyz'. Use one of test_only, debug"):
+    with pytest.raises(RunOptionError, match=r"'xyz'. Use one of test_only, debug"):
         Brain(run_opts={"xyz": 1})
 
 
