@@ -148,7 +148,7 @@ class BrainCallback(Callback):
         state, brain = self.run.run_state, self.run.brain
         if brain._lightning.oom_patience is not None and trainer.world_size > 1:
             synchronize_oom(brain, self._for_the_run)
-        state.position.records_fetches = self._side.draws_ahead
+        state.position.records_fetches = self._side.saves_after_fetch
         if state.resumed is not None:
             self._side.resume(state.resumed)
         else:

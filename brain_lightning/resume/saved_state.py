@@ -138,15 +138,15 @@ class TrainerSide(Protocol):
         shows_bar: Whether to show SpeechBrain's bar.
         validates: Whether the run validates.
         saves: Whether the Trainer saves within an epoch if the Brain has no Checkpointer.
-        draws_ahead: Whether a save may happen after the next batch is fetched and before it
-            is fitted.
+        saves_after_fetch: Whether a save may happen after the next batch is fetched and
+            before it is fitted.
         saves_within_batch: Whether a save may happen in the middle of a batch.
     """
 
     shows_bar: bool
     validates: bool
     saves: bool
-    draws_ahead: bool
+    saves_after_fetch: bool
     saves_within_batch: bool
 
     def state(self) -> State:
@@ -181,7 +181,7 @@ class TrainerSide(Protocol):
             Whether the scheduler has accepted the request.
         """
 
-    def is_telling_of_batch(self) -> bool:
+    def may_call_end_hooks(self) -> bool:
         """Whether batch-end hooks of the last batch are missing, and can be called later."""
 
 
