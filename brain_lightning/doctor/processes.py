@@ -130,7 +130,7 @@ def _hparams_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
     ):
         names = list(dict.fromkeys(call.name for call in computing))
         more = f" or {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        listed = ", ".join(names[:SHOWN]) + more
+        listed = " or ".join(names[:SHOWN]) + more
         says = (
             f"Gradients are not averaged if hparams.{listed} is an entry of modules, because "
             f"self.hparams bypasses its wrapper. Call self.modules.{names[0]}."

@@ -105,7 +105,7 @@ class RunOptions(Mapping[str, Any]):
         ckpt_interval_steps: Steps between checkpoints within an epoch. 0 disables them. If
             set, it replaces the default of ckpt_interval_minutes.
         shard_eval: With several processes, each process validates a part of the data.
-            Validation is faster and its results are the same.
+            Validation is faster and its results are the same. Not an option of SpeechBrain.
         async_save: Write checkpoints in the background. Training waits only while tensors are
             copied, and on a GPU not even for that. Not an option of SpeechBrain.
         preflight: Before training, try the longest batches of each set and show the memory and

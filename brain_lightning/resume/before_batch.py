@@ -40,8 +40,8 @@ class BeforeBatch:
     """The state before a batch.
 
     The counts are always copied. Everything else is copied only if something may save in the
-    middle of a batch: gradients, buffers, statistics and random states before the batch, and
-    weights and optimizers before the first optimizer step that changes them.
+    middle of a batch. Gradients, buffers, statistics and random states are copied before the
+    batch, weights and optimizers before the first optimizer step that changes them.
 
     Args:
         brain: The Brain that trains.
