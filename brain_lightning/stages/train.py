@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brain_lightning.compat.versions import add_note
-from brain_lightning.distributed.communication import on_any_rank
+from brain_lightning.distributed.communication import if_main_process, on_any_rank
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
 from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
@@ -83,6 +83,9 @@ class TrainStage(RunStage):
         brain, epoch = self.brain, self.epoch
         self.is_running = True
         self.run.current = self
+        resumed = self.run_state.resumed_epoch
+        if resumed is not None and if_main_process():
+            logger.info("Resuming epoch %s after batch %d", epoch, resumed["batches"])
         self.run_state.start_training(self.loader.loader)
         brain.on_stage_start(self.brain_stage, epoch)
         brain.modules.train()
