@@ -36,7 +36,6 @@ def test_a_process_whose_recipe_handles_the_signal_ends_with_the_others(
         termination.install(signal.SIGTERM, lambda _: False)
         assert signal.getsignal(signal.SIGTERM) is handler
         assert termination.handles_sigterm
-        assert termination.handles_sigterm
         assert termination.requested("cpu") == signal.SIGTERM
         assert asked == [False]
         termination.restore()
