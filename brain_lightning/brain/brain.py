@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from brain_lightning.checkpoints.state_files import not_finite
 from brain_lightning.data import dataloaders as data
 from brain_lightning.distributed.communication import is_distributed_initialized
 from brain_lightning.errors import NonFiniteLossError
@@ -29,6 +30,22 @@ from .base import BrainBase
 from .fit import FitAndEvaluate
 
 logger = logging.getLogger(__name__)
+
+
+def _cause_of_nonfinite_loss(brain: Brain) -> str:
+    """Tells whether the batch is the cause, or an earlier batch.
+
+    Args:
+        brain: The Brain, before the batch changes its parameters.
+    """
+    broken = not_finite(brain.modules)
+    if not broken:
+        return "All parameters are finite, so look at the batch and at the loss function."
+    return (
+        f"Parameters of {', '.join(broken)} are not finite, because an earlier batch had a "
+        "gradient that was not finite. To find it, resume from a checkpoint with "
+        "--trainer.detect_anomaly=true."
+    )
 
 
 class Brain(FitAndEvaluate, BrainBase):
@@ -203,21 +220,20 @@ class Brain(FitAndEvaluate, BrainBase):
         if torch.isfinite(loss):
             return
         self.nonfinite_count += 1
-        found = f"Loss is {loss.item()} at step {self.step}"
+        found = f"Loss is {loss.item()} at step {self.step}, which is not finite"
         patience = self.nonfinite_patience
         if self.nonfinite_count > patience:
             raise NonFiniteLossError(
-                f"{found}, which is not finite, and nonfinite_patience={patience} is "
-                "exhausted. To find a gradient that is not finite, set "
-                "--trainer.detect_anomaly=true. To find the first such loss, set "
-                "--nonfinite_patience=0."
+                f"{found}, and nonfinite_patience={patience} is exhausted. "
+                f"{_cause_of_nonfinite_loss(self)}"
             )
         logger.warning(
-            "%s, which is not finite. The batch is skipped (%d of %d that nonfinite_patience "
-            "allows in this epoch).",
+            "%s. The batch is skipped (%d of %d that nonfinite_patience allows in this "
+            "epoch). %s",
             found,
             self.nonfinite_count,
             patience,
+            _cause_of_nonfinite_loss(self),
         )
 
     def update_average(self, loss: Any, avg_loss: float) -> float:

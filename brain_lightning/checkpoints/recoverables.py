@@ -129,7 +129,7 @@ class Recoverables:
         broken = state_files.not_finite(self.recoverables)
         if broken:
             logger.error(
-                "No checkpoint is saved: %s has a parameter that is not finite. The earlier "
+                "No checkpoint is saved, because parameters of %s are not finite. The earlier "
                 "checkpoints are unchanged.",
                 ", ".join(broken),
             )

@@ -58,11 +58,6 @@ class Termination:
         return signal.SIGTERM in self._signals
 
     @property
-    def is_installed(self) -> bool:
-        """Whether the ranks exchange the signals that they received."""
-        return bool(self._signals)
-
-    @property
     def is_requested(self) -> bool:
         """Whether this rank received one of the signals and has not handled it yet."""
         return bool(self._received)

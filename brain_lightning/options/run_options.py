@@ -88,7 +88,8 @@ class RunOptions(Mapping[str, Any]):
         max_grad_norm: Clip the gradient norm of each optimizer to this value. 0 or less
             disables clipping.
         skip_nonfinite_grads: If the gradient of a parameter has NaN or infinite values, drop
-            it and update the other parameters.
+            it and update the other parameters. With clipping (max_grad_norm), all gradients
+            of its optimizer are dropped.
         nonfinite_patience: Number of batches per epoch that may have a NaN or infinite loss.
             Their updates are skipped. The next such batch ends the run with an error.
         oom_patience: Number of batches per epoch that may run out of memory. All processes

@@ -26,7 +26,7 @@ from .epochs import Epochs
 from .error_context import add_context
 from .evaluation import TestStage, ValidStage
 from .metrics import Metrics, record
-from .train import BatchEndFlags, TrainStage
+from .train import TrainStage
 
 logger = logging.getLogger(__name__)
 
@@ -156,12 +156,8 @@ class Run:
         """
         self.trainer = self.run_state.trainer = trainer
         self._running.append(self)
-        self.flags = BatchFlags(self._batch_end_flags)
+        self.flags = BatchFlags(self.train.flags_of_rank)
         self.temporary.set(self.brain._lightning, "flags", self.flags)
-
-    def _batch_end_flags(self) -> BatchEndFlags:
-        """Returns the flags of this rank."""
-        return BatchEndFlags(self.termination.is_requested, self.train.is_time_to_save())
 
     def close(self) -> None:
         """Ends the run and every pass over its data, and undoes temporary changes."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from brain_lightning.compat.versions import add_note
-from brain_lightning.distributed.communication import on_any_rank
+from brain_lightning.distributed.communication import if_main_process, on_any_rank
 from brain_lightning.phase import Phase
 from brain_lightning.stage import Stage
 from brain_lightning.step.out_of_memory import free, is_out_of_memory, notes
@@ -25,18 +25,6 @@ from .loader import StageLoader
 from .metrics import scalar
 
 logger = logging.getLogger(__name__)
-
-
-class BatchEndFlags(NamedTuple):
-    """Flags of a rank at the end of a training batch. A flag of one rank holds for all ranks.
-
-    Attributes:
-        is_terminated: Whether a signal requests to end the run.
-        is_time_to_save: Whether a checkpoint within the epoch is due by the clock of rank 0.
-    """
-
-    is_terminated: bool
-    is_time_to_save: bool
 
 
 class TrainStage(RunStage):
@@ -95,6 +83,9 @@ class TrainStage(RunStage):
         brain, epoch = self.brain, self.epoch
         self.is_running = True
         self.run.current = self
+        resumed = self.run_state.resumed_epoch
+        if resumed is not None and if_main_process():
+            logger.info("Resuming epoch %s after batch %d", epoch, resumed["batches"])
         self.run_state.start_training(self.loader.loader)
         brain.on_stage_start(self.brain_stage, epoch)
         brain.modules.train()
@@ -289,12 +280,20 @@ class TrainStage(RunStage):
         """Counts a batch after all batch-end hooks were called. May save, or end the run."""
         self.windows += not self.accumulates
         self.run_state.end_batch()
-        flags = BatchEndFlags(*self.run.flags.take(self.brain.device))
+        is_terminated, is_time_to_save = self.run.flags.take(self.brain.device)
         if not self._is_debugged():
             assert self._checkpoints is not None
-            self._checkpoints.after_step(flags.is_time_to_save)
-            if flags.is_terminated:
+            self._checkpoints.after_step(is_time_to_save)
+            if is_terminated:
                 self.run.end_if_terminated()
+
+    def flags_of_rank(self) -> tuple[bool, bool]:
+        """Returns the flags that ``end_batch`` reads. A flag of one rank holds for all ranks.
+
+        Returns:
+            Whether a signal requests to end the run, and whether it is time to save.
+        """
+        return self.run.termination.is_requested, self.is_time_to_save()
 
     def is_time_to_save(self) -> bool:
         """Whether a checkpoint within the epoch is due by the clock of rank 0."""

@@ -240,7 +240,7 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(
     state.model.weight.data[0, 3] = torch.inf
     assert state.checkpointer.save_checkpoint() is None
     state.checkpointer.save_and_keep_only()
-    assert "model has a parameter that is not finite" in caplog.text
+    assert "because parameters of model are not finite" in caplog.text
     assert names(folder) == {"CKPT+1"}
     assert recovered(folder) == {1.0}
 

@@ -32,16 +32,15 @@ def test_a_process_whose_recipe_handles_the_signal_ends_with_the_others(
     before = signal.signal(signal.SIGTERM, handler)
     try:
         termination = Termination()
-        assert not termination.is_installed
+        assert not termination.handles_sigterm
         termination.install(signal.SIGTERM, lambda _: False)
         assert signal.getsignal(signal.SIGTERM) is handler
-        assert termination.is_installed
         assert termination.handles_sigterm
         assert termination.requested("cpu") == signal.SIGTERM
         assert asked == [False]
         termination.restore()
         assert signal.getsignal(signal.SIGTERM) is handler
-        assert not termination.is_installed
+        assert not termination.handles_sigterm
     finally:
         signal.signal(signal.SIGTERM, before)
 

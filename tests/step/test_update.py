@@ -99,6 +99,21 @@ def test_the_log_names_the_batch_on_the_rank_whose_loss_is_not_finite(caplog: An
     assert brain.optimizer_step == 2
 
 
+def test_the_log_tells_whether_the_parameters_are_finite(caplog: Any) -> None:
+    class Diverged(nan_at(2)):  # type: ignore[misc]
+        def optimizers_step(self) -> None:
+            super().optimizers_step()
+            if self.optimizer_step == 2:
+                self.modules.model.bias.data.fill_(torch.nan)
+
+    brain = make(Diverged, nonfinite_patience=2)
+    with pytest.raises(NonFiniteLossError, match="Parameters of model are not finite"):
+        brain.fit(range(1), loader(24))
+    skipped = [message for message in caplog.messages if "batch is skipped" in message]
+    found = ["All parameters are finite" in message for message in skipped]
+    assert found == [True, False]
+
+
 def test_it_is_a_value_error_as_in_speechbrain() -> None:
     with pytest.raises(ValueError, match="patience"):
         make(nan_at(1), nonfinite_patience=0).fit(range(1), loader())

@@ -39,7 +39,7 @@ def test_a_run_ends_as_its_script(how: str, processes: list[str]) -> None:
     )
     assert shell_status(done.returncode) == ENDS[how], done.stderr
     assert ("Traceback" in done.stderr) == (how == "crashes"), done.stderr
-    said = "brain-lightning: error: run option progress='tqdm' is not one of"
+    said = "brain-lightning: error: run option progress='tqdm' is not supported"
     assert (said in done.stderr) == (how == "has a mistake")
     if processes and ENDS[how]:
         assert f"Rank 1 failed with exit status {ENDS[how]}." in done.stderr

@@ -103,7 +103,7 @@ def test_what_cannot_go_on_ends_every_rank_in_words(
 def test_what_is_damaged_on_rank_0_is_named_on_every_rank(
     outcomes: Outcomes, scenario: Any
 ) -> None:
-    folder = f"{scenario.__name__}/node0 is damaged. To start from scratch, move them away"
+    folder = f"{scenario.__name__}/node0 is damaged. To start from scratch, move them away."
     for error in errors(outcomes, scenario):
         assert error.startswith("CheckpointError: every checkpoint in ")
         assert error.endswith(folder)
