@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 def _cause_of_nonfinite_loss(brain: Brain) -> str:
-    """Tells whether the batch is the cause, or an earlier batch.
+    """Describes whether this batch or an earlier one causes a loss that is not finite.
 
     Args:
         brain: The Brain, before the batch changes its parameters.
     """
-    broken = not_finite(brain.modules)
+    broken = not_finite(dict(brain.modules.items()))
     if not broken:
         return "All parameters are finite, so look at the batch and at the loss function."
     return (

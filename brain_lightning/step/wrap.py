@@ -39,7 +39,7 @@ def wraps_itself(brain: BrainProtocol) -> bool:
     return overrides(type(brain), "_wrap_distributed") or not (own is None or ours)
 
 
-def save_whole(brain: BrainProtocol) -> None:
+def save_full_states(brain: BrainProtocol) -> None:
     """Makes the optimizers of sharded modules save and load full tensors.
 
     Args:
