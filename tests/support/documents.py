@@ -23,7 +23,6 @@ from hyperpyyaml import load_hyperpyyaml
 
 from .brains import Regression, dataset, sgd
 from .processes import LAUNCHERS, ROOT, programs, variables
-from .upstream import SPEECHBRAIN
 
 # The least that every example can learn from.
 SMALL = {
@@ -103,10 +102,6 @@ class Scratch:
         shutil.copytree(ROOT / "examples", folder / "examples", ignore=left_out)
         for name, values in SMALL.items():
             _change(folder / "examples" / name, values)
-        if SPEECHBRAIN < "1.1":
-            # Its Brain takes cuda:0, also if there is none.
-            with (folder / "examples/porting/before/hparams.yaml").open("a") as file:
-                file.write("\ndevice: cpu\n")
 
     def run(self, block: Block) -> subprocess.CompletedProcess[str]:
         """What a shell block says and returns; it runs once, after those above it.
