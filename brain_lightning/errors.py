@@ -61,7 +61,7 @@ class NotInCheckpointError(CheckpointError):
 
 
 class NoSuchCheckpointError(ValueError):
-    """The requested checkpoint does not exist, or a key also selects another checkpoint."""
+    """The requested checkpoint does not exist, or more than one argument selects one."""
 
 
 class CheckpointSaveError(OSError):

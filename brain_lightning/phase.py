@@ -1,4 +1,4 @@
-"""The phase of an epoch: what is done, and what comes next."""
+"""The phase of an epoch: which steps are complete, and which step comes next."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum, auto
 
 
 class Phase(Enum):
-    """What is done of the current epoch. Everything that saves a run reads it.
+    """The steps of the current epoch that are complete. Everything that saves a run reads it.
 
     While a hook of the Brain runs, a save in the hook counts the hook as done. If the hook
     fails, it is called again when the run is resumed.

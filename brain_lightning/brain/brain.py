@@ -33,16 +33,18 @@ logger = logging.getLogger(__name__)
 
 
 def _cause_of_nonfinite_loss(brain: Brain) -> str:
-    """Tells whether the batch is the cause, or an earlier batch.
+    """Describes whether this batch or an earlier one causes a loss that is not finite.
 
     Args:
         brain: The Brain, before the batch changes its parameters.
     """
-    broken = not_finite(brain.modules)
+    broken = not_finite(dict(brain.modules.items()))
     if not broken:
-        return "All parameters are finite, so look at the batch and at the loss function."
+        # If modules are sharded, each rank checks its own shards.
+        where = " on this rank" if is_distributed_initialized() else ""
+        return f"All parameters{where} are finite. Look at the batch and at the loss function."
     return (
-        f"Parameters of {', '.join(broken)} are not finite, because an earlier batch had a "
+        f"Parameters of {', '.join(broken)} are not finite. Probably an earlier batch had a "
         "gradient that was not finite. To find it, resume from a checkpoint with "
         "--trainer.detect_anomaly=true."
     )

@@ -23,7 +23,7 @@ from . import own_trainer as trainers
 
 logger = logging.getLogger(__name__)
 
-# A placeholder for the Trainer's data, because each _fit_train and _fit_valid passes its own.
+# A placeholder for the Trainer's data. Each call of _fit_train and _fit_valid passes its data.
 # It is long, because Lightning raises an error if limit_train_batches=0.1 is below one batch.
 _NO_DATA = range(1_000_000)
 

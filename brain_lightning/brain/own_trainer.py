@@ -242,7 +242,7 @@ def _own_and_given(
 
 
 def _tasks_of_slurm() -> int:
-    """Returns the number of processes that srun started, or 0 if it did not start this one."""
+    """Returns how many processes srun started, or 0 if srun did not start this process."""
     started = SLURMEnvironment.detect() and not is_launched()
     return int(os.environ.get("SLURM_NTASKS", 1)) if started else 0
 

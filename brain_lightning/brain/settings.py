@@ -13,8 +13,8 @@ from brain_lightning.protocol import is_value_of
 class Setting:
     """Reads one field of a Brain's ``LightningSettings``.
 
-    A recipe may define a class attribute or assign ``self.name = ...`` of the same name. This
-    value belongs to the recipe, and runs ignore it.
+    A recipe may use the same name for a class attribute or an attribute of ``self``. Its value
+    belongs to the recipe, and runs ignore it.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -25,7 +25,7 @@ class Setting:
 
 
 class OptionSetting(Setting):
-    """A run option. A recipe may assign a valid value in a hook, which changes the option."""
+    """A run option. If a hook of a recipe assigns a valid value, the option changes."""
 
     def __get__(self, brain: Any, owner: type | None = None) -> Any:
         own = {} if brain is None else vars(brain)

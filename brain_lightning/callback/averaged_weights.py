@@ -66,7 +66,7 @@ def _why_no_average(callback: StochasticWeightAveraging, trainer: Trainer) -> st
     if epochs < end:
         return (
             f"StochasticWeightAveraging ends in epoch {end}, {ended}. Use "
-            "Trainer(max_epochs=-1) to use the average in whichever epoch the run ends"
+            "Trainer(max_epochs=-1) to use the average in the epoch in which the run ends"
         )
     return ""
 

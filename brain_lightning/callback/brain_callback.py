@@ -32,7 +32,7 @@ from brain_lightning.phase import Phase
 from brain_lightning.stages.run import Run
 from brain_lightning.stages.sharded_evaluation import fetches_collectively
 from brain_lightning.step.synchronized import synchronize_oom
-from brain_lightning.step.wrap import save_whole, wrap_modules, wraps_itself
+from brain_lightning.step.wrap import save_full_states, wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
 from brain_lightning.trials.finders import Finders
 from brain_lightning.trials.preflight import preflight_if_asked
@@ -148,7 +148,7 @@ class BrainCallback(Callback):
         state, brain = self.run.run_state, self.run.brain
         if brain._lightning.oom_patience is not None and trainer.world_size > 1:
             synchronize_oom(brain, self._for_the_run)
-        state.position.records_fetches = self._side.draws_ahead
+        state.position.records_fetches = self._side.saves_after_fetch
         if state.resumed is not None:
             self._side.resume(state.resumed)
         else:
@@ -198,7 +198,7 @@ class BrainCallback(Callback):
         if strategies.is_parallel(trainer) and not wraps_itself(run.brain):
             # A callback or on_stage_start may have unfrozen or replaced modules.
             wrap_modules(run.brain)
-            save_whole(run.brain)
+            save_full_states(run.brain)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the validation run to the end of its loader."""

@@ -77,7 +77,7 @@ class LightningSide:
         self.validates = trainer.enable_validation
         self.saves = bool(trainer.checkpoint_callbacks) or is_asked_for(run.brain)
         self.saves_within_batch = saves_within_batch(trainer, run.brain)
-        self.draws_ahead = self.saves_within_batch or saves_between_batches(trainer)
+        self.saves_after_fetch = self.saves_within_batch or saves_between_batches(trainer)
         self.called_hooks = CalledHooks(trainer, run)
         self.average = AverageInUse()
         self._trained = TrainedParts(run.brain)
@@ -93,7 +93,7 @@ class LightningSide:
         counts = progress(trainer)
         counts["global_step"] += train.uncounted_steps
         # The state after this batch is saved, but the batch is not counted yet.
-        counts_batch = train.is_fitted and not self.is_telling_of_batch()
+        counts_batch = train.is_fitted and not self.may_call_end_hooks()
         metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
         return {
             "progress": {**counts, "batches": train.earlier},
@@ -144,7 +144,7 @@ class LightningSide:
                 states[callback.state_key] = state
         return states
 
-    def is_telling_of_batch(self) -> bool:
+    def may_call_end_hooks(self) -> bool:
         """See ``TrainerSide``."""
         can_call_again = self._run.run_state.position.can_fetch_again()
         return can_call_again and self.called_hooks.is_incomplete("on_train_batch_end")

@@ -13,7 +13,7 @@ from brain_lightning.lightning_internals.trainer_callbacks import callbacks_of
 # Callbacks that do not work with sharded modules, and the reasons. (By name, because
 # WeightAveraging and EMAWeightAveraging are new in Lightning 2.6.)
 COPIES = "it copies modules, and sharded modules cannot be copied"
-REFUSED_WITH_SHARDS = {
+UNSUPPORTED_WITH_SHARDS = {
     "WeightAveraging": COPIES,
     "StochasticWeightAveraging": COPIES,
     "ModelPruning": "it needs the smallest of all weights, and each rank has only its shards",
@@ -38,10 +38,10 @@ def check_callbacks(trainer: Trainer) -> None:
 
 def _check_with_shards(callback: Callback) -> None:
     for cls in type(callback).__mro__:
-        if cls.__name__ in REFUSED_WITH_SHARDS:
+        if cls.__name__ in UNSUPPORTED_WITH_SHARDS:
             raise UnsupportedError(
                 f"{type(callback).__name__} is not supported with strategy='fsdp2': "
-                f"{REFUSED_WITH_SHARDS[cls.__name__]}. Remove it, or use strategy='ddp'."
+                f"{UNSUPPORTED_WITH_SHARDS[cls.__name__]}. Remove it, or use strategy='ddp'."
             )
 
 

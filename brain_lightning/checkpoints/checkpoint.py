@@ -88,7 +88,7 @@ class Ranking(NamedTuple):
         if sum(key is not None for key in (importance_key, max_key, min_key)) > 1:
             raise ValueError(
                 f"importance_key={importance_key}, max_key={max_key!r} and "
-                f"min_key={min_key!r} exclude each other. Give only one of them"
+                f"min_key={min_key!r} exclude each other. Pass only one of them."
             )
         if max_key is not None:
             return cls.by_meta(max_key, 1)

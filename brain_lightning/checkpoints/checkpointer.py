@@ -343,7 +343,7 @@ class Checkpointer(Recoverables):
     def _load_unless_damaged(
         self, checkpoint: Checkpoint, others: list[Checkpoint]
     ) -> list[CheckpointError]:
-        """Loads a checkpoint. Returns the error if it is skipped in favour of the others."""
+        """Loads a checkpoint. Returns the error if it is skipped and another is tried."""
         try:
             self.load_checkpoint(checkpoint)
         except (DamagedCheckpointError, UnsafeCheckpointError, NotInCheckpointError) as error:

@@ -18,8 +18,8 @@ from brain_lightning.compat.speechbrain import default_hooks, repaired_kind, sta
 from brain_lightning.distributed.communication import by_main_process
 from brain_lightning.fsdp2.state_dict import (
     is_saved_together,
-    made_whole,
-    save_whole_optimizers,
+    save_full_optimizers,
+    with_full_states,
 )
 from brain_lightning.temporary import TemporaryAttributes
 
@@ -226,10 +226,10 @@ def _save_theirs(hook: Hook, obj: Any, path: str | Path) -> None:
         # The full state is on rank 0 only, and on no other node.
         savers[0](_FixedState(state_to_save(obj)), path)
         return
-    with made_whole(obj):
+    with with_full_states(obj):
         hook(obj, path)
 
 
 def _load_theirs(hook: Hook, obj: Any, path: str | Path, end_of_epoch: bool) -> None:
-    save_whole_optimizers([obj])
+    save_full_optimizers([obj])
     hook(obj, path, end_of_epoch)

@@ -25,8 +25,8 @@ from brain_lightning.errors import (
 )
 from brain_lightning.fsdp2.state_dict import (
     is_saved_together,
-    made_whole,
-    save_whole_optimizers,
+    save_full_optimizers,
+    with_full_states,
 )
 
 from . import integrity, state_files
@@ -187,9 +187,9 @@ class Recoverables:
             if "dataloader" not in name and not self.optional_recoverables.get(name):
                 raise NotInCheckpointError(
                     f"{missing}, because it was saved without this object. To load the other "
-                    "objects, set allow_partial_load=True"
+                    "objects, set allow_partial_load=True."
                 )
-            warnings.warn(f"{missing}. The object is not loaded", UserWarning, stacklevel=4)
+            warnings.warn(f"{missing}. The object is not loaded.", UserWarning, stacklevel=4)
         return {name: found[name] for name in self.recoverables if name in found}
 
     def read(self, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Recoverables:
             if hook is None:
                 raise _no_hook("recover", name, obj, "load_state_dict", "custom_load_hook")
             hooks[name] = without_device(hook, *LOAD_HOOK)
-        save_whole_optimizers(self.recoverables.values())
+        save_full_optimizers(self.recoverables.values())
         recovered: list[str] = []
         parts = self._mismatched_parts(states)
         for name, path in files.items():
@@ -324,7 +324,7 @@ class Recoverables:
         return ""
 
     def remedy_by_name(self, name: str, mismatched: Mapping[str, Collection[str]]) -> str:
-        """Returns advice for a user who can name the objects, in a Checkpointer.
+        """Returns advice that names the objects, for users of a Checkpointer.
 
         Args:
             name: Recoverable that could not be recovered.
@@ -378,7 +378,7 @@ class Recoverables:
 def _write(obj: Any, hook: Hook, path: Path, copies: StateCopies | None) -> dict[Path, Any]:
     """Saves one object. Returns a copy of its state if it must still be written."""
     if hook is not state_files.torch_save:
-        with made_whole(obj):
+        with with_full_states(obj):
             hook(obj, path)
         return {}
     if not if_main_process() and not is_saved_together(obj):
@@ -396,5 +396,5 @@ def _no_hook(verb: str, name: str, obj: Any, method: str, argument: str) -> Chec
     return CheckpointError(
         f"{name!r}, a {type(obj).__name__}, has no hook to {verb} it. Define {method}, "
         "register its class with register_checkpoint_hooks, or pass "
-        f"{argument} to add_recoverable"
+        f"{argument} to add_recoverable."
     )

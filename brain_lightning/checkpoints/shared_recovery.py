@@ -70,7 +70,7 @@ def _recover_speechbrains(checkpointer: Any, original: Any, *args: Any, **kwargs
             raise CheckpointError(
                 f"{checkpoint.path} was saved with sharded_checkpoints=True, which "
                 "SpeechBrain's Checkpointer cannot read. Use brain_lightning.Checkpointer, or "
-                "write a full checkpoint with brain-lightning convert"
+                "write a full checkpoint with brain-lightning convert."
             )
         checkpointer.load_checkpoint(checkpoint)
         return True
@@ -108,7 +108,7 @@ def recover_first_ranks(
         raise CheckpointError(
             f"rank 0 has no checkpoint, but other ranks do ({by_rank(newest)}). Start rank 0 "
             "on the machine with the checkpoints, or copy the checkpoints to the machine of "
-            "rank 0. To start from scratch, move the checkpoints away"
+            "rank 0. To start from scratch, move the checkpoints away."
         )
     count, first_folder = ddp_broadcast((len(found), folder))
     for position in range(count):
@@ -126,8 +126,8 @@ def none_is_loaded(
 ) -> CheckpointError:
     """Returns the error for a folder whose checkpoints could not be loaded.
 
-    The message calls a checkpoint damaged only if it is damaged, and says so of all
-    checkpoints only if all of them are damaged.
+    The message calls a checkpoint damaged only if it is damaged. It says that all checkpoints
+    are damaged only if that is true of all of them.
 
     Args:
         folder: The folder.
@@ -143,7 +143,7 @@ def none_is_loaded(
             f"ckpt_predicate leaves out {listed - len(skipped)} other checkpoints"
         )
     return CheckpointError(
-        f"every checkpoint in {folder} is damaged. To start from scratch, move them away"
+        f"every checkpoint in {folder} is damaged. To start from scratch, move them away."
     )
 
 
@@ -219,7 +219,7 @@ def _on_all_ranks(load: Callable[[], Any]) -> Any:
         raise CheckpointError(
             f"not every rank could recover the checkpoint of rank 0 ({by_rank(outcomes)}). "
             "Remove the damaged copy on the ranks that failed, and start again: they then get "
-            "the checkpoint from rank 0"
+            "the checkpoint from rank 0."
         )
     return loaded
 
@@ -298,7 +298,7 @@ def _receive(name: str | None, stack: ExitStack) -> Path | None:
     if failure is not None:
         raise CheckpointError(
             f"the checkpoint of rank 0 could not be written to {copy}: {failure}. Set TMPDIR "
-            "to a folder with more space"
+            "to a folder with more space."
         ) from failure
     return copy
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from brain_lightning.callback.unsupported import REFUSED_WITH_SHARDS
+from brain_lightning.callback.unsupported import UNSUPPORTED_WITH_SHARDS
 from brain_lightning.doctor.report import BrainReport, examine
 from brain_lightning.fsdp2.strategy import NAME
 
@@ -90,7 +90,7 @@ def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
         but = f" except {exceptions}" if exceptions else ""
         yield "callbacks", f"supported{where}: all of Lightning's{but}"
         if any(text.startswith(NAME) for text in brain.strategies):
-            yield "", f"not supported with {NAME}: {'; '.join(REFUSED_WITH_SHARDS)}"
+            yield "", f"not supported with {NAME}: {'; '.join(UNSUPPORTED_WITH_SHARDS)}"
     else:
         yield "arguments", "supported: none"
     yield "overrides", ", ".join(f"{n} ({at})" for n, at in brain.overrides.items())

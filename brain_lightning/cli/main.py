@@ -112,7 +112,7 @@ class _ShowVersions(Action):
 
 
 class _Parser(ArgumentParser):
-    """Wraps usage and description. The formatter does not, as it keeps lines of the epilog."""
+    """Wraps usage and description. The formatter keeps line breaks, for the epilog."""
 
     def format_help(self) -> str:
         width = shutil.get_terminal_size().columns - len("usage: ")

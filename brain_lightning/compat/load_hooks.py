@@ -24,8 +24,8 @@ def loading_to(device: Any, otherwise: Any = None) -> Iterator[None]:
     """Passes a device to load hooks that need one.
 
     Args:
-        device: The device. With None, the device of the surrounding context stays.
-        otherwise: The device if neither this nor a surrounding context gives one.
+        device: The device. None uses the device of the surrounding context.
+        otherwise: Device to use if ``device`` is None and there is no surrounding context.
 
     Yields:
         None

@@ -24,7 +24,7 @@ class _Position(Protocol):
 
 @hooks.register_checkpoint_hooks
 class SaveableDataLoader(DataLoader[Any]):
-    """A DataLoader whose position is saved, as SpeechBrain's class of the same name.
+    """A DataLoader whose position is saved, like SpeechBrain's class of the same name.
 
     The file has SpeechBrain's format: the number of batches after which ``fit`` resumes.
 

@@ -187,7 +187,7 @@ def adapt(state: State, loader: Any) -> None:
     # Distribute the examples that all processes have seen over the current processes.
     examples = examples * saved["shards"] // now["shards"]
     if now["batch_size"] is None:
-        # The warning follows when batches have been skipped, because their sizes are unknown.
+        # The batch sizes are unknown, so the warning is logged after the batches are skipped.
         state["skip_examples"] = examples
     else:
         batches, resumed = _whole_batches(examples, now["batch_size"], now["length"])

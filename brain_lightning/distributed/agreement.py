@@ -13,14 +13,14 @@ from brain_lightning.errors import RankMismatchError
 
 from .communication import gather
 
-# The remedy if processes are in different states.
+# The remedy if ranks are in different states.
 REMEDY = (
-    "Let every process recover the same checkpoint, with recover_if_possible of the Brain's "
-    "checkpointer, and use the same epoch counter in every process."
+    "Recover the same checkpoint on every rank, with recover_if_possible of the Brain's "
+    "checkpointer, and use the same epoch counter on every rank."
 )
 
 
-class _Said(NamedTuple):
+class _Action(NamedTuple):
     """The action of a rank, and its value."""
 
     doing: str
@@ -28,7 +28,7 @@ class _Said(NamedTuple):
 
 
 def compare(doing: str, found: Any) -> list[Any]:
-    """Gathers a value of each rank, after checking that all ranks do the same.
+    """Gathers a value of each rank, after checking that all ranks take the same action.
 
     Args:
         doing: Action of this rank, such as ``recovers a checkpoint``.
@@ -40,14 +40,15 @@ def compare(doing: str, found: Any) -> list[Any]:
     Raises:
         RankMismatchError: Another rank does something else.
     """
-    everything = gather(_Said(doing, found))
+    everything = gather(_Action(doing, found))
     done = [
-        each.doing if isinstance(each, _Said) else "does something else" for each in everything
+        each.doing if isinstance(each, _Action) else "does something else"
+        for each in everything
     ]
     if any(each != doing for each in done):
         raise RankMismatchError(
-            f"the processes are at different points of the run ({by_rank(done)}) and would "
-            "hang. In on_fit_start, call the same methods in all processes, with no "
+            f"the ranks are at different points of the run ({by_rank(done)}) and would "
+            "hang. In on_fit_start, call the same methods on all ranks, with no "
             "`if rank == 0:` around them."
         )
     return [each.found for each in everything]
@@ -84,6 +85,4 @@ def check_same(doing: str, what: str, value: Any) -> None:
     """
     values = compare(doing, value)
     if any(each != values[0] for each in values):
-        raise RankMismatchError(
-            f"the processes differ in {what} ({by_rank(values)}). {REMEDY}"
-        )
+        raise RankMismatchError(f"the ranks differ in {what} ({by_rank(values)}). {REMEDY}")

@@ -215,7 +215,7 @@ def collectively(action: Callable[[], Result]) -> Result:
         raise
     causes = list(filter(None, gather("")))
     if causes:
-        raise CheckpointSaveError(f"another process could not save: {causes[0]}")
+        raise CheckpointSaveError(f"another rank could not save: {causes[0]}")
     return result
 
 

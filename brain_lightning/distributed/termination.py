@@ -87,7 +87,7 @@ class Termination:
         self._is_ending = True
 
     def restore(self) -> None:
-        """Restores the previous handlers. Raises a SIGTERM that was not handled again."""
+        """Restores the previous handlers. Raises a SIGTERM again if it was not handled."""
         for signum, handler in self._previous.items():
             if signal.getsignal(signum) == self._handle:
                 signal.signal(signum, handler)

@@ -33,7 +33,8 @@ WRAPPER_REMARKS: dict[str, Callable[[EntryUse], bool]] = {
     WRAPPED + f", and lacks the attributes of the entry: {{}}. {UNWRAP}": lambda use: (
         use.attribute not in MODULE_ATTRIBUTES | WRAPPER_ATTRIBUTES
     ),
-    WRAPPED + f". It has another attribute of this name, or is no sequence: {{}}. {UNWRAP}": (
+    WRAPPED
+    + f". It has another attribute of this name, or is not a sequence: {{}}. {UNWRAP}": (
         lambda use: use.attribute in WRAPPER_ATTRIBUTES - MODULE_ATTRIBUTES - {"module"}
     ),
     WRAPPED + f", and prefixes all names with 'module.': {{}}. {UNWRAP}": (
@@ -129,7 +130,7 @@ def _hparams_remarks(brain: BrainSource, source: RecipeSource) -> Iterator[Remar
     ):
         names = list(dict.fromkeys(call.name for call in computing))
         more = f" or {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        listed = ", ".join(names[:SHOWN]) + more
+        listed = " or ".join(names[:SHOWN]) + more
         says = (
             f"Gradients are not averaged if hparams.{listed} is an entry of modules, because "
             f"self.hparams bypasses its wrapper. Call self.modules.{names[0]}."

@@ -30,12 +30,12 @@ PARALLEL = "ddp (one DistributedDataParallel per entry of modules)"
 SHARDED = "fsdp2 (shards each entry of modules, for models larger than one device)"
 IF_NAMED = ", with FSDP2Strategy(methods={})"
 IF_NO_PART = (
-    ", if no object of hparams that the Brain calls is part of an entry of modules (checked "
-    "by doctor SCRIPT HPARAMS)"
+    ", if no object of hparams that the Brain calls is part of an entry of modules (to check "
+    "this, run doctor SCRIPT HPARAMS)"
 )
 IF_NO_ENTRY = (
-    ", if no object of hparams that the Brain calls is an entry of modules (checked by doctor "
-    "SCRIPT HPARAMS)"
+    ", if no object of hparams that the Brain calls is an entry of modules (to check this, "
+    "run doctor SCRIPT HPARAMS)"
 )
 IF_CALLED = (
     ", if these functions, which get self or modules, use weights only by calling entries: {}"

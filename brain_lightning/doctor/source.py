@@ -26,7 +26,7 @@ from .modules import (
 # Methods that run in a training step.
 LEARNING = ("fit_batch", "compute_forward", "compute_objectives", "on_fit_batch_start",
             "_fit_train", "fit")  # fmt: skip
-# Hooks that are no part of a training step.
+# Hooks that do not belong to a training step.
 OTHER_HOOKS = ("__init__", "on_stage_start", "on_stage_end", "on_fit_start", "init_optimizers",
                "on_evaluate_start", "evaluate_batch", "evaluate", "_fit_valid", "zero_grad",
                "make_dataloader", "on_fit_batch_end", "freeze_optimizers")  # fmt: skip

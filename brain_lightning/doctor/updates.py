@@ -48,7 +48,7 @@ def update_remarks(brain: BrainSource) -> Iterator[Remark]:
 
 def _beside_the_step(brain: BrainSource) -> Iterator[Remark]:
     """Checks updates and autocasts outside of Brain's ``fit_batch``."""
-    if at := _update_beside_the_step(brain):
+    if at := _update_outside_the_step(brain):
         says = (
             "This backward() or step() is outside of Brain's training step. It runs in every "
             "batch regardless of accumulate_grad_batches, without clipping or a scaler."
@@ -62,7 +62,7 @@ def _beside_the_step(brain: BrainSource) -> Iterator[Remark]:
         yield remark("precision", says, min(autocasts))
 
 
-def _update_beside_the_step(brain: BrainSource) -> Location | None:
+def _update_outside_the_step(brain: BrainSource) -> Location | None:
     """Returns the first ``backward()`` or ``step()`` outside of Brain's training step."""
     own = brain.reached_from(["optimizers_step"])
     methods = [*brain.learning, *brain.every(brain.reached_from(["on_fit_batch_end"]))]
@@ -97,7 +97,7 @@ def old_api_remarks(brain: BrainSource) -> Iterator[Remark]:
         Remarks, which exclude no argument and no strategy.
     """
     given = [at for m in brain.every() for at in m.given.get("check_gradients", [])]
-    if _checks_gradients_as_of_old(brain):
+    if _calls_old_check_gradients(brain):
         says = (
             "check_gradients(loss) works on a Trainer as in SpeechBrain 0.5. On SpeechBrain's "
             "own loop it raises a TypeError since version 1.0."
@@ -111,7 +111,7 @@ def old_api_remarks(brain: BrainSource) -> Iterator[Remark]:
             yield Remark(name, says, at.line, at.file)
 
 
-def _checks_gradients_as_of_old(brain: BrainSource) -> bool:
+def _calls_old_check_gradients(brain: BrainSource) -> bool:
     given = any("check_gradients" in method.given for method in brain.every())
     return given and "check_gradients" not in brain.chains
 
@@ -134,7 +134,7 @@ def _clip_remarks(brain: BrainSource) -> Iterator[Remark]:
         says = "It has no effect. Call self.optimizers_step() to step."
         yield remark("gradient_clip_algorithm", says, at)
     # check_gradients(loss) of SpeechBrain 0.5 clips. check_gradients() of 1.0 does not.
-    checks = _checks_gradients_as_of_old(brain)
+    checks = _calls_old_check_gradients(brain)
     if not steps and not checks and "max_grad_norm" not in _known(brain):
         says = "It has no effect. Clip to self.max_grad_norm, or call self.optimizers_step()."
         yield remark("gradient_clip_val", says, at)

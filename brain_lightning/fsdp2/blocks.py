@@ -25,7 +25,7 @@ LAYERDROP = ("layerdrop_prob", "layerdrop")
 
 
 def units(entry: Module) -> Iterator[Module]:
-    """Yields the modules of an entry that are called themselves, not as part of another one.
+    """Yields the modules of an entry that a recipe calls directly, not within another one.
 
     A ``ModuleList`` or ``ModuleDict`` is not called itself: its children are yielded instead.
 

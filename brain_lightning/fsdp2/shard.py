@@ -18,7 +18,7 @@ from .hooks import broadcast, clone_views, keep_buffers_equal, remember_gathered
 from .meta import is_meta, materialize
 from .methods import METHODS, register_methods
 from .sharding import Sharding
-from .state_dict import save_whole_module
+from .state_dict import save_full_module
 from .unsupported import check_modules, check_offload, disallow_comm_hooks, may_leave_out
 
 # Axes of the device mesh: copies of the model, and shards of each copy.
@@ -118,7 +118,7 @@ def _shard(unit: Module, sharding: Sharding, options: dict[str, Any]) -> None:
     _initialize(unit)
     for module in (*inner, unit):
         register_methods(module, (*METHODS, *sharding.methods))
-    save_whole_module(unit)
+    save_full_module(unit)
     # SpeechBrain's recipes access .module of a wrapped module. FSDP2 does not wrap modules.
     if not hasattr(unit, "module"):
         vars(unit)["module"] = unit

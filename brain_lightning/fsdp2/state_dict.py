@@ -24,13 +24,13 @@ from .tensors import is_shard, like, on_main
 _watched: WeakSet[Optimizer] = WeakSet()
 # Modules with hooks: those that directly own a sharded parameter.
 _sharded: WeakSet[Module] = WeakSet()
-# Full tensors by the id of their parameter. Empty outside of ``made_whole``.
+# Full tensors by the id of their parameter. Empty outside of ``with_full_states``.
 _full_tensors: dict[int, Tensor] = {}
 # Not empty within ``as_shards``.
 _as_shards: list[None] = []
 
 
-def save_whole_module(module: Module) -> None:
+def save_full_module(module: Module) -> None:
     """Registers hooks with which a module saves and loads full tensors.
 
     Args:
@@ -43,11 +43,11 @@ def save_whole_module(module: Module) -> None:
             part.register_load_state_dict_pre_hook(_shard)  # type: ignore[no-untyped-call]
 
 
-def save_whole_optimizers(objects: Iterable[object]) -> list[Optimizer]:
+def save_full_optimizers(objects: Iterable[object]) -> list[Optimizer]:
     """Registers hooks with which optimizers of sharded parameters save and load full tensors.
 
     Args:
-        objects: Any objects. Objects that are no optimizers of sharded parameters, and
+        objects: Any objects. Objects that are not optimizers of sharded parameters, and
             optimizers that have the hooks already, are ignored.
 
     Returns:
@@ -75,12 +75,12 @@ def is_saved_together(obj: object) -> bool:
         # Not is_shard: weights may be gathered now, and state_dict releases them.
         return any(part in _sharded for part in obj.modules())
     # The recipe may have created the optimizer since the hooks were registered.
-    save_whole_optimizers([obj])
+    save_full_optimizers([obj])
     return isinstance(obj, Optimizer) and obj in _watched
 
 
 @contextmanager
-def made_whole(obj: Any) -> Iterator[None]:
+def with_full_states(obj: Any) -> Iterator[None]:
     """Context manager in which ``state_dict`` returns full tensors without communication.
 
     It is for custom save functions, which may run on rank 0 only. All ranks enter it together.

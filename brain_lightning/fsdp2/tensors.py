@@ -84,7 +84,7 @@ def like(value: Any, tensor: Tensor) -> Any:
     """Shards a full tensor in the same way as another tensor, without communication.
 
     Args:
-        value: Any object. Objects that are no full tensors of the same shape are returned
+        value: Any object. Objects that are not full tensors of this shape are returned
             unchanged.
         tensor: The other tensor. If it is not a shard, ``value`` is returned unchanged.
     """

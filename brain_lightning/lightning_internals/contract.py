@@ -54,9 +54,9 @@ _EXHAUSTION = "a stage must end when its loader is exhausted, not after a number
 _SHARDED = "Lightning shards the training data, but does not find the user's wrapped loaders"
 _SIGNALS = "if handlers are restored in on_train_start, an earlier SIGTERM is not handled"
 _LAST = 'Lightning calls no hook between fit(ckpt_path="last") and the choice of a file'
-_LEAN = "calling hooks that no callback overrides costs more than a small model"
+_LEAN = "calling hooks that no callback overrides takes longer than a step of a small model"
 _LOGGED = "Lightning collects the values that callbacks log with self.log in each batch"
-_STEP = "logging the metrics of a Brain with self.log costs more than a small model"
+_STEP = "logging a Brain's metrics with self.log takes longer than a step of a small model"
 _STEPS = "global_step must be equal to the number of optimizer steps of the Brain"
 _SAMPLER = "the Trainer's argument use_distributed_sampler has no public attribute"
 _RELOADED = "a resumed run must reload its loaders in the same epochs as without interruption"

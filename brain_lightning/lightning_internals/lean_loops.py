@@ -1,8 +1,9 @@
 """Loops that skip hooks that no callback overrides: identical results in less time.
 
 Lightning calls each callback, profiler and logger at each hook, and sets attributes of the
-module around the call. This takes longer than a small model. Without this file and the call
-of ``make_lean``, everything works, and ``fit_batch`` of the generated modules is unused.
+module around the call. This takes longer than the step of a small model. A Brain would also
+run without this file and the call of ``make_lean``; ``fit_batch`` of the generated modules
+would then be unused.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class LeanEvaluationLoop(BrainEvaluationLoop):
 
 
 def make_lean(loops: Sequence[Any], temporary: TemporaryAttributes) -> None:
-    """Makes the loops of a Brain lean.
+    """Makes the loops of a Brain skip hooks that no callback overrides.
 
     Args:
         loops: The loops; loops with other classes than in ``loops.py`` are not changed.

@@ -25,8 +25,8 @@ class BrainLoggerConnector(_LoggerConnector):
     """A logger connector that logs the metrics of a Brain without ``self.log``.
 
     ``self.log`` would average over batches and ranks, but the Brain's metrics are averages
-    already. Its cost in each step is higher than the loop of a small model. Here the loss of
-    a batch costs nothing until it is read.
+    already. In each step, ``self.log`` takes longer than the step of a small model. Here the
+    loss of a batch costs nothing until it is read.
     """
 
     brain_run: Run

@@ -105,7 +105,7 @@ class StageParts:
             own_fit()
 
     def _on_stage_end(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Makes a part of an ``on_stage_end`` that the recipe calls outside of parts."""
+        """Runs an ``on_stage_end`` as a part, if the recipe calls it outside of parts."""
         brain = self._run.brain
         stage, _, epoch, *_ = (*arguments_of(hook, args, kwargs).values(), None)
         if self._is_running or stage is brain._lightning.stage_type.TEST:
@@ -349,7 +349,7 @@ class StageParts:
             )
         if self._skipped[kind] == MAX_SKIPPED_PARTS:
             logger.warning(
-                "The loop of %s.fit does not end, although the training has ended, so fit is "
+                "The custom loop of %s.fit continues after the training has ended, so it is "
                 "interrupted. Iterate over the epoch_counter that is passed to fit.",
                 type(self._run.brain).__name__,
             )

@@ -101,7 +101,7 @@ def state_of(callback: Callback) -> dict[str, Any]:
         return callback.state_dict()
     tickets = {
         str(index): None if first.data_ptr() == trained.data_ptr() else first.detach().cpu()
-        for index, first, trained in _tickets(callback)
+        for index, first, trained in _reset_weights(callback)
     }
     return {"tickets": tickets} if tickets else {}
 
@@ -116,12 +116,12 @@ def load_state(callback: Callback, state: dict[str, Any]) -> None:
     if not isinstance(callback, ModelPruning):
         callback.load_state_dict(state)
         return
-    for index, first, trained in _tickets(callback):
+    for index, first, trained in _reset_weights(callback):
         saved = state["tickets"][str(index)]
         first.data = trained.data if saved is None else saved.to(first.device)
 
 
-def _tickets(callback: ModelPruning) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
+def _reset_weights(callback: ModelPruning) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
     """Yields an index, the weight to which ModelPruning resets, and the trained weight."""
     for layer in (callback._original_layers or {}).values():
         for index, name in layer["names"]:

@@ -123,7 +123,7 @@ class _Curves:
 
     def add_epoch(self, epoch: Any, metrics: Mapping[str, float]) -> None:
         """Adds metrics of an epoch, in one or several calls."""
-        # An epoch counter may yield any numeric type, or objects that are no numbers.
+        # An epoch counter may yield any numeric type, or objects that are not numbers.
         epoch = float(epoch) if hasattr(epoch, "__float__") else len(self._history) + 1.0
         if self.begins:
             known = self._history or read_curves(self._path)

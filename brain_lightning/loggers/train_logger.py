@@ -44,10 +44,10 @@ class LightningTrainLogger:
     A resumed run continues its log: the version of the logger if it is set, otherwise the
     newest version that a train logger has written. The log has each epoch once, because the
     first epoch that is logged again replaces the entries from this epoch on. If a finished run
-    is tested again, the new test replaces the test in a CSV file, is skipped in W&B and MLflow
-    if it is equal, and is added in TensorBoard. Any other run writes a new version, or
-    replaces the version that is set. Runs of SpeechBrain's own loop also do this, because only
-    a Trainer notifies the train logger that a run is resumed.
+    is tested again, a CSV file has only the new test, and TensorBoard has both tests. W&B and
+    MLflow skip the new test if it is equal. Any other run writes a new version, or replaces
+    the version that is set. Runs of SpeechBrain's own loop also do this, because only a
+    Trainer notifies the train logger that a run is resumed.
 
     If a logger is also a logger of the Trainer, the Trainer logs to it, with a new version at
     each start.
@@ -155,7 +155,10 @@ class LightningTrainLogger:
         if not if_main_process():
             return
         if importlib.util.find_spec("matplotlib") is None:
-            self._warn(f"figure {name!r} is not logged. Install matplotlib to log figures")
+            self._warn(
+                f"figure {name!r} is not logged, because matplotlib is not installed. Run pip "
+                "install matplotlib."
+            )
             return
         for each in self._logs():
             # Each logger gets a new figure, because TensorBoard closes it.

@@ -36,7 +36,7 @@ from brain_lightning.stages.epochs import Epochs, EpochsOfTrainer
 from brain_lightning.stages.run import Run
 from brain_lightning.step.pruning import prune_as_saved
 from brain_lightning.step.window import check_window
-from brain_lightning.step.wrap import save_whole
+from brain_lightning.step.wrap import save_full_states
 from brain_lightning.temporary import TemporaryAttributes
 from brain_lightning.trials.learning_rate import set_learning_rate
 
@@ -154,7 +154,7 @@ class BrainModule(LightningModule):
             raise
 
     def configure_optimizers(self) -> Optimizer:
-        """Calls ``on_fit_start`` of the Brain, which compiles, init_optimizers and recovers.
+        """Calls ``on_fit_start``: compiles, creates the optimizers, recovers the checkpoint.
 
         Lightning calls this method after it moved the modules to their device and
         initialized the process group.
@@ -187,7 +187,7 @@ class BrainModule(LightningModule):
             temporary.enter_context(recovering(brain, self._named))
             on_fit_start()
         # on_fit_start may have replaced modules.
-        save_whole(brain)
+        save_full_states(brain)
         recovered = (brain.step, brain.avg_train_loss) != counts
         self.run.run_state.has_recovered_counts = recovered
         if self._explicit is not None:
@@ -210,7 +210,7 @@ class BrainModule(LightningModule):
         check_sharded(self.brain)
         init_optimizers()
         set_learning_rate(self.brain)
-        save_whole(self.brain)
+        save_full_states(self.brain)
         self._initial_groups.remember()
         self.run.trainer.remember_trained()
 

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from brain_lightning.errors import CheckpointError, UnsupportedError
-from brain_lightning.fsdp2.state_dict import save_whole_optimizers
+from brain_lightning.fsdp2.state_dict import save_full_optimizers
 from brain_lightning.protocol import BrainProtocol, parameters_of
 
 from .active import all_optimizers
@@ -83,7 +83,7 @@ class OptimizerGroup(Optimizer):
 
     ``init_optimizers`` passes all parameters to an optimizer, whereas
     ``configure_optimizers`` of a LightningModule usually passes only those that are not
-    frozen. Callbacks expect the latter. Therefore parameters that were frozen at that time are
+    frozen. Callbacks expect only these. Therefore parameters that were frozen at that time are
     hidden here until a callback adds them. From then on they are only in the added group.
     Parameters that are unfrozen but not added, such as normalization layers with
     ``train_bn=False``, are in no group.
@@ -221,7 +221,7 @@ class OptimizerGroup(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of the members by name."""
         # A recipe may have replaced a member since.
-        save_whole_optimizers(self.members.values())
+        save_full_optimizers(self.members.values())
         return {name: member.state_dict() for name, member in self.members.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,7 +233,7 @@ class OptimizerGroup(Optimizer):
         Raises:
             CheckpointError: The state of a member is missing.
         """
-        save_whole_optimizers(self.members.values())
+        save_full_optimizers(self.members.values())
         for name, member in self.members.items():
             if name not in state_dict:
                 raise CheckpointError(

@@ -51,7 +51,7 @@ class InitialGroups:
         self.frozen = {id(p) for p in self._all() if not p.requires_grad}
 
     def forget_unfrozen(self) -> None:
-        """Treats parameters that have been unfrozen since like all other parameters."""
+        """Removes the parameters that are not frozen any more from ``frozen``."""
         if self.frozen:
             self.frozen -= {id(p) for p in self._all() if p.requires_grad}
 

@@ -32,8 +32,8 @@ def switches(brain: BrainProtocol) -> Switches:
 class TrainedParts:
     """The changes of ``switches`` since the optimizers were created.
 
-    What a script freezes at its start is not saved: each process freezes it again, or no
-    longer does if the script was edited. What a callback or a hook changes later is saved.
+    Parameters that a script freezes at its start are not saved, because the script freezes
+    them again when it is started again. Later changes by callbacks and hooks are saved.
 
     Args:
         brain: The Brain.
@@ -44,7 +44,7 @@ class TrainedParts:
         self.remember()
 
     def remember(self) -> None:
-        """Records what is not trained now. These are few, and everything else is trained."""
+        """Records the switches that are off now. All other switches are on."""
         self._frozen = {
             plain_name(name, self._brain)
             for name, owner, attribute in _switches(self._brain)

@@ -60,7 +60,7 @@ def _named(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _document(hparams_file: str) -> Any:
-    # Unknown tags are no problem, because yaml.compose creates no objects.
+    # Unknown tags raise no error, because yaml.compose creates no objects.
     return yaml.compose(Path(hparams_file).read_text(encoding="utf-8"), yaml.SafeLoader)
 
 

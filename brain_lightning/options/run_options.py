@@ -91,11 +91,11 @@ class RunOptions(Mapping[str, Any]):
             it and update the other parameters. With clipping (max_grad_norm), all gradients
             of its optimizer are dropped.
         nonfinite_patience: Number of batches per epoch that may have a NaN or infinite loss.
-            Their updates are skipped. One more ends the run with an error.
+            Their updates are skipped. The next such batch ends the run with an error.
         oom_patience: Number of batches per epoch that may run out of memory. All processes
-            skip such a batch together. One more saves the run as it was before that batch and
-            ends it with an error. If not set, the first one ends the run. Not an option of
-            SpeechBrain.
+            skip such a batch together. At the next such batch, the run is saved as it was
+            before the batch, and ends with an error. If not set, the first such batch ends the
+            run. Not an option of SpeechBrain.
         noprogressbar: Show no progress bar.
         progress: How to show progress: bar, plain (one line at a time, for log files) or auto
             (bar in a terminal or a notebook, plain elsewhere). Not an option of SpeechBrain.
@@ -105,8 +105,8 @@ class RunOptions(Mapping[str, Any]):
             checkpointer. 0 disables them, which is the default of SpeechBrain 1.1.
         ckpt_interval_steps: Steps between checkpoints within an epoch. 0 disables them. If
             set, it replaces the default of ckpt_interval_minutes.
-        shard_eval: With several processes, let each validate a part of the data. Validation
-            is faster and its results are the same.
+        shard_eval: With several processes, each process validates a part of the data.
+            Validation is faster and its results are the same. Not an option of SpeechBrain.
         async_save: Write checkpoints in the background. Training waits only while tensors are
             copied, and on a GPU not even for that. Not an option of SpeechBrain.
         preflight: Before training, try the longest batches of each set and show the memory and
@@ -248,5 +248,7 @@ def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
-            raise RunOptionError(f"unknown {kind} {name!r}: {hint}")
+            hint = (
+                f"Did you mean {close[0]!r}?" if close else f"Use one of {', '.join(known)}."
+            )
+            raise RunOptionError(f"unknown {kind} {name!r}. {hint}")

@@ -94,7 +94,7 @@ def replaceable_step(
         The method and the arguments. None if there is no such method, or if the results may
         differ.
     """
-    if not (len(uses.brains) == 1 and hparams and _stands_alone(uses.brains[0], uses)):
+    if not (len(uses.brains) == 1 and hparams and _is_only_brain(uses.brains[0], uses)):
         return None
     methods = {method.name.value: method for method in _methods(uses.brains[0])}
     found = STEP.fullmatch(_body(methods["fit_batch"])) if "fit_batch" in methods else None
@@ -122,7 +122,7 @@ def replaceable_step(
     )
 
 
-def _stands_alone(brain: cst.ClassDef, uses: Uses) -> bool:
+def _is_only_brain(brain: cst.ClassDef, uses: Uses) -> bool:
     """Returns whether a Brain has no subclass and one base, and reads ``self.hparams``."""
     is_subclassed = brain.name.value in uses.bases
     return len(brain.bases) == 1 and not is_subclassed and HPARAMS_PREFIX in _code(brain)

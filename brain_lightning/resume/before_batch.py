@@ -40,8 +40,8 @@ class BeforeBatch:
     """The state before a batch.
 
     The counts are always copied. Everything else is copied only if something may save in the
-    middle of a batch: gradients, buffers, statistics and random states before the batch, and
-    weights and optimizers before the first optimizer step that changes them.
+    middle of a batch. Gradients, buffers, statistics and random states are copied before the
+    batch, weights and optimizers before the first optimizer step that changes them.
 
     Args:
         brain: The Brain that trains.
@@ -194,7 +194,7 @@ class BeforeBatch:
         return True
 
     def drop_gradients(self) -> None:
-        """Drops all gradients, also of earlier batches of the window: it makes no update."""
+        """Drops all gradients of the window, so that the window makes no update."""
         restore_gradients(self._brain, {})
         # Not None, because other ranks may have gradients to weigh.
         weight = None if self.window.weight is None else 0.0
@@ -237,7 +237,7 @@ def _restore_scaler(brain: BrainProtocol, state: State) -> None:
     # A scaler creates its tensors in its first call of scale; update() needs them.
     scaler.scale(torch.zeros((), device=brain.device))
     scaler.load_state_dict(state)
-    # The scaler remembers whose gradients it has unscaled. update() makes it forget.
+    # The scaler records whose gradients it has unscaled. update() clears this record.
     scaler.update(scaler.get_scale())
 
 

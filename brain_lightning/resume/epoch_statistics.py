@@ -57,7 +57,7 @@ class EpochStatistics:
         """Records the attributes before ``on_stage_end`` is called."""
         self._before_end = self._identities()
 
-    def lacks_what_end_assigned(self) -> bool:
+    def has_unsaved_after_end(self) -> bool:
         """Whether ``on_stage_end`` has assigned something that cannot be saved."""
         own, now, before = vars(self._brain), self._identities(), self._before_end
         if before is None:
@@ -104,7 +104,7 @@ class EpochStatistics:
             copied: Result of ``copy``.
         """
         own, values = vars(self._brain), copied["values"]
-        # ``copied`` has only the numbers that had changed. Reset the others to their start.
+        # ``copied`` has only the numbers that had changed. Reset the others.
         own.update({n: v for n, v in self._numbers.items() if n in own and n not in values})
         self.restore(self.state(copied))
 

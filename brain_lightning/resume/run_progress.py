@@ -369,7 +369,7 @@ class RunProgress:
             return self._epoch_after_fit()
         if phase in (Phase.FETCHED, Phase.BATCH_OVER, Phase.VALIDATED):
             return self._epoch_between_batches()
-        if phase is Phase.TRAIN_OVER and self._statistics.lacks_what_end_assigned():
+        if phase is Phase.TRAIN_OVER and self._statistics.has_unsaved_after_end():
             # on_stage_end has to be called again when the run is resumed.
             return {**self._epoch_between_batches(), "phase": Phase.BATCH_OVER.name}
         return self._epoch_without_batches()
@@ -436,7 +436,7 @@ class RunProgress:
                 # A hook that validates has set brain.step to 0.
                 temporary.set(brain, "step", self.counts["step"])
                 average = brain.update_average(loss, average)
-        again = self.trainer is not None and self.trainer.is_telling_of_batch()
+        again = self.trainer is not None and self.trainer.may_call_end_hooks()
         return {
             **self._epoch_between_batches(self.position.fitted + (not again)),
             "phase": (Phase.FITTED if again else Phase.BATCH_OVER).name,

@@ -138,15 +138,15 @@ class TrainerSide(Protocol):
         shows_bar: Whether to show SpeechBrain's bar.
         validates: Whether the run validates.
         saves: Whether the Trainer saves within an epoch if the Brain has no Checkpointer.
-        draws_ahead: Whether a save may happen after the next batch is fetched and before it
-            is fitted.
+        saves_after_fetch: Whether a save may happen after the next batch is fetched and
+            before it is fitted.
         saves_within_batch: Whether a save may happen in the middle of a batch.
     """
 
     shows_bar: bool
     validates: bool
     saves: bool
-    draws_ahead: bool
+    saves_after_fetch: bool
     saves_within_batch: bool
 
     def state(self) -> State:
@@ -181,7 +181,7 @@ class TrainerSide(Protocol):
             Whether the scheduler has accepted the request.
         """
 
-    def is_telling_of_batch(self) -> bool:
+    def may_call_end_hooks(self) -> bool:
         """Whether batch-end hooks of the last batch are missing, and can be called later."""
 
 
@@ -200,7 +200,7 @@ def migrated(state: State, end_of_epoch: bool) -> ProcessState:
         raise CheckpointError(
             "the state of the run was saved by a newer brain_lightning, as version "
             f"{version}, but this release reads versions up to {VERSION}. Upgrade "
-            "brain_lightning, or recover a checkpoint that this release has saved"
+            "brain_lightning, or recover a checkpoint that this release has saved."
         )
     if version == 0:
         state = _from_version_0(state, end_of_epoch)

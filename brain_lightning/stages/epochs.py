@@ -238,7 +238,7 @@ class Epochs:
         if not isinstance(counts, Iterable) and not hasattr(counts, "__getitem__"):
             raise TypeError(
                 f"epoch_counter must be iterable, got {epoch_counter!r}. For ten epochs, use "
-                "EpochCounter(limit=10) or range(1, 11)"
+                "EpochCounter(limit=10) or range(1, 11)."
             )
         # A counter that was advanced or recovered before this run has a position.
         self.current: Any = getattr(epoch_counter, "current", None) or None
@@ -272,7 +272,7 @@ class Epochs:
             if any(answers) and not all(answers) and if_main_process():
                 ends = by_rank(["ends" if each else "does not" for each in answers])
                 logger.warning(
-                    "The Trainer of some ranks ends the training (%s). It ends on all ranks.",
+                    "The Trainer ends the training on some ranks (%s). It ends on all ranks.",
                     ends,
                 )
             ended = any(answers)
@@ -361,7 +361,7 @@ def _check_epochs(answers: Sequence[Answer]) -> None:
     if positions or numbers or unknown:
         raise RankMismatchError(
             "the ranks are at different epochs "
-            f"({by_rank([_describe(*each) for each in answers])}): {REMEDY}"
+            f"({by_rank([_describe(*each) for each in answers])}). {REMEDY}"
         )
 
 

@@ -83,7 +83,7 @@ def progress_bar(
 
     Args:
         stage: Stage that is starting. The options of its Brain choose between bar and lines,
-            and the colour. A resumed training epoch starts at the Brain's ``step``.
+            and the color. A resumed training epoch starts at the Brain's ``step``.
         batches: The batches.
         total: Number of batches, or None if it is unknown.
 
@@ -103,6 +103,6 @@ def progress_bar(
     if settings.progress == "plain" or (settings.progress == "auto" and not is_watched()):
         # ncols=0 draws no bar, and miniters=1 checks the clock after each batch.
         return LossLines(ncols=0, mininterval=settings.progress_interval, miniters=1, **about)
-    # None, because a notebook does not accept an empty colour.
+    # None, because a notebook does not accept an empty color.
     colour = brain.tqdm_barcolor[name.lower()] or None
     return LossBar(dynamic_ncols=True, colour=colour, **about)

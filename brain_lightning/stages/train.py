@@ -208,7 +208,8 @@ class TrainStage(RunStage):
                 return self._skip(of_step, batch, None)
         before.skipped += 1
         logger.warning(
-            "Out of memory: this batch is skipped (%d of %d allowed in this epoch). %s",
+            "Out of memory. The batch is skipped (%d of %d that oom_patience allows in this "
+            "epoch). %s",
             before.skipped,
             brain._lightning.oom_patience,
             "; ".join([str(error).partition("\n")[0] or type(error).__name__, *notes(error)]),
@@ -222,12 +223,12 @@ class TrainStage(RunStage):
             note = (
                 "the run was not saved, because the other ranks cannot take part in the save. "
                 "Set oom_patience=0: if a forward or backward pass runs out of memory on any "
-                "rank, all ranks save and end"
+                "rank, all ranks save and end."
             )
         elif not is_undone:
             note = (
                 "the run was not saved, because an optimizer had begun its step. Set "
-                "oom_patience=0: this step is undone before the save"
+                "oom_patience=0: this step is undone before the save."
             )
         elif self.run.save_after_error():
             note = "the run was saved, and resumes with this batch"

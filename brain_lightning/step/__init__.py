@@ -5,5 +5,5 @@
 computes the weights of batches in an accumulation window. ``out_of_memory`` detects and
 describes out-of-memory errors, and ``synchronized`` lets all ranks skip a batch if one rank is
 out of memory. ``precision`` has the device, autocast and the gradient scaler. ``compile``
-compiles modules, and ``pruning`` loads pruned ones.
+compiles modules, and ``pruning`` loads pruned modules.
 """

@@ -44,7 +44,8 @@ def device_type(device: str) -> str:
         where = torch.device(device).type
     except RuntimeError as error:
         raise RunOptionError(
-            f"device {device!r} is not valid. Use cpu, cuda, cuda:0, cuda:1 or mps: {error}"
+            f"device {device!r} is not valid. Use cpu, cuda, cuda:0, cuda:1 or mps. torch "
+            f"reports: {error}"
         ) from error
     if where == "cuda" and not torch.cuda.is_available():
         raise RunOptionError(

@@ -136,7 +136,9 @@ def drop_nonfinite_gradients(brain: BrainProtocol) -> None:
     for name, parameter in brain.modules.named_parameters():
         if parameter.grad is not None and not is_finite(parameter.grad):
             parameter.grad = None
-            logger.warning("The gradient of %s has NaN or infinite values. Dropped it.", name)
+            logger.warning(
+                "The gradient of %s has NaN or infinite values and is dropped.", name
+            )
 
 
 class RawUpdate:

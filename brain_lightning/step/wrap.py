@@ -7,7 +7,7 @@ from functools import partial
 from brain_lightning.distributed import ddp
 from brain_lightning.fsdp2.shard import shard_modules
 from brain_lightning.fsdp2.sharding import Sharding
-from brain_lightning.fsdp2.state_dict import save_whole_optimizers
+from brain_lightning.fsdp2.state_dict import save_full_optimizers
 from brain_lightning.fsdp2.unsupported import check_first_steps, check_optimizers
 from brain_lightning.protocol import BrainProtocol, optimizers_of, overrides
 
@@ -39,8 +39,8 @@ def wraps_itself(brain: BrainProtocol) -> bool:
     return overrides(type(brain), "_wrap_distributed") or not (own is None or ours)
 
 
-def save_whole(brain: BrainProtocol) -> None:
-    """Makes the optimizers of sharded modules save and load whole tensors.
+def save_full_states(brain: BrainProtocol) -> None:
+    """Makes the optimizers of sharded modules save and load full tensors.
 
     Args:
         brain: Brain with its optimizers.
@@ -49,6 +49,6 @@ def save_whole(brain: BrainProtocol) -> None:
         UnsupportedError: An optimizer was created before the modules were sharded.
     """
     check_optimizers(brain)
-    new = save_whole_optimizers(optimizer for _, optimizer in optimizers_of(brain))
+    new = save_full_optimizers(optimizer for _, optimizer in optimizers_of(brain))
     if brain._lightning.sharding is not None:
         check_first_steps(brain, new)

@@ -114,7 +114,7 @@ def _by_index(loader: DataLoader[Any]) -> Longest:
     else:
         lengths = lengths_of(loader.dataset)
         possible = _possible(loader, lengths.values)
-    batches = _heaviest(possible, lengths.values)
+    batches = _largest_batches(possible, lengths.values)
     if loader.batch_sampler is None:
         # Without a batch sampler each example is a batch.
         drawn = _in_this_process(loader, sampler=[index for (index,) in batches])
@@ -163,7 +163,7 @@ def _keeps_order(sampler: Any) -> bool:
     return isinstance(sampler, (SequentialSampler, Sequence))
 
 
-def _heaviest(batches: Sequence[Batch], lengths: Mapping[int, float]) -> list[Batch]:
+def _largest_batches(batches: Sequence[Batch], lengths: Mapping[int, float]) -> list[Batch]:
     """Returns the batch with most padded frames, and the batch with most pairs of frames."""
 
     def weight(power: int) -> Callable[[Batch], float]:

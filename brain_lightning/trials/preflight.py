@@ -183,8 +183,10 @@ def table(tried: Sequence[Tried], device: str) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, *rows)
     ]
-    of_what = "the process" if total is None else f"tensors on {device}, of {in_gib(total)}"
-    return "\n".join([*lines, f"The peak memory is that of {of_what}."])
+    of_what = (
+        "the process" if total is None else f"tensors on {device}, which has {in_gib(total)}"
+    )
+    return "\n".join([*lines, f"The peak memory is the memory of {of_what}."])
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Snapshot:
                 pending.extend(held)
 
     def _is_data(self, obj: Any, within: bool) -> bool:
-        """Returns whether to skip an object: data of a dataset, or a dataset (added last)."""
+        """Returns whether to skip an object for now: a dataset, or large data in a dataset."""
         if within:
             return _is_large(obj)
         if issubclass(type(obj), DataLoader):

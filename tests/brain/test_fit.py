@@ -259,7 +259,7 @@ def test_the_command_line_outranks_the_call() -> None:
 
 
 def test_an_unknown_trainer_argument_is_named_with_a_guess() -> None:
-    with pytest.raises(RunOptionError, match="'max_step': did you mean 'max_steps'"):
+    with pytest.raises(RunOptionError, match=r"'max_step'. Did you mean 'max_steps'"):
         make().fit(range(1), loader(), trainer={"max_step": 3})
 
 

@@ -282,7 +282,7 @@ def test_a_loop_without_an_end_ends_with_the_trainer(
     brain.fit(loader(), trainer=arguments)
     assert brain.optimizer_step == arguments.get("max_steps", 10)
     assert caplog.text.count("The Trainer has ended the training") == 1
-    assert "The loop of Endless.fit does not end" in caplog.text
+    assert "The custom loop of Endless.fit continues after the training" in caplog.text
 
 
 def test_the_epoch_counter_of_a_fit_is_the_recipes() -> None:

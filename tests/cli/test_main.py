@@ -117,7 +117,7 @@ def test_a_recipe_on_our_brain_runs_too(tmp_path: Path) -> None:
     ("words", "says"),
     [
         (["run", "nowhere.py"], "script 'nowhere.py' was not found in "),
-        (["run", *TOY, "--trainer.max_step=3"], "did you mean 'max_steps'"),
+        (["run", *TOY, "--trainer.max_step=3"], "Did you mean 'max_steps'"),
         (["run", *TOY, "--trainer=nowhere.yaml"], "--trainer=nowhere.yaml: No such file"),
         (["run", *TOY, f"--trainer={TOY[0]}"], "toy.py: "),
         (["run", *TOY, "--trainer.devices=[0,1]"], "CUDA_VISIBLE_DEVICES"),

@@ -149,5 +149,5 @@ def test_a_rank_that_cannot_save_does_not_hang_the_other_rank(rows: Any) -> None
         for name in ("part", "counter"):
             for failing in RANKS:
                 assert "No space left on device" in found[name, failing]
-                is_other = "another process could not save" in found[name, failing]
+                is_other = "another rank could not save" in found[name, failing]
                 assert is_other == (rank != failing)

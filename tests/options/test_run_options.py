@@ -94,8 +94,8 @@ def test_one_key_within_a_section_is_overridden(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--optimizer.rate=1"], "unknown key of optimizer.*'rate': use one of lr, decay"),
-        (["--optimiser.lr=1"], "'optimiser': did you mean 'optimizer'"),
+        (["--optimizer.rate=1"], "unknown key of optimizer.*'rate'. Use one of lr, decay"),
+        (["--optimiser.lr=1"], "'optimiser'. Did you mean 'optimizer'"),
         (["--lr.x=1"], "--lr.x: 'lr' of .*h.yaml is not a section"),
         (["--words.0=1"], "is not a section with keys"),
         (["--optimizer.decay=1", "--optimizer.decay.rate=2"], "are both set"),
@@ -196,9 +196,9 @@ def test_option_values_of_the_protocol_are_the_run_options_with_their_types() ->
 
 
 def test_the_error_for_an_unknown_option_suggests_a_name() -> None:
-    with pytest.raises(RunOptionError, match="'max_grad_nrom': did you mean 'max_grad_norm'"):
+    with pytest.raises(RunOptionError, match=r"'max_grad_nrom'. Did you mean 'max_grad_norm'"):
         Brain(run_opts={"max_grad_nrom": 1})
-    with pytest.raises(RunOptionError, match="'xyz': use one of test_only, debug"):
+    with pytest.raises(RunOptionError, match=r"'xyz'. Use one of test_only, debug"):
         Brain(run_opts={"xyz": 1})
 
 

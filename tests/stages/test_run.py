@@ -16,7 +16,7 @@ from tests.support.brains import make
 class Silent:
     """A ``TrainerSide`` without state."""
 
-    shows_bar = validates = saves = draws_ahead = saves_within_batch = False
+    shows_bar = validates = saves = saves_after_fetch = saves_within_batch = False
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -33,7 +33,7 @@ class Silent:
     def save_within_epoch(self) -> None:
         pass
 
-    def is_telling_of_batch(self) -> bool:
+    def may_call_end_hooks(self) -> bool:
         return False
 
 

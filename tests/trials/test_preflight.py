@@ -110,7 +110,7 @@ def test_the_table_of_a_preflight(capsys: pytest.CaptureFixture[str]) -> None:
     assert head == "preflight  chosen by  examples  longest  peak memory  seconds"
     assert train.split()[:4] == ["TRAIN", "duration", "4", "5"]
     assert valid.split()[:4] == ["VALID", "duration", "1", "7"]
-    assert last == "The peak memory is that of the process."
+    assert last == "The peak memory is the memory of the process."
 
 
 def test_ranks_try_the_same_number_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:

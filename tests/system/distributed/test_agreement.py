@@ -74,9 +74,9 @@ def test_a_trainer_that_stops_on_one_rank_stops_all(outcomes: Outcomes) -> None:
     [
         (scenarios.epochs_apart, "RankMismatchError: the ranks are at different epochs "
          "(rank 0: begins epoch 1; rank 1: begins epoch 2)"),
-        (scenarios.updates_apart, "RankMismatchError: the processes differ in the number "
+        (scenarios.updates_apart, "RankMismatchError: the ranks differ in the number "
          "of optimizer steps (rank 0: 0; rank 1: 5)"),
-        (scenarios.recovered_on_rank_0_alone, "RankMismatchError: the processes are at "
+        (scenarios.recovered_on_rank_0_alone, "RankMismatchError: the ranks are at "
          "different points of the run (rank 0: recovers a checkpoint; rank 1: "
          "has recovered its checkpoint)"),
         (scenarios.none_on_rank_0, "CheckpointError: rank 0 has no checkpoint, but other "
@@ -103,7 +103,7 @@ def test_what_cannot_go_on_ends_every_rank_in_words(
 def test_what_is_damaged_on_rank_0_is_named_on_every_rank(
     outcomes: Outcomes, scenario: Any
 ) -> None:
-    folder = f"{scenario.__name__}/node0 is damaged. To start from scratch, move them away"
+    folder = f"{scenario.__name__}/node0 is damaged. To start from scratch, move them away."
     for error in errors(outcomes, scenario):
         assert error.startswith("CheckpointError: every checkpoint in ")
         assert error.endswith(folder)

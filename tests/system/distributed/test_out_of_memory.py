@@ -35,7 +35,7 @@ def test_both_skip_what_one_has_no_memory_for(records: Any) -> None:
         assert len(told) == 16
         other = f"rank {1 - rank} ran out of memory in this batch, so no rank uses the batch"
         assert sum(other in each for each in told) == 8
-        assert "(1 of 2 allowed in this epoch)" in told[0]
+        assert "(1 of 2 that oom_patience allows in this epoch)" in told[0]
         assert "in TRAIN, epoch 1, step 2" in told[0]
 
 
