@@ -38,7 +38,12 @@ from brain_lightning.lightning_internals.trainer_callbacks import (
 )
 from brain_lightning.loggers.csv_rows import RunRows
 from brain_lightning.optimizers.group import OptimizerGroup
-from brain_lightning.optimizers.trained_parts import TrainedParts, switches
+from brain_lightning.optimizers.module_attributes import (
+    AttributeChanges,
+    Attributes,
+    module_attributes,
+    restore_module_attributes,
+)
 from brain_lightning.phase import Phase
 from brain_lightning.resume.plain_values import NotPlainError, State, plain
 from brain_lightning.resume.saved_state import ProcessState
@@ -80,7 +85,7 @@ class LightningSide:
         self.saves_after_fetch = self.saves_within_batch or saves_between_batches(trainer)
         self.called_hooks = CalledHooks(trainer, run)
         self.average = AverageInUse()
-        self._trained = TrainedParts(run.brain)
+        self._attributes = AttributeChanges(run.brain)
         self._reloads: list[float] = []
         self._groups: State = {}
         self._reported: set[str] = set()
@@ -101,7 +106,7 @@ class LightningSide:
             "last_batch": {"steps": train.steps, "accumulates": train.accumulates},
             "callbacks": self._callback_states(),
             "reloads": reloads(trainer),
-            "trained": self._trained.changed(self._switches()),
+            "trained": self._attributes.changed(self._module_attributes()),
             "told": self.called_hooks.state(),
             "metrics": metrics,
             "logged": self._rows.save(logged_steps(trainer)),
@@ -111,11 +116,11 @@ class LightningSide:
             "masks": plain(masks(self._run.brain.modules, self._plain_name)),
         }
 
-    def _switches(self) -> dict[str, bool]:
+    def _module_attributes(self) -> Attributes:
         state = self._run.run_state
-        # An incomplete batch is fitted again, so the switches before the batch are saved.
-        before = state.before.switches if state.phase is Phase.FITTING else {}
-        return before or switches(self._run.brain)
+        # An incomplete batch is fitted again, so the attributes before the batch are saved.
+        before = state.before.attributes if state.phase is Phase.FITTING else {}
+        return before or module_attributes(self._run.brain)
 
     def _plain_name(self, name: str) -> str:
         return plain_name(name, self._run.brain)
@@ -163,7 +168,7 @@ class LightningSide:
 
     def remember_trained(self) -> None:
         """See ``TrainerSide``."""
-        self._trained.remember()
+        self._attributes.remember()
 
     def state_beside_weights(self) -> State:
         """See ``TrainerSide``."""
@@ -223,7 +228,7 @@ class LightningSide:
         set_progress(trainer, **counts, windows=run.train.windows)
         # Files of earlier versions have no "logged"; then the step is used.
         self._rows.resume(state.get("logged", {}), logged_steps(trainer))
-        self._trained.restore(state.get("trained", {}))
+        restore_module_attributes(run.brain, state.get("trained", {}))
         self.show_unfrozen()
         for callback in callbacks_of(trainer):
             if callback.state_key in state["callbacks"]:

@@ -243,6 +243,8 @@ TORCH_PARTS = (
     Row("torch.nn:Module", "_forward_hooks",
         "FSDP2's hooks must not run if a module calls itself in its forward pass"),
     Row("torch.nn:Module", "_modules", "__getattr__ must not call itself"),
+    Row("torch.nn:Module", "_non_persistent_buffers_set",
+        "no public API tells which buffers a state dict leaves out"),
     Row(_PRUNE, "_orig", "a pruned checkpoint is loaded into a module without masks"),
     Row(_PRUNE, "_mask", "a pruned checkpoint is loaded into a module without masks"),
     Row("torch.nn:Module.state_dict", "_metadata",

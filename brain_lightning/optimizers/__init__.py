@@ -2,6 +2,6 @@
 
 ``active`` finds the optimizers of a Brain and those that step. ``group`` has the
 ``OptimizerGroup``, which stands for all of them in Lightning. ``initial_groups`` saves and
-restores parameter groups that change during training. ``trained_parts`` saves and restores
+restores parameter groups that change during training. ``module_attributes`` saves and restores
 which parameters are frozen or unfrozen during a run.
 """

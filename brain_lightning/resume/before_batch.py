@@ -19,7 +19,11 @@ from brain_lightning.fsdp2.state_dict import as_shards
 from brain_lightning.fsdp2.tensors import is_shard, like
 from brain_lightning.host_copy import on_host
 from brain_lightning.optimizers.active import all_optimizers
-from brain_lightning.optimizers.trained_parts import Switches, switches
+from brain_lightning.optimizers.module_attributes import (
+    Attributes,
+    module_attributes,
+    restore_module_attributes,
+)
 from brain_lightning.protocol import BrainProtocol, optimizers_of, parameters_of
 from brain_lightning.step.window import Window, window_of
 
@@ -55,7 +59,7 @@ class BeforeBatch:
         random: Random state.
         statistics: Statistics that hooks have accumulated.
         gradients: Gradients by the index of the parameter.
-        switches: Which parameters were trained, and which norms tracked statistics.
+        attributes: Attributes of modules, such as which parameters were trained.
         steps: Whether an optimizer has begun its step.
         skipped: Number of batches of the epoch that were undone after running out of memory.
     """
@@ -70,7 +74,7 @@ class BeforeBatch:
         self.random: State = {}
         self.statistics: State = {}
         self.gradients: dict[int, Tensor] = {}
-        self.switches: Switches = {}
+        self.attributes: Attributes = {}
         self.steps = False
         self.skipped = 0
         self._epoch_statistics: EpochStatistics | None = None
@@ -99,7 +103,7 @@ class BeforeBatch:
         self.is_complete = True
         self.random = random_state()
         self._epoch_statistics, self.statistics = statistics, statistics.copy()
-        self.switches = switches(brain)
+        self.attributes = module_attributes(brain)
         self._scaler = brain.scaler.state_dict()
         with self._forget_if_out_of_memory():
             self.gradients = {i: grad.clone() for i, grad in gradients(brain).items()}
@@ -164,7 +168,7 @@ class BeforeBatch:
             return
         self.is_complete = False
         self.statistics, self.gradients, self._buffers = {}, {}, {}
-        self._weights, self._optimizers, self.switches = {}, {}, {}
+        self._weights, self._optimizers, self.attributes = {}, {}, {}
 
     def undo(self) -> bool:
         """Restores the state before the batch, in place.
@@ -189,6 +193,7 @@ class BeforeBatch:
             restore_gradients(brain, self.gradients)
             assert statistics is not None
             undo(brain, self.state())
+            restore_module_attributes(brain, self.attributes)
             statistics.undo(self.statistics)
             set_random_state(self.random)
         return True

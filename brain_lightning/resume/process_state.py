@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,12 +19,37 @@ ON_MAIN = "brain_lightning: in the state of the first process"
 
 
 def buffers(brain: BrainProtocol) -> dict[int, Tensor]:
-    """Returns the buffers of the modules on the CPU, which may differ between ranks.
+    """Returns the buffers of this rank that the saved modules may not have.
+
+    Args:
+        brain: The Brain.
+
+    Returns:
+        Copies on the CPU, by index. On several ranks all buffers, because they may differ
+        between ranks. On one rank the buffers that are not persistent.
+    """
+    every = enumerate(brain.modules.buffers())
+    kept = unsaved_buffers(brain) if world_size() == 1 else None
+    return {
+        index: buffer.detach().to("cpu", copy=True)
+        for index, buffer in every
+        if kept is None or index in kept
+    }
+
+
+def unsaved_buffers(brain: BrainProtocol) -> set[int]:
+    """Returns the indices of the buffers that are not persistent: no state dict has them.
 
     Args:
         brain: The Brain.
     """
-    return {i: buffer.cpu() for i, buffer in enumerate(brain.modules.buffers())}
+    unsaved = {
+        f"{prefix}.{name}"
+        for prefix, module in brain.modules.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    names = enumerate(name for name, _ in brain.modules.named_buffers())
+    return {index for index, name in names if name in unsaved}
 
 
 def restore_buffers(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None:
@@ -40,15 +65,20 @@ def restore_buffers(brain: BrainProtocol, saved: Mapping[int, Tensor]) -> None:
 
 
 def differing(
-    tensors: Mapping[int, Tensor], others: Mapping[int, Tensor]
+    tensors: Mapping[int, Tensor], others: Mapping[int, Tensor], always: Collection[int]
 ) -> dict[int, Tensor]:
     """Returns the tensors that differ from the tensors of another rank.
 
     Args:
         tensors: Tensors of one rank, by index.
         others: Tensors of the other rank, by the same indices.
+        always: Indices of tensors that are returned in any case.
     """
-    return {i: tensor for i, tensor in tensors.items() if not torch.equal(tensor, others[i])}
+    return {
+        index: tensor
+        for index, tensor in tensors.items()
+        if index in always or not torch.equal(tensor, others[index])
+    }
 
 
 def synchronizes(brain: BrainProtocol) -> list[bool]:

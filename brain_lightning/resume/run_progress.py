@@ -340,7 +340,7 @@ class RunProgress:
             "between": self.position.state_between_passes(),
             "trainer": of_trainer,
             "end_of_epoch": self.is_end_of_epoch,
-            "buffers": buffers(self.brain) if world_size() > 1 else {},
+            "buffers": buffers(self.brain),
             "synchronizes": self._synchronizes() if moment is None else moment.synchronizes,
             "beside_weights": {},
             "window": (self._window() if moment is None else moment.window).state(),

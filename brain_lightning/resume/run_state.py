@@ -15,7 +15,14 @@ from brain_lightning.distributed.communication import (
 )
 from brain_lightning.phase import Phase
 
-from .process_state import differing, full_on_main, mean_gradients, mean_window, with_full
+from .process_state import (
+    differing,
+    full_on_main,
+    mean_gradients,
+    mean_window,
+    unsaved_buffers,
+    with_full,
+)
 from .run_progress import RunProgress
 from .saved_state import migrated
 
@@ -37,9 +44,9 @@ class RunState(RunProgress):
         states = gather(collectively(lambda: full_on_main(self.state())))
 
         def write() -> None:
-            first = states[0]["buffers"]
+            first, unsaved = states[0]["buffers"], unsaved_buffers(self.brain)
             for state in states:
-                state["buffers"] = differing(state["buffers"], first)
+                state["buffers"] = differing(state["buffers"], first, unsaved)
             write_state({"processes": states}, str(path))
 
         by_main_process(write)

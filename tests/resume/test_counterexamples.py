@@ -13,6 +13,7 @@ import torch
 import torchmetrics
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from speechbrain.nnet.RNN import LiGRU, SLiGRU
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from brain_lightning import Checkpointer, EpochCounter, to_lightning
@@ -484,3 +485,58 @@ def test_a_trainer_of_ones_own_listens_to_sigterm_only_while_it_trains(tmp_path:
     trainer.fit(to_lightning(brain), loader(), loader())
     assert all("Termination" in repr(handler) for handler in heard)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ------------------------------------------------- state that is in no state dict
+
+
+class WithLiGRU(EndSaving):
+    """Its LiGRU samples dropout masks in advance, and counts the masks that it has used."""
+
+    rnn_class: Any = LiGRU
+
+    def on_fit_start(self) -> None:
+        with torch.random.fork_rng():
+            rnn = self.rnn_class(4, input_shape=(4, 1, 4), dropout=0.5)
+        # Masks are sampled again in the second epoch.
+        (layer,), count = rnn.rnn, 10 * BATCHES
+        layer.N_drop_masks, layer.drop_masks = count, layer.drop_masks[:count].clone()
+        self.modules["rnn"] = rnn
+        self.checkpointer.add_recoverable("rnn", rnn)
+        super().on_fit_start()
+
+    def compute_forward(self, batch: Any, stage: Any) -> Any:
+        outputs, _ = self.modules.rnn(batch[0].unsqueeze(1))
+        return super().compute_forward([outputs.squeeze(1)], stage)
+
+
+class WithSLiGRU(WithLiGRU):
+    """Its masks are in a buffer that is not persistent."""
+
+    rnn_class = SLiGRU
+
+
+@pytest.mark.parametrize("cls", [WithLiGRU, WithSLiGRU])
+@pytest.mark.parametrize("cut", [at(1, 3), at(3, 1)])
+def test_attributes_and_buffers_of_modules_that_no_state_dict_has(
+    tmp_path: Path, cut: Any, cls: Any
+) -> None:
+    whole, resumed = whole_and_cut(tmp_path, cut, cls=cls)
+    assert_same(whole, resumed)
+    (ours,), (theirs,) = whole.modules.rnn.rnn, resumed.modules.rnn.rnn
+    assert ours.drop_mask_cnt == theirs.drop_mask_cnt > 0
+    assert torch.equal(ours.drop_masks, theirs.drop_masks)
+
+
+def test_a_number_that_a_new_start_sets_is_not_overridden(tmp_path: Path) -> None:
+    class Scaled(EndSaving):
+        factor = 1.0
+
+        def on_fit_start(self) -> None:
+            self.modules.model.factor = self.factor
+            super().on_fit_start()
+
+    with pytest.raises(Cut):
+        run(tmp_path, at(2, 2), cls=Scaled)
+    Scaled.factor = 2.0
+    assert run(tmp_path, cls=Scaled).modules.model.factor == 2.0
