@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from brain_lightning.callback.unsupported import UNSUPPORTED_WITH_SHARDS
 from brain_lightning.doctor.report import BrainReport, examine
 from brain_lightning.fsdp2.strategy import NAME
+from brain_lightning.port.local_modules import IGNORES_COMMAND_LINE, ignores_command_line
 
 from .script import hyperparameters_file, parse_command
 
@@ -42,8 +43,10 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options, script, rest = parse_command(parser, words)
     report = examine(script, hyperparameters_file(rest))
+    ignores = bool(report.brains) and ignores_command_line(Path(script))
     if options.json:
-        print(json.dumps(dataclasses.asdict(report), indent=1))  # noqa: T201
+        shown = {**dataclasses.asdict(report), "ignores_command_line": ignores}
+        print(json.dumps(shown, indent=1))  # noqa: T201
     else:
         texts = [_text(script, brain) for brain in report.brains]
         texts += [
@@ -56,6 +59,8 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
             "was found."
             for name, line in report.not_examined.items()
         ]
+        if ignores:
+            texts.append(_wrapped(f"{script}: {IGNORES_COMMAND_LINE}", "", "  "))
         print("\n\n".join(texts) or f"{script}: no subclass of Brain was found")  # noqa: T201
     return 0
 
@@ -65,12 +70,16 @@ def _text(script: str, brain: BrainReport) -> str:
     file = script if own else brain.file
     lines = [f"{file}:{brain.line}: {brain.name}, a subclass of {brain.base}"]
     for head, text in _facts(brain, Path(script).name):
-        # No name is broken across lines, so that it can be copied and searched for.
-        lines += textwrap.wrap(
-            text, WIDTH, initial_indent=f"  {head:<12}", subsequent_indent=" " * 14,
-            break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
+        lines.append(_wrapped(text, f"  {head:<12}", " " * 14))
     return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, rest: str) -> str:
+    # No name is broken across lines, so that it can be copied and searched for.
+    return textwrap.fill(
+        text, WIDTH, initial_indent=first, subsequent_indent=rest,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
