@@ -13,14 +13,29 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from brain_lightning.callback.unsupported import UNSUPPORTED_WITH_SHARDS
+from brain_lightning.doctor.remark import ARGUMENTS
 from brain_lightning.doctor.report import BrainReport, examine
 from brain_lightning.fsdp2.strategy import NAME
+from brain_lightning.options.trainer_arguments import WITH_A_BRAIN
 from brain_lightning.port.local_modules import IGNORES_COMMAND_LINE, ignores_command_line
 
 from .script import hyperparameters_file, parse_command
 
 WIDTH = 100
 UNSUPPORTED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
+# Trainer arguments that are not in BrainReport.arguments of any Brain, and what they do.
+OTHER_ARGUMENTS = {
+    "strategy": "only the strategies above",
+    "plugins": "cluster environments, CheckpointIO and mixed precision; others are not tested",
+    "sync_batchnorm": "not needed with ddp on GPUs, which always converts BatchNorm, as in "
+    "SpeechBrain; with ddp on CPUs an error if a module has a BatchNorm",
+    **{name: WITH_A_BRAIN[name] for name in (
+        "num_sanity_val_steps", "inference_mode", "use_distributed_sampler",
+        "enable_model_summary",
+    )},
+}  # fmt: skip
+# Trainer arguments that work, and that no remark of doctor limits.
+NEVER_LIMITED = ("limit_predict_batches", "default_root_dir")
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
@@ -91,9 +106,15 @@ def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
     for number, strategy in enumerate(brain.strategies or ["none"]):
         yield "" if number else "strategies", f"supported: {strategy}"
     yield "", f"not supported: {UNSUPPORTED_STRATEGIES}"
-    others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
     if brain.arguments:
-        yield "arguments", f"supported: all of Lightning's except {', '.join(others)}"
+        yield "arguments", "supported: all of Lightning's, with these exceptions"
+        if limited := [name for name in ARGUMENTS if name not in brain.arguments]:
+            yield "", f"no effect, or an error (see change): {', '.join(limited)}"
+        yield from (("", f"{name}: {text}") for name, text in OTHER_ARGUMENTS.items())
+        known = {*ARGUMENTS, *OTHER_ARGUMENTS, *NEVER_LIMITED}
+        rest = [name for name in inspect.signature(Trainer).parameters if name not in known]
+        yield "", f"not tested: {', '.join(rest)}"
+        yield "", "brain-lightning run --trainer.help describes each argument"
         where = "" if "callbacks" in brain.arguments else " outside the custom loop"
         exceptions = "; ".join(brain.callbacks_refused)
         but = f" except {exceptions}" if exceptions else ""
