@@ -35,7 +35,7 @@ from brain_lightning.step.synchronized import synchronize_oom
 from brain_lightning.step.wrap import save_full_states, wrap_modules, wraps_itself
 from brain_lightning.temporary import TemporaryAttributes
 from brain_lightning.trials.finders import Finders
-from brain_lightning.trials.preflight import preflight_if_asked
+from brain_lightning.trials.preflight import preflight_if_asked, preflight_ignores
 
 from .averaged_weights import average_at_end
 from .lightning_bars import show_epoch, show_running_loss
@@ -241,7 +241,11 @@ class BrainCallback(Callback):
         """Records a KeyboardInterrupt, which Lightning replaces; restores the Trainer."""
         if isinstance(exception, KeyboardInterrupt):
             self.run.interrupt = exception
-        elif trainer.world_size > 1 and isinstance(exception, Exception):
+        elif (
+            trainer.world_size > 1
+            and isinstance(exception, Exception)
+            and not preflight_ignores(exception, trainer)
+        ):
             # Log it now, before the other ranks fail in a collective and hide this error.
             message = "Rank %d failed, which also ends the other ranks."
             logger.error(message, trainer.global_rank, exc_info=exception)

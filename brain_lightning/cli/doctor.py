@@ -13,13 +13,29 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from brain_lightning.callback.unsupported import UNSUPPORTED_WITH_SHARDS
+from brain_lightning.doctor.remark import ARGUMENTS
 from brain_lightning.doctor.report import BrainReport, examine
 from brain_lightning.fsdp2.strategy import NAME
+from brain_lightning.options.trainer_arguments import WITH_A_BRAIN
+from brain_lightning.port.local_modules import IGNORES_COMMAND_LINE, ignores_command_line
 
 from .script import hyperparameters_file, parse_command
 
 WIDTH = 100
 UNSUPPORTED_STRATEGIES = "fsdp, deepspeed, model_parallel, ddp_spawn, ddp_notebook"
+# Trainer arguments that are not in BrainReport.arguments of any Brain, and what they do.
+OTHER_ARGUMENTS = {
+    "strategy": "only the strategies above",
+    "plugins": "cluster environments, CheckpointIO and mixed precision; others are not tested",
+    "sync_batchnorm": "not needed with ddp on GPUs, which always converts BatchNorm, as in "
+    "SpeechBrain; with ddp on CPUs an error if a module has a BatchNorm",
+    **{name: WITH_A_BRAIN[name] for name in (
+        "num_sanity_val_steps", "inference_mode", "use_distributed_sampler",
+        "enable_model_summary",
+    )},
+}  # fmt: skip
+# Trainer arguments that work, and that no remark of doctor limits.
+NEVER_LIMITED = ("limit_predict_batches", "default_root_dir")
 
 
 def main(parser: ArgumentParser, words: list[str]) -> int:
@@ -42,8 +58,10 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options, script, rest = parse_command(parser, words)
     report = examine(script, hyperparameters_file(rest))
+    ignores = bool(report.brains) and ignores_command_line(Path(script))
     if options.json:
-        print(json.dumps(dataclasses.asdict(report), indent=1))  # noqa: T201
+        shown = {**dataclasses.asdict(report), "ignores_command_line": ignores}
+        print(json.dumps(shown, indent=1))  # noqa: T201
     else:
         texts = [_text(script, brain) for brain in report.brains]
         texts += [
@@ -56,6 +74,8 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
             "was found."
             for name, line in report.not_examined.items()
         ]
+        if ignores:
+            texts.append(_wrapped(f"{script}: {IGNORES_COMMAND_LINE}", "", "  "))
         print("\n\n".join(texts) or f"{script}: no subclass of Brain was found")  # noqa: T201
     return 0
 
@@ -65,12 +85,16 @@ def _text(script: str, brain: BrainReport) -> str:
     file = script if own else brain.file
     lines = [f"{file}:{brain.line}: {brain.name}, a subclass of {brain.base}"]
     for head, text in _facts(brain, Path(script).name):
-        # No name is broken across lines, so that it can be copied and searched for.
-        lines += textwrap.wrap(
-            text, WIDTH, initial_indent=f"  {head:<12}", subsequent_indent=" " * 14,
-            break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
+        lines.append(_wrapped(text, f"  {head:<12}", " " * 14))
     return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, rest: str) -> str:
+    # No name is broken across lines, so that it can be copied and searched for.
+    return textwrap.fill(
+        text, WIDTH, initial_indent=first, subsequent_indent=rest,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
@@ -82,9 +106,15 @@ def _facts(brain: BrainReport, script: str) -> Iterator[tuple[str, str]]:
     for number, strategy in enumerate(brain.strategies or ["none"]):
         yield "" if number else "strategies", f"supported: {strategy}"
     yield "", f"not supported: {UNSUPPORTED_STRATEGIES}"
-    others = [n for n in inspect.signature(Trainer).parameters if n not in brain.arguments]
     if brain.arguments:
-        yield "arguments", f"supported: all of Lightning's except {', '.join(others)}"
+        yield "arguments", "supported: all of Lightning's, with these exceptions"
+        if limited := [name for name in ARGUMENTS if name not in brain.arguments]:
+            yield "", f"no effect, or an error (see change): {', '.join(limited)}"
+        yield from (("", f"{name}: {text}") for name, text in OTHER_ARGUMENTS.items())
+        known = {*ARGUMENTS, *OTHER_ARGUMENTS, *NEVER_LIMITED}
+        rest = [name for name in inspect.signature(Trainer).parameters if name not in known]
+        yield "", f"not tested: {', '.join(rest)}"
+        yield "", "brain-lightning run --trainer.help describes each argument"
         where = "" if "callbacks" in brain.arguments else " outside the custom loop"
         exceptions = "; ".join(brain.callbacks_refused)
         but = f" except {exceptions}" if exceptions else ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from brain_lightning.errors import RecipeError
 from brain_lightning.options.parse_arguments import split_trainer
+from brain_lightning.port.local_modules import IGNORES_COMMAND_LINE, ignores_command_line
 
 from .script import check_script, parse_command
 from .verify import verify
@@ -64,9 +65,13 @@ def main(parser: ArgumentParser, words: list[str]) -> int:
     if overrides and not options.verify:
         parser.error(f"{' '.join(overrides)}: overrides need --verify")
     recipe = _ported(script, files)
+    ignores = bool(recipe.brains) and ignores_command_line(recipe.script)
     # Verified before --write changes the recipe, which is one side of the comparison.
     is_equal = not options.verify or _verify_port(recipe, options, overrides)
     _write(recipe, options)
+    if ignores:
+        # No code has to change for this remark, so the port may still be complete.
+        print(f"{script}: {IGNORES_COMMAND_LINE}", file=sys.stderr)  # noqa: T201
     print(_summary(recipe), file=sys.stderr)  # noqa: T201
     return 0 if is_equal and recipe.outcome == "completely" else 1
 

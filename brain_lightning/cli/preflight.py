@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from brain_lightning.errors import PreflightError, RecipeError
+from brain_lightning.errors import RecipeError
 from brain_lightning.trials.preflight import PreflightAlone
 
 from .processes import run_in_processes
@@ -51,10 +51,8 @@ def _try(script: str, words: Sequence[str], trainer: Mapping[str, Any]) -> None:
     alone = PreflightAlone()
     try:
         run_recipe(script, words, trainer, [alone])
-    except PreflightError:
-        raise
     except Exception as error:
-        if alone.is_trying or not alone.tried:
+        if not alone.ignores(error):
             raise
         logger.warning(
             "After the preflight of fit, the script ended with %s: %s. It may need results of "

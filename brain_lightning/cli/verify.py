@@ -81,7 +81,8 @@ def verify(
         The events of both sides, with their first difference.
 
     Raises:
-        RecipeError: SpeechBrain is not installed, or one side ran no batch.
+        RecipeError: SpeechBrain is not installed, one side ran no batch, or the script's Brain
+            is brain_lightning's.
     """
     if importlib.util.find_spec("speechbrain") is None:
         raise RecipeError("verify needs SpeechBrain. Run pip install speechbrain.")
@@ -112,6 +113,8 @@ def _run_side(side: str, task: Mapping[str, Any], folder: Path) -> dict[str, Any
     found: dict[str, Any] = {"events": []}
     if out.is_file():
         found = json.loads(out.read_text(encoding="utf-8"))
+    if "mistake" in found:
+        raise RecipeError(found["mistake"])
     if not any(event["kind"] in BATCH_EVENTS for event in found["events"]):
         tail = "\n".join(result.stdout.splitlines()[-TAIL:])
         raise RecipeError(

@@ -31,6 +31,7 @@ from torch.optim.optimizer import (
 
 from brain_lightning.brain.brain import Brain
 from brain_lightning.brain.patch import patch_speechbrain
+from brain_lightning.errors import RecipeError
 from brain_lightning.protocol import parameters_of
 
 from .script import run_recipe, run_script
@@ -46,6 +47,10 @@ HOOKS = (
 # Methods of a Brain that are loops. If a recipe overrides one, its code runs on both sides.
 LOOPS = ("fit", "_fit_train", "_fit_valid", "evaluate")
 SEED = 1234
+
+
+class NoSpeechBrainLoopError(RecipeError):
+    """A Brain of SpeechBrain's side is brain_lightning's, so its loops run on a Trainer."""
 
 
 class TrainerWitness(Callback):
@@ -105,14 +110,8 @@ class Recorder:
         Args:
             brain_class: ``speechbrain.core.Brain`` or ``brain_lightning.Brain``.
         """
-        self._base, make = brain_class, brain_class.__init__
-
-        @functools.wraps(make)
-        def __init__(brain: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-            make(brain, *args, **kwargs)
-            self.attach(brain)
-
-        brain_class.__init__ = __init__
+        self._base = brain_class
+        _after_init(brain_class, self.attach)
         register_optimizer_step_pre_hook(self.before_step)
         register_optimizer_step_post_hook(self.after_step)
 
@@ -223,6 +222,33 @@ class Recorder:
         ]
 
 
+def _after_init(brain_class: Any, call: Callable[[Any], None]) -> None:
+    """Calls a function with every Brain of a class that is created after this call."""
+    make = brain_class.__init__
+
+    @functools.wraps(make)
+    def __init__(brain: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        make(brain, *args, **kwargs)
+        call(brain)
+
+    brain_class.__init__ = __init__
+
+
+def _without_loops(brain: Brain) -> None:
+    """Makes the loops of a Brain raise an error, overridden loops too."""
+
+    def loop(*_: Any, **__: Any) -> None:
+        raise NoSpeechBrainLoopError(
+            f"{type(brain).__name__} is a subclass of brain_lightning.Brain, so there is no "
+            "SpeechBrain loop to compare with. Run brain-lightning verify on the original "
+            "recipe, whose Brain is SpeechBrain's. To compare a recipe with its port, run "
+            "brain-lightning port --verify on the original recipe."
+        )
+
+    for name in LOOPS:
+        setattr(brain, name, loop)
+
+
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, type(None))) else str(value)
 
@@ -272,11 +298,17 @@ def record(
         Brain class, the counts ``trained`` and ``tested`` of ``Recorder``, the counts
         ``on_trainer`` and ``others`` of the batches that a Trainer ran, and the overridden
         ``loops``.
+
+    Raises:
+        NoSpeechBrainLoopError: On SpeechBrain's side, the script runs a Brain of
+            brain_lightning.
     """
     seed_everything()
     recorder, witness = Recorder(steps), TrainerWitness()
     theirs = importlib.import_module("speechbrain.core").Brain
     recorder.watch(Brain if side == "ported" else theirs)
+    if side == "speechbrain":
+        _after_init(Brain, _without_loops)
     seed_everything()
     try:
         with patch_speechbrain(trainer, [witness]) if side == "trainer" else nullcontext():
@@ -284,6 +316,8 @@ def record(
                 run_recipe(script, words, trainer, [witness])
             else:
                 run_script(script, words)
+    except NoSpeechBrainLoopError:
+        raise
     except SystemExit as end:
         if end.code not in (None, 0):
             recorder.add("error", error=f"exit status {end.code}")
@@ -303,4 +337,8 @@ def record(
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
     out = Path(arguments.pop("out"))
-    out.write_text(json.dumps(record(**arguments)), encoding="utf-8")
+    try:
+        recorded = record(**arguments)
+    except NoSpeechBrainLoopError as error:
+        recorded = {"mistake": str(error)}
+    out.write_text(json.dumps(recorded), encoding="utf-8")

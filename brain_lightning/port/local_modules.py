@@ -14,6 +14,16 @@ from .equivalents import OURS
 BYTE_ORDER_MARK = "\ufeff"
 # A folder of this name beside a script is a checkout of the package, not part of the recipe.
 NOT_LOCAL = frozenset({"speechbrain", OURS})
+# Names in a file that reads the command line, with parse_arguments or by itself.
+READ_COMMAND_LINE = frozenset({
+    "parse_arguments", "argv", "argparse", "click", "docopt", "fire", "hydra", "jsonargparse",
+    "typer", "tyro",
+})  # fmt: skip
+IGNORES_COMMAND_LINE = (
+    "The script does not call parse_arguments. It ignores run options, overrides and "
+    "--trainer.X=Y on its command line. brain-lightning run applies only --trainer.X=Y to "
+    "it. To apply all of them, call parse_arguments, and pass its run options to the Brain."
+)
 
 
 def read_script(path: Path) -> str:
@@ -76,6 +86,33 @@ def local_modules(script: Path) -> list[Path]:
                 found[each] = None
                 waiting.append(each)
     return list(found)[1:]
+
+
+def ignores_command_line(script: Path) -> bool:
+    """Returns whether neither a script nor its local modules read the command line.
+
+    Args:
+        script: Path of the script.
+
+    Returns:
+        False also if a file cannot be read or parsed, because it may read the command line.
+    """
+    try:
+        trees = [parse(read_script(path), path) for path in (script, *local_modules(script))]
+    except RecipeError:
+        return False
+    return not any(READ_COMMAND_LINE & set(_names(tree)) for tree in trees)
+
+
+def _names(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(name) | ast.Attribute(attr=name):
+                yield name
+            case ast.alias(name):
+                yield from name.split(".")
+            case ast.ImportFrom(module=str(name)):
+                yield from name.split(".")
 
 
 def _imported(tree: ast.Module, here: Path, root: Path) -> Iterator[Path]:

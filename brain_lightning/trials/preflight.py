@@ -74,10 +74,32 @@ class PreflightAlone(Callback):
         self.tried: list[Tried] = []
         self.is_trying = False
 
+    def ignores(self, error: BaseException) -> bool:
+        """Returns whether an error does not end the command: only a warning is logged.
+
+        After a successful preflight, the script may need results of a training.
+
+        Args:
+            error: The error that the script raised.
+        """
+        has_failed = self.is_trying or isinstance(error, PreflightError)
+        return bool(self.tried) and not has_failed
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets an evaluation start without a checkpoint to recover or to average."""
         run: Any = pl_module.run
         run.temporary.wrap(run.test, "recover_best", _if_possible)
+
+
+def preflight_ignores(error: BaseException, trainer: Trainer) -> bool:
+    """Returns whether ``brain-lightning preflight`` only warns about an error.
+
+    Args:
+        error: The error that ended the run.
+        trainer: The Trainer of the run.
+    """
+    alone = (each for each in callbacks_of(trainer) if isinstance(each, PreflightAlone))
+    return any(each.ignores(error) for each in alone)
 
 
 def preflight_if_asked(run: Run, trainer: Trainer, by_own_fit: bool = False) -> None:

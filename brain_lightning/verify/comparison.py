@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-from .evidence import Evidence
+from .evidence import NOTHING, Evidence
 
 Event = Mapping[str, Any]
 # Number of hooks to show before and after the first one that differs.
@@ -33,7 +33,12 @@ class Comparison:
     @property
     def verified(self) -> bool:
         """Whether all events are equal, no error was raised, and a Trainer ran its batches."""
-        return self.equal and not self.error and not self.evidence.without_trainer
+        return self.equal and not self.error and not self.missing
+
+    @property
+    def missing(self) -> str:
+        """What makes the equality of all events no proof, or empty."""
+        return self.evidence.missing() if self.theirs else NOTHING
 
     @property
     def equal(self) -> bool:
@@ -94,8 +99,8 @@ class Comparison:
             yield f"The recipe raised an error on SpeechBrain's loop: {self.error}"
         if not self.equal:
             yield f"DIFFERENT: {self.first_difference}"
-        elif missing := self.evidence.missing():
-            yield f"NOT VERIFIED: {missing}"
+        elif self.missing:
+            yield f"NOT VERIFIED: {self.missing}"
         elif self.error:
             yield "NOT VERIFIED: all events before the error are equal on both sides."
         else:

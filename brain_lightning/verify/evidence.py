@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+NOTHING = (
+    "no batch of a Brain was recorded, so there is nothing to compare. Use a script that "
+    "calls fit or evaluate of SpeechBrain's Brain."
+)
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -45,12 +50,20 @@ class Evidence:
         return [brain for brain, count in done.items() if count and not ran.get(brain)]
 
     @property
+    def ran_nothing(self) -> bool:
+        """Whether no Brain ran a batch."""
+        counts = (self.trained, self.tested, self.on_trainer, self.others)
+        return not any(any(count.values()) for count in counts)
+
+    @property
     def own_loops(self) -> list[str]:
         """Loops that the recipe overrides, each once."""
         return list(dict.fromkeys(loop for loops in self.loops.values() for loop in loops))
 
     def missing(self) -> str:
         """Returns a message if no Trainer ran, or empty."""
+        if self.ran_nothing:
+            return NOTHING
         if not self.without_trainer:
             return ""
         loops = f" ({', '.join(self.own_loops)})" if self.own_loops else ""

@@ -125,6 +125,21 @@ def test_a_mistake_is_one_line(
     )
 
 
+def test_a_script_that_ignores_its_command_line_is_still_ported_completely(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "import speechbrain as sb\nclass Toy(sb.Brain):\n    pass\n"
+    says = "train.py: The script does not call parse_arguments. It ignores run options"
+    path = script(tmp_path, text)
+    assert main(["port", path]) == 0
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert "ported completely" in shown
+    script(tmp_path, f"{text}sb.parse_arguments([])\n")
+    assert main(["port", path]) == 0
+    assert says not in capsys.readouterr().err
+
+
 def test_both_sides_are_run_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from brain_lightning.cli.main import main
+from tests.support.processes import run_python
 from tests.support.scripts import QUIET, TOY, script
 
 # SpeechBrain raises warnings.
@@ -94,6 +95,19 @@ def test_what_a_script_does_with_a_trained_model_is_no_failure(
     assert "the script ended with FileNotFoundError: [Errno 2] No such file" in caplog.text
     assert preflight(tmp_path, "nothing") == 2
     assert "nothing was tried: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "status"), [("statistics", 0), ("TEST", 2)])
+def test_ranks_show_a_traceback_only_of_an_error_that_ends_the_command(
+    tmp_path: Path, word: str, status: int
+) -> None:
+    command = ("-m", "brain_lightning", "preflight", script(tmp_path, RECIPE), word)
+    done = run_python(*command, "--trainer.devices=2", cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    warns = "ended with RuntimeError: there are no statistics of the training" in done.stderr
+    assert warns == (status == 0)
+    for shown in ("failed, which also ends the other ranks", "Traceback"):
+        assert (shown in done.stderr) == (status != 0)
 
 
 def test_a_recipe_on_speechbrains_brain_is_tried(

@@ -116,14 +116,63 @@ def test_two_runs_of_the_recipes_own_loop_are_no_proof(
     assert not found["verified"]
     assert (found["without_trainer"], found["own_loops"]) == (["Own"], ["Own.fit"])
     evidence = Evidence(trained={"Own": 4}, on_trainer={"Own": 0}, loops={"Own": ["Own.fit"]})
-    said = Comparison([], [], evidence).as_text().splitlines()[-1]
+    event = {"kind": "hook", "hook": "zero_grad", "stage": "", "epoch": None, "step": 0}
+    said = Comparison([event], [event], evidence).as_text().splitlines()[-1]
     assert said.startswith("NOT VERIFIED: no Trainer ran a batch of Own. Both sides ran the")
     ran = dataclasses.replace(evidence, on_trainer={"Own": 4})
-    *_, verdict, note = Comparison([], [], ran).as_text().splitlines()
+    *_, verdict, note = Comparison([event], [event], ran).as_text().splitlines()
     assert verdict.startswith("EQUAL: ")
     assert note.startswith("Note: custom loop Own.fit. Both sides ran its code.")
     tested = Evidence(tested={"Own": 4, "Other": 1, "Idle": 0}, others={"Own": 4})
     assert tested.without_trainer == ["Other"]
+
+
+def test_without_a_recorded_batch_nothing_is_equal() -> None:
+    event = {"kind": "weights", "tensors": {}, "stage": "", "epoch": None, "step": 0}
+    ran = Evidence(trained={"Own": 2}, on_trainer={"Own": 2})
+    assert Comparison([event], [event], ran).verified
+    for nothing in (Comparison([], [], ran), Comparison([event], [event], Evidence())):
+        assert not nothing.verified
+        verdict = nothing.as_text().splitlines()[-1]
+        assert verdict.startswith("NOT VERIFIED: no batch of a Brain was recorded")
+
+
+PORTED = """
+import sys, torch, brain_lightning as bl
+class Ported(bl.Brain):
+    def compute_forward(self, batch, stage):
+        return self.modules.model(batch)
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.square().mean()
+class WithItsOwnLoop(Ported):
+    def fit(self, data):
+        self._fit_train(data, 1, False)
+options = {"device": "cpu", "noprogressbar": True}
+hparams = {"trainer": {"devices": 2}}
+cls = globals()[sys.argv[1]]
+brain = cls({"model": torch.nn.Linear(3, 1)}, torch.optim.Adam, hparams, options)
+data = list(torch.rand(4, 2, 3))
+if "evaluate" in sys.argv:
+    brain.evaluate(data)
+elif cls is Ported:
+    brain.fit(range(1), data)
+else:
+    brain.fit(data)
+"""
+
+
+@pytest.mark.usefixtures("in_forks")
+@pytest.mark.parametrize("words", ["Ported", "Ported evaluate", "WithItsOwnLoop"])
+def test_a_ported_script_has_no_speechbrain_loop_to_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    assert main(["verify", script(tmp_path, PORTED), *words.split()]) == 2
+    found = capsys.readouterr()
+    assert not found.out
+    says = "is a subclass of brain_lightning.Brain, so there is no SpeechBrain loop to compare"
+    assert f"brain-lightning: error: {words.split()[0]} {says}" in found.err
+    assert "port --verify" in found.err
+    assert "Trainer(devices=2)" not in found.err
 
 
 @pytest.mark.usefixtures("in_forks")
@@ -157,7 +206,8 @@ def test_a_recipe_that_fails_on_both_sides_after_its_fit_is_not_verified(
     assert (found["verified"], found["error"]) == (False, "exit status 3")
     event = {"kind": "error", "error": "RuntimeError: late", "stage": "", "epoch": None}
     failed = [{**event, "step": 2}]
-    *_, said, verdict = Comparison(failed, failed).as_text().splitlines()
+    ran = Evidence(trained={"Own": 2}, on_trainer={"Own": 2})
+    *_, said, verdict = Comparison(failed, failed, ran).as_text().splitlines()
     assert said == "The recipe raised an error on SpeechBrain's loop: RuntimeError: late"
     assert verdict.startswith("NOT VERIFIED: all events before the error are equal")
     *_, said, verdict = Comparison(failed, []).as_text().splitlines()

@@ -113,19 +113,27 @@ def test_doctor_lists_the_exceptions_in_lines_that_can_be_read(
     main(["doctor", path, "--json"])
     safe = json.loads(capsys.readouterr().out)["brains"][0]["arguments"]
     main(["doctor", path])
-    first, *lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert first.endswith("train.py:4: GAN, a subclass of SpeechBrain's Brain")
     assert all(len(line) <= 100 for line in lines)
     assert all(line.startswith("  ") for line in lines)
     text = " ".join(" ".join(lines).split())
-    said = re.search(
-        r"arguments supported: all of Lightning's except ([\w, ]+) callbacks ", text
-    )
+    said = re.search(r"arguments supported: all of Lightning's, (.+) callbacks ", text)
     assert said is not None
-    others = set(said[1].split(", "))
-    assert {"precision", "gradient_clip_val", "strategy"} <= others
-    # Every argument is either supported or listed, as in the JSON.
-    assert others == inspect.signature(Trainer).parameters.keys() - set(safe)
+    # Every argument that is not in the JSON is named, except two that always work.
+    arguments = inspect.signature(Trainer).parameters.keys()
+    always = {"limit_predict_batches", "default_root_dir"}
+    named = arguments & set(re.findall(r"\w+", said[1]))
+    assert named >= arguments - set(safe) - always
+    assert not named & always
+    limited = re.search(
+        r"no effect, or an error \(see change\): ([\w, ]+) strategy: ", said[1]
+    )
+    assert limited is not None
+    assert set(limited[1].split(", ")) == {*ARGUMENTS} - set(safe)
+    assert "precision" in limited[1]
+    assert "strategy: only the strategies above" in said[1]
+    assert "plugins: cluster environments, " in said[1]
 
 
 AROUND = """\
@@ -201,6 +209,38 @@ def test_doctor_of_a_script_without_brain_or_python(
     assert "no subclass of Brain" in capsys.readouterr().out
     assert main(["doctor", script(tmp_path, "def (")]) == 2
     assert "line 1: invalid syntax" in capsys.readouterr().err
+
+
+WITHOUT_ARGUMENTS = """
+import helper
+import speechbrain as sb
+
+class Plain(sb.Brain):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "helper", "ignores"),
+    [
+        ("", "", True),
+        ("sb.parse_arguments([])", "", False),
+        ("", "from brain_lightning import parse_arguments as parse", False),
+        ("", "import argparse", False),
+        ("import sys; sys.argv", "", False),
+        ("", "def (", False),
+    ],
+)
+def test_doctor_says_that_a_script_ignores_its_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, helper: str, ignores: bool
+) -> None:
+    script(tmp_path, helper, "helper.py")
+    path = script(tmp_path, WITHOUT_ARGUMENTS + text)
+    assert main(["doctor", path]) == 0
+    says = f"{path}: The script does not call parse_arguments. It ignores run options"
+    assert (says in " ".join(capsys.readouterr().out.split())) == ignores
+    main(["doctor", path, "--json"])
+    assert json.loads(capsys.readouterr().out)["ignores_command_line"] == ignores
 
 
 BESIDE = """
