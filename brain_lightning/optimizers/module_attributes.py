@@ -12,6 +12,9 @@ from brain_lightning.protocol import BrainProtocol
 
 Attributes = dict[str, Any]
 
+# The mode, a switch, and what ``process_state.synchronizes`` saves.
+_SAVED_ELSEWHERE = ("training", "track_running_stats", "require_forward_param_sync")
+
 
 def module_attributes(brain: BrainProtocol) -> Attributes:
     """Returns the attributes of modules that training may change.
@@ -95,5 +98,5 @@ def _numbers(brain: BrainProtocol) -> Iterator[tuple[str, Any, str]]:
             continue
         for attribute, value in vars(module).items():
             is_number = type(value) in (bool, int, float)
-            if is_number and attribute not in ("training", "track_running_stats"):
+            if is_number and attribute not in _SAVED_ELSEWHERE:
                 yield f"{name}.{attribute}", module, attribute
