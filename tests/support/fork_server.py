@@ -76,11 +76,11 @@ class Server:
         self.listener = listener
         self.clients: dict[int, socket.socket] = {}
         self.selector = selectors.DefaultSelector()
-        self.ended, signalled = os.pipe()
-        for end in (self.ended, signalled):
+        self.ended, self.signalled = os.pipe()
+        for end in (self.ended, self.signalled):
             os.set_blocking(end, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.signalled, warn_on_full_buffer=False)
         for source in (listener, self.ended, sys.stdin.fileno()):
             self.selector.register(source, selectors.EVENT_READ)
 
@@ -123,13 +123,14 @@ class Server:
 
     def _forget(self) -> None:
         """In a fork: nothing of the server's is left open."""
-        written = signal.set_wakeup_fd(-1)
+        # From Python 3.12 on asyncio has done so already.
+        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.selector.close()
         self.listener.close()
         for client in self.clients.values():
             client.close()
-        for end in (self.ended, written):
+        for end in (self.ended, self.signalled):
             os.close(end)
 
     def _reap(self) -> None:
