@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from brain_lightning.compat.versions import DTensor
-from brain_lightning.distributed.communication import communicates, if_main_process, world_size
+from brain_lightning.distributed.communication import (
+    communicates,
+    if_main_process,
+    on_all_ranks,
+    world_size,
+)
 from brain_lightning.errors import UnsupportedError
 
 
@@ -49,7 +54,11 @@ def is_finite(tensor: Tensor) -> bool:
     Args:
         tensor: A shard or a full tensor. If it is a shard, all ranks have to call this.
     """
-    return bool(whole(torch.isfinite(tensor).all()))
+    finite = bool(torch.isfinite(local(tensor)).all())
+    if not isinstance(tensor, DTensor):
+        return finite
+    # In torch 2.8, DTensor.all() is True if one shard is finite.
+    return on_all_ranks(finite, tensor.device_mesh.device_type)
 
 
 def on_main(value: Any) -> Any:

@@ -16,7 +16,7 @@ from brain_lightning import FSDP2Strategy, UnsupportedError, to_lightning
 from brain_lightning.fsdp2 import blocks, tensors, unsupported
 from brain_lightning.fsdp2.sharding import Sharding
 from tests.support.brains import Regression, loader, make, sgd, trainer_with
-from tests.support.upstream import needs_shards
+from tests.support.upstream import needs_shards, needs_unused
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -336,7 +336,7 @@ def test_after_a_sharded_fit_modules_can_only_be_trained_sharded(
         brain.modules.model.state_dict()
 
 
-@needs_shards
+@needs_unused
 @pytest.mark.usefixtures("one_process")
 def test_unused_parameters_log_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

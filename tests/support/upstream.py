@@ -8,13 +8,17 @@ import pytest
 import speechbrain
 from torch.torch_version import TorchVersion
 
-from brain_lightning.compat.versions import LIGHTNING, SHARDS
+from brain_lightning.compat.versions import LIGHTNING, REDUCES_UNUSED, SHARDS
 
 SPEECHBRAIN = TorchVersion(speechbrain.__version__)
 
 
 # Modules in shards, on a torch that averages their gradients as it should.
 needs_shards = pytest.mark.skipif(not SHARDS, reason="needs torch 2.8")
+# Shards of parameters that one process leaves out.
+needs_unused = pytest.mark.skipif(
+    not REDUCES_UNUSED, reason="needs FSDPModule.set_reduce_scatter_unused_params"
+)
 
 
 def needs_lightning(version: str) -> pytest.MarkDecorator:

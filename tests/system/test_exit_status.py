@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,10 @@ def test_signals(processes: list[str], signum: signal.Signals, status: int) -> N
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert run.stdout is not None
-    waiting = []
-    for _ in range(2 if processes else 1):
-        ready, pid = run.stdout.readline().split()
-        assert ready == "ready"
-        waiting.append(int(pid))
+    # Some versions of torch print a note first.
+    lines = (line.split() for line in iter(run.stdout.readline, ""))
+    ready = (int(words[1]) for words in lines if words[:1] == ["ready"])
+    waiting = list(islice(ready, 2 if processes else 1))
     run.send_signal(signum)
     if processes and signum is signal.SIGINT:
         # As a shell's, though forked processes are not in one group.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from brain_lightning.compat.versions import REDUCES_UNUSED
 from tests.parity import own_loops
 from tests.parity.sides import Record, assert_moved
 from tests.support.upstream import needs_shards
@@ -80,6 +81,8 @@ def test_what_is_learned_is_what_ddp_learns(
     sharded: Any, ddp: Any, side: str, scenario: Any
 ) -> None:
     name = scenario.__name__
+    if name == "a_layer_that_one_process_leaves_out" and not REDUCES_UNUSED:
+        pytest.skip("needs FSDPModule.set_reduce_scatter_unused_params")
     bound, _ = BOUNDS.get(name.partition("_ended_")[0], (0.0, ""))
     for mine, other in zip(sharded, ddp, strict=True):
         found, expected = mine[f"{side} sharded", name], other[side, name]
