@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,13 +34,13 @@ def python() -> str:
 def programs() -> Path:
     """A folder for ``PATH``: ``python`` and ``brain-lightning`` in forked processes."""
     # Short, for the address of a socket has a limit.
-    folder = tempfile.TemporaryDirectory(prefix="fork-")
-    address, log = os.path.join(folder.name, "socket"), os.path.join(folder.name, "log")
+    folder, owner = tempfile.mkdtemp(prefix="fork-"), os.getpid()
+    address, log = os.path.join(folder, "socket"), os.path.join(folder, "log")
     client = CLIENT.format(
         executable=sys.executable, scripts=str(Path(sys.executable).parent), address=address,
         log=log,
     )  # fmt: skip
-    bin_folder = Path(folder.name, "bin")
+    bin_folder = Path(folder, "bin")
     bin_folder.mkdir()
     for name in ("python", "brain-lightning"):
         (bin_folder / name).write_text(client)
@@ -60,8 +61,10 @@ def programs() -> Path:
 
     @atexit.register
     def end() -> None:
-        server.communicate()
-        folder.cleanup()
+        # Not in a fork of this process that ends as Python does.
+        if os.getpid() == owner:
+            server.communicate()
+            shutil.rmtree(folder)
 
     return bin_folder
 
