@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from .fork_server import CLIENT
@@ -30,11 +31,23 @@ def python() -> str:
     return str(programs() / "python")
 
 
+def at_end_of_process(call: Callable[[], object]) -> None:
+    """Calls it at the end of this process, and not of its forks that end as Python does."""
+    owner = os.getpid()
+    atexit.register(lambda: call() if os.getpid() == owner else None)
+
+
+def temporary_folder(prefix: str) -> str:
+    folder = tempfile.mkdtemp(prefix=prefix)
+    at_end_of_process(lambda: shutil.rmtree(folder))
+    return folder
+
+
 @functools.cache
 def programs() -> Path:
     """A folder for ``PATH``: ``python`` and ``brain-lightning`` in forked processes."""
     # Short, for the address of a socket has a limit.
-    folder, owner = tempfile.mkdtemp(prefix="fork-"), os.getpid()
+    folder = temporary_folder("fork-")
     address, log = os.path.join(folder, "socket"), os.path.join(folder, "log")
     client = CLIENT.format(
         executable=sys.executable, scripts=str(Path(sys.executable).parent), address=address,
@@ -59,30 +72,23 @@ def programs() -> Path:
             pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=out, stderr=out,
         )  # fmt: skip
 
-    @atexit.register
-    def end() -> None:
-        # Not in a fork of this process that ends as Python does.
-        if os.getpid() == owner:
-            server.communicate()
-            shutil.rmtree(folder)
-
+    at_end_of_process(server.communicate)
     return bin_folder
 
 
 @functools.cache
 def site() -> Path:
     """A folder that makes torchaudio importable in real processes too: see environment.py."""
-    folder = tempfile.TemporaryDirectory(prefix="site-")
-    atexit.register(folder.cleanup)
+    folder = temporary_folder("site-")
     if not hasattr(sys.modules["torchaudio._extension"], "__file__"):
-        Path(folder.name, "sitecustomize.py").write_text(
+        Path(folder, "sitecustomize.py").write_text(
             "import sys, types\n"
             "stub = types.ModuleType('torchaudio._extension')\n"
             "stub._IS_TORCHAUDIO_EXT_AVAILABLE = stub._IS_ALIGN_AVAILABLE = False\n"
             "stub.fail_if_no_align = lambda function: function\n"
             "sys.modules['torchaudio._extension'] = stub\n"
         )
-    return Path(folder.name)
+    return Path(folder)
 
 
 def variables(**more: str) -> dict[str, str]:
