@@ -64,7 +64,6 @@ class LightningSettings:
             None for DistributedDataParallel.
         records: Best and last value of each number that the Brain's runs reported
             (``stages.metrics.Record``).
-        initial_numbers: See ``optimizers.module_attributes.AttributeChanges.remember``.
         progress: The run option.
         progress_interval: The run option.
         shard_eval: The run option.
@@ -96,7 +95,6 @@ class LightningSettings:
     flags: Any = None
     sharding: Any = None
     records: dict[str, Any] = field(default_factory=dict)
-    initial_numbers: dict[str, Any] = field(default_factory=dict)
     progress: str = "auto"
     progress_interval: float = 10
     shard_eval: bool = False

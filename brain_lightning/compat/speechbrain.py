@@ -29,6 +29,10 @@ from brain_lightning.temporary import TemporaryAttributes
 from .load_hooks import LOAD_HOOK, device_of, loading_to, takes_device, without_device
 from .versions import run_option_defaults
 
+# Attributes of recurrent layers that sample dropout masks in advance, such as LiGRU: the number
+# of masks that were used, and the batch size. Another batch size samples new masks.
+COUNTERS = ("drop_mask_cnt", "batch_size")
+
 
 def _loaded(module: str, name: str) -> Any:
     """Returns an attribute of a SpeechBrain module, or None if the module is not loaded."""

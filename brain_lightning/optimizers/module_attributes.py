@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.nn.parallel import DistributedDataParallel
-
+from brain_lightning.compat.speechbrain import COUNTERS
 from brain_lightning.distributed.ddp import plain_name
 from brain_lightning.protocol import BrainProtocol
 
 Attributes = dict[str, Any]
-
-# The mode, a switch, and what ``process_state.synchronizes`` saves.
-_SAVED_ELSEWHERE = ("training", "track_running_stats", "require_forward_param_sync")
 
 
 def module_attributes(brain: BrainProtocol) -> Attributes:
@@ -25,12 +21,12 @@ def module_attributes(brain: BrainProtocol) -> Attributes:
     Returns:
         By names that do not depend on wrapping and compilation: ``requires_grad`` of each
         parameter and ``track_running_stats`` of each normalization layer, which
-        BaseFinetuning changes, and numbers and flags, such as ``drop_mask_cnt`` of
-        SpeechBrain's LiGRU.
+        BaseFinetuning changes, and ``compat.speechbrain.COUNTERS``. Other numbers and flags
+        are not among them: they may belong to a cache that no checkpoint has.
     """
     return {
         plain_name(name, brain): getattr(owner, attribute)
-        for name, owner, attribute in (*_switches(brain), *_numbers(brain))
+        for name, owner, attribute in (*_switches(brain), *_counters(brain))
     }
 
 
@@ -41,16 +37,17 @@ def restore_module_attributes(brain: BrainProtocol, saved: Mapping[str, Any]) ->
         brain: The Brain.
         saved: Some values of ``module_attributes``.
     """
-    for name, owner, attribute in [*_switches(brain), *_numbers(brain)]:
+    for name, owner, attribute in [*_switches(brain), *_counters(brain)]:
         if (plain := plain_name(name, brain)) in saved:
             setattr(owner, attribute, saved[plain])
 
 
 class AttributeChanges:
-    """The changes of ``module_attributes`` since the script has created the modules.
+    """The changes of ``module_attributes`` since the optimizers were created.
 
-    The initial values are not saved, because the script sets them when it is started again,
-    possibly to others.
+    Parameters that a script freezes at its start are not saved, because the script freezes
+    them again when it is started again. Later changes by callbacks and hooks are saved, and
+    counters always are.
 
     Args:
         brain: The Brain.
@@ -61,20 +58,14 @@ class AttributeChanges:
         self.remember()
 
     def remember(self) -> None:
-        """Records the attributes when the optimizers are created.
-
-        A number that an earlier run of the Brain has changed keeps its first value, because a
-        script that is started again does not repeat a run that is over.
-        """
-        initial = module_attributes(self._brain)
-        first = self._brain._lightning.initial_numbers
-        for name, _, _ in _numbers(self._brain):
-            plain = plain_name(name, self._brain)
-            initial[plain] = first.setdefault(plain, initial[plain])
-        self._initial = initial
+        """Records the switches."""
+        self._initial = {
+            plain_name(name, self._brain): getattr(owner, attribute)
+            for name, owner, attribute in _switches(self._brain)
+        }
 
     def changed(self, now: Attributes) -> Attributes:
-        """Returns the attributes that differ from the recorded ones.
+        """Returns the attributes that differ from the recorded ones, and all counters.
 
         Args:
             now: Current attributes, from ``module_attributes``.
@@ -91,12 +82,9 @@ def _switches(brain: BrainProtocol) -> Iterator[tuple[str, Any, str]]:
             yield f"{name}.{attribute}", module, attribute
 
 
-def _numbers(brain: BrainProtocol) -> Iterator[tuple[str, Any, str]]:
-    """Yields each number and flag of a module, except the mode and those of wrappers."""
+def _counters(brain: BrainProtocol) -> Iterator[tuple[str, Any, str]]:
+    """Yields each counter of SpeechBrain's modules."""
     for name, module in brain.modules.named_modules():
-        if isinstance(module, DistributedDataParallel):
-            continue
-        for attribute, value in vars(module).items():
-            is_number = type(value) in (bool, int, float)
-            if is_number and attribute not in _SAVED_ELSEWHERE:
+        if COUNTERS[0] in vars(module):
+            for attribute in vars(module).keys() & set(COUNTERS):
                 yield f"{name}.{attribute}", module, attribute
