@@ -29,8 +29,8 @@ from brain_lightning.temporary import TemporaryAttributes
 from .load_hooks import LOAD_HOOK, device_of, loading_to, takes_device, without_device
 from .versions import run_option_defaults
 
-# Attributes of recurrent layers that sample dropout masks in advance, such as LiGRU: the number
-# of masks that were used, and the batch size. Another batch size samples new masks.
+# Attributes of recurrent layers that sample dropout masks in advance, as LiGRU does: how many
+# masks were used, and the batch size. Another batch size samples new masks.
 COUNTERS = ("drop_mask_cnt", "batch_size")
 
 

@@ -138,6 +138,10 @@ class Stream:
     def time(self) -> int:
         return self.clock.get(self.stream_id, 0)
 
+    def is_capturing(self) -> bool:
+        """Whether a graph is recorded, which optimizers of torch 2.15 ask."""
+        return False
+
     def advance(self) -> int:
         """Something is queued on it."""
         self.clock[self.stream_id] = self.time + 1
