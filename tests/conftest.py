@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,10 @@ import pytest
 import torch
 
 from tests.support.environment import forget_saves, seed_everything
+
+if sys.version_info >= (3, 14):
+    # By forkserver, its default, each worker of a DataLoader imports torch, for seconds.
+    multiprocessing.set_start_method("fork")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
